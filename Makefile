@@ -1,0 +1,84 @@
+# make train | test | bench | lint | gpu | clean. Each sets up what it needs and is quick when nothing changed.
+#
+#   ARGS="--depth 6"      flags for the program that the target runs
+#   PYTHON=python3.12     the Python to start from, 3.11 or newer
+#   VENV=PATH             the virtual environment, made when missing; VENV= (empty) uses PYTHON as it is, with its torch
+#   TORCH="torch==2.12.0" what pip installs where no torch >= 2.11 is found; PyPI's torch brings gigabytes of CUDA with it,
+#                         and options of pip's, such as another index, may stand here too
+#   NANOCHAT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS   for the build, see setup.py
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+STATE := $(if $(VENV),$(VENV),build)/state
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+
+CLANG_FORMAT := $(if $(VENV),$(VENV)/bin/clang-format,clang-format)
+
+NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
+	csrc/*/*/*.cuh python/*.cpp python/*.h)
+CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
+
+export NANOCHAT_CUDA
+
+.PHONY: train test bench lint gpu clean
+.DELETE_ON_ERROR:
+
+train: $(STATE)/native $(STATE)/extras
+	$(RUN) -m nanochat_native.train --resume auto $(ARGS)
+
+test: $(STATE)/native $(STATE)/dev
+	$(RUN) -m pytest -q $(ARGS)
+
+bench: $(STATE)/native
+	$(RUN) -m nanochat_native.bench $(ARGS)
+
+lint: $(STATE)/dev
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
+
+# For a GPU machine without network: builds in place, with the Python, torch, CMake, Ninja and nvcc that are there.
+gpu:
+	NANOCHAT_CUDA=on $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m nanochat_native.doctor
+	$(PYTHON) -m pytest -q -k cuda -rs tests
+	$(PYTHON) -m nanochat_native.bench $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info nanochat_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find nanochat_native tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STATE)/python:
+	@command -v $(firstword $(PYTHON)) > /dev/null || \
+		{ echo "make: $(PYTHON) was not found: install Python 3.11 or newer, or give PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $$($(PYTHON) --version) is too old: give PYTHON=/path/to/python3.11 or newer" >&2; exit 1; }
+ifneq ($(VENV),)
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "make: $(PYTHON) cannot make virtual environments: apt-get install python3-venv, or give VENV=" >&2; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+endif
+	@mkdir -p $(@D) && touch $@
+
+$(STATE)/torch: $(STATE)/python
+	@command -v $(firstword $(CXX)) > /dev/null || \
+		{ echo "make: no C++ compiler ($(CXX)) was found: install one, e.g. apt-get install g++" >&2; exit 1; }
+	$(RUN) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2> /dev/null || $(PIP) $(TORCH)
+	@touch $@
+
+$(STATE)/native: $(STATE)/torch pyproject.toml $(NATIVE_SOURCES)
+	$(PIP) 'setuptools>=77' cmake ninja
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(STATE)/extras: $(STATE)/native pyproject.toml
+	$(PIP) --no-build-isolation -e '.[plot,logging]'
+	@touch $@
+
+$(STATE)/dev: $(STATE)/native pyproject.toml
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,182 @@
+// Newton-Schulz orthogonalisation (Bernstein & Newhouse 2024; Jordan et al., "Muon", 2024) of a batch of matrices.
+//
+// Every matrix is held tall, X (L, R) with R <= L, so that the Gram matrix X^T X is the small one and every product
+// reads its operands by rows. Products that are symmetric (X^T X, and polynomials of it) are computed by half and
+// mirrored.
+//
+// Per triple (a, b, c) the factor of the step is F = a I + b G + c G^2 with G = X^T X, and X becomes X F. The Gram form
+// runs all steps on the small side: every F is a polynomial of the first G, so they commute, G becomes F G F, their
+// product Q stays symmetric, and X is multiplied once, by Q. G's rounding is amplified by the square of what the steps
+// amplify the smallest singular values by (485^2 for five quintic steps), which in float would lose to the plain form;
+// the small side is therefore held in double, and the result is the more exact one. The last product runs in double
+// too: Q's large part cancels in it. In units of R^3, with r = L / R: plain 5 (3 r + 1), Gram 6 r + 34.
+#include <omp.h>
+
+#include "../kernels.h"
+#include "gemm.h"
+#include "runtime.h"
+
+namespace nanochat::NANOCHAT_ISA {
+namespace {
+
+constexpr int64_t kGramAspect = 4;
+constexpr int64_t kNormRows = 64;
+
+// Sum of squares in double: squares of the smallest floats would vanish in float.
+template <class T>
+NANOCHAT_INLINE double sum_of_squares(const T* x, int64_t count) {
+    double lanes[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        for (int l = 0; l < 16; l++) lanes[l] += static_cast<double>(x[i + l]) * static_cast<double>(x[i + l]);
+    for (; i < count; i++) lanes[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    for (int width = 8; width > 0; width /= 2)
+        for (int l = 0; l < width; l++) lanes[l] += lanes[l + width];
+    return lanes[0];
+}
+
+template <class T>
+struct Batch {
+    int64_t count, L, R;
+    const double* coefficients;
+    int64_t steps;
+    int threads;
+    T* scratch;   // of this thread
+
+    // c = alpha a b + beta source for symmetric (R, R) results.
+    template <class In>
+    void symmetric(const In* a, Layout layout, int64_t depth, const In* b, T* c, T alpha, const T* source,
+                   T beta) const {
+        multiply_team(Product<T, In, In, T>{R,     R,    depth,  a, R,    layout, b,         R,         c,     R,
+                                            alpha, beta, source, R, true, count,  depth * R, depth * R, R * R, R * R},
+                      threads, scratch);
+    }
+    // out = x (scale I + factor)
+    template <class Out>
+    void apply(const Out* x, const T* factor, T scale, Out* out) const {
+        multiply_team(
+            Product<T, Out, T, Out>{
+                L, R,     R,     x,     R,     Layout::rows, factor, R, out, R, T(1), scale, scale != 0 ? x : nullptr,
+                R, false, count, L * R, R * R, L * R,        L * R},
+            threads, scratch);
+    }
+};
+
+// G, F: (count, R, R). The result is in x after an even number of steps, else in other.
+template <class T>
+void plain_form(const Batch<T>& batch, T* x, T* other, T* G, T* F) {
+    for (int64_t step = 0; step < batch.steps; step++) {
+        const double* triple = batch.coefficients + 3 * step;
+        batch.symmetric(x, Layout::columns, batch.L, x, G, T(1), nullptr, T(0));
+        batch.symmetric(G, Layout::rows, batch.R, G, F, static_cast<T>(triple[2]), G, static_cast<T>(triple[1]));
+        batch.apply(x, F, static_cast<T>(triple[0]), other);
+        T* previous = x;
+        x = other;
+        other = previous;
+    }
+}
+
+// small: four of (count, R, R).
+void gram_form(const Batch<double>& batch, const float* x, double* const (&small)[4], float* out) {
+    const int64_t R = batch.R;
+    double *G = small[0], *F = small[1], *product = small[2], *spare = small[3];
+    double scale = 0;   // the factors gathered so far are scale I + product
+    batch.symmetric(x, Layout::columns, batch.L, x, G, 1.0, nullptr, 0.0);
+    for (int64_t step = 0; step < batch.steps; step++) {
+        const double a = batch.coefficients[3 * step], b = batch.coefficients[3 * step + 1],
+                     c = batch.coefficients[3 * step + 2];
+        double* factor = step == 0 ? product : F;   // this step's factor is a I + factor
+        batch.symmetric(G, Layout::rows, R, G, factor, c, G, b);
+        if (step == 0) {
+            scale = a;
+        } else {
+#pragma omp for
+            for (int64_t row = 0; row < batch.count * R; row++)
+                for (int64_t j = row * R; j < (row + 1) * R; j++) spare[j] = scale * factor[j] + a * product[j];
+            batch.symmetric(product, Layout::rows, R, factor, spare, 1.0, spare, 1.0);
+            double* freed = product;
+            product = spare;
+            spare = freed;
+            scale *= a;
+        }
+        if (step + 1 == batch.steps) continue;
+        batch.symmetric(factor, Layout::rows, R, G, spare, 1.0, G, a);
+        batch.symmetric(spare, Layout::rows, R, factor, G, 1.0, spare, a);
+    }
+#pragma omp for
+    for (int64_t i = 0; i < batch.count * R; i++) product[i / R * R * R + i % R * (R + 1)] += scale;
+    batch.apply(x, product, 0.0, out);
+}
+
+template <class T>
+void run(const cpu::NewtonSchulz& args) {
+    const int64_t batch = args.batch, M = args.M, K = args.K;
+    const bool wide = M < K;
+    const int64_t L = wide ? K : M, R = wide ? M : K, size = M * K, square = R * R;
+    const bool gram = std::is_same_v<T, float> && L >= kGramAspect * R && args.steps > 1;
+    const int64_t parts = ceil_div(M, kNormRows);
+    const T* g = static_cast<const T*>(args.g);
+    T* out = static_cast<T*>(args.out);
+
+    double *partial, *small[4], *double_scratch;
+    T *spare, *second, *G, *F, *scratch;
+    const auto lay_out = [&](cpu::Arena arena) {
+        partial = arena.take<double>(batch * parts);
+        spare = arena.take<T>(batch * size);
+        second = arena.take<T>(wide ? batch * size : 0);
+        F = arena.take<T>(gram ? 0 : batch * square);
+        G = arena.take<T>(gram ? 0 : batch * square);
+        for (double*& matrix : small) matrix = arena.take<double>(gram ? batch * square : 0);
+        double_scratch = arena.take<double>(gram ? args.threads * kScratch<double> : 0);
+        scratch = arena.take<T>(gram ? 0 : args.threads * kScratch<T>);
+        return arena.used;
+    };
+    lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
+    // X alternates between two buffers; the result of a tall matrix must end in `out`.
+    T* const last = wide ? second : out;
+    T* const x = gram || args.steps % 2 ? spare : last;
+    T* const other = x == last ? spare : last;
+
+#pragma omp parallel num_threads(args.threads)
+    {
+        const int thread = omp_get_thread_num();
+#pragma omp for
+        for (int64_t item = 0; item < batch * parts; item++) {
+            const int64_t row = item % parts * kNormRows;
+            partial[item] = sum_of_squares(g + item / parts * size + row * K, minimum(kNormRows, M - row) * K);
+        }
+#pragma omp for
+        for (int64_t item = 0; item < batch * parts; item++) {
+            const int64_t index = item / parts, row = item % parts * kNormRows, rows = minimum(kNormRows, M - row);
+            double sum = 0;
+            for (int64_t part = 0; part < parts; part++) sum += partial[index * parts + part];
+            const double inverse = sum == 0 ? 0 : 1 / (args.norm_factor * __builtin_sqrt(sum));
+            const T* from = g + index * size + row * K;
+            T* scaled = (wide ? other : x) + index * size + row * K;
+            for (int64_t i = 0; i < rows * K; i++) scaled[i] = static_cast<T>(static_cast<double>(from[i]) * inverse);
+            if (wide) transpose(rows, K, scaled, K, x + index * size + row, M);
+        }
+        if constexpr (std::is_same_v<T, float>)
+            if (gram)
+                gram_form({batch, L, R, args.coefficients, args.steps, args.threads,
+                           double_scratch + thread * kScratch<double>},
+                          x, small, last);
+        if (!gram)
+            plain_form<T>({batch, L, R, args.coefficients, args.steps, args.threads, scratch + thread * kScratch<T>}, x,
+                          other, G, F);
+        if (wide) {
+#pragma omp for
+            for (int64_t index = 0; index < batch; index++)
+                transpose(L, R, last + index * size, R, out + index * size, L);
+        }
+    }
+}
+
+}   // namespace
+
+void newton_schulz(const cpu::NewtonSchulz& args) {
+    if (args.dtype == DType::float64) return run<double>(args);
+    run<float>(args);
+}
+
+}   // namespace nanochat::NANOCHAT_ISA

@@ -1,0 +1,179 @@
+// Vectors of the instruction set that this file is compiled for. Every kernel file is compiled once per set, with
+// NANOCHAT_ISA as the name of the namespace that keeps the copies apart. Nothing here or in the kernels may emit a
+// symbol that the linker merges across those copies (no inline function of the standard library): code for a newer
+// processor could then be picked on an older one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#define NANOCHAT_INLINE inline __attribute__((always_inline))
+
+namespace nanochat::NANOCHAT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileVectors = 4;   // 6 x 4 accumulators, 4 columns and 1 broadcast fill 29 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileVectors = 2;   // 6 x 2 accumulators, 2 columns and 1 broadcast fill 15 of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileVectors = 2;
+#endif
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+template <class T>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class T>
+NANOCHAT_INLINE T minimum(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+NANOCHAT_INLINE T maximum(T a, T b) {
+    return a < b ? b : a;
+}
+NANOCHAT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+NANOCHAT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class T>
+NANOCHAT_INLINE Vec<T> broadcast(T x) {
+    return x - Vec<T>{};
+}
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
+NANOCHAT_INLINE Vec<T> load(const T* p) {
+    Vec<T> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class T>
+NANOCHAT_INLINE void store(T* p, Vec<T> v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+NANOCHAT_INLINE float to_float(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+
+// Round to nearest even; a NaN stays a NaN.
+NANOCHAT_INLINE bfloat16 to_bfloat16(float x) {
+    const uint32_t u = __builtin_bit_cast(uint32_t, x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40u)};
+    return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+}
+
+NANOCHAT_INLINE Vec<float> load(const bfloat16* p) {
+    HalfWords h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return __builtin_bit_cast(Vec<float>, __builtin_convertvector(h, Vec<uint32_t>) << 16);
+}
+NANOCHAT_INLINE void store(bfloat16* p, Vec<float> v) {
+    const Vec<uint32_t> u = __builtin_bit_cast(Vec<uint32_t>, v);
+    const Vec<uint32_t> rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const Vec<uint32_t> quiet = (u >> 16) | 0x40u;
+    const HalfWords h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, HalfWords);
+    __builtin_memcpy(p, &h, sizeof h);
+}
+
+// One element of a tensor as the type that the kernel computes in, and back.
+NANOCHAT_INLINE float read(const float* p) { return *p; }
+NANOCHAT_INLINE double read(const double* p) { return *p; }
+NANOCHAT_INLINE float read(const bfloat16* p) { return to_float(*p); }
+NANOCHAT_INLINE void write(float* p, float x) { *p = x; }
+NANOCHAT_INLINE void write(double* p, double x) { *p = x; }
+NANOCHAT_INLINE void write(float* p, double x) { *p = static_cast<float>(x); }
+NANOCHAT_INLINE void write(bfloat16* p, float x) { *p = to_bfloat16(x); }
+
+template <class T>
+NANOCHAT_INLINE Vec<T> maximum_lanes(Vec<T> a, Vec<T> b) {
+    return a < b ? b : a;
+}
+template <class T>
+NANOCHAT_INLINE T sum_lanes(Vec<T> v) {
+    T lanes[kLanes<T>];
+    __builtin_memcpy(lanes, &v, sizeof v);
+    for (int width = kLanes<T> / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+template <class T>
+NANOCHAT_INLINE T max_lanes(Vec<T> v) {
+    T lanes[kLanes<T>];
+    __builtin_memcpy(lanes, &v, sizeof v);
+    for (int width = kLanes<T> / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] = maximum(lanes[i], lanes[i + width]);
+    return lanes[0];
+}
+
+template <class T>
+NANOCHAT_INLINE Vec<T> sqrt_lanes(Vec<T> v) {
+    T lanes[kLanes<T>];
+    __builtin_memcpy(lanes, &v, sizeof v);
+    for (int i = 0; i < kLanes<T>; i++)
+        lanes[i] = sizeof(T) == 4 ? __builtin_sqrtf(lanes[i]) : __builtin_sqrt(lanes[i]);
+    return load(lanes);
+}
+
+// e^x within 2 ulp. x = n ln 2 + r, |r| <= ln(2) / 2; polynomial in r (Taylor, to the precision of the type); scaled by
+// 2^n through the exponent bits. Below the smallest normal result it gives 0, above the largest inf; -inf gives 0 and
+// NaN stays NaN.
+NANOCHAT_INLINE Vec<float> exp_lanes(Vec<float> x) {
+    const Vec<float> lowest = broadcast(-87.33654f), highest = broadcast(88.72283f);
+    const Vec<float> clamped = x < lowest ? lowest : (x > highest ? highest : x);
+    const float shifter = 12582912.0f;   // 1.5 * 2^23: adding it rounds to the nearest integer
+    const Vec<float> shifted = clamped * 1.44269504f + shifter;
+    const Vec<float> n = shifted - shifter;
+    const Vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec<float> p = r * 1.98412698e-4f + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r + 1.0f;
+    // Two factors: n reaches 128, whose power of two alone would overflow.
+    typedef Vec<int32_t> Int;
+    const Int exponent = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(int32_t, shifter);
+    const Int half = exponent >> 1;
+    const Vec<float> result = p * __builtin_bit_cast(Vec<float>, (half + 127) << 23) *
+                              __builtin_bit_cast(Vec<float>, (exponent - half + 127) << 23);
+    return x < lowest ? Vec<float>{} : (x > highest ? broadcast(__builtin_inff()) : result);
+}
+NANOCHAT_INLINE Vec<double> exp_lanes(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; i++) x[i] = __builtin_exp(x[i]);
+    return x;
+}
+
+template <class T>
+NANOCHAT_INLINE Vec<T> tanh_lanes(Vec<T> x);
+// tanh|x| = (1 - e) / (1 + e), e = exp(-2|x|); for small x the odd polynomial, where that difference would cancel.
+template <>
+NANOCHAT_INLINE Vec<float> tanh_lanes<float>(Vec<float> x) {
+    const Vec<float> magnitude = x < 0.0f ? -x : x;
+    const Vec<float> e = exp_lanes(-2.0f * magnitude);
+    const Vec<float> large = (1.0f - e) / (1.0f + e);
+    const Vec<float> s = x * x;
+    Vec<float> p = s * -0.00886323552f + 0.0218694885f;
+    p = p * s - 0.0539682540f;
+    p = p * s + 0.133333333f;
+    p = p * s - 0.333333333f;
+    const Vec<float> small = x + x * s * p;
+    return magnitude < 0.35f ? small : (x < 0.0f ? -large : large);
+}
+template <>
+NANOCHAT_INLINE Vec<double> tanh_lanes<double>(Vec<double> x) {
+    for (int i = 0; i < kLanes<double>; i++) x[i] = __builtin_tanh(x[i]);
+    return x;
+}
+
+}   // namespace nanochat::NANOCHAT_ISA

@@ -1,0 +1,166 @@
+// The whole native API. Every kernel takes one struct of named arguments: raw pointers, sizes, and where it runs.
+// Callers check shapes and types; a kernel throws std::invalid_argument only for what it does not take.
+//
+// Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, D head size,
+//                N rows (tokens), C channels, V vocabulary, (M, K) one matrix.
+#pragma once
+
+#include <cstdint>
+
+namespace nanochat {
+
+enum class DType : int32_t { float32, float64, bfloat16, float16 };
+
+// Element strides of a (B, T, H, D) tensor whose D has unit stride.
+struct Strides {
+    int64_t b, t, h;
+};
+
+// Scores are scale * q.k. `causal` is aligned bottom-right: query i sees keys j <= i + Tk - Tq.
+// window >= 0 (which implies causal): it sees i + Tk - Tq - window <= j <= i + Tk - Tq. window = -1: no limit.
+struct AttentionShape {
+    int64_t B, Tq, Tk, H, Hkv, D;
+    bool causal;
+    int64_t window;
+    double scale;
+};
+
+// One parameter tensor of AdamW and its state; all contiguous, `numel` elements each.
+struct AdamWTensor {
+    void* param;        // float32 | bfloat16, updated in place
+    const void* grad;   // same type as param
+    void* exp_avg;      // float32 (or bfloat16, see AdamW::moment_dtype)
+    void* exp_avg_sq;   // same type as exp_avg
+    int64_t numel;
+};
+
+// Decoupled weight decay, PyTorch's form: p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) after p *= 1
+// - lr * wd.
+struct AdamW {
+    const AdamWTensor* tensors;   // (count,)
+    int64_t count;
+    DType param_dtype;    // float32 | bfloat16, of param and grad
+    DType moment_dtype;   // float32, or bfloat16 where param_dtype is bfloat16
+    int64_t step;         // t, from 1
+    double lr, beta1, beta2, eps, weight_decay;
+    bool stochastic_rounding;   // of bfloat16 parameters: unbiased, a pure function of (seed, step, tensor, element)
+    uint64_t seed;
+};
+
+namespace cpu {
+
+// Name of the instruction set that the kernels run on: "avx512", "avx2" or "baseline". The environment variable
+// NANOCHAT_CPU_ISA lowers it; throws if it names one that is unknown or that this processor lacks.
+const char* instruction_set();
+
+struct AttentionForward {
+    AttentionShape shape;
+    DType dtype;     // float32 | float64 | bfloat16 (computed in float32)
+    const void* q;   // (B, Tq, H, D)
+    const void* k;   // (B, Tk, Hkv, D)
+    const void* v;   // (B, Tk, Hkv, D)
+    void* out;       // (B, Tq, H, D)
+    Strides q_strides, k_strides, v_strides, out_strides;
+    void* lse;   // (B, H, Tq) contiguous, natural log; float64 if dtype is, else float32; -inf for a masked row
+    int threads;
+};
+void attention_forward(const AttentionForward&);
+
+struct AttentionBackward {
+    AttentionShape shape;
+    DType dtype;
+    const void *q, *k, *v, *out, *dout;
+    const void* lse;   // as written by attention_forward
+    void* dq;          // (B, Tq, H, D)
+    void* dk;          // (B, Tk, Hkv, D)
+    void* dv;          // (B, Tk, Hkv, D)
+    Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
+    int threads;
+};
+void attention_backward(const AttentionBackward&);
+
+// Orthogonalises `batch` matrices. X0 = g / (norm_factor * |g|_F); per triple (a, b, c): A = X X^T, X = a X + (b A + c
+// A A) X.
+struct NewtonSchulz {
+    int64_t batch, M, K;
+    DType dtype;                  // float32 | float64
+    const void* g;                // (batch, M, K) contiguous
+    void* out;                    // (batch, M, K) contiguous; may not overlap g
+    const double* coefficients;   // (steps, 3)
+    int64_t steps;
+    double norm_factor;
+    int threads;
+};
+void newton_schulz(const NewtonSchulz&);
+
+void adamw(const AdamW&, int threads);
+
+// buf = momentum * buf + (1 - momentum) * g;  update = nesterov ? momentum * buf + (1 - momentum) * g : buf
+struct MuonMomentum {
+    const void* const* grads;         // (count,) tensors of numel, grad_dtype
+    float* const* momentum_buffers;   // (count,) tensors of numel, updated in place
+    float* update;                    // (count, numel)
+    int64_t count, numel;
+    DType grad_dtype;   // float32 | bfloat16
+    double momentum;
+    bool nesterov;
+    int threads;
+};
+void muon_momentum(const MuonMomentum&);
+
+// p = (1 - lr * weight_decay) * p - lr * scale * update
+struct MuonUpdate {
+    void* const* params;   // (count,) tensors of numel, param_dtype, updated in place
+    const float* update;   // (count, numel)
+    int64_t count, numel;
+    DType param_dtype;   // float32 | bfloat16
+    double lr, weight_decay, scale;
+    int threads;
+};
+void muon_update(const MuonUpdate&);
+
+// z = softcap * tanh(x W^T / softcap) (softcap 0: z = x W^T); loss[n] = logsumexp_v z[n] - z[n, target[n]], 0 where
+// ignored. Logits exist for one chunk of rows at a time. Gradients of grad_scale * sum(loss) are written where asked
+// for.
+struct LinearCrossEntropy {
+    int64_t N, C, V;
+    DType dtype;              // float32 | float64 | bfloat16 (computed in float32), of x, weight and both gradients
+    const void* x;            // (N, C) contiguous
+    const void* weight;       // (V, C) contiguous
+    const int64_t* targets;   // (N,), in [0, V) or ignore_index
+    int64_t ignore_index;
+    double softcap;
+    double grad_scale;
+    void* loss;          // (N,) float64 if dtype is, else float32
+    void* grad_x;        // (N, C) or null
+    void* grad_weight;   // (V, C) or null
+    int threads;
+};
+void linear_cross_entropy(const LinearCrossEntropy&);
+
+// Whether `linear` outruns torch's own product here: MKL takes a slower path on processors that are not Intel's.
+bool linear_pays();
+
+// c = a b in one of the three forms of a linear layer: y = x W^T, dx = dy W, dW = dy^T x. All float32, by rows,
+// contiguous.
+enum class LinearForm { forward, grad_input, grad_weight };
+struct Linear {
+    LinearForm form;
+    int64_t N, I, O;   // rows, input and output channels
+    const float* a;    // forward: x (N, I);  grad_input: dy (N, O);  grad_weight: dy (N, O)
+    const float* b;    // forward: W (O, I);  grad_input: W (O, I);   grad_weight: x (N, I)
+    float* c;          // forward: y (N, O);  grad_input: dx (N, I);  grad_weight: dW (O, I)
+    int threads;
+};
+void linear(const Linear&);
+
+}   // namespace cpu
+
+namespace cuda {
+
+// stream: a cudaStream_t. Work is enqueued on it; launch errors throw std::runtime_error.
+void adamw(const AdamW&, void* stream);
+
+}   // namespace cuda
+
+}   // namespace nanochat

@@ -1,0 +1,91 @@
+"""python -m nanochat_native.bench: correctness first, then time side by side with torch, a table, and JSON."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from nanochat_native.bench import measure, operators, step
+
+
+@dataclass
+class Options:
+    """Times the operators and a training step against the torch calls that they replace, on the CPU.
+
+    A case whose results are wrong is not timed, and the exit status is 1.
+    """
+
+    only: str = ""
+    """Run the cases whose group and name hold this text, e.g. "attention" or "V 8192". All by default."""
+    seconds: float = 3.0
+    """Least time that a case is repeated for, seconds."""
+    repeats: int = 7
+    """Least number of turns of a case; the median is reported."""
+    threads: int = 0
+    """Threads; 0 takes torch's own choice."""
+    json: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """File for the results with machine, versions and commit."""
+
+
+def table_line(row: dict[str, Any]) -> str:
+    parts = [
+        f"{row['group']:<23} {row['case']:<35} {row['ours_ms']:>9.2f} ms {row['theirs_ms']:>9.2f} ms "
+        f"{row['ratio']:>6.2f}x  (floor {row['floor']:.2f}x)  {row['opponent']:<24}"
+    ]
+    if "share_of_sgemm" in row:
+        parts.append(f"{row['gflops']:.0f} GFLOP/s, {row['share_of_sgemm']:.0%} of torch.mm")
+    if "share_of_copy" in row:
+        parts.append(f"{row['gbytes']:.1f} GB/s, {row['share_of_copy']:.0%} of copy")
+    if "ours_peak_bytes" in row:
+        parts.append(f"{row['ours_tokens_per_second']:,.0f} against {row['theirs_tokens_per_second']:,.0f} tokens/s,")
+        parts.append(f"peak {row['ours_peak_bytes'] / 1e6:,.0f} against {row['theirs_peak_bytes'] / 1e6:,.0f} MB")
+    return " ".join(parts)
+
+
+def main() -> int:
+    options = tyro.cli(Options, prog="python -m nanochat_native.bench")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    machine, limits = measure.machine(), measure.measure_limits()
+    print(" | ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"limits  torch.mm float32 {limits.sgemm:.0f} GFLOP/s, copy {limits.copy:.1f} GB/s")
+    seconds, repeats = options.seconds, options.repeats
+    rows: list[dict[str, Any]] = []
+    wrong = 0
+
+    def report(name: str, make_row: Callable[[], dict[str, Any]]) -> None:
+        nonlocal wrong
+        try:
+            rows.append(make_row())
+        except AssertionError as error:
+            wrong += 1
+            print(f"{name}: WRONG, not timed: {error}", flush=True)
+        else:
+            print(table_line(rows[-1]), flush=True)
+
+    for make in operators.cases():
+        case = make()
+        if options.only in f"{case.group} {case.name}":
+            report(f"{case.group} {case.name}", partial(measure.run, case, limits, seconds=seconds, repeats=repeats))
+    for vocabulary in step.FLOORS:
+        name = f"training step d{step.DEPTH} T {step.T} B {step.B} V {vocabulary}"
+        if options.only in name:
+            report(name, partial(step.run, vocabulary, seconds=seconds, repeats=repeats))
+    if not rows and not wrong:
+        print(f"no case holds {options.only!r}", file=sys.stderr)
+        return 2
+    if options.json:
+        result = {"machine": machine, "limits": vars(limits), "rows": rows}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
+
+One checkpoint is one folder, `step_000100`, that appears whole or not at all: its files are written into a hidden
+temporary folder, flushed to the disk, and renamed into place. Tensors are safetensors, everything else is JSON, and
+`manifest.json` holds the size and SHA-256 of every file; nothing is ever unpickled.
+
+    step_000100/model.safetensors  optimizer.safetensors  meta.json  manifest.json
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = "nanochat-native checkpoint"
+VERSION = 1
+SPACE_MARGIN = 1 << 20  # bytes beside the tensors: headers, JSON, folder entries
+
+_NAME = re.compile(r"step_(\d{6,})")
+_TEMPORARY = ".tmp-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, incomplete or damaged; the message names the file."""
+
+
+def path_of(folder: Path | str, step: int) -> Path:
+    """Where the checkpoint of `step` lies inside `folder`."""
+    return Path(folder) / f"step_{step:06d}"
+
+
+def steps(folder: Path | str) -> list[int]:
+    """Steps of the checkpoints in `folder`, oldest first; whether they are intact is not looked at."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def save(
+    folder: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write the checkpoint of `step` and then remove all but the `keep` newest that are not newer than it.
+
+    tensors: file stem -> name -> tensor of any shape, dtype and device, e.g. {"model": {...}, "optimizer": {...}}.
+    meta: anything JSON holds. Returns the checkpoint's folder.
+
+    Raises ValueError for a bad argument, and OSError, naming the folder and the space it takes, when the disk is too
+    full or a write fails; the checkpoints that were there before are then still there, and nothing else is.
+    """
+    if step < 0:
+        raise ValueError(f"step is {step}; it takes a number from 0")
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; it takes a number from 1")
+    meta_bytes = json.dumps({**meta, "step": step}, indent=1).encode()
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    needed += len(meta_bytes) + SPACE_MARGIN
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        message = f"checkpoint of step {step} takes {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
+        raise OSError(errno.ENOSPC, message, str(folder))
+
+    target = path_of(folder, step)
+    temporary = folder / f"{_TEMPORARY}{target.name}"
+    try:
+        temporary.mkdir()
+        for stem, group in tensors.items():
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
+            save_file(plain, temporary / f"{stem}.safetensors")
+        (temporary / "meta.json").write_bytes(meta_bytes)
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in temporary.iterdir():
+            _fsync(path)
+        _fsync(temporary)
+        _move_into_place(temporary, target)
+    except Exception as error:
+        _remove_leftovers(folder)
+        if isinstance(error, ValueError):
+            raise
+        message = f"checkpoint of step {step} could not be written ({error}); the earlier ones are untouched"
+        raise OSError(getattr(error, "errno", None) or errno.EIO, message, str(folder)) from error
+    for old in [s for s in steps(folder) if s <= step][:-keep]:
+        _remove(path_of(folder, old))
+    return target
+
+
+def load(
+    folder: Path | str, step: int | None = None, *, warn: Callable[[str], None] = warnings.warn
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read a checkpoint: (tensors by file stem and name, on the CPU; meta, with "step").
+
+    Every file is checked against the manifest first. With `step=None` the newest is read; if it is damaged, `warn` is
+    told so and the one before it is read. With a step, exactly that one is read. Raises CheckpointError, naming the
+    files, when none is intact.
+    """
+    candidates = steps(folder) if step is None else [step]
+    damage: list[str] = []
+    for candidate in reversed(candidates):
+        try:
+            content = _read(path_of(folder, candidate))
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        for message in damage:
+            warn(f"{message}: using the checkpoint of step {candidate} instead")
+        return content
+    if not damage:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    raise CheckpointError("no intact checkpoint: " + "; ".join(damage))
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    names = verify(path)
+    try:
+        tensors = {Path(n).stem: load_file(path / n) for n in names if n.endswith(".safetensors")}
+        return tensors, json.loads((path / "meta.json").read_bytes())
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def latest(folder: Path | str) -> int | None:
+    """Step of the newest checkpoint in `folder` that is intact; None when there is none."""
+    for step in reversed(steps(folder)):
+        try:
+            verify(path_of(folder, step))
+        except CheckpointError:
+            continue
+        return step
+    return None
+
+
+def verify(path: Path) -> list[str]:
+    """Names of the files of the checkpoint at `path`, each checked by size and SHA-256; CheckpointError names the bad
+    one."""
+    manifest_path = path / "manifest.json"
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        described, version, step, files = (manifest[key] for key in ("format", "version", "step", "files"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{manifest_path} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{manifest_path} is damaged ({type(error).__name__}: {error})") from None
+    if described != FORMAT or path_of(path.parent, step) != path or "meta.json" not in expected:
+        raise CheckpointError(f"{manifest_path} is damaged (it describes {described!r} of step {step})")
+    if version != VERSION:
+        raise CheckpointError(f"{manifest_path} has version {version}; this program reads version {VERSION}")
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is damaged ({file.stat().st_size} bytes, {size} were written)")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file} is damaged (its SHA-256 is not the one that was written)")
+    return list(expected)
+
+
+def flatten_optimizers(
+    named_parameters: Iterable[tuple[str, Tensor]], optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of the optimizers by parameter name, so that it does not depend on groups, their order or the number of
+    ranks.
+
+    Returns (tensors "<parameter>.<key>", scalars "<parameter>.<key>").
+    """
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, parameter in named_parameters:
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                (tensors if isinstance(value, Tensor) else scalars)[f"{name}.{key}"] = value
+    return tensors, scalars
+
+
+def restore_optimizers(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    optimizers: Sequence[torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+) -> None:
+    """Inverse of `flatten_optimizers`. Tensors go to their parameter's device, except 0-d ones, which stay on the CPU.
+
+    Raises CheckpointError when a value belongs to no parameter of the optimizers.
+    """
+    left = {**tensors, **scalars}
+    owner = {id(p): opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    for name, parameter in named_parameters:
+        prefix = f"{name}."
+        for full in [full for full in left if full.startswith(prefix)]:
+            value, key = left.pop(full), full.removeprefix(prefix)
+            if isinstance(value, Tensor):
+                value = value.to(parameter.device if value.ndim else "cpu", copy=True)
+            owner[id(parameter)].state[parameter][key] = value
+    if left:
+        raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(sorted(left))}")
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    """Rename, putting aside a damaged or repeated checkpoint of the same step; the folder entry is on the disk on
+    return."""
+    if target.exists():
+        target.rename(target.with_name(f"{_TEMPORARY}replaced-{target.name}"))
+    temporary.rename(target)
+    _fsync(target.parent)
+    _remove_leftovers(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves a leftover, not something that looks like a checkpoint."""
+    doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,279 @@
+"""The flags of `python -m nanochat_native.train`: one flat dataclass, named as nanochat names them.
+
+A value that is AUTO is sized by the machine, the data or another flag: `with_defaults` and `horizon` decide.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+AUTO = -1
+STDLIB = "stdlib"  # --data: the embedded default
+
+
+class ConfigError(ValueError):
+    """A flag or a run folder that training cannot start with; the message is one line for the user."""
+
+
+def _auto(metavar: str, default: str) -> Any:
+    """How --help shows a flag that is AUTO until it is sized: its type, and the rule that gives its value."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a nanochat-style GPT. Without any flag: a small model of Python code, in minutes."""
+
+    depth: Annotated[int, _auto("INT", "4 on a CPU, 12 on a GPU, 6 on a GPU without --data")] = AUTO
+    """Layers. The one dial: width is 64 times this, and heads, learning rates and horizon follow."""
+    head_dim: int = 128
+    """Channels of one attention head, at most."""
+    n_kv_head: Annotated[int, _auto("INT", "as many as query heads")] = AUTO
+    """Key/value heads; a divisor of the query heads (1 is MQA)."""
+    window_pattern: str = "L"
+    """Attention windows, one letter a layer, repeated: L all of the past, S a quarter of the sequence, e.g. SSSL."""
+    max_seq_len: Annotated[int, _auto("INT", "2048 on a GPU, 1024 there without --data, 256 on a CPU")] = AUTO
+    """Tokens in one sequence."""
+    vocab_size: Annotated[int, _auto("INT", "32768 on a GPU with --data, else 8192")] = AUTO
+    """Tokens in the vocabulary."""
+    grad_checkpoint: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations: less memory, a third more
+    work."""
+
+    num_iterations: Annotated[int, _auto("INT", "from --target-param-data-ratio")] = AUTO
+    """Horizon, optimizer steps. With --resume it may be raised, to train on."""
+    target_flops: Annotated[float, _auto("FLOAT", "not used")] = AUTO
+    """Horizon, floating-point operations in all."""
+    target_param_data_ratio: Annotated[float, _auto("FLOAT", "20 on a GPU, 1 without --data, 0.08 on a CPU")] = AUTO
+    """Horizon, training tokens per parameter."""
+    device_batch_size: Annotated[int, _auto("INT", "what fits the GPU; 8 on a CPU")] = AUTO
+    """Sequences that go through the model at once; gradients accumulate up to --total-batch-size."""
+    total_batch_size: Annotated[int, _auto("INT", "524288 on a GPU, 65536 there without --data, 2048 on a CPU")] = AUTO
+    """Tokens of one optimizer step."""
+
+    optimizer: Literal["hybrid", "adamw", "adam", "sgd"] = "hybrid"
+    """hybrid: Muon for the matrices of the blocks, AdamW for wte and lm_head. The others take every parameter."""
+    matrix_lr: Annotated[float, _auto("FLOAT", "0.02 for Muon, 0.002 for adamw and adam, 0.1 for sgd")] = AUTO
+    """Learning rate of the matrices of the blocks; of everything with sgd."""
+    embedding_lr: float = 0.2
+    """Learning rate of wte at width 768; scaled by (width / 768)^-0.5."""
+    unembedding_lr: float = 0.004
+    """Learning rate of lm_head at width 768; scaled likewise."""
+    weight_decay: float = 0.0
+    """Decay of wte and lm_head, a fraction of their learning rate (adam and sgd: an L2 penalty on everything)."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    schedule: Literal["linear", "cosine", "exponential", "step", "constant"] = "linear"
+    """Shape of the decay over the warmdown."""
+    warmup_ratio: float = 0.0
+    """Part of the horizon over which the learning rate rises from 0, 0 to 1."""
+    warmdown_ratio: float = 0.2
+    """Part of the horizon over which the learning rate falls, 0 to 1."""
+    final_lr_frac: float = 0.0
+    """Learning rate at the end, a fraction of its full value, 0 to 1."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row whose gradient was not finite; each of them is skipped."""
+
+    data: Annotated[str, _auto("PATH", "stdlib, the sources of Python's standard library")] = STDLIB
+    """File, folder or glob of text, .jsonl (.gz, .zst), .parquet or llm.c token shards (.bin)."""
+    cache_dir: Annotated[Path | None, _auto("PATH", "~/.cache/nanochat-native, or below XDG_CACHE_HOME")] = None
+    """Where tokenizers and token shards are kept between runs."""
+    eval_every: Annotated[int, _auto("INT", "a fifth of the horizon, at most 250")] = AUTO
+    """Steps between measurements of validation bits per byte; 0: only at the end."""
+    eval_tokens: Annotated[int, _auto("INT", "10485760 on a GPU, 32768 on a CPU")] = AUTO
+    """Validation tokens of one measurement, at most."""
+    sample_every: Annotated[int, _auto("INT", "a quarter of the horizon, at most 1000")] = AUTO
+    """Steps between samples of text; 0: only at the end."""
+    save_every: Annotated[int, _auto("INT", "a quarter of the horizon, at most 1000")] = AUTO
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, the newest."""
+
+    run: Annotated[str | None, _auto("STR", "d<depth>")] = None
+    """Name of the run: its folder is OUT_DIR/RUN."""
+    out_dir: Path = Path("runs")
+    """Folder of all runs."""
+    resume: Annotated[str | None, _auto("auto|PATH", "a new run")] = None
+    """Go on from the newest intact checkpoint: of OUT_DIR/RUN (auto; a new run if there is none) or of a run's
+    folder."""
+    overwrite: bool = False
+    """Delete the run that is in OUT_DIR/RUN, and start anew."""
+    seed: int = 0
+    """Seed of the weights and of the order of the data."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the activations; parameters are float32. auto: bfloat16 on a GPU, else float32."""
+    backend: Literal["auto", "native", "torch"] = "auto"
+    """Hand-written kernels, or their plain-torch twins. auto: what NANOCHAT_NATIVE_BACKEND says, else native."""
+    dry_run: bool = False
+    """Prepare the data, print what would be done, and stop."""
+    print_config: bool = False
+    """Print every flag with its value as JSON, and stop."""
+    json: bool = False
+    """Print records as JSON lines to stdout, and messages to stderr."""
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            self._require(name, f"a whole number from {least}", getattr(self, name) >= least)
+        for name in ("target_flops", "target_param_data_ratio"):
+            self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
+        for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
+            self._require(name, "a number from 0 to 1", 0 <= getattr(self, name) <= 1)
+        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "grad_clip"):
+            self._require(name, "a finite number from 0", 0 <= getattr(self, name) < math.inf)
+        letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
+        self._require("window_pattern", "letters L and S, e.g. SSSL", letters)
+        if self.run is not None:
+            plain = self.run not in ("", "..") and Path(self.run).name == self.run
+            self._require("run", "a name without slashes (--out-dir takes a folder)", plain)
+
+        if self.warmup_ratio + self.warmdown_ratio > 1:
+            raise ConfigError(
+                f"--warmup-ratio {self.warmup_ratio} and --warmdown-ratio {self.warmdown_ratio} add up to more than 1"
+            )
+        if self.schedule in ("exponential", "step") and self.final_lr_frac == 0:
+            raise ConfigError(f"--schedule {self.schedule} never reaches 0; give a --final-lr-frac above 0, e.g. 0.1")
+        horizons = [name for name in _HORIZONS if getattr(self, name) != AUTO]
+        if len(horizons) > 1:
+            raise ConfigError(f"{' and '.join(map(flag, horizons))} each set the horizon; give one of them")
+        if self.resume is not None and self.overwrite:
+            raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
+
+    def _require(self, name: str, takes: str, right: bool) -> None:
+        value = getattr(self, name)
+        if not right and not (value == AUTO == self.__dataclass_fields__[name].default):
+            raise ConfigError(f"{flag(name)} is {value!r}; it takes {takes}")
+
+    @property
+    def run_dir(self) -> Path:
+        return self.out_dir / str(self.run)
+
+
+_HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio")
+_LEAST = {
+    "depth": 1,
+    "head_dim": 2,
+    "n_kv_head": 1,
+    "max_seq_len": 2,
+    "vocab_size": 265,  # the 256 bytes and the special tokens
+    "num_iterations": 1,
+    "device_batch_size": 1,
+    "total_batch_size": 1,
+    "eval_every": 0,
+    "eval_tokens": 1,
+    "sample_every": 0,
+    "save_every": 0,
+    "keep": 1,
+    "seed": 0,
+    "max_skipped_steps": 1,
+}
+
+
+def flag(name: str) -> str:
+    """num_iterations -> --num-iterations."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(args: Sequence[str], base: TrainConfig | None = None) -> TrainConfig:
+    """Flags to config; a flag that is not given keeps its value in `base`.
+
+    Raises ConfigError, one line, for an unknown flag or a value that the flag does not take. --help prints and exits.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                TrainConfig,
+                prog="python -m nanochat_native.train",
+                args=list(args),
+                default=TrainConfig() if base is None else base,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(errors.getvalue())) from None
+
+
+def _one_line(report: str) -> str:
+    """tyro's report of a bad flag, boxed in lines or in blanks, as one line: what is wrong, and what may be meant."""
+    _, *lines = (line.strip("│╭╮╰╯ ") for line in report.splitlines())
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip("─-"):
+            sections[-1].append(line)
+        elif sections[-1]:
+            sections.append([])
+    message = re.sub(r"\s+", " ", " ".join(sections[0])).strip().removeprefix("TrainConfig: ")
+    if value := re.fullmatch(r"Error parsing (\S+): (.*)", message):
+        name, problem = value.groups()
+        problem = re.sub(r"invalid literal for int\(\) with base 10: ", "takes a whole number, got ", problem)
+        problem = re.sub(r"could not convert string to float: ", "takes a number, got ", problem)
+        message = f"{name} {problem}"
+    for section in sections[1:]:
+        if section and section[0].startswith("Perhaps you meant"):
+            flags = [line.split()[0] for line in section if line.startswith("--")]
+            message += f"; perhaps you meant {', '.join(flags)}"
+    return message
+
+
+def with_defaults(config: TrainConfig, *, gpu: bool) -> TrainConfig:
+    """Fill in what follows from the kind of device and from whether data is given. The horizon is left to `horizon`."""
+    embedded = config.data == STDLIB
+    depth = 4 if not gpu else 6 if embedded else 12
+    max_seq_len = 256 if not gpu else 1024 if embedded else 2048
+    total_batch_size = 2048 if not gpu else 65536 if embedded else 524288
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nanochat-native"
+    sized: dict[str, Any] = {
+        "depth": depth,
+        "max_seq_len": max_seq_len,
+        "total_batch_size": total_batch_size,
+        "vocab_size": 32768 if gpu and not embedded else 8192,
+        "dtype": "bfloat16" if gpu else "float32",
+        "backend": os.environ.get("NANOCHAT_NATIVE_BACKEND", "native"),
+        "cache_dir": cache,
+        "run": f"d{depth if config.depth == AUTO else config.depth}",
+        "eval_tokens": 20 * 524288 if gpu else 32768,
+    }
+    if all(getattr(config, name) == AUTO for name in _HORIZONS):
+        sized["target_param_data_ratio"] = 0.08 if not gpu else 1.0 if embedded else 20.0
+    return _fill(config, sized)
+
+
+def horizon(config: TrainConfig, *, num_params: int, flops_per_token: int) -> TrainConfig:
+    """Fill in the number of steps from the target that is set, and the intervals that follow from it.
+
+    num_params: of the model, wte and lm_head included. The config must have been through `with_defaults`.
+    """
+    steps = config.num_iterations
+    if config.target_flops != AUTO:
+        steps = max(1, round(config.target_flops / (flops_per_token * config.total_batch_size)))
+    elif config.target_param_data_ratio != AUTO:
+        steps = max(1, round(config.target_param_data_ratio * num_params / config.total_batch_size))
+    sized = {
+        "eval_every": min(250, math.ceil(steps / 5)),
+        "sample_every": min(1000, math.ceil(steps / 4)),
+        "save_every": min(1000, math.ceil(steps / 4)),
+    }
+    fixed = dataclasses.replace(config, num_iterations=steps, target_flops=AUTO, target_param_data_ratio=AUTO)
+    return _fill(fixed, sized)
+
+
+def _fill(config: TrainConfig, sized: dict[str, Any]) -> TrainConfig:
+    missing = {name: value for name, value in sized.items() if getattr(config, name) in (AUTO, "auto", None)}
+    return dataclasses.replace(config, **missing)
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """Every flag by its name, paths as text."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}

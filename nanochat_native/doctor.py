@@ -1,0 +1,173 @@
+"""python -m nanochat_native.doctor: what is installed, was built, is in this machine, and serves each operator.
+
+Runs every native CPU kernel once against its plain-torch twin. Exits with 1 when something is broken, after saying
+how to mend it.
+"""
+
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nanochat_native
+
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"broken: torch cannot be imported ({error}); install torch >= 2.11")
+
+from nanochat_native import ops
+from nanochat_native.ops import reference
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for `architectures` ("8.0+PTX 9.0a") run on a GPU of this compute capability."""
+    for entry in architectures.split():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match:
+            continue
+        built = (int(match[1]), int(match[2]))
+        if built == capability or (match[4] and built <= capability):
+            return True
+        if not match[3] and built[0] == capability[0] and built <= capability:
+            return True
+    return False
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown processor"
+
+
+def openmp_libraries() -> set[str]:
+    """Paths of the libgomp copies that this process has loaded. Two would each keep threads of their own."""
+    maps = Path("/proc/self/maps").read_text()
+    return {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+
+
+def _attention_error() -> float:
+    q, k, v = (torch.randn(2, 70, heads, 16) for heads in (4, 2, 2))
+    return _difference(ops.attention(q, k, v, window=9), reference.attention(q, k, v, window=9))
+
+
+def _newton_schulz_error() -> float:
+    g = torch.randn(2, 40, 24)
+    return _difference(ops.newton_schulz(g), reference.newton_schulz(g))
+
+
+def _adamw_error() -> float:
+    state = [[torch.randn(999)], [torch.randn(999)], [torch.randn(999)], [torch.rand(999)]]
+    twin = [[tensor.clone() for tensor in tensors] for tensors in state]
+    settings: dict[str, Any] = {"step": 3, "lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
+    ops.adamw_(*state, **settings)
+    reference.adamw_(*twin, **settings)
+    return max(_difference(ours[0], theirs[0]) for ours, theirs in zip(state, twin, strict=True))
+
+
+def _muon_momentum_error() -> float:
+    grads, buffers = [torch.randn(33, 7)], [torch.randn(33, 7)]
+    twin = [buffers[0].clone()]
+    update = ops.muon_momentum_(grads, buffers, momentum=0.9)
+    expected = reference.muon_momentum_(grads, twin, momentum=0.9)
+    return max(_difference(update, expected), _difference(buffers[0], twin[0]))
+
+
+def _muon_update_error() -> float:
+    params, update = [torch.randn(33, 7)], torch.randn(1, 33, 7)
+    twin = [params[0].clone()]
+    ops.muon_update_(params, update, lr=0.1, weight_decay=0.1)
+    reference.muon_update_(twin, update, lr=0.1, weight_decay=0.1)
+    return _difference(params[0], twin[0])
+
+
+def _linear_cross_entropy_error() -> float:
+    x, weight, targets = torch.randn(50, 24), torch.randn(99, 24), torch.randint(0, 99, (50,))
+    return _difference(ops.linear_cross_entropy(x, weight, targets), reference.linear_cross_entropy(x, weight, targets))
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+CHECKS: dict[str, Callable[[], float]] = {
+    "attention": _attention_error,
+    "newton_schulz": _newton_schulz_error,
+    "adamw_": _adamw_error,
+    "muon_momentum_": _muon_momentum_error,
+    "muon_update_": _muon_update_error,
+    "linear_cross_entropy": _linear_cross_entropy_error,
+}
+TOLERANCE = 1e-3  # of float32 results of order 1: a wrong kernel is off by far more
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    broken: list[str] = []
+    print(
+        f"versions   nanochat-native {nanochat_native.__version__}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {platform.system()} {platform.machine()}"
+    )
+
+    architectures = ""
+    instruction_set = "not used"
+    try:
+        info = ops.build_info()
+    except RuntimeError as error:
+        broken.append(str(error))
+        print("built      no usable native module")
+    else:
+        architectures = info["cuda_architectures"]
+        cuda = f"CUDA {info['cuda']} for {architectures}" if info["cuda"] else f"no CUDA ({info['cuda_off']})"
+        print(
+            f"built      {info['version']} by {info['compiler']} for torch {info['torch']}: "
+            f"CPU for {info['instruction_sets']}; {cuda}"
+        )
+        if info["version"] != nanochat_native.__version__:
+            broken.append(f"the native module is of version {info['version']}: install again")
+        try:
+            instruction_set = ops.instruction_set()
+        except ValueError as error:
+            broken.append(str(error))
+        if len(openmp_libraries()) > 1:
+            broken.append(f"two OpenMP libraries are loaded, import torch first: {sorted(openmp_libraries())}")
+
+    print(f"machine    {processor()}, instruction set {instruction_set}, {torch.get_num_threads()} threads")
+    gpus = torch.cuda.device_count()
+    for index in range(gpus):
+        capability = torch.cuda.get_device_capability(index)
+        name = f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}"
+        print(f"           GPU {index}: {name}")
+        if architectures and not covers(architectures, capability):
+            broken.append(
+                f"GPU {index} ({name}) is not among the architectures built ({architectures}): "
+                f"install again with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
+            )
+    if gpus == 0:
+        print(f"           no GPU: {'none is visible' if torch.version.cuda else 'this torch is built without CUDA'}")
+
+    print(f"backend    {ops.backend()}")
+    devices = ["cpu", "cuda"] if gpus else ["cpu"]
+    for op, check in CHECKS.items():
+        states = []
+        for device in devices:
+            backend, why = ops.serves(op, device)
+            state = f"{device}: {backend} ({why})"
+            if device == "cpu" and backend == "native" and instruction_set != "not used":
+                off = check()
+                state = f"{device}: native, off its twin by {off:.0e}"
+                if not off < TOLERANCE:
+                    broken.append(f"{op} on the CPU ({instruction_set}) is off its twin by {off:.1e}")
+            states.append(state)
+        print(f"{op:<21}{'; '.join(states)}")
+
+    for sentence in broken:
+        print(f"broken: {sentence}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

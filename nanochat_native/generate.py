@@ -1,0 +1,198 @@
+"""Sampling: tokens with a KV cache, text as a stream, and `python -m nanochat_native.generate`."""
+
+import codecs
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from nanochat_native.loading import autocast, exit_code, load_model, pick_device
+from nanochat_native.model import GPT, KVCache
+from nanochat_native.tokenizer import Tokenizer
+
+
+def generate_tokens(
+    model: GPT,
+    prompt_tokens: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    num_samples: int = 1,
+    stop_tokens: Collection[int] = (),
+) -> Iterator[list[int | None]]:
+    """Continues a prompt in num_samples ways; yields the next token of each, up to max_tokens times.
+
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens, top_p then the fewest whose
+    probabilities reach p (arXiv:1904.09751). A sample that draws a stop token is over: it yields None from there on,
+    and the iterator ends when all are. The prompt runs through the model once, whatever num_samples. Same seed, same
+    tokens.
+
+    Raises ValueError, at the call, for arguments out of range and for more tokens than the model has positions.
+    """
+    vocab_size = model.config.vocab_size
+    if not prompt_tokens or not all(0 <= token < vocab_size for token in prompt_tokens):
+        raise ValueError(f"the prompt has {len(prompt_tokens)} tokens; takes at least one, from 0 to {vocab_size - 1}")
+    if max_tokens < 1 or num_samples < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, num_samples {num_samples}; both take a number from 1")
+    if len(prompt_tokens) + max_tokens > model.max_positions:
+        given = f"{len(prompt_tokens)} tokens of prompt and {max_tokens} more"
+        raise ValueError(f"{given}; the model has {model.max_positions} positions")
+    check_sampling(temperature, top_k, top_p)
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.inference_mode()
+    def tokens() -> Iterator[list[int | None]]:
+        device, capacity = model.wte.weight.device, len(prompt_tokens) + max_tokens
+        cache = KVCache(model.config, 1, capacity, dtype=model.compute_dtype, device=device)
+        logits = model(torch.tensor([list(prompt_tokens)], device=device), kv_cache=cache, last_only=True)[:, -1]
+        logits = logits.expand(num_samples, -1)
+        if num_samples > 1:
+            cache = cache.repeat(num_samples)
+        running = [True] * num_samples
+        for count in range(1, max_tokens + 1):
+            drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            running = [alive and int(token) not in stop_tokens for alive, token in zip(running, drawn, strict=True)]
+            if not any(running):
+                return
+            yield [int(token) if alive else None for alive, token in zip(running, drawn, strict=True)]
+            if count < max_tokens:
+                logits = model(drawn[:, None].to(device), kv_cache=cache)[:, -1]
+
+    return tokens()
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError for settings that `sample` does not take."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it takes a number from 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it takes a number from 1, or None for all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it takes a number above 0 to 1, or None for all")
+
+
+def sample(
+    logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    """Draws one token a row: logits (B, V) on any device -> (B,) int64 on the CPU, where `generator` is.
+
+    Raises ValueError for logits that are not finite.
+    """
+    logits = logits.float().cpu()
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: its training has diverged")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, index = probabilities.sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        probabilities = torch.zeros_like(ordered).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def generate_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continues a text, which is taken for the beginning of a document, until the model ends it; yields whole
+    characters as they come. Bytes that are not UTF-8 become U+FFFD. The settings, and the errors raised at the call,
+    of generate_tokens.
+    """
+    stream = generate_tokens(
+        model,
+        [tokenizer.bos_id, *tokenizer.encode(prompt)],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=[tokenizer.bos_id],
+    )
+
+    def pieces() -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for row in stream:
+            if text := decoder.decode(tokenizer.decode_bytes([token for token in row if token is not None])):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    return pieces()
+
+
+@dataclass
+class Options:
+    """Continue a prompt with a trained model."""
+
+    checkpoint: Path
+    """Run folder, as `python -m nanochat_native.train` leaves it."""
+    prompt: str = ""
+    """Text to continue; empty: a document from its beginning."""
+    step: int | None = None
+    """Checkpoint to use; default: the newest."""
+    max_tokens: int = 256
+    """Tokens to add at most."""
+    temperature: float = 0.8
+    """Of the softmax; 0 takes the likeliest token."""
+    top_k: int | None = 50
+    """Tokens to draw from, the likeliest k; None for all."""
+    top_p: float | None = None
+    """Tokens to draw from, the likeliest that together reach this probability; None for all."""
+    seed: int = 0
+    """Of the draws; the same seed gives the same text."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Default: the GPU where there is one."""
+
+
+def run(options: Options) -> None:
+    """Prints the prompt and its continuation as it comes. Raises what load_model and generate_text do."""
+    check_sampling(options.temperature, options.top_k, options.top_p)
+    device = pick_device(options.device)
+    model, tokenizer, _ = load_model(
+        options.checkpoint, options.step, device, warn=lambda message: print(message, file=sys.stderr)
+    )
+    with autocast(device):
+        pieces = generate_text(
+            model,
+            tokenizer,
+            options.prompt,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+        print(options.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Generates as `args` say, sys.argv's by default. Returns the exit code."""
+    options = tyro.cli(Options, prog="python -m nanochat_native.generate", args=args)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

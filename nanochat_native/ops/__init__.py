@@ -1,0 +1,455 @@
+"""The operators: one public call each, checked here, then run by the native kernels or by their plain-torch twins.
+
+`use_backend("native" | "torch")` chooses; the environment variable NANOCHAT_NATIVE_BACKEND sets what a process starts
+with (native). Nothing falls back in silence: on a device that has no native kernel for an operator, the twin serves and
+one warning names the operator; a module that is missing or was built for another torch is a RuntimeError with the mend.
+
+Every call raises ValueError or TypeError, before any work, for arguments that it does not take.
+
+Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, D head size,
+               N rows (tokens), C channels, V vocabulary, (M, K) one matrix.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from nanochat_native.ops import native, reference
+from nanochat_native.ops.native import build_info, instruction_set
+from nanochat_native.ops.reference import Triple
+
+__all__ = [
+    "adamw_",
+    "attention",
+    "backend",
+    "build_info",
+    "instruction_set",
+    "linear",
+    "linear_backward",
+    "linear_cross_entropy",
+    "muon_momentum_",
+    "muon_update_",
+    "newton_schulz",
+    "serves",
+    "use_backend",
+]
+
+BACKENDS = ("native", "torch")
+
+_backend = os.environ.get("NANOCHAT_NATIVE_BACKEND", "native")
+if _backend not in BACKENDS:
+    raise ValueError(f"NANOCHAT_NATIVE_BACKEND is {_backend!r}; takes native or torch")
+
+
+def backend() -> str:
+    """The backend in use: "native" or "torch"."""
+    return _backend
+
+
+class use_backend:  # noqa: N801 (called as a function)
+    """Choose the backend of every operator: a call sets it for good, a `with` block until its end.
+
+    Raises ValueError for an unknown name, RuntimeError for "native" when the native module cannot be used.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _backend
+        if name not in BACKENDS:
+            raise ValueError(f"use_backend: name is {name!r}; takes 'native' or 'torch'")
+        if name == "native":
+            native.require()
+        self._previous = _backend
+        _backend = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def serves(op: str, device: torch.device | str) -> tuple[str, str]:
+    """Which backend ("native" or "torch") serves operator `op` on `device`, and why, as a phrase.
+
+    Raises ValueError for an unknown operator.
+    """
+    if op not in native.DEVICES:
+        raise ValueError(f"serves: op is {op!r}; takes {', '.join(native.DEVICES)}")
+    kind = torch.device(device).type
+    if _backend == "torch":
+        return "torch", "chosen by use_backend or NANOCHAT_NATIVE_BACKEND"
+    if native.problem:
+        return "torch", native.problem
+    if kind in native.DEVICES[op]:
+        return "native", "kernel built"
+    if kind == "cuda" and not build_info()["cuda"]:
+        return "torch", "nanochat_native was built without CUDA"
+    return "torch", f"no native kernel for {kind} yet"
+
+
+def _runs_native(op: str, tensor: Tensor) -> bool:
+    if _backend == "torch":
+        return False
+    native.require()
+    kind = tensor.device.type
+    if kind in native.DEVICES[op]:
+        return True
+    _warn_twin_serves(op, kind)
+    return False
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result  # run while torch.compile traces: the warning survives, the graph is whole
+def _warn_twin_serves(op: str, kind: str) -> None:
+    if (op, kind) not in _warned:
+        _warned.add((op, kind))
+        warnings.warn(f"nanochat_native: {op} on {kind} is served by plain torch: {serves(op, kind)[1]}", stacklevel=4)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """Exact attention, softmax(scale * q k^T) v, without the matrix of scores. Differentiable once.
+
+    Args:
+        q: (B, Tq, H, D).
+        k, v: (B, Tk, Hkv, D) of q's dtype and device; H is a multiple of Hkv, heads h * H / Hkv ... share key head h.
+        causal: aligned bottom-right: query i sees keys up to i + Tk - Tq.
+        window: query i sees its own key and the `window` keys before it, as FlashAttention's window_size=(window, 0).
+            Implies causal.
+        scale: of the scores; 1 / sqrt(D) by default.
+
+    Returns:
+        (B, Tq, H, D) in q's dtype, contiguous. A query that sees no key gets 0, and gives no gradient.
+
+    Native on the CPU: float32, float64, bfloat16 (computed in float32), any strides with unit stride in D (others are
+    copied first). The same inputs give the same bits, forward and backward. Method: FlashAttention-2, arXiv:2307.08691.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"attention: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "takes (B, Tq, H, D), (B, Tk, Hkv, D), (B, Tk, Hkv, D)"
+        )
+    if k.shape != v.shape or q.size(0) != k.size(0) or q.size(3) != k.size(3):
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: "
+            "k and v must have the same shape, and B and D of q"
+        )
+    if q.size(3) == 0 or q.size(2) == 0 or k.size(2) == 0 or q.size(2) % k.size(2) != 0:
+        raise ValueError(
+            f"attention: H is {q.size(2)}, Hkv is {k.size(2)}, D is {q.size(3)}; takes H a multiple of Hkv, D from 1"
+        )
+    _check_same("attention", q, q=q, k=k, v=v)
+    _check_dtype("attention", "q", q, _ATTENTION_DTYPES if q.device.type == "cuda" else _CPU_DTYPES)
+    if window is not None and window < 0:
+        raise ValueError(f"attention: window is {window}; takes None or the number of earlier keys, at least 0")
+    if _runs_native("attention", q):
+        return native.attention(q, k, v, causal, window, scale)
+    return reference.attention(q, k, v, causal=causal, window=window, scale=scale)
+
+
+def newton_schulz(g: Tensor, *, steps: int = 5, coefficients: str | Sequence[Triple] = "quintic") -> Tensor:
+    """Orthogonalise matrices: replace the singular values of g by values near 1. Not differentiable.
+
+    X0 = g / (f |g|_F); each step with its triple (a, b, c): A = X X^T, X = a X + (b A + c A A) X.
+
+    Args:
+        g: (..., M, K), floating point; each matrix by itself, of any scale.
+        steps: how many; the first `steps` triples are used, and where there are fewer the last is repeated.
+        coefficients: "quintic", Keller Jordan's (3.4445, -4.7750, 2.0315), and "cubic", (1.5, -0.5, 0), with f = 1;
+            "polar_express", the five triples of arXiv:2505.16932, with f = 1.01; or a list of triples, with f = 1.
+
+    Returns:
+        (..., M, K) in g's dtype, contiguous. A zero matrix gives zero; a NaN makes its matrix NaN.
+
+    Native on the CPU: computed in float32, or float64 for float64.
+    """
+    if g.dim() < 2:
+        raise ValueError(f"newton_schulz: g has shape {tuple(g.shape)}; takes (..., M, K)")
+    _check_dtype("newton_schulz", "g", g, _ATTENTION_DTYPES)
+    if steps < 1:
+        raise ValueError(f"newton_schulz: steps is {steps}; takes at least 1")
+    triples, norm_factor = reference.newton_schulz_schedule(steps, coefficients)
+    if _runs_native("newton_schulz", g):
+        return native.newton_schulz(g, triples, norm_factor)
+    return reference.newton_schulz(g, steps=steps, coefficients=coefficients)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+) -> None:
+    """One AdamW step (arXiv:1711.05101) on a list of tensors, in place, as one operator.
+
+    m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;
+    p = (1 - lr weight_decay) p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps), as torch.optim.AdamW.
+
+    Args:
+        params: contiguous tensors on one device, all float32 or all bfloat16, updated.
+        grads: of the shapes and dtype of params, contiguous, only read.
+        exp_avgs, exp_avg_sqs: m and v, of the shapes of params, contiguous, updated; float32, or with bfloat16 params
+            all bfloat16.
+        step: t, from 1.
+        stochastic_rounding: round bfloat16 params up or down at random, without bias, as a pure function of
+            (seed, step, tensor, element) on each backend. float32 params take no notice of it.
+    """
+    _check_lists("adamw_", params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    if step < 1:
+        raise ValueError(f"adamw_: step is {step}; takes at least 1")
+    if not lr >= 0 or not eps >= 0 or not weight_decay >= 0:
+        raise ValueError(f"adamw_: lr {lr}, eps {eps}, weight_decay {weight_decay}; takes none below 0")
+    if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
+        raise ValueError(f"adamw_: beta1 {beta1}, beta2 {beta2}; takes 0 <= beta < 1")
+    if not params:
+        return
+    _check_dtype("adamw_", "params[0]", params[0], _PARAM_DTYPES)
+    _check_list_dtypes("adamw_", params[0].dtype, params=params, grads=grads)
+    if exp_avgs[0].dtype != torch.float32 and exp_avgs[0].dtype != params[0].dtype:
+        raise TypeError(
+            f"adamw_: exp_avgs[0] is {exp_avgs[0].dtype}; "
+            "takes torch.float32, or torch.bfloat16 with torch.bfloat16 params"
+        )
+    _check_list_dtypes("adamw_", exp_avgs[0].dtype, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    function = native.adamw_ if _runs_native("adamw_", params[0]) else reference.adamw_
+    function(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+    )
+
+
+def muon_momentum_(
+    grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], *, momentum: float, nesterov: bool = True
+) -> Tensor:
+    """The half of Muon before newton_schulz, for same-shaped tensors in one pass.
+
+    buf = momentum buf + (1 - momentum) g;  update = momentum buf + (1 - momentum) g with Nesterov, else buf.
+
+    Args:
+        grads: at least one; one shape, contiguous, all float32 or all bfloat16, only read.
+        momentum_buffers: as many, of that shape, contiguous float32, updated.
+        momentum: in [0, 1).
+
+    Returns:
+        update: (len(grads), *shape) float32, contiguous: ready for one batched newton_schulz.
+    """
+    _check_lists("muon_momentum_", grads=grads, momentum_buffers=momentum_buffers)
+    if not grads:
+        raise ValueError("muon_momentum_: grads is empty; takes at least one tensor")
+    _check_one_shape("muon_momentum_", "grads", grads)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"muon_momentum_: momentum is {momentum}; takes 0 <= momentum < 1")
+    _check_dtype("muon_momentum_", "grads[0]", grads[0], _PARAM_DTYPES)
+    _check_list_dtypes("muon_momentum_", grads[0].dtype, grads=grads)
+    _check_list_dtypes("muon_momentum_", torch.float32, momentum_buffers=momentum_buffers)
+    if _runs_native("muon_momentum_", grads[0]):
+        return native.muon_momentum_(grads, momentum_buffers, momentum, nesterov)
+    return reference.muon_momentum_(grads, momentum_buffers, momentum=momentum, nesterov=nesterov)
+
+
+def muon_update_(
+    params: Sequence[Tensor], update: Tensor, *, lr: float, weight_decay: float = 0.0, scale: float = 1.0
+) -> None:
+    """The half of Muon after newton_schulz, in one pass: p = (1 - lr weight_decay) p - lr scale update[i].
+
+    Args:
+        params: at least one; one shape, contiguous, all float32 or all bfloat16, updated.
+        update: (len(params), *shape) float32, contiguous.
+        scale: of the update, e.g. sqrt(max(1, rows / columns)).
+    """
+    _check_lists("muon_update_", params=params)
+    if not params:
+        raise ValueError("muon_update_: params is empty; takes at least one tensor")
+    _check_one_shape("muon_update_", "params", params)
+    if update.shape != (len(params), *params[0].shape) or not update.is_contiguous():
+        raise ValueError(
+            f"muon_update_: update has shape {tuple(update.shape)}, strides {update.stride()}; "
+            f"takes a contiguous {(len(params), *params[0].shape)}"
+        )
+    if not lr >= 0 or not weight_decay >= 0:
+        raise ValueError(f"muon_update_: lr {lr}, weight_decay {weight_decay}; takes none below 0")
+    _check_dtype("muon_update_", "params[0]", params[0], _PARAM_DTYPES)
+    _check_list_dtypes("muon_update_", params[0].dtype, params=params)
+    _check_dtype("muon_update_", "update", update, (torch.float32,))
+    if update.device != params[0].device:
+        raise ValueError(f"muon_update_: update is on {update.device}, params on {params[0].device}; takes one device")
+    function = native.muon_update_ if _runs_native("muon_update_", update) else reference.muon_update_
+    function(params, update, lr=lr, weight_decay=weight_decay, scale=scale)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, as torch.nn.functional.linear without a bias. Differentiable once where the native product serves.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+
+    Returns:
+        (..., O).
+
+    The product is the library's (torch's own) except in one case: float32 of at least 64 rows on a CPU that is not
+    Intel's and has AVX2, where torch's MKL takes a slower path and the register tile of the other operators serves.
+    """
+    if x.dim() < 1 or weight.dim() != 2 or x.size(-1) != weight.size(1):
+        raise ValueError(f"linear: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; takes (..., I), (O, I)")
+    if _backend == "native" and native.linear_pays(x, weight):
+        return native.linear(x, weight)
+    return torch.nn.functional.linear(x, weight)
+
+
+def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of linear, for those who write a backward pass by hand: dx = dy weight, dweight = dy^T x.
+
+    Args:
+        dy: (..., O), the gradient of x weight^T.
+        x: (..., I).
+        weight: (O, I).
+
+    Returns:
+        dx of x's shape and dweight of weight's, by the same products as linear.
+    """
+    if dy.shape[:-1] != x.shape[:-1] or (dy.size(-1), x.size(-1)) != tuple(weight.shape):
+        raise ValueError(
+            f"linear_backward: dy has shape {tuple(dy.shape)}, x {tuple(x.shape)}, weight {tuple(weight.shape)}; "
+            "takes (..., O), (..., I), (O, I)"
+        )
+    dy_rows, rows = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
+    if _backend == "native" and native.linear_pays(x, weight):
+        dx, dweight = torch.ops.nanochat_native.linear_backward(dy_rows, rows, weight, True, True)
+    else:
+        dx, dweight = dy_rows @ weight, dy_rows.mT @ rows
+    return dx.view(x.shape), dweight
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 15.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of z = softcap tanh(x weight^T / softcap), with the logits of one chunk of rows at a time.
+
+    The gradients are computed in the forward pass, so that no logits are kept; the backward pass scales them.
+
+    Args:
+        x: (..., C) float32, float64 or bfloat16.
+        weight: (V, C) of x's dtype and device.
+        targets: the shape of x without C, int64, in [0, V) or ignore_index.
+        softcap: bound of |z|; 0 for none.
+        reduction: "mean" over the targets that are not ignored, "sum", or "none".
+
+    Returns:
+        Nats, float32 (float64 for float64), 0 for an ignored target: a scalar, differentiable once, for "mean" and
+        "sum"; the shape of targets, without gradient, for "none". The mean of no target is NaN, its gradients zero.
+    """
+    if x.dim() < 1 or weight.dim() != 2 or x.size(-1) != weight.size(1) or weight.size(0) == 0 or weight.size(1) == 0:
+        raise ValueError(
+            f"linear_cross_entropy: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; takes (..., C), (V, C)"
+        )
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(
+            f"linear_cross_entropy: targets has shape {tuple(targets.shape)}; "
+            f"takes {tuple(x.shape[:-1])}, as x without C"
+        )
+    _check_dtype("linear_cross_entropy", "x", x, _CPU_DTYPES)
+    _check_dtype("linear_cross_entropy", "targets", targets, (torch.int64,))
+    _check_same("linear_cross_entropy", x, weight=weight)
+    if targets.device != x.device:
+        raise ValueError(f"linear_cross_entropy: targets is on {targets.device}, x on {x.device}; takes one device")
+    if not softcap >= 0:
+        raise ValueError(f"linear_cross_entropy: softcap is {softcap}; takes at least 0")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}; takes 'mean', 'sum' or 'none'")
+    if reduction == "none" and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise ValueError("linear_cross_entropy: reduction 'none' gives no gradient; call it under torch.no_grad()")
+    if _runs_native("linear_cross_entropy", x):
+        return native.linear_cross_entropy(x, weight, targets, softcap, ignore_index, reduction)
+    return reference.linear_cross_entropy(
+        x, weight, targets, softcap=softcap, ignore_index=ignore_index, reduction=reduction
+    )
+
+
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_ATTENTION_DTYPES = (*_CPU_DTYPES, torch.float16)
+_PARAM_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _check_dtype(op: str, name: str, tensor: Tensor, taken: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in taken:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; takes {', '.join(map(str, taken))}")
+
+
+def _check_same(op: str, first: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; takes {first.dtype}, as its other arguments")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}; takes {first.device}, as its other arguments")
+
+
+def _check_lists(op: str, **lists: Sequence[Tensor]) -> None:
+    """Same lengths, shapes and device throughout, everything contiguous."""
+    (first_name, first), *others = lists.items()
+    for name, tensors in others:
+        if len(tensors) != len(first):
+            raise ValueError(f"{op}: {name} has {len(tensors)} tensors; takes {len(first)}, as {first_name}")
+    for name, tensors in lists.items():
+        for i, (tensor, model) in enumerate(zip(tensors, first, strict=True)):
+            if tensor.shape != model.shape:
+                raise ValueError(
+                    f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}; "
+                    f"takes {tuple(model.shape)}, as {first_name}[{i}]"
+                )
+            if tensor.device != first[0].device:
+                raise ValueError(
+                    f"{op}: {name}[{i}] is on {tensor.device}; takes {first[0].device}, as {first_name}[0]"
+                )
+            if not tensor.is_contiguous():
+                raise ValueError(f"{op}: {name}[{i}] has strides {tensor.stride()}; takes a contiguous tensor")
+
+
+def _check_list_dtypes(op: str, taken: torch.dtype, **lists: Sequence[Tensor]) -> None:
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype != taken:
+                raise TypeError(f"{op}: {name}[{i}] is {tensor.dtype}; takes {taken}")
+
+
+def _check_one_shape(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.shape != tensors[0].shape:
+            raise ValueError(
+                f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}; takes {tuple(tensors[0].shape)}, as {name}[0]"
+            )

@@ -1,0 +1,302 @@
+"""The native operators: loads `_C`, which registers them with torch, and gives them fakes and gradients."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_native.ops.reference import Triple, compute_dtype
+
+MEND = "run `pip install --no-build-isolation .` in nanochat-native's folder, or choose NANOCHAT_NATIVE_BACKEND=torch"
+
+# Operators with a CUDA kernel, when the module was built with CUDA. Every operator has CPU kernels.
+CUDA_OPERATORS = frozenset({"adamw_"})
+
+
+def _load() -> tuple[Any, str]:
+    """The module `_C` and what keeps it from being used: an empty string if nothing does."""
+    try:
+        module = importlib.import_module("nanochat_native._C")
+    except ModuleNotFoundError:
+        return None, f"the native module nanochat_native._C is not built for this Python: {MEND}"
+    except ImportError as error:
+        return None, (
+            f"the native module nanochat_native._C does not load with torch {torch.__version__} ({error}): {MEND}"
+        )
+    built_for = module.build_info()["torch"]
+    if _release(built_for) != _release(torch.__version__):
+        return module, (
+            f"the native module nanochat_native._C was built for torch {built_for}, this is {torch.__version__}: {MEND}"
+        )
+    return module, ""
+
+
+def _release(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+_C, problem = _load()
+
+
+def require() -> None:
+    """Raises RuntimeError, with the mend, when the native kernels cannot be used."""
+    if problem:
+        raise RuntimeError(problem)
+
+
+def build_info() -> dict[str, Any]:
+    """What `_C` was built as: version, torch, compiler, instruction_sets, cuda (nvcc's version, or ""),
+    cuda_architectures (entries as in TORCH_CUDA_ARCH_LIST) and cuda_off (why CUDA is not in it, or "").
+
+    Raises RuntimeError, with the mend, when there is no usable module.
+    """
+    require()
+    info: dict[str, Any] = _C.build_info()
+    return info
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU kernels run on here: "avx512", "avx2" or "baseline".
+
+    Raises RuntimeError, with the mend, when there is no usable module; ValueError when the environment variable
+    NANOCHAT_CPU_ISA names one that this processor does not have.
+    """
+    require()
+    name: str = _C.instruction_set()
+    return name
+
+
+# Types of device that have a native kernel, for each operator. "meta" stands for shapes without data.
+DEVICES: dict[str, tuple[str, ...]] = {
+    op: ("cpu", "meta", "cuda") if op in CUDA_OPERATORS and not problem and build_info()["cuda"] else ("cpu", "meta")
+    for op in ("attention", "newton_schulz", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
+}
+
+
+def _linear_pays_here() -> bool:
+    try:
+        return not problem and _C.linear_pays()
+    except ValueError:  # of NANOCHAT_CPU_ISA: raised by the first operator that runs, not by the import
+        return False
+
+
+LINEAR_PAYS = _linear_pays_here()
+
+
+def _refuse_second_derivative(op: str) -> None:
+    # Grad mode is on during a backward pass only under create_graph=True.
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: has no second derivative; takes create_graph=False")
+
+
+# --- attention ---
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None) -> Tensor:
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    window = -1 if window is None else window
+    return torch.ops.nanochat_native.attention_forward(q, k, v, causal or window >= 0, window, scale)[0]
+
+
+def _attention_forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=compute_dtype(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+def _attention_backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.shape = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+def _attention_grad(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative("attention")
+    dq, dk, dv = torch.ops.nanochat_native.attention_backward(dout, *ctx.saved_tensors, *ctx.shape)
+    return dq, dk, dv, None, None, None
+
+
+# --- newton_schulz ---
+
+
+def newton_schulz(g: Tensor, triples: Sequence[Triple], norm_factor: float) -> Tensor:
+    coefficients = [number for triple in triples for number in triple]
+    with torch.no_grad():
+        x = torch.ops.nanochat_native.newton_schulz(g.to(compute_dtype(g.dtype)), coefficients, norm_factor)
+        return x.to(g.dtype)
+
+
+def _newton_schulz_fake(g: Tensor, coefficients: Sequence[float], norm_factor: float) -> Tensor:
+    return g.new_empty(g.shape)
+
+
+# --- optimizers ---
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    **hyperparameters: float,
+) -> None:
+    torch.ops.nanochat_native.adamw_(params, grads, exp_avgs, exp_avg_sqs, **hyperparameters)
+
+
+def _adamw_fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    **hyperparameters: float,
+) -> None:
+    pass
+
+
+@torch.no_grad()
+def muon_momentum_(
+    grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], momentum: float, nesterov: bool
+) -> Tensor:
+    return torch.ops.nanochat_native.muon_momentum_(grads, momentum_buffers, momentum, nesterov)
+
+
+def _muon_momentum_fake(
+    grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], momentum: float, nesterov: bool
+) -> Tensor:
+    return grads[0].new_empty((len(grads), *grads[0].shape), dtype=torch.float32)
+
+
+@torch.no_grad()
+def muon_update_(params: Sequence[Tensor], update: Tensor, *, lr: float, weight_decay: float, scale: float) -> None:
+    torch.ops.nanochat_native.muon_update_(params, update, lr, weight_decay, scale)
+
+
+def _muon_update_fake(params: Sequence[Tensor], update: Tensor, lr: float, weight_decay: float, scale: float) -> None:
+    pass
+
+
+# --- linear ---
+
+LINEAR_ROWS = 64  # fewer do not pay for transposing the weight
+
+
+def linear_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether the native product serves x (..., I): float32 on a CPU where it outruns torch's own, enough rows."""
+    return (
+        LINEAR_PAYS
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() >= LINEAR_ROWS * x.size(-1)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.nanochat_native.linear(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(0))
+
+
+def _linear_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.size(0), weight.size(0)))
+
+
+def _linear_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, needs_grad_x: bool, needs_grad_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if needs_grad_x else 0), weight.new_empty(weight.shape if needs_grad_weight else 0)
+
+
+def _linear_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative("linear")
+    needed = ctx.needs_input_grad
+    grads = torch.ops.nanochat_native.linear_backward(dy, *ctx.saved_tensors, *needed)
+    return tuple(grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=True))
+
+
+# --- linear_cross_entropy ---
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, ignore_index: int, reduction: str
+) -> Tensor:
+    grad = torch.is_grad_enabled()
+    loss, _, _ = torch.ops.nanochat_native.linear_cross_entropy(
+        x.reshape(-1, x.size(-1)),
+        weight,
+        targets.reshape(-1),
+        softcap,
+        ignore_index,
+        reduction,
+        grad and x.requires_grad,
+        grad and weight.requires_grad,
+    )
+    return loss.reshape(targets.shape) if reduction == "none" else loss
+
+
+def _linear_cross_entropy_fake(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float,
+    ignore_index: int,
+    reduction: str,
+    needs_grad_x: bool,
+    needs_grad_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.new_empty(targets.shape if reduction == "none" else (), dtype=compute_dtype(x.dtype))
+    return loss, x.new_empty(x.shape if needs_grad_x else 0), weight.new_empty(weight.shape if needs_grad_weight else 0)
+
+
+def _linear_cross_entropy_setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    _, grad_x, grad_weight = output
+    ctx.needs = inputs[-2:]
+    ctx.mark_non_differentiable(grad_x, grad_weight)
+    ctx.save_for_backward(grad_x, grad_weight)
+
+
+def _linear_cross_entropy_grad(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative("linear_cross_entropy")
+    grads = [grad * dloss if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    return (*grads, None, None, None, None, None, None)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "attention_forward": _attention_forward_fake,
+    "attention_backward": _attention_backward_fake,
+    "newton_schulz": _newton_schulz_fake,
+    "adamw_": _adamw_fake,
+    "muon_momentum_": _muon_momentum_fake,
+    "muon_update_": _muon_update_fake,
+    "linear": _linear_fake,
+    "linear_backward": _linear_backward_fake,
+    "linear_cross_entropy": _linear_cross_entropy_fake,
+}
+
+if not problem:
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"nanochat_native::{_name}", _fake)
+    torch.library.register_autograd(
+        "nanochat_native::attention_forward", _attention_grad, setup_context=_attention_setup_context
+    )
+    torch.library.register_autograd("nanochat_native::linear", _linear_grad, setup_context=_linear_setup_context)
+    torch.library.register_autograd(
+        "nanochat_native::linear_cross_entropy",
+        _linear_cross_entropy_grad,
+        setup_context=_linear_cross_entropy_setup_context,
+    )

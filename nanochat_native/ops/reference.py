@@ -1,0 +1,200 @@
+"""Every operator in plain torch: the `torch` backend, and the oracle that the native kernels are tested against.
+
+Same signatures and semantics as `nanochat_native.ops`, without its argument checks. attention and linear_cross_entropy
+are differentiable by autograd. bfloat16 and float16 are computed in float32 and rounded once at the end.
+
+Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, D head size,
+               N rows (tokens), C channels, V vocabulary, (M, K) one matrix.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Triple = tuple[float, float, float]
+
+# Keller Jordan's quintic (https://kellerjordan.github.io/posts/muon/); the Polar Express, arXiv:2505.16932, five steps;
+# the textbook cubic. The Polar Express needs its input strictly inside the unit ball: it divides by a little more.
+COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+    "cubic": ((1.5, -0.5, 0.0),),
+}
+NORM_FACTOR = {"polar_express": 1.01}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that inputs of `dtype` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_mask(Tq: int, Tk: int, causal: bool, window: int | None, device: torch.device | None = None) -> Tensor:
+    """(Tq, Tk) bool: True where query i sees key j. Causal is aligned bottom-right: the last query sees every key."""
+    newest = torch.arange(Tq, device=device)[:, None] + (Tk - Tq)
+    keys = torch.arange(Tk, device=device)
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
+    if causal or window is not None:
+        mask = mask & (keys <= newest)
+    if window is not None:
+        mask = mask & (keys >= newest - window)
+    return mask
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As attention, and the log-sum-exp of the scaled scores: (B, H, Tq), -inf for a fully masked row."""
+    B, Tq, H, D = q.shape
+    Tk, Hkv = k.shape[1:3]
+    dtype = compute_dtype(q.dtype)
+    scale = D**-0.5 if scale is None else scale
+    grouped = q.to(dtype).reshape(B, Tq, Hkv, H // Hkv, D)
+    scores = torch.einsum("bihgd,bjhd->bhgij", grouped, k.to(dtype)) * scale
+    hidden = ~attention_mask(Tq, Tk, causal, window, q.device)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    lse = torch.logsumexp(scores.detach(), dim=-1).reshape(B, H, Tq)
+    # softmax of a row of -inf is NaN, and so is its gradient: give such a row any finite scores, then no weight at all.
+    weights = scores.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0).softmax(dim=-1).masked_fill(hidden, 0.0)
+    out = torch.einsum("bhgij,bjhd->bihgd", weights, v.to(dtype)).reshape(B, Tq, H, D)
+    return out.to(q.dtype), lse
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    return attention_forward(q, k, v, causal=causal, window=window, scale=scale)[0]
+
+
+def newton_schulz_schedule(steps: int, coefficients: str | Sequence[Sequence[float]]) -> tuple[list[Triple], float]:
+    """The triple (a, b, c) of each step, and the factor on the Frobenius norm that the input is divided by.
+
+    The first `steps` triples; where there are fewer, the last one is repeated.
+    """
+    if isinstance(coefficients, str):
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(
+                f"newton_schulz: coefficients is {coefficients!r}; takes {', '.join(map(repr, COEFFICIENTS))}, "
+                "or a list of triples"
+            )
+        triples, norm_factor = list(COEFFICIENTS[coefficients]), NORM_FACTOR.get(coefficients, 1.0)
+    else:
+        if not coefficients or any(len(triple) != 3 for triple in coefficients):
+            raise ValueError(
+                f"newton_schulz: coefficients is {coefficients!r}; takes a name or a list of triples (a, b, c)"
+            )
+        triples, norm_factor = [(float(a), float(b), float(c)) for a, b, c in coefficients], 1.0
+    return triples[:steps] + [triples[-1]] * (steps - len(triples)), norm_factor
+
+
+@torch.no_grad()
+def newton_schulz(g: Tensor, *, steps: int = 5, coefficients: str | Sequence[Sequence[float]] = "quintic") -> Tensor:
+    triples, norm_factor = newton_schulz_schedule(steps, coefficients)
+    dtype = torch.bfloat16 if g.device.type == "cuda" else compute_dtype(g.dtype)
+    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    x = (g / torch.where(norm == 0, 1.0, norm_factor * norm)).to(dtype)
+    tall = g.size(-2) > g.size(-1)
+    if tall:
+        x = x.mT
+    for a, b, c in triples:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    if tall:
+        x = x.mT
+    return x.to(g.dtype).contiguous()
+
+
+def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """float32 -> bfloat16, up or down with the probabilities that make the expectation x. NaN and infinity are kept."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    # Truncation of the magnitude after adding noise below the last kept bit; both signs, since float is sign-magnitude.
+    rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+) -> None:
+    step_size = lr / (1 - beta1**step)
+    bias_correction2_sqrt = (1 - beta2**step) ** 0.5
+    for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        g = grad.float()
+        m = exp_avg.float() * beta1 + g * (1 - beta1)
+        v = exp_avg_sq.float() * beta2 + g * g * (1 - beta2)
+        p = param.float() * (1 - lr * weight_decay) - step_size * m / (v.sqrt() / bias_correction2_sqrt + eps)
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        if stochastic_rounding and param.dtype == torch.bfloat16:
+            # A stream of its own for every (seed, step, tensor): splitmix64's increment keeps neighbours apart.
+            stream = (seed + 0x9E3779B97F4A7C15 * (step * len(params) + index)) % (1 << 63)
+            p = stochastic_round(p, torch.Generator(param.device).manual_seed(stream))
+        param.copy_(p)
+
+
+@torch.no_grad()
+def muon_momentum_(
+    grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], *, momentum: float, nesterov: bool = True
+) -> Tensor:
+    g = torch.stack([grad.float() for grad in grads])
+    buffers = momentum * torch.stack(list(momentum_buffers)) + (1 - momentum) * g
+    for old, new in zip(momentum_buffers, buffers, strict=True):
+        old.copy_(new)
+    return momentum * buffers + (1 - momentum) * g if nesterov else buffers
+
+
+@torch.no_grad()
+def muon_update_(
+    params: Sequence[Tensor], update: Tensor, *, lr: float, weight_decay: float = 0.0, scale: float = 1.0
+) -> None:
+    for param, change in zip(params, update, strict=True):
+        param.copy_(param.float() * (1 - lr * weight_decay) - lr * scale * change)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 15.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+) -> Tensor:
+    dtype = compute_dtype(x.dtype)
+    logits = x.reshape(-1, x.size(-1)).to(dtype) @ weight.to(dtype).T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    flat = targets.reshape(-1)
+    ignored = flat == ignore_index
+    # gather checks the range itself on every device, but as an IndexError or a device-side assert.
+    if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = ~ignored & ((flat < 0) | (flat >= weight.size(0)))
+        if outside.any():
+            raise ValueError(
+                f"linear_cross_entropy: targets holds {int(flat[outside][0])}; "
+                f"takes 0 to {weight.size(0) - 1}, or ignore_index {ignore_index}"
+            )
+    chosen = logits.gather(1, flat.masked_fill(ignored, 0)[:, None])[:, 0]
+    losses = (logits.logsumexp(dim=-1) - chosen).masked_fill(ignored, 0.0)
+    if reduction == "none":
+        return losses.reshape(targets.shape)
+    total = losses.sum(dtype=torch.float64)
+    return (total / (~ignored).sum() if reduction == "mean" else total).to(dtype)

@@ -1,0 +1,133 @@
+"""The words of a run: what it will do, where it is, how it ended and how to go on."""
+
+from __future__ import annotations
+
+import shlex
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nanochat_native import hardware, ops, sizing
+from nanochat_native.config import STDLIB
+from nanochat_native.metrics import compact, duration
+from nanochat_native.optim import describe_routing
+from nanochat_native.plot import plot_loss
+
+if TYPE_CHECKING:
+    from nanochat_native.trainer import Trainer
+
+OPERATORS = ("attention", "newton_schulz", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
+EXPECTED_MFU = {"cpu": 0.6, "cuda": 0.4}  # for the time that is announced before the first step
+
+
+def announce(run: Trainer, notes: list[str]) -> None:
+    """Print what will be done: machine, data, model, work, time, memory. notes: flags changed in a resumed run."""
+    config, model, say = run.config, run.model.config, run.console.say
+    served = {op: ops.serves(op, run.device)[0] for op in OPERATORS}
+    kernels = [f"{' '.join(op for op in served if served[op] == by)}: {by}" for by in sorted(set(served.values()))]
+    if run.device.type == "cpu" and "native" in served.values():
+        kernels.append(ops.instruction_set())
+    say(f"device   {hardware.describe(run.device)} | torch {torch.__version__} | {config.dtype}")
+    say(f"kernels  {' | '.join(kernels)}")
+    peak = "unknown" if run.peak.flops is None else f"{compact(run.peak.flops)}FLOP/s"
+    say(f"peak     {peak} ({run.peak.source})")
+    say(f"data     {run.corpus.description}")
+
+    num_params = run.model.num_params()
+    memory = sizing.memory_bytes(config, num_params=num_params, row_bytes=run.row_bytes)
+    say(
+        f"model    d{model.n_layer}, {num_params / 1e6:.1f}M parameters, width {model.n_embd}, {model.n_head} heads | "
+        f"{compact(run.flops_per_token)}FLOP a token | "
+        f"memory about {memory / 1e9:.1f} of {hardware.memory(run.device)[1] / 1e9:.0f} GB"
+    )
+    say(f"optimizer {describe_routing(run.optimizers)}")
+
+    tokens = config.num_iterations * config.total_batch_size
+    flops = tokens * run.flops_per_token
+    time = ""
+    if run.peak.flops is not None:
+        rate = run.peak.flops * run.world_size * EXPECTED_MFU[run.device.type]
+        time = f", about {duration(flops / rate)}"
+    say(
+        f"batch    {config.device_batch_size} x {config.max_seq_len} x {run.accumulation_steps} = "
+        f"{config.total_batch_size:,} tokens | {config.num_iterations} steps, {tokens:,} tokens "
+        f"({tokens / len(run.corpus.train):.2g} epochs), {compact(flops)}FLOP{time}"
+    )
+    extras = [("tensorboard", "tensorboard/"), ("matplotlib", "loss.png")]
+    missing = [f"no {what}: {module} is not installed" for module, what in extras if not find_spec(module)]
+    say(" | ".join([f"run      {config.run_dir}", f"a checkpoint every {config.save_every} steps", *missing]))
+    for note in notes:
+        say(f"note     {note}: the run goes on, but no longer bit for bit as it would have")
+
+
+def live_line(record: dict[str, Any], run: Trainer) -> str:
+    """A train record in one line."""
+    total, there = run.config.num_iterations, hardware.memory(run.device)[1]
+    parts = [
+        f"step {record['step']}/{total} {100 * record['step'] // total}%",
+        f"loss {number(record['loss'])}",
+        f"bpb {number(record['bpb'])}",
+        f"gnorm {number(record['grad_norm'])}",
+        f"lr x{record['lr_multiplier']:.2f}",
+        f"mom {record['momentum']:.3f}",
+        f"{1000 * record['seconds']:.0f} ms",
+        f"{compact(record['tokens_per_second'])} tok/s",
+        "mfu ?" if record["mfu"] is None else f"mfu {record['mfu']:.0%}",
+        f"mem {record['memory_bytes'] / 1e9:.1f}/{there / 1e9:.0f} GB",
+        f"data {record['data_seconds'] / record['seconds']:.0%}",
+        f"eta {duration((total - record['step']) * run.seconds_per_step)}",
+    ]
+    return " | ".join(parts)
+
+
+def number(value: float | None) -> str:
+    """Three decimals; "?" for what is not known or not finite."""
+    return "?" if value is None else f"{value:.3f}"
+
+
+def summarize(run: Trainer, seconds: float, steps: int) -> dict[str, Any]:
+    """Draw the plot, print how this call ended and the commands that go on, and return the figures.
+
+    seconds, steps: of this call.
+    """
+    config, say = run.config, run.console.say
+    rate = steps * config.total_batch_size / seconds
+    if run.diverged:
+        kept = (
+            f"the checkpoint of step {run.saved_step} is kept" if run.saved_step >= 0 else "there is no checkpoint yet"
+        )
+        say(
+            f"stopped  {run.skipped_in_a_row} steps in a row had no finite gradient; {kept}. "
+            "Another run with lower rates (--matrix-lr, --embedding-lr) may get further."
+        )
+    parts = [f"step {run.step} of {config.num_iterations}", duration(seconds), f"{compact(rate)} tok/s"]
+    if run.last_bpb is not None:
+        parts.append(f"validation {run.last_bpb:.4f} bits per byte")
+    if run.skipped:
+        parts.append(f"{run.skipped} steps skipped")
+    say(f"done     {' | '.join(parts)}")
+    plot = plot_loss(config.run_dir)
+    say(f"plot     {plot or 'none: matplotlib is not installed'}")
+
+    folder = shlex.quote(str(config.run_dir))
+    train = f"python -m nanochat_native.train --resume {folder}"
+    if run.step < config.num_iterations:
+        say(f"resume   {train}")
+    else:
+        say(f"go on    {train} --num-iterations {2 * config.num_iterations}")
+    if run.corpus.tokenizer is not None and run.saved_step >= 0:
+        prompt = " --prompt 'import os'" if config.data == STDLIB else ""
+        say(f"sample   python -m nanochat_native.generate --checkpoint {folder}{prompt}")
+        say(f"measure  python -m nanochat_native.evaluate --checkpoint {folder}")
+    return {
+        "kind": "summary",
+        "step": run.step,
+        "num_iterations": config.num_iterations,
+        "seconds": seconds,
+        "tokens_per_second": rate,
+        "validation_bpb": run.last_bpb,
+        "skipped": run.skipped,
+        "checkpoint_step": run.saved_step,
+        "run_dir": str(config.run_dir),
+    }

@@ -1,0 +1,154 @@
+"""What a run leaves on the disk, and how a later call finds it, goes on with it, or clears it away.
+
+OUT_DIR/RUN/  config.json  metrics.jsonl  tensorboard/  loss.png  tokenizer/  checkpoints/step_000100/
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_native.config import STDLIB, ConfigError, TrainConfig, flag, parse, to_json, with_defaults
+
+FORMAT = "nanochat-native run"
+ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "tokenizer", "checkpoints")
+
+# What may differ when a run goes on. Anything else would make it another run, but for a longer horizon.
+OF_ONE_CALL = ("resume", "overwrite", "dry_run", "print_config", "json", "out_dir", "run")
+FREE = (
+    *OF_ONE_CALL,
+    "cache_dir",
+    "eval_every",
+    "eval_tokens",
+    "sample_every",
+    "save_every",
+    "keep",
+    "max_skipped_steps",
+)
+ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
+
+
+def configure(args: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """The config that `args` ask for, sized but for its horizon, and what it changes in the rounding of a resumed run.
+
+    With --resume the flags that are not given are the run's own, and --resume becomes None where "auto" finds no run.
+    Raises ConfigError.
+    """
+    config = _sized(parse(args))
+    if config.resume is None:
+        return config, []
+    folder = config.run_dir if config.resume == "auto" else _folder_of(Path(config.resume))
+    if config.resume == "auto" and not is_run(folder):
+        return dataclasses.replace(config, resume=None), []
+    saved = load_config(folder)
+    wanted = dataclasses.replace(_sized(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
+    return wanted, changes(saved, wanted)
+
+
+def _sized(config: TrainConfig) -> TrainConfig:
+    gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch sees no GPU; take --device cpu")
+    data = STDLIB if config.data == STDLIB else os.path.abspath(config.data)
+    return with_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
+
+
+def _folder_of(path: Path) -> Path:
+    """The run's folder, given that, its `checkpoints`, or the newest checkpoint in there."""
+    if is_run(path.parent.parent) and path.name != max(os.listdir(path.parent)):
+        raise ConfigError(f"--resume {path}: there are newer checkpoints; a run goes on from its newest")
+    return next((folder for folder in (path, path.parent, path.parent.parent) if is_run(folder)), path)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds the config.json of a run."""
+    try:
+        return bool(json.loads((folder / "config.json").read_bytes())["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """The config of the run in `folder`. Raises ConfigError when there is none, or one of another version."""
+    if not is_run(folder):
+        raise ConfigError(f"{folder} is no run of this program: it has no config.json of one")
+    flags = json.loads((folder / "config.json").read_bytes())["config"]
+    place = folder if folder.name not in ("", "..") else folder.resolve()
+    flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
+    try:
+        return TrainConfig(**flags)
+    except TypeError as error:
+        raise ConfigError(f"{folder / 'config.json'} was written by another version ({error})") from None
+
+
+def save_config(config: TrainConfig) -> None:
+    """Write the run's config.json, atomically; it also marks the folder as a run."""
+    path = config.run_dir / "config.json"
+    flags: dict[str, Any] = {name: value for name, value in to_json(config).items() if name not in OF_ONE_CALL}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"format": FORMAT, "config": flags}, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def changes(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
+    """What `wanted` changes that alters the rounding of the run that goes on, flag by flag.
+
+    Raises ConfigError, naming the flags, for changes that would make it another run.
+    """
+    differing = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(wanted, f.name)]
+    refused = [name for name in differing if name not in (*FREE, *ROUNDING, "num_iterations")]
+    if wanted.num_iterations < saved.num_iterations:
+        refused.append("num_iterations")
+    if refused:
+        listed = ", ".join(f"{flag(name)} {getattr(saved, name)} -> {getattr(wanted, name)}" for name in refused)
+        raise ConfigError(f"the run in {saved.run_dir} keeps its flags: {listed}; another run takes another --run NAME")
+    return [f"{flag(name)} {getattr(saved, name)} -> {getattr(wanted, name)}" for name in differing if name in ROUNDING]
+
+
+def check_free(config: TrainConfig) -> None:
+    """Raises ConfigError when a new run would overwrite something that --overwrite does not allow it to."""
+    folder = config.run_dir
+    if not folder.exists() or config.resume is not None:
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give another --run NAME or --out-dir PATH")
+    if is_run(folder):
+        if not config.overwrite:
+            raise ConfigError(
+                f"{folder} holds a run: --resume auto goes on with it, --run NAME starts another, --overwrite deletes"
+            )
+    elif any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds something that is no run; give another --run NAME or --out-dir PATH")
+
+
+def claim(config: TrainConfig) -> int:
+    """Make the run's folder and lock it against a second process; clear it first with --overwrite.
+
+    Of an old run only its own entries are deleted. Returns the descriptor that holds the lock: closing it, or the end
+    of the process, however it ends, gives it up. Raises ConfigError when the folder is taken.
+    """
+    check_free(config)
+    folder = config.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"another process is training in {folder}") from None
+    if config.overwrite and is_run(folder):
+        # config.json marks the folder as a run: it goes last, so that a deletion that was cut short can be taken up
+        # again.
+        for name in reversed(ENTRIES):
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    return descriptor

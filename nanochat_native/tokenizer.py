@@ -1,0 +1,290 @@
+"""Byte-level BPE tokenizer: trained by rustbpe, applied by tiktoken, saved as JSON.
+
+Byte-level byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes: GPT-2). A regular expression
+splits the text into words, and merges happen within a word only. Pattern and special tokens are nanochat's.
+
+A saved tokenizer is a folder with three files, none of them pickled:
+  bpe.json               what `Tokenizer.load` reads: pattern, tokens (base64, in rank order), special tokens, SHA-256
+  tokenizer.json         the same tokenizer for Hugging Face `tokenizers`; gives the same ids
+  tokenizer_config.json  lets `transformers.AutoTokenizer` load the folder
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+# GPT-4's pattern with \p{N}{1,2} for \p{N}{1,3}: small vocabularies have no room for a thousand numbers (nanochat).
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+TOKENIZER_FILE = "bpe.json"
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# The pattern's backtracking overflows its stack on whitespace of about 500,000 characters.
+CHUNK_CHARS = 1 << 16
+# In training every merge rewrites each word that holds its pair, so the longest word bounds the cost of one merge.
+TRAINING_RUN_CHARS = 256
+
+_FORMAT = "nanochat_native.bpe"
+_VERSION = 1
+# Between these characters every match of SPLIT_PATTERN ends, so a cut there changes no token.
+_WORD_EDGE = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=[ \t]*\S)")
+
+
+class Tokenizer:
+    """Byte-level BPE with ids 0..n-1 for the n byte strings in rank order, then the special tokens.
+
+    `encode` treats all text as ordinary: a special token's name inside a text is spelled out, never turned into
+    the special token, so that no document can forge one. Special ids come from `special_tokens` and `bos_id`.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included.
+        bos_id: id of `<|bos|>`, which begins every document.
+        special_tokens: name to id.
+        token_bytes: int32 (vocab_size,), bytes that each id stands for; 0 for special tokens. Counted on the
+            token's bytes, hence right for tokens that are a part of a UTF-8 character.
+        hash: SHA-256, hex, of pattern, tokens and special tokens.
+    """
+
+    def __init__(
+        self, tokens: Sequence[bytes], *, pattern: str = SPLIT_PATTERN, specials: Sequence[str] = SPECIAL_TOKENS
+    ) -> None:
+        """Make a tokenizer from its byte strings in rank order.
+
+        Raises:
+            ValueError: a byte string occurs twice or is empty, one of the 256 single bytes is missing, or
+                `<|bos|>` is not among the special tokens.
+        """
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(ranks) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens of which {len(tokens) - len(ranks)} occur twice")
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if missing or b"" in ranks:
+            raise ValueError(f"a byte-level vocabulary holds every byte and no empty token; missing: {missing}")
+        if "<|bos|>" not in specials or len(set(specials)) != len(specials):
+            raise ValueError(f"special tokens must be distinct and hold <|bos|>, got {list(specials)}")
+        self.pattern = pattern
+        self.special_tokens = {name: len(tokens) + i for i, name in enumerate(specials)}
+        self.bos_id = self.special_tokens["<|bos|>"]
+        self.vocab_size = len(tokens) + len(specials)
+        self.token_bytes = np.array([len(token) for token in tokens] + [0] * len(specials), dtype=np.int32)
+        self._bytes = [*tokens, *(name.encode() for name in specials)]
+        self._encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.hash = _content_hash(self._content())
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn merges from `texts` (consumed once, in bounded memory) until there are `vocab_size` ids.
+
+        Deterministic: the same texts give the same tokenizer, whatever the number of threads. Texts with fewer
+        pairs to merge than asked give a smaller vocabulary: read `vocab_size` of the result.
+
+        Raises:
+            ValueError: `vocab_size` below 265 (256 bytes and the special tokens).
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+                f"take {MIN_VOCAB_SIZE}"
+            )
+        trainer = rustbpe.Tokenizer()
+        pieces = (piece for text in texts for piece in _training_pieces(text))
+        trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
+        # Two merges can spell the same bytes; the earlier one is the token.
+        return cls(list(dict.fromkeys(bytes(token) for token, _ in by_rank)))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read a tokenizer that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no bpe.json in `folder`.
+            ValueError: bpe.json is damaged, of another format or of a newer version.
+        """
+        path = Path(folder) / TOKENIZER_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no tokenizer there")
+        try:
+            stored = json.loads(path.read_bytes())
+            found = (stored["format"], stored["version"])
+            digest = stored.pop("sha256")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged, or not a tokenizer of this program ({error!r})") from error
+        if found != (_FORMAT, _VERSION):
+            raise ValueError(f"{path}: {found[0]} version {found[1]}; this program reads {_FORMAT} version {_VERSION}")
+        if _content_hash(stored) != digest:
+            raise ValueError(f"{path}: damaged: its content does not match its SHA-256")
+        tokens = [base64.b64decode(token) for token in stored["tokens"]]
+        return cls(tokens, pattern=stored["pattern"], specials=stored["special_tokens"])
+
+    def save(self, folder: str | Path) -> None:
+        """Write bpe.json, tokenizer.json and tokenizer_config.json into `folder`, each atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|bos|>",
+            "clean_up_tokenization_spaces": False,
+        }
+        content = self._content()
+        write_file_atomically(folder / "tokenizer.json", json.dumps(self._hugging_face(), ensure_ascii=False))
+        write_file_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        write_file_atomically(folder / TOKENIZER_FILE, json.dumps({**content, "sha256": self.hash}, indent=0))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without `<|bos|>`."""
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """Ids of `text` as uint32 (n,). Unbroken runs of over 65,536 characters are cut, to bound the time."""
+        chunks = [self._encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in split_long(text)]
+        return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, np.uint32), *chunks])
+
+    def encode_ordinary_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, encoded in parallel threads."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for; special tokens by their names.
+
+        Raises:
+            ValueError: an id outside [0, vocab_size).
+        """
+        ids = list(ids)
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            raise ValueError(f"ids {min(ids)}..{max(ids)} outside the vocabulary of {self.vocab_size}")
+        return b"".join([self._bytes[i] for i in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def _content(self) -> dict[str, Any]:
+        tokens = self._bytes[: self.vocab_size - len(self.special_tokens)]
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "pattern": self.pattern,
+            "special_tokens": list(self.special_tokens),
+            "tokens": [base64.b64encode(token).decode() for token in tokens],
+        }
+
+    def _hugging_face(self) -> dict[str, Any]:
+        letters = _byte_letters()
+        spelled = ["".join(letters[byte] for byte in token) for token in self._bytes[: self.bos_id]]
+        # tiktoken merges any two neighbours whose concatenation is a token, the lowest rank first: every split of
+        # every token is a merge, in the token's order. Like tiktoken, ignore_merges takes a whole word at once.
+        known = {token: rank for rank, token in enumerate(spelled)}
+        merges = []
+        for token in spelled:
+            splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+            pairs = [pair for pair in splits if pair[0] in known and pair[1] in known]
+            merges += sorted(pairs, key=lambda pair: (known[pair[0]], known[pair[1]]))
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": i, "content": name, **flags} for name, i in self.special_tokens.items()],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": True,
+                "vocab": known,
+                "merges": merges,
+            },
+        }
+
+
+def split_long(text: str, limit: int = CHUNK_CHARS) -> Iterator[str]:
+    """Cut `text` into parts of at most `limit` characters, at word edges where there are any.
+
+    At a word edge the parts encode to the same tokens as the whole. A run without any edge is cut at `limit`.
+    """
+    start = 0
+    while len(text) - start > limit:
+        edge = 0
+        # The last edge is nearly always close to the limit: look there first.
+        for begin in (max(start + 1, start + limit - 1024), start + 1):
+            for match in _WORD_EDGE.finditer(text, begin, start + limit + 1):
+                if match.start() <= start + limit:
+                    edge = match.start()
+            if edge:
+                break
+        end = edge or start + limit
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:] if start else text
+
+
+def write_file_atomically(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 under another name, flush it to disk and rename: `path` is never half-written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _training_pieces(text: str) -> Iterator[str]:
+    for chunk in split_long(text):
+        if max(map(len, chunk.split()), default=0) <= TRAINING_RUN_CHARS:
+            yield chunk
+            continue
+        start = 0
+        for match in re.finditer(rf"\S{{{TRAINING_RUN_CHARS}}}", chunk):
+            yield chunk[start : match.end()]
+            start = match.end()
+        yield chunk[start:]
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable stand-in for each byte, which Hugging Face's byte-level vocabularies are spelled in."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    substitutes = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]

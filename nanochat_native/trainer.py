@@ -1,0 +1,378 @@
+"""One training run, from its config to its last checkpoint: the only module that knows all the others.
+
+What a step computes is a pure function of the config, the data and the step: batches are found by (seed, step), samples
+are drawn by a generator of their own. So a run that was killed goes on with the very same losses.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nanochat_native
+from nanochat_native import checkpoint, hardware, ops, report, run_folder, sizing
+from nanochat_native.config import AUTO, STDLIB, ConfigError, TrainConfig, horizon
+from nanochat_native.data import BatchLoader, Corpus, iterate_val, prepare
+from nanochat_native.evaluate import evaluate
+from nanochat_native.generate import generate_text
+from nanochat_native.metrics import Console, MetricsLog
+from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.optim import Muon, clip_grad_norm_, setup_optimizers
+from nanochat_native.schedules import lr_multiplier, muon_momentum
+
+PYTHON_PROMPTS = ("def __init__(self", "import os\n", "class")
+PROMPT_TOKENS = 16  # of the validation text, where it is not known to be Python
+SAMPLE_TOKENS = 96
+
+
+class Trainer:
+    """Holds a run. Making one checks everything, prepares data and model, and touches no run folder; train() does.
+
+    Raises ConfigError and what the modules it asks raise for bad flags or data: ValueError, OSError, RuntimeError.
+    """
+
+    def __init__(self, config: TrainConfig, console: Console) -> None:
+        self.console = console
+        self.rank, self.world_size = 0, 1
+        self.device = torch.device(config.device)
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        try:
+            ops.use_backend(config.backend)
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from None
+        run_folder.check_free(config)
+        shape = model_config(config, config.vocab_size)
+        self.row_bytes = sizing.row_bytes(
+            config,
+            n_embd=shape.n_embd,
+            kv_channels=shape.n_kv_head * shape.head_dim,
+            element_bytes=self.dtype.itemsize,
+        )
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        config = sizing.size_batch(config, row_bytes=self.row_bytes, free_bytes=free, world_size=self.world_size)
+        self.accumulation_steps = sizing.accumulation_steps(config, self.world_size)
+        self.corpus = self._prepare_data(config)
+
+        torch.manual_seed(config.seed)
+        with torch.device("meta"):
+            self.model = GPT(model_config(config, self.corpus.vocab_size), grad_checkpoint=config.grad_checkpoint)
+        self.flops_per_token = self.model.estimate_flops()
+        self.config = config = horizon(config, num_params=self.model.num_params(), flops_per_token=self.flops_per_token)
+        self.loader = BatchLoader(
+            self.corpus.train,
+            batch_rows=config.total_batch_size // config.max_seq_len,
+            sequence_len=config.max_seq_len,
+            seed=config.seed,
+            device=self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        self.model.to_empty(device=self.device)
+        self.model.init_weights(seed=config.seed)
+        self.optimizers = setup_optimizers(
+            self.model,
+            unembedding_lr=config.unembedding_lr,
+            embedding_lr=config.embedding_lr,
+            matrix_lr=config.matrix_lr if config.matrix_lr != AUTO else None,
+            weight_decay=config.weight_decay,
+            optimizer=config.optimizer,
+        )
+        self.peak = hardware.peak(self.device, self.dtype)
+
+        self.step = 0  # optimizer steps done
+        self.saved_step = -1
+        self.skipped = self.skipped_in_a_row = 0
+        self.last_loss = math.nan
+        self.last_bpb: float | None = None
+        self.seconds_per_step = 0.0
+
+    def _prepare_data(self, config: TrainConfig) -> Corpus:
+        data = None if config.data == STDLIB else config.data
+        assert config.cache_dir is not None
+        return prepare(
+            data,
+            vocab_size=config.vocab_size,
+            cache_dir=config.cache_dir,
+            log=lambda note: self.console.say(f"data     {note}"),
+        )
+
+    def train(self) -> int:
+        """Run to the horizon or to a signal. Returns the exit code: 0, 1 diverged, 130 SIGINT, 143 SIGTERM."""
+        config = self.config
+        lock = run_folder.claim(config)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, lock)
+            self._open_run(stack)
+            stopping = stack.enter_context(StopSignals())
+            batches = stack.enter_context(self.loader.iterate(self.step))
+            began, first_step = time.perf_counter(), self.step
+            if self.step == 0:
+                self.evaluate()
+            while self.step < config.num_iterations and not stopping.signal and not self.diverged:
+                self.train_step(batches)
+                if self._due(config.eval_every):
+                    self.evaluate()
+                if self._due(config.sample_every):
+                    self.sample()
+                if self._due(config.save_every) and self.step < config.num_iterations:
+                    self.save()
+            if not self.diverged and self.saved_step != self.step:
+                self.save()
+            self.log.sync()
+        self.console.record(report.summarize(self, time.perf_counter() - began, self.step - first_step))
+        if self.diverged or self.saved_step != self.step:
+            return 1
+        return 128 + stopping.signal if stopping.signal else 0
+
+    @property
+    def diverged(self) -> bool:
+        return self.skipped_in_a_row >= self.config.max_skipped_steps
+
+    def _due(self, every: int) -> bool:
+        """Whether something that is done every so many steps, and after the last, is due."""
+        return self.step == self.config.num_iterations or (every > 0 and self.step % every == 0)
+
+    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One optimizer step on the next batch: forward and backward in micro-batches, clip, update, log."""
+        start = time.perf_counter()
+        inputs, targets = next(batches)
+        waited = time.perf_counter() - start
+
+        loss = torch.zeros((), device=self.device)
+        for x, y in zip(inputs.chunk(self.accumulation_steps), targets.chunk(self.accumulation_steps), strict=True):
+            with self._autocast():
+                micro_loss = self.model(x, y) / self.accumulation_steps
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        norm = clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+        rate, momentum = self._set_schedules()
+        if math.isfinite(norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(norm)
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        self.last_loss = loss.item()
+        self._log_step(norm, rate, momentum, waited, time.perf_counter() - start)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def _set_schedules(self) -> tuple[float, float]:
+        """Set learning rates and momentum of the step that comes; returns the rates' multiplier and the momentum."""
+        config = self.config
+        rate = lr_multiplier(
+            self.step,
+            config.num_iterations,
+            warmup_ratio=config.warmup_ratio,
+            warmdown_ratio=config.warmdown_ratio,
+            final_lr_frac=config.final_lr_frac,
+            shape=config.schedule,
+        )
+        momentum = muon_momentum(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+                if isinstance(optimizer, Muon):
+                    group["momentum"] = momentum
+        return rate, momentum
+
+    def _skip(self, norm: float) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        where = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad)
+        self.console.say(
+            f"step {self.step + 1}: the gradient's norm is {norm} ({where}): no update; "
+            f"{self.skipped_in_a_row} in a row, {self.skipped} in all"
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Measure bits per byte on the validation text; nats a token where the tokenizer is not known."""
+        tokenizer = self.corpus.tokenizer
+        batches = iterate_val(
+            self.corpus.val,
+            batch_rows=self.config.device_batch_size,
+            sequence_len=self.config.max_seq_len,
+            max_tokens=self.config.eval_tokens,
+            device=self.device,
+        )
+        lengths = torch.ones(self.corpus.vocab_size) if tokenizer is None else tokenizer.token_bytes
+        with self._autocast():
+            result = evaluate(self.model, batches, lengths)
+        self.last_bpb = finite(result.bpb) if tokenizer else None
+        self.console.record(self.log.write("val", self.step, loss=finite(result.loss), bpb=self.last_bpb))
+        measured = f"{result.bpb:.4f} bits per byte" if tokenizer else f"{result.loss:.4f} nats a token"
+        self.console.say(f"step {self.step}: validation {measured} on {result.targets:,} tokens")
+        self._measure_peak_again()
+
+    def _measure_peak_again(self) -> None:
+        """The best of several moments counts for a CPU, which other programs may have kept busy at the first."""
+        again = hardware.peak(self.device, self.dtype)
+        if self.peak.flops is not None and again.flops is not None and again.flops > self.peak.flops:
+            self.peak = again
+
+    def sample(self) -> None:
+        """Continue one of the prompts, the next each time, drawn by a generator of its own."""
+        tokenizer = self.corpus.tokenizer
+        if tokenizer is None:
+            return
+        prompts = list(PYTHON_PROMPTS)
+        if self.config.data != STDLIB:
+            prompts = [tokenizer.decode(self.corpus.val.read(1, 1 + min(PROMPT_TOKENS, len(self.corpus.val) - 1)))]
+        prompt = prompts[self.step // max(1, self.config.sample_every) % len(prompts)]
+        with self._autocast():
+            pieces = generate_text(
+                self.model,
+                tokenizer,
+                prompt,
+                max_tokens=SAMPLE_TOKENS,
+                temperature=0.7,
+                top_k=50,
+                seed=self.config.seed,
+            )
+            try:
+                text = prompt + "".join(pieces)
+            except ValueError as error:
+                self.console.say(f"step {self.step}: no sample: {error}")
+                return
+        self.console.record(self.log.write("sample", self.step, prompt=prompt, text=text))
+        self.console.say(f"step {self.step}: sample\n    " + text.rstrip().replace("\n", "\n    "))
+
+    def save(self) -> None:
+        """Write a checkpoint, unless something in it is not finite: then the earlier ones stay what they are."""
+        named = list(self.model.named_parameters())
+        weights = {name: parameter.detach() for name, parameter in named}
+        state, scalars = checkpoint.flatten_optimizers(named, self.optimizers)
+        bad = [name for name, tensor in {**weights, **state}.items() if not tensor.isfinite().all()]
+        if bad:
+            self.console.say(f"step {self.step}: no checkpoint, {bad[0]} is not finite; the earlier ones are kept")
+            return
+        meta = {
+            "nanochat_native": nanochat_native.__version__,
+            "model_config": dataclasses.asdict(self.model.config),
+            "tokenizer_hash": self.corpus.tokenizer.hash if self.corpus.tokenizer else None,
+            "data_hash": self.corpus.hash,
+            "optimizer": scalars,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "validation_bpb": self.last_bpb,
+        }
+        self.log.sync()
+        folder = self.config.run_dir / "checkpoints"
+        try:
+            checkpoint.save(folder, self.step, {"model": weights, "optimizer": state}, meta, keep=self.config.keep)
+        except OSError as error:
+            self.console.say(f"warning: {error}")
+            return
+        self.saved_step = self.step
+
+    def _open_run(self, stack: contextlib.ExitStack) -> None:
+        """Start the run's folder, or go on from its newest intact checkpoint; open its log."""
+        run_dir = self.config.run_dir
+        resumed = self.config.resume is not None
+        if resumed and checkpoint.steps(run_dir / "checkpoints"):
+            self._load()
+        run_folder.save_config(self.config)
+        if self.corpus.tokenizer is not None and not (run_dir / "tokenizer").exists():
+            self.corpus.tokenizer.save(run_dir / "tokenizer")
+        self.log = MetricsLog(run_dir, last_step=self.step or -1)
+        stack.callback(self.log.close)
+        if resumed:
+            self.console.say(f"resume   {run_dir} from step {self.step}")
+
+    def _load(self) -> None:
+        folder = self.config.run_dir / "checkpoints"
+        tensors, meta = checkpoint.load(folder, warn=lambda message: self.console.say(f"warning: {message}"))
+        if meta["data_hash"] != self.corpus.hash:
+            raise ConfigError(f"{folder}: the data or the tokenizer is not what this run began with")
+        if meta["step"] > self.config.num_iterations:
+            raise ConfigError(f"{folder}: step {meta['step']} is beyond --num-iterations {self.config.num_iterations}")
+        self.model.load_state_dict(tensors["model"])
+        checkpoint.restore_optimizers(
+            list(self.model.named_parameters()), self.optimizers, tensors["optimizer"], meta["optimizer"]
+        )
+        self.step = self.saved_step = meta["step"]
+        self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
+        self.last_bpb = meta["validation_bpb"]
+
+    def _log_step(self, norm: float, rate: float, momentum: float, waited: float, seconds: float) -> None:
+        config = self.config
+        tokens_per_second = config.total_batch_size / seconds
+        mfu = None
+        if self.peak.flops is not None:
+            mfu = self.flops_per_token * tokens_per_second / (self.peak.flops * self.world_size)
+        bits = None
+        if self.corpus.bytes_per_token:
+            bits = finite(self.last_loss / (math.log(2) * self.corpus.bytes_per_token))
+        record = self.log.write(
+            "train",
+            self.step,
+            loss=finite(self.last_loss),
+            bpb=bits,
+            grad_norm=finite(norm),
+            lr_multiplier=rate,
+            momentum=momentum,
+            skipped=self.skipped,
+            seconds=seconds,
+            tokens_per_second=tokens_per_second,
+            mfu=mfu,
+            memory_bytes=hardware.memory(self.device)[0],
+            data_seconds=waited,
+        )
+        self.console.record(record)
+        self.seconds_per_step += (0.1 if self.seconds_per_step else 1.0) * (seconds - self.seconds_per_step)
+        self.console.live(report.live_line(record, self), last=self.step == config.num_iterations)
+
+
+class StopSignals:
+    """Within the block SIGINT and SIGTERM set `signal`, once; the second one interrupts where it finds the program."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        # print() is not to be called here: the signal may have interrupted one.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: finishing the step, then a checkpoint; again: stop at once\n".encode())
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The model that the flags describe."""
+    return GPTConfig.from_depth(
+        config.depth,
+        vocab_size=vocab_size,
+        sequence_len=config.max_seq_len,
+        head_dim=config.head_dim,
+        n_kv_head=None if config.n_kv_head == AUTO else config.n_kv_head,
+        window_pattern=config.window_pattern,
+    )
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,16 @@
+// The Python module: importing it registers the operators; build_info() says what was built.
+#include <pybind11/pybind11.h>
+
+#include "../csrc/kernels.h"
+
+PYBIND11_MODULE(_C, m) {
+    m.def("build_info", [] {
+        using pybind11::literals::operator""_a;
+        return pybind11::dict("version"_a = NANOCHAT_VERSION, "torch"_a = NANOCHAT_TORCH_VERSION,
+                              "compiler"_a = NANOCHAT_COMPILER, "instruction_sets"_a = "baseline avx2 avx512",
+                              "cuda"_a = NANOCHAT_CUDA_VERSION, "cuda_architectures"_a = NANOCHAT_CUDA_ARCHITECTURES,
+                              "cuda_off"_a = NANOCHAT_CUDA_OFF);
+    });
+    m.def("instruction_set", &nanochat::cpu::instruction_set);
+    m.def("linear_pays", &nanochat::cpu::linear_pays);
+}

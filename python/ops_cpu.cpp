@@ -1,0 +1,346 @@
+// The operators on CPU tensors: check, allocate, call csrc/kernels.h.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <string_view>
+#include <tuple>
+
+#include "tensor_checks.h"
+
+namespace nanochat {
+namespace {
+
+using at::Tensor;
+
+// The kernels run alone where they may not start a team: inside a parallel region, and in a forked child.
+int threads() { return at::get_num_threads(); }
+
+at::ScalarType accumulate_type(const Tensor& tensor) {
+    return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// --- attention ---
+
+Tensor with_unit_stride(const Tensor& tensor) {
+    return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
+}
+
+Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+AttentionShape attention_shape(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                               int64_t window, double scale) {
+    TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, op, ": q has shape ", q.sizes(), ", k ", k.sizes(),
+                      "; takes (B, Tq, H, D) and (B, Tk, Hkv, D)");
+    TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(3) == k.size(3) && q.size(3) > 0, op, ": q ", q.sizes(),
+                      " and k ", k.sizes(), " do not fit; takes the same B and D, D at least 1");
+    TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) > 0 && q.size(2) % k.size(2) == 0, op, ": H is ", q.size(2),
+                      ", Hkv is ", k.size(2), "; takes H a multiple of Hkv");
+    TORCH_CHECK_VALUE(window >= -1, op, ": window is ", window, "; takes -1 (none) or the number of earlier keys");
+    check_like(op, "k", k, q.scalar_type(), q.device(), k.sizes());
+    check_like(op, "v", v, q.scalar_type(), q.device(), k.sizes());
+    return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal || window >= 0, window, scale};
+}
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
+                                             int64_t window, double scale) {
+    const AttentionShape shape = attention_shape("attention_forward", q_, k_, v_, causal, window, scale);
+    const DType dtype = dtype_of("attention_forward", "q", q_, {at::kFloat, at::kDouble, at::kBFloat16});
+    const Tensor q = with_unit_stride(q_), k = with_unit_stride(k_), v = with_unit_stride(v_);
+    Tensor out = at::empty(q.sizes(), q.options());
+    Tensor lse = at::empty({shape.B, shape.H, shape.Tq}, q.options().dtype(accumulate_type(q)));
+    if (k.numel() == 0 || q.numel() == 0) {
+        return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
+    }
+    run_kernel([&] {
+        cpu::attention_forward({.shape = shape,
+                                .dtype = dtype,
+                                .q = q.const_data_ptr(),
+                                .k = k.const_data_ptr(),
+                                .v = v.const_data_ptr(),
+                                .out = out.mutable_data_ptr(),
+                                .q_strides = strides_of(q),
+                                .k_strides = strides_of(k),
+                                .v_strides = strides_of(v),
+                                .out_strides = strides_of(out),
+                                .lse = lse.mutable_data_ptr(),
+                                .threads = threads()});
+    });
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const Tensor& q_, const Tensor& k_,
+                                                      const Tensor& v_, const Tensor& out_, const Tensor& lse_,
+                                                      bool causal, int64_t window, double scale) {
+    const char* op = "attention_backward";
+    const AttentionShape shape = attention_shape(op, q_, k_, v_, causal, window, scale);
+    const DType dtype = dtype_of(op, "q", q_, {at::kFloat, at::kDouble, at::kBFloat16});
+    check_like(op, "dout", dout_, q_.scalar_type(), q_.device(), q_.sizes());
+    check_like(op, "out", out_, q_.scalar_type(), q_.device(), q_.sizes());
+    check_like(op, "lse", lse_, accumulate_type(q_), q_.device(), {shape.B, shape.H, shape.Tq});
+    const Tensor q = with_unit_stride(q_), k = with_unit_stride(k_), v = with_unit_stride(v_);
+    const Tensor dout = with_unit_stride(dout_), out = with_unit_stride(out_), lse = lse_.contiguous();
+    Tensor dq = at::empty(q.sizes(), q.options());
+    Tensor dk = at::empty(k.sizes(), k.options());
+    Tensor dv = at::empty(v.sizes(), v.options());
+    if (k.numel() == 0 || q.numel() == 0) {
+        return {dq.zero_(), dk.zero_(), dv.zero_()};
+    }
+    run_kernel([&] {
+        cpu::attention_backward({.shape = shape,
+                                 .dtype = dtype,
+                                 .q = q.const_data_ptr(),
+                                 .k = k.const_data_ptr(),
+                                 .v = v.const_data_ptr(),
+                                 .out = out.const_data_ptr(),
+                                 .dout = dout.const_data_ptr(),
+                                 .lse = lse.const_data_ptr(),
+                                 .dq = dq.mutable_data_ptr(),
+                                 .dk = dk.mutable_data_ptr(),
+                                 .dv = dv.mutable_data_ptr(),
+                                 .q_strides = strides_of(q),
+                                 .k_strides = strides_of(k),
+                                 .v_strides = strides_of(v),
+                                 .out_strides = strides_of(out),
+                                 .dout_strides = strides_of(dout),
+                                 .dq_strides = strides_of(dq),
+                                 .dk_strides = strides_of(dk),
+                                 .dv_strides = strides_of(dv),
+                                 .threads = threads()});
+    });
+    return {dq, dk, dv};
+}
+
+// --- newton_schulz ---
+
+Tensor newton_schulz(const Tensor& g_, at::ArrayRef<double> coefficients, double norm_factor) {
+    TORCH_CHECK_VALUE(g_.dim() >= 2, "newton_schulz: g has shape ", g_.sizes(), "; takes (..., M, K)");
+    TORCH_CHECK_VALUE(!coefficients.empty() && coefficients.size() % 3 == 0, "newton_schulz: coefficients has ",
+                      coefficients.size(), " numbers; takes three for each step");
+    const DType dtype = dtype_of("newton_schulz", "g", g_, {at::kFloat, at::kDouble});
+    const Tensor g = g_.contiguous();
+    Tensor out = at::empty(g.sizes(), g.options());
+    if (g.numel() == 0) return out;
+    const int64_t M = g.size(-2), K = g.size(-1);
+    run_kernel([&] {
+        cpu::newton_schulz({.batch = g.numel() / (M * K),
+                            .M = M,
+                            .K = K,
+                            .dtype = dtype,
+                            .g = g.const_data_ptr(),
+                            .out = out.mutable_data_ptr(),
+                            .coefficients = coefficients.data(),
+                            .steps = static_cast<int64_t>(coefficients.size() / 3),
+                            .norm_factor = norm_factor,
+                            .threads = threads()});
+    });
+    return out;
+}
+
+// --- optimizers ---
+
+void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+            int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
+            bool stochastic_rounding, int64_t seed) {
+    std::vector<AdamWTensor> tensors;
+    const AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps,
+                                            weight_decay, stochastic_rounding, seed, tensors);
+    run_kernel([&] { cpu::adamw(arguments, threads()); });
+    for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
+}
+
+void check_one_shape(const char* op, const char* name, at::TensorList tensors) {
+    TORCH_CHECK_VALUE(!tensors.empty(), op, ": ", name, " is empty; takes at least one tensor");
+    for (const Tensor& tensor : tensors) {
+        TORCH_CHECK_VALUE(tensor.sizes() == tensors[0].sizes(), op, ": ", name, " has shapes ", tensors[0].sizes(),
+                          " and ", tensor.sizes(), "; takes one shape");
+    }
+}
+
+std::vector<int64_t> stacked_shape(at::TensorList tensors) {
+    std::vector<int64_t> shape = tensors[0].sizes().vec();
+    shape.insert(shape.begin(), static_cast<int64_t>(tensors.size()));
+    return shape;
+}
+
+Tensor muon_momentum_(at::TensorList grads, at::TensorList momentum_buffers, double momentum, bool nesterov) {
+    const char* op = "muon_momentum_";
+    check_one_shape(op, "grads", grads);
+    const std::vector<TensorList> lists = {{"grads", grads, false}, {"momentum_buffers", momentum_buffers, true}};
+    check_lists(op, lists);
+    check_no_overlap(op, lists);
+    const DType grad_dtype = dtype_of(op, "grads", grads[0], {at::kFloat, at::kBFloat16});
+    dtype_of(op, "momentum_buffers", momentum_buffers[0], {at::kFloat});
+    Tensor update = at::empty(stacked_shape(grads), grads[0].options().dtype(at::kFloat));
+    std::vector<const void*> grad_pointers;
+    std::vector<float*> buffer_pointers;
+    for (size_t i = 0; i < grads.size(); ++i) {
+        grad_pointers.push_back(grads[i].const_data_ptr());
+        buffer_pointers.push_back(momentum_buffers[i].mutable_data_ptr<float>());
+    }
+    run_kernel([&] {
+        cpu::muon_momentum({.grads = grad_pointers.data(),
+                            .momentum_buffers = buffer_pointers.data(),
+                            .update = update.mutable_data_ptr<float>(),
+                            .count = static_cast<int64_t>(grads.size()),
+                            .numel = grads[0].numel(),
+                            .grad_dtype = grad_dtype,
+                            .momentum = momentum,
+                            .nesterov = nesterov,
+                            .threads = threads()});
+    });
+    mark_updated(momentum_buffers);
+    return update;
+}
+
+void muon_update_(at::TensorList params, const Tensor& update, double lr, double weight_decay, double scale) {
+    const char* op = "muon_update_";
+    check_one_shape(op, "params", params);
+    const std::vector<TensorList> lists = {{"params", params, true}};
+    check_lists(op, lists);
+    check_like(op, "update", update, at::kFloat, params[0].device(), stacked_shape(params));
+    TORCH_CHECK_VALUE(update.is_contiguous(), op, ": update has strides ", update.strides(),
+                      "; takes a contiguous tensor");
+    check_no_overlap(op, {lists[0], {"update", update, false}});
+    const DType param_dtype = dtype_of(op, "params", params[0], {at::kFloat, at::kBFloat16});
+    std::vector<void*> pointers;
+    for (const Tensor& param : params) pointers.push_back(param.mutable_data_ptr());
+    run_kernel([&] {
+        cpu::muon_update({.params = pointers.data(),
+                          .update = update.const_data_ptr<float>(),
+                          .count = static_cast<int64_t>(params.size()),
+                          .numel = params[0].numel(),
+                          .param_dtype = param_dtype,
+                          .lr = lr,
+                          .weight_decay = weight_decay,
+                          .scale = scale,
+                          .threads = threads()});
+    });
+    mark_updated(params);
+}
+
+// --- linear ---
+
+void check_linear(const char* op, const Tensor& x, const Tensor& weight) {
+    TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), op, ": x has shape ", x.sizes(),
+                      ", weight ", weight.sizes(), "; takes (N, I) and (O, I)");
+    dtype_of(op, "x", x, {at::kFloat});
+    check_like(op, "weight", weight, at::kFloat, x.device(), weight.sizes());
+}
+
+Tensor multiply(cpu::LinearForm form, const Tensor& a, const Tensor& b, int64_t N, int64_t I, int64_t O) {
+    const int64_t rows = form == cpu::LinearForm::grad_weight ? O : N;
+    Tensor c = at::empty({rows, form == cpu::LinearForm::forward ? O : I}, a.options());
+    run_kernel([&] {
+        cpu::linear({.form = form,
+                     .N = N,
+                     .I = I,
+                     .O = O,
+                     .a = a.const_data_ptr<float>(),
+                     .b = b.const_data_ptr<float>(),
+                     .c = c.mutable_data_ptr<float>(),
+                     .threads = threads()});
+    });
+    return c;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight) {
+    check_linear("linear", x, weight);
+    return multiply(cpu::LinearForm::forward, x.contiguous(), weight.contiguous(), x.size(0), x.size(1),
+                    weight.size(0));
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy_, const Tensor& x, const Tensor& weight, bool needs_grad_x,
+                                           bool needs_grad_weight) {
+    check_linear("linear_backward", x, weight);
+    const int64_t N = x.size(0), I = x.size(1), O = weight.size(0);
+    check_like("linear_backward", "dy", dy_, at::kFloat, x.device(), {N, O});
+    const Tensor dy = dy_.contiguous();
+    Tensor dx = needs_grad_x ? multiply(cpu::LinearForm::grad_input, dy, weight.contiguous(), N, I, O)
+                             : at::empty({0}, x.options());
+    Tensor dweight = needs_grad_weight ? multiply(cpu::LinearForm::grad_weight, dy, x.contiguous(), N, I, O)
+                                       : at::empty({0}, x.options());
+    return {dx, dweight};
+}
+
+// --- linear_cross_entropy ---
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tensor& targets_,
+                                                        double softcap, int64_t ignore_index,
+                                                        c10::string_view reduction, bool needs_grad_x,
+                                                        bool needs_grad_weight) {
+    const char* op = "linear_cross_entropy";
+    TORCH_CHECK_VALUE(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1) && weight_.numel() > 0, op,
+                      ": x has shape ", x_.sizes(), ", weight ", weight_.sizes(), "; takes (N, C) and (V, C)");
+    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap is ", softcap, "; takes at least 0");
+    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", op, ": reduction is ",
+                      reduction, "; takes mean, sum or none");
+    const DType dtype = dtype_of(op, "x", x_, {at::kFloat, at::kDouble, at::kBFloat16});
+    const int64_t N = x_.size(0), C = x_.size(1), V = weight_.size(0);
+    check_like(op, "weight", weight_, x_.scalar_type(), x_.device(), weight_.sizes());
+    check_like(op, "targets", targets_, at::kLong, x_.device(), {N});
+    const Tensor x = x_.contiguous(), weight = weight_.contiguous(), targets = targets_.contiguous();
+
+    const int64_t* target = targets.const_data_ptr<int64_t>();
+    int64_t count = 0;
+    for (int64_t n = 0; n < N; ++n) {
+        if (target[n] == ignore_index) continue;
+        TORCH_CHECK_VALUE(target[n] >= 0 && target[n] < V, op, ": targets holds ", target[n], "; takes 0 to ", V - 1,
+                          ", or ignore_index ", ignore_index);
+        ++count;
+    }
+
+    const bool mean = reduction == "mean";
+    const auto loss_type = accumulate_type(x);
+    Tensor losses = at::empty({N}, x.options().dtype(loss_type));
+    Tensor grad_x = needs_grad_x ? at::empty({N, C}, x.options()) : at::empty({0}, x.options());
+    Tensor grad_weight = needs_grad_weight ? at::empty({V, C}, x.options()) : at::empty({0}, x.options());
+    if (count == 0) {
+        losses.zero_();
+        grad_x.zero_();
+        grad_weight.zero_();
+    } else {
+        run_kernel([&] {
+            cpu::linear_cross_entropy({.N = N,
+                                       .C = C,
+                                       .V = V,
+                                       .dtype = dtype,
+                                       .x = x.const_data_ptr(),
+                                       .weight = weight.const_data_ptr(),
+                                       .targets = target,
+                                       .ignore_index = ignore_index,
+                                       .softcap = softcap,
+                                       .grad_scale = mean ? 1.0 / static_cast<double>(count) : 1.0,
+                                       .loss = losses.mutable_data_ptr(),
+                                       .grad_x = needs_grad_x ? grad_x.mutable_data_ptr() : nullptr,
+                                       .grad_weight = needs_grad_weight ? grad_weight.mutable_data_ptr() : nullptr,
+                                       .threads = threads()});
+        });
+    }
+    if (reduction == "none") return {losses, grad_x, grad_weight};
+
+    double total = 0;
+    for (int64_t n = 0; n < N; ++n) {
+        total += loss_type == at::kDouble ? losses.const_data_ptr<double>()[n] : losses.const_data_ptr<float>()[n];
+    }
+    const double loss = mean ? (count ? total / static_cast<double>(count) : std::nan("")) : total;
+    return {at::full({}, loss, losses.options()), grad_x, grad_weight};
+}
+
+}   // namespace
+}   // namespace nanochat
+
+TORCH_LIBRARY_IMPL(nanochat_native, CPU, m) {
+    m.impl("attention_forward", nanochat::attention_forward);
+    m.impl("attention_backward", nanochat::attention_backward);
+    m.impl("newton_schulz", nanochat::newton_schulz);
+    m.impl("adamw_", nanochat::adamw_);
+    m.impl("muon_momentum_", nanochat::muon_momentum_);
+    m.impl("muon_update_", nanochat::muon_update_);
+    m.impl("linear", nanochat::linear);
+    m.impl("linear_backward", nanochat::linear_backward);
+    m.impl("linear_cross_entropy", nanochat::linear_cross_entropy);
+}

@@ -1,0 +1,42 @@
+// Every operator's signature, once. ops_cpu.cpp and ops_cuda.cpp implement them; nanochat_native/ops/native.py adds the
+// fakes and gradients. What the arguments mean stands in nanochat_native/ops/__init__.py.
+#include <torch/library.h>
+
+TORCH_LIBRARY(nanochat_native, m) {
+    const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+
+    // window -1: none. lse (B, H, Tq) is the log-sum-exp of the scaled scores, which the backward pass needs.
+    m.def(
+        "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, int window, float scale) -> (Tensor out, Tensor "
+        "lse)",
+        tags);
+    m.def(
+        "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, int "
+        "window, "
+        "float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+        tags);
+
+    // coefficients: a, b, c of each step in turn.
+    m.def("newton_schulz(Tensor g, float[] coefficients, float norm_factor) -> Tensor", tags);
+
+    m.def(
+        "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, *, int step, "
+        "float lr, float beta1, float beta2, float eps, float weight_decay, bool stochastic_rounding, int seed) -> ()",
+        tags);
+    m.def("muon_momentum_(Tensor[] grads, Tensor(a!)[] momentum_buffers, float momentum, bool nesterov) -> Tensor",
+          tags);
+    m.def("muon_update_(Tensor(a!)[] params, Tensor update, float lr, float weight_decay, float scale) -> ()", tags);
+
+    // x (N, I), weight (O, I); dy (N, O). A gradient that is not needed is empty.
+    m.def("linear(Tensor x, Tensor weight) -> Tensor", tags);
+    m.def(
+        "linear_backward(Tensor dy, Tensor x, Tensor weight, bool needs_grad_x, bool needs_grad_weight) "
+        "-> (Tensor dx, Tensor dweight)",
+        tags);
+
+    // x (N, C), weight (V, C), targets (N,); reduction "mean", "sum" or "none". A gradient that is not needed is empty.
+    m.def(
+        "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, float softcap, int ignore_index, str reduction, "
+        "bool needs_grad_x, bool needs_grad_weight) -> (Tensor loss, Tensor grad_x, Tensor grad_weight)",
+        tags);
+}

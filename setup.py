@@ -1,0 +1,146 @@
+"""Builds nanochat_native._C: finds the installed torch, runs CMake with Ninja, puts the module in place.
+
+Environment: NANOCHAT_CUDA=auto|on|off (auto: when nvcc is found), TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a"), CXX, CUDACXX,
+CUDA_HOME, MAX_JOBS.
+"""
+
+import fcntl
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import setuptools
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+OLDEST_CUDA = (12, 8)
+DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
+
+
+def fail(sentence):
+    raise SystemExit(f"nanochat-native: {sentence}")
+
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    fail(f"setuptools {setuptools.__version__} is too old: `pip install -U 'setuptools>=77'`, then install again.")
+
+
+def program(name, mend):
+    """Path of a program: on PATH, or beside this Python where `pip install` puts it."""
+    search = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    return shutil.which(name, path=search) or fail(f"{name} was not found: {mend}.")
+
+
+def find_torch():
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        fail(
+            f"torch cannot be imported by the Python that builds ({error}): install torch >= 2.11 first, "
+            "then run `pip install --no-build-isolation .`"
+        )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        fail(f"torch {torch.__version__} is too old: install torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, then again.")
+    return torch.__version__, cpp_extension.include_paths(), cpp_extension.library_paths()
+
+
+def find_nvcc():
+    """Path of nvcc, or why CUDA is left out: (path, reason), one of them empty."""
+    choice = os.environ.get("NANOCHAT_CUDA", "auto")
+    if choice not in ("auto", "on", "off"):
+        fail(f"NANOCHAT_CUDA is {choice!r}; it takes auto, on or off.")
+    if choice == "off":
+        return "", "NANOCHAT_CUDA=off"
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [f"{home}/bin" for home in homes] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc", path=os.pathsep.join(folders))
+    reason = "nvcc was not found"
+    if nvcc:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", text)
+        if release and tuple(map(int, release.groups())) >= OLDEST_CUDA:
+            return nvcc, ""
+        reason = f"{nvcc} is older than CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
+    if choice == "on":
+        fail(f"NANOCHAT_CUDA=on, but {reason}: install a CUDA toolkit >= 12.8 and set CUDA_HOME, or NANOCHAT_CUDA=off.")
+    return "", reason
+
+
+def cuda_architectures():
+    """The entries of TORCH_CUDA_ARCH_LIST ("8.0+PTX", "9.0a"), and the same in CMake's words ("80", "90a-real")."""
+    entries = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES).replace(";", " ").split()
+    found = []
+    for entry in entries:
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if not match:
+            fail(f"TORCH_CUDA_ARCH_LIST holds {entry!r}; it takes entries like 8.0;9.0a;8.0+PTX.")
+        found.append(match[1] + match[2] + ("" if match[3] else "-real"))
+    return entries, found
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        if platform.system() != "Linux" or platform.machine() != "x86_64":
+            fail(f"this is {platform.system()} on {platform.machine()}; the native kernels are for Linux on x86-64.")
+        compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+        if not any(map(shutil.which, compilers)):
+            fail(f"no C++ compiler ({', '.join(compilers)}) was found: install one, e.g. `apt-get install g++`.")
+        cmake = program("cmake", "`pip install cmake`")
+        ninja = program("ninja", "`pip install ninja`")
+        torch_version, includes, libraries = find_torch()
+        nvcc, cuda_off = find_nvcc()
+        entries, architectures = cuda_architectures() if nvcc else ([], [])
+
+        build = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "NANOCHAT_VERSION": self.distribution.get_version(),
+            "NANOCHAT_PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "NANOCHAT_TORCH_VERSION": torch_version,
+            "NANOCHAT_TORCH_INCLUDE": ";".join(includes),
+            "NANOCHAT_TORCH_LIBRARIES": ";".join(libraries),
+            "NANOCHAT_CUDA": "ON" if nvcc else "OFF",
+            "NANOCHAT_CUDA_OFF": cuda_off,
+            "NANOCHAT_CUDA_ARCHITECTURES": " ".join(entries),
+        }
+        if nvcc:
+            settings |= {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(architectures)}
+        jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        definitions = [f"-D{name}={value}" for name, value in settings.items()]
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions]
+        build.mkdir(parents=True, exist_ok=True)
+        with open(build / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder would spoil each other's objects
+            for command in (configure, [cmake, "--build", str(build), *jobs]):
+                if subprocess.run(command).returncode != 0:
+                    fail(f"the build failed, its own message is above; it was run as `{' '.join(command[:3])} ...`.")
+            put_in_place(build / "_C.so", Path(self.get_ext_fullpath(ext.name)))
+
+    def copy_extensions_to_source(self):
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
+            put_in_place(built, ROOT / self.get_ext_filename(self.get_ext_fullname(ext.name)))
+
+
+def put_in_place(source, target):
+    """Copy, then rename: a process with the old module keeps it, an interrupted copy harms nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("nanochat_native._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,73 @@
+"""nanochat's first model and optimizers, written with torch's own calls: what the tests compare the package with."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+EPS = 2.0**-23
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+
+
+def rotate(x):
+    """x (B, T, H, D)."""
+    T, D = x.size(1), x.size(3)
+    frequencies = 1.0 / (10000 ** (torch.arange(0, D, 2, dtype=torch.float32) / D))
+    angles = torch.outer(torch.arange(T, dtype=torch.float32), frequencies)[None, :, None].to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * angles.cos() + x2 * angles.sin(), -x1 * angles.sin() + x2 * angles.cos()], dim=-1)
+
+
+def attention(q, k, v, window):
+    """softmax by the definition; window: how many earlier keys a query sees, None for all."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    groups = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    i, j = torch.arange(q.size(2))[:, None], torch.arange(k.size(2))
+    seen = (j <= i) if window is None else (j <= i) & (j >= i - window)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
+    return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def logits(weights, config, windows, idx):
+    """weights: name -> tensor. windows: per layer. Returns (B, T, V)."""
+    B, T = idx.shape
+    D = config.n_embd // config.n_head
+    x = norm(F.embedding(idx, weights["transformer.wte.weight"]))
+    for layer, window in enumerate(windows):
+
+        def linear(x, name, layer=layer):
+            return x @ weights[f"transformer.h.{layer}.{name}.weight"].T
+
+        y = norm(x)
+        q = norm(rotate(linear(y, "attn.c_q").view(B, T, config.n_head, D)))
+        k = norm(rotate(linear(y, "attn.c_k").view(B, T, config.n_kv_head, D)))
+        v = linear(y, "attn.c_v").view(B, T, config.n_kv_head, D)
+        x = x + linear(attention(q, k, v, window).reshape(B, T, -1), "attn.c_proj")
+        x = x + linear(linear(norm(x), "mlp.c_fc").relu() ** 2, "mlp.c_proj")
+    return 15 * torch.tanh(norm(x) @ weights["lm_head.weight"].T / 15)
+
+
+def loss(weights, config, windows, idx, targets):
+    return F.cross_entropy(logits(weights, config, windows, idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def newton_schulz(g):
+    x = g / g.norm().clamp(min=1e-30)
+    if g.size(0) > g.size(1):
+        x = x.T
+    for _ in range(5):
+        A = x @ x.T
+        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
+    return x.T if g.size(0) > g.size(1) else x
+
+
+def muon_step(matrices, buffers, lr, momentum):
+    with torch.no_grad():
+        for p, buf in zip(matrices, buffers, strict=True):
+            buf.lerp_(p.grad, 1 - momentum)
+            update = newton_schulz(p.grad.lerp(buf, momentum))
+            p -= lr * max(1, p.size(0) / p.size(1)) ** 0.5 * update

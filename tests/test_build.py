@@ -1,0 +1,166 @@
+"""setup.py explains what is missing; the built module is what it says it is."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanochat_native
+from nanochat_native import ops
+from nanochat_native.ops import native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def setup():
+    spec = importlib.util.spec_from_file_location("nanochat_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_torch(setup, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match=r"torch cannot be imported .* install torch >= 2.11 first.*no-build-is"):
+        setup.find_torch()
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117"])
+def test_old_torch(setup, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(SystemExit, match=re.escape(f"torch {version} is too old: install torch >= 2.11")):
+        setup.find_torch()
+
+
+def test_this_torch(setup):
+    version, includes, libraries = setup.find_torch()
+    assert version == torch.__version__
+    assert any((Path(folder) / "torch/library.h").is_file() for folder in includes)
+    assert any((Path(folder) / "libc10.so").is_file() for folder in libraries)
+
+
+def test_missing_program(setup, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(SystemExit, match="dwarfmake was not found: `pip install dwarfmake`"):
+        setup.program("dwarfmake", "`pip install dwarfmake`")
+
+
+def test_missing_compiler():
+    command = [sys.executable, "setup.py", "build_ext"]
+    result = subprocess.run(command, cwd=ROOT, env={"CXX": "/nonexistent/g++"}, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "no C++ compiler (/nonexistent/g++) was found: install one" in result.stderr
+
+
+def test_cuda_choices(setup, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDACXX", "/nonexistent/nvcc")
+    monkeypatch.setenv("NANOCHAT_CUDA", "off")
+    assert setup.find_nvcc() == ("", "NANOCHAT_CUDA=off")
+    monkeypatch.setenv("NANOCHAT_CUDA", "auto")
+    assert setup.find_nvcc() == ("", "nvcc was not found")
+    monkeypatch.setenv("NANOCHAT_CUDA", "on")
+    with pytest.raises(SystemExit, match=r"NANOCHAT_CUDA=on, but nvcc was not found: install a CUDA toolkit >= 12\.8"):
+        setup.find_nvcc()
+    monkeypatch.setenv("NANOCHAT_CUDA", "yes")
+    with pytest.raises(SystemExit, match="NANOCHAT_CUDA is 'yes'; it takes auto, on or off"):
+        setup.find_nvcc()
+
+    nvcc = tmp_path / "nvcc"
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    monkeypatch.setenv("NANOCHAT_CUDA", "auto")
+    for release, found in {
+        "12.8": (str(nvcc), ""),
+        "13.1": (str(nvcc), ""),
+        "12.4": ("", f"{nvcc} is older than CUDA 12.8"),
+    }.items():
+        nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
+        nvcc.chmod(0o755)
+        assert setup.find_nvcc() == found
+
+
+def test_cuda_architectures(setup, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup.cuda_architectures() == (["8.0+PTX", "9.0a"], ["80", "90a-real"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 10.0a;12.0+PTX")
+    assert setup.cuda_architectures()[1] == ["86-real", "100a-real", "120"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST holds 'Hopper'; it takes entries like"):
+        setup.cuda_architectures()
+
+
+def test_an_interrupted_copy_leaves_the_old_module(setup, monkeypatch, tmp_path):
+    source, target = tmp_path / "new.so", tmp_path / "place" / "module.so"
+    source.write_bytes(b"new")
+    setup.put_in_place(source, target)
+    assert target.read_bytes() == b"new"
+
+    def interrupted(source, target):
+        Path(target).write_bytes(b"ne")
+        raise OSError(28, "No space left on device")
+
+    target.write_bytes(b"old")
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    with pytest.raises(OSError, match="No space"):
+        setup.put_in_place(source, target)
+    assert target.read_bytes() == b"old"
+    assert list(target.parent.iterdir()) == [target]
+
+
+# --- the built module ---
+
+
+def tool(*command):
+    if not shutil.which(command[0]):
+        pytest.skip(f"no {command[0]}")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_build_info():
+    info = ops.build_info()
+    assert info["version"] == nanochat_native.__version__
+    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert info["instruction_sets"] == "baseline avx2 avx512"
+    assert bool(info["cuda"]) == bool(info["cuda_architectures"]) != bool(info["cuda_off"])
+
+
+def test_the_module_needs_no_driver_and_names_no_folder():
+    dynamic = tool("readelf", "-d", native._C.__file__)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert "libc10.so" in needed
+    assert not [name for name in needed if "cuda" in name]
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+def test_the_module_exports_its_entry_only():
+    symbols = tool("nm", "-D", "--defined-only", native._C.__file__).splitlines()
+    assert [line.split()[-1] for line in symbols if line.split()[-2] == "T"] == ["PyInit__C"]
+
+
+def test_cuda_kernels_are_in_the_module():
+    sections = tool("readelf", "-SW", native._C.__file__)
+    assert (".nv_fatbin" in sections) == bool(ops.build_info()["cuda"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_cuda_kernels_spill_nothing(path, setup, tmp_path, monkeypatch):
+    monkeypatch.delenv("NANOCHAT_CUDA", raising=False)
+    nvcc, reason = setup.find_nvcc()
+    if not nvcc:
+        pytest.skip(reason)
+    for entry in setup.DEFAULT_ARCHITECTURES.split(";"):
+        name = "sm_" + entry.removesuffix("+PTX").replace(".", "")
+        command = [nvcc, "-std=c++17", "-O3", f"-arch={name}", "-cubin", "-Xptxas", "-v", str(path)]
+        result = subprocess.run([*command, "-o", str(tmp_path / "kernel.cubin")], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        report = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr
+        )
+        assert report, result.stderr
+        assert set(report) == {("0", "0", "0")}, name

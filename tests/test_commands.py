@@ -1,0 +1,115 @@
+"""The commands and examples of README.md and HACKING.md do what they say."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training import BACKEND
+
+from nanochat_native.config import TrainConfig, flag, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "HACKING.md")}
+
+
+def blocks(name, language):
+    return re.findall(rf"```{language}\n(.*?)```", DOCUMENTS[name], re.DOTALL)
+
+
+def commands(name):
+    lines = "".join(blocks(name, "sh")).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+TRAIN = [c[3:] for c in commands("README.md") if c[:3] == ["python", "-m", "nanochat_native.train"]]
+PYTHON = blocks("README.md", "python")
+
+
+def test_the_documents_have_commands_and_examples():
+    assert len(TRAIN) >= 4
+    assert len(PYTHON) >= 2
+
+
+@pytest.mark.parametrize("args", TRAIN, ids=" ".join)
+def test_training_commands_are_taken(args):
+    parse(args)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_module_flag_and_file_that_is_named_exists(name):
+    text = DOCUMENTS[name]
+    modules = set(re.findall(r"python -m (nanochat_native[.\w]*)", text))
+    assert modules
+    assert all(importlib.util.find_spec(module) for module in modules)
+    own = {flag(field.name) for field in dataclasses.fields(TrainConfig)}
+    other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= own | other
+    paths = re.findall(r"`((?:csrc|python|nanochat_native|tests)/[\w/]+\.\w+|[A-Z]\w+\.(?:md|txt))`", text)
+    assert all((ROOT / path).is_file() for path in paths)
+
+
+def test_every_target_of_make_that_is_named_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {t for text in DOCUMENTS.values() for t in re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)}
+    assert {"train", "test", "bench", "lint", "gpu"} <= named <= targets
+
+
+def test_hacking_names_every_module():
+    modules = {p.name for p in (ROOT / "nanochat_native").glob("*.py")} - {"__init__.py"}
+    assert {m for m in modules if m not in DOCUMENTS["HACKING.md"]} == set()
+
+
+def run(command, **kwargs):
+    environment = os.environ | {"NANOCHAT_NATIVE_BACKEND": BACKEND, "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_examples_run(number, tmp_path):
+    printed = run([sys.executable, "-c", PYTHON[number]], cwd=tmp_path)
+    assert float(printed) < (1e-4 if "twin" in PYTHON[number] else 6.3)
+
+
+@pytest.mark.slow
+def test_the_training_commands_run_one_after_the_other(tmp_path):
+    """As the README has them, with a few steps of a small model."""
+    (tmp_path / "my_texts").mkdir()
+    for number in range(40):
+        words = " ".join(f"Once there was a kernel {number * i % 7} and it was fast." for i in range(60))
+        (tmp_path / "my_texts" / f"{number}.txt").write_text(words)
+    small = ["--device", "cpu", "--cache-dir", "cache", "--eval-tokens", "512", "--total-batch-size", "512"]
+    python = [sys.executable, "-m"]
+    for args in TRAIN:
+        if "--resume" in args:
+            out = run([*python, "nanochat_native.train", *args, "--num-iterations", "5"], cwd=tmp_path)
+            assert "resume   runs/mine from step 3" in out
+        else:
+            steps = [a if a != "500" else "3" for a in args]
+            steps += [] if "--num-iterations" in args else ["--num-iterations", "2"]
+            assert "done     step" in run([*python, "nanochat_native.train", *steps, *small], cwd=tmp_path)
+    tools = [
+        c for c in commands("README.md") if c[2:3] and c[2] in ("nanochat_native.generate", "nanochat_native.evaluate")
+    ]
+    assert len(tools) == 2
+    for _, _, *tool in tools:
+        assert run([*python, *tool], cwd=tmp_path).strip()
+
+
+@pytest.mark.slow
+def test_training_without_any_flag_learns_python(tmp_path):
+    """The first run, cut short: the untrained level is left at once."""
+    out = run(
+        [sys.executable, "-m", "nanochat_native.train", "--num-iterations", "20", "--device", "cpu"], cwd=tmp_path
+    )
+    levels = [float(bpb) for bpb in re.findall(r"validation ([\d.]+) bits per byte on", out)]
+    assert levels[0] > 3
+    assert levels[-1] < 2.6
+    assert "sample   python -m nanochat_native.generate --checkpoint runs/d4" in out

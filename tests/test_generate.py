@@ -1,0 +1,300 @@
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from backends import BACKENDS, use
+
+from nanochat_native import checkpoint, generate
+from nanochat_native.generate import generate_text, generate_tokens, sample
+from nanochat_native.loading import load_model
+from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.tokenizer import Tokenizer
+
+CONFIG = GPTConfig(sequence_len=16, vocab_size=60, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use(request.param):
+        yield request.param
+
+
+def build(config=CONFIG, seed=0):
+    model = GPT(config)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "c_proj" in name or "lm_head" in name:
+                parameter.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def first_of(rows):
+    return [row[0] for row in rows]
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, n_kv_head=1, window_pattern="SSSL", n_layer=5)])
+def test_greedy_equals_the_whole_forward(backend, config):
+    model, tokens = build(config), list(PROMPT)
+    with torch.no_grad():
+        for _ in range(30):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert first_of(generate_tokens(model, PROMPT, max_tokens=30, temperature=0)) == tokens[len(PROMPT) :]
+    assert len(set(tokens)) > 5, "a sequence that repeats one token shows little"
+
+
+def test_same_seed_same_tokens(backend):
+    model = build()
+
+    def draw(seed):
+        return first_of(generate_tokens(model, PROMPT, max_tokens=20, temperature=1.0, seed=seed))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_global_random_state_is_neither_read_nor_changed():
+    model = build()
+    with use("torch"):
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        first = list(generate_tokens(model, PROMPT, max_tokens=5))
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(6)
+        assert list(generate_tokens(model, PROMPT, max_tokens=5)) == first
+
+
+def test_samples_of_one_prompt_differ_and_are_as_likely_as_alone(backend):
+    model = build()
+    rows = list(generate_tokens(model, PROMPT, max_tokens=12, temperature=1.0, num_samples=4))
+    samples = [list(column) for column in zip(*rows, strict=True)]
+    assert len({tuple(s) for s in samples}) == 4
+    greedy = list(generate_tokens(model, PROMPT, max_tokens=12, temperature=0, num_samples=3))
+    assert all(len(set(row)) == 1 for row in greedy)
+    assert first_of(greedy) == first_of(generate_tokens(model, PROMPT, max_tokens=12, temperature=0))
+
+
+def test_a_stop_token_ends_a_sample(backend):
+    model = build()
+    free = list(generate_tokens(model, PROMPT, max_tokens=40, num_samples=3, seed=1))
+    stop = free[4][0]
+    columns = [list(column) for column in zip(*free, strict=True)]
+    stopped = list(generate_tokens(model, PROMPT, max_tokens=40, num_samples=3, seed=1, stop_tokens=[stop]))
+    lengths = []
+    for column, whole in zip(zip(*stopped, strict=True), columns, strict=True):
+        length = whole.index(stop) if stop in whole else len(whole)
+        lengths.append(length)
+        assert list(column)[:length] == whole[:length]
+        assert all(token is None for token in column[length:])
+    assert lengths[0] <= 4
+    assert len(stopped) == max(lengths)
+
+
+def draws(logits, **settings):
+    generator = torch.Generator().manual_seed(0)
+    settings = {"temperature": 1.0, "top_k": None, "top_p": None, **settings}
+    drawn = sample(torch.tensor([logits]).expand(20000, -1), generator=generator, **settings)
+    return torch.bincount(drawn, minlength=len(logits)) / 20000
+
+
+def test_frequencies_of_the_draws():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probabilities.log().tolist()
+
+    def expect(found, weights):
+        expected = torch.tensor(weights) / sum(weights)
+        assert torch.allclose(found, expected, atol=0.015)
+        assert (found[expected == 0] == 0).all()
+
+    expect(draws(logits), [0.5, 0.3, 0.15, 0.05])
+    expect(draws(logits, temperature=0.5), [0.25, 0.09, 0.0225, 0.0025])
+    expect(draws(logits, top_k=2), [0.5, 0.3, 0.0, 0.0])
+    expect(draws(logits, top_k=9), [0.5, 0.3, 0.15, 0.05])
+    expect(draws(logits, top_p=0.4), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, top_p=0.7), [0.5, 0.3, 0.0, 0.0])
+    expect(draws(logits, top_p=0.9), [0.5, 0.3, 0.15, 0.0])
+    expect(draws(logits, top_p=1.0), [0.5, 0.3, 0.15, 0.05])
+    expect(draws(list(reversed(logits)), top_p=0.7), [0.0, 0.0, 0.3, 0.5])
+    expect(draws(logits, top_k=3, top_p=0.6), [0.5, 0.3, 0.0, 0.0])
+    expect(draws(logits, temperature=0), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, temperature=1e-38), [1.0, 0.0, 0.0, 0.0])
+
+
+def test_bad_arguments_are_refused_at_the_call():
+    model = build()
+    for bad, message in (
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"num_samples": 0}, "num_samples 0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"max_tokens": 153}, "8 tokens of prompt and 153 more; the model has 160 positions"),
+        ({"prompt_tokens": []}, "0 tokens"),
+        ({"prompt_tokens": [1, 60]}, "0 to 59"),
+        ({"prompt_tokens": [-1]}, "0 to 59"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate_tokens(**{"model": model, "prompt_tokens": PROMPT, "max_tokens": 4, **bad})
+
+
+def test_as_many_tokens_as_there_are_positions():
+    with use("torch"):
+        assert len(list(generate_tokens(build(), PROMPT, max_tokens=152, temperature=0))) == 152
+
+
+def test_a_diverged_model_is_said_to_be_one():
+    model = build()
+    with use("torch"), torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+        with pytest.raises(ValueError, match="diverged"):
+            list(generate_tokens(model, PROMPT, max_tokens=4))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["def f(x): return x + 1\n" * 50], 280)
+
+
+class Scripted(GPT):
+    """Gives the tokens of a script, whatever it is asked."""
+
+    def __init__(self, config, script):
+        super().__init__(config)
+        self.script = script
+
+    def forward(self, idx, *, kv_cache, last_only=False):
+        position = kv_cache.length
+        kv_cache.length += idx.size(1)
+        step = 0 if position == 0 else kv_cache.length - self.prompt_length
+        if position == 0:
+            self.prompt_length = idx.size(1)
+            self.prompt = idx[0].tolist()
+        logits = torch.zeros(1, 1, self.config.vocab_size)
+        logits[..., self.script[step]] = 10.0
+        return logits
+
+
+def spoken(tokenizer, script, prompt="", max_tokens=None):
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    model = Scripted(config, script)
+    pieces = list(generate_text(model, tokenizer, prompt, max_tokens=max_tokens or len(script), temperature=0))
+    return pieces, model
+
+
+def single_bytes(tokenizer, data):
+    ids = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.vocab_size)}
+    return [ids[bytes([byte])] for byte in data]
+
+
+def test_characters_are_never_cut(tokenizer):
+    text = "aé語🎲z"
+    pieces, model = spoken(tokenizer, single_bytes(tokenizer, text.encode()), prompt="def f")
+    assert pieces == ["a", "é", "語", "🎲", "z"]
+    assert model.prompt == [tokenizer.bos_id, *tokenizer.encode("def f")]
+
+
+def test_bytes_that_are_no_text_are_replaced(tokenizer):
+    pieces, _ = spoken(tokenizer, single_bytes(tokenizer, b"a\xffb" + "語".encode()[:2]))
+    assert "".join(pieces) == "a\ufffdb\ufffd"
+
+
+def test_text_ends_where_the_model_ends_the_document(tokenizer):
+    script = [*single_bytes(tokenizer, b"ab"), tokenizer.bos_id, *single_bytes(tokenizer, b"cd")]
+    assert spoken(tokenizer, script)[0] == ["a", "b"]
+    assert spoken(tokenizer, script, max_tokens=1)[0] == ["a"]
+
+
+@pytest.fixture
+def run_dir(tmp_path, tokenizer):
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    meta = {"model_config": vars(config), "tokenizer_hash": tokenizer.hash}
+    for step in (1, 2):
+        weights = {name: p.detach() for name, p in build(config, seed=step).named_parameters()}
+        checkpoint.save(tmp_path / "run" / "checkpoints", step, {"model": weights}, meta)
+    return tmp_path / "run"
+
+
+def test_load_model(run_dir, tokenizer):
+    for step, expected_step in ((None, 2), (1, 1)):
+        model, loaded, meta = load_model(run_dir, step)
+        expected = build(model.config, seed=expected_step)
+        assert meta["step"] == expected_step
+        assert loaded.hash == tokenizer.hash
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+        with use("torch"), torch.no_grad():
+            idx = torch.tensor([PROMPT])
+            assert torch.equal(model(idx), expected(idx)), "the rotary tables are not in the checkpoint"
+
+
+def test_load_model_goes_back_to_an_intact_checkpoint_and_says_so(run_dir):
+    damaged = checkpoint.path_of(run_dir / "checkpoints", 2) / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    told = []
+    assert load_model(run_dir, warn=told.append)[2]["step"] == 1
+    assert len(told) == 1
+    assert "step_000002" in told[0]
+
+
+def test_load_model_refuses_what_does_not_belong_together(run_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none: no such run folder"):
+        load_model(tmp_path / "none")
+    folder = run_dir / "checkpoints"
+    tensors, meta = checkpoint.load(folder, 2)
+
+    def saved(**changes):
+        checkpoint.save(folder, 3, {"model": changes.pop("model", tensors["model"])}, {**meta, **changes})
+        return run_dir
+
+    shape = {**meta["model_config"], "n_layer": 2}
+    with pytest.raises(ValueError, match=r"do not fit model_config.*transformer\.h\.2"):
+        load_model(saved(model_config=shape))
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        load_model(saved(tokenizer_hash=None))
+    saved()
+    Tokenizer.train(["other text " * 99], 280).save(run_dir / "tokenizer")
+    with pytest.raises(ValueError, match="not the tokenizer"):
+        load_model(run_dir)
+
+
+def test_command_line(run_dir, capfd):
+    args = ["--checkpoint", str(run_dir), "--prompt", "def f", "--max-tokens", "20", "--seed", "3", "--top-k", "5"]
+    with use("torch"):
+        assert generate.main([*args, "--temperature", "0.9", "--top-p", "0.95"]) == 0
+        printed = capfd.readouterr().out
+        model, tokenizer, _ = load_model(run_dir)
+        settings = {"max_tokens": 20, "temperature": 0.9, "top_k": 5, "top_p": 0.95, "seed": 3}
+        assert printed == "def f" + "".join(generate_text(model, tokenizer, "def f", **settings)) + "\n"
+        generate.main([*args, "--step", "1"])
+        of_first_step = capfd.readouterr().out
+    # The same in a process of its own, as the README calls it.
+    module = [sys.executable, "-m", "nanochat_native.generate", *args, "--step", "1"]
+    env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.run(module, capture_output=True, encoding="utf-8", check=True, env=env)
+    assert (process.stdout, process.stderr) == (of_first_step, "")
+    assert of_first_step != printed
+
+
+def test_command_line_mistakes_are_one_line(run_dir, capsys):
+    for args, message in (
+        (["--checkpoint", run_dir / "none"], "no such run folder"),
+        (["--checkpoint", run_dir, "--temperature", "-1"], "temperature is -1"),
+        (["--checkpoint", run_dir, "--max-tokens", "1000"], "160 positions"),
+        (["--checkpoint", run_dir, "--step", "7"], "step_000007"),
+    ):
+        with use("torch"):
+            assert generate.main([str(arg) for arg in args]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        assert message in captured.err

@@ -1,0 +1,75 @@
+"""linear: the native product, where it serves, against torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat_native import ops
+
+OPERATOR = torch.ops.nanochat_native.linear.default
+
+
+@given(N=st.integers(1, 150), I=st.integers(1, 90), O=st.integers(1, 90))
+def test_native_product_and_gradients(N, I, O):  # noqa: E741
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in ((N, I), (O, I)))
+    dy = torch.randn(N, O)
+    y, exact = OPERATOR(x, weight), F.linear(x.double(), weight.double())
+    torch.testing.assert_close(y.double(), exact, atol=1e-4, rtol=1e-5)
+    for mine, theirs in zip(
+        torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(exact, (x, weight), dy.double()), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (4, 70, 5), (0, 5)], ids=str)
+def test_every_shape_and_dtype(shape, dtype, backend):
+    ops.use_backend(backend)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(7, 5).to(dtype)
+    y = ops.linear(x, weight)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, F.linear(x, weight))
+
+
+def test_strides():
+    x, weight = torch.randn(90, 2, 24).transpose(0, 1), torch.randn(24, 33).T
+    torch.testing.assert_close(ops.linear(x, weight), F.linear(x, weight), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(OPERATOR(x[0], weight), F.linear(x[0], weight), atol=1e-5, rtol=1e-5)
+
+
+def test_same_bits_every_time_and_for_every_number_of_threads():
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in ((300, 130), (210, 130)))
+    dy = torch.randn(300, 210)
+
+    def results():
+        y = OPERATOR(x, weight)
+        return y, *torch.autograd.grad(y, (x, weight), dy)
+
+    first = results()
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, results(), first))
+
+
+def test_opcheck_and_compile():
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in ((70, 6), (5, 6)))
+    torch.library.opcheck(OPERATOR, (x, weight))
+    compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(
+        torch.autograd.grad(compiled(x, weight).sum(), (x, weight)),
+        torch.autograd.grad(F.linear(x, weight).sum(), (x, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_bad_arguments(backend):
+    ops.use_backend(backend)
+    with pytest.raises(ValueError, match=r"linear: x has shape \(3, 4\), weight \(5, 6\)"):
+        ops.linear(torch.zeros(3, 4), torch.zeros(5, 6))
+    with pytest.raises(ValueError, match="linear: x has shape"):
+        ops.linear(torch.zeros(3, 4), torch.zeros(4))

@@ -1,0 +1,171 @@
+"""newton_schulz: against the twin in float64, error bounds on hard spectra, orthogonality, and properties."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat_native import ops
+from nanochat_native.ops import reference
+
+OPERATOR = torch.ops.nanochat_native.newton_schulz.default
+NAMES = ["quintic", "polar_express", "cubic"]
+SHAPES = [(1, 1), (1, 9), (9, 1), (2, 3), (7, 5), (64, 64), (65, 63), (96, 384), (384, 96), (3, 33, 17), (2, 2, 20, 50)]
+
+
+def decaying(M, K, decades):
+    """A matrix whose singular values decay geometrically over that many decades."""
+    r = min(M, K)
+    u, _ = torch.linalg.qr(torch.randn(M, r, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(K, r, dtype=torch.float64))
+    return u * torch.logspace(0, -decades, r, dtype=torch.float64) @ v.T
+
+
+@pytest.mark.parametrize("coefficients", [*NAMES, [(2.0, -1.5, 0.5), (1.5, -0.5, 0.0)]], ids=[*NAMES, "list"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_the_twin(shape, coefficients):
+    g = torch.randn(shape, dtype=torch.float64)
+    out = ops.newton_schulz(g, coefficients=coefficients)
+    torch.testing.assert_close(out, reference.newton_schulz(g, coefficients=coefficients), atol=1e-9, rtol=1e-9)
+    single = ops.newton_schulz(g.float(), coefficients=coefficients)
+    torch.testing.assert_close(single.double(), out, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("coefficients", NAMES)
+@pytest.mark.parametrize("shape", [(128, 128), (256, 64), (64, 256), (96, 768)], ids=str)
+@pytest.mark.parametrize("decades", [0, 3, 6])
+def test_error_on_decaying_spectra(decades, shape, coefficients):
+    """Against float64, float32 is at most twice as far off as plain torch in float32, or off by 1e-5 of the norm."""
+    g = decaying(*shape, decades)
+    exact = reference.newton_schulz(g, coefficients=coefficients)
+    mine = (ops.newton_schulz(g.float(), coefficients=coefficients).double() - exact).norm() / exact.norm()
+    plain = (reference.newton_schulz(g.float(), coefficients=coefficients).double() - exact).norm() / exact.norm()
+    assert mine <= max(2 * plain, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 48), (48, 128)], ids=str)
+def test_singular_values(shape):
+    g = torch.stack([decaying(*shape, decades).float() for decades in (0, 0.5, 1, 1.5)])
+    for name, low, high in (("quintic", 0.6, 1.3), ("polar_express", 0.8, 1.2)):
+        values = torch.linalg.svdvals(ops.newton_schulz(g, coefficients=name))
+        assert values.min() > low, name
+        assert values.max() < high, name
+
+
+def test_cubic_converges_to_the_polar_factor():
+    g = torch.randn(3, 40, 24, dtype=torch.float64)
+    out = ops.newton_schulz(g, steps=40, coefficients="cubic")
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    torch.testing.assert_close(out, u @ vh)
+    torch.testing.assert_close(out.mT @ out, torch.eye(24, dtype=torch.float64).expand(3, 24, 24))
+
+
+def test_transposed_input_gives_the_transposed_result():
+    g = torch.randn(90, 40)
+    torch.testing.assert_close(ops.newton_schulz(g.mT), ops.newton_schulz(g).mT, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [-120, -60, -1, 1, 60])
+def test_result_does_not_depend_on_the_scale(exponent):
+    g = torch.randn(2, 24, 40)
+    torch.testing.assert_close(ops.newton_schulz(g * 2.0**exponent), ops.newton_schulz(g), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("coefficients", NAMES)
+@pytest.mark.parametrize("shape", [(8, 8), (20, 5), (5, 20)], ids=str)
+def test_zero_and_nan_stay_in_their_matrix(shape, coefficients, backend):
+    ops.use_backend(backend)
+    g = torch.randn(4, *shape)
+    g[1] = 0
+    clean = ops.newton_schulz(g, coefficients=coefficients)
+    g[2, 3, 1] = torch.nan
+    g[3, 0, 0] = torch.inf
+    out = ops.newton_schulz(g, coefficients=coefficients)
+    assert torch.equal(out[0], clean[0])
+    assert torch.count_nonzero(out[1]) == 0
+    assert out[2].isnan().all()
+    assert not out[3].isfinite().any()
+
+
+def test_steps_and_triples():
+    g = torch.randn(9, 6, dtype=torch.float64)
+    first, second = (2.0, -1.5, 0.5), (1.5, -0.5, 0.0)
+    one = ops.newton_schulz(g, steps=1, coefficients=[first])
+    torch.testing.assert_close(ops.newton_schulz(g, steps=1, coefficients=[first, second]), one)
+    repeated = ops.newton_schulz(g, steps=4, coefficients=[first, second])
+    torch.testing.assert_close(repeated, ops.newton_schulz(g, steps=4, coefficients=[first, second, second, second]))
+    assert not torch.allclose(repeated, one)
+    five = list(reference.COEFFICIENTS["polar_express"])
+    seven, norm_factor = reference.newton_schulz_schedule(7, "polar_express")
+    assert seven == [*five, five[-1], five[-1]]
+    assert norm_factor == 1.01
+
+
+@given(
+    shape=st.lists(st.integers(1, 3), max_size=2),
+    M=st.integers(1, 50),
+    K=st.integers(1, 50),
+    transposed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_any_shape_strides_and_dtype(shape, M, K, transposed, dtype):
+    g = torch.randn(*shape, M, K, dtype=torch.float64).to(dtype)
+    if transposed:
+        g = g.mT
+    out = ops.newton_schulz(g)
+    assert out.shape == g.shape
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(out.double(), reference.newton_schulz(g.double()), atol=tolerance, rtol=tolerance)
+
+
+def test_no_matrices():
+    assert ops.newton_schulz(torch.zeros(0, 3, 4)).shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (3, 256, 64)], ids=str)
+def test_same_bits_every_time_and_for_every_number_of_threads(shape):
+    g = torch.randn(shape)
+    first = ops.newton_schulz(g)
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(ops.newton_schulz(g), first)
+
+
+def test_opcheck_and_compile():
+    g = torch.randn(2, 9, 5)
+    torch.library.opcheck(OPERATOR, (g, [3.4445, -4.7750, 2.0315] * 5, 1.0))
+
+    def doubled(g):
+        return ops.newton_schulz(2 * g, coefficients="polar_express")
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(g), doubled(g))
+    assert not ops.newton_schulz(g.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("g", "options", "error", "words"),
+    [
+        (torch.zeros(3), {}, ValueError, r"g has shape \(3,\); takes \(..., M, K\)"),
+        (torch.zeros(3, 3, dtype=torch.int32), {}, TypeError, "g is torch.int32"),
+        (torch.zeros(3, 3), {"steps": 0}, ValueError, "steps is 0"),
+        (torch.zeros(3, 3), {"coefficients": "septic"}, ValueError, "'septic'; takes 'quintic'"),
+        (torch.zeros(3, 3), {"coefficients": []}, ValueError, r"coefficients is \[\]"),
+        (torch.zeros(3, 3), {"coefficients": [(1.0, 2.0)]}, ValueError, "triples"),
+    ],
+)
+def test_bad_arguments(g, options, error, words, backend):
+    ops.use_backend(backend)
+    with pytest.raises(error, match=words):
+        ops.newton_schulz(g, **options)
+
+
+def test_the_raw_operator_checks_too():
+    with pytest.raises(ValueError, match="coefficients has 4 numbers; takes three for each step"):
+        OPERATOR(torch.zeros(3, 3), [1.0, 2.0, 3.0, 4.0], 1.0)
+    with pytest.raises(TypeError, match="g is BFloat16; takes"):
+        OPERATOR(torch.zeros(3, 3, dtype=torch.bfloat16), [1.0, 2.0, 3.0], 1.0)

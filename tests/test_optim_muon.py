@@ -1,0 +1,139 @@
+import plain
+import pytest
+import torch
+import torch.nn as nn
+from backends import BACKENDS, use
+
+from nanochat_native import ops
+from nanochat_native.optim import Muon
+
+SHAPES = [(16, 16), (64, 16), (16, 64), (16, 16), (64, 16), (24, 16)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use(request.param):
+        yield request.param
+
+
+def matrices(shapes=SHAPES, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def give_gradients(parameters, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def test_five_steps_against_the_plain_form(backend):
+    """Same-shaped matrices lie apart in the list: stacking must give each its own update."""
+    ours, theirs = matrices(), matrices()
+    optimizer = Muon(ours, lr=0.1)
+    buffers = [torch.zeros_like(p) for p in theirs]
+    for step, momentum in enumerate([0.85, 0.9, 0.95, 0.95, 0.5]):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        optimizer.param_groups[0]["momentum"] = momentum
+        optimizer.step()
+        plain.muon_step(theirs, buffers, 0.1, momentum)
+        for a, b, buffer in zip(ours, theirs, buffers, strict=True):
+            assert torch.allclose(a, b, atol=2e-5, rtol=0)
+            assert torch.allclose(optimizer.state[a]["momentum_buffer"], buffer, atol=1e-6, rtol=0)
+
+
+def test_the_update_is_nearly_orthogonal_and_scaled_for_tall_matrices(backend):
+    for shape, scale in (((32, 32), 1.0), ((64, 16), 2.0), ((16, 64), 1.0)):
+        (parameter,) = matrices([shape])
+        before = parameter.detach().clone()
+        give_gradients([parameter], 1)
+        Muon([parameter], lr=0.01).step()
+        singular = torch.linalg.svdvals((before - parameter.detach()) / (0.01 * scale))
+        assert singular.min() > 0.3
+        assert singular.max() < 1.3
+
+
+def test_the_scale_of_the_gradient_does_not_matter(backend):
+    small, large = matrices(), matrices()
+    for parameters, factor in ((small, 1e-12), (large, 1e12)):
+        give_gradients(parameters, 1)
+        for parameter in parameters:
+            parameter.grad *= factor
+        Muon(parameters, lr=0.1).step()
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=0) for a, b in zip(small, large, strict=True))
+
+
+def test_weight_decay_nesterov_and_coefficients(backend):
+    def update(**settings):
+        (parameter,) = matrices([(16, 16)])
+        optimizer = Muon([parameter], lr=0.1, momentum=0.9, **settings)
+        for seed in (1, 2):
+            give_gradients([parameter], seed)
+            before = parameter.detach().clone()
+            optimizer.step()
+        return before, parameter.detach(), optimizer.state[parameter]["momentum_buffer"]
+
+    before, after, buffer = update(nesterov=False)
+    assert torch.allclose(after, before - 0.1 * plain.newton_schulz(buffer), atol=1e-5, rtol=0)
+    _, with_nesterov, _ = update()
+    assert not torch.allclose(after, with_nesterov, atol=1e-3)
+
+    before, after, buffer = update(nesterov=False, weight_decay=0.5)
+    assert torch.allclose(after, before * (1 - 0.1 * 0.5) - 0.1 * plain.newton_schulz(buffer), atol=1e-5, rtol=0)
+
+    before, after, buffer = update(nesterov=False, coefficients="cubic", ns_steps=9)
+    expected = ops.newton_schulz(buffer, steps=9, coefficients="cubic")
+    assert torch.allclose(after, before - 0.1 * expected, atol=1e-5, rtol=0)
+
+
+def test_batched_matrices_are_stepped_one_by_one(backend):
+    (stacked,) = matrices([(3, 16, 8)])
+    apart = [nn.Parameter(m.clone()) for m in stacked.detach()]
+    give_gradients([stacked], 1)
+    for parameter, gradient in zip(apart, stacked.grad, strict=True):
+        parameter.grad = gradient.clone()
+    Muon([stacked], lr=0.1).step()
+    Muon(apart, lr=0.1).step()
+    assert torch.allclose(stacked, torch.stack(list(apart)), atol=1e-6, rtol=0)
+
+
+def test_one_operator_call_for_each_shape(monkeypatch):
+    calls = []
+    newton_schulz = ops.newton_schulz
+    monkeypatch.setattr(ops, "newton_schulz", lambda g, **kw: (calls.append(tuple(g.shape)), newton_schulz(g, **kw))[1])
+    parameters = matrices()
+    give_gradients(parameters, 1)
+    with use("torch"):
+        Muon(parameters).step()
+    assert sorted(calls) == [(1, 16, 64), (1, 24, 16), (2, 16, 16), (2, 64, 16)]
+
+
+def test_bfloat16_parameters(backend):
+    parameters = matrices(dtype=torch.bfloat16)
+    reference = [nn.Parameter(p.detach().float()) for p in parameters]
+    give_gradients(parameters, 1)
+    for theirs, ours in zip(reference, parameters, strict=True):
+        theirs.grad = ours.grad.float()
+    optimizer = Muon(parameters, lr=0.1)
+    optimizer.step()
+    Muon(reference, lr=0.1).step()
+    for ours, theirs in zip(parameters, reference, strict=True):
+        assert optimizer.state[ours]["momentum_buffer"].dtype == torch.float32
+        assert torch.allclose(ours.float(), theirs, rtol=2**-8, atol=1e-5)
+
+
+def test_zero_gradients_change_nothing(backend):
+    (parameter,) = matrices([(8, 8)])
+    before = parameter.detach().clone()
+    parameter.grad = torch.zeros(8, 8)
+    Muon([parameter], lr=0.1).step()
+    assert torch.equal(parameter, before)
+
+
+def test_what_muon_does_not_take():
+    with pytest.raises(ValueError, match=r"wte\.gain has shape \(5,\).*AdamW"):
+        Muon([("wte.gain", nn.Parameter(torch.ones(5)))])
+    for bad, message in (({"momentum": 1.0}, "momentum is 1.0"), ({"ns_steps": 0}, "ns_steps is 0")):
+        with pytest.raises(ValueError, match=message):
+            Muon(matrices(), **bad)
