@@ -53,7 +53,7 @@ class TrainConfig:
     """Horizon, optimizer steps. With --resume it may be raised, to train on."""
     target_flops: Annotated[float, _auto("FLOAT", "not used")] = AUTO
     """Horizon, floating-point operations in all."""
-    target_param_data_ratio: Annotated[float, _auto("FLOAT", "20 on a GPU, 1 without --data, 0.08 on a CPU")] = AUTO
+    target_param_data_ratio: Annotated[float, _auto("FLOAT", "20 on a GPU, 1 without --data, 0.1 on a CPU")] = AUTO
     """Horizon, training tokens per parameter."""
     device_batch_size: Annotated[int, _auto("INT", "what fits the GPU; 8 on a CPU")] = AUTO
     """Sequences that go through the model at once; gradients accumulate up to --total-batch-size."""
@@ -246,7 +246,7 @@ def with_defaults(config: TrainConfig, *, gpu: bool) -> TrainConfig:
         "eval_tokens": 20 * 524288 if gpu else 32768,
     }
     if all(getattr(config, name) == AUTO for name in _HORIZONS):
-        sized["target_param_data_ratio"] = 0.08 if not gpu else 1.0 if embedded else 20.0
+        sized["target_param_data_ratio"] = 0.1 if not gpu else 1.0 if embedded else 20.0
     return _fill(config, sized)
 
 

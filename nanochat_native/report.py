@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nanochat_native.trainer import Trainer
 
 OPERATORS = ("attention", "newton_schulz", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
-EXPECTED_MFU = {"cpu": 0.6, "cuda": 0.4}  # for the time that is announced before the first step
+EXPECTED_MFU = {"cpu": 0.9, "cuda": 0.4}  # for the time that is announced before the first step
 
 
 def announce(run: Trainer, notes: list[str]) -> None:

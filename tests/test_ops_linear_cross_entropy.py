@@ -33,7 +33,7 @@ def plain(x, weight, targets, softcap=15.0, ignore_index=-1, reduction="mean"):
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("softcap", [15.0, 2.0, 0.0])
+@pytest.mark.parametrize("softcap", [15.0, 2.0, 0.0, None])
 @pytest.mark.parametrize(("N", "C", "V"), [(1, 1, 1), (3, 5, 2), (70, 33, 101), (300, 64, 1000), (517, 96, 517)])
 def test_matches_cross_entropy_on_whole_logits(N, C, V, softcap, reduction, backend):
     ops.use_backend(backend)

@@ -355,7 +355,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
-    softcap: float = 15.0,
+    softcap: float | None = 15.0,
     ignore_index: int = -1,
     reduction: str = "mean",
 ) -> Tensor:
@@ -367,7 +367,7 @@ def linear_cross_entropy(
         x: (..., C) float32, float64 or bfloat16.
         weight: (V, C) of x's dtype and device.
         targets: the shape of x without C, int64, in [0, V) or ignore_index.
-        softcap: bound of |z|; 0 for none.
+        softcap: bound of |z|; None or 0 for none.
         reduction: "mean" over the targets that are not ignored, "sum", or "none".
 
     Returns:
@@ -388,6 +388,7 @@ def linear_cross_entropy(
     _check_same("linear_cross_entropy", x, weight=weight)
     if targets.device != x.device:
         raise ValueError(f"linear_cross_entropy: targets is on {targets.device}, x on {x.device}; takes one device")
+    softcap = 0.0 if softcap is None else softcap
     if not softcap >= 0:
         raise ValueError(f"linear_cross_entropy: softcap is {softcap}; takes at least 0")
     if reduction not in ("mean", "sum", "none"):
