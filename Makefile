@@ -22,8 +22,6 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/
 	csrc/*/*/*.cuh python/*.cpp python/*.h)
 CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
 
-export NANOCHAT_CUDA
-
 .PHONY: train test bench lint gpu clean
 .DELETE_ON_ERROR:
 

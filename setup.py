@@ -53,7 +53,7 @@ def find_torch():
 
 def find_nvcc():
     """Path of nvcc, or why CUDA is left out: (path, reason), one of them empty."""
-    choice = os.environ.get("NANOCHAT_CUDA", "auto")
+    choice = os.environ.get("NANOCHAT_CUDA") or "auto"
     if choice not in ("auto", "on", "off"):
         fail(f"NANOCHAT_CUDA is {choice!r}; it takes auto, on or off.")
     if choice == "off":
