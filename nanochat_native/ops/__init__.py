@@ -306,6 +306,13 @@ def muon_update_(
     function(params, update, lr=lr, weight_decay=weight_decay, scale=scale)
 
 
+def _linear_runs_native(x: Tensor, weight: Tensor) -> bool:
+    if _backend == "torch":
+        return False
+    native.require()
+    return native.linear_pays(x, weight)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T, as torch.nn.functional.linear without a bias. Differentiable once where the native product serves.
 
@@ -321,7 +328,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.dim() < 1 or weight.dim() != 2 or x.size(-1) != weight.size(1):
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; takes (..., I), (O, I)")
-    if _backend == "native" and native.linear_pays(x, weight):
+    if _linear_runs_native(x, weight):
         return native.linear(x, weight)
     return torch.nn.functional.linear(x, weight)
 
@@ -343,7 +350,7 @@ def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
             "takes (..., O), (..., I), (O, I)"
         )
     dy_rows, rows = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
-    if _backend == "native" and native.linear_pays(x, weight):
+    if _linear_runs_native(x, weight):
         dx, dweight = torch.ops.nanochat_native.linear_backward(dy_rows, rows, weight, True, True)
     else:
         dx, dweight = dy_rows @ weight, dy_rows.mT @ rows
