@@ -51,9 +51,9 @@ def find_torch():
     return torch.__version__, cpp_extension.include_paths(), cpp_extension.library_paths()
 
 
-def find_nvcc():
-    """Path of nvcc, or why CUDA is left out: (path, reason), one of them empty."""
-    choice = os.environ.get("NANOCHAT_CUDA") or "auto"
+def find_nvcc(choice=None):
+    """Path of nvcc, or why CUDA is left out: (path, reason), one of them empty. choice: NANOCHAT_CUDA's, by default."""
+    choice = choice or os.environ.get("NANOCHAT_CUDA") or "auto"
     if choice not in ("auto", "on", "off"):
         fail(f"NANOCHAT_CUDA is {choice!r}; it takes auto, on or off.")
     if choice == "off":

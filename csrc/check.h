@@ -6,10 +6,6 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef __CUDACC__
-#include <cuda_runtime.h>
-#endif
-
 namespace nanochat {
 
 // For arguments: the caller sees a ValueError.
@@ -20,15 +16,5 @@ void require(bool holds, const Parts&... message) {
     (text << ... << message);
     throw std::invalid_argument(text.str());
 }
-
-#ifdef __CUDACC__
-// For every call of the CUDA runtime, and after every launch.
-inline void cuda_check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " +
-                                 cudaGetErrorString(status));
-    }
-}
-#endif
 
 }   // namespace nanochat

@@ -36,6 +36,9 @@ struct AdamWTensor {
 
 // Decoupled weight decay, PyTorch's form: p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) after p *= 1
 // - lr * wd.
+//
+// Each *_address may be null; else it replaces the number of its name, and lies in the memory of the device that runs
+// the kernel: a captured CUDA graph then reads what stands there when it is replayed.
 struct AdamW {
     const AdamWTensor* tensors;   // (count,)
     int64_t count;
@@ -45,6 +48,33 @@ struct AdamW {
     double lr, beta1, beta2, eps, weight_decay;
     bool stochastic_rounding;   // of bfloat16 parameters: unbiased, a pure function of (seed, step, tensor, element)
     uint64_t seed;
+    bool cautious;   // decays only where m * p >= 0, both in float32 (arXiv:2510.12402)
+    const int64_t* step_address;
+    const double *lr_address, *weight_decay_address;
+};
+
+// buf = momentum * buf + (1 - momentum) * g;  update = nesterov ? momentum * buf + (1 - momentum) * g : buf
+struct MuonMomentum {
+    const void* const* grads;         // (count,) tensors of numel, grad_dtype
+    float* const* momentum_buffers;   // (count,) tensors of numel, updated in place
+    float* update;                    // (count, numel)
+    double* norms;                    // (count,) the Frobenius norm of each update, or null
+    int64_t count, numel;
+    DType grad_dtype;   // float32 | bfloat16
+    double momentum;
+    bool nesterov;
+    const double* momentum_address;   // as AdamW's
+};
+
+// p = (1 - lr * weight_decay) * p - lr * scale * update
+struct MuonUpdate {
+    void* const* params;   // (count,) tensors of numel, param_dtype, updated in place
+    const float* update;   // (count, numel)
+    int64_t count, numel;
+    DType param_dtype;   // float32 | bfloat16
+    double lr, weight_decay, scale;
+    bool cautious;                                     // decays only where update * p >= 0, in float32
+    const double *lr_address, *weight_decay_address;   // as AdamW's
 };
 
 namespace cpu {
@@ -86,6 +116,7 @@ struct NewtonSchulz {
     DType dtype;                  // float32 | float64
     const void* g;                // (batch, M, K) contiguous
     void* out;                    // (batch, M, K) contiguous; may not overlap g
+    const double* norms;          // (batch,) |g|_F where it is known, else null
     const double* coefficients;   // (steps, 3)
     int64_t steps;
     double norm_factor;
@@ -94,30 +125,8 @@ struct NewtonSchulz {
 void newton_schulz(const NewtonSchulz&);
 
 void adamw(const AdamW&, int threads);
-
-// buf = momentum * buf + (1 - momentum) * g;  update = nesterov ? momentum * buf + (1 - momentum) * g : buf
-struct MuonMomentum {
-    const void* const* grads;         // (count,) tensors of numel, grad_dtype
-    float* const* momentum_buffers;   // (count,) tensors of numel, updated in place
-    float* update;                    // (count, numel)
-    int64_t count, numel;
-    DType grad_dtype;   // float32 | bfloat16
-    double momentum;
-    bool nesterov;
-    int threads;
-};
-void muon_momentum(const MuonMomentum&);
-
-// p = (1 - lr * weight_decay) * p - lr * scale * update
-struct MuonUpdate {
-    void* const* params;   // (count,) tensors of numel, param_dtype, updated in place
-    const float* update;   // (count, numel)
-    int64_t count, numel;
-    DType param_dtype;   // float32 | bfloat16
-    double lr, weight_decay, scale;
-    int threads;
-};
-void muon_update(const MuonUpdate&);
+void muon_momentum(const MuonMomentum&, int threads);
+void muon_update(const MuonUpdate&, int threads);
 
 // z = softcap * tanh(x W^T / softcap) (softcap 0: z = x W^T); loss[n] = logsumexp_v z[n] - z[n, target[n]], 0 where
 // ignored. Logits exist for one chunk of rows at a time. Gradients of grad_scale * sum(loss) are written where asked
@@ -159,7 +168,29 @@ void linear(const Linear&);
 namespace cuda {
 
 // stream: a cudaStream_t. Work is enqueued on it; launch errors throw std::runtime_error.
-void adamw(const AdamW&, void* stream);
+// The number of launches does not grow with the number of tensors: one for every several hundred of them.
+void adamw(const AdamW&, void* workspace, void* stream);
+int64_t adamw_workspace_bytes(const AdamW&);   // of device memory, 16-byte aligned, contents of no account; 0: none
+
+void muon_momentum(const MuonMomentum&, void* workspace, void* stream);
+int64_t muon_momentum_workspace_bytes(const MuonMomentum&);
+
+void muon_update(const MuonUpdate&, void* stream);
+
+// One chunk of rows of linear_cross_entropy, between the library's products: z = softcap * tanh(x / softcap) (softcap
+// 0: z = x), loss = logsumexp(z) - z[target], and on request the logits' gradient in their place. Computed in float32.
+// A target that is neither in [0, V) nor ignore_index gives NaN in its row: to say more, the stream would have to wait.
+struct SoftcapCrossEntropy {
+    int64_t rows, V;
+    DType dtype;              // float32 | bfloat16, of logits
+    void* logits;             // (rows, V) contiguous; read, and overwritten with grad_scale * d loss / d logits
+    const int64_t* targets;   // (rows,)
+    int64_t ignore_index;
+    double softcap;
+    const float* grad_scale;   // one number in device memory; null: logits are only read
+    float* loss;               // (rows,), 0 where ignored
+};
+void softcap_cross_entropy(const SoftcapCrossEntropy&, void* stream);
 
 }   // namespace cuda
 

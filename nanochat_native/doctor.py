@@ -156,11 +156,18 @@ def main() -> int:
         for device in devices:
             backend, why = ops.serves(op, device)
             state = f"{device}: {backend} ({why})"
-            if device == "cpu" and backend == "native" and instruction_set != "not used":
-                off = check()
-                state = f"{device}: native, off its twin by {off:.0e}"
-                if not off < TOLERANCE:
-                    broken.append(f"{op} on the CPU ({instruction_set}) is off its twin by {off:.1e}")
+            if backend == "native" and instruction_set != "not used":
+                where = f"the CPU ({instruction_set})" if device == "cpu" else "the GPU"
+                try:
+                    with torch.device(device):
+                        off = check()
+                except RuntimeError as error:  # of the CUDA runtime: no code for this GPU, a driver that is too old
+                    state = f"{device}: native, fails"
+                    broken.append(f"{op} on {where}: {str(error).splitlines()[0]}")
+                else:
+                    state = f"{device}: native, off its twin by {off:.0e}"
+                    if not off < TOLERANCE:
+                        broken.append(f"{op} on {where} is off its twin by {off:.1e}")
             states.append(state)
         print(f"{op:<21}{'; '.join(states)}")
 

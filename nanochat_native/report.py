@@ -17,14 +17,13 @@ from nanochat_native.plot import plot_loss
 if TYPE_CHECKING:
     from nanochat_native.trainer import Trainer
 
-OPERATORS = ("attention", "newton_schulz", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
 EXPECTED_MFU = {"cpu": 0.9, "cuda": 0.4}  # for the time that is announced before the first step
 
 
 def announce(run: Trainer, notes: list[str]) -> None:
     """Print what will be done: machine, data, model, work, time, memory. notes: flags changed in a resumed run."""
     config, model, say = run.config, run.model.config, run.console.say
-    served = {op: ops.serves(op, run.device)[0] for op in OPERATORS}
+    served = {op: ops.serves(op, run.device)[0] for op in ops.OPERATORS}
     kernels = [f"{' '.join(op for op in served if served[op] == by)}: {by}" for by in sorted(set(served.values()))]
     if run.device.type == "cpu" and "native" in served.values():
         kernels.append(ops.instruction_set())

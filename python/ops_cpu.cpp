@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -116,12 +117,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
 
 // --- newton_schulz ---
 
-Tensor newton_schulz(const Tensor& g_, at::ArrayRef<double> coefficients, double norm_factor) {
+Tensor newton_schulz(const Tensor& g_, at::ArrayRef<double> coefficients, double norm_factor,
+                     const std::optional<Tensor>& norms_) {
     TORCH_CHECK_VALUE(g_.dim() >= 2, "newton_schulz: g has shape ", g_.sizes(), "; takes (..., M, K)");
     TORCH_CHECK_VALUE(!coefficients.empty() && coefficients.size() % 3 == 0, "newton_schulz: coefficients has ",
                       coefficients.size(), " numbers; takes three for each step");
     const DType dtype = dtype_of("newton_schulz", "g", g_, {at::kFloat, at::kDouble});
-    const Tensor g = g_.contiguous();
+    if (norms_)
+        check_like("newton_schulz", "norms", *norms_, at::kDouble, g_.device(), g_.sizes().slice(0, g_.dim() - 2));
+    const Tensor g = g_.contiguous(), norms = norms_ ? norms_->contiguous() : Tensor();
     Tensor out = at::empty(g.sizes(), g.options());
     if (g.numel() == 0) return out;
     const int64_t M = g.size(-2), K = g.size(-1);
@@ -132,6 +136,7 @@ Tensor newton_schulz(const Tensor& g_, at::ArrayRef<double> coefficients, double
                             .dtype = dtype,
                             .g = g.const_data_ptr(),
                             .out = out.mutable_data_ptr(),
+                            .norms = norms_ ? norms.const_data_ptr<double>() : nullptr,
                             .coefficients = coefficients.data(),
                             .steps = static_cast<int64_t>(coefficients.size() / 3),
                             .norm_factor = norm_factor,
@@ -144,81 +149,34 @@ Tensor newton_schulz(const Tensor& g_, at::ArrayRef<double> coefficients, double
 
 void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
             int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
-            bool stochastic_rounding, int64_t seed) {
-    std::vector<AdamWTensor> tensors;
-    const AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps,
-                                            weight_decay, stochastic_rounding, seed, tensors);
+            bool stochastic_rounding, int64_t seed, bool cautious, const std::optional<Tensor>& step_tensor,
+            const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
+    std::vector<AdamWTensor> storage;
+    const AdamW arguments =
+        adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay,
+                        stochastic_rounding, seed, cautious, step_tensor, lr_tensor, weight_decay_tensor, storage);
     run_kernel([&] { cpu::adamw(arguments, threads()); });
     for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
 }
 
-void check_one_shape(const char* op, const char* name, at::TensorList tensors) {
-    TORCH_CHECK_VALUE(!tensors.empty(), op, ": ", name, " is empty; takes at least one tensor");
-    for (const Tensor& tensor : tensors) {
-        TORCH_CHECK_VALUE(tensor.sizes() == tensors[0].sizes(), op, ": ", name, " has shapes ", tensors[0].sizes(),
-                          " and ", tensor.sizes(), "; takes one shape");
-    }
-}
-
-std::vector<int64_t> stacked_shape(at::TensorList tensors) {
-    std::vector<int64_t> shape = tensors[0].sizes().vec();
-    shape.insert(shape.begin(), static_cast<int64_t>(tensors.size()));
-    return shape;
-}
-
-Tensor muon_momentum_(at::TensorList grads, at::TensorList momentum_buffers, double momentum, bool nesterov) {
-    const char* op = "muon_momentum_";
-    check_one_shape(op, "grads", grads);
-    const std::vector<TensorList> lists = {{"grads", grads, false}, {"momentum_buffers", momentum_buffers, true}};
-    check_lists(op, lists);
-    check_no_overlap(op, lists);
-    const DType grad_dtype = dtype_of(op, "grads", grads[0], {at::kFloat, at::kBFloat16});
-    dtype_of(op, "momentum_buffers", momentum_buffers[0], {at::kFloat});
-    Tensor update = at::empty(stacked_shape(grads), grads[0].options().dtype(at::kFloat));
-    std::vector<const void*> grad_pointers;
-    std::vector<float*> buffer_pointers;
-    for (size_t i = 0; i < grads.size(); ++i) {
-        grad_pointers.push_back(grads[i].const_data_ptr());
-        buffer_pointers.push_back(momentum_buffers[i].mutable_data_ptr<float>());
-    }
-    run_kernel([&] {
-        cpu::muon_momentum({.grads = grad_pointers.data(),
-                            .momentum_buffers = buffer_pointers.data(),
-                            .update = update.mutable_data_ptr<float>(),
-                            .count = static_cast<int64_t>(grads.size()),
-                            .numel = grads[0].numel(),
-                            .grad_dtype = grad_dtype,
-                            .momentum = momentum,
-                            .nesterov = nesterov,
-                            .threads = threads()});
-    });
+std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList momentum_buffers, double momentum,
+                                          bool nesterov, bool with_norms,
+                                          const std::optional<Tensor>& momentum_tensor) {
+    MuonMomentumStorage storage;
+    const MuonMomentum arguments =
+        muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms, momentum_tensor, storage);
+    run_kernel([&] { cpu::muon_momentum(arguments, threads()); });
     mark_updated(momentum_buffers);
-    return update;
+    return {storage.update, storage.norms};
 }
 
-void muon_update_(at::TensorList params, const Tensor& update, double lr, double weight_decay, double scale) {
-    const char* op = "muon_update_";
-    check_one_shape(op, "params", params);
-    const std::vector<TensorList> lists = {{"params", params, true}};
-    check_lists(op, lists);
-    check_like(op, "update", update, at::kFloat, params[0].device(), stacked_shape(params));
-    TORCH_CHECK_VALUE(update.is_contiguous(), op, ": update has strides ", update.strides(),
-                      "; takes a contiguous tensor");
-    check_no_overlap(op, {lists[0], {"update", update, false}});
-    const DType param_dtype = dtype_of(op, "params", params[0], {at::kFloat, at::kBFloat16});
-    std::vector<void*> pointers;
-    for (const Tensor& param : params) pointers.push_back(param.mutable_data_ptr());
-    run_kernel([&] {
-        cpu::muon_update({.params = pointers.data(),
-                          .update = update.const_data_ptr<float>(),
-                          .count = static_cast<int64_t>(params.size()),
-                          .numel = params[0].numel(),
-                          .param_dtype = param_dtype,
-                          .lr = lr,
-                          .weight_decay = weight_decay,
-                          .scale = scale,
-                          .threads = threads()});
-    });
+void muon_update_(at::TensorList params, const Tensor& update, double lr, double weight_decay, double scale,
+                  bool cautious, const std::optional<Tensor>& lr_tensor,
+                  const std::optional<Tensor>& weight_decay_tensor) {
+    std::vector<void*> storage;
+    const MuonUpdate arguments = muon_update_arguments(params, update, lr, weight_decay, scale, cautious, lr_tensor,
+                                                       weight_decay_tensor, storage);
+    run_kernel([&] { cpu::muon_update(arguments, threads()); });
     mark_updated(params);
 }
 
@@ -272,24 +230,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
                                                         double softcap, int64_t ignore_index,
                                                         c10::string_view reduction, bool needs_grad_x,
                                                         bool needs_grad_weight) {
-    const char* op = "linear_cross_entropy";
-    TORCH_CHECK_VALUE(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1) && weight_.numel() > 0, op,
-                      ": x has shape ", x_.sizes(), ", weight ", weight_.sizes(), "; takes (N, C) and (V, C)");
-    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap is ", softcap, "; takes at least 0");
-    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", op, ": reduction is ",
-                      reduction, "; takes mean, sum or none");
-    const DType dtype = dtype_of(op, "x", x_, {at::kFloat, at::kDouble, at::kBFloat16});
+    const DType dtype =
+        check_linear_cross_entropy(x_, weight_, targets_, softcap, reduction, {at::kFloat, at::kDouble, at::kBFloat16});
     const int64_t N = x_.size(0), C = x_.size(1), V = weight_.size(0);
-    check_like(op, "weight", weight_, x_.scalar_type(), x_.device(), weight_.sizes());
-    check_like(op, "targets", targets_, at::kLong, x_.device(), {N});
     const Tensor x = x_.contiguous(), weight = weight_.contiguous(), targets = targets_.contiguous();
 
     const int64_t* target = targets.const_data_ptr<int64_t>();
     int64_t count = 0;
     for (int64_t n = 0; n < N; ++n) {
         if (target[n] == ignore_index) continue;
-        TORCH_CHECK_VALUE(target[n] >= 0 && target[n] < V, op, ": targets holds ", target[n], "; takes 0 to ", V - 1,
-                          ", or ignore_index ", ignore_index);
+        TORCH_CHECK_VALUE(target[n] >= 0 && target[n] < V, "linear_cross_entropy: targets holds ", target[n],
+                          "; takes 0 to ", V - 1, ", or ignore_index ", ignore_index);
         ++count;
     }
 

@@ -1,30 +1,165 @@
 // The operators on CUDA tensors: check, allocate, call csrc/kernels.h on the current stream of the tensors' device.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ne.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/reciprocal.h>
+#include <ATen/ops/sum.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
 
 #include "tensor_checks.h"
 
 namespace nanochat {
 namespace {
 
+using at::Tensor;
+
 // A cudaStream_t. Through the generic interface: torch's own CUDA headers do not compile against a CPU-only torch.
 void* current_stream(at::Device device) {
     return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
+// Torch's allocator hands the memory out again on the same stream alone: it may go before the kernel has run.
+Tensor workspace(int64_t bytes, at::Device device) {
+    return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+}
+
+// --- optimizers ---
+
 void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
             int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
-            bool stochastic_rounding, int64_t seed) {
-    std::vector<AdamWTensor> tensors;
-    const AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps,
-                                            weight_decay, stochastic_rounding, seed, tensors);
-    const c10::DeviceGuard guard(params[0].device());
-    run_kernel([&] { cuda::adamw(arguments, current_stream(params[0].device())); });
+            bool stochastic_rounding, int64_t seed, bool cautious, const std::optional<Tensor>& step_tensor,
+            const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
+    std::vector<AdamWTensor> storage;
+    const AdamW arguments =
+        adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay,
+                        stochastic_rounding, seed, cautious, step_tensor, lr_tensor, weight_decay_tensor, storage);
+    const at::Device device = params[0].device();
+    const c10::DeviceGuard guard(device);
+    const Tensor space = workspace(cuda::adamw_workspace_bytes(arguments), device);
+    run_kernel([&] { cuda::adamw(arguments, space.mutable_data_ptr(), current_stream(device)); });
     for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
+}
+
+std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList momentum_buffers, double momentum,
+                                          bool nesterov, bool with_norms,
+                                          const std::optional<Tensor>& momentum_tensor) {
+    MuonMomentumStorage storage;
+    const MuonMomentum arguments =
+        muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms, momentum_tensor, storage);
+    const at::Device device = grads[0].device();
+    const c10::DeviceGuard guard(device);
+    const Tensor space = workspace(cuda::muon_momentum_workspace_bytes(arguments), device);
+    run_kernel([&] { cuda::muon_momentum(arguments, space.mutable_data_ptr(), current_stream(device)); });
+    mark_updated(momentum_buffers);
+    return {storage.update, storage.norms};
+}
+
+void muon_update_(at::TensorList params, const Tensor& update, double lr, double weight_decay, double scale,
+                  bool cautious, const std::optional<Tensor>& lr_tensor,
+                  const std::optional<Tensor>& weight_decay_tensor) {
+    std::vector<void*> storage;
+    const MuonUpdate arguments = muon_update_arguments(params, update, lr, weight_decay, scale, cautious, lr_tensor,
+                                                       weight_decay_tensor, storage);
+    const at::Device device = params[0].device();
+    const c10::DeviceGuard guard(device);
+    run_kernel([&] { cuda::muon_update(arguments, current_stream(device)); });
+    mark_updated(params);
+}
+
+// --- linear_cross_entropy ---
+
+// Logits exist for so many bytes of rows at a time: 2,048 rows of 65,536 in bfloat16, with which the three products
+// fill a large GPU, and each pass over the (V, C) sums of the weight's gradient is a tenth of its product's time.
+constexpr int64_t kLogitBytes = int64_t{256} << 20;
+constexpr int64_t kRowTile = 128;   // of the library's products: chunks are multiples of it where they can be
+
+int64_t chunk_rows(int64_t N, int64_t row_bytes) {
+    const int64_t most = std::max<int64_t>(1, kLogitBytes / row_bytes), chunks = (N + most - 1) / most;
+    const int64_t even = chunks > 0 ? (N + chunks - 1) / chunks : 0;
+    return std::min(most, (even + kRowTile - 1) / kRowTile * kRowTile);
+}
+
+// out = a b, or out += a b, by torch's library; factors of bfloat16 may have float32 sums.
+void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate = false) {
+    const at::ScalarType type = out.scalar_type();
+    if (type == a.scalar_type()) {
+        accumulate ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
+    } else {
+        accumulate ? at::addmm_out(out, out, a, b, type) : at::mm_out(out, a, b, type);
+    }
+}
+
+// The host never waits for the device: targets are not checked here (see kernels.h), nor is the count of those that
+// are not ignored known.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tensor& targets_,
+                                                        double softcap, int64_t ignore_index,
+                                                        c10::string_view reduction, bool needs_grad_x,
+                                                        bool needs_grad_weight) {
+    const DType dtype =
+        check_linear_cross_entropy(x_, weight_, targets_, softcap, reduction, {at::kFloat, at::kBFloat16});
+    const at::Device device = x_.device();
+    const int64_t N = x_.size(0), C = x_.size(1), V = weight_.size(0);
+    const c10::DeviceGuard guard(device);
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;   // which would refuse the products' out=
+    const Tensor x = x_.contiguous(), weight = weight_.contiguous(), targets = targets_.contiguous();
+    const at::TensorOptions float32 = x.options().dtype(at::kFloat);
+    const bool mean = reduction == "mean", gradients = needs_grad_x || needs_grad_weight;
+    const int64_t rows = chunk_rows(N, V * x.element_size());
+
+    Tensor count, grad_scale;
+    if (mean) count = at::sum(at::ne(targets, ignore_index));
+    // Where all are ignored this is infinity, which multiplies nothing.
+    if (gradients) grad_scale = mean ? at::reciprocal(count.to(at::kFloat)) : at::ones({}, float32);
+
+    Tensor losses = at::empty({N}, float32);
+    const Tensor grad_x = needs_grad_x ? at::empty({N, C}, x.options()) : at::empty({0}, x.options());
+    // In float32 where several chunks add to it, and rounded once.
+    Tensor grad_weight = at::empty({0}, x.options());
+    if (needs_grad_weight) grad_weight = at::empty({V, C}, N > rows ? float32 : x.options());
+    if (N == 0) grad_weight.zero_();
+    const Tensor buffer = at::empty({std::min(rows, N), V}, x.options());
+    for (int64_t first = 0; first < N; first += rows) {
+        const int64_t own = std::min(rows, N - first);
+        const Tensor chunk = x.narrow(0, first, own), logits = buffer.narrow(0, 0, own);
+        multiply(logits, chunk, weight.t());
+        run_kernel([&] {
+            cuda::softcap_cross_entropy({.rows = own,
+                                         .V = V,
+                                         .dtype = dtype,
+                                         .logits = logits.mutable_data_ptr(),
+                                         .targets = targets.const_data_ptr<int64_t>() + first,
+                                         .ignore_index = ignore_index,
+                                         .softcap = softcap,
+                                         .grad_scale = gradients ? grad_scale.const_data_ptr<float>() : nullptr,
+                                         .loss = losses.mutable_data_ptr<float>() + first},
+                                        current_stream(device));
+        });
+        if (needs_grad_x) multiply(grad_x.narrow(0, first, own), logits, weight);
+        if (needs_grad_weight) multiply(grad_weight, logits.t(), chunk, first > 0);
+    }
+    grad_weight = grad_weight.to(x.scalar_type());
+
+    if (reduction == "none") return {losses, grad_x, grad_weight};
+    const Tensor total = at::sum(losses, at::kDouble);
+    return {(mean ? at::div(total, count) : total).to(at::kFloat), grad_x, grad_weight};
 }
 
 }   // namespace
 }   // namespace nanochat
 
-TORCH_LIBRARY_IMPL(nanochat_native, CUDA, m) { m.impl("adamw_", nanochat::adamw_); }
+TORCH_LIBRARY_IMPL(nanochat_native, CUDA, m) {
+    m.impl("adamw_", nanochat::adamw_);
+    m.impl("muon_momentum_", nanochat::muon_momentum_);
+    m.impl("muon_update_", nanochat::muon_update_);
+    m.impl("linear_cross_entropy", nanochat::linear_cross_entropy);
+}

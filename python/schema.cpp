@@ -17,15 +17,24 @@ TORCH_LIBRARY(nanochat_native, m) {
         tags);
 
     // coefficients: a, b, c of each step in turn.
-    m.def("newton_schulz(Tensor g, float[] coefficients, float norm_factor) -> Tensor", tags);
+    m.def("newton_schulz(Tensor g, float[] coefficients, float norm_factor, Tensor? norms) -> Tensor", tags);
 
+    // A *_tensor, 0-d and on the device, replaces the number of its name (step int64, the others float64): what a
+    // captured CUDA graph reads when it is replayed.
     m.def(
         "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, *, int step, "
-        "float lr, float beta1, float beta2, float eps, float weight_decay, bool stochastic_rounding, int seed) -> ()",
+        "float lr, float beta1, float beta2, float eps, float weight_decay, bool stochastic_rounding, int seed, "
+        "bool cautious, Tensor? step_tensor, Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
         tags);
-    m.def("muon_momentum_(Tensor[] grads, Tensor(a!)[] momentum_buffers, float momentum, bool nesterov) -> Tensor",
-          tags);
-    m.def("muon_update_(Tensor(a!)[] params, Tensor update, float lr, float weight_decay, float scale) -> ()", tags);
+    // norms is empty unless asked for, else (count,) float64.
+    m.def(
+        "muon_momentum_(Tensor[] grads, Tensor(a!)[] momentum_buffers, float momentum, bool nesterov, bool with_norms, "
+        "Tensor? momentum_tensor) -> (Tensor update, Tensor norms)",
+        tags);
+    m.def(
+        "muon_update_(Tensor(a!)[] params, Tensor update, float lr, float weight_decay, float scale, bool cautious, "
+        "Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
+        tags);
 
     // x (N, I), weight (O, I); dy (N, O). A gradient that is not needed is empty.
     m.def("linear(Tensor x, Tensor weight) -> Tensor", tags);

@@ -3,9 +3,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -103,28 +106,65 @@ inline void mark_updated(at::TensorList tensors) {
     }
 }
 
-// The checks of adamw_ and its native arguments; `tensors` is the storage that they point to.
+// Where a number lies that a tensor stands for: 0-d, of T, on `device`. Null without a tensor.
+template <class T>
+const T* number_address(const char* op, const char* name, const std::optional<at::Tensor>& tensor, at::Device device) {
+    if (!tensor) return nullptr;
+    check_like(op, name, *tensor, c10::CppTypeToScalarType<T>::value, device, {});
+    return tensor->const_data_ptr<T>();
+}
+
+inline void check_not_empty(const char* op, const char* name, at::TensorList tensors) {
+    TORCH_CHECK_VALUE(!tensors.empty(), op, ": ", name, " is empty; takes at least one tensor");
+}
+
+// At least one tensor, all of one shape.
+inline void check_one_shape(const char* op, const char* name, at::TensorList tensors) {
+    check_not_empty(op, name, tensors);
+    for (const at::Tensor& tensor : tensors) {
+        TORCH_CHECK_VALUE(tensor.sizes() == tensors[0].sizes(), op, ": ", name, " has shapes ", tensors[0].sizes(),
+                          " and ", tensor.sizes(), "; takes one shape");
+    }
+}
+
+// (count, *shape), of tensors of one shape.
+inline std::vector<int64_t> stacked_shape(at::TensorList tensors) {
+    std::vector<int64_t> shape = tensors[0].sizes().vec();
+    shape.insert(shape.begin(), static_cast<int64_t>(tensors.size()));
+    return shape;
+}
+
+// --- The optimizers' checks and native arguments, from the operators' arguments in the order of the schema; `storage`
+// is what the native arguments point to.
+
 inline AdamW adamw_arguments(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                              at::TensorList exp_avg_sqs, int64_t step, double lr, double beta1, double beta2,
-                             double eps, double weight_decay, bool stochastic_rounding, int64_t seed,
-                             std::vector<AdamWTensor>& tensors) {
+                             double eps, double weight_decay, bool stochastic_rounding, int64_t seed, bool cautious,
+                             const std::optional<at::Tensor>& step_tensor, const std::optional<at::Tensor>& lr_tensor,
+                             const std::optional<at::Tensor>& weight_decay_tensor, std::vector<AdamWTensor>& storage) {
+    const char* op = "adamw_";
+    check_not_empty(op, "params", params);
     const std::vector<TensorList> lists = {{"params", params, true},
                                            {"grads", grads, false},
                                            {"exp_avgs", exp_avgs, true},
                                            {"exp_avg_sqs", exp_avg_sqs, true}};
-    check_lists("adamw_", lists);
-    check_no_overlap("adamw_", lists);
-    TORCH_CHECK_VALUE(step >= 1, "adamw_: step is ", step, "; takes at least 1");
-    const DType param_dtype = dtype_of("adamw_", "params", params[0], {at::kFloat, at::kBFloat16});
-    const DType moment_dtype = dtype_of("adamw_", "exp_avgs", exp_avgs[0], {at::kFloat, params[0].scalar_type()});
-    dtype_of("adamw_", "grads", grads[0], {params[0].scalar_type()});
-    dtype_of("adamw_", "exp_avg_sqs", exp_avg_sqs[0], {exp_avgs[0].scalar_type()});
+    check_lists(op, lists);
+    check_no_overlap(op, lists);
+    const at::Device device = params[0].device();
+    const int64_t* step_address = number_address<int64_t>(op, "step", step_tensor, device);
+    // A GPU's memory is not read: the host would wait for its stream.
+    const int64_t known_step = step_address && device.is_cpu() ? *step_address : step;
+    TORCH_CHECK_VALUE(known_step >= 1, op, ": step is ", known_step, "; takes at least 1");
+    const DType param_dtype = dtype_of(op, "params", params[0], {at::kFloat, at::kBFloat16});
+    const DType moment_dtype = dtype_of(op, "exp_avgs", exp_avgs[0], {at::kFloat, params[0].scalar_type()});
+    dtype_of(op, "grads", grads[0], {params[0].scalar_type()});
+    dtype_of(op, "exp_avg_sqs", exp_avg_sqs[0], {exp_avgs[0].scalar_type()});
     for (size_t i = 0; i < params.size(); ++i) {
-        tensors.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(), exp_avgs[i].mutable_data_ptr(),
+        storage.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(), exp_avgs[i].mutable_data_ptr(),
                            exp_avg_sqs[i].mutable_data_ptr(), params[i].numel()});
     }
-    return {.tensors = tensors.data(),
-            .count = static_cast<int64_t>(tensors.size()),
+    return {.tensors = storage.data(),
+            .count = static_cast<int64_t>(storage.size()),
             .param_dtype = param_dtype,
             .moment_dtype = moment_dtype,
             .step = step,
@@ -134,7 +174,93 @@ inline AdamW adamw_arguments(at::TensorList params, at::TensorList grads, at::Te
             .eps = eps,
             .weight_decay = weight_decay,
             .stochastic_rounding = stochastic_rounding,
-            .seed = static_cast<uint64_t>(seed)};
+            .seed = static_cast<uint64_t>(seed),
+            .cautious = cautious,
+            .step_address = step_address,
+            .lr_address = number_address<double>(op, "lr", lr_tensor, device),
+            .weight_decay_address = number_address<double>(op, "weight_decay", weight_decay_tensor, device)};
+}
+
+// Holds the results too, which are allocated once the arguments are checked.
+struct MuonMomentumStorage {
+    std::vector<const void*> grads;
+    std::vector<float*> momentum_buffers;
+    at::Tensor update, norms;
+};
+
+inline MuonMomentum muon_momentum_arguments(at::TensorList grads, at::TensorList momentum_buffers, double momentum,
+                                            bool nesterov, bool with_norms,
+                                            const std::optional<at::Tensor>& momentum_tensor,
+                                            MuonMomentumStorage& storage) {
+    const char* op = "muon_momentum_";
+    check_one_shape(op, "grads", grads);
+    const std::vector<TensorList> lists = {{"grads", grads, false}, {"momentum_buffers", momentum_buffers, true}};
+    check_lists(op, lists);
+    check_no_overlap(op, lists);
+    const DType grad_dtype = dtype_of(op, "grads", grads[0], {at::kFloat, at::kBFloat16});
+    dtype_of(op, "momentum_buffers", momentum_buffers[0], {at::kFloat});
+    const double* momentum_address = number_address<double>(op, "momentum", momentum_tensor, grads[0].device());
+    const int64_t count = static_cast<int64_t>(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+        storage.grads.push_back(grads[i].const_data_ptr());
+        storage.momentum_buffers.push_back(momentum_buffers[i].mutable_data_ptr<float>());
+    }
+    storage.update = at::empty(stacked_shape(grads), grads[0].options().dtype(at::kFloat));
+    storage.norms = at::empty({with_norms ? count : 0}, grads[0].options().dtype(at::kDouble));
+    return {.grads = storage.grads.data(),
+            .momentum_buffers = storage.momentum_buffers.data(),
+            .update = storage.update.mutable_data_ptr<float>(),
+            .norms = with_norms ? storage.norms.mutable_data_ptr<double>() : nullptr,
+            .count = count,
+            .numel = grads[0].numel(),
+            .grad_dtype = grad_dtype,
+            .momentum = momentum,
+            .nesterov = nesterov,
+            .momentum_address = momentum_address};
+}
+
+inline MuonUpdate muon_update_arguments(at::TensorList params, const at::Tensor& update, double lr, double weight_decay,
+                                        double scale, bool cautious, const std::optional<at::Tensor>& lr_tensor,
+                                        const std::optional<at::Tensor>& weight_decay_tensor,
+                                        std::vector<void*>& storage) {
+    const char* op = "muon_update_";
+    check_one_shape(op, "params", params);
+    const std::vector<TensorList> lists = {{"params", params, true}};
+    check_lists(op, lists);
+    const at::Device device = params[0].device();
+    check_like(op, "update", update, at::kFloat, device, stacked_shape(params));
+    TORCH_CHECK_VALUE(update.is_contiguous(), op, ": update has strides ", update.strides(),
+                      "; takes a contiguous tensor");
+    check_no_overlap(op, {lists[0], {"update", update, false}});
+    const DType param_dtype = dtype_of(op, "params", params[0], {at::kFloat, at::kBFloat16});
+    for (const at::Tensor& param : params) storage.push_back(param.mutable_data_ptr());
+    return {.params = storage.data(),
+            .update = update.const_data_ptr<float>(),
+            .count = static_cast<int64_t>(params.size()),
+            .numel = params[0].numel(),
+            .param_dtype = param_dtype,
+            .lr = lr,
+            .weight_decay = weight_decay,
+            .scale = scale,
+            .cautious = cautious,
+            .lr_address = number_address<double>(op, "lr", lr_tensor, device),
+            .weight_decay_address = number_address<double>(op, "weight_decay", weight_decay_tensor, device)};
+}
+
+// All of linear_cross_entropy's, except that the targets' range is for those who may read it. Returns x's type.
+inline DType check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& targets,
+                                        double softcap, c10::string_view reduction,
+                                        at::ArrayRef<at::ScalarType> taken) {
+    const char* op = "linear_cross_entropy";
+    TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && weight.numel() > 0, op,
+                      ": x has shape ", x.sizes(), ", weight ", weight.sizes(), "; takes (N, C) and (V, C)");
+    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap is ", softcap, "; takes at least 0");
+    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", op, ": reduction is ",
+                      reduction, "; takes mean, sum or none");
+    const DType dtype = dtype_of(op, "x", x, taken);
+    check_like(op, "weight", weight, x.scalar_type(), x.device(), weight.sizes());
+    check_like(op, "targets", targets, at::kLong, x.device(), {x.size(0)});
+    return dtype;
 }
 
 }   // namespace nanochat

@@ -146,21 +146,3 @@ def test_the_module_exports_its_entry_only():
 def test_cuda_kernels_are_in_the_module():
     sections = tool("readelf", "-SW", native._C.__file__)
     assert (".nv_fatbin" in sections) == bool(ops.build_info()["cuda"])
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.name)
-def test_cuda_kernels_spill_nothing(path, setup, tmp_path, monkeypatch):
-    monkeypatch.delenv("NANOCHAT_CUDA", raising=False)
-    nvcc, reason = setup.find_nvcc()
-    if not nvcc:
-        pytest.skip(reason)
-    for entry in setup.DEFAULT_ARCHITECTURES.split(";"):
-        name = "sm_" + entry.removesuffix("+PTX").replace(".", "")
-        command = [nvcc, "-std=c++17", "-O3", f"-arch={name}", "-cubin", "-Xptxas", "-v", str(path)]
-        result = subprocess.run([*command, "-o", str(tmp_path / "kernel.cubin")], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        report = re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr
-        )
-        assert report, result.stderr
-        assert set(report) == {("0", "0", "0")}, name

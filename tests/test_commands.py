@@ -48,7 +48,7 @@ def test_every_module_flag_and_file_that_is_named_exists(name):
     assert modules
     assert all(importlib.util.find_spec(module) for module in modules)
     own = {flag(field.name) for field in dataclasses.fields(TrainConfig)}
-    other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only"}
+    other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only", "--quick"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= own | other
     paths = re.findall(r"`((?:csrc|python|nanochat_native|tests)/[\w/]+\.\w+|[A-Z]\w+\.(?:md|txt))`", text)
     assert all((ROOT / path).is_file() for path in paths)

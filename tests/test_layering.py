@@ -55,9 +55,22 @@ def test_bindings_include_the_kernels_header_and_no_kernel(path):
             assert target == ROOT / "csrc/kernels.h" or target.parent == ROOT / "python", include
 
 
-@pytest.mark.parametrize("path", native_files("csrc/cuda", ".cu"), ids=lambda path: path.name)
-def test_inline_ptx_lives_in_the_primitives_only(path):
-    assert not re.search(r"\basm\b", path.read_text())
+def test_inline_ptx_lives_in_the_primitives_only():
+    for path in native_files("csrc/cuda", ".cu", ".cuh", ".h") + native_files("tests/emulation", ".cu", ".cuh"):
+        assert bool(re.search(r"\basm\b", path.read_text())) == (path.name == "primitives.cuh"), path
+
+
+def test_kernels_know_nothing_of_the_emulation_and_it_is_in_no_binary():
+    assert "emulation" not in (ROOT / "CMakeLists.txt").read_text()
+    for path in KERNEL_FILES:
+        if path.parent.name != "emulation":
+            assert not [include for include in includes(path) if "emulation" in include], path
+
+
+def test_the_emulation_includes_nothing_of_the_kernels_but_layouts():
+    for path in native_files("csrc/emulation", ".h", ".cpp"):
+        outside = {include[1:] for include in includes(path) if include.startswith('"../')}
+        assert outside <= {"../kernels.h", "../cuda/device/layouts.h"}, path
 
 
 def test_every_operator_is_declared_once_and_has_a_cpu_kernel():

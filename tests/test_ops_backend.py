@@ -141,7 +141,8 @@ def test_that_warning_survives_compilation(monkeypatch):
 def test_serves():
     assert ops.serves("adamw_", "cpu") == ("native", "kernel built")
     built = ops.build_info()["cuda"]
-    assert ops.serves("adamw_", "cuda")[0] == ("native" if built else "torch")
+    for op in ("adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"):
+        assert ops.serves(op, "cuda")[0] == ("native" if built else "torch")
     assert ops.serves("attention", "cuda")[0] == "torch"
     with ops.use_backend("torch"):
         assert ops.serves("adamw_", "cpu")[0] == "torch"

@@ -125,6 +125,36 @@ def test_no_matrices():
     assert ops.newton_schulz(torch.zeros(0, 3, 4)).shape == (0, 3, 4)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("coefficients", NAMES)
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 200, 40), (3, 40, 60)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_known_norms(dtype, shape, coefficients, backend):
+    """Strided norms of matrices of several scales; twice the norm halves the start, so the argument does count."""
+    ops.use_backend(backend)
+    g = torch.randn(shape).mul(10.0 ** torch.randint(-9, 9, (*shape[:-2], 1, 1))).to(dtype)
+    norms = torch.linalg.matrix_norm(g.double())
+    norms = torch.stack([norms, -norms], -1)[..., 0]
+    plain = ops.newton_schulz(g, coefficients=coefficients)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    known = ops.newton_schulz(g, coefficients=coefficients, norms=norms)
+    torch.testing.assert_close(known, plain, atol=tolerance, rtol=tolerance)
+    one_step = {"steps": 1, "coefficients": [(1.0, 0.0, 0.0)]}
+    halved = ops.newton_schulz(g, norms=2 * norms, **one_step)
+    torch.testing.assert_close(2 * halved, ops.newton_schulz(g, **one_step), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_known_norms_of_zero_and_nan(backend):
+    ops.use_backend(backend)
+    g = torch.randn(3, 20, 5)
+    g[1], g[2, 3, 1] = 0, torch.nan
+    out = ops.newton_schulz(g, norms=torch.linalg.matrix_norm(g.double()))
+    assert out[0].isfinite().all()
+    assert torch.count_nonzero(out[1]) == 0
+    assert out[2].isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(200, 200), (3, 256, 64)], ids=str)
 def test_same_bits_every_time_and_for_every_number_of_threads(shape):
     g = torch.randn(shape)
@@ -136,7 +166,8 @@ def test_same_bits_every_time_and_for_every_number_of_threads(shape):
 
 def test_opcheck_and_compile():
     g = torch.randn(2, 9, 5)
-    torch.library.opcheck(OPERATOR, (g, [3.4445, -4.7750, 2.0315] * 5, 1.0))
+    for norms in (None, torch.linalg.matrix_norm(g.double())):
+        torch.library.opcheck(OPERATOR, (g, [3.4445, -4.7750, 2.0315] * 5, 1.0, norms))
 
     def doubled(g):
         return ops.newton_schulz(2 * g, coefficients="polar_express")
@@ -156,6 +187,19 @@ def test_opcheck_and_compile():
         (torch.zeros(3, 3), {"coefficients": "septic"}, ValueError, "'septic'; takes 'quintic'"),
         (torch.zeros(3, 3), {"coefficients": []}, ValueError, r"coefficients is \[\]"),
         (torch.zeros(3, 3), {"coefficients": [(1.0, 2.0)]}, ValueError, "triples"),
+        (torch.zeros(3, 3), {"norms": torch.ones(())}, TypeError, "norms is torch.float32; takes torch.float64"),
+        (
+            torch.zeros(2, 3, 3),
+            {"norms": torch.ones(3).double()},
+            ValueError,
+            r"norms has shape \(3,\); takes \(2,\), as g",
+        ),
+        (
+            torch.zeros(3, 3),
+            {"norms": torch.ones((), dtype=torch.float64, device="meta")},
+            ValueError,
+            "norms is on meta; takes cpu",
+        ),
     ],
 )
 def test_bad_arguments(g, options, error, words, backend):
@@ -166,6 +210,10 @@ def test_bad_arguments(g, options, error, words, backend):
 
 def test_the_raw_operator_checks_too():
     with pytest.raises(ValueError, match="coefficients has 4 numbers; takes three for each step"):
-        OPERATOR(torch.zeros(3, 3), [1.0, 2.0, 3.0, 4.0], 1.0)
+        OPERATOR(torch.zeros(3, 3), [1.0, 2.0, 3.0, 4.0], 1.0, None)
     with pytest.raises(TypeError, match="g is BFloat16; takes"):
-        OPERATOR(torch.zeros(3, 3, dtype=torch.bfloat16), [1.0, 2.0, 3.0], 1.0)
+        OPERATOR(torch.zeros(3, 3, dtype=torch.bfloat16), [1.0, 2.0, 3.0], 1.0, None)
+    with pytest.raises(TypeError, match="norms is Float; takes Double"):
+        OPERATOR(torch.zeros(3, 3), [1.0, 2.0, 3.0], 1.0, torch.ones(()))
+    with pytest.raises(ValueError, match=r"norms has shape \[2\]; takes \[3\]"):
+        OPERATOR(torch.zeros(3, 3, 3), [1.0, 2.0, 3.0], 1.0, torch.ones(2).double())

@@ -1,15 +1,25 @@
-"""adamw_, muon_momentum_, muon_update_: against torch.optim.AdamW, the twins and the formulas; rounding; refusals."""
+"""adamw_, muon_momentum_, muon_update_: against torch.optim.AdamW, the twins and the formulas; rounding, cautious
+decay, numbers in tensors, norms; refusals."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat_native import ops
 from nanochat_native.ops import reference
 
 BACKENDS = ["native", "torch"]
 SETTINGS = {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
+RAW_ADAMW = {
+    "stochastic_rounding": False,
+    "seed": 0,
+    "cautious": False,
+    "step_tensor": None,
+    "lr_tensor": None,
+    "weight_decay_tensor": None,
+}
 SHAPES = [(1,), (7,), (3, 5), (16, 16), (1001,), (2, 3, 4), (0,), (70_001,)]
 
 
@@ -31,6 +41,11 @@ def unaligned(tensors):
         room[1:] = tensor.reshape(-1)
         result.append(room[1:].view(tensor.shape))
     return result
+
+
+def number(value):
+    """A 0-d tensor that stands for a number."""
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 def assert_lists_equal(ours, theirs):
@@ -100,6 +115,85 @@ def test_adamw_same_bits_for_every_number_of_threads(dtype, rounding):
         results.append(clone(start))
         ops.adamw_(*results[-1], step=2, stochastic_rounding=rounding, seed=9, **SETTINGS)
         assert_lists_equal(results[-1], results[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adamw_cautious_by_hand(backend):
+    """With zero gradients m keeps its sign; lr times weight_decay is 0.1, and eps leaves nothing of the step itself."""
+    ops.use_backend(backend)
+    params = [torch.tensor([2.0, 2.0, -2.0, -2.0, 0.0, 2.0, 2.0])]
+    exp_avgs = [torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 0.0, 1e-30])]
+    expected = torch.tensor([1.8, 2.0, -2.0, -1.8, 0.0, 1.8, 1.8])
+    settings = SETTINGS | {"lr": 0.1, "weight_decay": 1.0, "eps": 1e10}
+    rest = [torch.zeros(7)]
+    ops.adamw_(params, rest, exp_avgs, [torch.zeros(7)], step=1, cautious=True, **settings)
+    torch.testing.assert_close(params[0], expected)
+    # The new m counts: these gradients turn every sign of the old one.
+    grads = [-torch.tensor([1.0, -1.0, 1.0, -1.0]) * 100]
+    params, exp_avgs = [torch.tensor([2.0, 2.0, -2.0, -2.0])], [torch.tensor([1.0, -1.0, 1.0, -1.0])]
+    ops.adamw_(params, grads, exp_avgs, [torch.zeros(4)], step=1, cautious=True, **settings)
+    torch.testing.assert_close(params[0], torch.tensor([2.0, 1.8, -1.8, -2.0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "moments"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_adamw_cautious_against_the_formula(dtype, moments, backend):
+    ops.use_backend(backend)
+    lists = state(dtype=dtype, moments=moments)
+    expected, clear = [], []
+    for p, g, m, v in zip(*([tensor.float() for tensor in tensors] for tensors in lists), strict=True):
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+        decay = torch.where(m * p >= 0, 1 - 0.1 * 0.5, 1.0)
+        expected.append(decay * p - 0.1 * (m / (1 - 0.8**3)) / ((v / (1 - 0.95**3)).sqrt() + 1e-10))
+        clear.append(m.abs() > 1e-6)  # where 0.8 m and 0.2 g cancel, rounding makes the sign
+    ops.adamw_(*lists, step=3, cautious=True, **(SETTINGS | {"weight_decay": 0.5}))
+    for mine, other, where in zip(lists[0], expected, clear, strict=True):
+        relative = 2e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(mine[where].float(), other[where], atol=1e-6, rtol=relative)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_adamw_cautious_with_stochastic_rounding_is_unbiased_where_it_decays_and_where_not(moments):
+    """Decay by 1/4 of the last bit, on the first half of the elements only."""
+    count = 200_000
+    params = [torch.ones(2 * count, dtype=torch.bfloat16)]
+    exp_avgs = [torch.cat([torch.ones(count), -torch.ones(count)]).to(moments)]
+    zeros = [torch.zeros(2 * count, dtype=kind) for kind in (torch.bfloat16, moments)]
+    settings = SETTINGS | {"lr": 2**-10, "weight_decay": 1.0, "eps": 1e20}
+    ops.adamw_(params, zeros[:1], exp_avgs, zeros[1:], step=1, stochastic_rounding=True, cautious=True, **settings)
+    first, second = params[0].double().split(count)
+    assert abs(first.mean() - (1 - 2**-10)) < 5 * 2**-9 / count**0.5
+    assert (second == 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_product_does_not_decay(backend):
+    """Infinity times an update of 0; the decay, a factor of 0 here, would make NaN of it."""
+    ops.use_backend(backend)
+    params, update = [torch.tensor([torch.inf, 3.0])], torch.zeros(1, 2)
+    ops.muon_update_(params, update, lr=1.0, weight_decay=1.0, cautious=True)
+    assert params[0].tolist() == [torch.inf, 0.0]
+    params, zeros = [torch.tensor([torch.inf, 3.0])], [[torch.zeros(2)] for _ in range(3)]
+    settings = SETTINGS | {"lr": 1.0, "weight_decay": 1.0, "eps": 1.0}
+    ops.adamw_(params, *zeros, step=1, cautious=True, **settings)
+    assert params[0].tolist() == [torch.inf, 0.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("names", [("step",), ("lr",), ("weight_decay",), ("step", "lr", "weight_decay")], ids=str)
+def test_adamw_takes_numbers_in_tensors(names, rounding, backend):
+    ops.use_backend(backend)
+    ours = state([(1001,), (7, 3)], torch.bfloat16 if rounding else torch.float32)
+    tensors = clone(ours)
+    options = SETTINGS | {"step": 5, "stochastic_rounding": rounding, "seed": 3, "cautious": True}
+    for _ in range(2):
+        ops.adamw_(*ours, **options)
+        ops.adamw_(*tensors, **(options | {name: number(options[name]) for name in names}))
+    assert_lists_equal(tensors, ours)
 
 
 def rounded_updates(value, change, count, **options):
@@ -200,8 +294,17 @@ def test_adamw_of_nothing():
         ({"params": [torch.zeros(3, dtype=torch.float64)]}, TypeError, r"params\[0\] is torch.float64"),
         ({"grads": [torch.zeros(3, device="meta")]}, ValueError, r"grads\[0\] is on meta"),
         ({"step": 0}, ValueError, "step is 0"),
-        ({"lr": -1.0}, ValueError, "lr -1.0"),
-        ({"lr": float("nan")}, ValueError, "lr nan"),
+        ({"lr": -1.0}, ValueError, "lr is -1.0; takes at least 0"),
+        ({"lr": float("nan")}, ValueError, "lr is nan"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay is -1.0; takes at least 0"),
+        ({"eps": -1.0}, ValueError, "eps is -1.0"),
+        ({"step": number(0)}, ValueError, "step is 0; takes at least 1"),
+        ({"step": number(1.0)}, TypeError, "step is torch.float64; takes a number, or a 0-d tensor of torch.int64"),
+        ({"lr": torch.tensor(0.1)}, TypeError, "lr is torch.float32; takes a number, or a 0-d tensor of torch.float64"),
+        ({"lr": number(float("nan"))}, ValueError, "lr is nan"),
+        ({"lr": torch.zeros(1, dtype=torch.float64)}, ValueError, r"lr has shape \(1,\); takes a number, or a 0-d"),
+        ({"weight_decay": number(-0.5)}, ValueError, "weight_decay is -0.5; takes at least 0"),
+        ({"weight_decay": number(0.5).to("meta")}, ValueError, "weight_decay is on meta; takes .* on cpu"),
         ({"beta1": 1.0}, ValueError, "beta1 1.0"),
         ({"beta2": -0.1}, ValueError, "beta2 -0.1"),
     ],
@@ -233,7 +336,22 @@ def test_tensors_that_share_memory_are_refused():
 def test_the_raw_operators_check_too():
     params, grads, exp_avgs, exp_avg_sqs = state([(4,)])
     raw = torch.ops.nanochat_native
-    options = SETTINGS | {"stochastic_rounding": False, "seed": 0}
+    options = SETTINGS | RAW_ADAMW
+    with pytest.raises(ValueError, match="params is empty; takes at least one"):
+        raw.adamw_([], [], [], [], step=1, **(options | {"lr_tensor": number(0.1)}))
+    for change, error, words in (
+        ({"step_tensor": number(0)}, ValueError, "step is 0; takes at least 1"),
+        ({"step_tensor": number(1.0)}, TypeError, "step is Double; takes Long"),
+        ({"lr_tensor": torch.tensor(0.1)}, TypeError, "lr is Float; takes Double"),
+        ({"lr_tensor": number(0.1)[None]}, ValueError, r"lr has shape \[1\]; takes \[\]"),
+        ({"weight_decay_tensor": number(1)}, TypeError, "weight_decay is Long; takes Double"),
+    ):
+        with pytest.raises(error, match=words):
+            raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=1, **(options | change))
+    with pytest.raises(TypeError, match="momentum is Float; takes Double"):
+        raw.muon_momentum_([torch.zeros(2)], [torch.zeros(2)], 0.9, True, False, torch.tensor(0.9))
+    with pytest.raises(TypeError, match="weight_decay is Float; takes Double"):
+        raw.muon_update_([torch.zeros(2)], torch.zeros(1, 2), 0.1, 0.0, 1.0, False, None, torch.tensor(0.9))
     with pytest.raises(ValueError, match="step is 0"):
         raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=0, **options)
     with pytest.raises(TypeError, match="exp_avgs is BFloat16; takes"):
@@ -241,9 +359,9 @@ def test_the_raw_operators_check_too():
     with pytest.raises(ValueError, match="contiguous"):
         raw.adamw_(params, [torch.zeros(8)[::2]], exp_avgs, exp_avg_sqs, step=1, **options)
     with pytest.raises(ValueError, match="one shape"):
-        raw.muon_momentum_([torch.zeros(2), torch.zeros(3)], [torch.zeros(2), torch.zeros(3)], 0.9, True)
+        raw.muon_momentum_([torch.zeros(2), torch.zeros(3)], [torch.zeros(2), torch.zeros(3)], 0.9, True, False, None)
     with pytest.raises(ValueError, match="update has shape"):
-        raw.muon_update_([torch.zeros(2)], torch.zeros(2, 2), 0.1, 0.0, 1.0)
+        raw.muon_update_([torch.zeros(2)], torch.zeros(2, 2), 0.1, 0.0, 1.0, False, None, None)
 
 
 # --- muon_momentum_, muon_update_ ---
@@ -283,6 +401,80 @@ def test_muon_update(shape, dtype, backend):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,), (5, 7), (64, 33), (300, 400), (0, 4)], ids=str)
+def test_muon_momentum_norms(shape, dtype, nesterov, backend):
+    ops.use_backend(backend)
+    grads = [torch.randn(shape).to(dtype) * 10.0**exponent for exponent in (0, 3, -25)]
+    buffers = [torch.zeros(shape) for _ in range(3)]
+    alone = ops.muon_momentum_(grads, clone([buffers])[0], momentum=0.9, nesterov=nesterov)
+    update, norms = ops.muon_momentum_(grads, buffers, momentum=0.9, nesterov=nesterov, return_norm=True)
+    assert torch.equal(update, alone)
+    assert norms.dtype == torch.float64
+    expected = torch.linalg.vector_norm(update.double().view(3, buffers[0].numel()), dim=1)
+    torch.testing.assert_close(norms, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_many_elements(backend):
+    """A sum in float32 would stop growing: the last elements are far below its last bit."""
+    ops.use_backend(backend)
+    grads = [torch.full((10_000_001,), 1e-3)]
+    grads[0][0] = 100.0
+    update, norms = ops.muon_momentum_(grads, [torch.zeros(10_000_001)], momentum=0.0, return_norm=True)
+    expected = (update[0, 0].double() ** 2 + 10**7 * update[0, 1].double() ** 2).sqrt()
+    torch.testing.assert_close(norms, expected[None], rtol=1e-10, atol=0)
+
+
+def test_norms_have_the_same_bits_for_every_number_of_threads_and_alignment():
+    grads = [torch.randn(70_001) for _ in range(3)]
+    results = []
+    for move, threads in ((list, 1), (list, 2), (list, 3), (unaligned, 2)):
+        torch.set_num_threads(threads)
+        buffers = [torch.zeros(70_001) for _ in range(3)]
+        results.append(ops.muon_momentum_(move(grads), move(buffers), momentum=0.95, return_norm=True)[1])
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_nan_stays_in_its_norm():
+    grads = [torch.ones(2000) for _ in range(3)]
+    grads[1][1999] = torch.nan
+    norms = ops.muon_momentum_(grads, [torch.zeros(2000) for _ in range(3)], momentum=0.5, return_norm=True)[1]
+    assert norms.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_update_cautious(dtype, backend):
+    ops.use_backend(backend)
+    params = [torch.randn(300, 7).to(dtype) for _ in range(3)]
+    update = torch.randn(3, 300, 7)
+    update[0, 0] = 0
+    expected = []
+    for param, change in zip(params, update, strict=True):
+        p = param.float()
+        agrees = (p.sign() == change.sign()) | (p == 0) | (change == 0)
+        expected.append((torch.where(agrees, 0.5, 1.0) * p - 0.3 * change).to(dtype))
+    ops.muon_update_(params, update, lr=0.1, weight_decay=5.0, scale=3.0, cautious=True)
+    for mine, other in zip(params, expected, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_muon_takes_numbers_in_tensors(backend):
+    ops.use_backend(backend)
+    grads, buffers, params = ([torch.randn(50, 31) for _ in range(2)] for _ in range(3))
+    results = []
+    for kind in (float, number):
+        b, p = clone([buffers, params])
+        update = ops.muon_momentum_(grads, b, momentum=kind(0.95))
+        ops.muon_update_(p, update, lr=kind(0.02), weight_decay=kind(0.1), scale=1.3)
+        results.append([b, p, list(update)])
+    assert_lists_equal(*results)
+
+
 @given(sizes=st.integers(1, 400), count=st.integers(1, 4))
 def test_muon_does_not_depend_on_alignment_or_threads(sizes, count):
     grads, buffers, params = ([torch.randn(sizes) for _ in range(count)] for _ in range(3))
@@ -310,8 +502,13 @@ def test_muon_bad_arguments(backend):
     ):
         with pytest.raises(error, match=words):
             ops.muon_momentum_(*arguments, momentum=0.9)
-    with pytest.raises(ValueError, match=r"momentum is 1\.0"):
-        ops.muon_momentum_([two], [two.clone()], momentum=1.0)
+    for momentum, error, words in (
+        (1.0, ValueError, r"momentum is 1\.0; takes 0 <= momentum < 1"),
+        (number(1.0), ValueError, r"momentum is 1\.0; takes 0 <= momentum < 1"),
+        (torch.tensor(0.9), TypeError, "momentum is torch.float32"),
+    ):
+        with pytest.raises(error, match=words):
+            ops.muon_momentum_([two], [two.clone()], momentum=momentum)
     for params, update, error, words in (
         ([], three, ValueError, "params is empty"),
         ([two, three], torch.zeros(2, 2), ValueError, r"params\[1\] has shape"),
@@ -321,8 +518,13 @@ def test_muon_bad_arguments(backend):
     ):
         with pytest.raises(error, match=words):
             ops.muon_update_(params, update, lr=0.1)
-    with pytest.raises(ValueError, match=r"lr -0\.1"):
-        ops.muon_update_([two], torch.zeros(1, 2), lr=-0.1)
+    for settings, words in (
+        ({"lr": -0.1}, r"lr is -0\.1; takes at least 0"),
+        ({"lr": number(-0.1)}, r"lr is -0\.1; takes at least 0"),
+        ({"lr": 0.1, "weight_decay": number(-0.1)}, r"weight_decay is -0\.1; takes at least 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ops.muon_update_([two], torch.zeros(1, 2), **settings)
 
 
 def test_muon_tensors_that_share_memory_are_refused():
@@ -338,10 +540,16 @@ def test_muon_tensors_that_share_memory_are_refused():
 
 def test_opcheck():
     raw = torch.ops.nanochat_native
-    options = SETTINGS | {"stochastic_rounding": False, "seed": 0, "step": 2}
-    torch.library.opcheck(raw.adamw_.default, state([(3,), (2, 2)]), options)
-    torch.library.opcheck(raw.muon_momentum_.default, ([torch.randn(3, 2)], [torch.randn(3, 2)], 0.9, True))
-    torch.library.opcheck(raw.muon_update_.default, ([torch.randn(3, 2)], torch.randn(1, 3, 2), 0.1, 0.1, 2.0))
+    options = SETTINGS | RAW_ADAMW | {"step": 2}
+    in_tensors = {"step_tensor": number(2), "lr_tensor": number(0.1), "weight_decay_tensor": number(0.1)}
+    for change in ({}, {"cautious": True, **in_tensors}):
+        torch.library.opcheck(raw.adamw_.default, state([(3,), (2, 2)]), options | change)
+    for rest in ((False, None), (True, number(0.9))):
+        grads, buffers = [torch.randn(3, 2)], [torch.randn(3, 2)]
+        torch.library.opcheck(raw.muon_momentum_.default, (grads, buffers, 0.9, True, *rest))
+    for rest in ((False, None, None), (True, number(0.1), number(0.1))):
+        params, update = [torch.randn(3, 2)], torch.randn(1, 3, 2)
+        torch.library.opcheck(raw.muon_update_.default, (params, update, 0.1, 0.1, 2.0, *rest))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -360,3 +568,41 @@ def test_compiles_as_one_graph(backend):
     for mine, other in zip(ours, compiled, strict=True):
         for a, b in zip(mine, other, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_in_tensors_are_inputs_of_a_compiled_graph(backend):
+    """Read at every call, not when the graph was traced: what a captured CUDA graph depends on."""
+    ops.use_backend(backend)
+    graphs = []
+
+    def count_graphs(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def step(params, grads, exp_avgs, exp_avg_sqs, t, lr, momentum):
+        settings = SETTINGS | {"lr": lr, "stochastic_rounding": True, "cautious": True}
+        ops.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=t, **settings)
+        update, norms = ops.muon_momentum_(grads, exp_avgs, momentum=momentum, return_norm=True)
+        ops.muon_update_(params, ops.newton_schulz(update, norms=norms), lr=lr)
+
+    compiled = torch.compile(step, fullgraph=True, backend=count_graphs)
+    ours = state([(4, 6), (4, 6)], torch.bfloat16)
+    theirs = clone(ours)
+    for t in (1, 2, 3):
+        numbers = (number(t), number(0.1 / t), number(0.9 / t))
+        step(*ours, *numbers)
+        compiled(*theirs, *numbers)
+    assert len(graphs) == 1
+    assert_lists_equal(theirs, ours)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_of_fake_tensors_are_not_asked_for(backend):
+    ops.use_backend(backend)
+    with FakeTensorMode():
+        lists = state([(4, 6)])
+        ops.adamw_(*lists, step=number(1), **(SETTINGS | {"lr": number(0.1), "weight_decay": number(0.1)}))
+        update, norms = ops.muon_momentum_(lists[1], lists[2], momentum=number(0.9), return_norm=True)
+        ops.muon_update_(lists[0], update, lr=number(0.1))
+    assert (update.shape, norms.shape, norms.dtype) == ((1, 4, 6), (1,), torch.float64)

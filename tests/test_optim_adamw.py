@@ -74,6 +74,44 @@ def test_groups_have_their_own_settings(backend):
     assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_cautious_is_an_option_of_a_group(backend):
+    """From zero moments the first step moves against the gradient: decay where it has the parameter's sign."""
+    cautious, plain = tensors()[0], tensors()[0]
+    signs = torch.where(torch.arange(35).view(7, 5) % 2 == 0, 1.0, -1.0)
+    for parameter in (cautious, plain):
+        parameter.grad = parameter.detach() * signs
+    groups = [{"params": [cautious], "cautious": True}, {"params": [plain]}]
+    before = cautious.detach().clone()
+    AdamW(groups, lr=0.5, weight_decay=0.5).step()
+    kept = (cautious - plain).detach()
+    assert torch.allclose(kept, torch.where(signs > 0, 0.0, 0.25 * before), atol=1e-6)
+
+
+def test_a_rate_in_a_tensor(backend):
+    """It counts as its number does, may be changed in place, and leaves initial_lr alone."""
+    ours, theirs = tensors(), tensors()
+    lr = torch.tensor(0.05, dtype=torch.float64)
+    optimizer, reference = AdamW(ours, lr=lr), AdamW(theirs, lr=0.05)
+    for step in range(3):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        lr.fill_(0.05 / (step + 1))
+        reference.param_groups[0]["lr"] = 0.05 / (step + 1)
+        optimizer.step()
+        reference.step()
+    assert all(map(torch.equal, ours, theirs))
+    assert optimizer.param_groups[0]["initial_lr"] == 0.05
+
+
+def test_a_state_saved_without_the_cautious_option_loads():
+    parameters = tensors()
+    saved = AdamW(parameters).state_dict()
+    del saved["param_groups"][0]["cautious"]
+    optimizer = AdamW(parameters)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["cautious"] is False
+
+
 def test_one_operator_call_for_a_group(monkeypatch):
     calls = []
     adamw_ = ops.adamw_
@@ -100,6 +138,10 @@ def test_a_refused_step_counts_no_step():
 
 
 def test_what_adamw_does_not_take():
-    for bad, message in (({"betas": (0.9, 1.0)}, "betas"), ({"eps": -1e-8}, "eps")):
+    for bad, message in (
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"eps": -1e-8}, "eps"),
+        ({"cautious": 1}, "cautious is 1; it takes True or False"),
+    ):
         with pytest.raises(ValueError, match=message):
             AdamW(tensors(), **bad)

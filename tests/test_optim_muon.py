@@ -109,6 +109,43 @@ def test_one_operator_call_for_each_shape(monkeypatch):
     assert sorted(calls) == [(1, 16, 64), (1, 24, 16), (2, 16, 16), (2, 64, 16)]
 
 
+def test_norms_go_along_with_matrices_only(monkeypatch, backend):
+    """Those of a parameter that holds several matrices are not its matrices'."""
+    norms = []
+    newton_schulz = ops.newton_schulz
+
+    def spy(g, **options):
+        norms.append((g, options["norms"]))
+        return newton_schulz(g, **options)
+
+    monkeypatch.setattr(ops, "newton_schulz", spy)
+    parameters = matrices([(16, 8), (16, 8), (3, 16, 8)])
+    give_gradients(parameters, 1)
+    Muon(parameters).step()
+    (update, known), (_, none) = norms
+    assert torch.allclose(known, torch.linalg.matrix_norm(update.double()), rtol=1e-12)
+    assert none is None
+
+
+def test_cautious_decays_where_the_update_agrees(backend):
+    (parameter,) = matrices([(16, 16)])
+    before = parameter.detach().clone()
+    give_gradients([parameter], 1)
+    Muon([parameter], lr=0.1, momentum=0.0, weight_decay=5.0, cautious=True).step()
+    update = plain.newton_schulz(parameter.grad)
+    expected = before * torch.where(update * before >= 0, 0.5, 1.0) - 0.1 * update
+    assert torch.allclose(parameter, expected, atol=1e-5, rtol=0)
+
+
+def test_settings_in_tensors(backend):
+    ours, theirs = matrices(), matrices()
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}
+    for parameters, kind in ((ours, torch.tensor), (theirs, lambda value, dtype: value)):
+        give_gradients(parameters, 1)
+        Muon(parameters, **{name: kind(value, dtype=torch.float64) for name, value in settings.items()}).step()
+    assert all(map(torch.equal, ours, theirs))
+
+
 def test_bfloat16_parameters(backend):
     parameters = matrices(dtype=torch.bfloat16)
     reference = [nn.Parameter(p.detach().float()) for p in parameters]
@@ -134,6 +171,10 @@ def test_zero_gradients_change_nothing(backend):
 def test_what_muon_does_not_take():
     with pytest.raises(ValueError, match=r"wte\.gain has shape \(5,\).*AdamW"):
         Muon([("wte.gain", nn.Parameter(torch.ones(5)))])
-    for bad, message in (({"momentum": 1.0}, "momentum is 1.0"), ({"ns_steps": 0}, "ns_steps is 0")):
+    for bad, message in (
+        ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"ns_steps": 0}, "ns_steps is 0"),
+        ({"cautious": None}, "cautious is None"),
+    ):
         with pytest.raises(ValueError, match=message):
             Muon(matrices(), **bad)

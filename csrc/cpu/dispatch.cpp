@@ -19,8 +19,8 @@
     void attention_backward(const cpu::AttentionBackward&);    \
     void newton_schulz(const cpu::NewtonSchulz&);              \
     void adamw(const AdamW&, int threads);                     \
-    void muon_momentum(const cpu::MuonMomentum&);              \
-    void muon_update(const cpu::MuonUpdate&);                  \
+    void muon_momentum(const MuonMomentum&, int threads);      \
+    void muon_update(const MuonUpdate&, int threads);          \
     void linear_cross_entropy(const cpu::LinearCrossEntropy&); \
     void linear(const cpu::Linear&);                           \
     }
@@ -123,8 +123,8 @@ void attention_forward(const AttentionForward& a) { kernels().attention_forward(
 void attention_backward(const AttentionBackward& a) { kernels().attention_backward(with_team(a)); }
 void newton_schulz(const NewtonSchulz& a) { kernels().newton_schulz(with_team(a)); }
 void adamw(const AdamW& a, int threads) { kernels().adamw(a, team(threads)); }
-void muon_momentum(const MuonMomentum& a) { kernels().muon_momentum(with_team(a)); }
-void muon_update(const MuonUpdate& a) { kernels().muon_update(with_team(a)); }
+void muon_momentum(const MuonMomentum& a, int threads) { kernels().muon_momentum(a, team(threads)); }
+void muon_update(const MuonUpdate& a, int threads) { kernels().muon_update(a, team(threads)); }
 void linear_cross_entropy(const LinearCrossEntropy& a) { kernels().linear_cross_entropy(with_team(a)); }
 void linear(const Linear& a) { kernels().linear(with_team(a)); }
 

@@ -63,7 +63,7 @@ void run(const cpu::LinearCrossEntropy& args) {
     S* grad_weight_out = static_cast<S*>(args.grad_weight);
     T* loss = static_cast<T*>(args.loss);
     const T softcap = static_cast<T>(args.softcap);
-    const T curvature = softcap > 0 ? 1 / (softcap * softcap) : 0;
+    const T inverse = softcap > 0 ? 1 / softcap : 0;
 
     T *z, *x_transposed, *maxima, *sums, *lse, *target_logit, *row_scale, *scratch, *weight, *grad_weight, *x_chunk,
         *grad_x_chunk;
@@ -155,14 +155,15 @@ void run(const cpu::LinearCrossEntropy& args) {
                     for (int64_t v = v0; v < v0 + count; v++)
                         for (int64_t r = 0; r < R; r += W) {
                             const Vec<T> logit = load(z + v * R + r), scale = load(row_scale + r);
-                            const Vec<T> slope = 1 - logit * logit * curvature;
+                            const Vec<T> tanh = logit * inverse, slope = 1 - tanh * tanh;
                             const Vec<T> gradient = exp_lanes(logit - load(lse + r)) * slope * scale;
                             store(z + v * R + r, scale != 0 ? gradient : Vec<T>{});
                         }
                     for (int64_t r = 0; r < rows; r++) {
                         const int64_t target = args.targets[n0 + r];
+                        const T tanh = target_logit[r] * inverse;
                         if (row_scale[r] != 0 && target >= v0 && target < v0 + count)
-                            z[target * R + r] -= row_scale[r] * (1 - target_logit[r] * target_logit[r] * curvature);
+                            z[target * R + r] -= row_scale[r] * (1 - tanh * tanh);
                     }
                     if (args.grad_weight) multiply_rows(to_weight, 0, v0, count, 0, C, own);
                 }

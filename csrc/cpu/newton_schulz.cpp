@@ -121,7 +121,7 @@ void run(const cpu::NewtonSchulz& args) {
     double *partial, *small[4], *double_scratch;
     T *spare, *second, *G, *F, *scratch;
     const auto lay_out = [&](cpu::Arena arena) {
-        partial = arena.take<double>(batch * parts);
+        partial = arena.take<double>(args.norms ? 0 : batch * parts);
         spare = arena.take<T>(batch * size);
         second = arena.take<T>(wide ? batch * size : 0);
         F = arena.take<T>(gram ? 0 : batch * square);
@@ -140,17 +140,24 @@ void run(const cpu::NewtonSchulz& args) {
 #pragma omp parallel num_threads(args.threads)
     {
         const int thread = omp_get_thread_num();
+        if (!args.norms) {
 #pragma omp for
-        for (int64_t item = 0; item < batch * parts; item++) {
-            const int64_t row = item % parts * kNormRows;
-            partial[item] = sum_of_squares(g + item / parts * size + row * K, minimum(kNormRows, M - row) * K);
+            for (int64_t item = 0; item < batch * parts; item++) {
+                const int64_t row = item % parts * kNormRows;
+                partial[item] = sum_of_squares(g + item / parts * size + row * K, minimum(kNormRows, M - row) * K);
+            }
         }
 #pragma omp for
         for (int64_t item = 0; item < batch * parts; item++) {
             const int64_t index = item / parts, row = item % parts * kNormRows, rows = minimum(kNormRows, M - row);
-            double sum = 0;
-            for (int64_t part = 0; part < parts; part++) sum += partial[index * parts + part];
-            const double inverse = sum == 0 ? 0 : 1 / (args.norm_factor * __builtin_sqrt(sum));
+            double norm = 0;
+            if (args.norms) {
+                norm = args.norms[index];
+            } else {
+                for (int64_t part = 0; part < parts; part++) norm += partial[index * parts + part];
+                norm = __builtin_sqrt(norm);
+            }
+            const double inverse = norm == 0 ? 0 : 1 / (args.norm_factor * norm);
             const T* from = g + index * size + row * K;
             T* scaled = (wide ? other : x) + index * size + row * K;
             for (int64_t i = 0; i < rows * K; i++) scaled[i] = static_cast<T>(static_cast<double>(from[i]) * inverse);

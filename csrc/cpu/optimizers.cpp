@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../kernels.h"
+#include "runtime.h"
 #include "simd.h"
 
 namespace nanochat::NANOCHAT_ISA {
@@ -83,13 +84,31 @@ NANOCHAT_INLINE void store_stochastic(bfloat16* p, Vec<float> x, Vec<uint32_t> r
     __builtin_memcpy(p, &h, sizeof h);
 }
 
-template <class P, class Moment, bool stochastic>
+// `number`, unless an address replaces it.
+template <class T>
+NANOCHAT_INLINE T at_address(const T* address, T number) {
+    return address ? *address : number;
+}
+
+// Where the sign of the update is the parameter's, or either is 0. A NaN does not decay.
+template <bool cautious>
+NANOCHAT_INLINE Vec<float> decayed(Vec<float> p, float decay, Vec<float> update) {
+    if constexpr (cautious)
+        return update * p >= 0.0f ? p * decay : p;
+    else
+        return p * decay;
+}
+
+template <class P, class Moment, bool stochastic, bool cautious>
 void adamw_typed(const AdamW& a, int threads) {
-    const double correction1 = 1 - __builtin_pow(a.beta1, static_cast<double>(a.step));
-    const double correction2 = 1 - __builtin_pow(a.beta2, static_cast<double>(a.step));
+    const int64_t step = at_address(a.step_address, a.step);
+    const double lr = at_address(a.lr_address, a.lr);
+    const double weight_decay = at_address(a.weight_decay_address, a.weight_decay);
+    const double correction1 = 1 - __builtin_pow(a.beta1, static_cast<double>(step));
+    const double correction2 = 1 - __builtin_pow(a.beta2, static_cast<double>(step));
     const float beta1 = static_cast<float>(a.beta1), rest1 = static_cast<float>(1 - a.beta1);
     const float beta2 = static_cast<float>(a.beta2), rest2 = static_cast<float>(1 - a.beta2);
-    const float decay = static_cast<float>(1 - a.lr * a.weight_decay), rate = static_cast<float>(a.lr / correction1);
+    const float decay = static_cast<float>(1 - lr * weight_decay), rate = static_cast<float>(lr / correction1);
     const float root = static_cast<float>(1 / __builtin_sqrt(correction2)), eps = static_cast<float>(a.eps);
 #pragma omp parallel num_threads(threads)
     share(
@@ -97,14 +116,15 @@ void adamw_typed(const AdamW& a, int threads) {
         [&](int64_t index, int64_t begin, int64_t end) {
             const AdamWTensor& t = a.tensors[index];
             const uint64_t key =
-                mix(mix(a.seed + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(a.step)) + static_cast<uint64_t>(index));
+                mix(mix(a.seed + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(step)) + static_cast<uint64_t>(index));
             over_vectors<3>(
                 begin, end,
                 [&](int64_t i, P* param, Moment* exp_avg, Moment* exp_avg_sq, const P* grad) {
                     const Vec<float> g = load(grad);
                     const Vec<float> m = load(exp_avg) * beta1 + g * rest1;
                     const Vec<float> v = load(exp_avg_sq) * beta2 + g * g * rest2;
-                    const Vec<float> p = load(param) * decay - rate * (m / (sqrt_lanes<float>(v) * root + eps));
+                    const Vec<float> p =
+                        decayed<cautious>(load(param), decay, m) - rate * (m / (sqrt_lanes<float>(v) * root + eps));
                     store(exp_avg, m);
                     store(exp_avg_sq, v);
                     if constexpr (stochastic)
@@ -117,59 +137,110 @@ void adamw_typed(const AdamW& a, int threads) {
         });
 }
 
-template <class G>
-void momentum_typed(const cpu::MuonMomentum& a) {
-    const float rest = static_cast<float>(1 - a.momentum), keep = static_cast<float>(a.momentum);
-#pragma omp parallel num_threads(a.threads)
-    share(
-        a.count, a.threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
-        [&](int64_t index, int64_t begin, int64_t end) {
-            over_vectors<2>(
-                begin, end,
-                [&](int64_t, float* buffer, float* update, const G* grad) {
-                    const Vec<float> g = load(grad);
-                    const Vec<float> b = load(buffer) * keep + g * rest;
-                    store(buffer, b);
-                    store(update, a.nesterov ? b * keep + g * rest : b);
-                },
-                std::make_index_sequence<3>(), a.momentum_buffers[index], a.update + index * a.numel,
-                static_cast<const G*>(a.grads[index]));
-        });
+template <class P, class Moment, bool stochastic>
+void adamw_moments(const AdamW& a, int threads) {
+    a.cautious ? adamw_typed<P, Moment, stochastic, true>(a, threads)
+               : adamw_typed<P, Moment, stochastic, false>(a, threads);
 }
 
-template <class P>
-void update_typed(const cpu::MuonUpdate& a) {
-    const float decay = static_cast<float>(1 - a.lr * a.weight_decay), rate = static_cast<float>(a.lr * a.scale);
-#pragma omp parallel num_threads(a.threads)
+// Adds the squares of x in double: squares of the smallest floats would vanish in float.
+NANOCHAT_INLINE void add_squares(Vec<double>& sums, Vec<float> x) {
+    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+    Half halves[2];
+    __builtin_memcpy(halves, &x, sizeof x);
+    for (const Half& half : halves) {
+        const Vec<double> wide = __builtin_convertvector(half, Vec<double>);
+        sums += wide * wide;
+    }
+}
+
+template <class G, bool with_norms>
+void momentum_typed(const MuonMomentum& a, int threads) {
+    const double momentum = at_address(a.momentum_address, a.momentum);
+    const float rest = static_cast<float>(1 - momentum), keep = static_cast<float>(momentum);
+    const int64_t grains = ceil_div(a.numel, kGrain);   // of each tensor
+    double* squares = nullptr;                          // (count, grains), the sum over each grain of the update
+    if constexpr (with_norms) {
+        cpu::Arena arena{static_cast<char*>(cpu::workspace(static_cast<size_t>(a.count * grains) * sizeof(double)))};
+        squares = arena.take<double>(a.count * grains);
+    }
+#pragma omp parallel num_threads(threads)
     share(
-        a.count, a.threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
+        a.count, threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
+        [&](int64_t index, int64_t begin, int64_t end) {
+            const int64_t width = with_norms ? kGrain : end - begin;
+            for (int64_t from = begin; from < end; from += width) {
+                Vec<double> sums = {};
+                over_vectors<2>(
+                    from, minimum(from + width, end),
+                    [&](int64_t, float* buffer, float* update, const G* grad) {
+                        const Vec<float> g = load(grad);
+                        const Vec<float> b = load(buffer) * keep + g * rest;
+                        const Vec<float> u = a.nesterov ? b * keep + g * rest : b;
+                        store(buffer, b);
+                        store(update, u);
+                        if constexpr (with_norms) add_squares(sums, u);
+                    },
+                    std::make_index_sequence<3>(), a.momentum_buffers[index], a.update + index * a.numel,
+                    static_cast<const G*>(a.grads[index]));
+                if constexpr (with_norms) squares[index * grains + from / kGrain] = sum_lanes<double>(sums);
+            }
+        });
+    if constexpr (with_norms) {
+        for (int64_t index = 0; index < a.count; index++) {
+            double sum = 0;
+            for (int64_t grain = 0; grain < grains; grain++) sum += squares[index * grains + grain];
+            a.norms[index] = __builtin_sqrt(sum);
+        }
+    }
+}
+
+template <class G>
+void momentum_norms(const MuonMomentum& a, int threads) {
+    a.norms ? momentum_typed<G, true>(a, threads) : momentum_typed<G, false>(a, threads);
+}
+
+template <class P, bool cautious>
+void update_typed(const MuonUpdate& a, int threads) {
+    const double lr = at_address(a.lr_address, a.lr);
+    const double weight_decay = at_address(a.weight_decay_address, a.weight_decay);
+    const float decay = static_cast<float>(1 - lr * weight_decay), rate = static_cast<float>(lr * a.scale);
+#pragma omp parallel num_threads(threads)
+    share(
+        a.count, threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
         [&](int64_t index, int64_t begin, int64_t end) {
             over_vectors<1>(
                 begin, end,
                 [&](int64_t, P* param, const float* update) {
-                    store(param, load(param) * decay - load(update) * rate);
+                    const Vec<float> change = load(update);
+                    store(param, decayed<cautious>(load(param), decay, change) - change * rate);
                 },
                 std::make_index_sequence<2>(), static_cast<P*>(a.params[index]), a.update + index * a.numel);
         });
 }
 
+template <class P>
+void update_cautious(const MuonUpdate& a, int threads) {
+    a.cautious ? update_typed<P, true>(a, threads) : update_typed<P, false>(a, threads);
+}
+
 }   // namespace
 
 void adamw(const AdamW& a, int threads) {
-    if (a.param_dtype != DType::bfloat16) return adamw_typed<float, float, false>(a, threads);
+    if (a.param_dtype != DType::bfloat16) return adamw_moments<float, float, false>(a, threads);
     if (a.moment_dtype == DType::bfloat16)
-        return a.stochastic_rounding ? adamw_typed<bfloat16, bfloat16, true>(a, threads)
-                                     : adamw_typed<bfloat16, bfloat16, false>(a, threads);
-    a.stochastic_rounding ? adamw_typed<bfloat16, float, true>(a, threads)
-                          : adamw_typed<bfloat16, float, false>(a, threads);
+        return a.stochastic_rounding ? adamw_moments<bfloat16, bfloat16, true>(a, threads)
+                                     : adamw_moments<bfloat16, bfloat16, false>(a, threads);
+    a.stochastic_rounding ? adamw_moments<bfloat16, float, true>(a, threads)
+                          : adamw_moments<bfloat16, float, false>(a, threads);
 }
 
-void muon_momentum(const cpu::MuonMomentum& a) {
-    a.grad_dtype == DType::bfloat16 ? momentum_typed<bfloat16>(a) : momentum_typed<float>(a);
+void muon_momentum(const MuonMomentum& a, int threads) {
+    a.grad_dtype == DType::bfloat16 ? momentum_norms<bfloat16>(a, threads) : momentum_norms<float>(a, threads);
 }
 
-void muon_update(const cpu::MuonUpdate& a) {
-    a.param_dtype == DType::bfloat16 ? update_typed<bfloat16>(a) : update_typed<float>(a);
+void muon_update(const MuonUpdate& a, int threads) {
+    a.param_dtype == DType::bfloat16 ? update_cautious<bfloat16>(a, threads) : update_cautious<float>(a, threads);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

@@ -1,53 +1,88 @@
-// AdamW (arXiv:1711.05101) on a list of tensors, in one launch for every kMaxTensors of them.
+// AdamW (arXiv:1711.05101), optionally with cautious weight decay (arXiv:2510.12402), on a list of tensors in one
+// launch.
 //
-// Bound by memory: 28 bytes a float32 parameter, 22 with a bfloat16 parameter and float32 moments. Each thread owns
-// packs of consecutive elements, of 16 bytes of the parameter's type.
+// Bound by memory: 28 bytes a float32 parameter, 22 a bfloat16 one with float32 moments, 14 all in bfloat16. While they
+// pass, an H200 can issue 190, 150 and 96 instructions an element; it takes 43, 73 and 66, the latter two with
+// stochastic rounding.
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
 #include "../check.h"
 #include "../kernels.h"
+#include "packs.cuh"
 
-namespace nanochat::cuda {
+namespace nanochat::cuda::adamw_kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPacksPerThread = 4;   // a block's fixed costs (its tensor, the constants) are spread over 4 passes
-constexpr int kMaxTensors = 64;      // the table is a kernel argument, of which every architecture takes 4 KB
+constexpr int kThreadElements = 8;   // 64 to 128 bytes of loads under way, 48 to 128 KB a multiprocessor
 
-struct bfloat16 {
-    uint16_t bits;
-};
+// So many blocks share a multiprocessor, which leaves a thread 64 registers, or the 80 that packs of 8 need.
+template <int N>
+constexpr int kBlocksResident = N == 8 ? 3 : 4;
 
-template <class T>
-constexpr int kPack = 16 / sizeof(T);
+// A launch with the large table takes a few microseconds more.
+constexpr int kFewTensors = 64, kManyTensors = 740;
 
-// What a pack is copied as: 16 bytes at a time, or less where a pack is smaller.
-template <class T, int count>
-struct alignas(sizeof(T) * count < 16 ? sizeof(T) * count : 16) Pack {
-    T values[count];
-};
-
+template <int capacity>
 struct Table {
-    AdamWTensor tensors[kMaxTensors];
-    uint32_t first_block[kMaxTensors + 1];   // tensor i is worked on by blocks first_block[i] .. first_block[i + 1] - 1
+    AdamWTensor tensors[capacity];
+    uint32_t first_block[capacity];   // tensor i is worked on by blocks first_block[i] .. first_block[i + 1] - 1
     int count;
+};
+
+struct Numbers {
+    int64_t step;
+    double lr, beta1, beta2, eps, weight_decay;
 };
 
 struct Constants {
     float beta1, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, inverse_sqrt_correction2, eps;
-    uint64_t seed;
-    uint32_t step, first_tensor;
+    uint32_t step;
 };
 
+struct Options {
+    uint64_t seed;
+    uint32_t first_tensor;
+    bool cautious;
+};
+static_assert(sizeof(Table<kManyTensors>) + sizeof(Constants) + sizeof(void*) + sizeof(Options) <= kArgumentBytes);
+
+NANOCHAT_ANYWHERE Constants derive(const Numbers& n) {
+    const double correction1 = 1 - pow(n.beta1, static_cast<double>(n.step));
+    const double correction2 = 1 - pow(n.beta2, static_cast<double>(n.step));
+    return {static_cast<float>(n.beta1),
+            static_cast<float>(1 - n.beta1),
+            static_cast<float>(n.beta2),
+            static_cast<float>(1 - n.beta2),
+            static_cast<float>(1 - n.lr * n.weight_decay),
+            static_cast<float>(n.lr / correction1),
+            static_cast<float>(1 / sqrt(correction2)),
+            static_cast<float>(n.eps),
+            static_cast<uint32_t>(n.step)};
+}
+
+// One thread, for all of those that follow: double precision is slow on many GPUs.
+__global__ void derive_kernel(Numbers numbers, const int64_t* step, const double* lr, const double* weight_decay,
+                              Constants* constants) {
+    if (step) numbers.step = *step;
+    if (lr) numbers.lr = *lr;
+    if (weight_decay) numbers.weight_decay = *weight_decay;
+    *constants = derive(numbers);
+}
+
+// Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"), with its published constants.
+// A call gives 16 random bits to each of 8 elements: they depend on nothing but the element's place.
+constexpr int kPhiloxElements = 8;
 struct Philox {
     uint32_t words[4];
 };
 
-// Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"), with its published constants.
-__device__ Philox philox(uint64_t seed, uint64_t counter, uint32_t tensor, uint32_t step) {
+NANOCHAT_DEVICE Philox philox(uint64_t seed, uint64_t counter, uint32_t tensor, uint32_t step) {
     uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = tensor, c3 = step;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
     for (int round = 0; round < 10; ++round) {
         const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
         c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
@@ -60,82 +95,65 @@ __device__ Philox philox(uint64_t seed, uint64_t counter, uint32_t tensor, uint3
     return {{c0, c1, c2, c3}};
 }
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
-
-__device__ void round_to(float& out, float x, const Philox*, int) { out = x; }
-
-// To nearest, or with noise: truncation after adding 16 random bits below the last kept one is unbiased for both signs.
-__device__ void round_to(bfloat16& out, float x, const Philox* noise, int lane) {
+// To a bfloat16 below or above, with the probabilities that make the expectation x: adds 16 random bits below the last
+// that is kept and cuts, which is unbiased for both signs. Infinity and NaN are kept.
+NANOCHAT_DEVICE uint32_t round_randomly(float x, uint32_t noise) {
     const uint32_t bits = __float_as_uint(x);
-    uint32_t added = 0x7FFF + ((bits >> 16) & 1);
-    if (noise) added = (noise->words[lane / 2] >> (lane % 2 * 16)) & 0xFFFF;
-    if (isfinite(x)) {
-        out.bits = static_cast<uint16_t>((bits + added) >> 16);
-    } else {
-        out.bits = static_cast<uint16_t>((bits >> 16) | (isnan(x) ? 0x40 : 0));
+    const uint32_t quiet = bits | ((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x400000 : 0);
+    return ((bits & 0x7F800000) == 0x7F800000 ? quiet : bits + noise) >> 16;
+}
+template <int N>
+NANOCHAT_DEVICE void set_pair_randomly(Pack<bfloat16, N>& pack, int i, float low, float high, uint32_t noise) {
+    pack.words[i / 2] = round_randomly(low, noise & 0xFFFF) | round_randomly(high, noise >> 16) << 16;
+}
+template <int N>
+NANOCHAT_DEVICE void set_pair_randomly(Pack<float, N>&, int, float, float, uint32_t) {}
+
+// The exact root and quotient branch off for rare cases, zero among them, and take 30 instructions an element; these
+// take 10, with errors of 2^-22.
+NANOCHAT_DEVICE float root(float x) { return x * rsqrtf(fminf(fmaxf(x, FLT_MIN), FLT_MAX)); }
+
+// `first` is the place of the packs' first element in their tensor, a multiple of N.
+template <bool stochastic, class P, class M, int N>
+NANOCHAT_DEVICE void update(Pack<P, N>& param, const Pack<P, N>& grad, Pack<M, N>& exp_avg, Pack<M, N>& exp_avg_sq,
+                            int64_t first, uint32_t tensor, const Options& options, const Constants& c) {
+    Philox noise = {};
+    if (stochastic) {
+        noise = philox(options.seed, static_cast<uint64_t>(first) / kPhiloxElements, tensor, c.step);
+        if (N < kPhiloxElements && first % kPhiloxElements != 0) {
+            noise.words[0] = noise.words[2];
+            noise.words[1] = noise.words[3];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        float p[2], m[2], v[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float g = element(grad, i + j), old = element(param, i + j);
+            m[j] = c.beta1 * element(exp_avg, i + j) + c.one_minus_beta1 * g;
+            v[j] = c.beta2 * element(exp_avg_sq, i + j) + c.one_minus_beta2 * g * g;
+            const float decay = !options.cautious || m[j] * old >= 0 ? c.decay : 1;
+            const float denominator = root(v[j]) * c.inverse_sqrt_correction2 + c.eps;
+            p[j] = decay * old - c.step_size * m[j] * device::reciprocal_approx(denominator);
+        }
+        if (stochastic) {
+            set_pair_randomly(param, i, p[0], p[1], noise.words[i / 2]);
+        } else {
+            set_pair(param, i, p[0], p[1]);
+        }
+        set_pair(exp_avg, i, m[0], m[1]);
+        set_pair(exp_avg_sq, i, v[0], v[1]);
     }
 }
 
-// Elements first .. first + count - 1, count at most N, which `aligned` lets move as whole packs. `first` is a multiple
-// of N, so that an element's random bits do not depend on how it is reached.
-template <int N, bool stochastic, class P, class M>
-__device__ void update(const AdamWTensor& tensor, uint32_t tensor_index, int64_t first, int count, bool aligned,
-                       const Constants& c) {
-    using ParamPack = Pack<P, N>;
-    using MomentPack = Pack<M, N>;
-    P* param = static_cast<P*>(tensor.param) + first;
-    const P* grad = static_cast<const P*>(tensor.grad) + first;
-    M* exp_avg = static_cast<M*>(tensor.exp_avg) + first;
-    M* exp_avg_sq = static_cast<M*>(tensor.exp_avg_sq) + first;
-
-    ParamPack p, g;
-    MomentPack m, v;
-    const bool whole = aligned && count == N;
-    if (whole) {
-        p = *reinterpret_cast<const ParamPack*>(param);
-        g = *reinterpret_cast<const ParamPack*>(grad);
-        m = *reinterpret_cast<const MomentPack*>(exp_avg);
-        v = *reinterpret_cast<const MomentPack*>(exp_avg_sq);
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            if (i < count)
-                p.values[i] = param[i], g.values[i] = grad[i], m.values[i] = exp_avg[i], v.values[i] = exp_avg_sq[i];
-        }
-    }
-    Philox noise;
-    if (stochastic) noise = philox(c.seed, static_cast<uint64_t>(first / N), tensor_index, c.step);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        if (i >= count) continue;
-        const float gradient = to_float(g.values[i]);
-        const float first_moment = c.beta1 * to_float(m.values[i]) + c.one_minus_beta1 * gradient;
-        const float second_moment = c.beta2 * to_float(v.values[i]) + c.one_minus_beta2 * gradient * gradient;
-        const float denominator = sqrtf(second_moment) * c.inverse_sqrt_correction2 + c.eps;
-        round_to(p.values[i], c.decay * to_float(p.values[i]) - c.step_size * first_moment / denominator,
-                 stochastic ? &noise : nullptr, i);
-        round_to(m.values[i], first_moment, nullptr, i);
-        round_to(v.values[i], second_moment, nullptr, i);
-    }
-    if (whole) {
-        *reinterpret_cast<ParamPack*>(param) = p;
-        *reinterpret_cast<MomentPack*>(exp_avg) = m;
-        *reinterpret_cast<MomentPack*>(exp_avg_sq) = v;
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            if (i < count) param[i] = p.values[i], exp_avg[i] = m.values[i], exp_avg_sq[i] = v.values[i];
-        }
-    }
-}
-
-template <bool stochastic, class P, class M>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table, const Constants c) {
-    constexpr int N = kPack<P>;
+template <bool stochastic, class P, class M, int capacity>
+__global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
+    adamw_kernel(const __grid_constant__ Table<capacity> table, const Constants given, const Constants* derived,
+                 const Options options) {
+    constexpr int N = kPack<P, M>, packs = kThreadElements / N;
     int index = 0;
-    for (int above = table.count;
-         above - index > 1;) {   // bisection: the last tensor whose first block is not after this one
+    for (int above = table.count; above - index > 1;) {   // the last tensor whose first block is not after this one
         const int middle = (index + above) / 2;
         if (table.first_block[middle] <= blockIdx.x) {
             index = middle;
@@ -144,67 +162,109 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
         }
     }
     const AdamWTensor& tensor = table.tensors[index];
-    // Tensors that lie in a bucket start at any element: without 16-byte alignment, elements are moved one by one.
-    const uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
-                                reinterpret_cast<uintptr_t>(tensor.exp_avg) |
-                                reinterpret_cast<uintptr_t>(tensor.exp_avg_sq);
-    const bool aligned = addresses % 16 == 0;
+    const uint32_t number = options.first_tensor + index;
     const int64_t block = blockIdx.x - table.first_block[index];
-    for (int pass = 0; pass < kPacksPerThread; ++pass) {
-        const int64_t first = ((block * kPacksPerThread + pass) * kThreads + threadIdx.x) * N;
-        if (first >= tensor.numel) return;
-        const int count = tensor.numel - first < N ? static_cast<int>(tensor.numel - first) : N;
-        update<N, stochastic, P, M>(tensor, c.first_tensor + index, first, count, aligned, c);
+    const int64_t start = (block * packs * kThreads + threadIdx.x) * N;
+    const int64_t end = tensor.numel;
+    P* param = static_cast<P*>(tensor.param);
+    const P* grad = static_cast<const P*>(tensor.grad);
+    M* exp_avg = static_cast<M*>(tensor.exp_avg);
+    M* exp_avg_sq = static_cast<M*>(tensor.exp_avg_sq);
+    // Tensors that lie in a bucket start at any element.
+    const bool aligned =
+        is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) && is_aligned<N>(exp_avg_sq);
+
+    if (aligned && (block + 1) * kThreads * kThreadElements <= end) {
+        Pack<P, N> p[packs], g[packs];
+        Pack<M, N> m[packs], v[packs];
+#pragma unroll
+        for (int i = 0; i < packs; ++i) {
+            const int64_t first = start + i * kThreads * N;
+            g[i] = load<N>(grad + first);
+            m[i] = load<N>(exp_avg + first);
+            v[i] = load<N>(exp_avg_sq + first);
+            p[i] = load<N>(param + first);
+        }
+        const Constants c = derived ? *derived : given;   // read after the loads are issued: their latencies overlap
+#pragma unroll
+        for (int i = 0; i < packs; ++i) {
+            const int64_t first = start + i * kThreads * N;
+            update<stochastic>(p[i], g[i], m[i], v[i], first, number, options, c);
+            store(exp_avg + first, m[i]);
+            store(exp_avg_sq + first, v[i]);
+            store(param + first, p[i]);
+        }
+        return;
+    }
+    const Constants c = derived ? *derived : given;
+#pragma unroll 1
+    for (int64_t first = start; first < end && first < start + kThreads * kThreadElements; first += kThreads * N) {
+        Pack<P, N> p = load<N>(param + first, end - first, aligned);
+        const Pack<P, N> g = load<N>(grad + first, end - first, aligned);
+        Pack<M, N> m = load<N>(exp_avg + first, end - first, aligned);
+        Pack<M, N> v = load<N>(exp_avg_sq + first, end - first, aligned);
+        update<stochastic>(p, g, m, v, first, number, options, c);
+        store(exp_avg + first, m, end - first, aligned);
+        store(exp_avg_sq + first, v, end - first, aligned);
+        store(param + first, p, end - first, aligned);
     }
 }
 
-template <bool stochastic, class P, class M>
-void launch(const AdamW& a, const Constants& constants, cudaStream_t stream) {
-    constexpr int64_t elements_per_block = int64_t{kThreads} * kPacksPerThread * kPack<P>;
-    for (int64_t start = 0; start < a.count; start += kMaxTensors) {
-        Table table;
-        table.count = static_cast<int>(a.count - start < kMaxTensors ? a.count - start : kMaxTensors);
+template <bool stochastic, class P, class M, int capacity>
+void launch(const AdamW& a, const Constants& given, const Constants* derived, void* stream) {
+    constexpr int64_t block_elements = int64_t{kThreads} * kThreadElements;
+    for (int64_t start = 0; start < a.count; start += capacity) {
+        Table<capacity> table;
+        table.count = static_cast<int>(std::min<int64_t>(a.count - start, capacity));
         int64_t blocks = 0;
         for (int i = 0; i < table.count; ++i) {
             table.tensors[i] = a.tensors[start + i];
             table.first_block[i] = static_cast<uint32_t>(blocks);
-            blocks += (table.tensors[i].numel + elements_per_block - 1) / elements_per_block;
+            blocks += (table.tensors[i].numel + block_elements - 1) / block_elements;
         }
-        require(blocks <= INT32_MAX, "adamw_: ", kMaxTensors, " tensors hold more than ",
-                INT32_MAX * elements_per_block, " elements together; takes fewer");
+        require(blocks <= INT32_MAX, "adamw_: ", table.count, " tensors take ", blocks, " blocks of ", block_elements,
+                " elements; takes up to ", INT32_MAX);
         if (blocks == 0) continue;
-        table.first_block[table.count] = static_cast<uint32_t>(blocks);
-        Constants c = constants;
-        c.first_tensor = static_cast<uint32_t>(start);
-        adamw_kernel<stochastic, P, M><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(table, c);
-        cuda_check(cudaGetLastError(), "adamw_: launch");
+        const Options options = {a.seed, static_cast<uint32_t>(start), a.cautious};
+        device::launch("adamw_", adamw_kernel<stochastic, P, M, capacity>, dim3(static_cast<uint32_t>(blocks)),
+                       dim3(kThreads), 0, stream, table, given, derived, options);
     }
 }
 
-}   // namespace
+template <bool stochastic, class P, class M>
+void launch(const AdamW& a, const Constants& given, const Constants* derived, void* stream) {
+    a.count <= kFewTensors ? launch<stochastic, P, M, kFewTensors>(a, given, derived, stream)
+                           : launch<stochastic, P, M, kManyTensors>(a, given, derived, stream);
+}
 
-void adamw(const AdamW& a, void* stream) {
-    const double correction1 = 1 - std::pow(a.beta1, static_cast<double>(a.step));
-    const double correction2 = 1 - std::pow(a.beta2, static_cast<double>(a.step));
-    const Constants c = {static_cast<float>(a.beta1),
-                         static_cast<float>(1 - a.beta1),
-                         static_cast<float>(a.beta2),
-                         static_cast<float>(1 - a.beta2),
-                         static_cast<float>(1 - a.lr * a.weight_decay),
-                         static_cast<float>(a.lr / correction1),
-                         static_cast<float>(1 / std::sqrt(correction2)),
-                         static_cast<float>(a.eps),
-                         a.seed,
-                         static_cast<uint32_t>(a.step),
-                         0};
-    const auto on = static_cast<cudaStream_t>(stream);
+}   // namespace
+}   // namespace nanochat::cuda::adamw_kernels
+
+namespace nanochat::cuda {
+
+int64_t adamw_workspace_bytes(const AdamW& a) {
+    return a.step_address || a.lr_address || a.weight_decay_address ? sizeof(adamw_kernels::Constants) : 0;
+}
+
+void adamw(const AdamW& a, void* workspace, void* stream) {
+    using namespace adamw_kernels;
+    const Numbers numbers = {a.step, a.lr, a.beta1, a.beta2, a.eps, a.weight_decay};
+    const Constants given = derive(numbers);
+    Constants* derived = nullptr;
+    if (adamw_workspace_bytes(a) > 0) {
+        derived = static_cast<Constants*>(workspace);
+        device::launch("adamw_", derive_kernel, dim3(1), dim3(1), 0, stream, numbers, a.step_address, a.lr_address,
+                       a.weight_decay_address, derived);
+    }
     const bool half_moments = a.moment_dtype == DType::bfloat16;
     if (a.param_dtype == DType::float32) {
-        launch<false, float, float>(a, c, on);
+        launch<false, float, float>(a, given, derived, stream);
     } else if (a.stochastic_rounding) {
-        half_moments ? launch<true, bfloat16, bfloat16>(a, c, on) : launch<true, bfloat16, float>(a, c, on);
+        half_moments ? launch<true, bfloat16, bfloat16>(a, given, derived, stream)
+                     : launch<true, bfloat16, float>(a, given, derived, stream);
     } else {
-        half_moments ? launch<false, bfloat16, bfloat16>(a, c, on) : launch<false, bfloat16, float>(a, c, on);
+        half_moments ? launch<false, bfloat16, bfloat16>(a, given, derived, stream)
+                     : launch<false, bfloat16, float>(a, given, derived, stream);
     }
 }
 

@@ -1,6 +1,5 @@
 """python -m nanochat_native.bench: correctness first, then time side by side with torch, a table, and JSON."""
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from nanochat_native.bench import measure, operators, step
+from nanochat_native.bench import measure, operators, record, step
 
 
 @dataclass
@@ -33,21 +32,6 @@ class Options:
     """File for the results with machine, versions and commit."""
 
 
-def table_line(row: dict[str, Any]) -> str:
-    parts = [
-        f"{row['group']:<23} {row['case']:<35} {row['ours_ms']:>9.2f} ms {row['theirs_ms']:>9.2f} ms "
-        f"{row['ratio']:>6.2f}x  (floor {row['floor']:.2f}x)  {row['opponent']:<24}"
-    ]
-    if "share_of_sgemm" in row:
-        parts.append(f"{row['gflops']:.0f} GFLOP/s, {row['share_of_sgemm']:.0%} of torch.mm")
-    if "share_of_copy" in row:
-        parts.append(f"{row['gbytes']:.1f} GB/s, {row['share_of_copy']:.0%} of copy")
-    if "ours_peak_bytes" in row:
-        parts.append(f"{row['ours_tokens_per_second']:,.0f} against {row['theirs_tokens_per_second']:,.0f} tokens/s,")
-        parts.append(f"peak {row['ours_peak_bytes'] / 1e6:,.0f} against {row['theirs_peak_bytes'] / 1e6:,.0f} MB")
-    return " ".join(parts)
-
-
 def main() -> int:
     options = tyro.cli(Options, prog="python -m nanochat_native.bench")
     if options.threads:
@@ -67,7 +51,7 @@ def main() -> int:
             wrong += 1
             print(f"{name}: WRONG, not timed: {error}", flush=True)
         else:
-            print(table_line(rows[-1]), flush=True)
+            print(*record.table_parts(rows[-1]), flush=True)
 
     for make in operators.cases():
         case = make()
@@ -82,8 +66,7 @@ def main() -> int:
         return 2
     if options.json:
         result = {"machine": machine, "limits": vars(limits), "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        record.save(options.json, result)
     return 1 if wrong else 0
 
 

@@ -4,7 +4,6 @@ import gc
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,11 @@ from typing import Any
 import torch
 
 from nanochat_native import ops
+from nanochat_native.bench import record
+
+
+class UnavailableError(RuntimeError):
+    """A case cannot be made here, for a reason that is no fault of ours: an opponent that does not work."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,12 @@ class Case:
     theirs: Callable[[], Any]
     opponent: str
     check: Callable[[], None]
-    floor: float  # the least ratio theirs / ours that the project promises on two CPU cores
+    floor: float  # the least ratio theirs / ours that the project promises: on two CPU cores, or on one H100 or H200
     flops: float = 0.0  # of ours, by the algorithm's own count
     bytes: float = 0.0  # that ours must move
+    saves_memory: bool = False  # the peak of both is worth a column
+    saves_launches: bool = False  # the kernels that both launch are
+    note: str = ""  # what a reader of the figure has to know
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,14 @@ def milliseconds(function: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def side_by_side(functions: list[Callable[[], Any]], *, seconds: float, repeats: int) -> list[float]:
-    """Median milliseconds of each function. They take turns, so that a slow spell of the machine meets all of them.
+def turns(
+    functions: list[Callable[[], Any]],
+    *,
+    seconds: float,
+    repeats: int,
+    clock: Callable[[Callable[[], Any]], float] = milliseconds,
+) -> list[list[float]]:
+    """Milliseconds of each function by `clock`. They take turns, so that a slow spell of the machine meets all of them.
 
     At least `repeats` turns, and more until `seconds` have passed.
     """
@@ -57,8 +70,13 @@ def side_by_side(functions: list[Callable[[], Any]], *, seconds: float, repeats:
     start = time.perf_counter()
     while len(times[0]) < repeats or time.perf_counter() - start < seconds:
         for function, taken in zip(functions, times, strict=True):
-            taken.append(milliseconds(function))
-    return [statistics.median(taken) for taken in times]
+            taken.append(clock(function))
+    return times
+
+
+def side_by_side(functions: list[Callable[[], Any]], *, seconds: float, repeats: int) -> list[float]:
+    """Median milliseconds of each function, by turns."""
+    return [statistics.median(taken) for taken in turns(functions, seconds=seconds, repeats=repeats)]
 
 
 def measure_limits() -> Limits:
@@ -74,21 +92,29 @@ def run(case: Case, limits: Limits, *, seconds: float, repeats: int) -> dict[str
     """Checks, times, and returns the case's row."""
     case.check()
     ours, theirs = side_by_side([case.ours, case.theirs], seconds=seconds, repeats=repeats)
+    row = figures(case, ours, theirs)
+    if case.flops:
+        row["share_of_sgemm"] = row["gflops"] / limits.sgemm
+    if case.bytes:
+        row["share_of_copy"] = row["gbytes"] / limits.copy
+    return row
+
+
+def figures(case: Case, ours: float, theirs: float | None) -> dict[str, Any]:
+    """The row of a case that took these milliseconds; theirs is None where the opponent cannot run at all."""
     row: dict[str, Any] = {
         "group": case.group,
         "case": case.name,
         "opponent": case.opponent,
         "ours_ms": ours,
         "theirs_ms": theirs,
-        "ratio": theirs / ours,
+        "ratio": None if theirs is None else theirs / ours,
         "floor": case.floor,
     }
     if case.flops:
         row["gflops"] = case.flops / ours / 1e6
-        row["share_of_sgemm"] = row["gflops"] / limits.sgemm
     if case.bytes:
         row["gbytes"] = case.bytes / ours / 1e6
-        row["share_of_copy"] = row["gbytes"] / limits.copy
     return row
 
 
@@ -102,11 +128,6 @@ def machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-    )
     return {
         "cpu": model,
         "cpus": os.cpu_count(),
@@ -115,8 +136,8 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or "unknown",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": record.commit(),
+        "time": record.now(),
     }
 
 

@@ -1,6 +1,6 @@
 """The operators against the torch calls that they replace."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_native import ops
-from nanochat_native.bench.measure import Case, assert_close
+from nanochat_native.bench.measure import Case, UnavailableError, assert_close
 from nanochat_native.bench.plain import newton_schulz_by_mm
 from nanochat_native.ops import reference
 
@@ -80,11 +80,19 @@ def newton_schulz_case(rows: int, columns: int, floor: float) -> Case:
     )
 
 
-def adamw_case(dtype: torch.dtype, moments: torch.dtype, floor: float) -> Case:
-    """50M parameters in 50 tensors. torch's fused AdamW keeps moments in the parameters' type."""
-    generator = torch.Generator().manual_seed(0)
-    initial = [torch.randn(1000, 1000, generator=generator) for _ in range(50)]
-    grads = [torch.randn(1000, 1000, generator=generator).to(dtype) for _ in range(50)]
+def adamw_case(
+    dtype: torch.dtype,
+    moments: torch.dtype,
+    floor: float,
+    *,
+    name: str,
+    shapes: Sequence[tuple[int, ...]] = ((1000, 1000),) * 50,
+    device: torch.device | str = "cpu",
+) -> Case:
+    """torch's fused AdamW keeps moments in the parameters' type."""
+    generator = torch.Generator(device).manual_seed(0)
+    initial = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    grads = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
     lr, eps, decay = 1e-3, 1e-8, 0.1
     theirs_params = [x.to(dtype, copy=True).requires_grad_() for x in initial]
     for param, grad in zip(theirs_params, grads, strict=True):
@@ -103,20 +111,62 @@ def adamw_case(dtype: torch.dtype, moments: torch.dtype, floor: float) -> Case:
         )
 
     def check() -> None:
-        exact = initial[0].to(dtype).double().requires_grad_()
-        exact.grad = grads[0].double()
-        oracle = torch.optim.AdamW([exact], lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=decay)
-        oracle.step()
         ours()
         rounding = max(dtype.itemsize == 2, moments.itemsize == 2) and 4e-3
-        assert_close("exp_avg", exp_avgs[0], oracle.state[exact]["exp_avg"], rounding or 1e-6)
-        assert_close("exp_avg_sq", exp_avg_sqs[0], oracle.state[exact]["exp_avg_sq"], rounding or 1e-6)
-        assert_close("param", params[0], exact.detach(), rounding or 1e-6)
+        for index in {0, len(params) - 1}:
+            exact = initial[index].to(dtype).double().requires_grad_()
+            exact.grad = grads[index].double()
+            oracle = torch.optim.AdamW([exact], lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=decay)
+            oracle.step()
+            assert_close("exp_avg", exp_avgs[index], oracle.state[exact]["exp_avg"], rounding or 1e-6)
+            assert_close("exp_avg_sq", exp_avg_sqs[index], oracle.state[exact]["exp_avg_sq"], rounding or 1e-6)
+            assert_close("param", params[index], exact.detach(), rounding or 1e-6)
+        initial.clear()
 
-    traffic = 50_000_000 * (3 * dtype.itemsize + 4 * moments.itemsize)
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-    label = f"50M {names[dtype]}, moments {names[moments]}"
-    return Case("adamw_", label, ours, optimizer.step, "AdamW(fused=True)", check, floor, bytes=traffic)
+    traffic = sum(x.numel() for x in params) * (3 * dtype.itemsize + 4 * moments.itemsize)
+    return Case("adamw_", name, ours, optimizer.step, "AdamW(fused=True)", check, floor, bytes=traffic)
+
+
+def muon_case(
+    count: int, rows: int, columns: int, floor: float, *, name: str, device: torch.device | str = "cpu"
+) -> Case:
+    """Both halves of Muon around newton_schulz, float32, against torch's calls on lists of tensors."""
+    generator = torch.Generator(device).manual_seed(rows)
+
+    def matrices() -> list[Tensor]:
+        return [torch.randn(rows, columns, generator=generator, device=device) for _ in range(count)]
+
+    grads, initial = matrices(), matrices()
+    params, buffers = [x.clone() for x in initial], [torch.zeros_like(x) for x in initial]
+    theirs_params, theirs_buffers = [x.clone() for x in initial], [torch.zeros_like(x) for x in initial]
+    momentum, lr, decay, scale = 0.95, 0.02, 0.1, max(1.0, rows / columns) ** 0.5
+
+    def ours() -> tuple[Tensor, Tensor]:
+        update, norms = ops.muon_momentum_(grads, buffers, momentum=momentum, return_norm=True)
+        ops.muon_update_(params, update, lr=lr, weight_decay=decay, scale=scale)
+        return update, norms
+
+    def theirs() -> None:
+        torch._foreach_lerp_(theirs_buffers, grads, 1 - momentum)
+        update = torch.stack(torch._foreach_lerp(grads, theirs_buffers, momentum))
+        torch.linalg.vector_norm(update, dim=(-2, -1))
+        torch._foreach_mul_(theirs_params, 1 - lr * decay)
+        torch._foreach_add_(theirs_params, update.unbind(), alpha=-lr * scale)
+
+    def check() -> None:
+        update, norms = ours()
+        for index in {0, count - 1}:
+            exact_buffer = (1 - momentum) * grads[index].double()
+            exact_update = momentum * exact_buffer + (1 - momentum) * grads[index].double()
+            exact = (1 - lr * decay) * initial[index].double() - lr * scale * exact_update
+            assert_close("momentum_buffer", buffers[index], exact_buffer, 1e-6)
+            assert_close("update", update[index], exact_update, 1e-6)
+            assert_close("norm", norms[index], exact_update.norm(), 1e-6)
+            assert_close("param", params[index], exact, 1e-6)
+        initial.clear()
+
+    traffic = 4.0 * 7 * count * rows * columns
+    return Case("muon halves", name, ours, theirs, "torch._foreach, stack", check, floor, bytes=traffic)
 
 
 def linear_case(N: int, I: int, O: int, floor: float) -> Case:  # noqa: E741
@@ -148,36 +198,82 @@ def linear_case(N: int, I: int, O: int, floor: float) -> Case:  # noqa: E741
     )
 
 
-def linear_cross_entropy_case(vocabulary: int, floor: float) -> Case:
-    """4096 tokens, 256 channels: loss and both gradients; torch forms all logits."""
-    N, C = 4096, 256
-    generator = torch.Generator().manual_seed(vocabulary)
-    x = torch.randn(N, C, generator=generator).requires_grad_()
-    weight = (torch.randn(vocabulary, C, generator=generator) * 0.05).requires_grad_()
-    targets = torch.randint(0, vocabulary, (N,), generator=generator)
+SOFTCAP = 15.0
 
-    def grads(loss: Tensor) -> tuple[Tensor, ...]:
-        return loss, *torch.autograd.grad(loss, (x, weight))
+
+def loss_of_all_logits(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """As nanochat writes it: the softcap in the products' type, the loss in float32."""
+    logits = SOFTCAP * torch.tanh(F.linear(x, weight) / SOFTCAP)
+    return F.cross_entropy(logits.float(), targets)
+
+
+def exact_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss and both gradients in float32, `rows` at a time, so that they fit where all logits may not."""
+    weight = weight.detach().float().requires_grad_()
+    total, dx, dweight = torch.zeros((), dtype=torch.float64, device=x.device), [], torch.zeros_like(weight)
+    for x_chunk, target_chunk in zip(x.detach().split(rows), targets.split(rows), strict=True):
+        x_chunk = x_chunk.float().requires_grad_()
+        loss = loss_of_all_logits(x_chunk, weight, target_chunk) * (len(target_chunk) / len(targets))
+        dx_chunk, dweight_chunk = torch.autograd.grad(loss, (x_chunk, weight))
+        total += loss.detach()
+        dx.append(dx_chunk)
+        dweight += dweight_chunk
+    return total, torch.cat(dx), dweight
+
+
+def linear_cross_entropy_case(
+    N: int,
+    C: int,
+    vocabulary: int,
+    floor: float,
+    *,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    compiler: str | None = None,
+) -> Case:
+    """Loss and both gradients; torch forms all logits, in eager calls or compiled by torch.compile's `compiler`.
+
+    Raises UnavailableError, with the reason, where torch.compile does not work.
+    """
+    generator = torch.Generator(device).manual_seed(vocabulary)
+    x = torch.randn(N, C, generator=generator, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, C, generator=generator, device=device) * 0.05).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (N,), generator=generator, device=device)
+    plain: Callable[[Tensor, Tensor, Tensor], Tensor] = loss_of_all_logits
 
     def ours() -> tuple[Tensor, ...]:
-        return grads(ops.linear_cross_entropy(x, weight, targets))
+        loss = ops.linear_cross_entropy(x, weight, targets, softcap=SOFTCAP)
+        return loss, *torch.autograd.grad(loss, (x, weight))
 
     def theirs() -> tuple[Tensor, ...]:
-        return grads(F.cross_entropy(15 * torch.tanh(F.linear(x, weight) / 15), targets))
+        loss = plain(x, weight, targets)
+        return loss, *torch.autograd.grad(loss, (x, weight))
+
+    if compiler is not None:
+        try:
+            plain = torch.compile(loss_of_all_logits, backend=compiler)
+            theirs()
+        except torch.OutOfMemoryError:  # for the timing to find
+            pass
+        except Exception as error:  # of any of the compilers and tools behind it
+            raise UnavailableError(f"torch.compile: {type(error).__name__}: {error}") from error
 
     def check() -> None:
-        for name, a, b in zip(("loss", "dx", "dweight"), ours(), theirs(), strict=True):
-            assert_close(f"linear_cross_entropy {name}", a, b, 1e-4)
+        tolerance = 1e-4 if dtype == torch.float32 else EXACT[dtype]
+        for part, a, b in zip(("loss", "dx", "dweight"), ours(), exact_loss(x, weight, targets), strict=True):
+            assert_close(f"linear_cross_entropy {part}", a, b, tolerance / 10 if part == "loss" else tolerance)
 
     return Case(
         "linear_cross_entropy",
-        f"N {N} C {C} V {vocabulary}",
+        name,
         ours,
         theirs,
-        "cross_entropy on logits",
+        "cross_entropy on logits" if compiler is None else "the same, torch.compile",
         check,
         floor,
         flops=6.0 * N * C * vocabulary,
+        saves_memory=True,
     )
 
 
@@ -192,9 +288,10 @@ def cases() -> Iterator[Callable[[], Case]]:
     yield partial(attention_case, 1024, window=None, dtype=bf16, floor=5.0)
     yield partial(newton_schulz_case, 768, 768, floor=1.25)
     yield partial(newton_schulz_case, 3072, 768, floor=1.8)
-    yield partial(adamw_case, f32, f32, floor=0.95)
-    yield partial(adamw_case, bf16, bf16, floor=1.7)
-    yield partial(adamw_case, bf16, f32, floor=1.7)
+    yield partial(adamw_case, f32, f32, floor=0.95, name="50M float32, moments float32")
+    yield partial(adamw_case, bf16, bf16, floor=1.7, name="50M bfloat16, moments bfloat16")
+    yield partial(adamw_case, bf16, f32, floor=1.7, name="50M bfloat16, moments float32")
     yield partial(linear_case, 4096, 256, 1024, floor=1.0)
-    yield partial(linear_cross_entropy_case, 8192, floor=1.5)
-    yield partial(linear_cross_entropy_case, 32768, floor=1.5)
+    for vocabulary in (8192, 32768):
+        name = f"N 4096 C 256 V {vocabulary}"
+        yield partial(linear_cross_entropy_case, 4096, 256, vocabulary, floor=1.5, name=name)

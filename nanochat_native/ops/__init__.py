@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from nanochat_native.ops.native import build_info, instruction_set
 from nanochat_native.ops.reference import Triple
 
 __all__ = [
+    "OPERATORS",
     "adamw_",
     "attention",
     "backend",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 BACKENDS = ("native", "torch")
+OPERATORS = tuple(native.DEVICES)  # that native kernels or twins serve
 
 _backend = os.environ.get("NANOCHAT_NATIVE_BACKEND", "native")
 if _backend not in BACKENDS:
@@ -157,7 +160,13 @@ def attention(
     return reference.attention(q, k, v, causal=causal, window=window, scale=scale)
 
 
-def newton_schulz(g: Tensor, *, steps: int = 5, coefficients: str | Sequence[Triple] = "quintic") -> Tensor:
+def newton_schulz(
+    g: Tensor,
+    *,
+    steps: int = 5,
+    coefficients: str | Sequence[Triple] = "quintic",
+    norms: Tensor | None = None,
+) -> Tensor:
     """Orthogonalise matrices: replace the singular values of g by values near 1. Not differentiable.
 
     X0 = g / (f |g|_F); each step with its triple (a, b, c): A = X X^T, X = a X + (b A + c A A) X.
@@ -167,6 +176,8 @@ def newton_schulz(g: Tensor, *, steps: int = 5, coefficients: str | Sequence[Tri
         steps: how many; the first `steps` triples are used, and where there are fewer the last is repeated.
         coefficients: "quintic", Keller Jordan's (3.4445, -4.7750, 2.0315), and "cubic", (1.5, -0.5, 0), with f = 1;
             "polar_express", the five triples of arXiv:2505.16932, with f = 1.01; or a list of triples, with f = 1.
+        norms: (...) float64, the Frobenius norms |g|_F where they are known (see muon_momentum_), which saves a pass
+            over g. They are believed: wrong ones give a wrong result, and too small ones let it grow without bound.
 
     Returns:
         (..., M, K) in g's dtype, contiguous. A zero matrix gives zero; a NaN makes its matrix NaN.
@@ -179,9 +190,17 @@ def newton_schulz(g: Tensor, *, steps: int = 5, coefficients: str | Sequence[Tri
     if steps < 1:
         raise ValueError(f"newton_schulz: steps is {steps}; takes at least 1")
     triples, norm_factor = reference.newton_schulz_schedule(steps, coefficients)
+    if norms is not None:
+        _check_dtype("newton_schulz", "norms", norms, (torch.float64,))
+        if norms.shape != g.shape[:-2]:
+            raise ValueError(
+                f"newton_schulz: norms has shape {tuple(norms.shape)}; takes {tuple(g.shape[:-2])}, as g without M, K"
+            )
+        if norms.device != g.device:
+            raise ValueError(f"newton_schulz: norms is on {norms.device}; takes {g.device}, as g")
     if _runs_native("newton_schulz", g):
-        return native.newton_schulz(g, triples, norm_factor)
-    return reference.newton_schulz(g, steps=steps, coefficients=coefficients)
+        return native.newton_schulz(g, triples, norm_factor, norms)
+    return reference.newton_schulz(g, steps=steps, coefficients=coefficients, norms=norms)
 
 
 def adamw_(
@@ -190,14 +209,15 @@ def adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     stochastic_rounding: bool = False,
     seed: int = 0,
+    cautious: bool = False,
 ) -> None:
     """One AdamW step (arXiv:1711.05101) on a list of tensors, in place, as one operator.
 
@@ -212,16 +232,24 @@ def adamw_(
         step: t, from 1.
         stochastic_rounding: round bfloat16 params up or down at random, without bias, as a pure function of
             (seed, step, tensor, element) on each backend. float32 params take no notice of it.
+        cautious: Cautious Weight Decay, arXiv:2510.12402: the factor (1 - lr weight_decay) only where m p >= 0, of the
+            new m and the old p in float32; where that is NaN there is no decay.
+
+    step, lr and weight_decay may each be a 0-d tensor on the params' device, step int64, the others float64: a CUDA
+    graph reads what stands there when it is replayed. On the CPU they give the same bits as numbers do. Their values
+    are checked on the CPU only, and not while torch.compile traces: on a GPU, reading them would wait for the stream.
     """
     _check_lists("adamw_", params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    if step < 1:
-        raise ValueError(f"adamw_: step is {step}; takes at least 1")
-    if not lr >= 0 or not eps >= 0 or not weight_decay >= 0:
-        raise ValueError(f"adamw_: lr {lr}, eps {eps}, weight_decay {weight_decay}; takes none below 0")
-    if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
-        raise ValueError(f"adamw_: beta1 {beta1}, beta2 {beta2}; takes 0 <= beta < 1")
     if not params:
         return
+    device = params[0].device
+    _check_number("adamw_", "step", step, device, torch.int64, low=1)
+    _check_number("adamw_", "lr", lr, device)
+    _check_number("adamw_", "weight_decay", weight_decay, device)
+    if not eps >= 0:
+        raise ValueError(f"adamw_: eps is {eps}; takes at least 0")
+    if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
+        raise ValueError(f"adamw_: beta1 {beta1}, beta2 {beta2}; takes 0 <= beta < 1")
     _check_dtype("adamw_", "params[0]", params[0], _PARAM_DTYPES)
     _check_list_dtypes("adamw_", params[0].dtype, params=params, grads=grads)
     if exp_avgs[0].dtype != torch.float32 and exp_avgs[0].dtype != params[0].dtype:
@@ -244,12 +272,36 @@ def adamw_(
         weight_decay=weight_decay,
         stochastic_rounding=stochastic_rounding,
         seed=seed,
+        cautious=cautious,
     )
 
 
+@overload
 def muon_momentum_(
-    grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], *, momentum: float, nesterov: bool = True
-) -> Tensor:
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The half of Muon before newton_schulz, for same-shaped tensors in one pass.
 
     buf = momentum buf + (1 - momentum) g;  update = momentum buf + (1 - momentum) g with Nesterov, else buf.
@@ -257,34 +309,43 @@ def muon_momentum_(
     Args:
         grads: at least one; one shape, contiguous, all float32 or all bfloat16, only read.
         momentum_buffers: as many, of that shape, contiguous float32, updated.
-        momentum: in [0, 1).
+        momentum: in [0, 1); a number, or a 0-d float64 tensor on the grads' device, as adamw_'s lr.
+        return_norm: also return the norms, computed in the same pass over memory.
 
     Returns:
         update: (len(grads), *shape) float32, contiguous: ready for one batched newton_schulz.
+        norms: (len(grads),) float64, the Frobenius norm of each update, summed in float64 in a fixed order: the same
+            bits for every number of threads. Of matrices, they are newton_schulz's norms.
     """
     _check_lists("muon_momentum_", grads=grads, momentum_buffers=momentum_buffers)
     if not grads:
         raise ValueError("muon_momentum_: grads is empty; takes at least one tensor")
     _check_one_shape("muon_momentum_", "grads", grads)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"muon_momentum_: momentum is {momentum}; takes 0 <= momentum < 1")
+    _check_number("muon_momentum_", "momentum", momentum, grads[0].device, below=1)
     _check_dtype("muon_momentum_", "grads[0]", grads[0], _PARAM_DTYPES)
     _check_list_dtypes("muon_momentum_", grads[0].dtype, grads=grads)
     _check_list_dtypes("muon_momentum_", torch.float32, momentum_buffers=momentum_buffers)
-    if _runs_native("muon_momentum_", grads[0]):
-        return native.muon_momentum_(grads, momentum_buffers, momentum, nesterov)
-    return reference.muon_momentum_(grads, momentum_buffers, momentum=momentum, nesterov=nesterov)
+    function = native.muon_momentum_ if _runs_native("muon_momentum_", grads[0]) else reference.muon_momentum_
+    return function(grads, momentum_buffers, momentum=momentum, nesterov=nesterov, return_norm=return_norm)
 
 
 def muon_update_(
-    params: Sequence[Tensor], update: Tensor, *, lr: float, weight_decay: float = 0.0, scale: float = 1.0
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
 ) -> None:
     """The half of Muon after newton_schulz, in one pass: p = (1 - lr weight_decay) p - lr scale update[i].
 
     Args:
         params: at least one; one shape, contiguous, all float32 or all bfloat16, updated.
         update: (len(params), *shape) float32, contiguous.
+        lr, weight_decay: numbers, or 0-d float64 tensors on the params' device, as adamw_'s.
         scale: of the update, e.g. sqrt(max(1, rows / columns)).
+        cautious: decay, as adamw_'s, only where update[i] p >= 0.
     """
     _check_lists("muon_update_", params=params)
     if not params:
@@ -295,15 +356,15 @@ def muon_update_(
             f"muon_update_: update has shape {tuple(update.shape)}, strides {update.stride()}; "
             f"takes a contiguous {(len(params), *params[0].shape)}"
         )
-    if not lr >= 0 or not weight_decay >= 0:
-        raise ValueError(f"muon_update_: lr {lr}, weight_decay {weight_decay}; takes none below 0")
+    _check_number("muon_update_", "lr", lr, params[0].device)
+    _check_number("muon_update_", "weight_decay", weight_decay, params[0].device)
     _check_dtype("muon_update_", "params[0]", params[0], _PARAM_DTYPES)
     _check_list_dtypes("muon_update_", params[0].dtype, params=params)
     _check_dtype("muon_update_", "update", update, (torch.float32,))
     if update.device != params[0].device:
         raise ValueError(f"muon_update_: update is on {update.device}, params on {params[0].device}; takes one device")
     function = native.muon_update_ if _runs_native("muon_update_", update) else reference.muon_update_
-    function(params, update, lr=lr, weight_decay=weight_decay, scale=scale)
+    function(params, update, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious)
 
 
 def _linear_runs_native(x: Tensor, weight: Tensor) -> bool:
@@ -380,6 +441,9 @@ def linear_cross_entropy(
     Returns:
         Nats, float32 (float64 for float64), 0 for an ignored target: a scalar, differentiable once, for "mean" and
         "sum"; the shape of targets, without gradient, for "none". The mean of no target is NaN, its gradients zero.
+
+    Native on the CPU, and on CUDA for float32 and bfloat16, with the products by torch's library. On CUDA the targets'
+    range is not checked, which would wait for the stream: one that is out of range makes its own loss and gradient NaN.
     """
     if x.dim() < 1 or weight.dim() != 2 or x.size(-1) != weight.size(1) or weight.size(0) == 0 or weight.size(1) == 0:
         raise ValueError(
@@ -417,6 +481,33 @@ _PARAM_DTYPES = (torch.float32, torch.bfloat16)
 def _check_dtype(op: str, name: str, tensor: Tensor, taken: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in taken:
         raise TypeError(f"{op}: {name} is {tensor.dtype}; takes {', '.join(map(str, taken))}")
+
+
+def _check_number(
+    op: str,
+    name: str,
+    value: float | Tensor,
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+    *,
+    low: int = 0,
+    below: int | None = None,
+) -> None:
+    """A number, or a 0-d tensor that stands for one, of `dtype` on `device`."""
+    if isinstance(value, Tensor):
+        if value.dtype != dtype:
+            raise TypeError(f"{op}: {name} is {value.dtype}; takes a number, or a 0-d tensor of {dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; takes a number, or a 0-d tensor")
+        if value.device != device:
+            raise ValueError(f"{op}: {name} is on {value.device}; takes a number, or a tensor on {device}")
+        # A subclass (a fake tensor, while something traces) need not have a value.
+        if device.type != "cpu" or torch.compiler.is_compiling() or type(value) is not Tensor:
+            return
+        value = value.item()
+    if not value >= low or (below is not None and not value < below):
+        taken = f"at least {low}" if below is None else f"{low} <= {name} < {below}"
+        raise ValueError(f"{op}: {name} is {value}; takes {taken}")
 
 
 def _check_same(op: str, first: Tensor, **tensors: Tensor) -> None:

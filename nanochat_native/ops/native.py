@@ -12,7 +12,7 @@ from nanochat_native.ops.reference import Triple, compute_dtype
 MEND = "run `pip install --no-build-isolation .` in nanochat-native's folder, or choose NANOCHAT_NATIVE_BACKEND=torch"
 
 # Operators with a CUDA kernel, when the module was built with CUDA. Every operator has CPU kernels.
-CUDA_OPERATORS = frozenset({"adamw_"})
+CUDA_OPERATORS = frozenset({"adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"})
 
 
 def _load() -> tuple[Any, str]:
@@ -129,18 +129,23 @@ def _attention_grad(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None
 # --- newton_schulz ---
 
 
-def newton_schulz(g: Tensor, triples: Sequence[Triple], norm_factor: float) -> Tensor:
+def newton_schulz(g: Tensor, triples: Sequence[Triple], norm_factor: float, norms: Tensor | None) -> Tensor:
     coefficients = [number for triple in triples for number in triple]
     with torch.no_grad():
-        x = torch.ops.nanochat_native.newton_schulz(g.to(compute_dtype(g.dtype)), coefficients, norm_factor)
+        x = torch.ops.nanochat_native.newton_schulz(g.to(compute_dtype(g.dtype)), coefficients, norm_factor, norms)
         return x.to(g.dtype)
 
 
-def _newton_schulz_fake(g: Tensor, coefficients: Sequence[float], norm_factor: float) -> Tensor:
+def _newton_schulz_fake(g: Tensor, coefficients: Sequence[float], norm_factor: float, norms: Tensor | None) -> Tensor:
     return g.new_empty(g.shape)
 
 
 # --- optimizers ---
+
+
+def _apart(value: Any, instead: float) -> tuple[Any, Tensor | None]:
+    """The number and the tensor that a schema takes for one argument; a tensor counts, and `instead` fills in."""
+    return (instead, value) if isinstance(value, Tensor) else (value, None)
 
 
 @torch.no_grad()
@@ -149,9 +154,28 @@ def adamw_(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    **hyperparameters: float,
+    *,
+    step: int | Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    **others: float,
 ) -> None:
-    torch.ops.nanochat_native.adamw_(params, grads, exp_avgs, exp_avg_sqs, **hyperparameters)
+    step, step_tensor = _apart(step, 1)
+    lr, lr_tensor = _apart(lr, 0.0)
+    weight_decay, weight_decay_tensor = _apart(weight_decay, 0.0)
+    torch.ops.nanochat_native.adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        step=step,
+        lr=lr,
+        weight_decay=weight_decay,
+        step_tensor=step_tensor,
+        lr_tensor=lr_tensor,
+        weight_decay_tensor=weight_decay_tensor,
+        **others,
+    )
 
 
 def _adamw_fake(
@@ -159,30 +183,67 @@ def _adamw_fake(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    **hyperparameters: float,
+    **hyperparameters: float | Tensor | None,
 ) -> None:
     pass
 
 
 @torch.no_grad()
 def muon_momentum_(
-    grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], momentum: float, nesterov: bool
-) -> Tensor:
-    return torch.ops.nanochat_native.muon_momentum_(grads, momentum_buffers, momentum, nesterov)
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool,
+    return_norm: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    momentum, momentum_tensor = _apart(momentum, 0.0)
+    update, norms = torch.ops.nanochat_native.muon_momentum_(
+        grads, momentum_buffers, momentum, nesterov, return_norm, momentum_tensor
+    )
+    return (update, norms) if return_norm else update
 
 
 def _muon_momentum_fake(
-    grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], momentum: float, nesterov: bool
-) -> Tensor:
-    return grads[0].new_empty((len(grads), *grads[0].shape), dtype=torch.float32)
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    momentum: float,
+    nesterov: bool,
+    with_norms: bool,
+    momentum_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    count = len(grads)
+    update = grads[0].new_empty((count, *grads[0].shape), dtype=torch.float32)
+    return update, grads[0].new_empty(count if with_norms else 0, dtype=torch.float64)
 
 
 @torch.no_grad()
-def muon_update_(params: Sequence[Tensor], update: Tensor, *, lr: float, weight_decay: float, scale: float) -> None:
-    torch.ops.nanochat_native.muon_update_(params, update, lr, weight_decay, scale)
+def muon_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    scale: float,
+    cautious: bool,
+) -> None:
+    lr, lr_tensor = _apart(lr, 0.0)
+    weight_decay, weight_decay_tensor = _apart(weight_decay, 0.0)
+    torch.ops.nanochat_native.muon_update_(
+        params, update, lr, weight_decay, scale, cautious, lr_tensor, weight_decay_tensor
+    )
 
 
-def _muon_update_fake(params: Sequence[Tensor], update: Tensor, lr: float, weight_decay: float, scale: float) -> None:
+def _muon_update_fake(
+    params: Sequence[Tensor],
+    update: Tensor,
+    lr: float,
+    weight_decay: float,
+    scale: float,
+    cautious: bool,
+    lr_tensor: Tensor | None,
+    weight_decay_tensor: Tensor | None,
+) -> None:
     pass
 
 

@@ -8,6 +8,7 @@ Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads,
 """
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -94,10 +95,18 @@ def newton_schulz_schedule(steps: int, coefficients: str | Sequence[Sequence[flo
 
 
 @torch.no_grad()
-def newton_schulz(g: Tensor, *, steps: int = 5, coefficients: str | Sequence[Sequence[float]] = "quintic") -> Tensor:
+def newton_schulz(
+    g: Tensor,
+    *,
+    steps: int = 5,
+    coefficients: str | Sequence[Sequence[float]] = "quintic",
+    norms: Tensor | None = None,
+) -> Tensor:
     triples, norm_factor = newton_schulz_schedule(steps, coefficients)
     dtype = torch.bfloat16 if g.device.type == "cuda" else compute_dtype(g.dtype)
-    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    if norms is None:
+        norms = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64)
+    norm = norms[..., None, None]
     x = (g / torch.where(norm == 0, 1.0, norm_factor * norm)).to(dtype)
     tall = g.size(-2) > g.size(-1)
     if tall:
@@ -110,12 +119,29 @@ def newton_schulz(g: Tensor, *, steps: int = 5, coefficients: str | Sequence[Seq
     return x.to(g.dtype).contiguous()
 
 
-def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """float32 -> bfloat16, up or down with the probabilities that make the expectation x. NaN and infinity are kept."""
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+def mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele, Lea & Flood, 2014) of each int64, modulo 2^64."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def stochastic_round(x: Tensor, key: Tensor) -> Tensor:
+    """float32 -> bfloat16, up or down with the probabilities that make the expectation x. NaN and infinity are kept.
+
+    A pure function of x and key, a 0-d int64 tensor: a generator's seed would have to be read from the device.
+    """
+    element = torch.arange(x.numel(), device=x.device).view(x.shape)
+    noise = (mix(key + element) >> 48 & 0xFFFF).to(torch.int32)
     # Truncation of the magnitude after adding noise below the last kept bit; both signs, since float is sign-magnitude.
     rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
     return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
+
+
+def decayed(param: Tensor, decay: float | Tensor, update: Tensor, cautious: bool) -> Tensor:
+    """param decay in float32; if cautious, only where update param >= 0."""
+    p = param.float()
+    return torch.where(update * p >= 0, p * decay, p) if cautious else p * decay
 
 
 @torch.no_grad()
@@ -125,48 +151,83 @@ def adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     stochastic_rounding: bool = False,
     seed: int = 0,
+    cautious: bool = False,
 ) -> None:
-    step_size = lr / (1 - beta1**step)
-    bias_correction2_sqrt = (1 - beta2**step) ** 0.5
+    t = step.double() if isinstance(step, Tensor) else step
+    step_size = lr / (1 - beta1**t)
+    bias_correction2_sqrt = (1 - beta2**t) ** 0.5
+    decay = 1 - lr * weight_decay
     for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = grad.float()
         m = exp_avg.float() * beta1 + g * (1 - beta1)
         v = exp_avg_sq.float() * beta2 + g * g * (1 - beta2)
-        p = param.float() * (1 - lr * weight_decay) - step_size * m / (v.sqrt() / bias_correction2_sqrt + eps)
+        p = decayed(param, decay, m, cautious) - step_size * m / (v.sqrt() / bias_correction2_sqrt + eps)
         exp_avg.copy_(m)
         exp_avg_sq.copy_(v)
         if stochastic_rounding and param.dtype == torch.bfloat16:
-            # A stream of its own for every (seed, step, tensor): splitmix64's increment keeps neighbours apart.
-            stream = (seed + 0x9E3779B97F4A7C15 * (step * len(params) + index)) % (1 << 63)
-            p = stochastic_round(p, torch.Generator(param.device).manual_seed(stream))
+            key = mix(torch.full((), seed, dtype=torch.int64, device=param.device))
+            p = stochastic_round(p, mix(mix(key + step) + index))
         param.copy_(p)
 
 
+@overload
+def muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @torch.no_grad()
 def muon_momentum_(
-    grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], *, momentum: float, nesterov: bool = True
-) -> Tensor:
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     g = torch.stack([grad.float() for grad in grads])
     buffers = momentum * torch.stack(list(momentum_buffers)) + (1 - momentum) * g
     for old, new in zip(momentum_buffers, buffers, strict=True):
         old.copy_(new)
-    return momentum * buffers + (1 - momentum) * g if nesterov else buffers
+    update = momentum * buffers + (1 - momentum) * g if nesterov else buffers
+    if not return_norm:
+        return update
+    return update, torch.linalg.vector_norm(update.view(len(grads), grads[0].numel()), dim=1, dtype=torch.float64)
 
 
 @torch.no_grad()
 def muon_update_(
-    params: Sequence[Tensor], update: Tensor, *, lr: float, weight_decay: float = 0.0, scale: float = 1.0
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
 ) -> None:
+    decay = 1 - lr * weight_decay
     for param, change in zip(params, update, strict=True):
-        param.copy_(param.float() * (1 - lr * weight_decay) - lr * scale * change)
+        param.copy_(decayed(param, decay, change, cautious) - lr * scale * change)
 
 
 def linear_cross_entropy(

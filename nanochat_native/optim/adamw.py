@@ -17,7 +17,8 @@ class AdamW(Optimizer):
 
     params: tensors of any shape, float32 or bfloat16, contiguous; (name, tensor) pairs make errors speak of names.
     State of each: "step", int64, 0-d, on the CPU; "exp_avg" and "exp_avg_sq", float32, of its shape. Every setting is
-    read from the group at each step.
+    read from the group at each step. lr and weight_decay may be tensors, as ops.adamw_ takes them. cautious: decay only
+    the elements that the new exp_avg moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
 
     Raises ValueError for a setting out of range.
     """
@@ -25,12 +26,14 @@ class AdamW(Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
+        cautious: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "cautious": cautious}
+        super().__init__(params, defaults)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -77,6 +80,7 @@ class AdamW(Optimizer):
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            cautious=group["cautious"],
         )
         for state in states:
             state["step"] += 1

@@ -18,13 +18,15 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         for group in self.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+            group.setdefault("initial_lr", float(group["lr"]))
             self.check_group(group)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError for settings or parameters that the optimizer does not take."""
         if not group["lr"] >= 0 or not group["weight_decay"] >= 0:
             raise ValueError(f"lr is {group['lr']}, weight_decay {group['weight_decay']}; neither may be below 0")
+        if not isinstance(group["cautious"], bool):
+            raise ValueError(f"cautious is {group['cautious']!r}; it takes True or False")
 
     def name_of(self, group: dict[str, Any], index: int) -> str:
         names = group.get("param_names")
@@ -36,6 +38,11 @@ class Optimizer(torch.optim.Optimizer):
             if parameter.grad is not None and parameter.grad.is_sparse:
                 raise ValueError(f"the gradient of {self.name_of(group, index)} is sparse; it takes a dense one")
         return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("cautious", False)  # a state saved before there was the option
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -20,8 +20,9 @@ class Muon(Optimizer):
 
     params: matrices (..., rows, columns), float32 or bfloat16, contiguous; (name, tensor) pairs make errors speak of
     names. Those of one shape are stepped together, as one batch. State of each: "momentum_buffer", float32, of its
-    shape. coefficients: of ops.newton_schulz, a name or a list of triples. Every setting is read from the group at
-    each step.
+    shape. coefficients: of ops.newton_schulz, a name or a list of triples. lr, momentum and weight_decay may be
+    tensors, as ops.muon_update_ and ops.muon_momentum_ take them. cautious: decay only the elements that the update
+    moves towards 0 (Cautious Weight Decay, arXiv:2510.12402). Every setting is read from the group at each step.
 
     Raises ValueError for a setting out of range and for a parameter that is not a matrix.
     """
@@ -29,12 +30,13 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float = 0.02,
-        momentum: float = 0.95,
+        lr: float | Tensor = 0.02,
+        momentum: float | Tensor = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
         coefficients: str | Sequence[tuple[float, float, float]] = "quintic",
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
+        cautious: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -43,6 +45,7 @@ class Muon(Optimizer):
             "ns_steps": ns_steps,
             "coefficients": coefficients,
             "weight_decay": weight_decay,
+            "cautious": cautious,
         }
         super().__init__(params, defaults)
 
@@ -77,9 +80,23 @@ class Muon(Optimizer):
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix, dtype=torch.float32)
         gradients = [cast(Tensor, matrix.grad) for matrix in matrices]
         buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        rows, columns = matrices[0].shape[-2:]
+        *batch, rows, columns = matrices[0].shape
 
-        update = ops.muon_momentum_(gradients, buffers, momentum=group["momentum"], nesterov=group["nesterov"])
-        update = ops.newton_schulz(update, steps=group["ns_steps"], coefficients=group["coefficients"])
+        update, norms = ops.muon_momentum_(
+            gradients, buffers, momentum=group["momentum"], nesterov=group["nesterov"], return_norm=True
+        )
+        update = ops.newton_schulz(
+            update,
+            steps=group["ns_steps"],
+            coefficients=group["coefficients"],
+            norms=None if batch else norms,  # norms are of parameters, which must be of one matrix each
+        )
         scale = max(1.0, rows / columns) ** 0.5
-        ops.muon_update_(matrices, update, lr=group["lr"], weight_decay=group["weight_decay"], scale=scale)
+        ops.muon_update_(
+            matrices,
+            update,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            scale=scale,
+            cautious=group["cautious"],
+        )

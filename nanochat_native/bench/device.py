@@ -1,0 +1,156 @@
+"""Timing on a device, CUDA or CPU: clocks, ceilings, peak memory, launches, and the row of a case."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanochat_native.bench import measure, record
+from nanochat_native.bench.measure import Case
+
+Function = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device gives: GB/s read and written by a copy, GFLOP/s of a product of random bfloat16 by torch.mm."""
+
+    copy: float
+    bfloat16_product: float
+
+
+class CudaClock:
+    """Milliseconds of the device's own work for one call, by events.
+
+    Before each call the L2 is filled with other data, and the device sleeps for as long as the host needs to enqueue
+    the call, so that gaps between launches stay out of the figure; host_milliseconds has them.
+    """
+
+    CYCLES_A_MS = 2_000_000  # of clocks up to 2 GHz
+    LONGEST_SLEEP_MS = 50.0
+
+    def __init__(self, device: torch.device, host_ms: float) -> None:
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.other_data = torch.zeros(l2_bytes, dtype=torch.float32, device=device)  # four times the L2
+        self.cycles = int(self.CYCLES_A_MS * min(1.5 * host_ms + 0.2, self.LONGEST_SLEEP_MS))
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, function: Function) -> float:
+        self.other_data.sum()  # read, not written: nothing is left to be written back while the call is timed
+        torch.cuda._sleep(self.cycles)
+        self.start.record()
+        function()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end)
+
+
+def host_milliseconds(function: Function, repeats: int = 5) -> float:
+    """Median time in which the host enqueues one call on an idle device."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        times.append(measure.milliseconds(function))
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def peak_bytes(function: Function) -> int:
+    """Bytes of CUDA memory that one call adds at its highest, its results included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def count_launches(function: Function) -> int | None:
+    """Kernels, copies and fills that one call puts on the CUDA device; None where the profiler sees none at all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    launched = [
+        event
+        for event in profiler.events() or []
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return len(launched) or None
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Medians of 15 on large random data; on a CPU the sizes are a demonstration's."""
+    on_cuda = device.type == "cuda"
+    count, size = (1 << 29, 8192) if on_cuda else (1 << 20, 256)
+    source, target = torch.randn(count, device=device), torch.zeros(count, device=device)
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    clock = CudaClock(device, host_ms=0.1) if on_cuda else measure.milliseconds
+    copy, product = measure.turns(
+        [lambda: target.copy_(source), lambda: torch.mm(a, b)], seconds=0, repeats=15, clock=clock
+    )
+    return Ceilings(
+        copy=2 * source.nbytes / statistics.median(copy) / 1e6,
+        bfloat16_product=2 * size**3 / statistics.median(product) / 1e6,
+    )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """As measure.machine, and on CUDA the GPU, its driver, CUDA's version, and clocks as they are now."""
+    found = measure.machine()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            **record.gpu_facts(),
+        }
+    return found
+
+
+def run(case: Case, ceilings: Ceilings, device: torch.device, *, seconds: float, repeats: int) -> dict[str, Any]:
+    """Checks, times, and returns the case's row. An opponent that the memory does not hold has no time."""
+    case.check()
+    functions: list[Function] = [case.ours, case.theirs]
+    note = [case.note] if case.note else []
+    try:
+        case.theirs()
+    except torch.OutOfMemoryError:
+        note.append("the opponent ran out of memory")
+        functions = [case.ours]
+    started = time.perf_counter()
+    clock: Callable[[Function], float] = measure.milliseconds
+    host: list[float] = []
+    if device.type == "cuda":
+        host = [host_milliseconds(function) for function in functions]
+        clock = CudaClock(device, max(host))
+    times = measure.turns(functions, seconds=seconds, repeats=repeats, clock=clock)
+    medians = [statistics.median(taken) for taken in times]
+
+    row = measure.figures(case, medians[0], medians[1] if len(medians) == 2 else None)
+    if case.flops:
+        row["share_of_product"] = row["gflops"] / ceilings.bfloat16_product
+    if case.bytes:
+        row["share_of_copy"] = row["gbytes"] / ceilings.copy
+    for index, (who, function) in enumerate(zip(("ours", "theirs"), functions, strict=False)):
+        quartiles = statistics.quantiles(times[index])
+        row[f"{who}_spread"] = (quartiles[2] - quartiles[0]) / medians[index]
+        if device.type == "cuda":
+            row[f"{who}_host_ms"] = host[index]
+            if case.saves_memory:
+                row[f"{who}_peak_bytes"] = peak_bytes(function)
+            if case.saves_launches:
+                row[f"{who}_launches"] = count_launches(function)
+    row |= {"turns": len(times[0]), "seconds": time.perf_counter() - started, "note": "; ".join(note)}
+    if device.type == "cuda":
+        row["sm_mhz"] = record.gpu_facts().get("sm_mhz")
+    return row

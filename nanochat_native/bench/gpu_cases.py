@@ -1,0 +1,161 @@
+"""The cases of `make gpu`: what has CUDA kernels, against torch. A new CUDA kernel adds its cases to `entries`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_native import ops
+from nanochat_native.bench.measure import Case, assert_close
+from nanochat_native.bench.operators import adamw_case, linear_cross_entropy_case, muon_case
+from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.optim import setup_optimizers
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case that is not made yet: its tensors may be gigabytes. Its group and name together are unique."""
+
+    group: str
+    name: str
+    operators: tuple[str, ...]  # that must run native, or there is nothing of ours to time
+    make: Callable[..., Case]  # takes device=
+
+    @property
+    def title(self) -> str:
+        return f"{self.group} {self.name}"
+
+
+MUON = ("muon_momentum_", "muon_update_")
+
+
+def optimizer_phase_case(depth: int, vocabulary: int, floor: float, *, name: str, device: torch.device) -> Case:
+    """All of a step's optimizers on a model of nanochat's shapes; torch's fused AdamW does less work, for every tensor.
+
+    Checked against the same optimizers on the twins: they round to bfloat16 between the steps of Newton-Schulz.
+    """
+
+    def model() -> GPT:
+        with device:
+            built = GPT(GPTConfig.from_depth(depth, vocab_size=vocabulary, sequence_len=32))
+        generator = torch.Generator(device).manual_seed(depth)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.normal_(0, 0.02, generator=generator)
+                parameter.grad = torch.randn(parameter.shape, generator=generator, device=device)
+        return built
+
+    ours_model, theirs_model = model(), model()
+    optimizers = setup_optimizers(ours_model)
+    theirs = torch.optim.AdamW(theirs_model.parameters(), lr=1e-3, fused=True)
+
+    def ours() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def check() -> None:
+        twin = model()
+        start = [parameter.detach().clone() for parameter in twin.parameters()]
+        ours()
+        with ops.use_backend("torch"):
+            for optimizer in setup_optimizers(twin):
+                optimizer.step()
+        named: list[tuple[str, Tensor]] = list(ours_model.named_parameters())
+        for (parameter, mine), other, before in zip(named, twin.parameters(), start, strict=True):
+            assert_close(parameter, mine.detach() - before, other.detach() - before, 3e-2)
+
+    served, why = ops.serves("newton_schulz", device)
+    return Case(
+        "optimizer phase",
+        name,
+        ours,
+        theirs.step,
+        "AdamW(fused=True) of all",
+        check,
+        floor,
+        saves_launches=True,
+        note="" if served == "native" else f"newton_schulz by its twin: {why}",
+    )
+
+
+def short(number: int) -> str:
+    return f"{number / 1e6:.0f}M" if number >= 1_000_000 else f"{number / 1e3:.0f}K"
+
+
+def nanochat_shapes(width: int, layers: int, vocabulary: int) -> list[tuple[int, ...]]:
+    layer = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+    return [(vocabulary, width), *layer * layers, (vocabulary, width)]
+
+
+def adamw_entry(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, moments: torch.dtype, floor: float) -> Entry:
+    size, names = sum(torch.Size(shape).numel() for shape in shapes), {torch.float32: "float32"}
+    label = f"{short(size)} {names.get(dtype, 'bf16')}/{names.get(moments, 'bf16')} moments, {len(shapes)} tensors"
+    arguments: dict[str, Any] = {"dtype": dtype, "moments": moments, "floor": floor, "name": label, "shapes": shapes}
+    return Entry("adamw_", label, ("adamw_",), partial(adamw_case, **arguments))
+
+
+def muon_entry(count: int, rows: int, columns: int) -> Entry:
+    name = f"{count} x {rows}x{columns} float32"
+    return Entry("muon halves", name, MUON, partial(muon_case, count, rows, columns, floor=1.5, name=name))
+
+
+def loss_entry(N: int, C: int, vocabulary: int, compiler: str | None = None) -> Entry:
+    name = f"N {N} C {C} V {vocabulary} bf16" + (", compiled" if compiler else "")
+    make = partial(
+        linear_cross_entropy_case, N, C, vocabulary, floor=1.0, name=name, dtype=torch.bfloat16, compiler=compiler
+    )
+    return Entry("linear_cross_entropy", name, ("linear_cross_entropy",), make)
+
+
+def phase_entry(depth: int, vocabulary: int) -> Entry:
+    name = f"d{depth} V {vocabulary}, Muon and AdamW"
+    make = partial(optimizer_phase_case, depth, vocabulary, floor=0.0, name=name)
+    return Entry("optimizer phase", name, ("adamw_", *MUON), make)
+
+
+def entries(device_type: str, *, quick: bool) -> list[Entry]:
+    """Every case, those first that say most: the time may end before the last. On a CPU, sizes of a demonstration.
+
+    The floor of bfloat16 parameters with float32 moments is that of the bytes: 22 against the 14 that torch moves,
+    whose moments are then bfloat16.
+    """
+    f32, bf16 = torch.float32, torch.bfloat16
+    if device_type == "cpu":
+        many = nanochat_shapes(16, 3, 64)
+        return [
+            adamw_entry(many, f32, f32, 1.0),
+            adamw_entry(many, bf16, f32, 0.6),
+            muon_entry(4, 48, 32),
+            loss_entry(64, 32, 128),
+            phase_entry(1, 64),
+            loss_entry(64, 32, 128, compiler="eager"),
+        ]
+    one, many = [(100_000_000,)], nanochat_shapes(384, 33, 54_272)
+    chosen = [
+        adamw_entry(many, f32, f32, 1.0),
+        adamw_entry(many, bf16, f32, 0.6),
+        muon_entry(80, 1280, 1280),
+    ]
+    if quick:
+        return [
+            *chosen,
+            loss_entry(8192, 1280, 32768),
+            phase_entry(12, 65536),
+            loss_entry(8192, 1280, 32768, compiler="inductor"),
+        ]
+    return [
+        *chosen,
+        loss_entry(65536, 1280, 65536),
+        phase_entry(12, 65536),
+        adamw_entry(one, f32, f32, 1.0),
+        adamw_entry(one, bf16, f32, 0.6),
+        adamw_entry(many, bf16, bf16, 1.0),
+        muon_entry(20, 5120, 1280),
+        muon_entry(20, 1280, 5120),
+        loss_entry(65536, 1280, 32768),
+        loss_entry(65536, 1280, 65536, compiler="inductor"),
+        loss_entry(65536, 1280, 32768, compiler="inductor"),
+    ]

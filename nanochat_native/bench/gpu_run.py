@@ -1,0 +1,113 @@
+"""The process that `make gpu` times cases in. It writes into the run's JSON before and after each case, so that a
+process that dies takes nothing with it, and the next one goes on behind the case that it died of."""
+
+import argparse
+import faulthandler
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_native import ops
+from nanochat_native.bench import device, gpu_cases, record
+from nanochat_native.bench.device import Ceilings
+from nanochat_native.bench.gpu_cases import Entry
+from nanochat_native.bench.measure import UnavailableError
+
+CASE_SECONDS = 100  # no case takes longer, torch.compile's minute included: one that does, hangs
+SECONDS_A_CASE = {"cpu": 0.0, "cuda": 1.0}
+REPEATS = {"cpu": 3, "cuda": 15}
+BROKEN_DEVICE = 3  # exit status
+STDERR = 2
+
+
+def done(result: dict[str, Any]) -> set[str]:
+    """Titles of the cases that need not be run again."""
+    return {one["title"] for kind in ("rows", "skipped", "errors") for one in result[kind]}
+
+
+def run_entry(entry: Entry, target: torch.device, ceilings: Ceilings) -> tuple[str, dict[str, Any]]:
+    """The list of the result that the case goes to, and what goes there."""
+    for operator in entry.operators:
+        backend, why = ops.serves(operator, target)
+        if backend != "native":
+            return "skipped", {"title": entry.title, "why": f"{operator} is not native: {why}"}
+    seconds, repeats = SECONDS_A_CASE[target.type], REPEATS[target.type]
+    try:
+        case = entry.make(device=target)
+        row = device.run(case, ceilings, target, seconds=seconds, repeats=repeats)
+    except UnavailableError as error:
+        return "skipped", {"title": entry.title, "why": str(error)}
+    except AssertionError as error:
+        return "errors", {"title": entry.title, "error": f"WRONG, not timed: {error}"}
+    except Exception as error:  # whatever it is, the other cases go on
+        return "errors", {"title": entry.title, "error": f"{type(error).__name__}: {error}"}
+    return "rows", {"title": entry.title, **row}
+
+
+def works(target: torch.device) -> bool:
+    """Whether the device still takes work: after an illegal access, no later call of the process succeeds."""
+    if target.type == "cpu":
+        return True
+    try:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run(path: Path, target: torch.device, *, quick: bool, only: str, seconds: float) -> int:
+    """Runs what is not done yet, as long as `seconds` last. Returns the process's exit status."""
+    end = time.monotonic() + seconds
+    result = record.load(path)
+    selected = [entry for entry in gpu_cases.entries(target.type, quick=quick) if only in entry.title]
+    result["cases"] = [entry.title for entry in selected]
+    record.save(path, result)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        print("torch sees no CUDA device", file=sys.stderr)
+        return BROKEN_DEVICE
+    torch.manual_seed(0)
+    ceilings = device.measure_ceilings(target)
+    result["limits"], result["machine"] = vars(ceilings), device.machine(target)
+    for entry in selected:
+        if entry.title in done(result):
+            continue
+        left = end - time.monotonic()
+        if left < 1:
+            break
+        result["running"] = entry.title
+        record.save(path, result)
+        faulthandler.dump_traceback_later(min(CASE_SECONDS, left), exit=True, file=STDERR)
+        started = time.monotonic()
+        kind, outcome = run_entry(entry, target, ceilings)
+        faulthandler.cancel_dump_traceback_later()
+        result[kind].append(outcome)
+        del result["running"]
+        record.save(path, result)
+        what = outcome.get("why") or outcome.get("error") or "timed"
+        print(f"{time.monotonic() - started:6.1f} s  {entry.title}: {what}", flush=True)
+        if not works(target):
+            print("the device takes no more work from this process", file=sys.stderr)
+            return BROKEN_DEVICE
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m nanochat_native.bench.gpu_run", description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seconds", type=float, required=True)
+    options = parser.parse_args()
+    target = torch.device(options.device)
+    return run(options.json, target, quick=options.quick, only=options.only, seconds=options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Builds files of kernels for the host (plain, or with a sanitizer) or a GPU, and calls their entries on tensors."""
+
+import ctypes
+import functools
+import os
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = ("scheduler", "memory", "tensor_cores")
+
+CXX = os.environ.get("CXX", "g++").split()
+# The core tells the sanitizers what the kernels do and is not watched itself. Loops must not become calls of memcpy,
+# which ThreadSanitizer intercepts.
+CORE_FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-tree-loop-distribute-patterns"]
+KERNEL_FLAGS = [
+    *("-std=c++17", "-O1", "-g", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"),
+    *("-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
+]
+SANITIZERS = {
+    "plain": [],
+    "thread": ["-fsanitize=thread", "-ftrivial-auto-var-init=pattern"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern"],
+}
+SANITIZER_OPTIONS = {
+    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_signal_unsafe=0",
+    "ASAN_OPTIONS": "detect_leaks=0 exitcode=66 detect_stack_use_after_return=0",
+    "UBSAN_OPTIONS": "halt_on_error=1 exitcode=66 print_stacktrace=1",
+}
+
+Value = torch.Tensor | Sequence[torch.Tensor] | int | float
+
+
+class KernelError(Exception):
+    """What a launch reported: the emulation's message, or the sanitizer's."""
+
+
+class Argument(ctypes.Union):
+    _fields_ = (("integer", ctypes.c_int64), ("number", ctypes.c_double), ("pointer", ctypes.c_void_p))
+
+
+def run(command: Sequence[str | Path], **options):
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+    return result
+
+
+def build_core(folder: Path) -> list[Path]:
+    """Objects of the emulation and of the runner; every build of kernels links them."""
+    sources = {f"{name}.o": ROOT / f"csrc/emulation/{name}.cpp" for name in CORE}
+    sources["runner.o"] = ROOT / "tests/emulation/runner.cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    compilers = [
+        subprocess.Popen([*CXX, *CORE_FLAGS, "-Wall", "-Wextra", "-Werror", "-c", source, "-o", folder / name])
+        for name, source in sources.items()
+    ]
+    failed = [compiler.wait() for compiler in compilers]
+    if any(failed):
+        raise RuntimeError("the emulation does not compile")
+    return [folder / name for name in sources]
+
+
+def build(source: Path, core: list[Path], target: Path, sanitizer: str = "plain") -> Path:
+    """A shared library (plain) or a program (with a sanitizer) of one file of kernels."""
+    header = source.parents[2 if source.parent.name == "emulation" else 3] / "csrc/emulation/emulation.h"
+    kernels = [*CXX, *KERNEL_FLAGS, *SANITIZERS[sanitizer], "-include", header, "-x", "c++", source, "-x", "none"]
+    if sanitizer == "plain":
+        run([*kernels, "-shared", *(path for path in core if path.name != "runner.o"), "-o", target])
+    else:
+        run([*kernels, "-rdynamic", *core, "-o", target, "-ldl"])
+    return target
+
+
+def build_for_gpu(source: Path, target: Path) -> Path:
+    """A shared library of one file of kernels for the GPU of this machine."""
+    major, minor = torch.cuda.get_device_capability()
+    architecture = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+    run(
+        [
+            "nvcc",
+            "-std=c++17",
+            "-O3",
+            f"-arch={architecture}",
+            "-shared",
+            "-Xcompiler=-fPIC",
+            "-x",
+            "cu",
+            source,
+            "-o",
+            target,
+        ]
+    )
+    return target
+
+
+class Library:
+    """Entries of a shared library, called in this process: of the host (plain), or of a GPU."""
+
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        self.device = device
+        self._library = ctypes.CDLL(str(path))
+
+    def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
+        """Calls an entry on tensors of `device`, which it may change. Raises KernelError."""
+        if self.device == "cpu":
+            self._call("set_schedule", seed, misalignment)
+        self._call(entry, *values)
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def _call(self, entry: str, *values: Value) -> None:
+        arguments = (Argument * len(values))()
+        lists = []
+        for argument, value in zip(arguments, values, strict=True):
+            if isinstance(value, torch.Tensor):
+                argument.pointer = value.data_ptr()
+            elif isinstance(value, Sequence):
+                lists.append((ctypes.c_int64 * len(value))(*(tensor.data_ptr() for tensor in value)))
+                argument.pointer = ctypes.addressof(lists[-1])
+            elif isinstance(value, float):
+                argument.number = value
+            else:
+                argument.integer = value
+        function = getattr(self._library, entry)
+        function.restype = ctypes.c_char_p
+        message = function(arguments)
+        if message:
+            raise KernelError(message.decode())
+
+
+@functools.cache
+def without_randomisation() -> list[str]:
+    """What to start a program with: ThreadSanitizer may find no room for its shadow where mappings spread too widely.
+
+    Empty where that is not allowed, as in some containers.
+    """
+    command = ["setarch", "-R"]
+    allowed = shutil.which("setarch") and subprocess.run([*command, "true"], capture_output=True).returncode == 0
+    return command if allowed else []
+
+
+class Program:
+    """Entries of a program with a sanitizer, called in a process of their own."""
+
+    device = "cpu"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
+        """As Library.call; KernelError also carries the sanitizer's report."""
+        tensors: list[torch.Tensor] = []
+        name = entry.encode()
+        parts = [struct.pack("=ii", 1, len(name)), name, struct.pack("=qqi", seed, misalignment, len(values))]
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                parts += [b"b", self._buffer(value)]
+                tensors.append(value)
+            elif isinstance(value, Sequence):
+                parts += [struct.pack("=ci", b"l", len(value)), *map(self._buffer, value)]
+                tensors.extend(value)
+            elif isinstance(value, float):
+                parts.append(struct.pack("=cd", b"d", value))
+            else:
+                parts.append(struct.pack("=cq", b"i", value))
+        calls, results = self.path.with_suffix(".calls"), self.path.with_suffix(".results")
+        calls.write_bytes(b"".join(parts))
+        command = [*without_randomisation(), str(self.path), str(calls), str(results)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | SANITIZER_OPTIONS, timeout=300
+        )
+        if result.returncode:
+            raise KernelError(summary(result.stderr) or f"exit status {result.returncode}: {result.stderr[-2000:]}")
+        self._take_results(results.read_bytes(), tensors)
+
+    @staticmethod
+    def _buffer(tensor: torch.Tensor) -> bytes:
+        contents = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+        return struct.pack("=qq", tensor.nbytes, tensor.data_ptr() % 256) + contents
+
+    @staticmethod
+    def _take_results(data: bytes, tensors: list[torch.Tensor]) -> None:
+        (length,) = struct.unpack_from("=i", data)
+        message, at = data[4 : 4 + length].decode(), 4 + length
+        for tensor in tensors:
+            ctypes.memmove(tensor.data_ptr(), data[at : at + tensor.nbytes], tensor.nbytes)
+            at += tensor.nbytes
+        if message:
+            raise KernelError(message)
+
+
+def summary(report: str) -> str:
+    """The lines of a sanitizer's report that say what it is."""
+    found = re.findall(
+        r"^(?:WARNING: ThreadSanitizer|==\d+==ERROR: AddressSanitizer|SUMMARY|.*runtime error).*$", report, re.M
+    )
+    return "\n".join(found)

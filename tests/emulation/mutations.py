@@ -1,0 +1,372 @@
+"""Defects that are put into kernels, one at a time, and what finds each.
+
+`found_by`: the build whose run must fail: plain (a wrong result, or the emulation's own checks), address, or thread.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import operator_calls as operators
+import torch
+
+from nanochat_native.ops import reference
+
+GEMM = "tests/emulation/kernels/gemm_hopper.cu"
+ATTENTION = "tests/emulation/kernels/attention_ampere.cu"
+PRIMITIVES = "tests/emulation/kernels/primitives.cu"
+WGMMA, WGMMA_FORMS = "tests/emulation/kernels/wgmma.cuh", "tests/emulation/kernels/wgmma_forms.cu"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str  # that is changed
+    old: str  # occurs in it once
+    new: str
+    case: Callable[[Any, int], None]  # runs the kernels with a seed; raises where something is wrong
+    library: str  # that the case calls
+    found_by: str = "plain"
+
+
+def gemm(kernels, seed):
+    M, N, K = 200, 136, 328
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((M, K), (N, K)))
+    c = torch.full((M, N), torch.nan, dtype=torch.bfloat16)
+    kernels.call("gemm_hopper", a, b, c, M, N, K, seed=seed)
+    torch.testing.assert_close(c.float(), a.float() @ b.float().T, rtol=1e-2, atol=1e-2)
+
+
+def attention(kernels, seed):
+    B, T, H, Hkv = 1, 150, 2, 1
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, T, heads, 64, generator=generator).bfloat16() for heads in (H, Hkv, Hkv))
+    out, lse = torch.full_like(q, torch.nan), torch.full((B, H, T), torch.nan)
+    kernels.call("attention_ampere", q, k, v, out, lse, B, T, H, Hkv, 0.125, seed=seed)
+    exact, exact_lse = reference.attention_forward(q.double(), k.double(), v.double())
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+
+
+def grid_sum(kernels, seed):
+    x, sums = torch.arange(1000.0), torch.full((11,), torch.nan)
+    finished, total = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    kernels.call("grid_sum", x, sums, finished, total, 1000, 11, seed=seed)
+    assert total.item() == x.sum().item()
+
+
+def hand_over(kernels, seed):
+    x = torch.arange(160.0).view(5, 32)
+    out = torch.zeros_like(x)
+    kernels.call("hand_over", x, out, 5, seed=seed)
+    assert torch.equal(out, x.flip(1))
+
+
+def mma_tile(kernels, seed):
+    a, b = (torch.randn(16, 16, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (seed, seed + 1))
+    d = torch.full((16, 16), torch.nan)
+    kernels.call("mma_tile", a, b, d, 0, 8, seed=seed)
+    present = torch.arange(16) < 12
+    torch.testing.assert_close(d, (a * present).float() @ (b * present).float(), rtol=1e-5, atol=1e-5)
+
+
+def copy_box(kernels, seed):
+    sizes, box, at = (torch.tensor([*x]) for x in ((64, 24, 1, 1), (64, 16, 1, 1), (0, 4, 0, 0)))
+    source = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    target = torch.zeros_like(source)
+    image = torch.zeros(64 * 16 * 2, dtype=torch.uint8)
+    kernels.call("copy_box", source, target, image, 2, 1, 2, sizes, box, at, 0, seed=seed)
+    assert torch.equal(target[4:20], source[4:20])
+    assert not target[:4].any()
+    assert image.any()
+
+
+def wgmma_form(kernels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((64, 64), (64, 256)))
+    for registers, mn_a, mn_b in ((0, 0, 0), (1, 0, 1), (0, 1, 1)):
+        d = torch.full((64, 256), torch.nan)
+        stored = (a.T.contiguous() if mn_a else a), (b if mn_b else b.T.contiguous())
+        kernels.call("wgmma_form", *stored, d, 1, 256, 0, registers, mn_a, mn_b, seed=seed)
+        torch.testing.assert_close(d, a.float() @ b.float(), rtol=1e-4, atol=1e-4)
+
+
+SETTINGS = {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
+
+
+def randn(generator, *shape, dtype=torch.float32, offset=0):
+    """Normal numbers, `offset` elements behind an aligned address."""
+    numel = torch.Size(shape).numel()
+    room = torch.empty(numel + offset, dtype=dtype)
+    room[offset:] = torch.randn(numel, generator=generator)
+    return room[offset:].view(shape)
+
+
+def adamw(kernels, schedule, dtype=torch.float32, moments=torch.float32, **options):
+    generator = torch.Generator().manual_seed(schedule)
+    sizes = [(3, 0), (2048, 0), (0, 0), (3501, 0), (4096, 0), (301, 1)]  # numbers of elements, offsets
+    params, grads = ([randn(generator, n, dtype=dtype, offset=at) for n, at in sizes] for _ in range(2))
+    exp_avgs, squares = ([randn(generator, n, dtype=moments, offset=at) for n, at in sizes] for _ in range(2))
+    exp_avg_sqs = [square.abs_() for square in squares]
+    ours = (params, grads, exp_avgs, exp_avg_sqs)
+    twin = [[tensor.clone() for tensor in tensors] for tensors in ours]
+    options = SETTINGS | {"step": 3} | options
+    operators.adamw_(kernels, *ours, schedule=schedule, **options)
+    if options.get("stochastic_rounding"):
+        return check_rounding(ours, twin, options)
+    reference.adamw_(*twin, **options)
+    for mine, other in zip(ours, twin, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=2e-5 if a.dtype == torch.float32 else 2**-7)
+    return None
+
+
+def check_rounding(ours, start, options):
+    """Each parameter is a neighbour of the exact result, above it as often as its distance asks, and independently."""
+    exact = [[tensor.float() for tensor in tensors] for tensors in start]
+    reference.adamw_(*exact, **options | {"stochastic_rounding": False})
+    mine, true = (torch.cat(tensors[0]).double().abs() for tensors in (ours, exact))
+    spacing = 2.0 ** (true.log2().floor() - 7)
+    assert ((mine - true).abs() < spacing * 1.001).all()
+    surprise = (mine > true).double() - (true / spacing) % 1
+    assert abs(surprise.mean()) < 5 * 0.5 / true.numel() ** 0.5
+    for distance in range(1, 9):
+        assert abs((surprise[distance:] * surprise[:-distance]).mean()) < 5 * 0.25 / true.numel() ** 0.5
+
+
+def adamw_bfloat16(kernels, seed):
+    adamw(kernels, seed, torch.bfloat16, torch.float32, cautious=True)
+
+
+def adamw_stochastic(kernels, seed):
+    adamw(kernels, seed, torch.bfloat16, torch.float32, stochastic_rounding=True, seed=seed)
+    adamw(kernels, seed, torch.bfloat16, torch.bfloat16, stochastic_rounding=True, seed=seed)
+
+
+def adamw_captured(kernels, seed):
+    kinds = {"step": torch.int64, "lr": torch.float64, "weight_decay": torch.float64}
+    values = {"step": 7, "lr": 0.03, "weight_decay": 0.5}
+    adamw(kernels, seed, **{name: torch.tensor(value, dtype=kinds[name]) for name, value in values.items()})
+
+
+def muon(kernels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for shape, offset in (((64, 64), 0), ((33, 67), 0), ((16, 20), 1)):
+        grads, buffers, params = ([randn(generator, *shape, offset=offset) for _ in range(3)] for _ in range(3))
+        twin_buffers, twin_params = ([tensor.clone() for tensor in tensors] for tensors in (buffers, params))
+        update, norms = operators.muon_momentum_(kernels, grads, buffers, momentum=0.9, return_norm=True, schedule=seed)
+        operators.muon_update_(
+            kernels, params, update, lr=0.1, weight_decay=0.5, scale=2.0, cautious=True, schedule=seed
+        )
+        twin_update, twin_norms = reference.muon_momentum_(grads, twin_buffers, momentum=0.9, return_norm=True)
+        reference.muon_update_(twin_params, twin_update, lr=0.1, weight_decay=0.5, scale=2.0, cautious=True)
+        torch.testing.assert_close(update, twin_update)
+        torch.testing.assert_close(norms, twin_norms, rtol=1e-6, atol=0)
+        for mine, other in zip((*buffers, *params), (*twin_buffers, *twin_params), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def loss(kernels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for V, softcap, dtype in ((2051, 15.0, torch.bfloat16), (520, 0.0, torch.float32), (9000, 100.0, torch.float32)):
+        logits = (torch.randn(3, V, generator=generator) * 8).to(dtype)
+        targets = torch.tensor([V - 1, -1, V // 2])
+        x = logits.double().requires_grad_()
+        z = softcap * torch.tanh(x / softcap) if softcap else x
+        exact = (z.logsumexp(1) - z.gather(1, targets.clamp(min=0)[:, None])[:, 0]).masked_fill(targets < 0, 0)
+        (gradient,) = torch.autograd.grad(exact.sum() * 0.25, x)
+        scale = torch.tensor([0.25])
+        ours = operators.softcap_cross_entropy(
+            kernels, logits, targets, grad_scale=scale, softcap=softcap, schedule=seed
+        )
+        torch.testing.assert_close(ours.double(), exact.detach(), rtol=1e-5, atol=2e-5)
+        rtol = 2e-5 if dtype == torch.float32 else 5e-3  # 2^-8, and a quarter for the weights held in 16 bits
+        torch.testing.assert_close(logits.double(), gradient, rtol=rtol, atol=1e-7)
+
+
+def of(file, case, *rows, library=None):
+    """Mutations of one file: (name, old, new) or (name, old, new, found_by)."""
+    return [Mutation(row[0], file, row[1], row[2], case, library or file, *row[3:]) for row in rows]
+
+
+# fmt: off
+PIPELINE = of(
+    GEMM,
+    gemm,
+    ("consumers do not wait for the tile", "        mbarrier_wait(full + 8 * stage, round & 1);\n", ""),
+    ("producer does not wait for an empty stage", "            mbarrier_wait(empty + 8 * stage, (round & 1) ^ 1);\n", ""),
+    ("producer waits for the other parity", "(round & 1) ^ 1", "round & 1"),
+    ("consumers wait for the other parity", "mbarrier_wait(full + 8 * stage, round & 1)", "mbarrier_wait(full + 8 * stage, (round & 1) ^ 1)"),
+    ("fewer bytes announced than loaded", "expect_tx(barrier, kStageBytes)", "expect_tx(barrier, kABytes)"),
+    ("more bytes announced than loaded", "expect_tx(barrier, kStageBytes)", "expect_tx(barrier, kStageBytes + 128)"),
+    ("empty counts one consumer of two", "mbarrier_init(empty + 8 * i, kConsumers)", "mbarrier_init(empty + 8 * i, 1)"),
+    ("only the first consumer gives stages back", "if (thread == 0) mbarrier_arrive", "if (threadIdx.x == 128) mbarrier_arrive"),
+    ("barriers are used before they are known", "        fence_mbarrier_init();\n    }\n    __syncthreads();\n", "        fence_mbarrier_init();\n    }\n"),
+    ("no wgmma.fence", "        wgmma_fence();\n", ""),
+    ("no wait for the products", "        wgmma_wait<0>();\n", ""),
+    ("one group of products left in flight", "wgmma_wait<0>()", "wgmma_wait<1>()"),
+    ("stage given back before its products are done", "        wgmma_wait<0>();\n        bar_sync(1 + consumer, 128);   // all four warps have read the stage before one thread gives it back\n        if (thread == 0) mbarrier_arrive(empty + 8 * stage);\n", "        if (thread == 0) mbarrier_arrive(empty + 8 * stage);\n        wgmma_wait<0>();\n"),
+    ("stage given back for warps that still read", "        bar_sync(1 + consumer, 128);   // all four warps have read the stage before one thread gives it back\n", "", "thread"),
+    ("no products committed", "        wgmma_commit();\n", ""),
+    ("base not aligned to the swizzle", "(shared_address(shared) + 1023) & ~1023u", "shared_address(shared)"),
+    ("too little shared memory for the alignment", "kSharedBytes = 1024 + kStages", "kSharedBytes = kStages"),
+    ("K advances by half a step", "wgmma_descriptor(b + 32 * k, 16", "wgmma_descriptor(b + 16 * k, 16"),
+    ("descriptor without the swizzle", "wgmma_descriptor(a + 32 * k, 16, kRowGroup, Swizzle::bytes128)", "wgmma_descriptor(a + 32 * k, 16, kRowGroup, Swizzle::none)"),
+    ("descriptor with the wrong stride", "kRowGroup = 8 * 128", "kRowGroup = 4 * 128"),
+    ("both consumers multiply the same rows", " + consumer * 64 * 128, b =", ", b ="),
+    ("columns of the wrong operand", "barrier, i * kK, n0)", "barrier, i * kK, m0)"),
+    ("sums start undefined", "    for (int i = 0; i < kN / 2; ++i) sums[i] = 0;\n", "    for (int i = 0; i < 0; ++i) sums[i] = 0;\n"),
+    ("no proxy fence before the store", "    fence_proxy_async();\n    bar_sync(1 + consumer, 128);\n", "    bar_sync(1 + consumer, 128);\n", "thread"),
+    ("store before all warps have written", "    fence_proxy_async();\n    bar_sync(1 + consumer, 128);\n", "    fence_proxy_async();\n"),
+    ("leaves before the store has read", "        tma_wait_read<0>();\n", ""),
+    ("store is not committed", "        tma_commit();\n", ""),
+    ("output tile not swizzled", "swizzled(own + column / 64 * kBoxBytes + row * 128 + place, Swizzle::bytes128)", "own + column / 64 * kBoxBytes + row * 128 + place"),
+    ("more registers than there are", "setmaxnreg_increase<232>", "setmaxnreg_increase<256>"),
+    ("one warp leaves the products out", "        wgmma_commit();\n        pin", "        if (warp == 3 && i == 1) continue;\n        wgmma_commit();\n        pin"),
+)
+
+ONLINE_SOFTMAX = of(
+    ATTENTION,
+    attention,
+    ("no wait for the stage", "            cp_async_wait<1>();\n", ""),
+    ("last stage is not waited for", "cp_async_wait<0>()", "cp_async_wait<1>()"),
+    ("reads what other threads copy", "        __syncthreads();   // everybody's copies of this stage have landed\n", ""),
+    ("stage filled while others read it", "        __syncthreads();   // the stage may be filled again\n", ""),
+    ("keys read without the permutation", "ldmatrix_x4(b, place(keys, n * 8 + lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2))", "ldmatrix_x4(b, keys + (n * 8 + lane % 8 + lane / 16 * 8) * 128 + ((2 * d + lane / 8 % 2) << 4))"),
+    ("values read without transposing", "ldmatrix_x4_trans(b,", "ldmatrix_x4(b,"),
+    ("causal mask off by one", "column <= row", "column <= row + 1"),
+    ("maximum over too few lanes", "            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));\n", ""),
+    ("maximum over the wrong lanes", "fmaxf(highest, __shfl_xor_sync(~0u, highest, 2))", "fmaxf(highest, __shfl_xor_sync(~0u, highest, 4))"),
+    ("sum is not shrunk", "total[h] * shrink + sum", "total[h] + sum"),
+    ("weights are not rescaled", "                sums[i / 2][2 * h + i % 2] *= shrink;\n", ""),
+    ("sums start undefined", "float sums[8][4] = {}, top[2]", "float sums[8][4], top[2]"),
+    ("copies out of bounds", "const bool inside = t < T;", "const bool inside = true;", "address"),
+    ("stores out of bounds", "        if (row >= T) continue;\n", "", "address"),
+    ("shared memory too small", "kSharedBytes = 5 * kTileBytes", "kSharedBytes = 5 * kTileBytes - 512"),
+    ("warp leaves before the others", "    const int tiles =", "    if (warp == 3 && q0 + 48 >= T) return;\n    const int tiles ="),
+    ("one warp skips a barrier", "        __syncthreads();   // the stage may be filled again\n", "        if (warp != 2) __syncthreads();\n"),
+    ("heads of the wrong group", "kv_head = head / (H / Hkv)", "kv_head = head % Hkv + Hkv"),
+    ("leaves with copies in flight", "        __syncthreads();   // the stage may be filled again\n", "        __syncthreads();\n        if (j + 1 == tiles) cp_async_16(tile_k, k);\n"),
+)
+
+SMALL = [
+    *of(
+        PRIMITIVES,
+        grid_sum,
+        ("sums counted without an order", "atomic_add_ordered(finished, 1)", "atomicAdd(finished, 1u)", "thread"),
+        ("parts read before they are written", "parts[threadIdx.x / 32] = sum;\n    __syncthreads();\n", "parts[threadIdx.x / 32] = sum;\n"),
+        ("last read by threads that race it", "        last = atomic_add_ordered(finished, 1) == gridDim.x - 1;\n    }\n    __syncthreads();\n", "        last = atomic_add_ordered(finished, 1) == gridDim.x - 1;\n    }\n", "thread"),
+        ("shuffle of half a warp by all", "if (threadIdx.x % 32 == 0) parts", "if (threadIdx.x % 32 < 16) sum += __shfl_down_sync(~0u, sum, 0);\n    if (threadIdx.x % 32 == 0) parts"),
+        ("every thread adds", "    if (threadIdx.x == 0) {\n        for (int w", "    {\n        for (int w"),
+    ),
+    *of(
+        PRIMITIVES,
+        hand_over,
+        ("box overwritten before it is read", "            if (r > 0) bar_sync(2, 64);\n", ""),
+        ("box read before it is filled", "            bar_sync(1, 64);\n", ""),
+        ("barrier for too many threads", "bar_arrive(1, 64)", "bar_arrive(1, 96)"),
+    ),
+    *of(
+        PRIMITIVES,
+        mma_tile,
+        ("no __syncwarp after the copies", "    cp_async_wait<0>();\n    __syncwarp();\n    uint32_t fragment", "    cp_async_wait<0>();\n    uint32_t fragment", "thread"),
+        ("copy of a misaligned row", "cp_async_16(tile + lane * 16,", "cp_async_16(tile + lane * 16 + 8,"),
+        ("lower half of the columns twice", "right[2] = {columns[2], columns[3]}", "right[2] = {columns[0], columns[1]}"),
+        ("too many bytes of the source", "left < 16 ? left : 16", "left < 16 ? left : 32"),
+    ),
+    *of(
+        PRIMITIVES,
+        copy_box,
+        ("image read before the box has landed", "    while (!mbarrier_try_wait(barrier, 0)) {\n    }\n", ""),
+        ("barrier is not initialised", "        mbarrier_init(barrier, 1);\n", ""),
+        ("result is not waited for", "        tma_wait<0>();\n", ""),
+    ),
+    *of(
+        WGMMA,
+        wgmma_form,
+        ("no proxy fence after ordinary stores", "    fence_proxy_async();\n    __syncthreads();\n\n    const int thread", "    __syncthreads();\n\n    const int thread", "thread"),
+        ("no barrier after ordinary stores", "    fence_proxy_async();\n    __syncthreads();\n\n    const int thread", "    fence_proxy_async();\n\n    const int thread"),
+        ("rows and columns of B exchanged", "major_b == Major::k ? N : 64;", "major_b == Major::k ? 64 : N;"),
+        ("distances exchanged", ": wgmma_descriptor(start, atom, across * atom, swizzle);", ": wgmma_descriptor(start, across * atom, atom, swizzle);"),
+        ("lanes with different descriptors", "const uint64_t right = tile_at(tile_b, major_b, columns_b, 16 * k);", "const uint64_t right = tile_at(tile_b, major_b, columns_b, 16 * k) + (lane == 7);"),
+        library=WGMMA_FORMS,
+    ),
+]
+
+ADAMW, MUON, LOSS = (f"csrc/cuda/{name}.cu" for name in ("adamw", "muon", "linear_cross_entropy"))
+PACKS = "csrc/cuda/packs.cuh"
+ADAMW_LIBRARY, MUON_LIBRARY, LOSS_LIBRARY = (f"tests/emulation/{name}" for name in (operators.ADAMW, operators.MUON, operators.LOSS))
+
+OPERATORS = [
+    *of(
+        ADAMW,
+        adamw,
+        ("second moment without its square", "c.one_minus_beta2 * g * g", "c.one_minus_beta2 * g"),
+        ("decay forgotten", "p[j] = decay * old", "p[j] = old"),
+        ("table searched one too far", "table.first_block[middle] <= blockIdx.x", "table.first_block[middle] < blockIdx.x"),
+        ("pack beyond the end taken for whole", "if (aligned && (block + 1) * kThreads * kThreadElements <= end) {", "if (aligned && block * kThreads * kThreadElements <= end) {", "address"),
+        ("alignment not looked at", "is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) && is_aligned<N>(exp_avg_sq)", "true", "address"),
+        ("two threads update one pack", "(block * packs * kThreads + threadIdx.x) * N", "(block * packs * kThreads + threadIdx.x % 255) * N", "thread"),
+        ("second pack of a thread forgotten", "const int64_t first = start + i * kThreads * N;\n            update<", "const int64_t first = start;\n            update<"),
+        ("tail of a tensor forgotten", "first += kThreads * N) {", "first += 2 * kThreads * N) {"),
+        library=ADAMW_LIBRARY,
+    ),
+    *of(
+        ADAMW,
+        adamw_bfloat16,
+        ("cautious decay of the old moment's sign", "m[j] * old >= 0", "m[j] * old < 0"),
+        library=ADAMW_LIBRARY,
+    ),
+    *of(
+        ADAMW,
+        adamw_stochastic,
+        ("both halves of a word with the same noise", "round_randomly(high, noise >> 16)", "round_randomly(high, noise & 0xFFFF)"),
+        ("noise in the kept bits", "quiet : bits + noise) >> 16", "quiet : bits + 2 * noise) >> 16"),
+        ("half a counter for every pack", "first % kPhiloxElements != 0", "false"),
+        library=ADAMW_LIBRARY,
+    ),
+    *of(
+        ADAMW,
+        adamw_captured,
+        ("numbers of the host instead of the device's", "    Constants* derived = nullptr;\n    if (adamw_workspace_bytes(a) > 0) {", "    Constants* derived = nullptr;\n    if (false) {"),
+        ("rate not read from the device", "    if (lr) numbers.lr = *lr;\n", ""),
+        library=ADAMW_LIBRARY,
+    ),
+    *of(
+        MUON,
+        muon,
+        ("momentum without Nesterov's second step", "nesterov ? keep * b[j] + rest * g : b[j]", "b[j]"),
+        ("norm of the first warp alone", "sum = block_sum(sum, warps);\n        if (threadIdx.x == 0) o.partials", "sum = warp_sum(sum);\n        if (threadIdx.x == 0) o.partials"),
+        ("partial sums of all matrices in one row", "o.partials[blockIdx.y * int64_t{gridDim.x} + blockIdx.x]", "o.partials[blockIdx.x]"),
+        ("square root forgotten", "norms[blockIdx.x] = sqrt(sum)", "norms[blockIdx.x] = sum"),
+        ("first matrix's update for all", "const float* update = o.update + blockIdx.y * o.numel;", "const float* update = o.update;"),
+        ("cautious everywhere", "!cautious || u * old >= 0", "!cautious || u * old >= -1e30f"),
+        library=MUON_LIBRARY,
+    ),
+    *of(
+        PACKS,
+        muon,
+        ("warps' sums read before they are written", "warps[threadIdx.x / 32] = x;\n    __syncthreads();\n", "warps[threadIdx.x / 32] = x;\n"),
+        ("sum over half a warp", "int distance = 16; distance > 0", "int distance = 8; distance > 0"),
+        ("element behind the end written", "if (i < count) from_bits(to[i]", "if (i <= count) from_bits(to[i]", "address"),
+        ("element behind the end read", "if (i < count) pack.words", "if (i <= count) pack.words", "address"),
+        library=MUON_LIBRARY,
+    ),
+    *of(
+        LOSS,
+        loss,
+        ("totals merged without rescaling", "return {top, a.sum * exp2_approx(a.top - top)", "return {top, a.sum"),
+        ("target's own term forgotten", "exp2_approx(target_point.exponent - total.top) - total.sum", "exp2_approx(target_point.exponent - total.top)"),
+        ("target written by another thread than its pack's", "return pack < packs ? pack % static_cast<int>(blockDim.x) : i - packs * N;", "return 0;", "thread"),
+        ("warps' totals read before they are written", "warps[thread / 32] = total;\n    __syncthreads();\n", "warps[thread / 32] = total;\n"),
+        ("ignored rows keep their logits", "if (a.grad_scale) fill(row, value);", "if (a.grad_scale && !ignored) fill(row, value);"),
+        ("elements before the first pack forgotten", "head = beyond == 0 ? 0 : min(N - beyond, V);", "head = 0;", "address"),
+        ("held weights shifted by one bit", "__float_as_uint(element(pack, i)) >> 2", "__float_as_uint(element(pack, i)) >> 1"),
+        ("rest of a long row read again", "int first = held_packs * threads + thread; first < row.packs; first += kPassingPacks * threads) {\n        Pack<T, N> passing", "int first = thread; first < row.packs; first += kPassingPacks * threads) {\n        Pack<T, N> passing"),
+        library=LOSS_LIBRARY,
+    ),
+]
+# fmt: on
+
+MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *OPERATORS]

@@ -1,0 +1,102 @@
+"""The CUDA operators of csrc/cuda without torch's bindings: raw pointers, through tests/emulation/operators/*.cpp.
+
+Each function has the arguments of its twin in nanochat_native.ops.reference, and `schedule`, the emulation's seed.
+"""
+
+import torch
+
+ADAMW, MUON, LOSS = (f"operators/{name}.cpp" for name in ("adamw", "muon", "linear_cross_entropy"))
+LIBRARIES = {"adamw": ADAMW, "muon_momentum": MUON, "muon_update": MUON, "softcap_cross_entropy": LOSS}
+DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # nanochat::DType
+
+
+class Operators:
+    """Every operator, from the library that holds it."""
+
+    def __init__(self, kernels):
+        self.kernels, self.device = kernels, kernels.device
+
+    def call(self, entry, *values, **options):
+        self.kernels(LIBRARIES[entry]).call(entry, *values, **options)
+
+
+def number_and_address(value, default):
+    """What a number or a tensor travels as: the number, and where the number stands."""
+    return (default, value) if isinstance(value, torch.Tensor) else (type(default)(value), 0)
+
+
+def adamw_(
+    kernels,
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    *,
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    stochastic_rounding=False,
+    seed=0,
+    cautious=False,
+    schedule=0,
+):
+    step, step_address = number_and_address(step, 1)
+    lr, lr_address = number_and_address(lr, 0.0)
+    weight_decay, weight_decay_address = number_and_address(weight_decay, 0.0)
+    numels = torch.tensor([param.numel() for param in params])
+    workspace = torch.full((64,), 255, dtype=torch.uint8, device=params[0].device)
+    kernels.call(
+        "adamw",
+        *(params, grads, exp_avgs, exp_avg_sqs, numels, len(params)),
+        *(DTYPES[params[0].dtype], DTYPES[exp_avgs[0].dtype], step, lr, beta1, beta2, eps, weight_decay),
+        *(int(stochastic_rounding), seed, int(cautious), step_address, lr_address, weight_decay_address),
+        *(workspace, workspace.numel()),
+        seed=schedule,
+    )
+
+
+def muon_momentum_(
+    kernels, grads, momentum_buffers, *, momentum, nesterov=True, return_norm=False, schedule=0, update=None
+):
+    count, numel = len(grads), grads[0].numel()
+    momentum, momentum_address = number_and_address(momentum, 0.0)
+    if update is None:
+        update = torch.full((count, *grads[0].shape), torch.nan, device=grads[0].device)
+    norms = torch.full((count,), torch.nan, dtype=torch.float64, device=grads[0].device)
+    workspace = torch.full((count * (numel // 1024 + 1),), torch.nan, dtype=torch.float64, device=grads[0].device)
+    kernels.call(
+        "muon_momentum",
+        *(grads, momentum_buffers, update, norms if return_norm else 0, count, numel, DTYPES[grads[0].dtype]),
+        *(momentum, int(nesterov), momentum_address, workspace, workspace.nbytes),
+        seed=schedule,
+    )
+    return (update, norms) if return_norm else update
+
+
+def muon_update_(kernels, params, update, *, lr, weight_decay=0.0, scale=1.0, cautious=False, schedule=0):
+    lr, lr_address = number_and_address(lr, 0.0)
+    weight_decay, weight_decay_address = number_and_address(weight_decay, 0.0)
+    kernels.call(
+        "muon_update",
+        *(params, update, len(params), params[0].numel(), DTYPES[params[0].dtype]),
+        *(lr, weight_decay, scale, int(cautious), lr_address, weight_decay_address),
+        seed=schedule,
+    )
+
+
+def softcap_cross_entropy(
+    kernels, logits, targets, *, grad_scale=None, softcap=15.0, ignore_index=-1, schedule=0, misalignment=16
+):
+    """Losses (rows,); logits become the gradient where grad_scale, one float32, is given."""
+    loss = torch.full(targets.shape, torch.nan, device=logits.device)
+    kernels.call(
+        "softcap_cross_entropy",
+        *(logits, targets, loss, 0 if grad_scale is None else grad_scale, *logits.shape),
+        *(DTYPES[logits.dtype], ignore_index, softcap),
+        seed=schedule,
+        misalignment=misalignment,
+    )
+    return loss

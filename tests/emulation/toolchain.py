@@ -1,0 +1,248 @@
+"""What the tests of CUDA sources need of a toolkit: its compiler, headers and disassembler, and what ptxas says.
+
+`python tests/emulation/toolchain.py [file.cu ...]` prints what each kernel uses; without files, those of csrc/cuda.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc/cuda"
+HGMMA = 0x1F0  # wgmma in machine code: the low 9 bits of the instruction, for every shape, type and source of A
+
+
+class MissingError(Exception):
+    """What is not installed."""
+
+
+# --- tools and headers ---
+
+
+def _setup():
+    spec = importlib.util.spec_from_file_location("nanochat_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def nvcc():
+    """Path of the nvcc that setup.py would build with."""
+    path, reason = _setup().find_nvcc("auto")
+    if not path:
+        raise MissingError(reason)
+    return path
+
+
+def architectures():
+    """What setup.py builds for, as nvcc's -arch takes it: sm_80, sm_90a."""
+    entries = _setup().DEFAULT_ARCHITECTURES.split(";")
+    return ["sm_" + entry.removesuffix("+PTX").replace(".", "") for entry in entries]
+
+
+def host_compiler():
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if shutil.which(shlex.split(name)[0]):
+            return shlex.split(name)
+    raise MissingError(f"no C++ compiler ({', '.join(names)})")
+
+
+def _package_folders(name):
+    """Where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+
+
+def _nvcc_plan():
+    """What nvcc would run, with the folders that it would look into."""
+    command = [nvcc(), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def cuda_includes():
+    """Folders with CUDA's own headers: the toolkit's, or those of the wheels nvidia-cuda-runtime, -crt and -cccl."""
+    try:
+        words = shlex.split(" ".join(re.findall(r"^#\$ (?:SYSTEM_)?INCLUDES=(.*)$", _nvcc_plan(), re.MULTILINE)))
+        folders = [Path(word.removeprefix("-I")) for word in words if word != "-isystem"]
+    except MissingError:
+        found = [folder for root in _package_folders("nvidia") for folder in sorted(root.glob("*/include"))]
+        folders = found + [folder / "cccl" for folder in found]
+    for header in ("vector_types.h", "crt/host_defines.h", "cuda/std/utility"):
+        if not any((folder / header).is_file() for folder in folders):
+            raise MissingError(f"no {header} of CUDA: neither a toolkit nor nvidia-cuda-runtime, -crt and -cccl")
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def cute_include():
+    """Folder with CuTe's headers, of the wheel nvidia-cutlass."""
+    for folder in _package_folders("cutlass_library"):
+        if (folder / "source/include/cute/tensor.hpp").is_file():
+            return folder / "source/include"
+    raise MissingError("no CuTe: pip install nvidia-cutlass")
+
+
+def nvdisasm():
+    """Path of the disassembler: the toolkit's, or that of the wheel nvidia-cuda-nvdisasm."""
+    folders = [folder for root in _package_folders("nvidia") for folder in root.glob("*/bin")]
+    with contextlib.suppress(MissingError):
+        folders += [Path(top) / "bin" for top in re.findall(r"^#\$ TOP=(.*)$", _nvcc_plan(), re.MULTILINE)]
+    path = shutil.which("nvdisasm", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders)]))
+    if not path:
+        raise MissingError("no nvdisasm: neither a toolkit's nor nvidia-cuda-nvdisasm")
+    return path
+
+
+# --- ptxas ---
+
+
+@dataclass
+class Kernel:
+    """What ptxas says of one function; bytes. A function that is not a kernel has no registers of its own."""
+
+    symbol: str
+    name: str
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    registers: int | None = None
+    shared: int = 0
+
+
+@dataclass
+class Compiled:
+    """One source for one architecture."""
+
+    source: Path
+    architecture: str
+    cubin: Path
+    error: str  # the compiler's, where it failed
+    kernels: list[Kernel]
+    remarks: list[str]  # ptxas's warnings and what it gives a number, "(C7508) ... 'setmaxnreg' ignored ..."
+
+    def complaints(self, allowed=()):
+        """What a kernel must not have: stack frames, spills, and remarks, but those that start as `allowed`."""
+        found = [remark for remark in self.remarks if not remark.startswith(allowed)]
+        for kernel in self.kernels:
+            if kernel.stack:
+                found.append(f"{kernel.name}: a stack frame of {kernel.stack} bytes")
+            if kernel.spill_stores or kernel.spill_loads:
+                found.append(
+                    f"{kernel.name}: spills, {kernel.spill_stores} bytes of stores, {kernel.spill_loads} of loads"
+                )
+        return found
+
+
+def readable(symbol):
+    """The C++ name of a symbol with its template arguments, without namespaces of its own and parameters."""
+    library = ctypes.CDLL("libstdc++.so.6")
+    library.__cxa_demangle.restype = ctypes.c_void_p
+    status = ctypes.c_int()
+    pointer = library.__cxa_demangle(symbol.encode(), None, None, ctypes.byref(status))
+    if not pointer:
+        return symbol
+    name = ctypes.string_at(pointer).decode()
+    ctypes.CDLL(None).free(ctypes.c_void_p(pointer))
+    name = re.sub(r"(\w+|\(anonymous namespace\))::", "", name)
+    return re.sub(r"\(([^()]|\([^()]*\))*\)$", "", name).removeprefix("void ")
+
+
+def parse_ptxas(text):
+    """(kernels, remarks) of what `nvcc -Xptxas -v` prints."""
+    kernels, remarks = {}, []
+    symbol = None
+    for line in text.splitlines():
+        if match := re.match(r"ptxas (info|warning)\s*: (.*)", line):
+            level, said = match.groups()
+            if match := re.match(r"(?:Compiling entry function '|Function properties for )([\w$]+)", said):
+                symbol = match[1]
+            elif match := re.match(r"Used (\d+) registers", said):
+                kernels[symbol].registers = int(match[1])
+                shared = re.search(r"(\d+) bytes smem", said)
+                kernels[symbol].shared = int(shared[1]) if shared else 0
+            elif level == "warning" or re.match(r"\(C\d+\)", said):
+                remarks.append(re.sub(r"'(_Z\w+)'", lambda match: readable(match[1]), said))
+        elif match := re.match(r" +(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernels[symbol] = Kernel(symbol, readable(symbol), *map(int, match.groups()))
+    return list(kernels.values()), remarks
+
+
+def compile_cuda(source, architecture, folder, options=()):
+    """Compiles to machine code, into `folder`."""
+    source, cubin = Path(source), Path(folder) / f"{Path(source).stem}.{architecture}.cubin"
+    command = [nvcc(), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    result = subprocess.run([*command, *options, str(source), "-o", str(cubin)], capture_output=True, text=True)
+    text = result.stdout + result.stderr
+    return Compiled(source, architecture, cubin, text if result.returncode else "", *parse_ptxas(text))
+
+
+def compile_all(sources, folder, jobs=2):
+    """Every source for every architecture: {(source, architecture): Compiled}."""
+    pairs = [(source, architecture) for source in sources for architecture in architectures()]
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(pairs, pool.map(lambda pair: compile_cuda(*pair, folder), pairs), strict=True))
+
+
+def table(compiled):
+    """What every kernel uses, a line each."""
+    rows = [("kernel", "arch", "registers", "shared", "stack", "spills")]
+    for one in compiled:
+        for kernel in sorted(one.kernels, key=lambda kernel: kernel.name):
+            registers = "-" if kernel.registers is None else kernel.registers
+            numbers = (registers, kernel.shared, kernel.stack, kernel.spill_stores + kernel.spill_loads)
+            rows.append((kernel.name, one.architecture, *map(str, numbers)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(" | ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+# --- machine code ---
+
+
+def code_sections(cubin):
+    """{symbol: its instructions, of 16 bytes each} of an ELF file with code for a GPU."""
+    data = Path(cubin).read_bytes()
+    (start,) = struct.unpack_from("<Q", data, 0x28)
+    size, count, names = struct.unpack_from("<HHH", data, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", data, start + i * size) for i in range(count)]
+    strings = data[headers[names][4] :]
+    found = {}
+    for name, _, _, _, offset, length in headers:
+        title = strings[name : strings.index(b"\0", name)].decode()
+        if title.startswith(".text."):
+            found[title.removeprefix(".text.")] = [data[i : i + 16] for i in range(offset, offset + length, 16)]
+    return found
+
+
+def count_hgmma(cubin):
+    """{symbol: number of its wgmma instructions}."""
+    return {
+        symbol: sum(int.from_bytes(instruction[:2], "little") & 0x1FF == HGMMA for instruction in instructions)
+        for symbol, instructions in code_sections(cubin).items()
+    }
+
+
+def main():
+    sources = [Path(name) for name in sys.argv[1:]] or sorted(CUDA.glob("*.cu"))
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = compile_all(sources, folder).values()
+    print(table(compiled))
+    for one in compiled:
+        for line in [one.error] if one.error else one.complaints():
+            print(f"{one.source.name} {one.architecture}: {line}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""linear_cross_entropy on the GPU against its twin in float64: loss and gradients, ignored and impossible targets."""
+
+import pytest
+import torch
+
+from nanochat_native import ops
+from nanochat_native.ops import reference
+
+pytestmark = pytest.mark.gpu
+
+F32, BF16 = torch.float32, torch.bfloat16
+TOLERANCE = {F32: 2e-5, BF16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def kernels(require_native):
+    require_native("linear_cross_entropy")
+
+
+def problem(device, N, V, dtype, C=48):
+    x = torch.randn(N, C, device=device).to(dtype)
+    weight = (torch.randn(V, C, device=device) * 0.3).to(dtype)
+    targets = torch.randint(0, V, (N,), device=device)
+    return x, weight, targets
+
+
+def results(function, x, weight, targets, **options):
+    """Loss and both gradients."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    value = function(x, weight, targets, **options)
+    return value.detach(), *torch.autograd.grad(value, (x, weight))
+
+
+def assert_near(ours, exact, tolerance):
+    """Relative Frobenius error of each; a NaN fails."""
+    for index, (mine, other) in enumerate(zip(ours, exact, strict=True)):
+        error = (mine.double() - other).norm() / other.norm().clamp_min(1e-30)
+        assert error <= tolerance, f"result {index} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("N", "V"), [(70, 32768), (70, 50257), (300, 17), (1, 1), (33, 2), (3000, 1000)])
+@pytest.mark.parametrize("softcap", [15.0, 0.5, None])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_gradients(device, N, V, dtype, softcap, reduction):
+    x, weight, targets = problem(device, N, V, dtype)
+    targets[::3] = -1 if N > 1 else targets[0]
+    options = {"softcap": softcap, "reduction": reduction}
+    ours = results(ops.linear_cross_entropy, x, weight, targets, **options)
+    exact = results(reference.linear_cross_entropy, x.double(), weight.double(), targets, **options)
+    assert ours[0].dtype == F32
+    assert ours[1].dtype == ours[2].dtype == dtype
+    # Where V is 1 every loss is 0, and with few words the whole loss is as small as the rounding of one logit.
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    if V > 1:
+        assert_near(ours[1:], exact[1:], TOLERANCE[dtype])
+    else:
+        assert not ours[1].any()
+        assert not ours[2].any()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("V", [17, 50257])
+def test_losses_of_each_row(device, V, dtype):
+    x, weight, targets = problem(device, 40, V, dtype)
+    targets[7] = -1
+    shaped = x.view(5, 8, -1), weight, targets.view(5, 8)
+    ours = ops.linear_cross_entropy(*shaped, reduction="none")
+    exact = reference.linear_cross_entropy(x.double(), weight.double(), targets, reduction="none")
+    assert ours.shape == (5, 8)
+    assert ours[0, 7] == 0
+    torch.testing.assert_close(ours.flatten().double(), exact, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+def test_gradients_of_one_side_only(device):
+    x, weight, targets = problem(device, 65, 301, F32)
+    full = results(ops.linear_cross_entropy, x, weight, targets)
+    for index, leaf in enumerate((x, weight)):
+        leaf.requires_grad_()
+        (gradient,) = torch.autograd.grad(ops.linear_cross_entropy(x, weight, targets), leaf)
+        leaf.requires_grad_(False)
+        torch.testing.assert_close(gradient, full[index + 1])
+
+
+def test_the_gradient_of_the_loss_scales_the_gradients(device):
+    x, weight, targets = problem(device, 65, 301, F32)
+    _, dx, dweight = results(ops.linear_cross_entropy, x, weight, targets)
+    x.requires_grad_()
+    weight.requires_grad_()
+    (ops.linear_cross_entropy(x, weight, targets) * 3).backward()
+    torch.testing.assert_close(x.grad, 3 * dx)
+    torch.testing.assert_close(weight.grad, 3 * dweight)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_all_ignored(device, dtype):
+    x, weight, targets = problem(device, 40, 1001, dtype)
+    targets.fill_(-1)
+    for reduction, expected in (("mean", torch.nan), ("sum", 0.0)):
+        value, dx, dweight = results(ops.linear_cross_entropy, x, weight, targets, reduction=reduction)
+        assert torch.equal(value.isnan(), torch.tensor(expected != expected, device=device))
+        assert value.nan_to_num() == 0
+        assert not dx.any()
+        assert not dweight.any()
+
+
+def test_another_ignore_index(device):
+    x, weight, targets = problem(device, 40, 301, F32)
+    targets[::2] = 5
+    ours = results(ops.linear_cross_entropy, x, weight, targets, ignore_index=5)
+    exact = results(reference.linear_cross_entropy, x.double(), weight.double(), targets, ignore_index=5)
+    assert_near(ours, exact, TOLERANCE[F32])
+
+
+@pytest.mark.parametrize("large", [1e4, 1e10])
+def test_large_logits_do_not_overflow(device, large):
+    x, weight, targets = problem(device, 20, 1001, F32)
+    for softcap in (15.0, None):
+        for number in results(ops.linear_cross_entropy, x * large, weight, targets, softcap=softcap):
+            assert number.isfinite().all()
+
+
+@pytest.mark.parametrize("target", [1001, -2, 1 << 40])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_target_out_of_range_makes_its_own_row_nan(cuda, dtype, target):
+    """On the GPU nobody waits to say more; the other rows keep their bits."""
+    x, weight, targets = problem(cuda, 40, 1001, dtype)
+    wrong = targets.clone()
+    wrong[13] = target
+    others = torch.arange(40, device=cuda) != 13
+    losses = [ops.linear_cross_entropy(x, weight, t, reduction="none") for t in (targets, wrong)]
+    assert losses[1][13].isnan()
+    assert torch.equal(losses[0][others], losses[1][others])
+    (_, dx, _), (total, wrong_dx, _) = (
+        results(ops.linear_cross_entropy, x, weight, t, reduction="sum") for t in (targets, wrong)
+    )
+    assert total.isnan()
+    assert torch.equal(dx[others], wrong_dx[others])
