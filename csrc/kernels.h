@@ -25,6 +25,28 @@ struct AttentionShape {
     double scale;
 };
 
+struct AttentionForward {
+    AttentionShape shape;
+    DType dtype;     // CPU: float32 | float64 | bfloat16 (computed in float32); CUDA: bfloat16 | float16
+    const void* q;   // (B, Tq, H, D)
+    const void* k;   // (B, Tk, Hkv, D)
+    const void* v;   // (B, Tk, Hkv, D)
+    void* out;       // (B, Tq, H, D)
+    Strides q_strides, k_strides, v_strides, out_strides;
+    void* lse;   // (B, H, Tq) contiguous, natural log; float64 if dtype is, else float32; -inf for a masked row
+};
+
+struct AttentionBackward {
+    AttentionShape shape;
+    DType dtype;
+    const void *q, *k, *v, *out, *dout;
+    const void* lse;   // as written by attention_forward
+    void* dq;          // (B, Tq, H, D)
+    void* dk;          // (B, Tk, Hkv, D)
+    void* dv;          // (B, Tk, Hkv, D)
+    Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
+};
+
 // One parameter tensor of AdamW and its state; all contiguous, `numel` elements each.
 struct AdamWTensor {
     void* param;        // float32 | bfloat16, updated in place
@@ -83,31 +105,8 @@ namespace cpu {
 // NANOCHAT_CPU_ISA lowers it; throws if it names one that is unknown or that this processor lacks.
 const char* instruction_set();
 
-struct AttentionForward {
-    AttentionShape shape;
-    DType dtype;     // float32 | float64 | bfloat16 (computed in float32)
-    const void* q;   // (B, Tq, H, D)
-    const void* k;   // (B, Tk, Hkv, D)
-    const void* v;   // (B, Tk, Hkv, D)
-    void* out;       // (B, Tq, H, D)
-    Strides q_strides, k_strides, v_strides, out_strides;
-    void* lse;   // (B, H, Tq) contiguous, natural log; float64 if dtype is, else float32; -inf for a masked row
-    int threads;
-};
-void attention_forward(const AttentionForward&);
-
-struct AttentionBackward {
-    AttentionShape shape;
-    DType dtype;
-    const void *q, *k, *v, *out, *dout;
-    const void* lse;   // as written by attention_forward
-    void* dq;          // (B, Tq, H, D)
-    void* dk;          // (B, Tk, Hkv, D)
-    void* dv;          // (B, Tk, Hkv, D)
-    Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
-    int threads;
-};
-void attention_backward(const AttentionBackward&);
+void attention_forward(const AttentionForward&, int threads);
+void attention_backward(const AttentionBackward&, int threads);
 
 // Orthogonalises `batch` matrices. X0 = g / (norm_factor * |g|_F); per triple (a, b, c): A = X X^T, X = a X + (b A + c
 // A A) X.
@@ -166,6 +165,26 @@ void linear(const Linear&);
 }   // namespace cpu
 
 namespace cuda {
+
+// What kernels are chosen by: of the GPU that is current.
+struct Device {
+    int multiprocessors;
+    bool hopper;   // takes what was compiled for sm_90a: tensor copies and wgmma
+};
+
+// Asks the runtime, once a GPU; throws std::runtime_error where there is none. The environment variable
+// NANOCHAT_CUDA_ISA, sm_80 or sm_90a, lowers the instruction set; std::invalid_argument if it names one that is unknown
+// or that this GPU, or this build, lacks.
+Device current_device();
+
+// D is a multiple of 8 up to 128; addresses are multiples of 16 bytes, strides of 8 elements. `lengths` (B,), or null,
+// lies on the device: sequence b has lengths[b] keys (clamped to 0 .. Tk), and Tk is but the room for them.
+// The same inputs give the same bits on one kind of GPU.
+void attention_forward(const AttentionForward&, const int64_t* lengths, const Device&, void* workspace, void* stream);
+int64_t attention_forward_workspace_bytes(const AttentionForward&, const int64_t* lengths, const Device&);
+
+void attention_backward(const AttentionBackward&, const Device&, void* workspace, void* stream);
+int64_t attention_backward_workspace_bytes(const AttentionBackward&, const Device&);
 
 // stream: a cudaStream_t. Work is enqueued on it; launch errors throw std::runtime_error.
 // The number of launches does not grow with the number of tensors: one for every several hundred of them.

@@ -12,5 +12,8 @@ PYBIND11_MODULE(_C, m) {
                               "cuda_off"_a = NANOCHAT_CUDA_OFF);
     });
     m.def("instruction_set", &nanochat::cpu::instruction_set);
+#ifdef NANOCHAT_WITH_CUDA
+    m.def("cuda_instruction_set", [] { return nanochat::cuda::current_device().hopper ? "sm_90a" : "sm_80"; });
+#endif
     m.def("linear_pays", &nanochat::cpu::linear_pays);
 }

@@ -4,6 +4,7 @@
 #include <ATen/ops/full.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -30,45 +31,44 @@ Tensor with_unit_stride(const Tensor& tensor) {
     return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
 }
 
-Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
-
-AttentionShape attention_shape(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
-                               int64_t window, double scale) {
-    TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, op, ": q has shape ", q.sizes(), ", k ", k.sizes(),
-                      "; takes (B, Tq, H, D) and (B, Tk, Hkv, D)");
-    TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(3) == k.size(3) && q.size(3) > 0, op, ": q ", q.sizes(),
-                      " and k ", k.sizes(), " do not fit; takes the same B and D, D at least 1");
-    TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) > 0 && q.size(2) % k.size(2) == 0, op, ": H is ", q.size(2),
-                      ", Hkv is ", k.size(2), "; takes H a multiple of Hkv");
-    TORCH_CHECK_VALUE(window >= -1, op, ": window is ", window, "; takes -1 (none) or the number of earlier keys");
-    check_like(op, "k", k, q.scalar_type(), q.device(), k.sizes());
-    check_like(op, "v", v, q.scalar_type(), q.device(), k.sizes());
-    return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal || window >= 0, window, scale};
+// Runs each sequence by itself, with its own number of keys.
+void attention_forward_by_length(AttentionForward arguments, const int64_t* lengths) {
+    const int64_t B = arguments.shape.B, rows = arguments.shape.H * arguments.shape.Tq;
+    const int64_t element = arguments.dtype == DType::float64 ? 8 : arguments.dtype == DType::bfloat16 ? 2 : 4;
+    const auto advance = [](const void* address, int64_t bytes) { return static_cast<const char*>(address) + bytes; };
+    const auto advance_written = [](void* address, int64_t bytes) { return static_cast<char*>(address) + bytes; };
+    arguments.shape.B = 1;
+    for (int64_t b = 0; b < B; ++b) {
+        arguments.shape.Tk = lengths[b];
+        cpu::attention_forward(arguments, threads());
+        arguments.q = advance(arguments.q, arguments.q_strides.b * element);
+        arguments.k = advance(arguments.k, arguments.k_strides.b * element);
+        arguments.v = advance(arguments.v, arguments.v_strides.b * element);
+        arguments.out = advance_written(arguments.out, arguments.out_strides.b * element);
+        arguments.lse = advance_written(arguments.lse, rows * std::max<int64_t>(4, element));
+    }
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
-                                             int64_t window, double scale) {
-    const AttentionShape shape = attention_shape("attention_forward", q_, k_, v_, causal, window, scale);
-    const DType dtype = dtype_of("attention_forward", "q", q_, {at::kFloat, at::kDouble, at::kBFloat16});
+                                             int64_t window, double scale, const std::optional<Tensor>& lengths_) {
+    const char* op = "attention_forward";
+    const AttentionShape shape = check_attention(op, q_, k_, v_, causal, window, scale, lengths_);
+    const DType dtype = dtype_of(op, "q", q_, {at::kFloat, at::kDouble, at::kBFloat16});
     const Tensor q = with_unit_stride(q_), k = with_unit_stride(k_), v = with_unit_stride(v_);
+    const Tensor lengths = lengths_ ? lengths_->contiguous() : Tensor();
+    for (int64_t b = 0; lengths_ && b < shape.B; ++b) {
+        const int64_t length = lengths.const_data_ptr<int64_t>()[b];
+        TORCH_CHECK_VALUE(length >= 0 && length <= shape.Tk, op, ": lengths holds ", length, "; takes 0 to ", shape.Tk);
+    }
     Tensor out = at::empty(q.sizes(), q.options());
     Tensor lse = at::empty({shape.B, shape.H, shape.Tq}, q.options().dtype(accumulate_type(q)));
     if (k.numel() == 0 || q.numel() == 0) {
         return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
     }
+    const AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse);
     run_kernel([&] {
-        cpu::attention_forward({.shape = shape,
-                                .dtype = dtype,
-                                .q = q.const_data_ptr(),
-                                .k = k.const_data_ptr(),
-                                .v = v.const_data_ptr(),
-                                .out = out.mutable_data_ptr(),
-                                .q_strides = strides_of(q),
-                                .k_strides = strides_of(k),
-                                .v_strides = strides_of(v),
-                                .out_strides = strides_of(out),
-                                .lse = lse.mutable_data_ptr(),
-                                .threads = threads()});
+        lengths_ ? attention_forward_by_length(arguments, lengths.const_data_ptr<int64_t>())
+                 : cpu::attention_forward(arguments, threads());
     });
     return {out, lse};
 }
@@ -77,11 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
                                                       const Tensor& v_, const Tensor& out_, const Tensor& lse_,
                                                       bool causal, int64_t window, double scale) {
     const char* op = "attention_backward";
-    const AttentionShape shape = attention_shape(op, q_, k_, v_, causal, window, scale);
+    const AttentionShape shape = check_attention(op, q_, k_, v_, causal, window, scale, std::nullopt);
     const DType dtype = dtype_of(op, "q", q_, {at::kFloat, at::kDouble, at::kBFloat16});
-    check_like(op, "dout", dout_, q_.scalar_type(), q_.device(), q_.sizes());
-    check_like(op, "out", out_, q_.scalar_type(), q_.device(), q_.sizes());
-    check_like(op, "lse", lse_, accumulate_type(q_), q_.device(), {shape.B, shape.H, shape.Tq});
+    check_attention_results(op, shape, q_, dout_, out_, lse_, accumulate_type(q_));
     const Tensor q = with_unit_stride(q_), k = with_unit_stride(k_), v = with_unit_stride(v_);
     const Tensor dout = with_unit_stride(dout_), out = with_unit_stride(out_), lse = lse_.contiguous();
     Tensor dq = at::empty(q.sizes(), q.options());
@@ -90,28 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
     if (k.numel() == 0 || q.numel() == 0) {
         return {dq.zero_(), dk.zero_(), dv.zero_()};
     }
-    run_kernel([&] {
-        cpu::attention_backward({.shape = shape,
-                                 .dtype = dtype,
-                                 .q = q.const_data_ptr(),
-                                 .k = k.const_data_ptr(),
-                                 .v = v.const_data_ptr(),
-                                 .out = out.const_data_ptr(),
-                                 .dout = dout.const_data_ptr(),
-                                 .lse = lse.const_data_ptr(),
-                                 .dq = dq.mutable_data_ptr(),
-                                 .dk = dk.mutable_data_ptr(),
-                                 .dv = dv.mutable_data_ptr(),
-                                 .q_strides = strides_of(q),
-                                 .k_strides = strides_of(k),
-                                 .v_strides = strides_of(v),
-                                 .out_strides = strides_of(out),
-                                 .dout_strides = strides_of(dout),
-                                 .dq_strides = strides_of(dq),
-                                 .dk_strides = strides_of(dk),
-                                 .dv_strides = strides_of(dv),
-                                 .threads = threads()});
-    });
+    const AttentionBackward arguments = attention_backward_arguments(shape, dtype, q, k, v, out, dout, lse, dq, dk, dv);
+    run_kernel([&] { cpu::attention_backward(arguments, threads()); });
     return {dq, dk, dv};
 }
 

@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -31,6 +32,72 @@ void* current_stream(at::Device device) {
 // Torch's allocator hands the memory out again on the same stream alone: it may go before the kernel has run.
 Tensor workspace(int64_t bytes, at::Device device) {
     return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+}
+
+// --- attention ---
+
+// As the kernels read it: 16 bytes at a time, at multiples of 16. Others are copied, and so is what expand() repeats.
+Tensor with_whole_chunks(const Tensor& tensor) {
+    constexpr int64_t kChunk = 16;
+    const int64_t bytes = tensor.element_size();
+    bool whole = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunk == 0 && tensor.stride(3) == 1;
+    for (int i = 0; i < 3; ++i) {
+        if (tensor.size(i) > 1) whole = whole && tensor.stride(i) > 0 && tensor.stride(i) * bytes % kChunk == 0;
+    }
+    return whole ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+}
+
+constexpr at::ScalarType kAttentionTypes[] = {at::kBFloat16, at::kHalf};
+
+// lengths are not checked against Tk, which would wait for the stream: the kernel clamps them.
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
+                                             int64_t window, double scale, const std::optional<Tensor>& lengths_) {
+    const char* op = "attention_forward";
+    const AttentionShape shape = check_attention(op, q_, k_, v_, causal, window, scale, lengths_);
+    const DType dtype = dtype_of(op, "q", q_, kAttentionTypes);
+    const at::Device device = q_.device();
+    const c10::DeviceGuard guard(device);
+    Tensor out = at::empty(q_.sizes(), q_.options());
+    Tensor lse = at::empty({shape.B, shape.H, shape.Tq}, q_.options().dtype(at::kFloat));
+    if (k_.numel() == 0 || q_.numel() == 0) {
+        return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
+    }
+    const Tensor q = with_whole_chunks(q_), k = with_whole_chunks(k_), v = with_whole_chunks(v_);
+    const Tensor lengths = lengths_ ? lengths_->contiguous() : Tensor();
+    const int64_t* length = lengths_ ? lengths.const_data_ptr<int64_t>() : nullptr;
+    const AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse);
+    run_kernel([&] {
+        const cuda::Device gpu = cuda::current_device();
+        const Tensor space = workspace(cuda::attention_forward_workspace_bytes(arguments, length, gpu), device);
+        cuda::attention_forward(arguments, length, gpu, space.mutable_data_ptr(), current_stream(device));
+    });
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const Tensor& q_, const Tensor& k_,
+                                                      const Tensor& v_, const Tensor& out_, const Tensor& lse_,
+                                                      bool causal, int64_t window, double scale) {
+    const char* op = "attention_backward";
+    const AttentionShape shape = check_attention(op, q_, k_, v_, causal, window, scale, std::nullopt);
+    const DType dtype = dtype_of(op, "q", q_, kAttentionTypes);
+    check_attention_results(op, shape, q_, dout_, out_, lse_, at::kFloat);
+    const at::Device device = q_.device();
+    const c10::DeviceGuard guard(device);
+    Tensor dq = at::empty(q_.sizes(), q_.options());
+    Tensor dk = at::empty(k_.sizes(), k_.options());
+    Tensor dv = at::empty(v_.sizes(), v_.options());
+    if (k_.numel() == 0 || q_.numel() == 0) {
+        return {dq.zero_(), dk.zero_(), dv.zero_()};
+    }
+    const Tensor q = with_whole_chunks(q_), k = with_whole_chunks(k_), v = with_whole_chunks(v_);
+    const Tensor dout = with_whole_chunks(dout_), out = with_whole_chunks(out_), lse = lse_.contiguous();
+    const AttentionBackward arguments = attention_backward_arguments(shape, dtype, q, k, v, out, dout, lse, dq, dk, dv);
+    run_kernel([&] {
+        const cuda::Device gpu = cuda::current_device();
+        const Tensor space = workspace(cuda::attention_backward_workspace_bytes(arguments, gpu), device);
+        cuda::attention_backward(arguments, gpu, space.mutable_data_ptr(), current_stream(device));
+    });
+    return {dq, dk, dv};
 }
 
 // --- optimizers ---
@@ -158,6 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 }   // namespace nanochat
 
 TORCH_LIBRARY_IMPL(nanochat_native, CUDA, m) {
+    m.impl("attention_forward", nanochat::attention_forward);
+    m.impl("attention_backward", nanochat::attention_backward);
     m.impl("adamw_", nanochat::adamw_);
     m.impl("muon_momentum_", nanochat::muon_momentum_);
     m.impl("muon_update_", nanochat::muon_update_);

@@ -5,10 +5,11 @@
 TORCH_LIBRARY(nanochat_native, m) {
     const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
-    // window -1: none. lse (B, H, Tq) is the log-sum-exp of the scaled scores, which the backward pass needs.
+    // window -1: none. lengths (B,): of the keys of each sequence. lse (B, H, Tq) is the log-sum-exp of the scaled
+    // scores, which the backward pass needs.
     m.def(
-        "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, int window, float scale) -> (Tensor out, Tensor "
-        "lse)",
+        "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, int window, float scale, Tensor? lengths=None) "
+        "-> (Tensor out, Tensor lse)",
         tags);
     m.def(
         "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, int "

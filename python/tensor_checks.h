@@ -134,6 +134,76 @@ inline std::vector<int64_t> stacked_shape(at::TensorList tensors) {
     return shape;
 }
 
+// --- attention: checks and native arguments ---
+
+inline AttentionShape check_attention(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                      bool causal, int64_t window, double scale,
+                                      const std::optional<at::Tensor>& lengths) {
+    TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, op, ": q has shape ", q.sizes(), ", k ", k.sizes(),
+                      "; takes (B, Tq, H, D) and (B, Tk, Hkv, D)");
+    TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(3) == k.size(3) && q.size(3) > 0, op, ": q ", q.sizes(),
+                      " and k ", k.sizes(), " do not fit; takes the same B and D, D at least 1");
+    TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) > 0 && q.size(2) % k.size(2) == 0, op, ": H is ", q.size(2),
+                      ", Hkv is ", k.size(2), "; takes H a multiple of Hkv");
+    TORCH_CHECK_VALUE(window >= -1, op, ": window is ", window, "; takes -1 (none) or the number of earlier keys");
+    check_like(op, "k", k, q.scalar_type(), q.device(), k.sizes());
+    check_like(op, "v", v, q.scalar_type(), q.device(), k.sizes());
+    if (lengths) check_like(op, "lengths", *lengths, at::kLong, q.device(), {q.size(0)});
+    return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal || window >= 0, window, scale};
+}
+
+inline void check_attention_results(const char* op, const AttentionShape& shape, const at::Tensor& q,
+                                    const at::Tensor& dout, const at::Tensor& out, const at::Tensor& lse,
+                                    at::ScalarType lse_type) {
+    check_like(op, "dout", dout, q.scalar_type(), q.device(), q.sizes());
+    check_like(op, "out", out, q.scalar_type(), q.device(), q.sizes());
+    check_like(op, "lse", lse, lse_type, q.device(), {shape.B, shape.H, shape.Tq});
+}
+
+inline Strides strides_of(const at::Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+inline AttentionForward attention_forward_arguments(const AttentionShape& shape, DType dtype, const at::Tensor& q,
+                                                    const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
+                                                    const at::Tensor& lse) {
+    return {.shape = shape,
+            .dtype = dtype,
+            .q = q.const_data_ptr(),
+            .k = k.const_data_ptr(),
+            .v = v.const_data_ptr(),
+            .out = out.mutable_data_ptr(),
+            .q_strides = strides_of(q),
+            .k_strides = strides_of(k),
+            .v_strides = strides_of(v),
+            .out_strides = strides_of(out),
+            .lse = lse.mutable_data_ptr()};
+}
+
+inline AttentionBackward attention_backward_arguments(const AttentionShape& shape, DType dtype, const at::Tensor& q,
+                                                      const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
+                                                      const at::Tensor& dout, const at::Tensor& lse,
+                                                      const at::Tensor& dq, const at::Tensor& dk,
+                                                      const at::Tensor& dv) {
+    return {.shape = shape,
+            .dtype = dtype,
+            .q = q.const_data_ptr(),
+            .k = k.const_data_ptr(),
+            .v = v.const_data_ptr(),
+            .out = out.const_data_ptr(),
+            .dout = dout.const_data_ptr(),
+            .lse = lse.const_data_ptr(),
+            .dq = dq.mutable_data_ptr(),
+            .dk = dk.mutable_data_ptr(),
+            .dv = dv.mutable_data_ptr(),
+            .q_strides = strides_of(q),
+            .k_strides = strides_of(k),
+            .v_strides = strides_of(v),
+            .out_strides = strides_of(out),
+            .dout_strides = strides_of(dout),
+            .dq_strides = strides_of(dq),
+            .dk_strides = strides_of(dk),
+            .dv_strides = strides_of(dv)};
+}
+
 // --- The optimizers' checks and native arguments, from the operators' arguments in the order of the schema; `storage`
 // is what the native arguments point to.
 

@@ -78,6 +78,52 @@ def test_decoding_against_a_cache(Tq, window):
     assert_close_to_twin(q, k, v, torch.randn_like(q), window=window)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"causal": False}, {"scale": -0.4}], ids=str)
+@pytest.mark.parametrize("Tq", [1, 3, 40])
+def test_lengths_of_sequences_in_a_cache(Tq, options, dtype, backend):
+    """What lies behind a sequence's length is not looked at, and the alignment is to its end."""
+    ops.use_backend(backend)
+    lengths = torch.tensor([0, 1, 2, 57, 70])
+    q, k, v = inputs(5, Tq, 70, 4, 2, 16, dtype)
+    for b, length in enumerate(lengths):
+        k[b, length:] = torch.nan
+        v[b, length:] = torch.nan
+    out = ops.attention(q, k, v, lengths=lengths, **options)
+    for b, length in enumerate(lengths.tolist()):
+        own = (q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length])
+        assert torch.equal(out[b : b + 1], ops.attention(*own, **options))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("lengths", "error", "words"),
+    [
+        (torch.tensor([3]), ValueError, r"lengths has shape \(1,\); takes \(2,\)"),
+        (torch.tensor([3, 4], dtype=torch.int32), TypeError, "lengths is torch.int32; takes torch.int64"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "lengths is on meta; takes cpu"),
+        (torch.tensor([3, 8]), ValueError, "lengths holds 8; takes 0 to 7"),
+        (torch.tensor([-1, 3]), ValueError, "lengths holds -1; takes 0 to 7"),
+    ],
+)
+def test_bad_lengths(lengths, error, words, backend):
+    ops.use_backend(backend)
+    q, k, v = inputs(2, 3, 7, 2, 1, 8)
+    with pytest.raises(error, match=words):
+        ops.attention(q, k, v, lengths=lengths)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_lengths_have_no_gradient(backend):
+    ops.use_backend(backend)
+    q, k, v = inputs(2, 3, 7, 2, 1, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="lengths is given and a gradient is asked for"):
+        ops.attention(q, k, v, lengths=torch.tensor([3, 7]))
+    with torch.no_grad():
+        assert ops.attention(q, k, v, lengths=torch.tensor([3, 7])).isfinite().all()
+
+
 @given(Tq=st.integers(1, 40), Tk=st.integers(1, 40), causal=st.booleans(), window=st.none() | st.integers(0, 50))
 def test_mask_by_brute_force(Tq, Tk, causal, window):
     """With v the identity, out holds the softmax weights: exactly the visible keys have weight."""
@@ -262,6 +308,7 @@ def test_opcheck():
     torch.library.opcheck(FORWARD, (q, k, v, True, -1, 0.3))
     strided = [laid_out(tensor.detach(), "heads first") for tensor in (q, k, v)]
     torch.library.opcheck(FORWARD, (*strided, True, 3, 0.3))
+    torch.library.opcheck(FORWARD, (*strided, True, 3, 0.3, torch.tensor([5, 12])))
     q, k, v = (tensor.detach() for tensor in (q, k, v))
     out, lse = FORWARD(q, k, v, True, -1, 0.3)
     torch.library.opcheck(BACKWARD, (torch.randn_like(q), q, k, v, out, lse, True, -1, 0.3))

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat_native import ops
 from nanochat_native.ops import native, reference
@@ -129,6 +130,30 @@ def test_a_device_without_a_kernel_is_served_by_the_twin_with_one_warning(monkey
         ops.attention(q, q, q)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "D", "words"),
+    [
+        (torch.bfloat16, 64, ""),
+        (torch.float16, 8, ""),
+        (torch.float32, 64, "its kernels take bfloat16 and float16, not float32"),
+        (torch.bfloat16, 20, "its kernels take D a multiple of 8 up to 128, not 20"),
+        (torch.bfloat16, 136, "its kernels take D a multiple of 8 up to 128, not 136"),
+    ],
+)
+def test_what_attention_on_cuda_takes(monkeypatch, dtype, D, words):
+    """The choice alone: fake tensors have a device, and no data."""
+    monkeypatch.setitem(native.DEVICES, "attention", ("cuda",))
+    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(native, "attention", lambda *_: "native")
+    monkeypatch.setattr(reference, "attention", lambda *_, **__: "twin")
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        q = torch.empty(1, 5, 2, D, dtype=dtype, device="cuda")
+        assert [ops.attention(q, q, q) for _ in range(2)] == [("twin" if words else "native")] * 2
+    said = [str(warning.message) for warning in caught if "nanochat_native" in str(warning.message)]
+    assert said == ([f"nanochat_native: attention on cuda is served by plain torch: {words}"] if words else [])
+
+
 def test_that_warning_survives_compilation(monkeypatch):
     monkeypatch.setitem(native.DEVICES, "attention", ())
     monkeypatch.setattr(ops, "_warned", set())
@@ -141,9 +166,9 @@ def test_that_warning_survives_compilation(monkeypatch):
 def test_serves():
     assert ops.serves("adamw_", "cpu") == ("native", "kernel built")
     built = ops.build_info()["cuda"]
-    for op in ("adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"):
+    for op in ("attention", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"):
         assert ops.serves(op, "cuda")[0] == ("native" if built else "torch")
-    assert ops.serves("attention", "cuda")[0] == "torch"
+    assert ops.serves("newton_schulz", "cuda")[0] == "torch"
     with ops.use_backend("torch"):
         assert ops.serves("adamw_", "cpu")[0] == "torch"
     with pytest.raises(ValueError, match="op is 'softmax'"):

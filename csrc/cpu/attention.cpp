@@ -138,7 +138,7 @@ void attend_strip(const AttentionShape& s, int64_t i, int64_t rows, KeyRange blo
 }
 
 template <class T, class S>
-void write_out(const cpu::AttentionForward& a, int64_t b, int64_t h, int64_t i, const T* out, T row_max, T row_sum) {
+void write_out(const AttentionForward& a, int64_t b, int64_t h, int64_t i, const T* out, T row_max, T row_sum) {
     const AttentionShape& s = a.shape;
     S* to = static_cast<S*>(a.out) + b * a.out_strides.b + i * a.out_strides.t + h * a.out_strides.h;
     write_row(out, s.D, row_sum == 0 ? T(0) : 1 / row_sum, to);
@@ -147,7 +147,7 @@ void write_out(const cpu::AttentionForward& a, int64_t b, int64_t h, int64_t i, 
 }
 
 template <class T, class S>
-void forward(const cpu::AttentionForward& a) {
+void forward(const AttentionForward& a, int threads) {
     constexpr int64_t NR = kTileColumns<T>;
     const AttentionShape& s = a.shape;
     const int64_t padded = round_up(s.D, kLanes<T>), Tk_padded = round_up(s.Tk, NR), tiles = ceil_div(s.Tq, kQueryTile);
@@ -160,12 +160,12 @@ void forward(const cpu::AttentionForward& a) {
     const auto lay_out = [&](cpu::Arena arena) {
         k_panels = arena.take<T>(s.B * s.Hkv * Tk_padded * s.D);
         v_rows = arena.take<T>(s.B * s.Hkv * Tk_padded * padded);
-        scratch = arena.take<T>(a.threads * scratch_size);
+        scratch = arena.take<T>(threads * scratch_size);
         return arena.used;
     };
     lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
 
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(threads)
     {
         T* scores = scratch + omp_get_thread_num() * scratch_size;
         T* queries = scores + score_size;
@@ -209,13 +209,13 @@ void forward(const cpu::AttentionForward& a) {
 
 // A few queries (a step of generation): one pass over the keys and one over the values, where they lie.
 template <class T, class S>
-void forward_few(const cpu::AttentionForward& a) {
+void forward_few(const AttentionForward& a, int threads) {
     constexpr int64_t W = kLanes<T>;
     const AttentionShape& s = a.shape;
     const int64_t padded = round_up(s.D, W), scratch_size = 2 * padded + round_up(s.Tk, W), group = s.H / s.Hkv;
-    T* scratch = static_cast<T*>(cpu::workspace(a.threads * scratch_size * sizeof(T)));
+    T* scratch = static_cast<T*>(cpu::workspace(threads * scratch_size * sizeof(T)));
     const S *q = static_cast<const S*>(a.q), *k = static_cast<const S*>(a.k), *v = static_cast<const S*>(a.v);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t item = 0; item < s.B * s.H * s.Tq; item++) {
         const int64_t b = item / (s.H * s.Tq), h = item / s.Tq % s.H, i = item % s.Tq;
         T* query = scratch + omp_get_thread_num() * scratch_size;
@@ -332,7 +332,7 @@ void backward_block(const AttentionShape& s, const BackwardScratch<T>& m, int64_
 }
 
 template <class T, class S>
-void backward(const cpu::AttentionBackward& a) {
+void backward(const AttentionBackward& a, int threads) {
     constexpr int64_t NR = kTileColumns<T>;
     const AttentionShape& s = a.shape;
     const int64_t padded = round_up(s.D, kLanes<T>), group = s.H / s.Hkv;
@@ -348,12 +348,12 @@ void backward(const cpu::AttentionBackward& a) {
     char* scratch;
     const auto lay_out = [&](cpu::Arena arena) {
         dq_parts = arena.take<T>(ranges > 1 ? ranges * s.B * s.H * s.Tq * s.D : 0);
-        scratch = arena.take<char>(a.threads * scratch_size);
+        scratch = arena.take<char>(threads * scratch_size);
         return arena.used;
     };
     lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
 
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(threads)
     {
         BackwardScratch<T> m;
         m.lay_out({scratch + omp_get_thread_num() * scratch_size}, range, s.D, padded);
@@ -429,17 +429,19 @@ void backward(const cpu::AttentionBackward& a) {
 
 }   // namespace
 
-void attention_forward(const cpu::AttentionForward& a) {
+void attention_forward(const AttentionForward& a, int threads) {
     const bool few = a.shape.Tq <= kFewQueries;
-    if (a.dtype == DType::float64) return few ? forward_few<double, double>(a) : forward<double, double>(a);
-    if (a.dtype == DType::bfloat16) return few ? forward_few<float, bfloat16>(a) : forward<float, bfloat16>(a);
-    few ? forward_few<float, float>(a) : forward<float, float>(a);
+    if (a.dtype == DType::float64)
+        return few ? forward_few<double, double>(a, threads) : forward<double, double>(a, threads);
+    if (a.dtype == DType::bfloat16)
+        return few ? forward_few<float, bfloat16>(a, threads) : forward<float, bfloat16>(a, threads);
+    few ? forward_few<float, float>(a, threads) : forward<float, float>(a, threads);
 }
 
-void attention_backward(const cpu::AttentionBackward& a) {
-    if (a.dtype == DType::float64) return backward<double, double>(a);
-    if (a.dtype == DType::bfloat16) return backward<float, bfloat16>(a);
-    backward<float, float>(a);
+void attention_backward(const AttentionBackward& a, int threads) {
+    if (a.dtype == DType::float64) return backward<double, double>(a, threads);
+    if (a.dtype == DType::bfloat16) return backward<float, bfloat16>(a, threads);
+    backward<float, float>(a, threads);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

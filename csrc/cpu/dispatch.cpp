@@ -15,8 +15,8 @@
 
 #define NANOCHAT_DECLARE(isa)                                  \
     namespace nanochat::isa {                                  \
-    void attention_forward(const cpu::AttentionForward&);      \
-    void attention_backward(const cpu::AttentionBackward&);    \
+    void attention_forward(const AttentionForward&, int);      \
+    void attention_backward(const AttentionBackward&, int);    \
     void newton_schulz(const cpu::NewtonSchulz&);              \
     void adamw(const AdamW&, int threads);                     \
     void muon_momentum(const MuonMomentum&, int threads);      \
@@ -119,8 +119,8 @@ void* workspace(size_t bytes) {
 const char* instruction_set() { return kernels().name; }
 bool linear_pays() { return !__builtin_cpu_is("intel") && kernels().linear != baseline::linear; }
 
-void attention_forward(const AttentionForward& a) { kernels().attention_forward(with_team(a)); }
-void attention_backward(const AttentionBackward& a) { kernels().attention_backward(with_team(a)); }
+void attention_forward(const AttentionForward& a, int threads) { kernels().attention_forward(a, team(threads)); }
+void attention_backward(const AttentionBackward& a, int threads) { kernels().attention_backward(a, team(threads)); }
 void newton_schulz(const NewtonSchulz& a) { kernels().newton_schulz(with_team(a)); }
 void adamw(const AdamW& a, int threads) { kernels().adamw(a, team(threads)); }
 void muon_momentum(const MuonMomentum& a, int threads) { kernels().muon_momentum(a, team(threads)); }

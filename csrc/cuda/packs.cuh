@@ -84,6 +84,10 @@ template <int N>
 NANOCHAT_DEVICE float element(const Pack<bfloat16, N>& pack, int i) {
     return __uint_as_float(i % 2 ? pack.words[i / 2] & 0xFFFF0000 : pack.words[i / 2] << 16);
 }
+template <int N>
+NANOCHAT_DEVICE float element(const Pack<device::float16, N>& pack, int i) {
+    return to_float(device::float16{static_cast<uint16_t>(pack.words[i / 2] >> (i % 2 * 16))});
+}
 
 // Sets elements i and i + 1, i even; to nearest, ties to even.
 template <int N>

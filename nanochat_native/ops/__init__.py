@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native.ops import native, reference
-from nanochat_native.ops.native import build_info, instruction_set
+from nanochat_native.ops.native import build_info, cuda_instruction_set, instruction_set
 from nanochat_native.ops.reference import Triple
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "attention",
     "backend",
     "build_info",
+    "cuda_instruction_set",
     "instruction_set",
     "linear",
     "linear_backward",
@@ -97,29 +98,49 @@ def serves(op: str, device: torch.device | str) -> tuple[str, str]:
     return "torch", f"no native kernel for {kind} yet"
 
 
-def _runs_native(op: str, tensor: Tensor) -> bool:
+def _runs_native(op: str, tensor: Tensor, not_taken: str = "") -> bool:
+    """not_taken: why the native kernel does not take these arguments, or nothing."""
     if _backend == "torch":
         return False
     native.require()
     kind = tensor.device.type
-    if kind in native.DEVICES[op]:
+    if kind in native.DEVICES[op] and not not_taken:
         return True
-    _warn_twin_serves(op, kind)
+    _warn_twin_serves(op, kind, not_taken)
     return False
 
 
-_warned: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
 
 
 @torch.compiler.assume_constant_result  # run while torch.compile traces: the warning survives, the graph is whole
-def _warn_twin_serves(op: str, kind: str) -> None:
-    if (op, kind) not in _warned:
-        _warned.add((op, kind))
-        warnings.warn(f"nanochat_native: {op} on {kind} is served by plain torch: {serves(op, kind)[1]}", stacklevel=4)
+def _warn_twin_serves(op: str, kind: str, not_taken: str) -> None:
+    if (op, kind, not_taken) not in _warned:
+        _warned.add((op, kind, not_taken))
+        why = serves(op, kind)[1] if kind not in native.DEVICES[op] else not_taken
+        warnings.warn(f"nanochat_native: {op} on {kind} is served by plain torch: {why}", stacklevel=4)
+
+
+def _attention_not_taken(q: Tensor) -> str:
+    """What the CUDA kernels do not take of q's type and head size, as a phrase."""
+    if q.device.type != "cuda":
+        return ""
+    if q.dtype not in native.CUDA_ATTENTION_DTYPES:
+        return f"its kernels take bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.size(3) % 8 or q.size(3) > native.CUDA_ATTENTION_LARGEST_D:
+        return f"its kernels take D a multiple of 8 up to {native.CUDA_ATTENTION_LARGEST_D}, not {q.size(3)}"
+    return ""
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Exact attention, softmax(scale * q k^T) v, without the matrix of scores. Differentiable once.
 
@@ -130,12 +151,20 @@ def attention(
         window: query i sees its own key and the `window` keys before it, as FlashAttention's window_size=(window, 0).
             Implies causal.
         scale: of the scores; 1 / sqrt(D) by default.
+        lengths: (B,) int64 on q's device: k and v are caches with room for Tk keys, of which sequence b has the first
+            lengths[b], and the alignment is to those. Without gradients. A length above Tk is a ValueError on a CPU; a
+            GPU's memory is not read to find out, and its kernel takes it for Tk.
 
     Returns:
         (B, Tq, H, D) in q's dtype, contiguous. A query that sees no key gets 0, and gives no gradient.
 
     Native on the CPU: float32, float64, bfloat16 (computed in float32), any strides with unit stride in D (others are
-    copied first). The same inputs give the same bits, forward and backward. Method: FlashAttention-2, arXiv:2307.08691.
+    copied first). Native on CUDA, compute capability 8.0 or newer: bfloat16 and float16 with float32 sums, D a multiple
+    of 8 up to 128 (computed as 64, 96 or 128); tensors whose rows do not lie at multiples of 16 bytes are copied first;
+    other types and D are served by the twin, with a warning. On compute capability 9.0 kernels with tensor copies and
+    wgmma run. Up to 64 rows Tq * H / Hkv, a step of generation, split the keys among the GPU's multiprocessors.
+    The same inputs give the same bits on the same machine, forward and backward. Method: FlashAttention-2,
+    arXiv:2307.08691, and on Hopper FlashAttention-3, arXiv:2407.08608.
     """
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
@@ -155,9 +184,21 @@ def attention(
     _check_dtype("attention", "q", q, _ATTENTION_DTYPES if q.device.type == "cuda" else _CPU_DTYPES)
     if window is not None and window < 0:
         raise ValueError(f"attention: window is {window}; takes None or the number of earlier keys, at least 0")
-    if _runs_native("attention", q):
-        return native.attention(q, k, v, causal, window, scale)
-    return reference.attention(q, k, v, causal=causal, window=window, scale=scale)
+    if lengths is not None:
+        _check_lengths(lengths, q, k, v)
+    if _runs_native("attention", q, _attention_not_taken(q)):
+        return native.attention(q, k, v, causal, window, scale, lengths)
+    return reference.attention(q, k, v, causal=causal, window=window, scale=scale, lengths=lengths)
+
+
+def _check_lengths(lengths: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    _check_dtype("attention", "lengths", lengths, (torch.int64,))
+    if lengths.shape != q.shape[:1]:
+        raise ValueError(f"attention: lengths has shape {tuple(lengths.shape)}; takes ({q.size(0)},), one a sequence")
+    if lengths.device != q.device:
+        raise ValueError(f"attention: lengths is on {lengths.device}; takes {q.device}, as q")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("attention: lengths is given and a gradient is asked for; takes one of the two")
 
 
 def newton_schulz(

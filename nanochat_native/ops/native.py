@@ -12,7 +12,9 @@ from nanochat_native.ops.reference import Triple, compute_dtype
 MEND = "run `pip install --no-build-isolation .` in nanochat-native's folder, or choose NANOCHAT_NATIVE_BACKEND=torch"
 
 # Operators with a CUDA kernel, when the module was built with CUDA. Every operator has CPU kernels.
-CUDA_OPERATORS = frozenset({"adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"})
+CUDA_OPERATORS = frozenset({"attention", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"})
+CUDA_ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_ATTENTION_LARGEST_D = 128
 
 
 def _load() -> tuple[Any, str]:
@@ -68,6 +70,19 @@ def instruction_set() -> str:
     return name
 
 
+def cuda_instruction_set() -> str:
+    """The instruction set of the CUDA kernels that have a choice, on the current GPU: "sm_80" or "sm_90a".
+
+    Raises RuntimeError when there is no GPU, or no module built with CUDA; ValueError when the environment variable
+    NANOCHAT_CUDA_ISA names one that is unknown or that this GPU does not have.
+    """
+    require()
+    if not build_info()["cuda"]:
+        raise RuntimeError(f"nanochat_native was built without CUDA: {build_info()['cuda_off']}")
+    name: str = _C.cuda_instruction_set()
+    return name
+
+
 # Types of device that have a native kernel, for each operator. "meta" stands for shapes without data.
 DEVICES: dict[str, tuple[str, ...]] = {
     op: ("cpu", "meta", "cuda") if op in CUDA_OPERATORS and not problem and build_info()["cuda"] else ("cpu", "meta")
@@ -94,14 +109,22 @@ def _refuse_second_derivative(op: str) -> None:
 # --- attention ---
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    lengths: Tensor | None,
+) -> Tensor:
     scale = q.size(-1) ** -0.5 if scale is None else scale
     window = -1 if window is None else window
-    return torch.ops.nanochat_native.attention_forward(q, k, v, causal or window >= 0, window, scale)[0]
+    return torch.ops.nanochat_native.attention_forward(q, k, v, causal or window >= 0, window, scale, lengths)[0]
 
 
 def _attention_forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=compute_dtype(q.dtype))
     return q.new_empty(q.shape), lse
@@ -114,7 +137,8 @@ def _attention_backward_fake(
 
 
 def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.shape = inputs
+    q, k, v, *shape = inputs
+    ctx.shape = shape[:3]  # lengths has no gradient
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse)
@@ -123,7 +147,7 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 def _attention_grad(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative("attention")
     dq, dk, dv = torch.ops.nanochat_native.attention_backward(dout, *ctx.saved_tensors, *ctx.shape)
-    return dq, dk, dv, None, None, None
+    return dq, dk, dv, None, None, None, None
 
 
 # --- newton_schulz ---

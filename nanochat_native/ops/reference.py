@@ -68,9 +68,24 @@ def attention_forward(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    return attention_forward(q, k, v, causal=causal, window=window, scale=scale)[0]
+    if lengths is None:
+        return attention_forward(q, k, v, causal=causal, window=window, scale=scale)[0]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for b, length in enumerate(lengths.tolist()):
+        if not 0 <= length <= k.size(1):
+            raise ValueError(f"attention: lengths holds {length}; takes 0 to {k.size(1)}")
+        own = (q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length])
+        out[b] = attention(*own, causal=causal, window=window, scale=scale)[0]
+    return out
 
 
 def newton_schulz_schedule(steps: int, coefficients: str | Sequence[Sequence[float]]) -> tuple[list[Triple], float]:

@@ -20,13 +20,14 @@ CXX = os.environ.get("CXX", "g++").split()
 # which ThreadSanitizer intercepts.
 CORE_FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-tree-loop-distribute-patterns"]
 KERNEL_FLAGS = [
-    *("-std=c++17", "-O1", "-g", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"),
+    *("-std=c++17", "-g", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
 ]
 SANITIZERS = {
-    "plain": [],
-    "thread": ["-fsanitize=thread", "-ftrivial-auto-var-init=pattern"],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern"],
+    "plain": ["-O1"],
+    "thread": ["-O1", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern"],
+    # Unrolled loops full of checks take an optimiser longer to compile than they then take to run.
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern"],
 }
 SANITIZER_OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_signal_unsafe=0",
@@ -67,10 +68,22 @@ def build_core(folder: Path) -> list[Path]:
     return [folder / name for name in sources]
 
 
-def build(source: Path, core: list[Path], target: Path, sanitizer: str = "plain") -> Path:
+def build(source: Path, core: list[Path], target: Path, sanitizer: str = "plain", options: Sequence[str] = ()) -> Path:
     """A shared library (plain) or a program (with a sanitizer) of one file of kernels."""
     header = source.parents[2 if source.parent.name == "emulation" else 3] / "csrc/emulation/emulation.h"
-    kernels = [*CXX, *KERNEL_FLAGS, *SANITIZERS[sanitizer], "-include", header, "-x", "c++", source, "-x", "none"]
+    kernels = [
+        *CXX,
+        *KERNEL_FLAGS,
+        *SANITIZERS[sanitizer],
+        *options,
+        "-include",
+        header,
+        "-x",
+        "c++",
+        source,
+        "-x",
+        "none",
+    ]
     if sanitizer == "plain":
         run([*kernels, "-shared", *(path for path in core if path.name != "runner.o"), "-o", target])
     else:

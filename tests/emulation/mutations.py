@@ -92,6 +92,63 @@ def wgmma_form(kernels, seed):
         torch.testing.assert_close(d, a.float() @ b.float(), rtol=1e-4, atol=1e-4)
 
 
+def attention_inputs(seed, B, Tq, Tk, H, Hkv):
+    """q, k, v, dout, head size 64."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((Tq, H), (Tk, Hkv), (Tk, Hkv), (Tq, H))
+    return [torch.randn(B, T, heads, 64, generator=generator).bfloat16() for T, heads in shapes]
+
+
+# 30 rows see no key; the scale is negative; groups of 3 are packed on one path and not on the other, where the blocks of
+# keys are large: more keys, that a stage is filled again.
+AMPERE = {"Tq": 200, "Tk": 170, "window": 90}, {}
+HOPPER = {"Tq": 440, "Tk": 410, "window": 380}, {"hopper": True, "multiprocessors": 1}
+
+
+def forward(kernels, seed, sizes, path):
+    q, k, v, _ = attention_inputs(seed, 1, sizes["Tq"], sizes["Tk"], 3, 1)
+    options = {"window": sizes["window"], "scale": -0.15}
+    out, lse = operators.attention_forward(kernels, q, k, v, schedule=seed, **options, **path)
+    exact, exact_lse = reference.attention_forward(q.double(), k.double(), v.double(), **options)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+
+
+def forward_ampere(kernels, seed):
+    forward(kernels, seed, *AMPERE)
+
+
+def forward_hopper(kernels, seed):
+    forward(kernels, seed, *HOPPER)
+
+
+def decode(kernels, seed):
+    q, k, v, _ = attention_inputs(seed, 3, 2, 400, 4, 2)
+    lengths = torch.tensor([400, 37, 200])
+    out, _ = operators.attention_forward(kernels, q, k, v, lengths=lengths, multiprocessors=10, schedule=seed)
+    torch.testing.assert_close(out, reference.attention(q, k, v, lengths=lengths), rtol=2e-2, atol=2e-2)
+
+
+def backward(kernels, seed, sizes, path):
+    q, k, v, dout = attention_inputs(seed, 1, sizes["Tq"], sizes["Tk"], 3, 1)
+    options = {"window": sizes["window"], "scale": -0.15}
+    exact_inputs = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    out, lse = reference.attention_forward(*exact_inputs, **options)
+    exact = torch.autograd.grad(out, exact_inputs, dout.double())
+    tensors = (dout, q, k, v, out.detach().bfloat16(), lse.float())
+    grads = operators.attention_backward(kernels, *tensors, schedule=seed, **options, **path)
+    for mine, other in zip(grads, exact, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=4e-2, atol=8e-2)
+
+
+def backward_ampere(kernels, seed):
+    backward(kernels, seed, *AMPERE)
+
+
+def backward_hopper(kernels, seed):
+    backward(kernels, seed, *HOPPER)
+
+
 SETTINGS = {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
 
 
@@ -367,6 +424,100 @@ OPERATORS = [
         library=LOSS_LIBRARY,
     ),
 ]
+
+TILES, TILES_HOPPER = "csrc/cuda/attention.cuh", "csrc/cuda/attention_hopper.cuh"
+FORWARD, FORWARD_HOPPER = "csrc/cuda/attention_forward.cu", "csrc/cuda/attention_forward_hopper.cu"
+BACKWARD, BACKWARD_HOPPER = "csrc/cuda/attention_backward.cu", "csrc/cuda/attention_backward_hopper.cu"
+FORWARD_LIBRARY, BACKWARD_LIBRARY = (f"tests/emulation/{name}" for name in (operators.ATTENTION_FORWARD, operators.ATTENTION_BACKWARD))
+
+ATTENTION_OPERATOR = [
+    *of(
+        TILES,
+        forward_ampere,
+        ("window too narrow by a key", "newest(first) - window : 0", "newest(first) - window + 1 : 0"),
+        ("own key hidden", "newest(last) + 1 < Tk ? newest(last) + 1 : Tk", "newest(last) < Tk ? newest(last) : Tk"),
+        ("border blocks taken for full", "keys(first).end / size};", "divide_up(keys(first).end, size)};"),
+        ("sum of weights not shrunk", "total[h] = total[h] * shrink[h] + sum;", "total[h] = total[h] + sum;"),
+        ("highest score of two lanes alone", "            highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFF, highest, 2));\n", ""),
+        ("rows that see nothing divided by zero", "total[h] == 0 ? 0 : 1 / total[h]", "1 / total[h]"),
+        ("first head of the group for all", "(row - query * pack) * h;", "0 * h;"),
+        ("rows behind the last copied", "exists ? 16 : 0);", "16);", "address"),
+        ("rows overwritten while lanes read them", "    __syncwarp();   // other lanes may still read these rows\n", "", "thread"),
+        ("rows stored before they are complete", "        }\n    }\n    __syncwarp();\n#pragma unroll\n    for (int i = lane; i < 2 * D", "        }\n    }\n#pragma unroll\n    for (int i = lane; i < 2 * D", "thread"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        FORWARD,
+        forward_ampere,
+        ("block read before it has landed", "        device::cp_async_wait<0>();\n", ""),
+        ("stage overwritten while it is read", "        __syncthreads();   // this block has landed, and nobody reads the last one any more\n", "", "thread"),
+        ("one stage for all blocks", "block % 2 * Tile::stage_bytes", "0 * Tile::stage_bytes"),
+        ("sums not shrunk", "            scale_rows(sums[f], shrink);\n", ""),
+        ("sign of the scale forgotten", "if (a.scale.negative) {", "if (false) {"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        FORWARD,
+        decode,
+        ("splits overlap by a block", "min(blocks.end, begin + share)", "min(blocks.end, begin + share + 1)"),
+        ("parts weighed by their own highest", "exp2_approx(a.part_lses[s * all + place] - lse)", "exp2_approx(a.part_lses[s * all + place] - reference)"),
+        ("lengths not looked at", "if (a.lengths) sight.Tk", "if (false) sight.Tk"),
+        ("parts of all units in one place", "+ tile.number) * tile.all", "+ 0) * tile.all"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        FORWARD_HOPPER,
+        forward_hopper,
+        ("values given back before the sums are done", "finish<0>(sums);\n                v_ring.release(n);", "v_ring.release(n);\n                finish<0>(sums);", "thread"),
+        ("values not waited for", "                v_ring.wait(n);\n                start_sums", "                start_sums"),
+        ("sums shrunk while they are computed", "finish<0>(sums);\n                v_ring.release(n);\n                scale_rows(sums, shrink);", "scale_rows(sums, shrink);\n                finish<0>(sums);\n                v_ring.release(n);"),
+        ("turn not passed on", "                turns.pass();\n                finish<1>(scores);", "                finish<1>(scores);"),
+        ("queries given back with the last scores to come", "            q_ring.wait(turn);\n", "            q_ring.wait(turn);\n            if (threadIdx.x % 32 == 0) device::mbarrier_arrive(q_ring.empty(turn));\n"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        TILES_HOPPER,
+        forward_hopper,
+        ("one warp's arrival for all", "device::mbarrier_init(empty(i), 4 * consumers);", "device::mbarrier_init(empty(i), consumers);"),
+        ("half of the bytes announced", "mbarrier_arrive_expect_tx(full(n), bytes_expected)", "mbarrier_arrive_expect_tx(full(n), bytes_expected / 2)"),
+        ("loader ahead by a round", "(n / stages & 1) ^ 1", "n / stages & 1"),
+        ("descriptor's distances exchanged", "rows * P::width, 8 * P::width, P::swizzle", "8 * P::width, rows * P::width, P::swizzle"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        BACKWARD,
+        backward_ampere,
+        ("delta forgotten", "ds[f][i] = p[f][i] * (ds[f][i] - delta);", "ds[f][i] = p[f][i] * ds[f][i];"),
+        ("rows that see nothing weigh", "own_lse == -INFINITY ? INFINITY : own_lse * kLog2e", "own_lse * kLog2e"),
+        ("last rows forgotten", "divide_up(queries.end * a.pack, rows)}", "queries.end * a.pack / rows}"),
+        ("dK not scaled", "        scale_rows(dk[f], scale);\n", ""),
+        ("numbers of the other stage", "+ tile % 2 * Tile::row_numbers;", "+ (tile + 1) % 2 * Tile::row_numbers;"),
+        ("rows overwritten while they are read", "        __syncthreads();   // this tile has landed, and nobody reads the last one any more\n", "", "thread"),
+        library=BACKWARD_LIBRARY,
+    ),
+    *of(
+        "csrc/cuda/attention_backward.cuh",
+        backward_ampere,
+        ("lower keys hidden by the upper", "key + 8 >= visible.end", "key >= visible.end"),
+        library=BACKWARD_LIBRARY,
+    ),
+    *of(
+        BACKWARD_HOPPER,
+        backward_hopper,
+        ("rows given back before dK is done", "finish<0>(dk);\n                q_ring.release(n);", "q_ring.release(n);\n                finish<0>(dk);", "thread"),
+        ("units of the group forgotten", "const int end = n + (tiles.end - tiles.begin) * subunits;", "const int end = n + (tiles.end - tiles.begin);"),
+        ("scores read before they are done", "                finish<1>(ds);\n", ""),
+        ("first unit's numbers for all", "maps.deltas, dout_ring.full(n), tile * rows,\n                                     unit);", "maps.deltas, dout_ring.full(n), tile * rows,\n                                     place.unit * subunits);"),
+        ("keys given back before dQ is done", "finish<0>(dq);\n                k_ring.release(n);", "k_ring.release(n);\n                finish<0>(dq);", "thread"),
+        library=BACKWARD_LIBRARY,
+    ),
+    *of(
+        TILES_HOPPER,
+        backward_hopper,
+        ("stage given back before all lanes have read", "        __syncwarp();   // all lanes have read\n", "", "thread"),
+        library=BACKWARD_LIBRARY,
+    ),
+]
 # fmt: on
 
-MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *OPERATORS]
+MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *OPERATORS, *ATTENTION_OPERATOR]

@@ -5,9 +5,20 @@ Each function has the arguments of its twin in nanochat_native.ops.reference, an
 
 import torch
 
-ADAMW, MUON, LOSS = (f"operators/{name}.cpp" for name in ("adamw", "muon", "linear_cross_entropy"))
-LIBRARIES = {"adamw": ADAMW, "muon_momentum": MUON, "muon_update": MUON, "softcap_cross_entropy": LOSS}
-DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # nanochat::DType
+ADAMW, MUON, LOSS, ATTENTION_FORWARD, ATTENTION_BACKWARD = (
+    f"operators/{name}.cpp"
+    for name in ("adamw", "muon", "linear_cross_entropy", "attention_forward", "attention_backward")
+)
+LIBRARIES = {
+    "adamw": ADAMW,
+    "muon_momentum": MUON,
+    "muon_update": MUON,
+    "softcap_cross_entropy": LOSS,
+    "attention_forward": ATTENTION_FORWARD,
+    "places": ATTENTION_FORWARD,
+    "attention_backward": ATTENTION_BACKWARD,
+}
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # nanochat::DType
 
 
 class Operators:
@@ -100,3 +111,83 @@ def softcap_cross_entropy(
         misalignment=misalignment,
     )
     return loss
+
+
+def poisoned_like(tensor):
+    return torch.full_like(tensor, torch.nan, memory_format=torch.contiguous_format)
+
+
+def attention_sizes(q, k, causal, window, scale):
+    """B, Tq, Tk, H, Hkv, D, causal, window, scale, DType."""
+    (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    limit = -1 if window is None else window
+    scale = D**-0.5 if scale is None else float(scale)
+    return (B, Tq, Tk, H, Hkv, D, int(causal or window is not None), limit, scale, DTYPES[q.dtype])
+
+
+def strides_of(*tensors):
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def attention_forward(
+    kernels,
+    q,
+    k,
+    v,
+    *,
+    causal=True,
+    window=None,
+    scale=None,
+    lengths=None,
+    hopper=False,
+    multiprocessors=2,
+    schedule=0,
+    misalignment=16,
+):
+    """(out, lse); on a GPU, `hopper` and `multiprocessors` are taken as given too."""
+    B, Tq, H, D = q.shape
+    out = poisoned_like(q)
+    lse = torch.full((B, H, Tq), torch.nan, device=q.device)
+    workspace = torch.full((64 * (B * H * Tq * (D + 34) + 1),), torch.nan, device=q.device)
+    kernels.call(
+        "attention_forward",
+        *(q, k, v, out, lse, *strides_of(q, k, v, out), 0 if lengths is None else lengths),
+        *attention_sizes(q, k, causal, window, scale),
+        *(multiprocessors, int(hopper), workspace, workspace.nbytes),
+        seed=schedule,
+        misalignment=misalignment,
+    )
+    return out, lse
+
+
+def attention_backward(
+    kernels,
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    causal=True,
+    window=None,
+    scale=None,
+    hopper=False,
+    multiprocessors=2,
+    schedule=0,
+    misalignment=16,
+):
+    """(dq, dk, dv)."""
+    B, Tq, H = q.shape[:3]
+    grads = [poisoned_like(tensor) for tensor in (q, k, v)]
+    padded = (Tq * (H // k.size(2)) + 127) // 128 * 128
+    workspace = torch.full((2 * B * H * padded,), torch.nan, device=q.device)
+    kernels.call(
+        "attention_backward",
+        *(q, k, v, out, dout, lse, *grads, *strides_of(q, k, v, out, dout, *grads)),
+        *attention_sizes(q, k, causal, window, scale),
+        *(multiprocessors, int(hopper), workspace, workspace.nbytes),
+        seed=schedule,
+        misalignment=misalignment,
+    )
+    return grads

@@ -136,6 +136,12 @@ NANOCHAT_DEVICE float tanh_approx(float x) {
     return y;
 }
 
+// The same number, but new to the compiler: what follows from it is computed where it stands, not kept in registers.
+NANOCHAT_DEVICE int opaque(int x) {
+    ON_DEVICE(asm volatile("" : "+r"(x)));
+    return x;
+}
+
 // --- order between threads ---
 
 // Named barriers: bar_sync waits until `threads` of the block, a multiple of 32, have come to barrier `id`, 0 to 15;

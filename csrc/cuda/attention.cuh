@@ -1,0 +1,383 @@
+// What the attention kernels have in common: who sees whom, the order of the work, tiles in shared memory, fragments of
+// mma.sync, and the online softmax (FlashAttention-2, arXiv:2307.08691).
+//
+// Heads that share a key/value head are packed: rows of a tile are (query, head of the group), head fastest, so that a
+// group's heads share every load of keys and values. A unit is what a tile belongs to: a batch and `pack` heads.
+//
+// Letters as in kernels.h; a row is one of the Tq * pack of a unit.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "../check.h"
+#include "../kernels.h"
+#include "device/primitives.cuh"
+
+namespace nanochat::cuda::attention {
+
+using device::bfloat16;
+using device::exp2_approx;
+using device::float16;
+using device::Swizzle;
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+NANOCHAT_ANYWHERE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// --- who sees whom ---
+
+struct Span {
+    int begin, end;
+};
+
+struct Sight {
+    int Tq, Tk, window;   // window -1: none
+    bool causal;
+
+    // The newest key that a query may see, where causal.
+    NANOCHAT_ANYWHERE int newest(int query) const { return query + Tk - Tq; }
+
+    // Keys that query sees.
+    NANOCHAT_ANYWHERE Span keys(int query) const { return keys(query, query); }
+
+    // Keys that one of the queries first .. last sees.
+    NANOCHAT_ANYWHERE Span keys(int first, int last) const {
+        const int begin = window >= 0 && newest(first) > window ? newest(first) - window : 0;
+        const int end = causal && newest(last) + 1 < Tk ? newest(last) + 1 : Tk;
+        return {begin, end > begin ? end : begin};
+    }
+
+    // Queries that see one of the keys first .. last.
+    NANOCHAT_ANYWHERE Span queries(int first, int last) const {
+        const int offset = Tk - Tq;
+        const int begin = causal && first > offset ? first - offset : 0;
+        const int end = window >= 0 && last - offset + window + 1 < Tq ? last - offset + window + 1 : Tq;
+        return {begin, end > begin ? end : begin};
+    }
+
+    // Blocks of `size` keys of which each of the queries first .. last sees all.
+    NANOCHAT_ANYWHERE Span full_blocks(int first, int last, int size) const {
+        return {divide_up(keys(last).begin, size), keys(first).end / size};
+    }
+
+    // Tiles of `size` rows, `pack` a query, each of which sees all of the keys first .. last.
+    NANOCHAT_ANYWHERE Span full_tiles(int first, int last, int pack, int size) const {
+        return {divide_up(queries(last, last).begin * pack, size), queries(first, first).end * pack / size};
+    }
+};
+
+inline Sight sight_of(const AttentionShape& s) {
+    const bool limited = s.window >= 0 && s.window < s.Tq + s.Tk;   // a wider one hides nothing
+    return {static_cast<int>(s.Tq), static_cast<int>(s.Tk), limited ? static_cast<int>(s.window) : -1,
+            s.causal || s.window >= 0};
+}
+
+// --- the order of the work ---
+
+struct Place {
+    int tile, unit;
+};
+
+// Item -> place. Tiles in one order for all units, those with most work first; units in sections, whose keys and values
+// stay in the L2 cache while the section's tiles pass over them.
+struct Order {
+    int tiles, units, section;
+    bool last_first;
+
+    NANOCHAT_ANYWHERE int items() const { return tiles * units; }
+    NANOCHAT_ANYWHERE Place operator()(int item) const {
+        const int first = item / (section * tiles) * section, rest = item - first * tiles;
+        const int width = units - first < section ? units - first : section, tile = rest / width;
+        return {last_first ? tiles - 1 - tile : tile, first + rest - tile * width};
+    }
+};
+
+constexpr int64_t kSectionBytes = int64_t{24} << 20;   // half of an H100's L2
+
+inline Order order_of(int tiles, int units, int64_t unit_bytes, bool last_first) {
+    const int64_t section = std::max<int64_t>(1, kSectionBytes / std::max<int64_t>(1, unit_bytes));
+    return {tiles, units, static_cast<int>(std::min<int64_t>(section, std::max(1, units))), last_first};
+}
+
+// --- tiles in shared memory ---
+
+// A tile of rows x D 16-bit elements lies in panels side by side, each with rows of 128 bytes (64 where D is no
+// multiple of 64), in the swizzle of that width: what tensor copies write and wgmma reads, and free of bank conflicts
+// for ldmatrix. Tiles begin at multiples of 1024 bytes.
+template <int D>
+struct Panels {
+    static_assert(D % 32 == 0);
+    static constexpr Swizzle swizzle = D % 64 == 0 ? Swizzle::bytes128 : Swizzle::bytes64;
+    static constexpr int width = device::swizzle_bytes(swizzle), columns = width / 2, count = D / columns;
+    static constexpr int chunks = width / 16;   // of 8 elements, in a row of a panel
+};
+
+template <int D>
+constexpr int tile_bytes(int rows) {
+    return rows * D * 2;
+}
+
+// The places of one lane's row: of chunk `chunk`, `further` rows below (a multiple of 8). Where half is 1, of the chunk
+// after an even one.
+template <int D, int rows>
+struct Cursor {
+    using P = Panels<D>;
+    uint32_t row, twist;
+
+    NANOCHAT_DEVICE Cursor(uint32_t tile, int r, int half = 0)
+        : row(tile + r * P::width),
+          twist(device::swizzled(r * P::width, P::swizzle) ^ static_cast<uint32_t>(r * P::width) ^
+                static_cast<uint32_t>(half << 4)) {}
+    NANOCHAT_DEVICE uint32_t operator()(int chunk, int further = 0) const {
+        return row + (chunk / P::chunks * rows + further) * P::width + (twist ^ (chunk % P::chunks << 4));
+    }
+};
+
+// Rows as ldmatrix_x4 wants them: of a left operand (or a transposed right one) from row `first` on, 16 rows, and of a
+// right operand, whose 16 columns are rows here.
+template <int D, int rows>
+NANOCHAT_DEVICE Cursor<D, rows> left_cursor(uint32_t tile, int first, int lane) {
+    return {tile, first + lane % 16, lane / 16};
+}
+template <int D, int rows>
+NANOCHAT_DEVICE Cursor<D, rows> right_cursor(uint32_t tile, int lane) {
+    return {tile, lane % 8 + lane / 16 * 8, lane / 8 % 2};
+}
+
+// Copies `rows` rows into a tile in the background, by `threads` threads: row r from row_address(r), of which the first
+// `D_given` elements exist, where r < count; all else becomes zero. row_address is asked for ascending rows,
+// rows_a_pass<D, threads> apart, and for addresses alone where there is no row.
+template <int D, int threads>
+constexpr int rows_a_pass = threads / Panels<D>::chunks;
+
+template <int D, int rows, int threads, class RowAddress>
+NANOCHAT_DEVICE void load_rows(uint32_t tile, RowAddress row_address, int count, int D_given) {
+    using P = Panels<D>;
+    constexpr int step = rows_a_pass<D, threads>;
+    static_assert(rows % step == 0);
+    const int thread = threadIdx.x, chunk = thread % P::chunks;
+    const Cursor<D, rows> cursor(tile, thread / P::chunks);
+#pragma unroll
+    for (int pass = 0; pass < rows / step; ++pass) {
+        const int r = thread / P::chunks + pass * step;
+        const auto* from = row_address(r);
+#pragma unroll
+        for (int panel = 0; panel < P::count; ++panel) {
+            const int column = panel * P::columns + chunk * 8;
+            const bool exists = r < count && column < D_given;
+            device::cp_async_16(cursor(panel * P::chunks + chunk, pass * step), from + column, exists ? 16 : 0);
+        }
+    }
+}
+
+// The rows of a matrix, for load_rows: one address that moves on, instead of one a pass.
+template <class T, int step>
+struct StridedRows {
+    const T* next;
+    int64_t stride;
+
+    NANOCHAT_DEVICE const T* operator()(int) {
+        const T* row = next;
+        next += step * stride;
+        return row;
+    }
+};
+template <int D, int threads, class T>
+NANOCHAT_DEVICE StridedRows<T, rows_a_pass<D, threads>> strided_rows(const T* first, int64_t stride) {
+    return {first + static_cast<int>(threadIdx.x) / Panels<D>::chunks * stride, stride};
+}
+
+// --- rows of a unit ---
+
+// Of a (B, T, H, D) tensor: row r is query r / pack of head r % pack of the unit.
+template <class T>
+struct PackedRows {
+    T* base;
+    int64_t t, h;
+    int pack;
+
+    NANOCHAT_DEVICE T* operator()(int row) const {
+        const int query = row / pack;
+        return base + query * t + (row - query * pack) * h;
+    }
+};
+
+struct Unit {
+    int batch, head, kv_head;   // head: the first
+};
+
+NANOCHAT_ANYWHERE Unit unit_of(int unit, int H, int Hkv, int pack) {
+    const int units_a_batch = H / pack, batch = unit / units_a_batch, head = (unit - batch * units_a_batch) * pack;
+    return {batch, head, head / (H / Hkv)};
+}
+
+template <class T>
+NANOCHAT_DEVICE PackedRows<T> packed_rows(T* tensor, const Strides& strides, const Unit& unit, int pack) {
+    return {tensor + unit.batch * strides.b + unit.head * strides.h, strides.t, strides.h, pack};
+}
+
+// A tile of rows of one unit; `a` has order, sight, pack, H and Hkv.
+struct RowTile {
+    Unit unit;
+    int number;         // of the unit
+    int first, count;   // the first row, and how many of the tile's rows exist
+    int all;            // rows of the unit
+
+    NANOCHAT_DEVICE int query(int row, int pack) const { return (first + row) / pack; }
+};
+
+template <class Arguments>
+NANOCHAT_DEVICE RowTile row_tile(const Arguments& a, const Order& order, int rows, int item) {
+    const Place place = order(item);
+    const int first = place.tile * rows, all = a.sight.Tq * a.pack;
+    return {unit_of(place.unit, a.H, a.Hkv, a.pack), place.unit, first, min(rows, all - first), all};
+}
+
+// --- products of a warp ---
+
+// Elements 4 n .. 4 n + 3 of an accumulator: a lane's part of columns 8 n to 8 n + 7.
+template <int count>
+NANOCHAT_DEVICE float (&fragment(float (&d)[count], int n))[4] {
+    return reinterpret_cast<float (&)[4]>(d[4 * n]);
+}
+
+// The accumulator's columns 16 k to 16 k + 15 as a left operand.
+template <class T, int count>
+NANOCHAT_DEVICE void to_left(uint32_t (&a)[4], const float (&d)[count], int k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = device::pack<T>(d[8 * k + 2 * i], d[8 * k + 2 * i + 1]);
+}
+
+// Stores 16 rows of sums, a warp's, as T: through rows first .. first + 15 of a tile, which are the warp's own, so that
+// each row leaves in accesses of 16 bytes. row_address(r): of the tile's row r; null where it does not exist.
+template <class T, int D, int rows, class RowAddress>
+NANOCHAT_DEVICE void store_rows(unsigned char* tile, const float (&sums)[D / 2], int first, int D_given,
+                                const RowAddress& row_address) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();   // other lanes may still read these rows
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const Cursor<D, rows> cursor(0, first + lane / 4 + 8 * h);
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            *reinterpret_cast<uint32_t*>(tile + cursor(n) + 4 * (lane % 4)) =
+                device::pack<T>(sums[4 * n + 2 * h], sums[4 * n + 2 * h + 1]);
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = lane; i < 2 * D; i += 32) {
+        const int row = first + i / (D / 8), chunk = i % (D / 8);
+        T* to = row_address(row);
+        if (!to || chunk * 8 >= D_given) continue;
+        *reinterpret_cast<uint4*>(to + chunk * 8) =
+            *reinterpret_cast<const uint4*>(tile + Cursor<D, rows>(0, row)(chunk));
+    }
+    __syncwarp();   // the rows may be written again
+}
+
+// --- the online softmax ---
+
+// Two rows of a thread, g and g + 8 of a warp's 16 with g = lane / 4, as accumulators hold them. Scores count in units
+// of 1 / scale, scale > 0, and exponents are of 2.
+struct Softmax {
+    float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+
+    // Turns scores into weights; shrink: what earlier sums are to be multiplied by.
+    template <int count>
+    NANOCHAT_DEVICE void step(float (&scores)[count], float scale, float (&shrink)[2]) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float highest = top[h];
+#pragma unroll
+            for (int i = 0; i < count; i += 4) {
+                highest = fmaxf(highest, fmaxf(scores[i + 2 * h], scores[i + 2 * h + 1]));
+            }
+            highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFF, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFF, highest, 2));
+            const float reference = highest == -INFINITY ? 0 : highest * scale;
+            shrink[h] = exp2_approx(top[h] * scale - reference);
+            top[h] = highest;
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < count; i += 4) {
+#pragma unroll
+                for (int j = i + 2 * h; j < i + 2 * h + 2; ++j) {
+                    scores[j] = exp2_approx(fmaf(scores[j], scale, -reference));
+                    sum += scores[j];
+                }
+            }
+            total[h] = total[h] * shrink[h] + sum;
+        }
+    }
+
+    // Once all keys have passed. inverse: the factor of what was summed; lse: base 2.
+    NANOCHAT_DEVICE void finish(float scale, float (&inverse)[2], float (&lse)[2]) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            total[h] += __shfl_xor_sync(0xFFFFFFFF, total[h], 1);
+            total[h] += __shfl_xor_sync(0xFFFFFFFF, total[h], 2);
+            inverse[h] = total[h] == 0 ? 0 : 1 / total[h];   // no key was seen; a NaN stays one
+            lse[h] = total[h] == 0 ? -INFINITY : top[h] * scale + log2f(total[h]);
+        }
+    }
+};
+
+// Multiplies an accumulator's rows.
+template <int count>
+NANOCHAT_DEVICE void scale_rows(float (&d)[count], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) d[i] *= factor[i / 2 % 2];
+}
+
+// Hides scores[i] of the keys that its row does not see. `first_key` is that of the lane's first column.
+template <int count>
+NANOCHAT_DEVICE void hide_keys(float (&scores)[count], int first_key, const Span (&visible)[2], float hidden) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        const int key = first_key + i / 4 * 8 + i % 2;
+        const Span& span = visible[i / 2 % 2];
+        if (key < span.begin || key >= span.end) scores[i] = hidden;
+    }
+}
+
+// The scale of the softmax, base 2. A negative one counts as positive scores of the opposite sign; none at all is the
+// smallest, so that a hidden score stays minus infinity.
+struct Scale {
+    float size;
+    bool negative;
+};
+inline Scale scale_of(double scale) {
+    const auto size = static_cast<float>(std::abs(scale) / std::log(2.0));
+    return {std::max(size, 1.17549435e-38f), scale < 0};
+}
+
+// --- the host's side ---
+
+constexpr int kCopiedRows = 64;
+
+// Of the kernels that take D.
+constexpr int tile_columns(int64_t D) { return D <= 64 ? 64 : D <= 96 ? 96 : 128; }
+
+// How many heads a unit has: those of a group. Tensor copies, which take 64 rows at a time, take whole groups or one
+// head.
+inline int packing(const AttentionShape& s, bool tensor_copies) {
+    const int group = static_cast<int>(s.H / s.Hkv);
+    return tensor_copies && kCopiedRows % group ? 1 : group;
+}
+
+// Positions, rows and blocks are counted in 32 bits.
+inline void require_shape(const char* op, const AttentionShape& s) {
+    require(s.D >= 8 && s.D <= 128 && s.D % 8 == 0, op, ": D is ", s.D, "; takes a multiple of 8 up to 128");
+    require((s.Tq + s.Tk) * (s.H / s.Hkv) < 1 << 30 && s.B * s.H < 1 << 30 &&
+                s.B * s.H * ((s.Tq + s.Tk) / 64 + 2) < INT32_MAX,
+            op, ": B is ", s.B, ", H ", s.H, ", Tq ", s.Tq, ", Tk ", s.Tk, "; takes fewer than 2^31 tiles of 64 rows");
+}
+
+namespace hopper {
+void forward(const AttentionForward&, const Device&, void* stream);
+}
+
+}   // namespace nanochat::cuda::attention

@@ -1,0 +1,356 @@
+// Attention backward with mma.sync (every GPU from sm_80 on), arXiv:2307.08691, in kernels that share no sums, so that
+// nothing is added atomically and the same inputs give the same bits:
+//
+//   rows      delta = rowsum(dO O), and the log-sum-exp base 2, of every row
+//   dK, dV    a block of threads owns keys and passes over the rows that see them:
+//             P^T = 2^(c K Q^T - lse), dV += P^T dO;  dS^T = P^T (V dO^T - delta), dK += dS^T Q
+//   dQ        another owns rows and passes over the keys that they see: dQ += dS K
+//
+// That makes seven products where five would do; the sums stay in registers, and transposing the first two products of
+// dK and dV makes P^T and dS^T left operands where they stand.
+#include "attention_backward.cuh"
+#include "packs.cuh"
+
+namespace nanochat::cuda::attention {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+
+// --- rows ---
+
+// Sixteen lanes take a row, 8 elements each; rows behind the last of a unit exist for the tiles that read them.
+constexpr int kRowLanes = 16, kRowsABlock = kThreads / kRowLanes;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(const __grid_constant__ Backward a, const T* out, const Strides out_strides, const float* lse) {
+    const int64_t place = int64_t{blockIdx.x} * kRowsABlock + threadIdx.x / kRowLanes;
+    const int unit_number = static_cast<int>(place / a.padded_rows), row = static_cast<int>(place % a.padded_rows);
+    const int column = threadIdx.x % kRowLanes * 8;
+    const Unit unit = unit_of(unit_number, a.H, a.Hkv, a.pack);
+    float sum = 0, own_lse = -INFINITY;
+    if (row < a.sight.Tq * a.pack) {
+        if (column < a.D) {
+            const auto x = load<8>(packed_rows(out, out_strides, unit, a.pack)(row) + column);
+            const auto y =
+                load<8>(packed_rows(static_cast<const T*>(a.dout), a.dout_strides, unit, a.pack)(row) + column);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum += element(x, i) * element(y, i);
+        }
+        const int query = row / a.pack, head = unit.head + row - query * a.pack;
+        own_lse = lse[(static_cast<int64_t>(unit.batch) * a.H + head) * a.sight.Tq + query];
+    }
+#pragma unroll
+    for (int distance = kRowLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, distance);
+    if (column == 0) {
+        a.lses[place] = own_lse == -INFINITY ? INFINITY : own_lse * kLog2e;
+        a.deltas[place] = sum;
+    }
+}
+
+template <class T>
+void prepare_rows(const AttentionBackward& a, const Backward& b, void* stream) {
+    const int64_t blocks = int64_t{b.units} * b.padded_rows / kRowsABlock;   // padded_rows is a multiple
+    device::launch("attention_backward", rows_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
+                   b, static_cast<const T*>(a.out), a.out_strides, static_cast<const float*>(a.lse));
+}
+
+// --- products of a warp ---
+
+// scores = left rows times all rows of `right`, over D.
+template <class T, int D, int count, int fragments, class Left, class Right>
+NANOCHAT_DEVICE void multiply(float (&scores)[fragments][count], const Left& left_rows, const Right& right_rows) {
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) scores[f][i] = 0;
+    }
+#pragma unroll 2   // all of it at once takes registers for loads far ahead
+    for (int d = 0; d < D / 16; ++d) {
+        uint32_t left[fragments][4];
+#pragma unroll
+        for (int f = 0; f < fragments; ++f) device::ldmatrix_x4(left[f], left_rows(2 * d, 16 * f));
+#pragma unroll
+        for (int n = 0; n < count / 4; n += 2) {
+            uint32_t right[4];
+            device::ldmatrix_x4(right, right_rows(2 * d, 8 * n));
+#pragma unroll
+            for (int f = 0; f < fragments; ++f) {
+                device::mma_m16n8k16<T>(fragment(scores[f], n), left[f], {right[0], right[1]});
+                device::mma_m16n8k16<T>(fragment(scores[f], n + 1), left[f], {right[2], right[3]});
+            }
+        }
+    }
+}
+
+// sums += weights, rounded to T, times the tile that `right_rows` reads transposed.
+template <class T, int D, int count, int fragments, class Right>
+NANOCHAT_DEVICE void add_product(float (&sums)[fragments][D / 2], const float (&weights)[fragments][count],
+                                 const Right& right_rows) {
+#pragma unroll
+    for (int s = 0; s < count / 8; ++s) {
+        uint32_t left[fragments][4];
+#pragma unroll
+        for (int f = 0; f < fragments; ++f) to_left<T>(left[f], weights[f], s);
+#pragma unroll
+        for (int n = 0; n < D / 8; n += 2) {
+            uint32_t right[4];
+            device::ldmatrix_x4_trans(right, right_rows(n, 16 * s));
+#pragma unroll
+            for (int f = 0; f < fragments; ++f) {
+                device::mma_m16n8k16<T>(fragment(sums[f], n), left[f], {right[0], right[1]});
+                device::mma_m16n8k16<T>(fragment(sums[f], n + 1), left[f], {right[2], right[3]});
+            }
+        }
+    }
+}
+
+// --- dK, dV ---
+
+// A block of threads owns 16 keys of each warp's fragments; `rows` pass by at a time, in two stages.
+template <int D_, int fragments_, int rows_>
+struct KeyTile {
+    static constexpr int D = D_, fragments = fragments_, keys = 16 * kWarps * fragments, rows = rows_;
+    static constexpr int k_bytes = tile_bytes<D>(keys), q_bytes = tile_bytes<D>(rows), stage_bytes = 2 * q_bytes;
+    static constexpr int row_numbers = 2 * rows;   // log-sum-exp and delta
+    static constexpr int shared_bytes = 1024 + 2 * k_bytes + 2 * stage_bytes + 2 * row_numbers * 4;
+};
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(kThreads, 2) attention_backward_keys_kernel(const __grid_constant__ Backward a) {
+    constexpr int D = Tile::D, keys = Tile::keys, rows = Tile::rows, fragments = Tile::fragments;
+    NANOCHAT_DYNAMIC_SHARED(shared);
+    const uint32_t start = device::shared_address(shared), tile_k = (start + 1023) & ~1023u;
+    const uint32_t tile_v = tile_k + Tile::k_bytes, stages = tile_v + Tile::k_bytes;
+    const uint32_t numbers = stages + 2 * Tile::stage_bytes;
+    const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * 16 * fragments;
+
+    const Place place = a.order(blockIdx.x);
+    const Unit unit = unit_of(place.unit, a.H, a.Hkv, a.pack);
+    const int first_key = place.tile * keys, key_count = min(keys, a.sight.Tk - first_key);
+    const Span queries = a.sight.queries(first_key, first_key + key_count - 1);
+    const Span tiles = {queries.begin * a.pack / rows, divide_up(queries.end * a.pack, rows)};
+    const Span full = a.sight.full_tiles(first_key, first_key + key_count - 1, a.pack, rows);
+
+    const auto q_rows = packed_rows(static_cast<const T*>(a.q), a.q_strides, unit, a.pack);
+    const auto dout_rows = packed_rows(static_cast<const T*>(a.dout), a.dout_strides, unit, a.pack);
+    const auto load_tile = [&](int tile) {
+        const int first = tile * rows, count = a.sight.Tq * a.pack - first;
+        const uint32_t stage = stages + tile % 2 * Tile::stage_bytes;
+        load_rows<D, rows, kThreads>(stage, [&](int r) { return q_rows(first + r); }, count, a.D);
+        load_rows<D, rows, kThreads>(stage + Tile::q_bytes, [&](int r) { return dout_rows(first + r); }, count, a.D);
+        const int i = threadIdx.x;
+        if (i < rows / 2) {
+            const float* from = i < rows / 4 ? a.lses : a.deltas;
+            device::cp_async_16(numbers + (tile % 2 * Tile::row_numbers + 4 * i) * 4,
+                                from + place.unit * int64_t{a.padded_rows} + first + i % (rows / 4) * 4);
+        }
+        device::cp_async_commit();
+    };
+
+    float dk[fragments][D / 2] = {}, dv[fragments][D / 2] = {};
+    if (tiles.begin < tiles.end) {
+        const T* k = static_cast<const T*>(a.k) + unit.batch * a.k_strides.b + unit.kv_head * a.k_strides.h;
+        const T* v = static_cast<const T*>(a.v) + unit.batch * a.v_strides.b + unit.kv_head * a.v_strides.h;
+        load_rows<D, keys, kThreads>(tile_k, strided_rows<D, kThreads>(k + first_key * a.k_strides.t, a.k_strides.t),
+                                     key_count, a.D);
+        load_rows<D, keys, kThreads>(tile_v, strided_rows<D, kThreads>(v + first_key * a.v_strides.t, a.v_strides.t),
+                                     key_count, a.D);
+        load_tile(tiles.begin);
+    }
+    const auto k_left = left_cursor<D, keys>(tile_k, warp_key, lane);
+    const auto v_left = left_cursor<D, keys>(tile_v, warp_key, lane);
+#pragma unroll 1
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+        device::cp_async_wait<0>();
+        __syncthreads();   // this tile has landed, and nobody reads the last one any more
+        if (tile + 1 < tiles.end) load_tile(tile + 1);
+        const uint32_t tile_q = stages + tile % 2 * Tile::stage_bytes, tile_dout = tile_q + Tile::q_bytes;
+        const auto* lses = reinterpret_cast<const float*>(shared + (numbers - start)) + tile % 2 * Tile::row_numbers;
+        const float* deltas = lses + rows;
+
+        float p[fragments][rows / 2], ds[fragments][rows / 2];
+        multiply<T, D>(p, k_left, right_cursor<D, rows>(tile_q, lane));
+#pragma unroll
+        for (int i = 0; i < rows / 2; ++i) {
+            const float lse = lses[i / 4 * 8 + 2 * (lane % 4) + i % 2];
+#pragma unroll
+            for (int f = 0; f < fragments; ++f) p[f][i] = exp2_approx(fmaf(p[f][i], a.exponent_scale, -lse));
+        }
+        if (tile < full.begin || tile >= full.end) {
+#pragma unroll
+            for (int f = 0; f < fragments; ++f) {
+                hide_rows(p[f], a.sight, tile * rows + 2 * (lane % 4), a.pack,
+                          first_key + warp_key + 16 * f + lane / 4);
+            }
+        }
+        multiply<T, D>(ds, v_left, right_cursor<D, rows>(tile_dout, lane));
+#pragma unroll
+        for (int i = 0; i < rows / 2; ++i) {
+            const float delta = deltas[i / 4 * 8 + 2 * (lane % 4) + i % 2];
+#pragma unroll
+            for (int f = 0; f < fragments; ++f) ds[f][i] = p[f][i] * (ds[f][i] - delta);
+        }
+        add_product<T, D>(dv, p, left_cursor<D, rows>(tile_dout, 0, lane));
+        add_product<T, D>(dk, ds, left_cursor<D, rows>(tile_q, 0, lane));
+    }
+
+    const Place again = a.order(device::opaque(blockIdx.x));
+    const Unit owner = unit_of(again.unit, a.H, a.Hkv, a.pack);
+    const auto store = [&](const float (&sums)[D / 2], uint32_t tile, int f, void* tensor, const Strides& strides) {
+        T* first = static_cast<T*>(tensor) + owner.batch * strides.b + owner.kv_head * strides.h +
+                   again.tile * keys * strides.t;
+        store_rows<T, D, keys>(shared + (tile - start), sums, warp_key + 16 * f, a.D, [&](int r) {
+            return again.tile * keys + r < a.sight.Tk ? first + r * strides.t : nullptr;
+        });
+    };
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {   // through the warp's own rows of K and V
+        const float scale[2] = {a.scale, a.scale};
+        scale_rows(dk[f], scale);
+        store(dk[f], tile_k, f, a.dk, a.dk_strides);
+        store(dv[f], tile_v, f, a.dv, a.dv_strides);
+    }
+}
+
+// --- dQ ---
+
+template <int D_, int fragments_, int keys_>
+struct QueryTile {
+    static constexpr int D = D_, fragments = fragments_, rows = 16 * kWarps * fragments, keys = keys_;
+    static constexpr int q_bytes = tile_bytes<D>(rows), k_bytes = tile_bytes<D>(keys), stage_bytes = 2 * k_bytes;
+    static constexpr int shared_bytes = 1024 + 2 * q_bytes + 2 * stage_bytes;
+};
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(kThreads, 2) attention_backward_rows_kernel(const __grid_constant__ Backward a) {
+    constexpr int D = Tile::D, keys = Tile::keys, rows = Tile::rows, fragments = Tile::fragments;
+    NANOCHAT_DYNAMIC_SHARED(shared);
+    const uint32_t start = device::shared_address(shared), tile_q = (start + 1023) & ~1023u;
+    const uint32_t tile_dout = tile_q + Tile::q_bytes, stages = tile_dout + Tile::q_bytes;
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * fragments;
+
+    const RowTile tile = row_tile(a, a.row_order, rows, blockIdx.x);
+    const Unit& unit = tile.unit;
+    const int first = tile.first, first_query = tile.query(0, a.pack), last_query = tile.query(tile.count - 1, a.pack);
+    const Span seen = a.sight.keys(first_query, last_query), full = a.sight.full_blocks(first_query, last_query, keys);
+    const Span blocks = {seen.begin / keys, divide_up(seen.end, keys)};
+
+    const T* k = static_cast<const T*>(a.k) + unit.batch * a.k_strides.b + unit.kv_head * a.k_strides.h;
+    const T* v = static_cast<const T*>(a.v) + unit.batch * a.v_strides.b + unit.kv_head * a.v_strides.h;
+    const auto load_block = [&](int block) {
+        const int key = block * keys, key_count = a.sight.Tk - key;
+        const uint32_t stage = stages + block % 2 * Tile::stage_bytes;
+        load_rows<D, keys, kThreads>(stage, strided_rows<D, kThreads>(k + key * a.k_strides.t, a.k_strides.t),
+                                     key_count, a.D);
+        load_rows<D, keys, kThreads>(stage + Tile::k_bytes,
+                                     strided_rows<D, kThreads>(v + key * a.v_strides.t, a.v_strides.t), key_count, a.D);
+        device::cp_async_commit();
+    };
+
+    float dq[fragments][D / 2] = {}, lse[fragments][2], delta[fragments][2];
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int64_t row = tile.number * int64_t{a.padded_rows} + first + warp_row + 16 * f + lane / 4 + 8 * h;
+            lse[f][h] = a.lses[row];
+            delta[f][h] = a.deltas[row];
+        }
+    }
+    if (blocks.begin < blocks.end) {
+        const auto q_rows = packed_rows(static_cast<const T*>(a.q), a.q_strides, unit, a.pack);
+        const auto dout_rows = packed_rows(static_cast<const T*>(a.dout), a.dout_strides, unit, a.pack);
+        load_rows<D, rows, kThreads>(tile_q, [&](int r) { return q_rows(first + r); }, tile.count, a.D);
+        load_rows<D, rows, kThreads>(tile_dout, [&](int r) { return dout_rows(first + r); }, tile.count, a.D);
+        load_block(blocks.begin);
+    }
+    const auto q_left = left_cursor<D, rows>(tile_q, warp_row, lane);
+    const auto dout_left = left_cursor<D, rows>(tile_dout, warp_row, lane);
+#pragma unroll 1
+    for (int block = blocks.begin; block < blocks.end; ++block) {
+        device::cp_async_wait<0>();
+        __syncthreads();   // this block has landed, and nobody reads the last one any more
+        if (block + 1 < blocks.end) load_block(block + 1);
+        const uint32_t stage = stages + block % 2 * Tile::stage_bytes;
+
+        float p[fragments][keys / 2], ds[fragments][keys / 2];
+        multiply<T, D>(p, q_left, right_cursor<D, keys>(stage, lane));
+        const bool border = block < full.begin || block >= full.end;
+#pragma unroll
+        for (int f = 0; f < fragments; ++f) {
+#pragma unroll
+            for (int i = 0; i < keys / 2; ++i) {
+                p[f][i] = exp2_approx(fmaf(p[f][i], a.exponent_scale, -lse[f][i / 2 % 2]));
+            }
+            if (border) {
+                const int row = device::opaque(first) + warp_row + 16 * f + lane / 4;
+                const Span visible[2] = {a.sight.keys(row / a.pack), a.sight.keys((row + 8) / a.pack)};
+                hide_keys(p[f], block * keys + 2 * (lane % 4), visible, 0);
+            }
+        }
+        multiply<T, D>(ds, dout_left, right_cursor<D, keys>(stage + Tile::k_bytes, lane));
+#pragma unroll
+        for (int f = 0; f < fragments; ++f) {
+#pragma unroll
+            for (int i = 0; i < keys / 2; ++i) ds[f][i] = p[f][i] * (ds[f][i] - delta[f][i / 2 % 2]);
+        }
+        add_product<T, D>(dq, ds, left_cursor<D, keys>(stage, 0, lane));
+    }
+
+    const RowTile again = row_tile(a, a.row_order, rows, device::opaque(blockIdx.x));
+    const auto dq_rows = packed_rows(static_cast<T*>(a.dq), a.dq_strides, again.unit, a.pack);
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {   // through the warp's own rows of Q
+        const float scale[2] = {a.scale, a.scale};
+        scale_rows(dq[f], scale);
+        store_rows<T, D, rows>(shared + (tile_q - start), dq[f], warp_row + 16 * f, a.D,
+                               [&](int r) { return r < again.count ? dq_rows(again.first + r) : nullptr; });
+    }
+}
+
+// --- choice and launch ---
+
+template <class T, class Keys, class Rows>
+void launch(Backward a, void* stream) {
+    const int units = a.units, rows = a.sight.Tq * a.pack;
+    a.order = order_of(divide_up(a.sight.Tk, Keys::keys), units, a.unit_bytes, false);   // the first keys are seen most
+    a.row_order = order_of(divide_up(rows, Rows::rows), units, a.unit_bytes, a.sight.causal);
+    device::launch("attention_backward", attention_backward_keys_kernel<T, Keys>,
+                   dim3(static_cast<unsigned>(a.order.items())), dim3(kThreads), Keys::shared_bytes, stream, a);
+    device::launch("attention_backward", attention_backward_rows_kernel<T, Rows>,
+                   dim3(static_cast<unsigned>(a.row_order.items())), dim3(kThreads), Rows::shared_bytes, stream, a);
+}
+
+// What fits the registers of a thread, 255, beside the sums, and 99 KB of shared memory. Two fragments a warp halve the
+// reads of what passes by; where D leaves no room for that, more of it passes at a time.
+template <class T>
+void launch(const Backward& a, void* stream) {
+    const int D = tile_columns(a.D);
+    D == 64   ? launch<T, KeyTile<64, 2, 32>, QueryTile<64, 2, 64>>(a, stream)
+    : D == 96 ? launch<T, KeyTile<96, 1, 64>, QueryTile<96, 2, 32>>(a, stream)
+              : launch<T, KeyTile<128, 1, 64>, QueryTile<128, 2, 32>>(a, stream);
+}
+
+}   // namespace
+}   // namespace nanochat::cuda::attention
+
+namespace nanochat::cuda {
+
+int64_t attention_backward_workspace_bytes(const AttentionBackward& a, const Device& device) {
+    const attention::Packing packing = attention::packing_of(a.shape, device.hopper);
+    return 2 * int64_t{packing.units} * packing.padded_rows * 4;
+}
+
+void attention_backward(const AttentionBackward& a, const Device& device, void* workspace, void* stream) {
+    using namespace attention;
+    require_shape("attention_backward", a.shape);
+    if (a.shape.B == 0 || a.shape.Tq + a.shape.Tk == 0) return;
+    const Backward arguments = backward_arguments(a, device.hopper, static_cast<float*>(workspace));
+    const bool half = a.dtype == DType::float16;
+    half ? prepare_rows<float16>(a, arguments, stream) : prepare_rows<bfloat16>(a, arguments, stream);
+    if (device.hopper) return hopper::backward(a, arguments, device, stream);
+    half ? launch<float16>(arguments, stream) : launch<bfloat16>(arguments, stream);
+}
+
+}   // namespace nanochat::cuda

@@ -1,0 +1,86 @@
+// What the two backward paths of attention have in common: their arguments, and the numbers of each row.
+#pragma once
+
+#include "attention.cuh"
+
+namespace nanochat::cuda::attention {
+
+constexpr int kRowPadding = 128;   // rows of a unit end at a multiple of what the largest tile takes
+
+struct Backward {
+    const void *q, *k, *v, *dout;
+    void *dq, *dk, *dv;
+    Strides q_strides, k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides;
+    // (units, padded_rows) each. lses: base 2, infinity for a row that sees no key or does not exist, so that its
+    // weights are zero.
+    float *lses, *deltas;
+    Sight sight;
+    float scale, exponent_scale;   // of the scores; the same for exponents of 2
+    int H, Hkv, D, pack, units, padded_rows;
+    int64_t unit_bytes;       // of the keys and values that a unit passes over
+    Order order, row_order;   // of tiles of keys and of rows
+};
+
+struct Packing {
+    int pack, units, padded_rows;
+};
+
+inline Packing packing_of(const AttentionShape& s, bool hopper) {
+    const int pack = packing(s, hopper);
+    return {pack, static_cast<int>(s.B * s.H / pack),
+            divide_up(static_cast<int>(s.Tq) * pack, kRowPadding) * kRowPadding};
+}
+
+inline Backward backward_arguments(const AttentionBackward& a, bool hopper, float* workspace) {
+    const AttentionShape& s = a.shape;
+    const auto [pack, units, padded_rows] = packing_of(s, hopper);
+    Backward b = {};
+    b.q = a.q;
+    b.k = a.k;
+    b.v = a.v;
+    b.dout = a.dout;
+    b.dq = a.dq;
+    b.dk = a.dk;
+    b.dv = a.dv;
+    b.q_strides = a.q_strides;
+    b.k_strides = a.k_strides;
+    b.v_strides = a.v_strides;
+    b.dout_strides = a.dout_strides;
+    b.dq_strides = a.dq_strides;
+    b.dk_strides = a.dk_strides;
+    b.dv_strides = a.dv_strides;
+    b.lses = workspace;
+    b.deltas = workspace + int64_t{units} * padded_rows;
+    b.sight = sight_of(s);
+    b.scale = static_cast<float>(s.scale);
+    b.exponent_scale = static_cast<float>(s.scale / std::log(2.0));
+    b.H = static_cast<int>(s.H);
+    b.Hkv = static_cast<int>(s.Hkv);
+    b.D = static_cast<int>(s.D);
+    b.pack = pack;
+    b.units = units;
+    b.padded_rows = padded_rows;
+    b.unit_bytes = 4 * s.Tk * s.D;
+    return b;
+}
+
+// Sets p[i] to zero where its key does not see its row: an accumulator whose rows are keys, `key` and key + 8, and
+// whose columns are rows of a unit, the lane's first being `first_row`.
+template <int count>
+NANOCHAT_DEVICE void hide_rows(float (&p)[count], const Sight& sight, int first_row, int pack, int key) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+#pragma unroll
+        for (int j = i; j < i + 2; ++j) {
+            const Span visible = sight.keys((first_row + i * 2 + j - i) / pack);
+            if (key < visible.begin || key >= visible.end) p[j] = 0;
+            if (key + 8 < visible.begin || key + 8 >= visible.end) p[j + 2] = 0;
+        }
+    }
+}
+
+namespace hopper {
+void backward(const AttentionBackward&, const Backward&, const Device&, void* stream);
+}
+
+}   // namespace nanochat::cuda::attention

@@ -1,0 +1,208 @@
+// Attention forward on Hopper: tensor copies, wgmma, and the schedule of FlashAttention-3, arXiv:2407.08608. A consumer
+// starts the scores of the next keys before it multiplies the values of these, and weighs while both run.
+#include "attention_hopper.cuh"
+
+namespace nanochat::cuda::attention::hopper {
+namespace {
+
+// consumers: warpgroups that multiply, 64 rows each. registers: of a thread of theirs; the loader's get the rest.
+template <int D_, int consumers_, int keys_>
+struct Tile {
+    static constexpr int D = D_, consumers = consumers_, keys = keys_, stages = 2;
+    static constexpr int rows = kGroupRows * consumers, threads = kGroupThreads * (1 + consumers);
+    static constexpr int registers = consumers == 3 ? 160 : 240, loader_registers = consumers == 3 ? 32 : 24;
+    static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
+    static constexpr int tiles_bytes = 2 * consumers * group_bytes + 2 * stages * k_bytes;   // Q and O, K and V
+    static constexpr int shared_bytes = 1024 + tiles_bytes + Ring<1>::bytes + 2 * Ring<stages>::bytes;
+};
+
+struct Arguments {
+    void* out;
+    float* lse;
+    Strides out_strides;
+    Sight sight;
+    Scale scale;
+    int H, Hkv, D, pack;
+    Order order;
+};
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::threads, 1)
+    attention_forward_hopper_kernel(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                                    const __grid_constant__ TensorMap v_map, const __grid_constant__ Arguments a) {
+#ifdef NANOCHAT_HOPPER
+    constexpr int D = Tile::D, keys = Tile::keys, consumers = Tile::consumers, stages = Tile::stages;
+    NANOCHAT_DYNAMIC_SHARED(shared);
+    const uint32_t start = device::shared_address(shared), tile_q = (start + 1023) & ~1023u;
+    const uint32_t tile_out = tile_q + consumers * Tile::group_bytes;
+    const uint32_t tile_k = tile_out + consumers * Tile::group_bytes, tile_v = tile_k + stages * Tile::k_bytes;
+    const Ring<1> q_ring = {tile_q + Tile::tiles_bytes};
+    const Ring<stages> k_ring = {q_ring.barriers + Ring<1>::bytes}, v_ring = {k_ring.barriers + Ring<stages>::bytes};
+    const int group = threadIdx.x / kGroupThreads;
+    if (threadIdx.x == 0) {
+        q_ring.initialise(consumers);
+        k_ring.initialise(consumers);
+        v_ring.initialise(consumers);
+        device::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    // Of an item: its tile, and the blocks of keys that it passes over, from the last to the first.
+    const auto blocks_of = [&](const RowTile& tile) {
+        const Span seen = a.sight.keys(tile.query(0, a.pack), tile.query(tile.count - 1, a.pack));
+        return Span{seen.begin / keys, divide_up(seen.end, keys)};
+    };
+
+    if (group == 0) {
+        device::setmaxnreg_decrease<Tile::loader_registers>();
+        if (threadIdx.x != 0) return;
+        for (int item = blockIdx.x, turn = 0, n = 0; item < a.order.items(); item += gridDim.x) {
+            const RowTile tile = row_tile(a, a.order, Tile::rows, item);
+            const Span blocks = blocks_of(tile);
+            if (blocks.begin >= blocks.end) continue;
+            q_ring.start(turn, consumers * Tile::group_bytes);
+            for (int c = 0; c < consumers; ++c) {
+                load_panels<D, kGroupRows>(tile_q + c * Tile::group_bytes, q_map, q_ring.full(turn), tile.unit.head,
+                                           tile.query(c * kGroupRows, a.pack), tile.unit.batch);
+            }
+            ++turn;
+            for (int block = blocks.end - 1; block >= blocks.begin; --block, ++n) {
+                const int place = Ring<stages>::stage(n) * Tile::k_bytes;
+                k_ring.start(n, Tile::k_bytes);
+                load_panels<D, keys>(tile_k + place, k_map, k_ring.full(n), tile.unit.kv_head, block * keys,
+                                     tile.unit.batch);
+                v_ring.start(n, Tile::k_bytes);
+                load_panels<D, keys>(tile_v + place, v_map, v_ring.full(n), tile.unit.kv_head, block * keys,
+                                     tile.unit.batch);
+            }
+        }
+        return;
+    }
+
+    device::setmaxnreg_increase<Tile::registers>();
+    const int consumer = group - 1, lane = threadIdx.x % 32, warp_row = threadIdx.x % kGroupThreads / 32 * 16;
+    const uint32_t own_q = tile_q + consumer * Tile::group_bytes;
+    unsigned char* const own_out = shared + (tile_out + consumer * Tile::group_bytes - start);
+    const Turns<consumers> turns(consumer);
+    for (int item = blockIdx.x, turn = 0, n = 0; item < a.order.items(); item += gridDim.x) {
+        const RowTile tile = row_tile(a, a.order, Tile::rows, item);
+        const Span blocks = blocks_of(tile);
+        // This consumer's rows may end before they begin.
+        const int first_row = consumer * kGroupRows, last_row = min(first_row + kGroupRows, tile.count) - 1;
+        const Span full = a.sight.full_blocks(tile.query(first_row, a.pack), tile.query(last_row, a.pack), keys);
+
+        float sums[D / 2], scores[keys / 2];
+        uint32_t weights[keys / 16][4];
+        Softmax softmax;
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) sums[i] = 0;
+        const auto weigh = [&](int block, float (&shrink)[2]) {
+            if (a.scale.negative) {
+                const float minus[2] = {-1, -1};
+                scale_rows(scores, minus);
+            }
+            if (block < full.begin || block >= full.end) {
+                const int row = device::opaque(first_row) + warp_row + lane / 4;
+                const Span visible[2] = {a.sight.keys(tile.query(row, a.pack)),
+                                         a.sight.keys(tile.query(row + 8, a.pack))};
+                hide_keys(scores, block * keys + 2 * (lane % 4), visible, -INFINITY);
+            }
+            softmax.step(scores, a.scale.size, shrink);
+        };
+        const auto place = [&](int number) { return Ring<stages>::stage(number) * Tile::k_bytes; };
+
+        if (blocks.begin < blocks.end) {
+            float shrink[2];
+            q_ring.wait(turn);
+            k_ring.wait(n);
+            turns.wait();
+            start_scores<T, D, keys>(scores, own_q, tile_k + place(n));
+            turns.pass();
+            finish<0>(scores);
+            k_ring.release(n);
+            weigh(blocks.end - 1, shrink);
+            all_to_left<T, keys>(weights, scores);
+#pragma unroll 1
+            for (int block = blocks.end - 2; block >= blocks.begin; --block, ++n) {
+                k_ring.wait(n + 1);
+                turns.wait();
+                start_scores<T, D, keys>(scores, own_q, tile_k + place(n + 1));
+                v_ring.wait(n);
+                start_sums<T, D, keys>(sums, weights, tile_v + place(n));
+                turns.pass();
+                finish<1>(scores);
+                k_ring.release(n + 1);
+                weigh(block, shrink);
+                finish<0>(sums);
+                v_ring.release(n);
+                scale_rows(sums, shrink);
+                all_to_left<T, keys>(weights, scores);
+            }
+            q_ring.release(turn++);
+            v_ring.wait(n);
+            start_sums<T, D, keys>(sums, weights, tile_v + place(n));
+            finish<0>(sums);
+            v_ring.release(n++);
+        }
+
+        float inverse[2], lse[2];
+        softmax.finish(a.scale.size, inverse, lse);
+        scale_rows(sums, inverse);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = first_row + warp_row + lane / 4 + 8 * h;
+            if (row >= tile.count || lane % 4 != 0) continue;
+            const int query = tile.query(row, a.pack), head = tile.unit.head + tile.first + row - query * a.pack;
+            a.lse[(static_cast<int64_t>(tile.unit.batch) * a.H + head) * a.sight.Tq + query] = lse[h] * kLn2;
+        }
+        const auto out_rows = packed_rows(static_cast<T*>(a.out), a.out_strides, tile.unit, a.pack);
+        store_rows<T, D, kGroupRows>(own_out, sums, warp_row, a.D, [&](int r) {
+            return first_row + r < tile.count ? out_rows(tile.first + first_row + r) : nullptr;
+        });
+    }
+#endif
+}
+
+template <class T, class Tile>
+void launch(const AttentionForward& f, Arguments a, const Device& device, void* stream) {
+    using P = Panels<Tile::D>;
+    const AttentionShape& s = f.shape;
+    const int units = static_cast<int>(s.B * s.H / a.pack), rows = static_cast<int>(s.Tq) * a.pack;
+    a.order = order_of(divide_up(rows, Tile::rows), units, 4 * s.Tk * s.D, a.sight.causal);
+    device::launch(
+        "attention_forward", attention_forward_hopper_kernel<T, Tile>,
+        dim3(static_cast<unsigned>(persistent_blocks(device, a.order))), dim3(Tile::threads), Tile::shared_bytes,
+        stream,
+        map_of(f.dtype, f.q, s.B, s.Tq, s.H, s.D, f.q_strides, P::columns, a.pack, kGroupRows / a.pack, P::swizzle),
+        map_of(f.dtype, f.k, s.B, s.Tk, s.Hkv, s.D, f.k_strides, P::columns, 1, Tile::keys, P::swizzle),
+        map_of(f.dtype, f.v, s.B, s.Tk, s.Hkv, s.D, f.v_strides, P::columns, 1, Tile::keys, P::swizzle), a);
+}
+
+// D 128: scores, sums and weights take 160 of two consumers' 240 registers. Smaller D leave room for three consumers.
+template <class T>
+void launch(const AttentionForward& f, const Arguments& a, const Device& device, void* stream) {
+    const int D = tile_columns(a.D);
+    D == 64   ? launch<T, Tile<64, 3, 128>>(f, a, device, stream)
+    : D == 96 ? launch<T, Tile<96, 2, 128>>(f, a, device, stream)
+              : launch<T, Tile<128, 2, 128>>(f, a, device, stream);
+}
+
+}   // namespace
+
+void forward(const AttentionForward& f, const Device& device, void* stream) {
+    const AttentionShape& s = f.shape;
+    const Arguments arguments = {f.out,
+                                 static_cast<float*>(f.lse),
+                                 f.out_strides,
+                                 sight_of(s),
+                                 scale_of(s.scale),
+                                 static_cast<int>(s.H),
+                                 static_cast<int>(s.Hkv),
+                                 static_cast<int>(s.D),
+                                 packing(s, true),
+                                 {}};
+    f.dtype == DType::float16 ? launch<float16>(f, arguments, device, stream)
+                              : launch<bfloat16>(f, arguments, device, stream);
+}
+
+}   // namespace nanochat::cuda::attention::hopper

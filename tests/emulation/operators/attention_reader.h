@@ -1,0 +1,27 @@
+// What both directions of attention take.
+#pragma once
+
+#include "reader.h"
+
+inline void read_strides(Reader& read, nanochat::Strides& strides) {
+    strides.b = read;
+    strides.t = read;
+    strides.h = read;
+}
+
+inline void read_shape(Reader& read, nanochat::AttentionShape& shape) {
+    shape.B = read;
+    shape.Tq = read;
+    shape.Tk = read;
+    shape.H = read;
+    shape.Hkv = read;
+    shape.D = read;
+    shape.causal = read;
+    shape.window = read;
+    shape.scale = read;
+}
+
+inline nanochat::cuda::Device read_device(Reader& read) {
+    const int64_t multiprocessors = read;
+    return {static_cast<int>(multiprocessors), read};
+}
