@@ -9,12 +9,11 @@
 // That makes seven products where five would do; the sums stay in registers, and transposing the first two products of
 // dK and dV makes P^T and dS^T left operands where they stand.
 #include "attention_backward.cuh"
+#include "attention_tiles.h"
 #include "packs.cuh"
 
 namespace nanochat::cuda::attention {
 namespace {
-
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
 
 // --- rows ---
 
@@ -106,15 +105,6 @@ NANOCHAT_DEVICE void add_product(float (&sums)[fragments][D / 2], const float (&
 }
 
 // --- dK, dV ---
-
-// A block of threads owns 16 keys of each warp's fragments; `rows` pass by at a time, in two stages.
-template <int D_, int fragments_, int rows_>
-struct KeyTile {
-    static constexpr int D = D_, fragments = fragments_, keys = 16 * kWarps * fragments, rows = rows_;
-    static constexpr int k_bytes = tile_bytes<D>(keys), q_bytes = tile_bytes<D>(rows), stage_bytes = 2 * q_bytes;
-    static constexpr int row_numbers = 2 * rows;   // log-sum-exp and delta
-    static constexpr int shared_bytes = 1024 + 2 * k_bytes + 2 * stage_bytes + 2 * row_numbers * 4;
-};
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) attention_backward_keys_kernel(const __grid_constant__ Backward a) {
@@ -215,13 +205,6 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_keys_kernel(co
 
 // --- dQ ---
 
-template <int D_, int fragments_, int keys_>
-struct QueryTile {
-    static constexpr int D = D_, fragments = fragments_, rows = 16 * kWarps * fragments, keys = keys_;
-    static constexpr int q_bytes = tile_bytes<D>(rows), k_bytes = tile_bytes<D>(keys), stage_bytes = 2 * k_bytes;
-    static constexpr int shared_bytes = 1024 + 2 * q_bytes + 2 * stage_bytes;
-};
-
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows_kernel(const __grid_constant__ Backward a) {
     constexpr int D = Tile::D, keys = Tile::keys, rows = Tile::rows, fragments = Tile::fragments;
@@ -313,23 +296,19 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows_kernel(co
 
 template <class T, class Keys, class Rows>
 void launch(Backward a, void* stream) {
-    const int units = a.units, rows = a.sight.Tq * a.pack;
-    a.order = order_of(divide_up(a.sight.Tk, Keys::keys), units, a.unit_bytes, false);   // the first keys are seen most
-    a.row_order = order_of(divide_up(rows, Rows::rows), units, a.unit_bytes, a.sight.causal);
+    const int rows = a.sight.Tq * a.pack;
+    a.order = order_of(divide_up(a.sight.Tk, Keys::keys), a.units, a.unit_bytes, false);   // the first are seen most
+    a.row_order = order_of(divide_up(rows, Rows::rows), a.units, a.unit_bytes, a.sight.causal);
     device::launch("attention_backward", attention_backward_keys_kernel<T, Keys>,
                    dim3(static_cast<unsigned>(a.order.items())), dim3(kThreads), Keys::shared_bytes, stream, a);
     device::launch("attention_backward", attention_backward_rows_kernel<T, Rows>,
                    dim3(static_cast<unsigned>(a.row_order.items())), dim3(kThreads), Rows::shared_bytes, stream, a);
 }
 
-// What fits the registers of a thread, 255, beside the sums, and 99 KB of shared memory. Two fragments a warp halve the
-// reads of what passes by; where D leaves no room for that, more of it passes at a time.
 template <class T>
 void launch(const Backward& a, void* stream) {
-    const int D = tile_columns(a.D);
-    D == 64   ? launch<T, KeyTile<64, 2, 32>, QueryTile<64, 2, 64>>(a, stream)
-    : D == 96 ? launch<T, KeyTile<96, 1, 64>, QueryTile<96, 2, 32>>(a, stream)
-              : launch<T, KeyTile<128, 1, 64>, QueryTile<128, 2, 32>>(a, stream);
+    choose_backward(tile_columns(a.D),
+                    [&](auto keys, auto rows) { launch<T, decltype(keys), decltype(rows)>(a, stream); });
 }
 
 }   // namespace

@@ -7,10 +7,6 @@
 namespace nanochat::cuda::attention::hopper {
 namespace {
 
-// Of registers a thread: two consumers share what the loader leaves.
-constexpr int kConsumers = 2, kThreads = kGroupThreads * (1 + kConsumers);
-constexpr int kRegisters = 240, kLoaderRegisters = 24;
-
 // p = 2^(p c - lse) of a pair of columns that a thread holds in two rows.
 template <int count, class Number>
 NANOCHAT_DEVICE void weigh(float (&p)[count], float exponent_scale, const Number& lse) {
@@ -25,38 +21,28 @@ NANOCHAT_DEVICE void differentiate(float (&ds)[count], const float (&p)[count], 
 
 // --- dK, dV ---
 
-// rows pass by at a time, in `stages` stages.
-template <int D_, int rows_, int stages_>
-struct KeyTile {
-    static constexpr int D = D_, keys = kGroupRows * kConsumers, rows = rows_, stages = stages_;
-    static constexpr int group_bytes = tile_bytes<D>(kGroupRows), q_bytes = tile_bytes<D>(rows);
-    static constexpr int number_bytes = rows * 4;   // of log-sum-exp or delta
-    static constexpr int tiles_bytes = 3 * kConsumers * group_bytes + 2 * stages * (q_bytes + number_bytes);
-    static constexpr int shared_bytes = 1024 + tiles_bytes + Ring<1>::bytes + 2 * Ring<stages>::bytes;
-};
-
 struct Maps {
     TensorMap q, k, v, dout, lses, deltas;
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Tile::threads, 1)
     attention_backward_keys_hopper_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Backward a) {
 #ifdef NANOCHAT_HOPPER
     constexpr int D = Tile::D, rows = Tile::rows, stages = Tile::stages;
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t start = device::shared_address(shared), tile_k = (start + 1023) & ~1023u;
-    const uint32_t tile_v = tile_k + kConsumers * Tile::group_bytes, tile_out = tile_v + kConsumers * Tile::group_bytes;
-    const uint32_t tile_q = tile_out + kConsumers * Tile::group_bytes, tile_dout = tile_q + stages * Tile::q_bytes;
+    const uint32_t tile_v = tile_k + Tile::consumers * Tile::group_bytes,
+                   tile_out = tile_v + Tile::consumers * Tile::group_bytes;
+    const uint32_t tile_q = tile_out + Tile::consumers * Tile::group_bytes, tile_dout = tile_q + stages * Tile::q_bytes;
     const uint32_t lses = tile_dout + stages * Tile::q_bytes, deltas = lses + stages * Tile::number_bytes;
     const Ring<1> key_ring = {tile_k + Tile::tiles_bytes};
-    const Ring<stages> q_ring = {key_ring.barriers + Ring<1>::bytes},
-                       dout_ring = {q_ring.barriers + Ring<stages>::bytes};
+    const Ring<stages> q_ring = {key_ring.barriers + ring_bytes(1)}, dout_ring = {q_ring.barriers + ring_bytes(stages)};
     const int group = threadIdx.x / kGroupThreads;
     if (threadIdx.x == 0) {
-        key_ring.initialise(kConsumers);
-        q_ring.initialise(kConsumers);
-        dout_ring.initialise(kConsumers);
+        key_ring.initialise(Tile::consumers);
+        q_ring.initialise(Tile::consumers);
+        dout_ring.initialise(Tile::consumers);
         device::fence_mbarrier_init();
     }
     __syncthreads();
@@ -69,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 
     if (group == 0) {
-        device::setmaxnreg_decrease<kLoaderRegisters>();
+        device::setmaxnreg_decrease<Tile::loader_registers>();
         if (threadIdx.x != 0) return;
         for (int item = blockIdx.x, turn = 0, n = 0; item < a.order.items(); item += gridDim.x) {
             const Place place = a.order(item);
@@ -77,8 +63,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int first_key = place.tile * Tile::keys;
             const Span tiles = tiles_of(first_key);
             if (tiles.begin >= tiles.end) continue;
-            key_ring.start(turn, 2 * kConsumers * Tile::group_bytes);
-            for (int c = 0; c < kConsumers; ++c) {
+            key_ring.start(turn, 2 * Tile::consumers * Tile::group_bytes);
+            for (int c = 0; c < Tile::consumers; ++c) {
                 const int key = first_key + c * kGroupRows;
                 load_panels<D, kGroupRows>(tile_k + c * Tile::group_bytes, maps.k, key_ring.full(turn), kv_head, key,
                                            batch);
@@ -104,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         return;
     }
 
-    device::setmaxnreg_increase<kRegisters>();
+    device::setmaxnreg_increase<Tile::registers>();
     const int consumer = group - 1, lane = threadIdx.x % 32, warp_key = threadIdx.x % kGroupThreads / 32 * 16;
     const uint32_t own_k = tile_k + consumer * Tile::group_bytes, own_v = tile_v + consumer * Tile::group_bytes;
     unsigned char* const own_out = shared + (tile_out + consumer * Tile::group_bytes - start);
@@ -173,31 +159,23 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // --- dQ ---
 
-template <int D_, int keys_>
-struct QueryTile {
-    static constexpr int D = D_, rows = kGroupRows * kConsumers, keys = keys_, stages = 2;
-    static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
-    static constexpr int tiles_bytes = 3 * kConsumers * group_bytes + 2 * stages * k_bytes;
-    static constexpr int shared_bytes = 1024 + tiles_bytes + Ring<1>::bytes + 2 * Ring<stages>::bytes;
-};
-
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Tile::threads, 1)
     attention_backward_rows_hopper_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Backward a) {
 #ifdef NANOCHAT_HOPPER
     constexpr int D = Tile::D, keys = Tile::keys, stages = Tile::stages;
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t start = device::shared_address(shared), tile_q = (start + 1023) & ~1023u;
-    const uint32_t tile_dout = tile_q + kConsumers * Tile::group_bytes;
-    const uint32_t tile_out = tile_dout + kConsumers * Tile::group_bytes;
-    const uint32_t tile_k = tile_out + kConsumers * Tile::group_bytes, tile_v = tile_k + stages * Tile::k_bytes;
+    const uint32_t tile_dout = tile_q + Tile::consumers * Tile::group_bytes;
+    const uint32_t tile_out = tile_dout + Tile::consumers * Tile::group_bytes;
+    const uint32_t tile_k = tile_out + Tile::consumers * Tile::group_bytes, tile_v = tile_k + stages * Tile::k_bytes;
     const Ring<1> row_ring = {tile_q + Tile::tiles_bytes};
-    const Ring<stages> k_ring = {row_ring.barriers + Ring<1>::bytes}, v_ring = {k_ring.barriers + Ring<stages>::bytes};
+    const Ring<stages> k_ring = {row_ring.barriers + ring_bytes(1)}, v_ring = {k_ring.barriers + ring_bytes(stages)};
     const int group = threadIdx.x / kGroupThreads;
     if (threadIdx.x == 0) {
-        row_ring.initialise(kConsumers);
-        k_ring.initialise(kConsumers);
-        v_ring.initialise(kConsumers);
+        row_ring.initialise(Tile::consumers);
+        k_ring.initialise(Tile::consumers);
+        v_ring.initialise(Tile::consumers);
         device::fence_mbarrier_init();
     }
     __syncthreads();
@@ -208,14 +186,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 
     if (group == 0) {
-        device::setmaxnreg_decrease<kLoaderRegisters>();
+        device::setmaxnreg_decrease<Tile::loader_registers>();
         if (threadIdx.x != 0) return;
         for (int item = blockIdx.x, turn = 0, n = 0; item < a.row_order.items(); item += gridDim.x) {
             const RowTile tile = row_tile(a, a.row_order, Tile::rows, item);
             const Span blocks = blocks_of(tile);
             if (blocks.begin >= blocks.end) continue;
-            row_ring.start(turn, 2 * kConsumers * Tile::group_bytes);
-            for (int c = 0; c < kConsumers; ++c) {
+            row_ring.start(turn, 2 * Tile::consumers * Tile::group_bytes);
+            for (int c = 0; c < Tile::consumers; ++c) {
                 const int query = tile.query(c * kGroupRows, a.pack);
                 load_panels<D, kGroupRows>(tile_q + c * Tile::group_bytes, maps.q, row_ring.full(turn), tile.unit.head,
                                            query, tile.unit.batch);
@@ -236,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         return;
     }
 
-    device::setmaxnreg_increase<kRegisters>();
+    device::setmaxnreg_increase<Tile::registers>();
     const int consumer = group - 1, lane = threadIdx.x % 32, warp_row = threadIdx.x % kGroupThreads / 32 * 16;
     const uint32_t own_q = tile_q + consumer * Tile::group_bytes, own_dout = tile_dout + consumer * Tile::group_bytes;
     unsigned char* const own_out = shared + (tile_out + consumer * Tile::group_bytes - start);
@@ -332,20 +310,17 @@ void launch(const AttentionBackward& f, Backward a, const Device& device, void* 
                            {},
                            {}};
     device::launch("attention_backward", attention_backward_keys_hopper_kernel<T, Keys>,
-                   dim3(static_cast<unsigned>(persistent_blocks(device, a.order))), dim3(kThreads), Keys::shared_bytes,
-                   stream, for_keys, a);
+                   dim3(static_cast<unsigned>(persistent_blocks(device, a.order))), dim3(Keys::threads),
+                   Keys::shared_bytes, stream, for_keys, a);
     device::launch("attention_backward", attention_backward_rows_hopper_kernel<T, Rows>,
-                   dim3(static_cast<unsigned>(persistent_blocks(device, a.row_order))), dim3(kThreads),
+                   dim3(static_cast<unsigned>(persistent_blocks(device, a.row_order))), dim3(Rows::threads),
                    Rows::shared_bytes, stream, for_rows, a);
 }
 
-// What the registers of a consumer's thread hold: two sums of D / 2, two scores of half of what passes by.
 template <class T>
 void launch(const AttentionBackward& f, const Backward& a, const Device& device, void* stream) {
-    const int D = tile_columns(a.D);
-    D == 64   ? launch<T, KeyTile<64, 64, 3>, QueryTile<64, 128>>(f, a, device, stream)
-    : D == 96 ? launch<T, KeyTile<96, 64, 3>, QueryTile<96, 128>>(f, a, device, stream)
-              : launch<T, KeyTile<128, 64, 3>, QueryTile<128, 128>>(f, a, device, stream);
+    choose_backward(tile_columns(a.D),
+                    [&](auto keys, auto rows) { launch<T, decltype(keys), decltype(rows)>(f, a, device, stream); });
 }
 
 }   // namespace

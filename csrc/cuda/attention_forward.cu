@@ -3,22 +3,10 @@
 // Four warps share a tile of rows; each keeps its scores, weights and sums in registers. A block of keys and values
 // arrives by cp.async while the one before is worked on. For few rows (a step of generation) the keys are split among
 // blocks of threads, whose parts a second kernel combines in a fixed order.
-#include "attention.cuh"
+#include "attention_tiles.h"
 
 namespace nanochat::cuda::attention {
 namespace {
-
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-
-// rows: of a tile, 16 a warp or 32, which halves the reads of keys and values from shared memory. blocks: that share a
-// multiprocessor, which bounds the registers of a thread.
-template <int D_, int rows_, int keys_, int blocks_>
-struct Tile {
-    static constexpr int D = D_, rows = rows_, keys = keys_, blocks = blocks_;
-    static constexpr int fragments = rows / (16 * kWarps);   // of 16 rows, a warp's
-    static constexpr int q_bytes = tile_bytes<D>(rows), k_bytes = tile_bytes<D>(keys), stage_bytes = 2 * k_bytes;
-    static constexpr int shared_bytes = 1024 + q_bytes + 2 * stage_bytes;
-};
 
 struct Arguments {
     const void *q, *k, *v;
@@ -251,20 +239,9 @@ void launch(const Arguments& a, void* stream) {
                    dim3(static_cast<unsigned>(divide_up(rows, kWarps))), dim3(kThreads), 0, stream, a);
 }
 
-// 128 rows: as many keys as the 255 registers of a thread hold scores of, beside the sums. 64 rows: as many as keep
-// the loads of two or three blocks, 64 KB, under way.
 template <class T>
 void launch(const Arguments& a, int rows, void* stream) {
-    const int D = tile_columns(a.D);
-    if (rows == 128) {
-        D == 64   ? launch<T, Tile<64, 128, 64, 2>>(a, stream)
-        : D == 96 ? launch<T, Tile<96, 128, 32, 2>>(a, stream)
-                  : launch<T, Tile<128, 128, 32, 2>>(a, stream);
-    } else {
-        D == 64   ? launch<T, Tile<64, 64, 64, 3>>(a, stream)
-        : D == 96 ? launch<T, Tile<96, 64, 64, 2>>(a, stream)
-                  : launch<T, Tile<128, 64, 64, 2>>(a, stream);
-    }
+    choose_forward(tile_columns(a.D), rows, [&](auto tile) { launch<T, decltype(tile)>(a, stream); });
 }
 
 }   // namespace

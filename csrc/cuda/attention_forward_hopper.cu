@@ -5,17 +5,6 @@
 namespace nanochat::cuda::attention::hopper {
 namespace {
 
-// consumers: warpgroups that multiply, 64 rows each. registers: of a thread of theirs; the loader's get the rest.
-template <int D_, int consumers_, int keys_>
-struct Tile {
-    static constexpr int D = D_, consumers = consumers_, keys = keys_, stages = 2;
-    static constexpr int rows = kGroupRows * consumers, threads = kGroupThreads * (1 + consumers);
-    static constexpr int registers = consumers == 3 ? 160 : 240, loader_registers = consumers == 3 ? 32 : 24;
-    static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
-    static constexpr int tiles_bytes = 2 * consumers * group_bytes + 2 * stages * k_bytes;   // Q and O, K and V
-    static constexpr int shared_bytes = 1024 + tiles_bytes + Ring<1>::bytes + 2 * Ring<stages>::bytes;
-};
-
 struct Arguments {
     void* out;
     float* lse;
@@ -37,7 +26,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     const uint32_t tile_out = tile_q + consumers * Tile::group_bytes;
     const uint32_t tile_k = tile_out + consumers * Tile::group_bytes, tile_v = tile_k + stages * Tile::k_bytes;
     const Ring<1> q_ring = {tile_q + Tile::tiles_bytes};
-    const Ring<stages> k_ring = {q_ring.barriers + Ring<1>::bytes}, v_ring = {k_ring.barriers + Ring<stages>::bytes};
+    const Ring<stages> k_ring = {q_ring.barriers + ring_bytes(1)}, v_ring = {k_ring.barriers + ring_bytes(stages)};
     const int group = threadIdx.x / kGroupThreads;
     if (threadIdx.x == 0) {
         q_ring.initialise(consumers);
@@ -178,13 +167,9 @@ void launch(const AttentionForward& f, Arguments a, const Device& device, void* 
         map_of(f.dtype, f.v, s.B, s.Tk, s.Hkv, s.D, f.v_strides, P::columns, 1, Tile::keys, P::swizzle), a);
 }
 
-// D 128: scores, sums and weights take 160 of two consumers' 240 registers. Smaller D leave room for three consumers.
 template <class T>
 void launch(const AttentionForward& f, const Arguments& a, const Device& device, void* stream) {
-    const int D = tile_columns(a.D);
-    D == 64   ? launch<T, Tile<64, 3, 128>>(f, a, device, stream)
-    : D == 96 ? launch<T, Tile<96, 2, 128>>(f, a, device, stream)
-              : launch<T, Tile<128, 2, 128>>(f, a, device, stream);
+    choose_forward(tile_columns(a.D), [&](auto tile) { launch<T, decltype(tile)>(f, a, device, stream); });
 }
 
 }   // namespace

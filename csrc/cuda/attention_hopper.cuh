@@ -3,15 +3,13 @@
 // order after another, so that loads for the next go on while the last is written out.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_tiles.h"
 #include "tensor_map.h"
 
 namespace nanochat::cuda::attention::hopper {
 
 using device::Major;
 using device::TensorMap;
-
-constexpr int kGroupThreads = 128, kGroupRows = 64;   // of a warpgroup; rows of a wgmma
 
 // --- copies ---
 
@@ -39,7 +37,6 @@ NANOCHAT_DEVICE void load_panels(uint32_t tile, const TensorMap& map, uint32_t b
 template <int stages>
 struct Ring {
     uint32_t barriers;
-    static constexpr int bytes = 16 * stages;
 
     NANOCHAT_DEVICE static int stage(int n) { return n % stages; }
     NANOCHAT_DEVICE uint32_t full(int n) const { return barriers + 16 * stage(n); }
