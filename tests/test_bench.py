@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanochat_native import ops
 from nanochat_native.bench import __main__ as cpu_bench
 from nanochat_native.bench import device, gpu, gpu_cases, gpu_run, measure, operators, record, step
+from nanochat_native.bench.attention import Problem, attention_case, instruction_set
 from nanochat_native.bench.gpu_cases import Entry
 from nanochat_native.bench.measure import Case, UnavailableError
-from nanochat_native.ops import native
+from nanochat_native.ops import native, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -405,3 +407,45 @@ def test_the_row_of_a_gpu(monkeypatch):
     assert (found["gbytes"], found["share_of_copy"]) == (2000.0, 0.5)
     assert (found["ours_peak_bytes"], found["theirs_launches"], found["sm_mhz"]) == (1000, None, 1980.0)
     assert record.table_parts(found)
+
+
+# --- attention ---
+
+
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, None), (True, None), (True, 0), (True, 7), (True, 40), (True, 100)]
+)
+@pytest.mark.parametrize("Tq", [0, 1, 13])
+def test_visible_pairs(causal, window, Tq):
+    problem = Problem(B=1, T=41, H=1, D=8, causal=causal, window=window, Tq=Tq)
+    assert problem.pairs == reference.attention_mask(Tq or 41, 41, causal, window).sum()
+    assert problem.flops("forward") + problem.flops("backward") == problem.flops("fwd+bwd") == 14 * 8 * problem.pairs
+
+
+@pytest.mark.parametrize("before", [None, "sm_90a"])
+def test_the_instruction_set_is_put_back(monkeypatch, before):
+    monkeypatch.delenv("NANOCHAT_CUDA_ISA", raising=False)
+    if before:
+        monkeypatch.setenv("NANOCHAT_CUDA_ISA", before)
+    with instruction_set("sm_80"):
+        assert os.environ["NANOCHAT_CUDA_ISA"] == "sm_80"
+    assert os.environ.get("NANOCHAT_CUDA_ISA") == before
+    with instruction_set(""):
+        assert os.environ.get("NANOCHAT_CUDA_ISA") == before
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "fwd+bwd"])
+def test_wrong_attention_is_not_timed(monkeypatch, direction):
+    problem = Problem(B=2, T=40, H=4, Hkv=2, D=16, window=9)
+    case = attention_case(problem, direction, opponent="SDPA", dtype=torch.float32, floor=1.0, name=direction)
+    case.check()
+    monkeypatch.setattr(ops, "attention", lambda q, k, v, **_: reference.attention(q, k, v))
+    wrong = attention_case(problem, direction, opponent="SDPA", dtype=torch.float32, floor=1.0, name=direction)
+    with pytest.raises(AssertionError, match="relative error"):
+        wrong.check()
+
+
+def test_an_opponent_that_does_not_work_is_named():
+    problem = Problem(B=1, T=16, H=2, D=16)
+    with pytest.raises(UnavailableError, match="cuDNN: RuntimeError"):
+        attention_case(problem, "forward", opponent="cuDNN", dtype=torch.bfloat16, floor=0.0, name="")

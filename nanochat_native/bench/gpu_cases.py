@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from nanochat_native import ops
+from nanochat_native.bench.attention import Problem, attention_case
 from nanochat_native.bench.measure import Case, assert_close
 from nanochat_native.bench.operators import adamw_case, linear_cross_entropy_case, muon_case
+from nanochat_native.bench.plain import PlainGPT
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.optim import setup_optimizers
 
@@ -81,6 +83,46 @@ def optimizer_phase_case(depth: int, vocabulary: int, floor: float, *, name: str
     )
 
 
+def model_case(depth: int, T: int, B: int, vocabulary: int, floor: float, *, name: str, device: torch.device) -> Case:
+    """Forward and backward of the whole model in bfloat16, ours and in torch's own calls."""
+    config = GPTConfig.from_depth(depth, vocab_size=vocabulary, sequence_len=T)
+    with device:
+        ours_model, theirs_model = GPT(config), PlainGPT(config)
+    generator = torch.Generator(device).manual_seed(depth)
+    with torch.no_grad():
+        for mine, other in zip(ours_model.parameters(), theirs_model.parameters(), strict=True):
+            other.copy_(mine.normal_(0, 0.02, generator=generator))
+    tokens = torch.randint(0, vocabulary, (B, T + 1), generator=generator, device=device)
+    idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def run(model: torch.nn.Module) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss: Tensor = model(idx, targets)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss.detach()
+
+    def check() -> None:
+        assert_close("loss", run(ours_model), run(theirs_model), 1e-3)
+        for (parameter, mine), other in zip(ours_model.named_parameters(), theirs_model.parameters(), strict=True):
+            assert mine.grad is not None
+            assert other.grad is not None
+            assert_close(f"gradient of {parameter}", mine.grad, other.grad, 6e-2)
+
+    return Case(
+        "model fwd+bwd",
+        name,
+        lambda: run(ours_model),
+        lambda: run(theirs_model),
+        "model in torch's calls",
+        check,
+        floor,
+        flops=float(ours_model.estimate_flops() * B * T),
+        saves_memory=True,
+        saves_launches=True,
+    )
+
+
 def short(number: int) -> str:
     return f"{number / 1e6:.0f}M" if number >= 1_000_000 else f"{number / 1e3:.0f}K"
 
@@ -110,6 +152,26 @@ def loss_entry(N: int, C: int, vocabulary: int, compiler: str | None = None) -> 
     return Entry("linear_cross_entropy", name, ("linear_cross_entropy",), make)
 
 
+def attention_entries(
+    problem: Problem, floors: dict[str, float], directions: Sequence[str] = ("forward", "backward"), isa: str = ""
+) -> list[Entry]:
+    """One for each direction and opponent; `floors` by opponent."""
+    found = []
+    for direction in directions:
+        for opponent, floor in floors.items():
+            name = f"{problem}, {opponent}" + (f", {isa}" if isa else "")
+            options: dict[str, Any] = {"opponent": opponent, "dtype": torch.bfloat16, "floor": floor, "isa": isa}
+            make = partial(attention_case, problem, direction, name=name, **options)
+            found.append(Entry(f"attention {direction}", name, ("attention",), make))
+    return found
+
+
+def model_entry(depth: int, T: int, B: int, vocabulary: int) -> Entry:
+    name = f"d{depth} T {T} B {B} V {vocabulary} bf16"
+    make = partial(model_case, depth, T, B, vocabulary, floor=1.0, name=name)
+    return Entry("model fwd+bwd", name, ("attention", "linear_cross_entropy"), make)
+
+
 def phase_entry(depth: int, vocabulary: int) -> Entry:
     name = f"d{depth} V {vocabulary}, Muon and AdamW"
     make = partial(optimizer_phase_case, depth, vocabulary, floor=0.0, name=name)
@@ -126,12 +188,41 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
     if device_type == "cpu":
         many = nanochat_shapes(16, 3, 64)
         return [
+            *attention_entries(Problem(B=1, T=96, H=2, Hkv=1, D=16), {"SDPA": 1.0}),
+            *attention_entries(Problem(B=1, T=96, H=2, D=16, window=20), {"SDPA": 1.0}, ["fwd+bwd"]),
+            *attention_entries(Problem(B=2, T=96, H=2, Hkv=1, D=16, Tq=1), {"SDPA": 1.0}, ["forward"]),
+            model_entry(1, 32, 2, 64),
             adamw_entry(many, f32, f32, 1.0),
             adamw_entry(many, bf16, f32, 0.6),
             muon_entry(4, 48, 32),
             loss_entry(64, 32, 128),
             phase_entry(1, 64),
             loss_entry(64, 32, 128, compiler="eager"),
+        ]
+    windowed = Problem(B=16, T=2048, H=10, D=128, window=512)  # three of four layers of nanochat's d20
+    large = Problem(B=4, T=4096, H=16, D=128)
+    libraries = {"FLASH": 1.0, "cuDNN": 0.0}
+    if quick:
+        attention = [
+            *attention_entries(windowed, {"FLASH": 1.0}),
+            *attention_entries(large, {"FLASH": 1.0}),
+        ]
+    else:
+        attention = [
+            *attention_entries(windowed, {"FLASH": 1.0, "FlexAttention": 1.0}),
+            *attention_entries(large, libraries),
+            *attention_entries(Problem(B=2, T=8192, H=16, D=128), libraries),
+            *attention_entries(Problem(B=4, T=4096, H=16, D=64), libraries),
+            *attention_entries(Problem(B=4, T=4096, H=32, Hkv=4, D=128), libraries),
+            model_entry(12, 2048, 16, 65536),
+            *attention_entries(large, {"FLASH": 1.0}, isa="sm_80"),
+            *attention_entries(Problem(B=32, T=8192, H=32, Hkv=4, D=128, Tq=1), {"FLASH": 1.0}, ["forward"]),
+            *attention_entries(Problem(B=4, T=4096, H=16, D=128, causal=False), libraries),
+            *attention_entries(Problem(B=32, T=512, H=16, D=128), libraries),
+            *attention_entries(Problem(B=16, T=1024, H=16, D=128), libraries),
+            *attention_entries(Problem(B=8, T=2048, H=16, D=128), libraries),
+            *attention_entries(Problem(B=1, T=16384, H=16, D=128), libraries),
+            *attention_entries(large, {"FlexAttention": 0.0}),
         ]
     one, many = [(100_000_000,)], nanochat_shapes(384, 33, 54_272)
     chosen = [
@@ -141,6 +232,7 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
     ]
     if quick:
         return [
+            *attention,
             *chosen,
             loss_entry(8192, 1280, 32768),
             phase_entry(12, 65536),
@@ -148,6 +240,7 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
         ]
     return [
         *chosen,
+        *attention,
         loss_entry(65536, 1280, 65536),
         phase_entry(12, 65536),
         adamw_entry(one, f32, f32, 1.0),

@@ -8,56 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_native import ops
+from nanochat_native.bench.attention import EXACT, Problem, attention_case
 from nanochat_native.bench.measure import Case, UnavailableError, assert_close
 from nanochat_native.bench.plain import newton_schulz_by_mm
 from nanochat_native.ops import reference
-
-EXACT = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-
-def attention_case(T: int, *, window: int | None, dtype: torch.dtype, floor: float) -> Case:
-    """Causal attention, forward and backward, B 4, H 6, D 64; SDPA gets its own layout (B, H, T, D), contiguous."""
-    B, H, D = 4, 6, 64
-    generator = torch.Generator().manual_seed(T)
-    q, k, v, g = (torch.randn(B, T, H, D, generator=generator, dtype=torch.float32).to(dtype) for _ in range(4))
-    ours_inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    sdpa_inputs = [x.transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
-    sdpa_g = g.transpose(1, 2).contiguous()
-    mask = None
-    if window is not None:
-        distance = torch.arange(T)[:, None] - torch.arange(T)[None, :]
-        mask = (distance >= 0) & (distance <= window)
-
-    def ours() -> tuple[Tensor, ...]:
-        query, key, value = ours_inputs
-        out = ops.attention(query, key, value, window=window)
-        return out, *torch.autograd.grad(out, ours_inputs, g)
-
-    def theirs() -> tuple[Tensor, ...]:
-        query, key, value = sdpa_inputs
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-        return out, *torch.autograd.grad(out, sdpa_inputs, sdpa_g)
-
-    def check() -> None:
-        exact_inputs = [x[:1].double().requires_grad_() for x in (q, k, v)]
-        exact = reference.attention(*exact_inputs, window=window)
-        exact_all = (exact, *torch.autograd.grad(exact, exact_inputs, g[:1].double()))
-        for name, x, expected in zip(("out", "dq", "dk", "dv"), ours(), exact_all, strict=True):
-            assert_close(f"attention {name}", x[:1], expected, EXACT[dtype])
-
-    span = T if window is None else window + 1
-    pairs = span * (span + 1) // 2 + (T - span) * span
-    label = f"T {T}" + ("" if window is None else f" window {window}") + f" {str(dtype).removeprefix('torch.')}"
-    return Case(
-        "attention fwd+bwd",
-        label,
-        ours,
-        theirs,
-        "SDPA" if mask is None else "SDPA, masked",
-        check,
-        floor,
-        flops=14 * B * H * D * pairs,
-    )
 
 
 def newton_schulz_case(rows: int, columns: int, floor: float) -> Case:
@@ -280,12 +234,18 @@ def linear_cross_entropy_case(
 def cases() -> Iterator[Callable[[], Case]]:
     """Each case's maker, so that only one case's tensors exist at a time."""
     f32, bf16 = torch.float32, torch.bfloat16
-    yield partial(attention_case, 512, window=None, dtype=f32, floor=1.7)
-    yield partial(attention_case, 1024, window=None, dtype=f32, floor=1.4)
-    yield partial(attention_case, 2048, window=None, dtype=f32, floor=1.25)
-    yield partial(attention_case, 1024, window=256, dtype=f32, floor=3.0)
-    yield partial(attention_case, 2048, window=512, dtype=f32, floor=3.0)
-    yield partial(attention_case, 1024, window=None, dtype=bf16, floor=5.0)
+    for T, window, dtype, floor in (
+        (512, None, f32, 1.7),
+        (1024, None, f32, 1.4),
+        (2048, None, f32, 1.25),
+        (1024, 256, f32, 3.0),
+        (2048, 512, f32, 3.0),
+        (1024, None, bf16, 5.0),
+    ):
+        label = f"T {T}" + ("" if window is None else f" window {window}") + f" {str(dtype).removeprefix('torch.')}"
+        problem = Problem(B=4, T=T, H=6, D=64, window=window)
+        opponent = "SDPA" if window is None else "SDPA, masked"
+        yield partial(attention_case, problem, "fwd+bwd", opponent=opponent, dtype=dtype, floor=floor, name=label)
     yield partial(newton_schulz_case, 768, 768, floor=1.25)
     yield partial(newton_schulz_case, 3072, 768, floor=1.8)
     yield partial(adamw_case, f32, f32, floor=0.95, name="50M float32, moments float32")

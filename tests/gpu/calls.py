@@ -85,7 +85,38 @@ def loss(device, small=False, dtype=F32, V=50257):
     return Call(("linear_cross_entropy",), [x, weight, targets], run, same_bits=False)
 
 
+def attention(device, small=False, B=2, T=777, H=4, Hkv=4, D=64, **options):
+    T = 150 if small else T
+    shapes = [(B, T, H, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, H, D)]
+
+    def run(tensors):
+        *qkv, dout = tensors
+        qkv = [tensor.detach().requires_grad_() for tensor in qkv]
+        out = ops.attention(*qkv, **options)
+        return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
+
+    return Call(("attention",), [torch.randn(shape, device=device).to(BF16) for shape in shapes], run)
+
+
+def decoding(device, small=False):
+    B, Tk, H, Hkv, D = 4, 300 if small else 5000, 8, 2, 128
+    q, k, v = (torch.randn(B, T, heads, D, device=device).to(BF16) for T, heads in ((2, H), (Tk, Hkv), (Tk, Hkv)))
+    lengths = torch.tensor([Tk, 1, Tk // 3, 0], device=device)
+
+    def run(tensors):
+        q, k, v, lengths = tensors
+        return [ops.attention(q, k, v, lengths=lengths)]
+
+    return Call(("attention",), [q, k, v, lengths], run)
+
+
 CALLS = {
+    "attention causal": attention,
+    "attention window, grouped heads": lambda device, small=False: attention(
+        device, small, H=8, Hkv=2, D=128, window=100
+    ),
+    "attention full, group of 3": lambda device, small=False: attention(device, small, H=6, Hkv=2, D=96, causal=False),
+    "attention decoding": decoding,
     "adamw_ float32": adamw,
     "adamw_ bfloat16": lambda device, small=False: adamw(device, small, BF16, cautious=True),
     "adamw_ bfloat16 rounded": lambda device, small=False: adamw(device, small, BF16, BF16, stochastic_rounding=True),

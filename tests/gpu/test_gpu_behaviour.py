@@ -38,7 +38,7 @@ def assert_equal(ours, theirs):
 
 
 def test_the_module_has_the_kernels(cuda):
-    for operator in ("adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"):
+    for operator in ("attention", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"):
         assert ops.serves(operator, cuda) == ("native", "kernel built")
 
 
@@ -251,7 +251,7 @@ def test_tensors_of_another_device_than_the_current_one(cuda, require_native, na
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(cuda, require_native, tool):
-    require_native("adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
+    require_native("attention", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         pytest.skip("compute-sanitizer was not found")
