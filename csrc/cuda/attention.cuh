@@ -146,12 +146,12 @@ NANOCHAT_DEVICE Cursor<D, rows> right_cursor(uint32_t tile, int lane) {
     return {tile, lane % 8 + lane / 16 * 8, lane / 8 % 2};
 }
 
-// Copies `rows` rows into a tile in the background, by `threads` threads: row r from row_address(r), of which the first
-// `D_given` elements exist, where r < count; all else becomes zero. row_address is asked for ascending rows,
-// rows_a_pass<D, threads> apart, and for addresses alone where there is no row.
 template <int D, int threads>
 constexpr int rows_a_pass = threads / Panels<D>::chunks;
 
+// Copies `rows` rows into a tile in the background, by `threads` threads: row r from row_address(r), of which the first
+// `D_given` elements exist, where r < count; all else becomes zero. row_address is asked for ascending rows,
+// rows_a_pass<D, threads> apart, and for addresses alone where there is no row.
 template <int D, int rows, int threads, class RowAddress>
 NANOCHAT_DEVICE void load_rows(uint32_t tile, RowAddress row_address, int count, int D_given) {
     using P = Panels<D>;
@@ -235,6 +235,12 @@ NANOCHAT_DEVICE RowTile row_tile(const Arguments& a, const Order& order, int row
     return {unit_of(place.unit, a.H, a.Hkv, a.pack), place.unit, first, min(rows, all - first), all};
 }
 
+// The blocks of `size` keys that one of the tile's rows sees something of.
+NANOCHAT_DEVICE Span blocks_of(const RowTile& tile, const Sight& sight, int pack, int size) {
+    const Span seen = sight.keys(tile.query(0, pack), tile.query(tile.count - 1, pack));
+    return {seen.begin / size, divide_up(seen.end, size)};
+}
+
 // --- products of a warp ---
 
 // Elements 4 n .. 4 n + 3 of an accumulator: a lane's part of columns 8 n to 8 n + 7.
@@ -248,6 +254,54 @@ template <class T, int count>
 NANOCHAT_DEVICE void to_left(uint32_t (&a)[4], const float (&d)[count], int k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = device::pack<T>(d[8 * k + 2 * i], d[8 * k + 2 * i + 1]);
+}
+
+// scores = left rows times all rows of `right`, over D.
+template <class T, int D, int count, int fragments, class Left, class Right>
+NANOCHAT_DEVICE void multiply(float (&scores)[fragments][count], const Left& left_rows, const Right& right_rows) {
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) scores[f][i] = 0;
+    }
+#pragma unroll 2   // all of it at once takes registers for loads far ahead
+    for (int d = 0; d < D / 16; ++d) {
+        uint32_t left[fragments][4];
+#pragma unroll
+        for (int f = 0; f < fragments; ++f) device::ldmatrix_x4(left[f], left_rows(2 * d, 16 * f));
+#pragma unroll
+        for (int n = 0; n < count / 4; n += 2) {
+            uint32_t right[4];
+            device::ldmatrix_x4(right, right_rows(2 * d, 8 * n));
+#pragma unroll
+            for (int f = 0; f < fragments; ++f) {
+                device::mma_m16n8k16<T>(fragment(scores[f], n), left[f], {right[0], right[1]});
+                device::mma_m16n8k16<T>(fragment(scores[f], n + 1), left[f], {right[2], right[3]});
+            }
+        }
+    }
+}
+
+// sums += weights, rounded to T, times the tile that `right_rows` reads transposed.
+template <class T, int D, int count, int fragments, class Right>
+NANOCHAT_DEVICE void add_product(float (&sums)[fragments][D / 2], const float (&weights)[fragments][count],
+                                 const Right& right_rows) {
+#pragma unroll
+    for (int s = 0; s < count / 8; ++s) {
+        uint32_t left[fragments][4];
+#pragma unroll
+        for (int f = 0; f < fragments; ++f) to_left<T>(left[f], weights[f], s);
+#pragma unroll
+        for (int n = 0; n < D / 8; n += 2) {
+            uint32_t right[4];
+            device::ldmatrix_x4_trans(right, right_rows(n, 16 * s));
+#pragma unroll
+            for (int f = 0; f < fragments; ++f) {
+                device::mma_m16n8k16<T>(fragment(sums[f], n), left[f], {right[0], right[1]});
+                device::mma_m16n8k16<T>(fragment(sums[f], n + 1), left[f], {right[2], right[3]});
+            }
+        }
+    }
 }
 
 // Stores 16 rows of sums, a warp's, as T: through rows first .. first + 15 of a tile, which are the warp's own, so that

@@ -54,56 +54,6 @@ void prepare_rows(const AttentionBackward& a, const Backward& b, void* stream) {
                    b, static_cast<const T*>(a.out), a.out_strides, static_cast<const float*>(a.lse));
 }
 
-// --- products of a warp ---
-
-// scores = left rows times all rows of `right`, over D.
-template <class T, int D, int count, int fragments, class Left, class Right>
-NANOCHAT_DEVICE void multiply(float (&scores)[fragments][count], const Left& left_rows, const Right& right_rows) {
-#pragma unroll
-    for (int f = 0; f < fragments; ++f) {
-#pragma unroll
-        for (int i = 0; i < count; ++i) scores[f][i] = 0;
-    }
-#pragma unroll 2   // all of it at once takes registers for loads far ahead
-    for (int d = 0; d < D / 16; ++d) {
-        uint32_t left[fragments][4];
-#pragma unroll
-        for (int f = 0; f < fragments; ++f) device::ldmatrix_x4(left[f], left_rows(2 * d, 16 * f));
-#pragma unroll
-        for (int n = 0; n < count / 4; n += 2) {
-            uint32_t right[4];
-            device::ldmatrix_x4(right, right_rows(2 * d, 8 * n));
-#pragma unroll
-            for (int f = 0; f < fragments; ++f) {
-                device::mma_m16n8k16<T>(fragment(scores[f], n), left[f], {right[0], right[1]});
-                device::mma_m16n8k16<T>(fragment(scores[f], n + 1), left[f], {right[2], right[3]});
-            }
-        }
-    }
-}
-
-// sums += weights, rounded to T, times the tile that `right_rows` reads transposed.
-template <class T, int D, int count, int fragments, class Right>
-NANOCHAT_DEVICE void add_product(float (&sums)[fragments][D / 2], const float (&weights)[fragments][count],
-                                 const Right& right_rows) {
-#pragma unroll
-    for (int s = 0; s < count / 8; ++s) {
-        uint32_t left[fragments][4];
-#pragma unroll
-        for (int f = 0; f < fragments; ++f) to_left<T>(left[f], weights[f], s);
-#pragma unroll
-        for (int n = 0; n < D / 8; n += 2) {
-            uint32_t right[4];
-            device::ldmatrix_x4_trans(right, right_rows(n, 16 * s));
-#pragma unroll
-            for (int f = 0; f < fragments; ++f) {
-                device::mma_m16n8k16<T>(fragment(sums[f], n), left[f], {right[0], right[1]});
-                device::mma_m16n8k16<T>(fragment(sums[f], n + 1), left[f], {right[2], right[3]});
-            }
-        }
-    }
-}
-
 // --- dK, dV ---
 
 template <class T, class Tile>
@@ -216,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows_kernel(co
     const RowTile tile = row_tile(a, a.row_order, rows, blockIdx.x);
     const Unit& unit = tile.unit;
     const int first = tile.first, first_query = tile.query(0, a.pack), last_query = tile.query(tile.count - 1, a.pack);
-    const Span seen = a.sight.keys(first_query, last_query), full = a.sight.full_blocks(first_query, last_query, keys);
-    const Span blocks = {seen.begin / keys, divide_up(seen.end, keys)};
+    const Span full = a.sight.full_blocks(first_query, last_query, keys);
+    const Span blocks = blocks_of(tile, a.sight, a.pack, keys);
 
     const T* k = static_cast<const T*>(a.k) + unit.batch * a.k_strides.b + unit.kv_head * a.k_strides.h;
     const T* v = static_cast<const T*>(a.v) + unit.batch * a.v_strides.b + unit.kv_head * a.v_strides.h;

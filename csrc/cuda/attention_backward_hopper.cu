@@ -180,17 +180,12 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
     __syncthreads();
 
-    const auto blocks_of = [&](const RowTile& tile) {
-        const Span seen = a.sight.keys(tile.query(0, a.pack), tile.query(tile.count - 1, a.pack));
-        return Span{seen.begin / keys, divide_up(seen.end, keys)};
-    };
-
     if (group == 0) {
         device::setmaxnreg_decrease<Tile::loader_registers>();
         if (threadIdx.x != 0) return;
         for (int item = blockIdx.x, turn = 0, n = 0; item < a.row_order.items(); item += gridDim.x) {
             const RowTile tile = row_tile(a, a.row_order, Tile::rows, item);
-            const Span blocks = blocks_of(tile);
+            const Span blocks = blocks_of(tile, a.sight, a.pack, keys);
             if (blocks.begin >= blocks.end) continue;
             row_ring.start(turn, 2 * Tile::consumers * Tile::group_bytes);
             for (int c = 0; c < Tile::consumers; ++c) {
@@ -220,7 +215,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     unsigned char* const own_out = shared + (tile_out + consumer * Tile::group_bytes - start);
     for (int item = blockIdx.x, turn = 0, n = 0; item < a.row_order.items(); item += gridDim.x) {
         const RowTile tile = row_tile(a, a.row_order, Tile::rows, item);
-        const Span blocks = blocks_of(tile);
+        const Span blocks = blocks_of(tile, a.sight, a.pack, keys);
         // This consumer's rows may end before they begin.
         const int first_row = consumer * kGroupRows, last_row = min(first_row + kGroupRows, tile.count) - 1;
         const Span full = a.sight.full_blocks(tile.query(first_row, a.pack), tile.query(last_row, a.pack), keys);

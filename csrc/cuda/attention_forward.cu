@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
     RowTile tile = row_tile(a, a.order, rows, blockIdx.x);
     const Sight sight = sight_of_batch(a, tile.unit.batch);
     const int first_query = tile.query(0, a.pack), last_query = tile.query(tile.count - 1, a.pack);
-    const Span seen = sight.keys(first_query, last_query), full = sight.full_blocks(first_query, last_query, keys);
-    const Span blocks = split(a, {seen.begin / keys, divide_up(seen.end, keys)});
+    const Span full = sight.full_blocks(first_query, last_query, keys);
+    const Span blocks = split(a, blocks_of(tile, sight, a.pack, keys));
 
     const T* k = static_cast<const T*>(a.k) + tile.unit.batch * a.k_strides.b + tile.unit.kv_head * a.k_strides.h;
     const T* v = static_cast<const T*>(a.v) + tile.unit.batch * a.v_strides.b + tile.unit.kv_head * a.v_strides.h;
@@ -77,26 +77,8 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
         device::cp_async_wait<0>();
         __syncthreads();   // this block has landed, and nobody reads the last one any more
         if (block > blocks.begin) load_block(block - 1);
-        const auto k_right = right_cursor<D, keys>(stage_of(block), lane);
-        const auto v_right = left_cursor<D, keys>(stage_of(block) + Tile::k_bytes, 0, lane);   // ldmatrix transposes
-
-        float scores[fragments][keys / 2] = {};
-#pragma unroll 2   // all of it at once takes registers for loads far ahead
-        for (int d = 0; d < D / 16; ++d) {
-            uint32_t left[fragments][4];
-#pragma unroll
-            for (int f = 0; f < fragments; ++f) device::ldmatrix_x4(left[f], q_left(2 * d, 16 * f));
-#pragma unroll
-            for (int n = 0; n < keys / 8; n += 2) {
-                uint32_t right[4];
-                device::ldmatrix_x4(right, k_right(2 * d, 8 * n));
-#pragma unroll
-                for (int f = 0; f < fragments; ++f) {
-                    device::mma_m16n8k16<T>(fragment(scores[f], n), left[f], {right[0], right[1]});
-                    device::mma_m16n8k16<T>(fragment(scores[f], n + 1), left[f], {right[2], right[3]});
-                }
-            }
-        }
+        float scores[fragments][keys / 2];
+        multiply<T, D>(scores, q_left, right_cursor<D, keys>(stage_of(block), lane));
         if (a.scale.negative) {
 #pragma unroll
             for (int f = 0; f < fragments; ++f) {
@@ -118,22 +100,7 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
             softmax[f].step(scores[f], a.scale.size, shrink);
             scale_rows(sums[f], shrink);
         }
-#pragma unroll
-        for (int s = 0; s < keys / 16; ++s) {
-            uint32_t left[fragments][4];
-#pragma unroll
-            for (int f = 0; f < fragments; ++f) to_left<T>(left[f], scores[f], s);
-#pragma unroll
-            for (int n = 0; n < D / 8; n += 2) {
-                uint32_t right[4];
-                device::ldmatrix_x4_trans(right, v_right(n, 16 * s));
-#pragma unroll
-                for (int f = 0; f < fragments; ++f) {
-                    device::mma_m16n8k16<T>(fragment(sums[f], n), left[f], {right[0], right[1]});
-                    device::mma_m16n8k16<T>(fragment(sums[f], n + 1), left[f], {right[2], right[3]});
-                }
-            }
-        }
+        add_product<T, D>(sums, scores, left_cursor<D, keys>(stage_of(block) + Tile::k_bytes, 0, lane));
     }
 
     tile = row_tile(a, a.order, rows, device::opaque(blockIdx.x));

@@ -36,18 +36,12 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
     __syncthreads();
 
-    // Of an item: its tile, and the blocks of keys that it passes over, from the last to the first.
-    const auto blocks_of = [&](const RowTile& tile) {
-        const Span seen = a.sight.keys(tile.query(0, a.pack), tile.query(tile.count - 1, a.pack));
-        return Span{seen.begin / keys, divide_up(seen.end, keys)};
-    };
-
     if (group == 0) {
         device::setmaxnreg_decrease<Tile::loader_registers>();
         if (threadIdx.x != 0) return;
         for (int item = blockIdx.x, turn = 0, n = 0; item < a.order.items(); item += gridDim.x) {
             const RowTile tile = row_tile(a, a.order, Tile::rows, item);
-            const Span blocks = blocks_of(tile);
+            const Span blocks = blocks_of(tile, a.sight, a.pack, keys);
             if (blocks.begin >= blocks.end) continue;
             q_ring.start(turn, consumers * Tile::group_bytes);
             for (int c = 0; c < consumers; ++c) {
@@ -75,7 +69,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     const Turns<consumers> turns(consumer);
     for (int item = blockIdx.x, turn = 0, n = 0; item < a.order.items(); item += gridDim.x) {
         const RowTile tile = row_tile(a, a.order, Tile::rows, item);
-        const Span blocks = blocks_of(tile);
+        const Span blocks = blocks_of(tile, a.sight, a.pack, keys);
         // This consumer's rows may end before they begin.
         const int first_row = consumer * kGroupRows, last_row = min(first_row + kGroupRows, tile.count) - 1;
         const Span full = a.sight.full_blocks(tile.query(first_row, a.pack), tile.query(last_row, a.pack), keys);
