@@ -57,10 +57,10 @@ def main() -> int:
         case = make()
         if options.only in f"{case.group} {case.name}":
             report(f"{case.group} {case.name}", partial(measure.run, case, limits, seconds=seconds, repeats=repeats))
-    for vocabulary in step.FLOORS:
+    for vocabulary, opponent in step.FLOORS:
         name = f"training step d{step.DEPTH} T {step.T} B {step.B} V {vocabulary}"
         if options.only in name:
-            report(name, partial(step.run, vocabulary, seconds=seconds, repeats=repeats))
+            report(name, partial(step.run, vocabulary, opponent, seconds=seconds, repeats=repeats))
     if not rows and not wrong:
         print(f"no case holds {options.only!r}", file=sys.stderr)
         return 2

@@ -104,7 +104,8 @@ def flex(problem: Problem, device: torch.device | str) -> Attention:
         return seen if problem.window is None else seen & (i - j <= problem.window)
 
     mask = create_block_mask(sees, None, None, problem.queries, problem.T, device=str(device))
-    compiled = torch.compile(flex_attention)
+    # Every size its own kernel: after a second size torch.compile would make one for any, which is slower.
+    compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=problem.kv_heads != problem.H)
 
 
@@ -117,6 +118,8 @@ def opponent_of(name: str, problem: Problem, device: torch.device | str) -> tupl
         return sdpa_by(SDPBackend.CUDNN_ATTENTION, problem), whole_past
     if name == "FlexAttention":
         return flex(problem, device), ""
+    if name not in ("SDPA", "SDPA, masked"):
+        raise ValueError(f"opponent is {name!r}; takes SDPA, FLASH, cuDNN or FlexAttention")
     return masked_sdpa(problem, device), ""
 
 

@@ -13,6 +13,7 @@ from nanochat_native.bench.attention import Problem, attention_case
 from nanochat_native.bench.measure import Case, assert_close
 from nanochat_native.bench.operators import adamw_case, linear_cross_entropy_case, muon_case
 from nanochat_native.bench.plain import PlainGPT
+from nanochat_native.bench.step import OPPONENTS
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.optim import setup_optimizers
 
@@ -83,11 +84,14 @@ def optimizer_phase_case(depth: int, vocabulary: int, floor: float, *, name: str
     )
 
 
-def model_case(depth: int, T: int, B: int, vocabulary: int, floor: float, *, name: str, device: torch.device) -> Case:
-    """Forward and backward of the whole model in bfloat16, ours and in torch's own calls."""
+def model_case(
+    depth: int, T: int, B: int, vocabulary: int, floor: float, *, opponent: str, name: str, device: torch.device
+) -> Case:
+    """Forward and backward of the whole model in bfloat16: ours against torch's own calls, or on the twins."""
     config = GPTConfig.from_depth(depth, vocab_size=vocabulary, sequence_len=T)
     with device:
-        ours_model, theirs_model = GPT(config), PlainGPT(config)
+        ours_model = GPT(config)
+        theirs_model: torch.nn.Module = GPT(config) if opponent == "twins" else PlainGPT(config)
     generator = torch.Generator(device).manual_seed(depth)
     with torch.no_grad():
         for mine, other in zip(ours_model.parameters(), theirs_model.parameters(), strict=True):
@@ -102,8 +106,12 @@ def model_case(depth: int, T: int, B: int, vocabulary: int, floor: float, *, nam
         loss.backward()
         return loss.detach()
 
+    def theirs() -> Tensor:
+        with ops.use_backend("torch" if opponent == "twins" else "native"):
+            return run(theirs_model)
+
     def check() -> None:
-        assert_close("loss", run(ours_model), run(theirs_model), 1e-3)
+        assert_close("loss", run(ours_model), theirs(), 1e-3)
         for (parameter, mine), other in zip(ours_model.named_parameters(), theirs_model.parameters(), strict=True):
             assert mine.grad is not None
             assert other.grad is not None
@@ -113,8 +121,8 @@ def model_case(depth: int, T: int, B: int, vocabulary: int, floor: float, *, nam
         "model fwd+bwd",
         name,
         lambda: run(ours_model),
-        lambda: run(theirs_model),
-        "model in torch's calls",
+        theirs,
+        OPPONENTS[opponent],
         check,
         floor,
         flops=float(ours_model.estimate_flops() * B * T),
@@ -166,9 +174,9 @@ def attention_entries(
     return found
 
 
-def model_entry(depth: int, T: int, B: int, vocabulary: int) -> Entry:
-    name = f"d{depth} T {T} B {B} V {vocabulary} bf16"
-    make = partial(model_case, depth, T, B, vocabulary, floor=1.0, name=name)
+def model_entry(depth: int, T: int, B: int, vocabulary: int, opponent: str) -> Entry:
+    name = f"d{depth} T {T} B {B} V {vocabulary} bf16, {opponent}"
+    make = partial(model_case, depth, T, B, vocabulary, floor=1.0, opponent=opponent, name=name)
     return Entry("model fwd+bwd", name, ("attention", "linear_cross_entropy"), make)
 
 
@@ -191,7 +199,8 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
             *attention_entries(Problem(B=1, T=96, H=2, Hkv=1, D=16), {"SDPA": 1.0}),
             *attention_entries(Problem(B=1, T=96, H=2, D=16, window=20), {"SDPA": 1.0}, ["fwd+bwd"]),
             *attention_entries(Problem(B=2, T=96, H=2, Hkv=1, D=16, Tq=1), {"SDPA": 1.0}, ["forward"]),
-            model_entry(1, 32, 2, 64),
+            model_entry(1, 32, 2, 64, "plain"),
+            model_entry(1, 32, 2, 64, "twins"),
             adamw_entry(many, f32, f32, 1.0),
             adamw_entry(many, bf16, f32, 0.6),
             muon_entry(4, 48, 32),
@@ -214,8 +223,10 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
             *attention_entries(Problem(B=2, T=8192, H=16, D=128), libraries),
             *attention_entries(Problem(B=4, T=4096, H=16, D=64), libraries),
             *attention_entries(Problem(B=4, T=4096, H=32, Hkv=4, D=128), libraries),
-            model_entry(12, 2048, 16, 65536),
+            model_entry(12, 2048, 16, 65536, "plain"),
+            model_entry(12, 2048, 4, 65536, "twins"),
             *attention_entries(large, {"FLASH": 1.0}, isa="sm_80"),
+            *attention_entries(Problem(B=2, T=8192, H=16, D=128), {"FLASH": 1.0}, isa="sm_80"),
             *attention_entries(Problem(B=32, T=8192, H=32, Hkv=4, D=128, Tq=1), {"FLASH": 1.0}, ["forward"]),
             *attention_entries(Problem(B=4, T=4096, H=16, D=128, causal=False), libraries),
             *attention_entries(Problem(B=32, T=512, H=16, D=128), libraries),

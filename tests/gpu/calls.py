@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanochat_native import ops
+from nanochat_native.bench.attention import instruction_set
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 ADAMW = {"step": 3, "lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
@@ -85,15 +86,16 @@ def loss(device, small=False, dtype=F32, V=50257):
     return Call(("linear_cross_entropy",), [x, weight, targets], run, same_bits=False)
 
 
-def attention(device, small=False, B=2, T=777, H=4, Hkv=4, D=64, **options):
+def attention(device, small=False, B=2, T=777, H=4, Hkv=4, D=64, isa="", **options):
     T = 150 if small else T
     shapes = [(B, T, H, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, H, D)]
 
     def run(tensors):
         *qkv, dout = tensors
         qkv = [tensor.detach().requires_grad_() for tensor in qkv]
-        out = ops.attention(*qkv, **options)
-        return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
+        with instruction_set(isa):
+            out = ops.attention(*qkv, **options)
+            return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
 
     return Call(("attention",), [torch.randn(shape, device=device).to(BF16) for shape in shapes], run)
 
@@ -116,6 +118,11 @@ CALLS = {
         device, small, H=8, Hkv=2, D=128, window=100
     ),
     "attention full, group of 3": lambda device, small=False: attention(device, small, H=6, Hkv=2, D=96, causal=False),
+    # A Hopper GPU would not come to these kernels by itself.
+    "attention causal, sm_80": lambda device, small=False: attention(device, small, isa="sm_80"),
+    "attention window, grouped heads, sm_80": lambda device, small=False: attention(
+        device, small, H=8, Hkv=2, D=128, window=100, isa="sm_80"
+    ),
     "attention decoding": decoding,
     "adamw_ float32": adamw,
     "adamw_ bfloat16": lambda device, small=False: adamw(device, small, BF16, cautious=True),

@@ -24,6 +24,7 @@ def path(request, device, require_native, monkeypatch):
     if request.param == "sm_90a" and torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("needs compute capability 9.0")
     monkeypatch.setenv("NANOCHAT_CUDA_ISA", request.param)
+    assert ops.cuda_instruction_set() == request.param
     return device
 
 
@@ -47,17 +48,27 @@ def both(attention, q, k, v, dout, **options):
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
-def check(q, k, v, dout, **options):
-    """The bound of the FlashAttention papers, as in tests/test_ops_attention.py."""
-    ours = both(ops.attention, q, k, v, dout, **options)
+def exact_and_bounds(q, k, v, dout, **options):
+    """Results in float64, and for each the bound of the FlashAttention papers, as in tests/test_ops_attention.py."""
     twin = both(reference.attention, q, k, v, dout, **options)
     exact = both(reference.attention, q.double(), k.double(), v.double(), dout.double(), **options)
     cancellation = 16 * torch.finfo(torch.float32).eps * max(q.size(1), k.size(1)) ** 0.5
-    for name, mine, theirs, ref in zip(("out", "dq", "dk", "dv"), ours, twin, exact, strict=True):
+    bounds = []
+    for theirs, ref in zip(twin, exact, strict=True):
         rounding = ((ref.to(q.dtype) + 0.3 - 0.3).double() - ref).abs().max()
-        bound = 2 * (theirs.double() - ref).abs().max() + 2 * rounding + cancellation
-        error = (mine.double() - ref).abs().max()
+        bounds.append(2 * (theirs.double() - ref).abs().max() + 2 * rounding + cancellation)
+    return exact, bounds
+
+
+def assert_within(bounds, ours, others):
+    for name, bound, mine, other in zip(("out", "dq", "dk", "dv"), bounds, ours, others, strict=True):
+        error = (mine.double() - other.double()).abs().max()
         assert error <= bound, f"{name} is off by {error:.1e}, at most {bound:.1e} is taken"
+
+
+def check(q, k, v, dout, **options):
+    exact, bounds = exact_and_bounds(q, k, v, dout, **options)
+    assert_within(bounds, both(ops.attention, q, k, v, dout, **options), exact)
 
 
 HEADS = {"MHA": (2, 2), "GQA": (8, 2), "MQA": (4, 1), "group of 3": (6, 2)}
@@ -76,9 +87,13 @@ def test_a_long_sequence(path):
     check(*inputs(path, 1, 4224, 4224, 2, 1, 128))
 
 
+MASKS = [{}, {"causal": False}, {"window": 150}]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("D", [8, 64, 80, 96, 112, 128])
-def test_head_sizes(path, dtype, D):
-    check(*inputs(path, 2, 300, 333, 4, 2, D, dtype), window=150)
+def test_head_sizes(path, dtype, D, mask):
+    check(*inputs(path, 2, 300, 333, 4, 2, D, dtype), **mask)
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -94,6 +109,20 @@ def test_scales(path, scale):
 
 def test_more_work_than_multiprocessors(path):
     check(*inputs(path, 4, 513, 513, 12, 12, 64))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_instruction_sets_agree(cuda, require_native, monkeypatch, D, mask):
+    require_native("attention")
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    tensors = inputs(cuda, 2, 600, 600, 6, 2, D)
+    results = []
+    for isa in ("sm_80", "sm_90a"):
+        monkeypatch.setenv("NANOCHAT_CUDA_ISA", isa)
+        results.append(both(ops.attention, *tensors, **mask))
+    assert_within(exact_and_bounds(*tensors, **mask)[1], *results)
 
 
 def test_fully_masked_rows_give_zero(path):
@@ -250,8 +279,9 @@ def test_what_the_kernels_do_not_take_is_served_by_the_twin(cuda, require_native
     require_native("attention")
     monkeypatch.setattr(ops, "_warned", set())
     q, k, v, dout = inputs(cuda, 1, 70, 70, 2, 1, D, dtype)
-    with pytest.warns(UserWarning, match=words):
+    with pytest.warns(UserWarning, match=words) as caught:
         results = both(ops.attention, q, k, v, dout)
+    assert sum("served by plain torch" in str(warning.message) for warning in caught) == 1
     for mine, other in zip(results, both(reference.attention, q, k, v, dout), strict=True):
         assert torch.equal(mine, other)
     with warnings.catch_warnings():
