@@ -177,11 +177,11 @@ struct Device {
 // or that this GPU, or this build, lacks.
 Device current_device();
 
-// D is a multiple of 8 up to 128; addresses are multiples of 16 bytes, strides of 8 elements. `lengths` (B,), or null,
-// lies on the device: sequence b has lengths[b] keys (clamped to 0 .. Tk), and Tk is but the room for them.
-// The same inputs give the same bits on one kind of GPU.
+// No size is 0; D is a multiple of 8 up to 128; addresses are multiples of 16 bytes, strides of 8 elements. `lengths`
+// (B,), or null, lies on the device: sequence b has lengths[b] keys (clamped to 0 .. Tk), and Tk is but the room for
+// them. The same inputs give the same bits on one kind of GPU.
 void attention_forward(const AttentionForward&, const int64_t* lengths, const Device&, void* workspace, void* stream);
-int64_t attention_forward_workspace_bytes(const AttentionForward&, const int64_t* lengths, const Device&);
+int64_t attention_forward_workspace_bytes(const AttentionForward&, const Device&);
 
 void attention_backward(const AttentionBackward&, const Device&, void* workspace, void* stream);
 int64_t attention_backward_workspace_bytes(const AttentionBackward&, const Device&);

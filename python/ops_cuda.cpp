@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
     const AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse);
     run_kernel([&] {
         const cuda::Device gpu = cuda::current_device();
-        const Tensor space = workspace(cuda::attention_forward_workspace_bytes(arguments, length, gpu), device);
+        const Tensor space = workspace(cuda::attention_forward_workspace_bytes(arguments, gpu), device);
         cuda::attention_forward(arguments, length, gpu, space.mutable_data_ptr(), current_stream(device));
     });
     return {out, lse};

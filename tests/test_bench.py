@@ -451,3 +451,9 @@ def test_an_opponent_that_does_not_work_is_named():
     problem = Problem(B=1, T=16, H=2, D=16)
     with pytest.raises(UnavailableError, match="cuDNN: RuntimeError"):
         attention_case(problem, "forward", opponent="cuDNN", dtype=torch.bfloat16, floor=0.0, name="")
+
+
+def test_an_unknown_opponent_is_no_unavailable_one():
+    problem = Problem(B=1, T=16, H=2, D=16)
+    with pytest.raises(ValueError, match="opponent is 'FLASHY'; takes 'SDPA'"):
+        attention_case(problem, "forward", opponent="FLASHY", dtype=torch.bfloat16, floor=0.0, name="")

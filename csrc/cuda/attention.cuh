@@ -218,6 +218,13 @@ NANOCHAT_DEVICE PackedRows<T> packed_rows(T* tensor, const Strides& strides, con
     return {tensor + unit.batch * strides.b + unit.head * strides.h, strides.t, strides.h, pack};
 }
 
+// Where a row of a unit stands in (B, H, Tq); `a` has sight, pack and H.
+template <class Arguments>
+NANOCHAT_DEVICE int64_t row_index(const Arguments& a, const Unit& unit, int row) {
+    const int query = row / a.pack, head = unit.head + row - query * a.pack;
+    return (static_cast<int64_t>(unit.batch) * a.H + head) * a.sight.Tq + query;
+}
+
 // A tile of rows of one unit; `a` has order, sight, pack, H and Hkv.
 struct RowTile {
     Unit unit;
@@ -386,9 +393,12 @@ NANOCHAT_DEVICE void scale_rows(float (&d)[count], const float (&factor)[2]) {
     for (int i = 0; i < count; ++i) d[i] *= factor[i / 2 % 2];
 }
 
-// Hides scores[i] of the keys that its row does not see. `first_key` is that of the lane's first column.
+// Hides scores[i] of the keys that its row does not see: an accumulator whose rows are rows of a unit, `row` and row +
+// 8, and whose columns are keys, the lane's first being `first_key`.
 template <int count>
-NANOCHAT_DEVICE void hide_keys(float (&scores)[count], int first_key, const Span (&visible)[2], float hidden) {
+NANOCHAT_DEVICE void hide_keys(float (&scores)[count], const Sight& sight, int first_key, int pack, int row,
+                               float hidden) {
+    const Span visible[2] = {sight.keys(row / pack), sight.keys((row + 8) / pack)};
 #pragma unroll
     for (int i = 0; i < count; ++i) {
         const int key = first_key + i / 4 * 8 + i % 2;
@@ -410,17 +420,8 @@ inline Scale scale_of(double scale) {
 
 // --- the host's side ---
 
-constexpr int kCopiedRows = 64;
-
 // Of the kernels that take D.
 constexpr int tile_columns(int64_t D) { return D <= 64 ? 64 : D <= 96 ? 96 : 128; }
-
-// How many heads a unit has: those of a group. Tensor copies, which take 64 rows at a time, take whole groups or one
-// head.
-inline int packing(const AttentionShape& s, bool tensor_copies) {
-    const int group = static_cast<int>(s.H / s.Hkv);
-    return tensor_copies && kCopiedRows % group ? 1 : group;
-}
 
 // Positions, rows and blocks are counted in 32 bits.
 inline void require_shape(const char* op, const AttentionShape& s) {

@@ -9,7 +9,6 @@
 // That makes seven products where five would do; the sums stay in registers, and transposing the first two products of
 // dK and dV makes P^T and dS^T left operands where they stand.
 #include "attention_backward.cuh"
-#include "attention_tiles.h"
 #include "packs.cuh"
 
 namespace nanochat::cuda::attention {
@@ -36,8 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int i = 0; i < 8; ++i) sum += element(x, i) * element(y, i);
         }
-        const int query = row / a.pack, head = unit.head + row - query * a.pack;
-        own_lse = lse[(static_cast<int64_t>(unit.batch) * a.H + head) * a.sight.Tq + query];
+        own_lse = lse[row_index(a, unit, row)];
     }
 #pragma unroll
     for (int distance = kRowLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, distance);
@@ -218,8 +216,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows_kernel(co
             }
             if (border) {
                 const int row = device::opaque(first) + warp_row + 16 * f + lane / 4;
-                const Span visible[2] = {a.sight.keys(row / a.pack), a.sight.keys((row + 8) / a.pack)};
-                hide_keys(p[f], block * keys + 2 * (lane % 4), visible, 0);
+                hide_keys(p[f], a.sight, block * keys + 2 * (lane % 4), a.pack, row, 0);
             }
         }
         multiply<T, D>(ds, dout_left, right_cursor<D, keys>(stage + Tile::k_bytes, lane));
@@ -246,6 +243,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows_kernel(co
 
 template <class T, class Keys, class Rows>
 void launch(Backward a, void* stream) {
+    static_assert(kRowPadding % Keys::rows == 0 && kRowPadding % Rows::rows == 0);
     const int rows = a.sight.Tq * a.pack;
     a.order = order_of(divide_up(a.sight.Tk, Keys::keys), a.units, a.unit_bytes, false);   // the first are seen most
     a.row_order = order_of(divide_up(rows, Rows::rows), a.units, a.unit_bytes, a.sight.causal);
@@ -274,7 +272,6 @@ int64_t attention_backward_workspace_bytes(const AttentionBackward& a, const Dev
 void attention_backward(const AttentionBackward& a, const Device& device, void* workspace, void* stream) {
     using namespace attention;
     require_shape("attention_backward", a.shape);
-    if (a.shape.B == 0 || a.shape.Tq + a.shape.Tk == 0) return;
     const Backward arguments = backward_arguments(a, device.hopper, static_cast<float*>(workspace));
     const bool half = a.dtype == DType::float16;
     half ? prepare_rows<float16>(a, arguments, stream) : prepare_rows<bfloat16>(a, arguments, stream);

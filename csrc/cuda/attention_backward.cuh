@@ -1,7 +1,7 @@
 // What the two backward paths of attention have in common: their arguments, and the numbers of each row.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_tiles.h"
 
 namespace nanochat::cuda::attention {
 

@@ -244,10 +244,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                 finish<1>(p);
                 weigh(p, a.exponent_scale, [&](int i) { return lse[i / 2 % 2]; });
                 if (block < full.begin || block >= full.end) {
-                    const int row = device::opaque(first_row) + warp_row + lane / 4;
-                    const Span visible[2] = {a.sight.keys(tile.query(row, a.pack)),
-                                             a.sight.keys(tile.query(row + 8, a.pack))};
-                    hide_keys(p, block * keys + 2 * (lane % 4), visible, 0);
+                    const int row = tile.first + device::opaque(first_row) + warp_row + lane / 4;
+                    hide_keys(p, a.sight, block * keys + 2 * (lane % 4), a.pack, row, 0);
                 }
                 finish<0>(ds);
                 v_ring.release(n);
@@ -273,6 +271,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 
 template <class T, class Keys, class Rows>
 void launch(const AttentionBackward& f, Backward a, const Device& device, void* stream) {
+    static_assert(kRowPadding % Keys::rows == 0 && kRowPadding % Rows::rows == 0);
     using P = Panels<Keys::D>;
     const AttentionShape& s = f.shape;
     const auto map = [&](const void* tensor, int64_t positions, int64_t heads, const Strides& strides, int box_heads,

@@ -90,8 +90,7 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
 #pragma unroll
             for (int f = 0; f < fragments; ++f) {
                 const int row = tile.first + warp_row + 16 * f + lane / 4;
-                const Span visible[2] = {sight.keys(row / a.pack), sight.keys((row + 8) / a.pack)};
-                hide_keys(scores[f], block * keys + 2 * (lane % 4), visible, -INFINITY);
+                hide_keys(scores[f], sight, block * keys + 2 * (lane % 4), a.pack, row, -INFINITY);
             }
         }
 #pragma unroll
@@ -123,8 +122,7 @@ __global__ void __launch_bounds__(kThreads, Tile::blocks)
                 }
                 if (lane % 4 == 0) a.part_lses[part_row + r] = lse[h];
             } else if (lane % 4 == 0) {
-                const int row = tile.first + r, query = row / a.pack, head = tile.unit.head + row - query * a.pack;
-                a.lse[(static_cast<int64_t>(tile.unit.batch) * a.H + head) * a.sight.Tq + query] = lse[h] * kLn2;
+                a.lse[row_index(a, tile.unit, tile.first + r)] = lse[h] * kLn2;
             }
         }
         if (a.splits == 1) {   // through the warp's own rows of the queries' tile
@@ -163,14 +161,13 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
             sums[i][1] += weight * part.y;
         }
     }
-    const int query = row / a.pack, head = unit.head + row - query * a.pack;
-    T* to = static_cast<T*>(a.out) + unit.batch * a.out_strides.b + query * a.out_strides.t + head * a.out_strides.h;
+    T* to = packed_rows(static_cast<T*>(a.out), a.out_strides, unit, a.pack)(row);
 #pragma unroll
     for (int i = 0; i < divide_up(D, 64); ++i) {
         const int column = 64 * i + 2 * lane;
         if (column < a.D) *reinterpret_cast<uint32_t*>(to + column) = device::pack<T>(sums[i][0], sums[i][1]);
     }
-    if (lane == 0) a.lse[(static_cast<int64_t>(unit.batch) * a.H + head) * a.sight.Tq + query] = lse * kLn2;
+    if (lane == 0) a.lse[row_index(a, unit, row)] = lse * kLn2;
 }
 
 // --- choice and launch ---
@@ -216,7 +213,7 @@ void launch(const Arguments& a, int rows, void* stream) {
 
 namespace nanochat::cuda {
 
-int64_t attention_forward_workspace_bytes(const AttentionForward& a, const int64_t*, const Device& device) {
+int64_t attention_forward_workspace_bytes(const AttentionForward& a, const Device& device) {
     const auto [pack, rows, splits] = attention::plan(a.shape, device);
     if (splits == 1) return 0;
     const int64_t all = a.shape.B * a.shape.H * a.shape.Tq;
@@ -228,7 +225,6 @@ void attention_forward(const AttentionForward& a, const int64_t* lengths, const 
     using namespace attention;
     const AttentionShape& s = a.shape;
     require_shape("attention_forward", s);
-    if (s.B == 0 || s.Tq == 0) return;
     const auto [pack, rows, splits] = plan(s, device);
     if (device.hopper && rows == 128 && !lengths) return hopper::forward(a, device, stream);
     const int tiles = divide_up(static_cast<int>(s.Tq) * pack, rows), units = static_cast<int>(s.B * s.Hkv);

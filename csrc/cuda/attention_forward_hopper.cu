@@ -85,10 +85,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                 scale_rows(scores, minus);
             }
             if (block < full.begin || block >= full.end) {
-                const int row = device::opaque(first_row) + warp_row + lane / 4;
-                const Span visible[2] = {a.sight.keys(tile.query(row, a.pack)),
-                                         a.sight.keys(tile.query(row + 8, a.pack))};
-                hide_keys(scores, block * keys + 2 * (lane % 4), visible, -INFINITY);
+                const int row = tile.first + device::opaque(first_row) + warp_row + lane / 4;
+                hide_keys(scores, a.sight, block * keys + 2 * (lane % 4), a.pack, row, -INFINITY);
             }
             softmax.step(scores, a.scale.size, shrink);
         };
@@ -135,8 +133,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
         for (int h = 0; h < 2; ++h) {
             const int row = first_row + warp_row + lane / 4 + 8 * h;
             if (row >= tile.count || lane % 4 != 0) continue;
-            const int query = tile.query(row, a.pack), head = tile.unit.head + tile.first + row - query * a.pack;
-            a.lse[(static_cast<int64_t>(tile.unit.batch) * a.H + head) * a.sight.Tq + query] = lse[h] * kLn2;
+            a.lse[row_index(a, tile.unit, tile.first + row)] = lse[h] * kLn2;
         }
         const auto out_rows = packed_rows(static_cast<T*>(a.out), a.out_strides, tile.unit, a.pack);
         store_rows<T, D, kGroupRows>(own_out, sums, warp_row, a.D, [&](int r) {

@@ -117,4 +117,12 @@ void choose_backward(int D, const Use& use) {
 }
 
 }   // namespace hopper
+
+// How many heads a unit has: those of a group. Tensor copies, of the rows of a warpgroup at a time, take whole groups
+// or one head.
+inline int packing(const AttentionShape& s, bool tensor_copies) {
+    const int group = static_cast<int>(s.H / s.Hkv);
+    return tensor_copies && hopper::kGroupRows % group ? 1 : group;
+}
+
 }   // namespace nanochat::cuda::attention

@@ -16,6 +16,7 @@ from nanochat_native.ops import reference
 
 EXACT = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 ISA = "NANOCHAT_CUDA_ISA"
+OPPONENTS = ("SDPA", "SDPA, masked", "FLASH", "cuDNN", "FlexAttention")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -74,14 +75,12 @@ class Problem:
 
 def masked_sdpa(problem: Problem, device: torch.device | str) -> Attention:
     """SDPA as it chooses itself; a window becomes a mask."""
-    if problem.window is None:
-        return lambda q, k, v: F.scaled_dot_product_attention(
-            q, k, v, is_causal=problem.causal and not problem.Tq, enable_gqa=problem.kv_heads != problem.H
-        )
-    distance = torch.arange(problem.T, device=device)[:, None] - torch.arange(problem.T, device=device)[None, :]
-    mask = (distance >= 0) & (distance <= problem.window)
+    mask = None
+    if problem.window is not None:
+        mask = reference.attention_mask(problem.queries, problem.T, True, problem.window, torch.device(device))
+    causal = problem.causal and mask is None and not problem.Tq
     return lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, enable_gqa=problem.kv_heads != problem.H
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=problem.kv_heads != problem.H
     )
 
 
@@ -118,8 +117,6 @@ def opponent_of(name: str, problem: Problem, device: torch.device | str) -> tupl
         return sdpa_by(SDPBackend.CUDNN_ATTENTION, problem), whole_past
     if name == "FlexAttention":
         return flex(problem, device), ""
-    if name not in ("SDPA", "SDPA, masked"):
-        raise ValueError(f"opponent is {name!r}; takes SDPA, FLASH, cuDNN or FlexAttention")
     return masked_sdpa(problem, device), ""
 
 
@@ -154,8 +151,10 @@ def attention_case(
 ) -> Case:
     """`direction`: forward, backward, or fwd+bwd. isa: NANOCHAT_CUDA_ISA of ours.
 
-    Raises UnavailableError, with the reason, where the opponent does not work.
+    Raises ValueError for an opponent that is not known, UnavailableError, with the reason, where it does not work.
     """
+    if opponent not in OPPONENTS:
+        raise ValueError(f"opponent is {opponent!r}; takes {', '.join(map(repr, OPPONENTS))}")
     q, k, v, g = problem.tensors(dtype, device)
     inputs = [x.clone().requires_grad_(direction != "forward") for x in (q, k, v)]
     their_inputs = [x.transpose(1, 2).contiguous().requires_grad_(direction != "forward") for x in (q, k, v)]

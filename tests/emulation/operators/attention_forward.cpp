@@ -22,7 +22,7 @@ ENTRY(attention_forward) {
     a.dtype = read;
     const cuda::Device device = read_device(read);
     void* workspace = read;
-    require_workspace(read, cuda::attention_forward_workspace_bytes(a, lengths, device));
+    require_workspace(read, cuda::attention_forward_workspace_bytes(a, device));
     cuda::attention_forward(a, lengths, device, workspace, nullptr);
 }
 
