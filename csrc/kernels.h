@@ -75,6 +75,19 @@ struct AdamW {
     const double *lr_address, *weight_decay_address;
 };
 
+// Orthogonalises `batch` matrices. X0 = g / (norm_factor * |g|_F); per triple (a, b, c): A = X X^T, X = a X + (b A + c
+// A A) X.
+struct NewtonSchulz {
+    int64_t batch, M, K;
+    DType dtype;                  // of g and out. CPU: float32 | float64; CUDA: float32, computed in 16 bits
+    const void* g;                // (batch, M, K) contiguous
+    void* out;                    // (batch, M, K) contiguous; may not overlap g
+    const double* norms;          // (batch,) |g|_F where it is known, else null
+    const double* coefficients;   // (steps, 3), on the host
+    int64_t steps;
+    double norm_factor;
+};
+
 // buf = momentum * buf + (1 - momentum) * g;  update = nesterov ? momentum * buf + (1 - momentum) * g : buf
 struct MuonMomentum {
     const void* const* grads;         // (count,) tensors of numel, grad_dtype
@@ -108,20 +121,7 @@ const char* instruction_set();
 void attention_forward(const AttentionForward&, int threads);
 void attention_backward(const AttentionBackward&, int threads);
 
-// Orthogonalises `batch` matrices. X0 = g / (norm_factor * |g|_F); per triple (a, b, c): A = X X^T, X = a X + (b A + c
-// A A) X.
-struct NewtonSchulz {
-    int64_t batch, M, K;
-    DType dtype;                  // float32 | float64
-    const void* g;                // (batch, M, K) contiguous
-    void* out;                    // (batch, M, K) contiguous; may not overlap g
-    const double* norms;          // (batch,) |g|_F where it is known, else null
-    const double* coefficients;   // (steps, 3)
-    int64_t steps;
-    double norm_factor;
-    int threads;
-};
-void newton_schulz(const NewtonSchulz&);
+void newton_schulz(const NewtonSchulz&, int threads);
 
 void adamw(const AdamW&, int threads);
 void muon_momentum(const MuonMomentum&, int threads);
@@ -195,6 +195,20 @@ void muon_momentum(const MuonMomentum&, void* workspace, void* stream);
 int64_t muon_momentum_workspace_bytes(const MuonMomentum&);
 
 void muon_update(const MuonUpdate&, void* stream);
+
+// How the steps are taken: one after another on X, or, in the Gram form, several at once on X X^T or X^T X, whichever
+// is smaller, with X multiplied once and the Gram matrix computed anew ("restart") in between.
+enum class NewtonSchulzForm : int32_t { plain, gram };
+NewtonSchulzForm newton_schulz_form(const NewtonSchulz&);   // the one with less work
+
+// Products of float16 with float32 sums, or of bfloat16 where the coefficients let numbers grow too large for that.
+// With `update` (of count = batch, numel = M K) the result goes into its params instead of to out, which may be null;
+// its own `update` is not read. The number of launches does not grow with batch: one series for every kMostMatrices.
+// The same inputs give the same bits on one kind of GPU.
+constexpr int64_t kMostMatrices = 512;
+void newton_schulz(const NewtonSchulz&, NewtonSchulzForm, const MuonUpdate* update, const Device&, void* workspace,
+                   void* stream);
+int64_t newton_schulz_workspace_bytes(const NewtonSchulz&, NewtonSchulzForm);
 
 // One chunk of rows of linear_cross_entropy, between the library's products: z = softcap * tanh(x / softcap) (softcap
 // 0: z = x), loss = logsumexp(z) - z[target], and on request the logits' gradient in their place. Computed in float32.

@@ -95,31 +95,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
 
 // --- newton_schulz ---
 
-Tensor newton_schulz(const Tensor& g_, at::ArrayRef<double> coefficients, double norm_factor,
-                     const std::optional<Tensor>& norms_) {
-    TORCH_CHECK_VALUE(g_.dim() >= 2, "newton_schulz: g has shape ", g_.sizes(), "; takes (..., M, K)");
-    TORCH_CHECK_VALUE(!coefficients.empty() && coefficients.size() % 3 == 0, "newton_schulz: coefficients has ",
-                      coefficients.size(), " numbers; takes three for each step");
-    const DType dtype = dtype_of("newton_schulz", "g", g_, {at::kFloat, at::kDouble});
-    if (norms_)
-        check_like("newton_schulz", "norms", *norms_, at::kDouble, g_.device(), g_.sizes().slice(0, g_.dim() - 2));
-    const Tensor g = g_.contiguous(), norms = norms_ ? norms_->contiguous() : Tensor();
+Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double norm_factor,
+                     const std::optional<Tensor>& norms) {
+    NewtonSchulzStorage storage;
+    NewtonSchulz arguments = newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms,
+                                                     {at::kFloat, at::kDouble}, storage);
     Tensor out = at::empty(g.sizes(), g.options());
-    if (g.numel() == 0) return out;
-    const int64_t M = g.size(-2), K = g.size(-1);
-    run_kernel([&] {
-        cpu::newton_schulz({.batch = g.numel() / (M * K),
-                            .M = M,
-                            .K = K,
-                            .dtype = dtype,
-                            .g = g.const_data_ptr(),
-                            .out = out.mutable_data_ptr(),
-                            .norms = norms_ ? norms.const_data_ptr<double>() : nullptr,
-                            .coefficients = coefficients.data(),
-                            .steps = static_cast<int64_t>(coefficients.size() / 3),
-                            .norm_factor = norm_factor,
-                            .threads = threads()});
-    });
+    arguments.out = out.mutable_data_ptr();
+    if (arguments.batch > 0) run_kernel([&] { cpu::newton_schulz(arguments, threads()); });
     return out;
 }
 
@@ -152,9 +135,31 @@ void muon_update_(at::TensorList params, const Tensor& update, double lr, double
                   bool cautious, const std::optional<Tensor>& lr_tensor,
                   const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<void*> storage;
-    const MuonUpdate arguments = muon_update_arguments(params, update, lr, weight_decay, scale, cautious, lr_tensor,
-                                                       weight_decay_tensor, storage);
+    const MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, lr, weight_decay, scale,
+                                                       cautious, lr_tensor, weight_decay_tensor, storage);
     run_kernel([&] { cpu::muon_update(arguments, threads()); });
+    mark_updated(params);
+}
+
+void newton_schulz_update_(at::TensorList params, const Tensor& update, at::ArrayRef<double> coefficients,
+                           double norm_factor, const std::optional<Tensor>& norms, double lr, double weight_decay,
+                           double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
+                           const std::optional<Tensor>& weight_decay_tensor) {
+    std::vector<void*> storage;
+    MuonUpdate arguments = muon_update_arguments("newton_schulz_update_", params, update, lr, weight_decay, scale,
+                                                 cautious, lr_tensor, weight_decay_tensor, storage);
+    NewtonSchulzStorage newton_schulz_storage;
+    NewtonSchulz orthogonalise = newton_schulz_arguments("newton_schulz_update_", "update", update, coefficients,
+                                                         norm_factor, norms, {at::kFloat}, newton_schulz_storage);
+    const Tensor orthogonal = at::empty(update.sizes(), update.options());
+    orthogonalise.out = orthogonal.mutable_data_ptr();
+    arguments.update = orthogonal.const_data_ptr<float>();
+    if (orthogonalise.batch > 0) {
+        run_kernel([&] {
+            cpu::newton_schulz(orthogonalise, threads());
+            cpu::muon_update(arguments, threads());
+        });
+    }
     mark_updated(params);
 }
 
@@ -269,6 +274,7 @@ TORCH_LIBRARY_IMPL(nanochat_native, CPU, m) {
     m.impl("adamw_", nanochat::adamw_);
     m.impl("muon_momentum_", nanochat::muon_momentum_);
     m.impl("muon_update_", nanochat::muon_update_);
+    m.impl("newton_schulz_update_", nanochat::newton_schulz_update_);
     m.impl("linear", nanochat::linear);
     m.impl("linear_backward", nanochat::linear_backward);
     m.impl("linear_cross_entropy", nanochat::linear_cross_entropy);

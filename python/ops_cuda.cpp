@@ -100,6 +100,30 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
     return {dq, dk, dv};
 }
 
+// --- newton_schulz ---
+
+// Into out, or with `update` into its params.
+void run_newton_schulz(const NewtonSchulz& arguments, const MuonUpdate* update, at::Device device) {
+    run_kernel([&] {
+        const cuda::Device gpu = cuda::current_device();
+        const cuda::NewtonSchulzForm form = cuda::newton_schulz_form(arguments);
+        const Tensor space = workspace(cuda::newton_schulz_workspace_bytes(arguments, form), device);
+        cuda::newton_schulz(arguments, form, update, gpu, space.mutable_data_ptr(), current_stream(device));
+    });
+}
+
+Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double norm_factor,
+                     const std::optional<Tensor>& norms) {
+    const c10::DeviceGuard guard(g.device());
+    NewtonSchulzStorage storage;
+    NewtonSchulz arguments =
+        newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms, {at::kFloat}, storage);
+    Tensor out = at::empty(g.sizes(), g.options());
+    arguments.out = out.mutable_data_ptr();
+    if (arguments.batch > 0) run_newton_schulz(arguments, nullptr, g.device());
+    return out;
+}
+
 // --- optimizers ---
 
 void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -135,11 +159,38 @@ void muon_update_(at::TensorList params, const Tensor& update, double lr, double
                   bool cautious, const std::optional<Tensor>& lr_tensor,
                   const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<void*> storage;
-    const MuonUpdate arguments = muon_update_arguments(params, update, lr, weight_decay, scale, cautious, lr_tensor,
-                                                       weight_decay_tensor, storage);
+    const MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, lr, weight_decay, scale,
+                                                       cautious, lr_tensor, weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
     run_kernel([&] { cuda::muon_update(arguments, current_stream(device)); });
+    mark_updated(params);
+}
+
+// The update of the parameters happens where the last product is written out: a pass less over memory, and no tensor.
+void newton_schulz_update_(at::TensorList params, const Tensor& update, at::ArrayRef<double> coefficients,
+                           double norm_factor, const std::optional<Tensor>& norms, double lr, double weight_decay,
+                           double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
+                           const std::optional<Tensor>& weight_decay_tensor) {
+    const char* op = "newton_schulz_update_";
+    std::vector<void*> storage;
+    MuonUpdate arguments = muon_update_arguments(op, params, update, lr, weight_decay, scale, cautious, lr_tensor,
+                                                 weight_decay_tensor, storage);
+    NewtonSchulzStorage newton_schulz_storage;
+    const c10::DeviceGuard guard(update.device());
+    const NewtonSchulz orthogonalise = newton_schulz_arguments(op, "update", update, coefficients, norm_factor, norms,
+                                                               {at::kFloat}, newton_schulz_storage);
+    // A parameter may hold several matrices.
+    std::vector<void*> matrices;
+    const int64_t each = params.empty() || orthogonalise.batch == 0 ? 0 : orthogonalise.batch / arguments.count;
+    const int64_t bytes = orthogonalise.M * orthogonalise.K * params[0].element_size();
+    for (void* param : storage) {
+        for (int64_t i = 0; i < each; ++i) matrices.push_back(static_cast<char*>(param) + i * bytes);
+    }
+    arguments.params = matrices.data();
+    arguments.count = orthogonalise.batch;
+    arguments.numel = orthogonalise.M * orthogonalise.K;
+    if (orthogonalise.batch > 0) run_newton_schulz(orthogonalise, &arguments, update.device());
     mark_updated(params);
 }
 
@@ -230,5 +281,7 @@ TORCH_LIBRARY_IMPL(nanochat_native, CUDA, m) {
     m.impl("adamw_", nanochat::adamw_);
     m.impl("muon_momentum_", nanochat::muon_momentum_);
     m.impl("muon_update_", nanochat::muon_update_);
+    m.impl("newton_schulz", nanochat::newton_schulz);
+    m.impl("newton_schulz_update_", nanochat::newton_schulz_update_);
     m.impl("linear_cross_entropy", nanochat::linear_cross_entropy);
 }

@@ -37,6 +37,13 @@ TORCH_LIBRARY(nanochat_native, m) {
         "Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
         tags);
 
+    // newton_schulz and muon_update_ in one.
+    m.def(
+        "newton_schulz_update_(Tensor(a!)[] params, Tensor update, float[] coefficients, float norm_factor, "
+        "Tensor? norms, float lr, float weight_decay, float scale, bool cautious, Tensor? lr_tensor, "
+        "Tensor? weight_decay_tensor) -> ()",
+        tags);
+
     // x (N, I), weight (O, I); dy (N, O). A gradient that is not needed is empty.
     m.def("linear(Tensor x, Tensor weight) -> Tensor", tags);
     m.def(

@@ -289,11 +289,11 @@ inline MuonMomentum muon_momentum_arguments(at::TensorList grads, at::TensorList
             .momentum_address = momentum_address};
 }
 
-inline MuonUpdate muon_update_arguments(at::TensorList params, const at::Tensor& update, double lr, double weight_decay,
-                                        double scale, bool cautious, const std::optional<at::Tensor>& lr_tensor,
+inline MuonUpdate muon_update_arguments(const char* op, at::TensorList params, const at::Tensor& update, double lr,
+                                        double weight_decay, double scale, bool cautious,
+                                        const std::optional<at::Tensor>& lr_tensor,
                                         const std::optional<at::Tensor>& weight_decay_tensor,
                                         std::vector<void*>& storage) {
-    const char* op = "muon_update_";
     check_one_shape(op, "params", params);
     const std::vector<TensorList> lists = {{"params", params, true}};
     check_lists(op, lists);
@@ -315,6 +315,34 @@ inline MuonUpdate muon_update_arguments(at::TensorList params, const at::Tensor&
             .cautious = cautious,
             .lr_address = number_address<double>(op, "lr", lr_tensor, device),
             .weight_decay_address = number_address<double>(op, "weight_decay", weight_decay_tensor, device)};
+}
+
+// What the arguments point to.
+struct NewtonSchulzStorage {
+    at::Tensor g, norms;   // contiguous
+};
+
+inline NewtonSchulz newton_schulz_arguments(const char* op, const char* name, const at::Tensor& g,
+                                            at::ArrayRef<double> coefficients, double norm_factor,
+                                            const std::optional<at::Tensor>& norms, at::ArrayRef<at::ScalarType> taken,
+                                            NewtonSchulzStorage& storage) {
+    TORCH_CHECK_VALUE(g.dim() >= 2, op, ": ", name, " has shape ", g.sizes(), "; takes (..., M, K)");
+    TORCH_CHECK_VALUE(!coefficients.empty() && coefficients.size() % 3 == 0, op, ": coefficients has ",
+                      coefficients.size(), " numbers; takes three for each step");
+    const DType dtype = dtype_of(op, name, g, taken);
+    if (norms) check_like(op, "norms", *norms, at::kDouble, g.device(), g.sizes().slice(0, g.dim() - 2));
+    storage = {g.contiguous(), norms ? norms->contiguous() : at::Tensor()};
+    const int64_t M = g.size(-2), K = g.size(-1);
+    return {.batch = g.numel() > 0 ? g.numel() / (M * K) : 0,
+            .M = M,
+            .K = K,
+            .dtype = dtype,
+            .g = storage.g.const_data_ptr(),
+            .out = nullptr,
+            .norms = norms ? storage.norms.const_data_ptr<double>() : nullptr,
+            .coefficients = coefficients.data(),
+            .steps = static_cast<int64_t>(coefficients.size() / 3),
+            .norm_factor = norm_factor};
 }
 
 // All of linear_cross_entropy's, except that the targets' range is for those who may read it. Returns x's type.

@@ -10,7 +10,15 @@ import torch
 from nanochat_native import doctor, ops
 from nanochat_native.ops import native
 
-OPERATORS = ["attention", "newton_schulz", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"]
+OPERATORS = [
+    "attention",
+    "newton_schulz",
+    "adamw_",
+    "muon_momentum_",
+    "muon_update_",
+    "newton_schulz_update_",
+    "linear_cross_entropy",
+]
 
 
 def run(before="", **environment):

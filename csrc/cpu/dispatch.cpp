@@ -17,7 +17,7 @@
     namespace nanochat::isa {                                  \
     void attention_forward(const AttentionForward&, int);      \
     void attention_backward(const AttentionBackward&, int);    \
-    void newton_schulz(const cpu::NewtonSchulz&);              \
+    void newton_schulz(const NewtonSchulz&, int threads);      \
     void adamw(const AdamW&, int threads);                     \
     void muon_momentum(const MuonMomentum&, int threads);      \
     void muon_update(const MuonUpdate&, int threads);          \
@@ -121,7 +121,7 @@ bool linear_pays() { return !__builtin_cpu_is("intel") && kernels().linear != ba
 
 void attention_forward(const AttentionForward& a, int threads) { kernels().attention_forward(a, team(threads)); }
 void attention_backward(const AttentionBackward& a, int threads) { kernels().attention_backward(a, team(threads)); }
-void newton_schulz(const NewtonSchulz& a) { kernels().newton_schulz(with_team(a)); }
+void newton_schulz(const NewtonSchulz& a, int threads) { kernels().newton_schulz(a, team(threads)); }
 void adamw(const AdamW& a, int threads) { kernels().adamw(a, team(threads)); }
 void muon_momentum(const MuonMomentum& a, int threads) { kernels().muon_momentum(a, team(threads)); }
 void muon_update(const MuonUpdate& a, int threads) { kernels().muon_update(a, team(threads)); }

@@ -109,7 +109,7 @@ void gram_form(const Batch<double>& batch, const float* x, double* const (&small
 }
 
 template <class T>
-void run(const cpu::NewtonSchulz& args) {
+void run(const NewtonSchulz& args, int threads) {
     const int64_t batch = args.batch, M = args.M, K = args.K;
     const bool wide = M < K;
     const int64_t L = wide ? K : M, R = wide ? M : K, size = M * K, square = R * R;
@@ -127,8 +127,8 @@ void run(const cpu::NewtonSchulz& args) {
         F = arena.take<T>(gram ? 0 : batch * square);
         G = arena.take<T>(gram ? 0 : batch * square);
         for (double*& matrix : small) matrix = arena.take<double>(gram ? batch * square : 0);
-        double_scratch = arena.take<double>(gram ? args.threads * kScratch<double> : 0);
-        scratch = arena.take<T>(gram ? 0 : args.threads * kScratch<T>);
+        double_scratch = arena.take<double>(gram ? threads * kScratch<double> : 0);
+        scratch = arena.take<T>(gram ? 0 : threads * kScratch<T>);
         return arena.used;
     };
     lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
@@ -137,7 +137,7 @@ void run(const cpu::NewtonSchulz& args) {
     T* const x = gram || args.steps % 2 ? spare : last;
     T* const other = x == last ? spare : last;
 
-#pragma omp parallel num_threads(args.threads)
+#pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num();
         if (!args.norms) {
@@ -165,11 +165,11 @@ void run(const cpu::NewtonSchulz& args) {
         }
         if constexpr (std::is_same_v<T, float>)
             if (gram)
-                gram_form({batch, L, R, args.coefficients, args.steps, args.threads,
-                           double_scratch + thread * kScratch<double>},
-                          x, small, last);
+                gram_form(
+                    {batch, L, R, args.coefficients, args.steps, threads, double_scratch + thread * kScratch<double>},
+                    x, small, last);
         if (!gram)
-            plain_form<T>({batch, L, R, args.coefficients, args.steps, args.threads, scratch + thread * kScratch<T>}, x,
+            plain_form<T>({batch, L, R, args.coefficients, args.steps, threads, scratch + thread * kScratch<T>}, x,
                           other, G, F);
         if (wide) {
 #pragma omp for
@@ -181,9 +181,9 @@ void run(const cpu::NewtonSchulz& args) {
 
 }   // namespace
 
-void newton_schulz(const cpu::NewtonSchulz& args) {
-    if (args.dtype == DType::float64) return run<double>(args);
-    run<float>(args);
+void newton_schulz(const NewtonSchulz& args, int threads) {
+    if (args.dtype == DType::float64) return run<double>(args, threads);
+    run<float>(args, threads);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

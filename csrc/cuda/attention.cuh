@@ -1,5 +1,5 @@
-// What the attention kernels have in common: who sees whom, the order of the work, tiles in shared memory, fragments of
-// mma.sync, and the online softmax (FlashAttention-2, arXiv:2307.08691).
+// What the attention kernels have in common: who sees whom, the order of the work, products of a warp, and the
+// online softmax (FlashAttention-2, arXiv:2307.08691).
 //
 // Heads that share a key/value head are packed: rows of a tile are (query, head of the group), head fastest, so that a
 // group's heads share every load of keys and values. A unit is what a tile belongs to: a batch and `pack` heads.
@@ -13,18 +13,13 @@
 
 #include "../check.h"
 #include "../kernels.h"
-#include "device/primitives.cuh"
+#include "tiles.cuh"
 
 namespace nanochat::cuda::attention {
 
-using device::bfloat16;
 using device::exp2_approx;
-using device::float16;
-using device::Swizzle;
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-
-NANOCHAT_ANYWHERE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // --- who sees whom ---
 
@@ -101,94 +96,6 @@ inline Order order_of(int tiles, int units, int64_t unit_bytes, bool last_first)
     return {tiles, units, static_cast<int>(std::min<int64_t>(section, std::max(1, units))), last_first};
 }
 
-// --- tiles in shared memory ---
-
-// A tile of rows x D 16-bit elements lies in panels side by side, each with rows of 128 bytes (64 where D is no
-// multiple of 64), in the swizzle of that width: what tensor copies write and wgmma reads, and free of bank conflicts
-// for ldmatrix. Tiles begin at multiples of 1024 bytes.
-template <int D>
-struct Panels {
-    static_assert(D % 32 == 0);
-    static constexpr Swizzle swizzle = D % 64 == 0 ? Swizzle::bytes128 : Swizzle::bytes64;
-    static constexpr int width = device::swizzle_bytes(swizzle), columns = width / 2, count = D / columns;
-    static constexpr int chunks = width / 16;   // of 8 elements, in a row of a panel
-};
-
-template <int D>
-constexpr int tile_bytes(int rows) {
-    return rows * D * 2;
-}
-
-// The places of one lane's row: of chunk `chunk`, `further` rows below (a multiple of 8). Where half is 1, of the chunk
-// after an even one.
-template <int D, int rows>
-struct Cursor {
-    using P = Panels<D>;
-    uint32_t row, twist;
-
-    NANOCHAT_DEVICE Cursor(uint32_t tile, int r, int half = 0)
-        : row(tile + r * P::width),
-          twist(device::swizzled(r * P::width, P::swizzle) ^ static_cast<uint32_t>(r * P::width) ^
-                static_cast<uint32_t>(half << 4)) {}
-    NANOCHAT_DEVICE uint32_t operator()(int chunk, int further = 0) const {
-        return row + (chunk / P::chunks * rows + further) * P::width + (twist ^ (chunk % P::chunks << 4));
-    }
-};
-
-// Rows as ldmatrix_x4 wants them: of a left operand (or a transposed right one) from row `first` on, 16 rows, and of a
-// right operand, whose 16 columns are rows here.
-template <int D, int rows>
-NANOCHAT_DEVICE Cursor<D, rows> left_cursor(uint32_t tile, int first, int lane) {
-    return {tile, first + lane % 16, lane / 16};
-}
-template <int D, int rows>
-NANOCHAT_DEVICE Cursor<D, rows> right_cursor(uint32_t tile, int lane) {
-    return {tile, lane % 8 + lane / 16 * 8, lane / 8 % 2};
-}
-
-template <int D, int threads>
-constexpr int rows_a_pass = threads / Panels<D>::chunks;
-
-// Copies `rows` rows into a tile in the background, by `threads` threads: row r from row_address(r), of which the first
-// `D_given` elements exist, where r < count; all else becomes zero. row_address is asked for ascending rows,
-// rows_a_pass<D, threads> apart, and for addresses alone where there is no row.
-template <int D, int rows, int threads, class RowAddress>
-NANOCHAT_DEVICE void load_rows(uint32_t tile, RowAddress row_address, int count, int D_given) {
-    using P = Panels<D>;
-    constexpr int step = rows_a_pass<D, threads>;
-    static_assert(rows % step == 0);
-    const int thread = threadIdx.x, chunk = thread % P::chunks;
-    const Cursor<D, rows> cursor(tile, thread / P::chunks);
-#pragma unroll
-    for (int pass = 0; pass < rows / step; ++pass) {
-        const int r = thread / P::chunks + pass * step;
-        const auto* from = row_address(r);
-#pragma unroll
-        for (int panel = 0; panel < P::count; ++panel) {
-            const int column = panel * P::columns + chunk * 8;
-            const bool exists = r < count && column < D_given;
-            device::cp_async_16(cursor(panel * P::chunks + chunk, pass * step), from + column, exists ? 16 : 0);
-        }
-    }
-}
-
-// The rows of a matrix, for load_rows: one address that moves on, instead of one a pass.
-template <class T, int step>
-struct StridedRows {
-    const T* next;
-    int64_t stride;
-
-    NANOCHAT_DEVICE const T* operator()(int) {
-        const T* row = next;
-        next += step * stride;
-        return row;
-    }
-};
-template <int D, int threads, class T>
-NANOCHAT_DEVICE StridedRows<T, rows_a_pass<D, threads>> strided_rows(const T* first, int64_t stride) {
-    return {first + static_cast<int>(threadIdx.x) / Panels<D>::chunks * stride, stride};
-}
-
 // --- rows of a unit ---
 
 // Of a (B, T, H, D) tensor: row r is query r / pack of head r % pack of the unit.
@@ -250,12 +157,6 @@ NANOCHAT_DEVICE Span blocks_of(const RowTile& tile, const Sight& sight, int pack
 
 // --- products of a warp ---
 
-// Elements 4 n .. 4 n + 3 of an accumulator: a lane's part of columns 8 n to 8 n + 7.
-template <int count>
-NANOCHAT_DEVICE float (&fragment(float (&d)[count], int n))[4] {
-    return reinterpret_cast<float (&)[4]>(d[4 * n]);
-}
-
 // The accumulator's columns 16 k to 16 k + 15 as a left operand.
 template <class T, int count>
 NANOCHAT_DEVICE void to_left(uint32_t (&a)[4], const float (&d)[count], int k) {
@@ -309,34 +210,6 @@ NANOCHAT_DEVICE void add_product(float (&sums)[fragments][D / 2], const float (&
             }
         }
     }
-}
-
-// Stores 16 rows of sums, a warp's, as T: through rows first .. first + 15 of a tile, which are the warp's own, so that
-// each row leaves in accesses of 16 bytes. row_address(r): of the tile's row r; null where it does not exist.
-template <class T, int D, int rows, class RowAddress>
-NANOCHAT_DEVICE void store_rows(unsigned char* tile, const float (&sums)[D / 2], int first, int D_given,
-                                const RowAddress& row_address) {
-    const int lane = threadIdx.x % 32;
-    __syncwarp();   // other lanes may still read these rows
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const Cursor<D, rows> cursor(0, first + lane / 4 + 8 * h);
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-            *reinterpret_cast<uint32_t*>(tile + cursor(n) + 4 * (lane % 4)) =
-                device::pack<T>(sums[4 * n + 2 * h], sums[4 * n + 2 * h + 1]);
-        }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = lane; i < 2 * D; i += 32) {
-        const int row = first + i / (D / 8), chunk = i % (D / 8);
-        T* to = row_address(row);
-        if (!to || chunk * 8 >= D_given) continue;
-        *reinterpret_cast<uint4*>(to + chunk * 8) =
-            *reinterpret_cast<const uint4*>(tile + Cursor<D, rows>(0, row)(chunk));
-    }
-    __syncwarp();   // the rows may be written again
 }
 
 // --- the online softmax ---

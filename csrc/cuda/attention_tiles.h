@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "hopper.cuh"
 
 namespace nanochat::cuda::attention {
 
@@ -60,20 +61,6 @@ void choose_backward(int D, const Use& use) {
 
 namespace hopper {
 
-constexpr int kGroupThreads = 128, kGroupRows = 64;
-
-NANOCHAT_ANYWHERE constexpr int ring_bytes(int stages) {
-    return 16 * stages;
-}   // of barriers, one for full and one for empty
-
-// Registers of a thread: what the loader leaves of 65,536.
-template <int consumers_>
-struct Groups {
-    static_assert(consumers_ == 2 || consumers_ == 3);
-    static constexpr int consumers = consumers_, threads = kGroupThreads * (1 + consumers);
-    static constexpr int registers = consumers == 3 ? 160 : 240, loader_registers = consumers == 3 ? 32 : 24;
-};
-
 template <int D_, int consumers_, int keys_>
 struct ForwardTile : Groups<consumers_> {
     static constexpr int D = D_, rows = kGroupRows * consumers_, keys = keys_, stages = 2;
@@ -122,7 +109,7 @@ void choose_backward(int D, const Use& use) {
 // or one head.
 inline int packing(const AttentionShape& s, bool tensor_copies) {
     const int group = static_cast<int>(s.H / s.Hkv);
-    return tensor_copies && hopper::kGroupRows % group ? 1 : group;
+    return tensor_copies && kGroupRows % group ? 1 : group;
 }
 
 }   // namespace nanochat::cuda::attention

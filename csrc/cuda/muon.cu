@@ -7,6 +7,7 @@
 
 #include "../check.h"
 #include "../kernels.h"
+#include "muon.cuh"
 #include "packs.cuh"
 
 namespace nanochat::cuda::muon_kernels {
@@ -169,33 +170,19 @@ struct UpdateTable {
 struct UpdateOptions {
     const float* update;   // of the table's first matrix
     int64_t numel;
-    double lr, weight_decay, scale;
-    const double *lr_address, *weight_decay_address;
-    bool cautious;
+    UpdateRates rates;
 };
 static_assert(sizeof(UpdateTable<kManyMatrices>) + sizeof(UpdateOptions) <= kArgumentBytes);
 
-struct Rates {
-    float decay, rate;
-};
-
-// Read after the loads of the packs are issued, so that their latencies overlap.
-NANOCHAT_DEVICE Rates rates_of(const UpdateOptions& o) {
-    const double lr = o.lr_address ? *o.lr_address : o.lr;
-    const double weight_decay = o.weight_decay_address ? *o.weight_decay_address : o.weight_decay;
-    return {static_cast<float>(1 - lr * weight_decay), static_cast<float>(lr * o.scale)};
-}
-
 template <class P>
 NANOCHAT_DEVICE void update_step(Pack<P, kPackElements>& param, const Pack<float, kPackElements>& update,
-                                 const Rates& rates, bool cautious) {
+                                 const Rates& rates) {
 #pragma unroll
     for (int i = 0; i < kPackElements; i += 2) {
         float p[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const float old = element(param, i + j), u = element(update, i + j);
-            p[j] = (!cautious || u * old >= 0 ? rates.decay : 1) * old - rates.rate * u;
+            p[j] = updated(element(param, i + j), element(update, i + j), rates);
         }
         set_pair(param, i, p[0], p[1]);
     }
@@ -218,20 +205,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksResident)
             u[i] = load<N>(update + start + i * kStride);
             p[i] = load<N>(param + start + i * kStride);
         }
-        const Rates rates = rates_of(o);
+        const Rates rates = rates_of(o.rates);   // after the loads are issued: latencies overlap
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
-            update_step(p[i], u[i], rates, o.cautious);
+            update_step(p[i], u[i], rates);
             store(param + start + i * kStride, p[i]);
         }
         return;
     }
-    const Rates rates = rates_of(o);
+    const Rates rates = rates_of(o.rates);
 #pragma unroll 1
     for (int64_t first = start; first < o.numel && first < block_start + kBlockElements; first += kStride) {
         const Pack<float, N> u = load<N>(update + first, o.numel - first, aligned);
         Pack<P, N> p = load<N>(param + first, o.numel - first, aligned);
-        update_step(p, u, rates, o.cautious);
+        update_step(p, u, rates);
         store(param + first, p, o.numel - first, aligned);
     }
 }
@@ -242,9 +229,7 @@ void launch_update(const MuonUpdate& a, void* stream) {
         UpdateTable<capacity> table;
         const int64_t matrices = std::min<int64_t>(a.count - start, capacity);
         for (int64_t i = 0; i < matrices; ++i) table.params[i] = a.params[start + i];
-        const UpdateOptions options = {
-            a.update + start * a.numel, a.numel,   a.lr, a.weight_decay, a.scale, a.lr_address,
-            a.weight_decay_address,     a.cautious};
+        const UpdateOptions options = {a.update + start * a.numel, a.numel, update_rates(a)};
         device::launch("muon_update_", update_kernel<P, capacity>,
                        dim3(static_cast<uint32_t>(blocks_per_matrix(a.numel)), static_cast<uint32_t>(matrices)),
                        dim3(kThreads), 0, stream, table, options);

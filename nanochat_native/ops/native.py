@@ -12,7 +12,17 @@ from nanochat_native.ops.reference import Triple, compute_dtype
 MEND = "run `pip install --no-build-isolation .` in nanochat-native's folder, or choose NANOCHAT_NATIVE_BACKEND=torch"
 
 # Operators with a CUDA kernel, when the module was built with CUDA. Every operator has CPU kernels.
-CUDA_OPERATORS = frozenset({"attention", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy"})
+CUDA_OPERATORS = frozenset(
+    {
+        "attention",
+        "newton_schulz",
+        "adamw_",
+        "muon_momentum_",
+        "muon_update_",
+        "newton_schulz_update_",
+        "linear_cross_entropy",
+    }
+)
 CUDA_ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_ATTENTION_LARGEST_D = 128
 
@@ -86,7 +96,15 @@ def cuda_instruction_set() -> str:
 # Types of device that have a native kernel, for each operator. "meta" stands for shapes without data.
 DEVICES: dict[str, tuple[str, ...]] = {
     op: ("cpu", "meta", "cuda") if op in CUDA_OPERATORS and not problem and build_info()["cuda"] else ("cpu", "meta")
-    for op in ("attention", "newton_schulz", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
+    for op in (
+        "attention",
+        "newton_schulz",
+        "adamw_",
+        "muon_momentum_",
+        "muon_update_",
+        "newton_schulz_update_",
+        "linear_cross_entropy",
+    )
 }
 
 
@@ -154,10 +172,14 @@ def _attention_grad(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None
 
 
 def newton_schulz(g: Tensor, triples: Sequence[Triple], norm_factor: float, norms: Tensor | None) -> Tensor:
-    coefficients = [number for triple in triples for number in triple]
+    dtype = torch.float32 if g.device.type == "cuda" else compute_dtype(g.dtype)  # that the kernels read and write
     with torch.no_grad():
-        x = torch.ops.nanochat_native.newton_schulz(g.to(compute_dtype(g.dtype)), coefficients, norm_factor, norms)
+        x = torch.ops.nanochat_native.newton_schulz(g.to(dtype), _numbers(triples), norm_factor, norms)
         return x.to(g.dtype)
+
+
+def _numbers(triples: Sequence[Triple]) -> list[float]:
+    return [number for triple in triples for number in triple]
 
 
 def _newton_schulz_fake(g: Tensor, coefficients: Sequence[float], norm_factor: float, norms: Tensor | None) -> Tensor:
@@ -271,6 +293,52 @@ def _muon_update_fake(
     pass
 
 
+@torch.no_grad()
+def newton_schulz_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    triples: Sequence[Triple],
+    norm_factor: float,
+    norms: Tensor | None,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    scale: float,
+    cautious: bool,
+) -> None:
+    lr, lr_tensor = _apart(lr, 0.0)
+    weight_decay, weight_decay_tensor = _apart(weight_decay, 0.0)
+    torch.ops.nanochat_native.newton_schulz_update_(
+        params,
+        update,
+        _numbers(triples),
+        norm_factor,
+        norms,
+        lr,
+        weight_decay,
+        scale,
+        cautious,
+        lr_tensor,
+        weight_decay_tensor,
+    )
+
+
+def _newton_schulz_update_fake(
+    params: Sequence[Tensor],
+    update: Tensor,
+    coefficients: Sequence[float],
+    norm_factor: float,
+    norms: Tensor | None,
+    lr: float,
+    weight_decay: float,
+    scale: float,
+    cautious: bool,
+    lr_tensor: Tensor | None,
+    weight_decay_tensor: Tensor | None,
+) -> None:
+    pass
+
+
 # --- linear ---
 
 LINEAR_ROWS = 64  # fewer do not pay for transposing the weight
@@ -368,6 +436,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "adamw_": _adamw_fake,
     "muon_momentum_": _muon_momentum_fake,
     "muon_update_": _muon_update_fake,
+    "newton_schulz_update_": _newton_schulz_update_fake,
     "linear": _linear_fake,
     "linear_backward": _linear_backward_fake,
     "linear_cross_entropy": _linear_cross_entropy_fake,

@@ -245,6 +245,22 @@ def muon_update_(
         param.copy_(decayed(param, decay, change, cautious) - lr * scale * change)
 
 
+def newton_schulz_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
+    steps: int = 5,
+    coefficients: str | Sequence[Sequence[float]] = "quintic",
+    norms: Tensor | None = None,
+) -> None:
+    orthogonal = newton_schulz(update, steps=steps, coefficients=coefficients, norms=norms)
+    muon_update_(params, orthogonal, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious)
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

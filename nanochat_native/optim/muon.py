@@ -13,16 +13,35 @@ from torch import Tensor
 from nanochat_native import ops
 from nanochat_native.optim.base import Optimizer, Params
 
+OPTIONS = {
+    "nesterov": True,
+    "cautious": False,
+    "row_equilibration": False,
+    "frobenius_renormalisation": False,
+    "normuon": False,
+}
+
 
 class Muon(Optimizer):
     """buf = mu buf + (1 - mu) g;  u = mu buf + (1 - mu) g (Nesterov) or buf;
     p = (1 - lr weight_decay) p - lr sqrt(max(1, rows / columns)) newton_schulz(u).
 
     params: matrices (..., rows, columns), float32 or bfloat16, contiguous; (name, tensor) pairs make errors speak of
-    names. Those of one shape are stepped together, as one batch. State of each: "momentum_buffer", float32, of its
-    shape. coefficients: of ops.newton_schulz, a name or a list of triples. lr, momentum and weight_decay may be
-    tensors, as ops.muon_update_ and ops.muon_momentum_ take them. cautious: decay only the elements that the update
-    moves towards 0 (Cautious Weight Decay, arXiv:2510.12402). Every setting is read from the group at each step.
+    names. Those of one shape are stepped together, as one batch, and their momentum lies in one memory. State of each:
+    "momentum_buffer", float32, of its shape. coefficients: of ops.newton_schulz, a name or a list of triples. lr,
+    momentum and weight_decay may be tensors, as ops.muon_update_ and ops.muon_momentum_ take them. Every setting is
+    read from the group at each step.
+
+    Off by default:
+        cautious: decay only the elements that the update moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
+        row_equilibration: newton_schulz gets u with each row divided by its norm (MuonEq's R, arXiv:2603.28254).
+        frobenius_renormalisation: the orthogonalised u is scaled to the Frobenius norm that singular values of 1 give,
+            sqrt(min(rows, columns)): Newton-Schulz leaves them between 0.7 and 1.2.
+        normuon: variance reduction (NorMuon, arXiv:2510.05491): v = beta2 v + (1 - beta2) mean(o^2) of each row of the
+            orthogonalised u, o (of each column where there are more of those); o is divided by sqrt(v) and scaled back
+            to its Frobenius norm. State: "second_momentum", float32, (..., rows, 1) or (..., 1, columns).
+        heads: so many blocks of a matrix's rows, the heads of an attention's projection, are each orthogonalised as a
+            matrix of its own; with head_axis "columns", blocks of its columns. The scale is then that of a block.
 
     Raises ValueError for a setting out of range and for a parameter that is not a matrix.
     """
@@ -37,6 +56,12 @@ class Muon(Optimizer):
         coefficients: str | Sequence[tuple[float, float, float]] = "quintic",
         weight_decay: float | Tensor = 0.0,
         cautious: bool = False,
+        row_equilibration: bool = False,
+        frobenius_renormalisation: bool = False,
+        normuon: bool = False,
+        beta2: float = 0.95,
+        heads: int = 1,
+        head_axis: str = "rows",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -46,6 +71,12 @@ class Muon(Optimizer):
             "coefficients": coefficients,
             "weight_decay": weight_decay,
             "cautious": cautious,
+            "row_equilibration": row_equilibration,
+            "frobenius_renormalisation": frobenius_renormalisation,
+            "normuon": normuon,
+            "beta2": beta2,
+            "heads": heads,
+            "head_axis": head_axis,
         }
         super().__init__(params, defaults)
 
@@ -55,10 +86,27 @@ class Muon(Optimizer):
             raise ValueError(f"momentum is {group['momentum']}; it takes 0 to below 1")
         if group["ns_steps"] < 1:
             raise ValueError(f"ns_steps is {group['ns_steps']}; it takes a number from 1")
+        for option in OPTIONS:
+            if not isinstance(group[option], bool):
+                raise ValueError(f"{option} is {group[option]!r}; it takes True or False")
+        if not 0 <= group["beta2"] < 1:
+            raise ValueError(f"beta2 is {group['beta2']}; it takes 0 to below 1")
+        if group["head_axis"] not in ("rows", "columns"):
+            raise ValueError(f"head_axis is {group['head_axis']!r}; it takes 'rows' or 'columns'")
         for index, parameter in enumerate(group["params"]):
+            name, shape = self.name_of(group, index), tuple(parameter.shape)
             if parameter.ndim < 2:
-                name, shape = self.name_of(group, index), tuple(parameter.shape)
                 raise ValueError(f"{name} has shape {shape}; Muon takes matrices, AdamW the rest")
+            heads, axis = group["heads"], group["head_axis"]
+            size = shape[-2 if axis == "rows" else -1]
+            if heads < 1 or size % heads:
+                raise ValueError(f"heads is {heads}; {name}, shape {shape}, takes a divisor of its {size} {axis}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a state saved before there were the options
+            for name, default in (*OPTIONS.items(), ("beta2", 0.95), ("heads", 1), ("head_axis", "rows")):
+                group.setdefault(name, default)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -75,28 +123,86 @@ class Muon(Optimizer):
         return loss
 
     def _step_together(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        for matrix in matrices:
-            if not self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix, dtype=torch.float32)
+        self._init_state([matrix for matrix in matrices if not self.state[matrix]])
         gradients = [cast(Tensor, matrix.grad) for matrix in matrices]
         buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        *batch, rows, columns = matrices[0].shape
-
         update, norms = ops.muon_momentum_(
             gradients, buffers, momentum=group["momentum"], nesterov=group["nesterov"], return_norm=True
         )
-        update = ops.newton_schulz(
-            update,
-            steps=group["ns_steps"],
-            coefficients=group["coefficients"],
-            norms=None if batch else norms,  # norms are of parameters, which must be of one matrix each
-        )
-        scale = max(1.0, rows / columns) ** 0.5
-        ops.muon_update_(
-            matrices,
-            update,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            scale=scale,
-            cautious=group["cautious"],
-        )
+        known: Tensor | None = norms
+        if matrices[0].ndim > 2 or group["heads"] > 1 or group["row_equilibration"]:
+            known = None  # norms are of whole parameters
+        update = split_heads(update, group["heads"], group["head_axis"])
+        if group["row_equilibration"]:
+            update = equilibrate_rows(update)
+
+        rows, columns = update.shape[-2:]
+        rates: dict[str, Any] = {
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+            "scale": max(1.0, rows / columns) ** 0.5,
+            "cautious": group["cautious"],
+        }
+        iteration: dict[str, Any] = {"steps": group["ns_steps"], "coefficients": group["coefficients"], "norms": known}
+        in_rows = group["heads"] == 1 or group["head_axis"] == "rows"
+        if in_rows and not group["frobenius_renormalisation"] and not group["normuon"]:
+            blocks = [matrix.view(update.shape[1:]) for matrix in matrices]
+            ops.newton_schulz_update_(blocks, update, **rates, **iteration)
+            return
+        update = ops.newton_schulz(update, **iteration)
+        if group["frobenius_renormalisation"]:
+            update = renormalise(update)
+        update = merge_heads(update, group["heads"], group["head_axis"])
+        if group["normuon"]:
+            update = self._reduce_variance(update, matrices, group["beta2"])
+        ops.muon_update_(matrices, update, **rates)
+
+    def _init_state(self, matrices: list[Tensor]) -> None:
+        """Zeros, in one memory for all."""
+        if matrices:
+            momentum = torch.zeros(len(matrices), *matrices[0].shape, device=matrices[0].device)
+            for matrix, buffer in zip(matrices, momentum.unbind(), strict=True):
+                self.state[matrix]["momentum_buffer"] = buffer
+
+    def _reduce_variance(self, update: Tensor, matrices: list[Tensor], beta2: float) -> Tensor:
+        axis = -1 if update.size(-2) >= update.size(-1) else -2
+        squares = update.square().mean(dim=axis, keepdim=True)
+        states = [self.state[matrix] for matrix in matrices]
+        for state, square in zip(states, squares, strict=True):
+            if "second_momentum" not in state:
+                state["second_momentum"] = torch.zeros_like(square)
+        averages = [state["second_momentum"] for state in states]
+        torch._foreach_lerp_(averages, list(squares.unbind()), 1 - beta2)
+        reduced = update * torch.stack(averages).clamp_min(1e-20).rsqrt()
+        before, after = (torch.linalg.matrix_norm(x)[..., None, None] for x in (update, reduced))
+        return reduced * (before / torch.where(after == 0, 1.0, after))
+
+
+def split_heads(update: Tensor, heads: int, axis: str) -> Tensor:
+    """(count, ..., rows, columns) -> (count, ..., heads, rows, columns), each head with its part of rows or columns."""
+    if heads == 1:
+        return update
+    if axis == "rows":
+        return update.unflatten(-2, (heads, -1))
+    return update.unflatten(-1, (heads, -1)).movedim(-2, -3).contiguous()
+
+
+def merge_heads(update: Tensor, heads: int, axis: str) -> Tensor:
+    """The inverse of split_heads."""
+    if heads == 1:
+        return update
+    if axis == "rows":
+        return update.flatten(-3, -2)
+    return update.movedim(-3, -2).flatten(-2).contiguous()
+
+
+def equilibrate_rows(update: Tensor) -> Tensor:
+    """Rows divided by their norms; rows of zeros stay."""
+    norms = torch.linalg.vector_norm(update, dim=-1, keepdim=True)
+    return update / torch.where(norms == 0, 1.0, norms)
+
+
+def renormalise(orthogonal: Tensor) -> Tensor:
+    """Matrices scaled to the Frobenius norm sqrt(min(rows, columns)); a zero matrix stays."""
+    norms = torch.linalg.matrix_norm(orthogonal)[..., None, None]
+    return orthogonal * (min(orthogonal.shape[-2:]) ** 0.5 / torch.where(norms == 0, 1.0, norms))

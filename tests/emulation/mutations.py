@@ -398,7 +398,12 @@ OPERATORS = [
         ("partial sums of all matrices in one row", "o.partials[blockIdx.y * int64_t{gridDim.x} + blockIdx.x]", "o.partials[blockIdx.x]"),
         ("square root forgotten", "norms[blockIdx.x] = sqrt(sum)", "norms[blockIdx.x] = sum"),
         ("first matrix's update for all", "const float* update = o.update + blockIdx.y * o.numel;", "const float* update = o.update;"),
-        ("cautious everywhere", "!cautious || u * old >= 0", "!cautious || u * old >= -1e30f"),
+        library=MUON_LIBRARY,
+    ),
+    *of(
+        "csrc/cuda/muon.cuh",
+        muon,
+        ("cautious everywhere", "!rates.cautious || update * param >= 0", "!rates.cautious || update * param >= -1e30f"),
         library=MUON_LIBRARY,
     ),
     *of(
@@ -425,14 +430,14 @@ OPERATORS = [
     ),
 ]
 
-TILES, TILES_HOPPER = "csrc/cuda/attention.cuh", "csrc/cuda/attention_hopper.cuh"
+TILES, TILES_HOPPER, ATTENTION_COMMON = (f"csrc/cuda/{name}.cuh" for name in ("tiles", "hopper", "attention"))
 FORWARD, FORWARD_HOPPER = "csrc/cuda/attention_forward.cu", "csrc/cuda/attention_forward_hopper.cu"
 BACKWARD, BACKWARD_HOPPER = "csrc/cuda/attention_backward.cu", "csrc/cuda/attention_backward_hopper.cu"
 FORWARD_LIBRARY, BACKWARD_LIBRARY = (f"tests/emulation/{name}" for name in (operators.ATTENTION_FORWARD, operators.ATTENTION_BACKWARD))
 
 ATTENTION_OPERATOR = [
     *of(
-        TILES,
+        ATTENTION_COMMON,
         forward_ampere,
         ("window too narrow by a key", "newest(first) - window : 0", "newest(first) - window + 1 : 0"),
         ("own key hidden", "newest(last) + 1 < Tk ? newest(last) + 1 : Tk", "newest(last) < Tk ? newest(last) : Tk"),
@@ -441,9 +446,14 @@ ATTENTION_OPERATOR = [
         ("highest score of two lanes alone", "            highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFF, highest, 2));\n", ""),
         ("rows that see nothing divided by zero", "total[h] == 0 ? 0 : 1 / total[h]", "1 / total[h]"),
         ("first head of the group for all", "(row - query * pack) * h;", "0 * h;"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        TILES,
+        forward_ampere,
         ("rows behind the last copied", "exists ? 16 : 0);", "16);", "address"),
         ("rows overwritten while lanes read them", "    __syncwarp();   // other lanes may still read these rows\n", "", "thread"),
-        ("rows stored before they are complete", "        }\n    }\n    __syncwarp();\n#pragma unroll\n    for (int i = lane; i < 2 * D", "        }\n    }\n#pragma unroll\n    for (int i = lane; i < 2 * D", "thread"),
+        ("rows stored before they are complete", "        }\n    }\n    __syncwarp();\n}\n", "        }\n    }\n}\n", "thread"),
         library=FORWARD_LIBRARY,
     ),
     *of(

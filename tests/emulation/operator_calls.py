@@ -3,11 +3,15 @@
 Each function has the arguments of its twin in nanochat_native.ops.reference, and `schedule`, the emulation's seed.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-ADAMW, MUON, LOSS, ATTENTION_FORWARD, ATTENTION_BACKWARD = (
+from nanochat_native.ops import reference
+
+ADAMW, MUON, LOSS, ATTENTION_FORWARD, ATTENTION_BACKWARD, NEWTON_SCHULZ = (
     f"operators/{name}.cpp"
-    for name in ("adamw", "muon", "linear_cross_entropy", "attention_forward", "attention_backward")
+    for name in ("adamw", "muon", "linear_cross_entropy", "attention_forward", "attention_backward", "newton_schulz")
 )
 LIBRARIES = {
     "adamw": ADAMW,
@@ -17,6 +21,8 @@ LIBRARIES = {
     "attention_forward": ATTENTION_FORWARD,
     "places": ATTENTION_FORWARD,
     "attention_backward": ATTENTION_BACKWARD,
+    "newton_schulz": NEWTON_SCHULZ,
+    "newton_schulz_plan": NEWTON_SCHULZ,
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # nanochat::DType
 
@@ -191,3 +197,71 @@ def attention_backward(
         misalignment=misalignment,
     )
     return grads
+
+
+FORMS = {"plain": 0, "gram": 1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How newton_schulz goes about it; of each form: bytes of workspace, steps on one Gram matrix in turn, float16?"""
+
+    form: str
+    bytes: dict[str, int]
+    phases: dict[str, list[int]]
+    float16: dict[str, bool]
+
+
+def problem(g, steps, coefficients, norms):
+    triples, norm_factor = reference.newton_schulz_schedule(steps, coefficients)
+    M, K = g.shape[-2:]
+    numbers = torch.tensor(triples, dtype=torch.float64)
+    return (g, 0 if norms is None else norms, numbers, steps, g[..., 0, 0].numel(), M, K, norm_factor)
+
+
+def newton_schulz_plan(kernels, g, *, steps=5, coefficients="quintic", norms=None):
+    form, sizes, float16 = (torch.zeros(n, dtype=torch.int64) for n in (1, 2, 2))
+    phases = torch.zeros(2, steps, dtype=torch.int64)
+    kernels.call("newton_schulz_plan", *problem(g, steps, coefficients, norms), form, sizes, phases, float16)
+    return Plan(
+        list(FORMS)[form.item()],
+        dict(zip(FORMS, sizes.tolist(), strict=True)),
+        {name: [n for n in row if n] for name, row in zip(FORMS, phases.tolist(), strict=True)},
+        {name: bool(x) for name, x in zip(FORMS, float16.tolist(), strict=True)},
+    )
+
+
+def newton_schulz(
+    kernels,
+    g,
+    *,
+    steps=5,
+    coefficients="quintic",
+    norms=None,
+    form=None,
+    params=(),
+    lr=0.1,
+    weight_decay=0.0,
+    scale=1.0,
+    cautious=False,
+    hopper=False,
+    multiprocessors=2,
+    schedule=0,
+    misalignment=16,
+):
+    """newton_schulz(g), or, where there are params, what newton_schulz_update_ makes of them, in place."""
+    plan = newton_schulz_plan(kernels, g, steps=steps, coefficients=coefficients, norms=norms)
+    form = form or plan.form
+    out = 0 if params else torch.full(g.shape, torch.nan, device=g.device)
+    workspace = torch.full((plan.bytes[form],), 255, dtype=torch.uint8, device=g.device)
+    lr, lr_address = number_and_address(lr, 0.0)
+    weight_decay, weight_decay_address = number_and_address(weight_decay, 0.0)
+    kernels.call(
+        "newton_schulz",
+        *(*problem(g, steps, coefficients, norms), FORMS[form], out, list(params)),
+        *(DTYPES[params[0].dtype] if params else 0, lr, weight_decay, scale, int(cautious)),
+        *(lr_address, weight_decay_address, multiprocessors, int(hopper), workspace, workspace.nbytes),
+        seed=schedule,
+        misalignment=misalignment,
+    )
+    return out

@@ -1,7 +1,7 @@
 // What both directions of attention take.
 #pragma once
 
-#include "reader.h"
+#include "device_reader.h"
 
 inline void read_strides(Reader& read, nanochat::Strides& strides) {
     strides.b = read;
@@ -19,9 +19,4 @@ inline void read_shape(Reader& read, nanochat::AttentionShape& shape) {
     shape.causal = read;
     shape.window = read;
     shape.scale = read;
-}
-
-inline nanochat::cuda::Device read_device(Reader& read) {
-    const int64_t multiprocessors = read;
-    return {static_cast<int>(multiprocessors), read};
 }

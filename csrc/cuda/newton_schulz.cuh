@@ -1,0 +1,257 @@
+// What the products of Newton-Schulz have in common: D = alpha A B + beta S + gamma T on a batch of matrices, of 16-bit
+// elements with float32 sums, and what becomes of a tile of D.
+//
+// In scratch memory a row is a whole number of 16-byte chunks; what lies behind a matrix's last column is zero.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../check.h"
+#include "../kernels.h"
+#include "muon.cuh"
+#include "tiles.cuh"
+
+namespace nanochat::cuda::newton_schulz_kernels {
+
+using device::Major;
+
+// A tile of D is multiplied in steps of kDepth along K. Symmetric results come in blocks of kTile.
+constexpr int kTile = 128, kDepth = 64;
+constexpr int kStripColumns = 64, kStripBytes = 16 * kStripColumns * 2;   // what a warp writes at a time
+
+constexpr int64_t kChunk = 8;   // elements in 16 bytes
+inline int64_t pitch_of(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
+
+// `rows` x `columns` in memory, one after another.
+struct Matrices {
+    void* data;
+    int rows, columns, pitch;
+
+    NANOCHAT_ANYWHERE int64_t size() const { return int64_t{rows} * pitch; }
+};
+
+// Major::k: the rows of memory are rows of A, or columns of B; Major::mn: they are steps along K.
+struct Product {
+    Matrices a, b, d;
+    Major a_major, b_major;
+    bool symmetric;      // D is: its lower half is computed and mirrored
+    const void *s, *t;   // (rows, columns) with the pitch of D, or null
+    float alpha, beta, gamma;
+    int count, m, n, k;
+};
+
+// Where the last product's D goes: to `out`, or into the params of a Muon update.
+struct Result {
+    float* out;
+    DType param_dtype;
+    UpdateRates rates;
+    void* params[kMostMatrices];
+};
+struct Scratch {};   // D goes to scratch memory, whole ...
+struct Mirror {};    // ... or as a lower half and its mirror
+
+// --- which tile ---
+
+// Tiles of `high` x kTile; of symmetric results those that touch the lower half.
+struct TilePlace {
+    int matrix, row, column;   // the first
+};
+
+NANOCHAT_ANYWHERE int tiles_of(const Product& p, int high) {
+    const int columns = divide_up(p.n, kTile);
+    if (!p.symmetric) return divide_up(p.m, high) * columns;
+    const int blocks = high / kTile, whole = columns / blocks;   // rows of tiles with all their blocks
+    return blocks * (whole * (whole + 1) / 2) + (columns % blocks ? columns : 0);
+}
+
+NANOCHAT_DEVICE TilePlace tile_place(const Product& p, int high, int tiles, int item) {
+    const int matrix = item / tiles;
+    int tile = item - matrix * tiles;
+    if (!p.symmetric) {
+        const int columns = divide_up(p.n, kTile), row = tile / columns;
+        return {matrix, row * high, (tile - row * columns) * kTile};
+    }
+    int row = 0;
+    for (int own = high / kTile; tile >= own; own += high / kTile) {
+        tile -= own;
+        ++row;
+    }
+    return {matrix, row * high, tile * kTile};
+}
+
+// --- what becomes of a tile ---
+
+template <class T>
+NANOCHAT_DEVICE float low(uint32_t pair) {
+    return to_float(T{static_cast<uint16_t>(pair)});
+}
+template <class T>
+NANOCHAT_DEVICE float high(uint32_t pair) {
+    return to_float(T{static_cast<uint16_t>(pair >> 16)});
+}
+
+// sums += factor * source, of a strip whose first element has that row and column.
+template <class T>
+NANOCHAT_DEVICE void add_source(float (&sums)[kStripColumns / 2], const Product& p, const void* source, float factor,
+                                int matrix, int row, int column) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int r = row + lane / 4 + 8 * h;
+        if (r >= p.m) continue;
+        const T* from = static_cast<const T*>(source) + matrix * p.d.size() + int64_t{r} * p.d.pitch;
+#pragma unroll
+        for (int n = 0; n < kStripColumns / 8; ++n) {
+            const int c = column + 8 * n + 2 * (lane % 4);
+            if (c >= p.d.pitch) continue;
+            const uint32_t pair = *reinterpret_cast<const uint32_t*>(from + c);
+            sums[4 * n + 2 * h] += factor * low<T>(pair);
+            sums[4 * n + 2 * h + 1] += factor * high<T>(pair);
+        }
+    }
+}
+
+// Makes what lies on the diagonal of a symmetric D, in blocks of 8 x 8, symmetric to the last bit: where two orders of
+// summation differ, D taken for its own transpose would have an error that later steps amplify.
+NANOCHAT_DEVICE void mirror_diagonal(float (&sums)[kStripColumns / 2], int row, int column) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = 2 * (lane % 4);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int n = 0; n < kStripColumns / 8; ++n) {
+            if (column + 8 * n != row + 8 * h) continue;
+            const float own[2] = {sums[4 * n + 2 * h], sums[4 * n + 2 * h + 1]};
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {   // element (g, t + j) is that of row t + j, column g
+                const int source = (t + j) * 4 + g / 2;
+                const float even = __shfl_sync(0xFFFFFFFF, own[0], source);
+                const float odd = __shfl_sync(0xFFFFFFFF, own[1], source);
+                if (t + j > g) sums[4 * n + 2 * h + j] = g % 2 ? odd : even;
+            }
+        }
+    }
+}
+
+// Stores the strip's chunks whose blocks of 8 x 8 are on or below the diagonal, and those below it once more as
+// columns: 32 bytes a lane.
+template <class T>
+NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip, int matrix, int row, int column) {
+    T* const d = static_cast<T*>(p.d.data) + matrix * p.d.size();
+    store_chunks<T, kStripColumns, 16>(strip, 0, [&](int r, int chunk) {
+        const bool stored = row + r < p.m && column + 8 * chunk <= row + r;
+        return stored ? d + int64_t{row + r} * p.d.pitch + column + 8 * chunk : nullptr;
+    });
+#pragma unroll
+    for (int c = threadIdx.x % 32; c < kStripColumns; c += 32) {
+        if (column + c >= p.n) continue;
+        T* const to = d + int64_t{column + c} * p.d.pitch + row;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if (row + 8 * h >= p.d.pitch || column + c >= row + 8 * h) continue;
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const Cursor<kStripColumns, 16> cursor(0, 8 * h + i);
+                const uint32_t bits = *reinterpret_cast<const uint16_t*>(strip + cursor(c / 8) + 2 * (c % 8));
+                words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
+            }
+            *reinterpret_cast<uint4*>(to + 8 * h) = {words[0], words[1], words[2], words[3]};
+        }
+    }
+    __syncwarp();   // the strip may be written again
+}
+
+template <class P>
+NANOCHAT_DEVICE void update_param(P* param, float update, const Rates& rates) {
+    const float p = updated(to_float(*param), update, rates);
+    if constexpr (std::is_same_v<P, float>) {
+        *param = p;
+    } else {
+        *param = P{static_cast<uint16_t>(device::pack<P>(p, 0))};
+    }
+}
+
+NANOCHAT_DEVICE void write_result(const Product& p, const Result& result, const float (&sums)[kStripColumns / 2],
+                                  int matrix, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    const bool pairs = p.n % 2 == 0;
+    const Rates rates = result.out ? Rates{} : rates_of(result.rates);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int r = row + lane / 4 + 8 * h;
+        if (r >= p.m) continue;
+        float* out = result.out + (int64_t{matrix} * p.m + r) * p.n;
+        void* params = result.out ? nullptr : result.params[matrix];
+        const int64_t place = int64_t{r} * p.n;
+#pragma unroll
+        for (int i = 0; i < kStripColumns / 2; i += 4) {
+            const int c = column + 2 * i + 2 * (lane % 4);
+            const float u[2] = {sums[i + 2 * h], sums[i + 2 * h + 1]};
+            if (result.out && pairs && c < p.n) {
+                *reinterpret_cast<float2*>(out + c) = {u[0], u[1]};
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                if (c + j >= p.n) continue;
+                if (result.out) {
+                    out[c + j] = u[j];
+                } else if (result.param_dtype == DType::bfloat16) {
+                    update_param(static_cast<bfloat16*>(params) + place + c + j, u[j], rates);
+                } else {
+                    update_param(static_cast<float*>(params) + place + c + j, u[j], rates);
+                }
+            }
+        }
+    }
+}
+
+// Finishes a strip of 16 rows of a warp, as accumulators of mma.sync and wgmma hold it. `strip`: shared memory of the
+// warp's own.
+template <class T, class Destination>
+NANOCHAT_DEVICE void finish_strip(const Product& p, const Destination& destination, unsigned char* strip,
+                                  float (&sums)[kStripColumns / 2], int matrix, int row, int column) {
+    constexpr bool symmetric = std::is_same_v<Destination, Mirror>;
+    if (symmetric && column > row + 15) return;
+#pragma unroll
+    for (float& sum : sums) sum *= p.alpha;
+    if (p.s) add_source<T>(sums, p, p.s, p.beta, matrix, row, column);
+    if (p.t) add_source<T>(sums, p, p.t, p.gamma, matrix, row, column);
+    if constexpr (std::is_same_v<Destination, Result>) {
+        write_result(p, destination, sums, matrix, row, column);
+    } else if constexpr (symmetric) {
+        mirror_diagonal(sums, row, column);
+        stage_rows<T, kStripColumns, 16>(strip, sums, 0);
+        store_mirrored<T>(p, strip, matrix, row, column);
+    } else {
+        T* const d = static_cast<T*>(p.d.data) + matrix * p.d.size() + int64_t{row} * p.d.pitch + column;
+        store_rows<T, kStripColumns, 16>(strip, sums, 0, p.d.pitch - column,
+                                         [&](int r) { return row + r < p.m ? d + int64_t{r} * p.d.pitch : nullptr; });
+    }
+}
+
+// --- the host's side ---
+
+// Calls use(major of A, major of B, destination), types, for what kernels are compiled for: Gram matrices of wide and
+// tall matrices, products of symmetric ones, and X times a symmetric one from either side.
+template <Major major>
+using MajorType = std::integral_constant<Major, major>;
+using AlongK = MajorType<Major::k>;
+using AlongMN = MajorType<Major::mn>;
+
+template <class Use>
+void choose_product(const Product& p, const Result* result, const Use& use) {
+    if (p.symmetric) {
+        return p.a_major == Major::k ? use(AlongK(), AlongK(), Mirror()) : use(AlongMN(), AlongMN(), Mirror());
+    }
+    if (p.b_major == Major::k) return result ? use(AlongK(), AlongK(), *result) : use(AlongK(), AlongK(), Scratch());
+    return result ? use(AlongK(), AlongMN(), *result) : use(AlongK(), AlongMN(), Scratch());
+}
+
+// `result`: null where D goes to scratch memory.
+namespace hopper {
+void multiply(const Product&, DType, const Result* result, const Device&, void* stream);
+}
+
+}   // namespace nanochat::cuda::newton_schulz_kernels

@@ -1,0 +1,156 @@
+// The products of Newton-Schulz on Hopper: a warpgroup loads by tensor copies, two multiply 128 x 128 each, of which
+// they share the columns. Blocks of threads stay, so that the next tile's loads go on while one is written out.
+#include "hopper.cuh"
+#include "newton_schulz.cuh"
+#include "tensor_map.h"
+
+namespace nanochat::cuda::newton_schulz_kernels::hopper {
+namespace {
+
+using device::TensorMap;
+
+// 256 x 128: 48 bytes from the L2 cache for 4,096 FLOP, which a multiprocessor needs a cycle for; 128 x 128 would
+// be 64.
+struct Tile : Groups<2> {
+    static constexpr int rows = kTile * consumers, stages = 4;
+    static constexpr int block_bytes = tile_bytes<kDepth>(kTile);   // kTile x kDepth
+    static constexpr int stage_bytes = (consumers + 1) * block_bytes, strips_bytes = 4 * consumers * kStripBytes;
+    static constexpr int tiles_bytes = stages * stage_bytes + strips_bytes;
+    static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(stages);
+};
+
+// A block of kTile rows or columns of an operand, kDepth along K from k on.
+template <Major major>
+NANOCHAT_DEVICE void load_block(uint32_t block, const TensorMap& map, uint32_t barrier, int first, int k, int matrix) {
+    if constexpr (major == Major::k) {
+        device::tma_load(block, map, barrier, k, first, matrix);
+    } else {
+        using P = Panels<kTile>;
+#pragma unroll
+        for (int panel = 0; panel < P::count; ++panel) {
+            device::tma_load(block + panel * kDepth * P::width, map, barrier, first + panel * P::columns, k, matrix);
+        }
+    }
+}
+
+// 16 along K of a block; the first 64 rows or columns, or the last.
+template <Major major>
+NANOCHAT_DEVICE uint64_t descriptor(uint32_t block, int half, int step) {
+    if constexpr (major == Major::k) return along_columns<kDepth, kTile>(block + half * tile_bytes<kDepth>(64), step);
+    return along_rows<kTile, kDepth>(block + half * tile_bytes<kDepth>(64), step);
+}
+
+template <class T, Major major_a, Major major_b, class Destination>
+__global__ void __launch_bounds__(Tile::threads, 1)
+    product_hopper_kernel(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                          const __grid_constant__ Product p, const __grid_constant__ Destination destination) {
+#ifdef NANOCHAT_HOPPER
+    NANOCHAT_DYNAMIC_SHARED(shared);
+    const uint32_t start = device::shared_address(shared), stages = (start + 1023) & ~1023u;
+    const Ring<Tile::stages> ring = {stages + Tile::tiles_bytes};
+    const int group = threadIdx.x / kGroupThreads;
+    const int tiles = tiles_of(p, Tile::rows), items = tiles * p.count, steps = divide_up(p.k, kDepth);
+    if (threadIdx.x == 0) {
+        ring.initialise(Tile::consumers);
+        device::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    if (group == 0) {
+        device::setmaxnreg_decrease<Tile::loader_registers>();
+        if (threadIdx.x != 0) return;
+        for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x) {
+            const TilePlace place = tile_place(p, Tile::rows, tiles, item);
+            for (int step = 0; step < steps; ++step, ++n) {
+                const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
+                ring.start(n, Tile::stage_bytes);
+#pragma unroll
+                for (int c = 0; c < Tile::consumers; ++c) {
+                    load_block<major_a>(stage + c * Tile::block_bytes, a_map, ring.full(n), place.row + c * kTile,
+                                        step * kDepth, place.matrix);
+                }
+                load_block<major_b>(stage + Tile::consumers * Tile::block_bytes, b_map, ring.full(n), place.column,
+                                    step * kDepth, place.matrix);
+            }
+        }
+        return;
+    }
+
+    device::setmaxnreg_increase<Tile::registers>();
+    const int consumer = group - 1, warp = threadIdx.x % kGroupThreads / 32;
+    const uint32_t own_strip = stages + Tile::stages * Tile::stage_bytes + (consumer * 4 + warp) * kStripBytes;
+    unsigned char* const strip = shared + (own_strip - start);
+    for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x) {
+        const TilePlace place = tile_place(p, Tile::rows, tiles, item);
+        const int first_row = place.row + consumer * kTile;
+        // Nothing of this group's block exists, or the other half's mirror will be there.
+        const bool idle = first_row >= p.m || (p.symmetric && first_row < place.column);
+        if (idle) {
+            for (int step = 0; step < steps; ++step, ++n) {
+                ring.wait(n);
+                ring.release(n);
+            }
+            continue;
+        }
+        float sums[2][kTile / 2];
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step, ++n) {
+            const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
+            const uint32_t a = stage + consumer * Tile::block_bytes, b = stage + Tile::consumers * Tile::block_bytes;
+            ring.wait(n);
+            device::pin_registers(sums[0]);
+            device::pin_registers(sums[1]);
+            device::wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kDepth / 16; ++k) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    device::wgmma<kTile, T, major_a, major_b>(sums[half], descriptor<major_a>(a, half, k),
+                                                              descriptor<major_b>(b, 0, k), step > 0 || k > 0);
+                }
+            }
+            device::wgmma_commit();
+            finish<0>(sums[0]);
+            device::pin_registers(sums[1]);
+            ring.release(n);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int part = 0; part < kTile / kStripColumns; ++part) {
+                auto& own = reinterpret_cast<float (&)[kStripColumns / 2]>(sums[half][part * kStripColumns / 2]);
+                finish_strip<T>(p, destination, strip, own, place.matrix, first_row + 64 * half + 16 * warp,
+                                place.column + part * kStripColumns);
+            }
+        }
+    }
+#endif
+}
+
+TensorMap map_of(DType dtype, const Matrices& x, Major major, int count) {
+    const int64_t row = 2 * int64_t{x.pitch};
+    const int rows = major == Major::k ? kTile : kDepth;
+    return make_tensor_map(dtype, x.data, {x.columns, x.rows, count}, {row, row * x.rows}, {64, rows, 1},
+                           Swizzle::bytes128);
+}
+
+template <class T>
+void launch(const Product& p, DType dtype, const Result* result, const Device& device, void* stream) {
+    const int blocks = std::min(device.multiprocessors, tiles_of(p, Tile::rows) * p.count);
+    choose_product(p, result, [&](auto major_a, auto major_b, const auto& destination) {
+        using Destination = std::decay_t<decltype(destination)>;
+        device::launch("newton_schulz",
+                       product_hopper_kernel<T, decltype(major_a)::value, decltype(major_b)::value, Destination>,
+                       dim3(static_cast<unsigned>(blocks)), dim3(Tile::threads), Tile::shared_bytes, stream,
+                       map_of(dtype, p.a, p.a_major, p.count), map_of(dtype, p.b, p.b_major, p.count), p, destination);
+    });
+}
+
+}   // namespace
+
+void multiply(const Product& p, DType dtype, const Result* result, const Device& device, void* stream) {
+    dtype == DType::float16 ? launch<float16>(p, dtype, result, device, stream)
+                            : launch<bfloat16>(p, dtype, result, device, stream);
+}
+
+}   // namespace nanochat::cuda::newton_schulz_kernels::hopper

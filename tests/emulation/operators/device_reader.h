@@ -1,0 +1,9 @@
+// What kernels that are chosen by the GPU take.
+#pragma once
+
+#include "reader.h"
+
+inline nanochat::cuda::Device read_device(Reader& read) {
+    const int64_t multiprocessors = read;
+    return {static_cast<int>(multiprocessors), read};
+}
