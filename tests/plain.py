@@ -65,6 +65,20 @@ def newton_schulz(g):
     return x.T if g.size(0) > g.size(1) else x
 
 
+def newton_schulz_in(dtype, g, triples, norm_factor=1.0):
+    """The plain steps on matrices (..., M, K), each product rounded to `dtype`, as tensor cores do it; the last is
+    not."""
+    tall = g.size(-2) > g.size(-1)
+    x = (g.mT if tall else g).double()
+    x = (x / (norm_factor * torch.linalg.matrix_norm(x)[..., None, None])).to(dtype).float()
+    for index, (a, b, c) in enumerate(triples):
+        gram = (x @ x.mT).to(dtype).float()
+        x = a * x + (b * gram + c * gram @ gram).to(dtype).float() @ x
+        if index + 1 < len(triples):
+            x = x.to(dtype).float()
+    return x.mT if tall else x
+
+
 def muon_step(matrices, buffers, lr, momentum):
     with torch.no_grad():
         for p, buf in zip(matrices, buffers, strict=True):

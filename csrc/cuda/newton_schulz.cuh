@@ -159,7 +159,6 @@ NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip
             *reinterpret_cast<uint4*>(to + 8 * h) = {words[0], words[1], words[2], words[3]};
         }
     }
-    __syncwarp();   // the strip may be written again
 }
 
 template <class P>

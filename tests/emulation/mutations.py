@@ -242,6 +242,43 @@ def loss(kernels, seed):
         torch.testing.assert_close(logits.double(), gradient, rtol=rtol, atol=1e-7)
 
 
+def orthogonal(kernels, seed, form, steps, *shape, tolerance=3e-3, **path):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    mine = operators.newton_schulz(kernels, g, form=form, steps=steps, schedule=seed, **path)
+    exact = reference.newton_schulz(g.double(), steps=steps)
+    assert (mine.double() - exact).norm() <= tolerance * exact.norm()
+
+
+def into_params(kernels, seed, dtype, *shape, **path):
+    generator = torch.Generator().manual_seed(seed)
+    update = torch.randn(3, *shape, generator=generator)
+    norms = torch.linalg.matrix_norm(update.double())
+    params = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+    twin = [param.clone() for param in params]
+    options = {"lr": 0.1, "weight_decay": 0.5, "scale": 3.0, "cautious": True, "steps": 1, "norms": norms}
+    operators.newton_schulz(kernels, update, params=params, schedule=seed, **options, **path)
+    reference.newton_schulz_update_(twin, update, **options)
+    for mine, other in zip(params, twin, strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-3, rtol=2**-7)
+
+
+def newton_schulz(kernels, seed, **path):
+    """Symmetric results of one tile and of several, on and off the diagonal, with tails; matrices tall and wide."""
+    orthogonal(kernels, seed, "plain", 1, 2, 150, 141, **path)
+    orthogonal(kernels, seed, "plain", 2, 2, 140, 150, **path)
+    orthogonal(kernels, seed, "gram", 5, 2, 70, 84, tolerance=5e-3, **path)
+    into_params(kernels, seed, torch.float32, 33, 21, **path)
+    into_params(kernels, seed, torch.bfloat16, 20, 24, **path)
+
+
+def newton_schulz_ampere(kernels, seed):
+    newton_schulz(kernels, seed)
+
+
+def newton_schulz_hopper(kernels, seed):
+    newton_schulz(kernels, seed, hopper=True, multiprocessors=1)
+
+
 def of(file, case, *rows, library=None):
     """Mutations of one file: (name, old, new) or (name, old, new, found_by)."""
     return [Mutation(row[0], file, row[1], row[2], case, library or file, *row[3:]) for row in rows]
@@ -528,6 +565,72 @@ ATTENTION_OPERATOR = [
         library=BACKWARD_LIBRARY,
     ),
 ]
+
+PRODUCTS, SCHULZ, SCHULZ_HOPPER = (f"csrc/cuda/{name}" for name in ("newton_schulz.cuh", "newton_schulz.cu", "newton_schulz_hopper.cu"))
+SCHULZ_LIBRARY = f"tests/emulation/{operators.NEWTON_SCHULZ}"
+
+NEWTON_SCHULZ = [
+    *of(
+        PRODUCTS,
+        newton_schulz_ampere,
+        ("last row of tiles forgotten", "whole * (whole + 1) / 2", "whole * whole / 2"),
+        ("tile of the upper half for one of the lower", "for (int own = high / kTile; tile >= own;", "for (int own = high / kTile; tile > own;"),
+        ("mirror forgotten", "|| column + c >= row + 8 * h) continue;", "|| true) continue;"),
+        ("mirror of the wrong row", "const Cursor<kStripColumns, 16> cursor(0, 8 * h + i);", "const Cursor<kStripColumns, 16> cursor(0, 8 * h + (i ^ 1));"),
+        ("diagonal not symmetric to the last bit", "        mirror_diagonal(sums, row, column);\n", ""),
+        ("half of the diagonal from the wrong lane", "const int source = (t + j) * 4 + g / 2;", "const int source = t * 4 + g / 2;"),
+        ("chunks above the diagonal stored", "column + 8 * chunk <= row + r;", "true;"),
+        ("rows behind the last stored", "const bool stored = row + r < p.m && ", "const bool stored = ", "address"),
+        ("strip stored before it is complete", "        stage_rows<T, kStripColumns, 16>(strip, sums, 0);\n        store_mirrored", "        store_mirrored"),
+        ("factor of the product forgotten", "    for (float& sum : sums) sum *= p.alpha;\n", "    for (float& sum : sums) sum *= 1;\n"),
+        ("second source forgotten", "    if (p.t) add_source", "    if (false) add_source"),
+        ("first matrix's source for all", "static_cast<const T*>(source) + matrix * p.d.size()", "static_cast<const T*>(source) + 0 * p.d.size()"),
+        ("halves of a pair exchanged", "sums[4 * n + 2 * h] += factor * low<T>(pair);", "sums[4 * n + 2 * h] += factor * high<T>(pair);"),
+        ("source read beyond the last row", "        if (r >= p.m) continue;\n        const T* from", "        const T* from", "address"),
+        ("odd columns taken for pairs", "const bool pairs = p.n % 2 == 0;", "const bool pairs = true;", "address"),
+        ("first matrix's parameters for all", ": result.params[matrix];", ": result.params[0];"),
+        ("bfloat16 parameters taken for float32", "result.param_dtype == DType::bfloat16", "false", "address"),
+        ("parameters behind the last column", "if (c + j >= p.n) continue;", "if (c + j > p.n) continue;"),
+        library=SCHULZ_LIBRARY,
+    ),
+    *of(
+        SCHULZ,
+        newton_schulz_ampere,
+        ("square root of the norm forgotten", "norm = sqrt(block_sum(", "norm = (block_sum("),
+        ("partial sums of all matrices in one place", "a.partials[blockIdx.y * gridDim.x + blockIdx.x] = sum;", "a.partials[blockIdx.x] = sum;"),
+        ("known norms of the first matrix", "norm = a.norms[blockIdx.y];", "norm = a.norms[0];"),
+        ("zeros behind a row not written", "load<4>(from + 4 * i, a.x.columns - column - 4 * i,", "load<4>(from + 4 * i, 4,"),
+        ("step read before it has landed", "        device::cp_async_wait<0>();\n", ""),
+        ("stage overwritten while it is read", "        __syncthreads();   // this step has landed, and nobody reads the last one any more\n", "", "thread"),
+        ("one stage for all steps", "stages + step % 2 * Tile::stage_bytes;\n        load_block", "stages + 0 * Tile::stage_bytes;\n        load_block"),
+        ("strips written while stages are read", "    __syncthreads();   // strips lie where the stages were\n", "", "thread"),
+        ("strips of all warps in one place", "+ warp * kStripBytes;", "+ 0 * kStripBytes;", "thread"),
+        ("rows behind the last copied", "x.rows - k,\n", "2 * x.rows,\n"),
+        ("transposed operand read as it lies", "device::ldmatrix_x4_trans(r, cursor(", "device::ldmatrix_x4(r, cursor("),
+        ("operands' lanes exchanged", "left == (major == Major::k)", "left"),
+        ("lower half of the columns twice", "fragment(sums[f], n + 1), left[f], {right[2], right[3]}", "fragment(sums[f], n + 1), left[f], {right[0], right[1]}"),
+        ("Gram matrix multiplied once", "small_product(G, *newest, Y, 1, 0, triple[0]);", "small_product(G, *newest, G, 1, 0, triple[0]);"),
+        ("scale of the Gram form not gathered", "                scale *= triple[0];\n", ""),
+        ("step's own factor forgotten", "small_product(spare, P, Z, 1, triple[0], scale);", "small_product(spare, P, Z, 1, 0, scale);"),
+        library=SCHULZ_LIBRARY,
+    ),
+    *of(
+        SCHULZ_HOPPER,
+        newton_schulz_hopper,
+        ("stage given back before the products are done", "            finish<0>(sums[0]);\n            device::pin_registers(sums[1]);\n            ring.release(n);", "            ring.release(n);\n            finish<0>(sums[0]);\n            device::pin_registers(sums[1]);", "thread"),
+        ("stage not waited for", "            ring.wait(n);\n            device::pin_registers(sums[0]);", "            device::pin_registers(sums[0]);"),
+        ("idle group gives no stage back", "                ring.wait(n);\n                ring.release(n);\n", ""),
+        ("first consumer's rows for both", "ring.full(n), place.row + c * kTile,", "ring.full(n), place.row,"),
+        ("both halves of the columns from one", "load_block<major_b>(stage + Tile::consumers * Tile::block_bytes", "load_block<major_b>(stage + 1 * Tile::block_bytes"),
+        ("half a stage announced", "ring.start(n, Tile::stage_bytes);", "ring.start(n, Tile::stage_bytes / 2);"),
+        ("second panel over the first", "block + panel * kDepth * P::width, map", "block + 0 * kDepth * P::width, map"),
+        ("lower half of the rows twice", "descriptor<major_a>(a, half, k)", "descriptor<major_a>(a, 0, k)"),
+        ("sums not started anew", "step > 0 || k > 0);", "true);"),
+        ("strips of both groups in one place", "(consumer * 4 + warp) * kStripBytes", "warp * kStripBytes", "thread"),
+        ("pitch taken for the columns of all matrices", "{row, row * x.rows}", "{row, row}"),
+        library=SCHULZ_LIBRARY,
+    ),
+]
 # fmt: on
 
-MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *OPERATORS, *ATTENTION_OPERATOR]
+MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *OPERATORS, *ATTENTION_OPERATOR, *NEWTON_SCHULZ]
