@@ -145,17 +145,16 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
                            double norm_factor, const std::optional<Tensor>& norms, double lr, double weight_decay,
                            double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
                            const std::optional<Tensor>& weight_decay_tensor) {
-    std::vector<void*> storage;
-    MuonUpdate arguments = muon_update_arguments("newton_schulz_update_", params, update, lr, weight_decay, scale,
-                                                 cautious, lr_tensor, weight_decay_tensor, storage);
     NewtonSchulzStorage newton_schulz_storage;
-    NewtonSchulz orthogonalise = newton_schulz_arguments("newton_schulz_update_", "update", update, coefficients,
-                                                         norm_factor, norms, {at::kFloat}, newton_schulz_storage);
+    std::vector<void*> storage;
+    auto [orthogonalise, arguments] =
+        newton_schulz_update_arguments(params, update, coefficients, norm_factor, norms, lr, weight_decay, scale,
+                                       cautious, lr_tensor, weight_decay_tensor, newton_schulz_storage, storage);
     const Tensor orthogonal = at::empty(update.sizes(), update.options());
     orthogonalise.out = orthogonal.mutable_data_ptr();
     arguments.update = orthogonal.const_data_ptr<float>();
     if (orthogonalise.batch > 0) {
-        run_kernel([&] {
+        run_kernel([&, &orthogonalise = orthogonalise, &arguments = arguments] {
             cpu::newton_schulz(orthogonalise, threads());
             cpu::muon_update(arguments, threads());
         });

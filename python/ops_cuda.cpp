@@ -172,24 +172,22 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
                            double norm_factor, const std::optional<Tensor>& norms, double lr, double weight_decay,
                            double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
                            const std::optional<Tensor>& weight_decay_tensor) {
-    const char* op = "newton_schulz_update_";
-    std::vector<void*> storage;
-    MuonUpdate arguments = muon_update_arguments(op, params, update, lr, weight_decay, scale, cautious, lr_tensor,
-                                                 weight_decay_tensor, storage);
-    NewtonSchulzStorage newton_schulz_storage;
     const c10::DeviceGuard guard(update.device());
-    const NewtonSchulz orthogonalise = newton_schulz_arguments(op, "update", update, coefficients, norm_factor, norms,
-                                                               {at::kFloat}, newton_schulz_storage);
+    NewtonSchulzStorage newton_schulz_storage;
+    std::vector<void*> storage, matrices;
+    auto [orthogonalise, arguments] =
+        newton_schulz_update_arguments(params, update, coefficients, norm_factor, norms, lr, weight_decay, scale,
+                                       cautious, lr_tensor, weight_decay_tensor, newton_schulz_storage, storage);
     // A parameter may hold several matrices.
-    std::vector<void*> matrices;
-    const int64_t each = params.empty() || orthogonalise.batch == 0 ? 0 : orthogonalise.batch / arguments.count;
-    const int64_t bytes = orthogonalise.M * orthogonalise.K * params[0].element_size();
+    const int64_t numel = orthogonalise.M * orthogonalise.K, bytes = numel * params[0].element_size();
     for (void* param : storage) {
-        for (int64_t i = 0; i < each; ++i) matrices.push_back(static_cast<char*>(param) + i * bytes);
+        for (int64_t i = 0; i < orthogonalise.batch / arguments.count; ++i) {
+            matrices.push_back(static_cast<char*>(param) + i * bytes);
+        }
     }
     arguments.params = matrices.data();
     arguments.count = orthogonalise.batch;
-    arguments.numel = orthogonalise.M * orthogonalise.K;
+    arguments.numel = numel;
     if (orthogonalise.batch > 0) run_newton_schulz(orthogonalise, &arguments, update.device());
     mark_updated(params);
 }

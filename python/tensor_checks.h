@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../csrc/kernels.h"
@@ -343,6 +344,21 @@ inline NewtonSchulz newton_schulz_arguments(const char* op, const char* name, co
             .coefficients = coefficients.data(),
             .steps = static_cast<int64_t>(coefficients.size() / 3),
             .norm_factor = norm_factor};
+}
+
+// The two of newton_schulz_update_, of which `update` is newton_schulz's g.
+inline std::pair<NewtonSchulz, MuonUpdate> newton_schulz_update_arguments(
+    at::TensorList params, const at::Tensor& update, at::ArrayRef<double> coefficients, double norm_factor,
+    const std::optional<at::Tensor>& norms, double lr, double weight_decay, double scale, bool cautious,
+    const std::optional<at::Tensor>& lr_tensor, const std::optional<at::Tensor>& weight_decay_tensor,
+    NewtonSchulzStorage& newton_schulz_storage, std::vector<void*>& storage) {
+    const char* op = "newton_schulz_update_";
+    const MuonUpdate muon = muon_update_arguments(op, params, update, lr, weight_decay, scale, cautious, lr_tensor,
+                                                  weight_decay_tensor, storage);
+    TORCH_CHECK_VALUE(params[0].dim() >= 2, op, ": params has shape ", params[0].sizes(), "; takes (..., M, K)");
+    return {newton_schulz_arguments(op, "update", update, coefficients, norm_factor, norms, {at::kFloat},
+                                    newton_schulz_storage),
+            muon};
 }
 
 // All of linear_cross_entropy's, except that the targets' range is for those who may read it. Returns x's type.

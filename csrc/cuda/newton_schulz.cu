@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "newton_schulz.cuh"
-#include "packs.cuh"
 
 namespace nanochat::cuda::newton_schulz_kernels {
 namespace {
@@ -137,13 +136,32 @@ struct Fragments {
     }
 };
 
+// Of symmetric results the lower half, row by row.
+int tiles_of(const Product& p) {
+    const int columns = divide_up(p.n, kTile);
+    return p.symmetric ? columns * (columns + 1) / 2 : divide_up(p.m, kTile) * columns;
+}
+
+NANOCHAT_DEVICE TilePlace tile_place(const Product& p, int tiles, int item) {
+    const int matrix = item / tiles;
+    int tile = item - matrix * tiles, row = 0;
+    if (p.symmetric) {
+        for (; tile > row; ++row) tile -= row + 1;
+    } else {
+        const int columns = divide_up(p.n, kTile);
+        row = tile / columns;
+        tile -= row * columns;
+    }
+    return {matrix, row * kTile, tile * kTile};
+}
+
 template <class T, Major major_a, Major major_b, class Destination>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    product_kernel(const __grid_constant__ Product p, const __grid_constant__ Destination destination) {
+    product_kernel(const __grid_constant__ Product p, const __grid_constant__ Destination destination, int tiles) {
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t start = device::shared_address(shared), stages = (start + 1023) & ~1023u;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp / 2 * 64, warp_column = warp % 2 * 64;
-    const TilePlace place = tile_place(p, kTile, tiles_of(p, kTile), blockIdx.x);
+    const TilePlace place = tile_place(p, tiles, blockIdx.x);
     const int steps = divide_up(p.k, kDepth);
     const auto load_step = [&](int step) {
         const uint32_t stage = stages + step % 2 * Tile::stage_bytes;
@@ -190,12 +208,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
 
 template <class T>
 void multiply(const Product& p, const Result* result, void* stream) {
-    const int items = tiles_of(p, kTile) * p.count;
+    const int tiles = tiles_of(p);
     choose_product(p, result, [&](auto major_a, auto major_b, const auto& destination) {
         using Destination = std::decay_t<decltype(destination)>;
-        device::launch(
-            "newton_schulz", product_kernel<T, decltype(major_a)::value, decltype(major_b)::value, Destination>,
-            dim3(static_cast<unsigned>(items)), dim3(Tile::threads), Tile::shared_bytes, stream, p, destination);
+        device::launch("newton_schulz",
+                       product_kernel<T, decltype(major_a)::value, decltype(major_b)::value, Destination>,
+                       dim3(static_cast<unsigned>(tiles * p.count)), dim3(Tile::threads), Tile::shared_bytes, stream, p,
+                       destination, tiles);
     });
 }
 
@@ -271,7 +290,8 @@ struct Layout {
     double* partials;
     int64_t bytes = 0;
 
-    Layout(const NewtonSchulz& a, const std::vector<int>& phases, int64_t count, void* memory) : gram(phases[0] > 1) {
+    Layout(const NewtonSchulz& a, const std::vector<int>& phases, int64_t count, void* memory)
+        : gram(*std::max_element(phases.begin(), phases.end()) > 1) {
         const auto take = [&](int64_t size) {
             char* const place = static_cast<char*>(memory) + bytes;
             bytes += (size + 255) / 256 * 256;   // tensor copies want multiples of 16

@@ -10,6 +10,7 @@
 #include "../check.h"
 #include "../kernels.h"
 #include "muon.cuh"
+#include "packs.cuh"
 #include "tiles.cuh"
 
 namespace nanochat::cuda::newton_schulz_kernels {
@@ -51,34 +52,10 @@ struct Result {
 struct Scratch {};   // D goes to scratch memory, whole ...
 struct Mirror {};    // ... or as a lower half and its mirror
 
-// --- which tile ---
-
-// Tiles of `high` x kTile; of symmetric results those that touch the lower half.
+// The matrix that a tile belongs to, and its first row and column.
 struct TilePlace {
-    int matrix, row, column;   // the first
+    int matrix, row, column;
 };
-
-NANOCHAT_ANYWHERE int tiles_of(const Product& p, int high) {
-    const int columns = divide_up(p.n, kTile);
-    if (!p.symmetric) return divide_up(p.m, high) * columns;
-    const int blocks = high / kTile, whole = columns / blocks;   // rows of tiles with all their blocks
-    return blocks * (whole * (whole + 1) / 2) + (columns % blocks ? columns : 0);
-}
-
-NANOCHAT_DEVICE TilePlace tile_place(const Product& p, int high, int tiles, int item) {
-    const int matrix = item / tiles;
-    int tile = item - matrix * tiles;
-    if (!p.symmetric) {
-        const int columns = divide_up(p.n, kTile), row = tile / columns;
-        return {matrix, row * high, (tile - row * columns) * kTile};
-    }
-    int row = 0;
-    for (int own = high / kTile; tile >= own; own += high / kTile) {
-        tile -= own;
-        ++row;
-    }
-    return {matrix, row * high, tile * kTile};
-}
 
 // --- what becomes of a tile ---
 
@@ -91,24 +68,34 @@ NANOCHAT_DEVICE float high(uint32_t pair) {
     return to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
 
-// sums += factor * source, of a strip whose first element has that row and column.
+// A strip's part of a source, in pairs; zeros where there is none. All loads are issued before one is used.
 template <class T>
-NANOCHAT_DEVICE void add_source(float (&sums)[kStripColumns / 2], const Product& p, const void* source, float factor,
-                                int matrix, int row, int column) {
+NANOCHAT_DEVICE void load_source(uint32_t (&pairs)[kStripColumns / 4], const Product& p, const void* source, int matrix,
+                                 int row, int column) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int r = row + lane / 4 + 8 * h;
-        if (r >= p.m) continue;
         const T* from = static_cast<const T*>(source) + matrix * p.d.size() + int64_t{r} * p.d.pitch;
 #pragma unroll
         for (int n = 0; n < kStripColumns / 8; ++n) {
             const int c = column + 8 * n + 2 * (lane % 4);
-            if (c >= p.d.pitch) continue;
-            const uint32_t pair = *reinterpret_cast<const uint32_t*>(from + c);
-            sums[4 * n + 2 * h] += factor * low<T>(pair);
-            sums[4 * n + 2 * h + 1] += factor * high<T>(pair);
+            const bool exists = source && r < p.m && c < p.d.pitch;
+            pairs[2 * n + h] = exists ? *reinterpret_cast<const uint32_t*>(from + c) : 0;
         }
+    }
+}
+
+// sums = alpha sums + beta S + gamma T
+template <class T>
+NANOCHAT_DEVICE void add_sources(float (&sums)[kStripColumns / 2], const Product& p, int matrix, int row, int column) {
+    uint32_t s[kStripColumns / 4], t[kStripColumns / 4];
+    load_source<T>(s, p, p.s, matrix, row, column);
+    load_source<T>(t, p, p.t, matrix, row, column);
+#pragma unroll
+    for (int i = 0; i < kStripColumns / 4; ++i) {
+        sums[2 * i] = p.alpha * sums[2 * i] + p.beta * low<T>(s[i]) + p.gamma * low<T>(t[i]);
+        sums[2 * i + 1] = p.alpha * sums[2 * i + 1] + p.beta * high<T>(s[i]) + p.gamma * high<T>(t[i]);
     }
 }
 
@@ -143,66 +130,71 @@ NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip
         return stored ? d + int64_t{row + r} * p.d.pitch + column + 8 * chunk : nullptr;
     });
 #pragma unroll
-    for (int c = threadIdx.x % 32; c < kStripColumns; c += 32) {
-        if (column + c >= p.n) continue;
-        T* const to = d + int64_t{column + c} * p.d.pitch + row;
+    for (int i = threadIdx.x % 32; i < 2 * kStripColumns; i += 32) {
+        const int c = i / 2, h = i % 2;
+        if (column + c >= p.n || row + 8 * h >= p.d.pitch || column + c >= row + 8 * h) continue;
+        uint32_t words[4];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            if (row + 8 * h >= p.d.pitch || column + c >= row + 8 * h) continue;
-            uint32_t words[4];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const Cursor<kStripColumns, 16> cursor(0, 8 * h + i);
-                const uint32_t bits = *reinterpret_cast<const uint16_t*>(strip + cursor(c / 8) + 2 * (c % 8));
-                words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
-            }
-            *reinterpret_cast<uint4*>(to + 8 * h) = {words[0], words[1], words[2], words[3]};
+        for (int j = 0; j < 8; ++j) {
+            const Cursor<kStripColumns, 16> cursor(0, 8 * h + j);
+            const uint32_t bits = *reinterpret_cast<const uint16_t*>(strip + cursor(c / 8) + 2 * (c % 8));
+            words[j / 2] = j % 2 ? words[j / 2] | bits << 16 : bits;
         }
+        T* const to = d + int64_t{column + c} * p.d.pitch + row + 8 * h;
+        *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+    }
+}
+
+// Calls use(i, place, count) for each pair of the lane's part of a strip's upper or lower half: sums[i] is its first,
+// place where it lies in its matrix of n columns, and count how many of it exist, which may be none.
+template <class Use>
+NANOCHAT_DEVICE void for_each_pair(const Product& p, int row, int column, int h, const Use& use) {
+    const int lane = threadIdx.x % 32, r = row + lane / 4 + 8 * h;
+#pragma unroll
+    for (int n = 0; n < kStripColumns / 8; ++n) {
+        const int c = column + 8 * n + 2 * (lane % 4);
+        use(4 * n + 2 * h, int64_t{r} * p.n + c, r < p.m ? p.n - c : 0);
     }
 }
 
 template <class P>
-NANOCHAT_DEVICE void update_param(P* param, float update, const Rates& rates) {
-    const float p = updated(to_float(*param), update, rates);
-    if constexpr (std::is_same_v<P, float>) {
-        *param = p;
-    } else {
-        *param = P{static_cast<uint16_t>(device::pack<P>(p, 0))};
+NANOCHAT_DEVICE void update_params(P* params, const Product& p, const Rates& rates,
+                                   const float (&sums)[kStripColumns / 2], int row, int column) {
+    const bool aligned = p.n % 2 == 0 && is_aligned<2>(params);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        Pack<P, 2> packs[kStripColumns / 8];
+        for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
+            packs[i / 4] = load<2>(params + place, count, aligned);   // all before the first is used
+        });
+        for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
+            Pack<P, 2>& pack = packs[i / 4];
+            set_pair(pack, 0, updated(element(pack, 0), sums[i], rates), updated(element(pack, 1), sums[i + 1], rates));
+            store(params + place, pack, count, aligned);
+        });
     }
 }
 
 NANOCHAT_DEVICE void write_result(const Product& p, const Result& result, const float (&sums)[kStripColumns / 2],
                                   int matrix, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    const bool pairs = p.n % 2 == 0;
-    const Rates rates = result.out ? Rates{} : rates_of(result.rates);
+    if (result.out) {
+        float* const out = result.out + int64_t{matrix} * p.m * p.n;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int r = row + lane / 4 + 8 * h;
-        if (r >= p.m) continue;
-        float* out = result.out + (int64_t{matrix} * p.m + r) * p.n;
-        void* params = result.out ? nullptr : result.params[matrix];
-        const int64_t place = int64_t{r} * p.n;
-#pragma unroll
-        for (int i = 0; i < kStripColumns / 2; i += 4) {
-            const int c = column + 2 * i + 2 * (lane % 4);
-            const float u[2] = {sums[i + 2 * h], sums[i + 2 * h + 1]};
-            if (result.out && pairs && c < p.n) {
-                *reinterpret_cast<float2*>(out + c) = {u[0], u[1]};
-                continue;
-            }
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                if (c + j >= p.n) continue;
-                if (result.out) {
-                    out[c + j] = u[j];
-                } else if (result.param_dtype == DType::bfloat16) {
-                    update_param(static_cast<bfloat16*>(params) + place + c + j, u[j], rates);
-                } else {
-                    update_param(static_cast<float*>(params) + place + c + j, u[j], rates);
-                }
-            }
+        for (int h = 0; h < 2; ++h) {
+            for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
+                Pack<float, 2> pack;
+                set_pair(pack, 0, sums[i], sums[i + 1]);
+                store(out + place, pack, count, p.n % 2 == 0);
+            });
         }
+        return;
+    }
+    const Rates rates = rates_of(result.rates);
+    void* const params = result.params[matrix];
+    if (result.param_dtype == DType::bfloat16) {
+        update_params(static_cast<bfloat16*>(params), p, rates, sums, row, column);
+    } else {
+        update_params(static_cast<float*>(params), p, rates, sums, row, column);
     }
 }
 
@@ -213,10 +205,7 @@ NANOCHAT_DEVICE void finish_strip(const Product& p, const Destination& destinati
                                   float (&sums)[kStripColumns / 2], int matrix, int row, int column) {
     constexpr bool symmetric = std::is_same_v<Destination, Mirror>;
     if (symmetric && column > row + 15) return;
-#pragma unroll
-    for (float& sum : sums) sum *= p.alpha;
-    if (p.s) add_source<T>(sums, p, p.s, p.beta, matrix, row, column);
-    if (p.t) add_source<T>(sums, p, p.t, p.gamma, matrix, row, column);
+    add_sources<T>(sums, p, matrix, row, column);
     if constexpr (std::is_same_v<Destination, Result>) {
         write_result(p, destination, sums, matrix, row, column);
     } else if constexpr (symmetric) {

@@ -10,8 +10,9 @@ from torch import Tensor
 from nanochat_native import ops
 from nanochat_native.bench.attention import EXACT, Problem, attention_case
 from nanochat_native.bench.measure import Case, UnavailableError, assert_close
-from nanochat_native.bench.plain import newton_schulz_by_mm
+from nanochat_native.bench.plain import PlainMuon, newton_schulz_by_matmul, newton_schulz_by_mm
 from nanochat_native.ops import reference
+from nanochat_native.optim import Muon
 
 
 def newton_schulz_case(rows: int, columns: int, floor: float) -> Case:
@@ -21,7 +22,6 @@ def newton_schulz_case(rows: int, columns: int, floor: float) -> Case:
         exact = reference.newton_schulz(g.double())
         assert_close("newton_schulz", ops.newton_schulz(g), exact, EXACT[torch.float32])
 
-    small, aspect = min(rows, columns), max(rows, columns) / min(rows, columns)
     return Case(
         "newton_schulz, 5 steps",
         f"{rows}x{columns}",
@@ -30,8 +30,116 @@ def newton_schulz_case(rows: int, columns: int, floor: float) -> Case:
         "torch.mm",
         check,
         floor,
-        flops=small**3 * (20 * aspect + 10),
+        flops=newton_schulz_flops([(1, rows, columns)]),
     )
+
+
+Shapes = Sequence[tuple[int, int, int]]  # (count, rows, columns)
+
+
+def newton_schulz_flops(shapes: Shapes) -> float:
+    """Of the plain form without halves: 20 a + 10 times the cube of the small side, a the aspect."""
+    return sum(count * min(M, K) ** 2 * (20.0 * max(M, K) + 10.0 * min(M, K)) for count, M, K in shapes)
+
+
+def newton_schulz_set_case(
+    shapes: Shapes, floor: float, *, name: str, device: torch.device | str, compiler: str | None = None
+) -> Case:
+    """Batches of float32 matrices; torch's products are bfloat16's, batched, in eager calls or compiled.
+
+    Raises UnavailableError, with the reason, where torch.compile does not work.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    batches = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    plain: Callable[[Tensor], Tensor] = newton_schulz_by_matmul
+
+    def ours() -> list[Tensor]:
+        return [ops.newton_schulz(g) for g in batches]
+
+    def theirs() -> list[Tensor]:
+        return [plain(g) for g in batches]
+
+    if compiler is not None:
+        plain = compiled(newton_schulz_by_matmul, compiler, run_once=lambda f: [f(g) for g in batches])
+
+    def check() -> None:
+        for g, mine in zip(batches, ours(), strict=True):
+            exact = newton_schulz_by_matmul(g[-1:].double(), torch.float64)
+            assert_close(f"newton_schulz of {tuple(g.shape)}", mine[-1:], exact, 8e-3)
+
+    return Case(
+        "newton_schulz",
+        name,
+        ours,
+        theirs,
+        "torch.bmm, bfloat16" if compiler is None else "the same, torch.compile",
+        check,
+        floor,
+        flops=newton_schulz_flops(shapes),
+        saves_launches=True,
+    )
+
+
+def muon_step_case(
+    shapes: Shapes, floor: float, *, opponent: str, name: str, device: torch.device | str = "cpu"
+) -> Case:
+    """A step of Muon on such float32 matrices. opponent: "torch.optim.Muon", whose products are bfloat16's, or
+    "torch.mm", Muon written with it, in float32."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [(rows, columns) for count, rows, columns in shapes for _ in range(count)]
+    grads, initial = ([torch.randn(size, generator=generator, device=device) for size in sizes] for _ in range(2))
+    lr, momentum = 0.02, 0.95
+
+    def parameters() -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter(x.clone()) for x in initial]
+        for parameter, grad in zip(made, grads, strict=True):
+            parameter.grad = grad.clone()
+        return made
+
+    ours_params, theirs_params = parameters(), parameters()
+    ours = Muon(ours_params, lr=lr, momentum=momentum)
+    theirs: torch.optim.Optimizer
+    if opponent == "torch.mm":
+        theirs = PlainMuon(theirs_params, lr=lr, momentum=momentum)
+    else:
+        theirs = torch.optim.Muon(theirs_params, lr=lr, momentum=momentum, weight_decay=0.0)
+
+    def check() -> None:
+        ours.step()
+        for index in {0, len(sizes) - 1}:
+            exact = newton_schulz_by_matmul(grads[index][None].double(), torch.float64)[0]
+            change = ours_params[index].detach().double() - initial[index].double()
+            rows, columns = sizes[index]
+            expected = -lr * max(1.0, rows / columns) ** 0.5 * exact
+            assert_close(f"change of matrix {index}", change, expected, 8e-3)
+        initial.clear()
+
+    return Case(
+        "Muon step",
+        f"{name}, {opponent}",
+        ours.step,
+        theirs.step,
+        opponent,
+        check,
+        floor,
+        flops=newton_schulz_flops(shapes),
+        saves_launches=True,
+    )
+
+
+def compiled(
+    function: Callable[..., Tensor], compiler: str, *, run_once: Callable[[Callable[..., Tensor]], object]
+) -> Callable[..., Tensor]:
+    """torch.compile's, after one run. Raises UnavailableError, with the reason, where it does not work."""
+    made: Callable[..., Tensor] = function
+    try:
+        made = torch.compile(function, backend=compiler)
+        run_once(made)
+    except torch.OutOfMemoryError:  # for the timing to find
+        pass
+    except Exception as error:  # of any of the compilers and tools behind it
+        raise UnavailableError(f"torch.compile: {type(error).__name__}: {error}") from error
+    return made
 
 
 def adamw_case(
@@ -205,13 +313,9 @@ def linear_cross_entropy_case(
         return loss, *torch.autograd.grad(loss, (x, weight))
 
     if compiler is not None:
-        try:
-            plain = torch.compile(loss_of_all_logits, backend=compiler)
-            theirs()
-        except torch.OutOfMemoryError:  # for the timing to find
-            pass
-        except Exception as error:  # of any of the compilers and tools behind it
-            raise UnavailableError(f"torch.compile: {type(error).__name__}: {error}") from error
+        plain = compiled(
+            loss_of_all_logits, compiler, run_once=lambda f: f(x, weight, targets).backward(inputs=[x, weight])
+        )
 
     def check() -> None:
         tolerance = 1e-4 if dtype == torch.float32 else EXACT[dtype]
@@ -248,6 +352,12 @@ def cases() -> Iterator[Callable[[], Case]]:
         yield partial(attention_case, problem, "fwd+bwd", opponent=opponent, dtype=dtype, floor=floor, name=label)
     yield partial(newton_schulz_case, 768, 768, floor=1.25)
     yield partial(newton_schulz_case, 3072, 768, floor=1.8)
+    layer, layers = [(16, 256, 256), (4, 1024, 256), (4, 256, 1024)], "d4's 24 matrices"
+    yield partial(muon_step_case, layer, opponent="torch.optim.Muon", floor=0.0, name=layers)
+    yield partial(muon_step_case, layer, opponent="torch.mm", floor=1.0, name=layers)
+    large = [(4, 768, 768), (1, 3072, 768), (1, 768, 3072)]
+    yield partial(muon_step_case, large, opponent="torch.optim.Muon", floor=0.0, name="a layer of d12")
+    yield partial(muon_step_case, large, opponent="torch.mm", floor=1.0, name="a layer of d12")
     yield partial(adamw_case, f32, f32, floor=0.95, name="50M float32, moments float32")
     yield partial(adamw_case, bf16, bf16, floor=1.7, name="50M bfloat16, moments bfloat16")
     yield partial(adamw_case, bf16, f32, floor=1.7, name="50M bfloat16, moments float32")

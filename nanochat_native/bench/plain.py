@@ -71,6 +71,18 @@ def newton_schulz_by_mm(g: Tensor) -> Tensor:
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
+def newton_schulz_by_matmul(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Five quintic steps of a batch (B, M, K), as nanochat writes them."""
+    x = g.to(dtype)
+    if g.size(-2) > g.size(-1):
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
 class PlainMuon(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})

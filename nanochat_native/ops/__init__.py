@@ -450,6 +450,8 @@ def newton_schulz_update_(
     """
     op = "newton_schulz_update_"
     _check_muon_update(op, params, update, lr, weight_decay)
+    if params[0].dim() < 2:
+        raise ValueError(f"{op}: params has shape {tuple(params[0].shape)}; takes (..., M, K)")
     triples, norm_factor = _check_newton_schulz(op, "update", update, steps, coefficients, norms)
     rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "scale": scale, "cautious": cautious}
     if _runs_native(op, update):

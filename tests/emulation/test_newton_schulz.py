@@ -130,6 +130,13 @@ def test_given_triples(unwatched):
         check(unwatched, g, form, steps=3, coefficients=triples, least=1e-3)
 
 
+GROWING = [(20.0, -25.0, 6.0), (8.0, -10.0, 3.0), (4.0, -5.0, 2.0)]
+
+
+def test_more_steps_on_a_later_gram_matrix_than_on_the_first(unwatched):
+    check(unwatched, torch.randn(2, 140, 64, device=unwatched.device), "gram", steps=3, coefficients=GROWING)
+
+
 def test_coefficients_beyond_float16(unwatched, plan):
     """Numbers up to 1e8: products of bfloat16, with its error."""
     g, triples = torch.randn(40, 70, device=unwatched.device), [(1e4, 0.0, 0.0), (1e4, 1.0, 0.0)]
@@ -250,6 +257,7 @@ def test_steps_on_one_gram_matrix(plan):
     assert plan(640, 128, steps=8).phases["gram"] == [3, 2, 2, 1]
     assert plan(640, 128, steps=4, coefficients=[(20.0, 0.0, 0.0)]).phases["gram"] == [1, 1, 1, 1]
     assert plan(640, 128, steps=4, coefficients=[(12.0, 0.0, 0.0)]).phases["gram"] == [2, 2]
+    assert plan(640, 128, steps=3, coefficients=GROWING).phases["gram"] == [1, 2]
 
 
 def test_workspace(plan):
