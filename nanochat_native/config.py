@@ -70,6 +70,18 @@ class TrainConfig:
     """Learning rate of lm_head at width 768; scaled likewise."""
     weight_decay: float = 0.0
     """Decay of wte and lm_head, a fraction of their learning rate (adam and sgd: an L2 penalty on everything)."""
+    matrix_weight_decay: float = 0.0
+    """Decay of the matrices of the blocks under Muon, a fraction of their learning rate."""
+    cautious: bool = False
+    """Muon decays only the elements that its update moves towards 0."""
+    row_equilibration: bool = False
+    """Muon divides the rows of its momentum by their norms before it orthogonalises."""
+    frobenius_renormalisation: bool = False
+    """Muon scales its updates to the Frobenius norm of an orthogonal matrix."""
+    normuon: bool = False
+    """NorMuon: Muon evens out the variance of its updates' rows."""
+    per_head: bool = False
+    """Muon orthogonalises the attention's matrices head by head."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
     schedule: Literal["linear", "cosine", "exponential", "step", "constant"] = "linear"
@@ -129,13 +141,17 @@ class TrainConfig:
             self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
         for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
             self._require(name, "a number from 0 to 1", 0 <= getattr(self, name) <= 1)
-        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "grad_clip"):
+        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "matrix_weight_decay", "grad_clip"):
             self._require(name, "a finite number from 0", 0 <= getattr(self, name) < math.inf)
         letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
         self._require("window_pattern", "letters L and S, e.g. SSSL", letters)
         if self.run is not None:
             plain = self.run not in ("", "..") and Path(self.run).name == self.run
             self._require("run", "a name without slashes (--out-dir takes a folder)", plain)
+
+        of_muon = [name for name in ("matrix_weight_decay", *MUON_OPTIONS) if getattr(self, name)]
+        if of_muon and self.optimizer != "hybrid":
+            raise ConfigError(f"{flag(of_muon[0])} is Muon's; --optimizer {self.optimizer} has none")
 
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError(
@@ -159,6 +175,7 @@ class TrainConfig:
         return self.out_dir / str(self.run)
 
 
+MUON_OPTIONS = ("cautious", "row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
 _HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio")
 _LEAST = {
     "depth": 1,

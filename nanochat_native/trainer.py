@@ -19,7 +19,7 @@ from torch import Tensor
 
 import nanochat_native
 from nanochat_native import checkpoint, hardware, ops, report, run_folder, sizing
-from nanochat_native.config import AUTO, STDLIB, ConfigError, TrainConfig, horizon
+from nanochat_native.config import AUTO, MUON_OPTIONS, STDLIB, ConfigError, TrainConfig, horizon
 from nanochat_native.data import BatchLoader, Corpus, iterate_val, prepare
 from nanochat_native.evaluate import evaluate
 from nanochat_native.generate import generate_text
@@ -83,7 +83,9 @@ class Trainer:
             embedding_lr=config.embedding_lr,
             matrix_lr=config.matrix_lr if config.matrix_lr != AUTO else None,
             weight_decay=config.weight_decay,
+            matrix_weight_decay=config.matrix_weight_decay,
             optimizer=config.optimizer,
+            **{name: getattr(config, name) for name in MUON_OPTIONS},
         )
         self.peak = hardware.peak(self.device, self.dtype)
 

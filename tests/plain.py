@@ -79,9 +79,35 @@ def newton_schulz_in(dtype, g, triples, norm_factor=1.0):
     return x.mT if tall else x
 
 
-def muon_step(matrices, buffers, lr, momentum):
+def muon_step(matrices, buffers, lr, momentum, seconds=None, **options):
+    """options and seconds, the state of normuon, as Muon has them: one matrix after another, by the formulas."""
     with torch.no_grad():
-        for p, buf in zip(matrices, buffers, strict=True):
+        for index, (p, buf) in enumerate(zip(matrices, buffers, strict=True)):
             buf.lerp_(p.grad, 1 - momentum)
-            update = newton_schulz(p.grad.lerp(buf, momentum))
-            p -= lr * max(1, p.size(0) / p.size(1)) ** 0.5 * update
+            update = p.grad.lerp(buf, momentum)
+            heads, dim = options.get("heads", 1), ("rows", "columns").index(options.get("head_axis", "rows"))
+            blocks = [orthogonal_block(block, options) for block in update.chunk(heads, dim=dim)]
+            scale = max(1, blocks[0].size(0) / blocks[0].size(1)) ** 0.5
+            update = torch.cat(blocks, dim=dim)
+            if options.get("normuon"):
+                update = less_variance(update, seconds[index], options.get("beta2", 0.95))
+            p -= lr * scale * update
+
+
+def orthogonal_block(u, options):
+    if options.get("row_equilibration"):
+        u = torch.stack([row / row.norm() for row in u])
+    o = newton_schulz(u)
+    if options.get("frobenius_renormalisation"):
+        o = o * (min(o.shape) ** 0.5 / o.norm())
+    return o
+
+
+def less_variance(o, second, beta2):
+    """NorMuon: `second`, a list of one number a row (or column, where there are more), is updated."""
+    lines = list(o if o.size(0) >= o.size(1) else o.T)
+    for i, line in enumerate(lines):
+        second[i] = beta2 * second[i] + (1 - beta2) * (line**2).mean()
+    lines = torch.stack([line / second[i].sqrt() for i, line in enumerate(lines)])
+    reduced = lines if o.size(0) >= o.size(1) else lines.T
+    return reduced * (o.norm() / reduced.norm())

@@ -50,6 +50,8 @@ def test_help_documents_every_flag_with_its_default(capsys):
         (["--warmup-ratio", "0.5", "--warmdown-ratio", "0.6"], "add up to more than 1"),
         (["--grad-clip", "nan"], "--grad-clip is nan; it takes a finite number from 0"),
         (["--matrix-lr", "inf"], "--matrix-lr is inf"),
+        (["--matrix-weight-decay", "-1"], "--matrix-weight-decay is -1.0; it takes a finite number from 0"),
+        (["--normuon", "--optimizer", "adamw"], "--normuon is Muon's; --optimizer adamw has none"),
         (["--target-flops", "0"], "--target-flops is 0.0; it takes a finite number above 0"),
         (
             ["--num-iterations", "5", "--target-flops", "1e9"],

@@ -9,6 +9,7 @@ from nanochat_native import ops
 from nanochat_native.ops import reference
 
 OPERATOR = torch.ops.nanochat_native.newton_schulz.default
+UPDATE = torch.ops.nanochat_native.newton_schulz_update_.default
 NAMES = ["quintic", "polar_express", "cubic"]
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 3), (7, 5), (64, 64), (65, 63), (96, 384), (384, 96), (3, 33, 17), (2, 2, 20, 50)]
 
@@ -217,3 +218,90 @@ def test_the_raw_operator_checks_too():
         OPERATOR(torch.zeros(3, 3), [1.0, 2.0, 3.0], 1.0, torch.ones(()))
     with pytest.raises(ValueError, match=r"norms has shape \[2\]; takes \[3\]"):
         OPERATOR(torch.zeros(3, 3, 3), [1.0, 2.0, 3.0], 1.0, torch.ones(2).double())
+
+
+# --- newton_schulz_update_ ---
+
+RATES = {"lr": 0.1, "weight_decay": 0.2, "scale": 1.5}
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 5), (20, 96), (2, 3, 9, 33)], ids=str)
+def test_update_is_newton_schulz_and_muon_update(shape, dtype, cautious, backend):
+    ops.use_backend(backend)
+    params, update = [torch.randn(shape).to(dtype) for _ in range(3)], torch.randn(3, *shape)
+    twin, kept = [param.clone() for param in params], update.clone()
+    norms = torch.linalg.matrix_norm(update.double())
+    ops.newton_schulz_update_(params, update, coefficients="cubic", steps=4, norms=norms, cautious=cautious, **RATES)
+    orthogonal = reference.newton_schulz(update.double(), coefficients="cubic", steps=4).float()
+    reference.muon_update_(twin, orthogonal, cautious=cautious, **RATES)
+    assert torch.equal(update, kept)
+    for mine, other in zip(params, twin, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_update_takes_numbers_in_tensors_and_marks_what_it_updates(backend):
+    ops.use_backend(backend)
+    update = torch.randn(2, 8, 12)
+    params, twin = ([torch.ones(8, 12), torch.ones(8, 12)] for _ in range(2))
+    version = params[1]._version
+    ops.newton_schulz_update_(params, update, **RATES)
+    tensors = {name: torch.tensor(RATES[name], dtype=torch.float64) for name in ("lr", "weight_decay")}
+    ops.newton_schulz_update_(twin, update, scale=RATES["scale"], **tensors)
+    assert all(map(torch.equal, params, twin))
+    assert params[1]._version > version
+
+
+def test_update_of_no_numbers():
+    params = [torch.zeros(0, 4)]
+    ops.newton_schulz_update_(params, torch.zeros(1, 0, 4), lr=0.1)
+
+
+def test_update_opcheck_and_compile():
+    params, update = [torch.randn(9, 5) for _ in range(2)], torch.randn(2, 9, 5)
+    numbers = [3.4445, -4.7750, 2.0315] * 5
+    for norms in (None, torch.linalg.matrix_norm(update.double())):
+        torch.library.opcheck(UPDATE, (params, update, numbers, 1.0, norms, 0.1, 0.1, 1.0, False, None, None))
+
+    def step(params, update):
+        ops.newton_schulz_update_(params, update, **RATES)
+
+    twin = [param.clone() for param in params]
+    step(params, update)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(twin, update)
+    assert all(map(torch.equal, params, twin))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("params", "update", "options", "error", "words"),
+    [
+        ([], torch.zeros(0, 3, 3), {}, ValueError, "params is empty"),
+        ([torch.zeros(3, 3)], torch.zeros(1, 3, 4), {}, ValueError, r"update has shape \(1, 3, 4\)"),
+        ([torch.zeros(3)] * 2, torch.zeros(2, 3), {}, ValueError, r"params has shape \(3,\); takes \(..., M, K\)"),
+        ([torch.zeros(3, 3)], torch.zeros(1, 3, 3).double(), {}, TypeError, "update is torch.float64"),
+        ([torch.zeros(3, 3).half()], torch.zeros(1, 3, 3), {}, TypeError, r"params\[0\] is torch.float16"),
+        ([torch.zeros(3, 3)], torch.zeros(1, 3, 3), {"steps": 0}, ValueError, "steps is 0"),
+        ([torch.zeros(3, 3)], torch.zeros(1, 3, 3), {"lr": -1.0}, ValueError, "lr is -1.0"),
+        ([torch.zeros(3, 3)], torch.zeros(1, 3, 3), {"norms": torch.ones(2).double()}, ValueError, r"norms has shape"),
+    ],
+)
+def test_update_bad_arguments(params, update, options, error, words, backend):
+    ops.use_backend(backend)
+    with pytest.raises(error, match=f"newton_schulz_update_: {words}"):
+        ops.newton_schulz_update_(params, update, **({"lr": 0.1} | options))
+
+
+def test_the_raw_update_checks_too():
+    numbers, rest = [1.0, 2.0, 3.0], (0.1, 0.1, 1.0, False, None, None)
+    with pytest.raises(ValueError, match=r"newton_schulz_update_: params has shape \[3\]"):
+        UPDATE([torch.zeros(3), torch.zeros(3)], torch.zeros(2, 3), numbers, 1.0, None, *rest)
+    with pytest.raises(ValueError, match="newton_schulz_update_: coefficients has 2 numbers"):
+        UPDATE([torch.zeros(3, 3)], torch.zeros(1, 3, 3), [1.0, 2.0], 1.0, None, *rest)
+    shared = torch.zeros(1, 3, 3)
+    with pytest.raises(ValueError, match=r"newton_schulz_update_: .* share memory"):
+        UPDATE([shared[0]], shared, numbers, 1.0, None, *rest)

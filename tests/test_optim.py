@@ -55,6 +55,32 @@ def train(model, optimizers, steps, seed=0):
     return losses
 
 
+def test_muon_by_heads_and_its_options():
+    model = build()
+    config = model.config
+    _, muon = setup_optimizers(model, matrix_weight_decay=0.1, per_head=True, normuon=True, cautious=True)
+    kinds = {
+        name.split(".", 3)[-1]: (group["heads"], group["head_axis"])
+        for group in muon.param_groups
+        for name in group["param_names"]
+    }
+    assert kinds == {
+        "attn.c_q.weight": (config.n_head, "rows"),
+        "attn.c_k.weight": (config.n_kv_head, "rows"),
+        "attn.c_v.weight": (config.n_kv_head, "rows"),
+        "attn.c_proj.weight": (config.n_head, "columns"),
+        "mlp.c_fc.weight": (1, "rows"),
+        "mlp.c_proj.weight": (1, "rows"),
+    }
+    assert sum(len(group["params"]) for group in muon.param_groups) == 12
+    for group in muon.param_groups:
+        assert (group["weight_decay"], group["normuon"], group["cautious"]) == (0.1, True, True)
+        assert not group["row_equilibration"]
+        assert group["lr"] == group["initial_lr"] == 0.02
+    with pytest.raises(TypeError, match="septic"):
+        setup_optimizers(model, septic=True)
+
+
 def test_hybrid_routing_and_rates():
     model = build()
     optimizers = setup_optimizers(model)

@@ -142,6 +142,119 @@ def test_cautious_decays_where_the_update_agrees(backend):
     assert torch.allclose(parameter, expected, atol=1e-5, rtol=0)
 
 
+OPTIONS = [
+    {"row_equilibration": True},
+    {"frobenius_renormalisation": True},
+    {"normuon": True},
+    {"normuon": True, "beta2": 0.5},
+    {"heads": 4},
+    {"heads": 2, "head_axis": "columns"},
+    {"heads": 2, "frobenius_renormalisation": True, "row_equilibration": True, "normuon": True},
+    {"heads": 8, "head_axis": "columns", "frobenius_renormalisation": True, "row_equilibration": True, "normuon": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_against_the_plain_form(options, backend):
+    """Five steps: NorMuon has state."""
+    ours, theirs = matrices(), matrices()
+    optimizer = Muon(ours, lr=0.1, **options)
+    buffers = [torch.zeros_like(p) for p in theirs]
+    seconds = [[torch.zeros(()) for _ in range(max(p.shape))] for p in theirs]
+    for step in range(5):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        optimizer.step()
+        plain.muon_step(theirs, buffers, 0.1, 0.95, seconds, **options)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, atol=2e-5, rtol=0)
+    for parameter, second in zip(ours, seconds, strict=True):
+        found = optimizer.state[parameter].get("second_momentum")
+        assert (found is not None) == bool(options.get("normuon"))
+        if found is not None:
+            assert found.dtype == torch.float32
+            assert torch.allclose(found.flatten(), torch.stack(second), rtol=1e-4)
+
+
+def test_options_change_something():
+    results = []
+    for options in ({}, *OPTIONS):
+        parameters = matrices()
+        give_gradients(parameters, 1)
+        Muon(parameters, lr=0.1, **options).step()
+        results.append(torch.cat([p.detach().flatten() for p in parameters]))
+    for i, a in enumerate(results):
+        for j, b in enumerate(results[:i]):
+            same = {i, j} == {3, 4}  # the first step of NorMuon does not depend on beta2
+            assert torch.allclose(a, b, atol=1e-5) == same
+
+
+def test_frobenius_renormalisation_gives_the_norm_of_an_orthogonal_matrix(backend):
+    for shape, norm in (((32, 16), 4.0 * 2**0.5), ((16, 32), 4.0)):
+        (parameter,) = matrices([shape])
+        before = parameter.detach().clone()
+        give_gradients([parameter], 1)
+        Muon([parameter], lr=0.01, frobenius_renormalisation=True).step()
+        assert ((before - parameter.detach()).norm() / 0.01).item() == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_leave_zero_gradients_alone(options, backend):
+    parameters = matrices()
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    Muon(parameters, lr=0.1, **options).step()
+    assert all(map(torch.equal, parameters, before))
+
+
+def test_row_equilibration_does_not_see_the_scale_of_a_row(backend):
+    ours, theirs = matrices([(8, 16)]), matrices([(8, 16)])
+    give_gradients(ours, 1)
+    theirs[0].grad = ours[0].grad * torch.logspace(-3, 3, 8)[:, None]
+    for parameters in (ours, theirs):
+        Muon(parameters, lr=0.1, row_equilibration=True).step()
+    assert torch.allclose(ours[0], theirs[0], atol=1e-5)
+
+
+def test_momentum_of_one_shape_lies_in_one_memory():
+    parameters = matrices()
+    give_gradients(parameters, 1)
+    optimizer = Muon(parameters)
+    optimizer.step()
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in parameters if p.shape == (16, 16)]
+    assert len(buffers) == 2
+    assert buffers[1].data_ptr() - buffers[0].data_ptr() == buffers[0].nbytes
+
+
+def test_state_of_options_survives_saving(backend):
+    ours, theirs = matrices(), matrices()
+    first = Muon(ours, lr=0.1, normuon=True)
+    for step in range(2):
+        give_gradients(ours, step)
+        first.step()
+    second = Muon(theirs, lr=0.1, normuon=True)
+    second.load_state_dict(first.state_dict())
+    for a, b in zip(theirs, ours, strict=True):
+        a.data.copy_(b.data)
+    for parameters, optimizer in ((ours, first), (theirs, second)):
+        give_gradients(parameters, 7)
+        optimizer.step()
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_state_from_before_the_options_loads():
+    saved = Muon(matrices()).state_dict()
+    for group in saved["param_groups"]:
+        for name in ("normuon", "heads", "head_axis", "row_equilibration", "beta2", "frobenius_renormalisation"):
+            del group[name]
+    parameters = matrices()
+    optimizer = Muon(parameters)
+    optimizer.load_state_dict(saved)
+    give_gradients(parameters, 1)
+    optimizer.step()
+
+
 def test_settings_in_tensors(backend):
     ours, theirs = matrices(), matrices()
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}
@@ -180,6 +293,11 @@ def test_what_muon_does_not_take():
         ({"momentum": 1.0}, "momentum is 1.0"),
         ({"ns_steps": 0}, "ns_steps is 0"),
         ({"cautious": None}, "cautious is None"),
+        ({"normuon": 1}, "normuon is 1; it takes True or False"),
+        ({"beta2": 1.0}, "beta2 is 1.0"),
+        ({"heads": 3}, r"heads is 3; parameter 0 of its group, shape \(16, 16\), takes a divisor of its 16 rows"),
+        ({"heads": 0}, "heads is 0"),
+        ({"head_axis": "row"}, "head_axis is 'row'; it takes 'rows' or 'columns'"),
     ):
         with pytest.raises(ValueError, match=message):
             Muon(matrices(), **bad)

@@ -182,3 +182,17 @@ def test_a_stopped_run_resumes_to_the_same_end(shared):
     assert checkpoint.steps(shared / "runs" / "stopped" / "checkpoints")[-1] == 5
     assert train(shared, run="stopped", steps=STEPS, resume="auto") == 0
     assert_same_run(shared / "runs" / "stopped", shared / "runs" / "whole")
+
+
+def test_muons_options_and_their_state_are_resumed(tmp_path):
+    """One run of all of them, and the same stopped and resumed."""
+    write_text(tmp_path / "text.jsonl")
+    options = dict.fromkeys(
+        ("normuon", "row_equilibration", "frobenius_renormalisation", "cautious", "per_head"), True
+    ) | {"matrix_weight_decay": 0.1}
+    assert train(tmp_path, run="whole", steps=STEPS, **options) == 0
+    killed(tmp_path, 7, "trainer.Trainer", "train_step", run="cut", **options)
+    assert train(tmp_path, run="cut", steps=STEPS, resume="auto", **options) == 0
+    whole, cut = (losses(tmp_path / "runs" / run) for run in ("whole", "cut"))
+    assert cut == whole
+    assert records(tmp_path / "runs/whole", "train")[0]["loss"] > records(tmp_path / "runs/whole", "train")[-1]["loss"]

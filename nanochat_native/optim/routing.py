@@ -23,7 +23,10 @@ def setup_optimizers(
     embedding_lr: float = 0.2,
     matrix_lr: float | None = None,
     weight_decay: float = 0.0,
+    matrix_weight_decay: float = 0.0,
     optimizer: str = "hybrid",
+    per_head: bool = False,
+    **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a model with nanochat's parameter names; every group has its "initial_lr".
 
@@ -31,7 +34,10 @@ def setup_optimizers(
     comparison, one optimizer for everything: "adamw" (ours), "adam" and "sgd" (torch's; sgd plain, and at matrix_lr
     throughout). The rates of Adam's kind are those of a model 768 wide and are multiplied by (dim / 768)^-0.5; their
     betas are (0.8, 0.95), eps 1e-10. matrix_lr defaults to 0.02 for Muon, 0.002 for adamw and adam, 0.1 for sgd.
-    weight_decay: of AdamW alone; torch's Adam and SGD take it as their L2 penalty.
+    weight_decay: of AdamW alone; torch's Adam and SGD take it as their L2 penalty. matrix_weight_decay: of Muon.
+    per_head: Muon orthogonalises c_q, c_k and c_v by blocks of rows and c_proj by blocks of columns, one for each of
+    the heads that model.config counts. muon_options: cautious, row_equilibration, frobenius_renormalisation and normuon
+    of Muon.
 
     Raises ValueError for an unknown optimizer, and for a parameter that belongs to no group or that two names share.
     """
@@ -49,7 +55,9 @@ def setup_optimizers(
 
     optimizers: list[torch.optim.Optimizer]
     if optimizer == "hybrid":
-        optimizers = [AdamW(ends, **adam), Muon(matrices, lr=matrix_lr)]
+        groups = _by_heads(model, matrices) if per_head else matrices
+        muon = Muon(groups, lr=matrix_lr, weight_decay=matrix_weight_decay, **muon_options)
+        optimizers = [AdamW(ends, **adam), muon]
     elif optimizer == "adamw":
         optimizers = [AdamW(everything, **adam)]
     elif optimizer == "adam":
@@ -87,6 +95,23 @@ def _route(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
         if not found:
             raise ValueError(f"the model has no {name}")
     return wte, lm_head, matrices
+
+
+def _by_heads(model: nn.Module, matrices: list[Any]) -> list[dict[str, Any]]:
+    """Muon's groups: each kind of matrix with its number of heads, and all without any."""
+    config: Any = model.config
+    kinds = {
+        "attn.c_q.weight": {"heads": config.n_head},
+        "attn.c_k.weight": {"heads": config.n_kv_head},
+        "attn.c_v.weight": {"heads": config.n_kv_head},
+        "attn.c_proj.weight": {"heads": config.n_head, "head_axis": "columns"},
+        "": {},
+    }
+    groups: list[dict[str, Any]] = [{"params": [], **settings} for settings in kinds.values()]
+    for name, parameter in matrices:
+        place = next(i for i, ending in enumerate(kinds) if name.endswith(ending))
+        groups[place]["params"].append((name, parameter))
+    return [group for group in groups if group["params"]]
 
 
 def describe_routing(optimizers: Sequence[torch.optim.Optimizer]) -> str:

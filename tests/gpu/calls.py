@@ -71,6 +71,31 @@ def muon_update(device, small=False, dtype=F32, cautious=False):
     return Call(("muon_update_",), [*params, update], run)
 
 
+def newton_schulz(device, small=False, shape=(5, 1100, 270), isa="", **options):
+    g = torch.randn((2, 140, 70) if small else shape, device=device)
+
+    def run(tensors):
+        with instruction_set(isa):
+            return [ops.newton_schulz(tensors[0], **options)]
+
+    return Call(("newton_schulz",), [g], run)
+
+
+def newton_schulz_update(device, small=False, dtype=F32, shape=(300, 300), isa=""):
+    count, shape = (3, (19, 23)) if small else (20, shape)
+    params = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
+    update = torch.randn(count, *shape, device=device)
+
+    def run(tensors):
+        *params, update = tensors
+        with instruction_set(isa):
+            norms = torch.linalg.matrix_norm(update.double())
+            ops.newton_schulz_update_(params, update, lr=0.1, weight_decay=0.1, scale=1.5, norms=norms)
+        return params
+
+    return Call(("newton_schulz_update_",), [*params, update], run)
+
+
 def loss(device, small=False, dtype=F32, V=50257):
     N, C, V = (37, 24, 101) if small else (1500, 64, V)
     x, weight = torch.randn(N, C, device=device).to(dtype), (torch.randn(V, C, device=device) * 0.3).to(dtype)
@@ -131,6 +156,18 @@ CALLS = {
     "muon_momentum_ bfloat16": lambda device, small=False: muon_momentum(device, small, BF16),
     "muon_update_ float32": muon_update,
     "muon_update_ bfloat16": lambda device, small=False: muon_update(device, small, BF16, cautious=True),
+    "newton_schulz tall": newton_schulz,
+    "newton_schulz square": lambda device, small=False: newton_schulz(device, small, (4, 513, 520)),
+    "newton_schulz wide": lambda device, small=False: newton_schulz(
+        device, small, (3, 200, 999), coefficients="polar_express"
+    ),
+    "newton_schulz tall, sm_80": lambda device, small=False: newton_schulz(device, small, isa="sm_80"),
+    "newton_schulz square, sm_80": lambda device, small=False: newton_schulz(device, small, (4, 513, 520), isa="sm_80"),
+    "newton_schulz_update_ float32": newton_schulz_update,
+    "newton_schulz_update_ bfloat16": lambda device, small=False: newton_schulz_update(device, small, BF16, (512, 129)),
+    "newton_schulz_update_ float32, sm_80": lambda device, small=False: newton_schulz_update(
+        device, small, isa="sm_80"
+    ),
     "linear_cross_entropy float32": loss,
     "linear_cross_entropy bfloat16": lambda device, small=False: loss(device, small, BF16, V=8192),
 }
