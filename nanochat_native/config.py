@@ -214,7 +214,8 @@ def parse(args: Sequence[str], base: TrainConfig | None = None) -> TrainConfig:
                 prog="python -m nanochat_native.train",
                 args=list(args),
                 default=TrainConfig() if base is None else base,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                # A switch that is on in `base` may be given again, or turned off by --no-...
+                config=(tyro.conf.FlagCreatePairsOff,) if base is None else (),
             )
     except SystemExit as stop:
         if stop.code in (0, None):

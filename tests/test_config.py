@@ -76,6 +76,9 @@ def test_flags_that_are_not_given_keep_their_value_in_the_base():
     base = TrainConfig(depth=7, seed=3)
     assert parse([], base) == base
     assert parse(["--seed", "0"], base) == dataclasses.replace(base, seed=0)
+    switched = dataclasses.replace(base, grad_checkpoint=True)
+    assert parse(["--grad-checkpoint"], switched) == switched
+    assert parse(["--no-grad-checkpoint"], switched) == base
 
 
 @pytest.mark.parametrize("gpu", [False, True])
