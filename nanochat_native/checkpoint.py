@@ -178,7 +178,7 @@ def flatten_optimizers(
     named_parameters: Iterable[tuple[str, Tensor]], optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State of the optimizers by parameter name, so that it does not depend on groups, their order or the number of
-    ranks.
+    ranks. Of a sharded optimizer, this rank's part.
 
     Returns (tensors "<parameter>.<key>", scalars "<parameter>.<key>").
     """
@@ -191,13 +191,26 @@ def flatten_optimizers(
     return tensors, scalars
 
 
+def join_shards(shards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The whole state, of every rank's part in the order of the ranks: rows of one name follow each other, 0-d values
+    are the same on all ranks that have them."""
+    parts: dict[str, list[Tensor]] = {}
+    for shard in shards:
+        for name, tensor in shard.items():
+            parts.setdefault(name, []).append(tensor)
+    return {
+        name: found[0] if len(found) == 1 or not found[0].ndim else torch.cat(found) for name, found in parts.items()
+    }
+
+
 def restore_optimizers(
     named_parameters: Iterable[tuple[str, Tensor]],
     optimizers: Sequence[torch.optim.Optimizer],
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> None:
-    """Inverse of `flatten_optimizers`. Tensors go to their parameter's device, except 0-d ones, which stay on the CPU.
+    """Inverse of `flatten_optimizers`, of the whole state: a sharded optimizer takes its part, whatever the number of
+    ranks was that wrote it. Tensors go to their parameter's device, except 0-d ones, which stay on the CPU.
 
     Raises CheckpointError when a value belongs to no parameter of the optimizers.
     """
@@ -205,13 +218,29 @@ def restore_optimizers(
     owner = {id(p): opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
     for name, parameter in named_parameters:
         prefix = f"{name}."
+        optimizer = owner[id(parameter)]
+        rows = _rows_of(optimizer, parameter)
         for full in [full for full in left if full.startswith(prefix)]:
             value, key = left.pop(full), full.removeprefix(prefix)
+            if rows is None:
+                continue
             if isinstance(value, Tensor):
-                value = value.to(parameter.device if value.ndim else "cpu", copy=True)
-            owner[id(parameter)].state[parameter][key] = value
+                part = value[rows] if value.ndim and value.size(0) == parameter.size(0) else value
+                value = part.to(parameter.device if value.ndim else "cpu", copy=True)
+            optimizer.state[parameter][key] = value
     if left:
         raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(sorted(left))}")
+
+
+def _rows_of(optimizer: Any, parameter: Tensor) -> slice | None:
+    """Of the parameter's state, what this rank keeps; None where another rank keeps it."""
+    buckets = getattr(optimizer, "buckets", [])
+    if not buckets:
+        return slice(None)
+    for piece in (piece for bucket in buckets for piece in bucket.pieces):
+        if piece.parameter is parameter:
+            return slice(piece.first_row, piece.first_row + piece.values.size(0))
+    return None
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

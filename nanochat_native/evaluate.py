@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,12 +29,17 @@ class Evaluation(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray | Tensor) -> Evaluation:
+def evaluate(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: np.ndarray | Tensor,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
     """Measures the model on (inputs, targets) int64 (B, T) on its device; targets of -1 count nothing.
 
     token_bytes: (V,) integers, the bytes that each token stands for, 0 for special tokens. Bits per byte, nanochat's
     definition: the nats of all targets that stand for bytes, over ln 2 times their bytes. It does not depend on the
-    tokenizer, as the loss does.
+    tokenizer, as the loss does. add_up: sums a float64 tensor over ranks that each measure a part of the batches.
 
     Raises ValueError when token_bytes does not fit the model or no target stands for bytes.
     """
@@ -54,6 +59,9 @@ def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: 
         byte_nats += (nats * (length > 0)).sum(dtype=torch.float64)
         targets_seen += counted.sum()
         bytes_seen += length.sum()
+    if add_up is not None:
+        sums = add_up(torch.stack([all_nats, byte_nats, targets_seen.double(), bytes_seen.double()]))
+        all_nats, byte_nats, targets_seen, bytes_seen = sums.unbind()
     if bytes_seen == 0:
         raise ValueError("no target stands for bytes: there is nothing to evaluate")
     return Evaluation(

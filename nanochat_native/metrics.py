@@ -56,6 +56,22 @@ class MetricsLog:
             self._writer.close()
 
 
+class SilentLog(MetricsLog):
+    """Of the ranks that do not write."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        return {"kind": kind, "step": step, **values}
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a metrics.jsonl, oldest first; nothing when there is no file. A torn last line is left out."""
     if not path.exists():
@@ -127,6 +143,19 @@ class Console:
             self._stream.write("\n")
             self._stream.flush()
             self._drawn = False
+
+
+class SilentConsole(Console):
+    """Of the ranks that do not print."""
+
+    def say(self, text: str = "") -> None:
+        pass
+
+    def record(self, record: dict[str, Any]) -> None:
+        pass
+
+    def live(self, text: str, *, last: bool = False) -> None:
+        pass
 
 
 def duration(seconds: float) -> str:

@@ -46,7 +46,7 @@ def announce(run: Trainer, notes: list[str]) -> None:
     flops = tokens * run.flops_per_token
     time = ""
     if run.peak.flops is not None:
-        rate = run.peak.flops * run.world_size * EXPECTED_MFU[run.device.type]
+        rate = run.peak.flops * run.world.size * EXPECTED_MFU[run.device.type]
         time = f", about {duration(flops / rate)}"
     say(
         f"batch    {config.device_batch_size} x {config.max_seq_len} x {run.accumulation_steps} = "

@@ -14,25 +14,46 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+import nanochat_native
+from nanochat_native import distributed
 from nanochat_native.checkpoint import CheckpointError
-from nanochat_native.config import ConfigError, to_json
-from nanochat_native.metrics import Console
+from nanochat_native.config import ConfigError, flag, to_json
+from nanochat_native.distributed import World
+from nanochat_native.metrics import Console, SilentConsole
 from nanochat_native.report import announce
 from nanochat_native.run_folder import configure
 from nanochat_native.trainer import Trainer
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train as `args` say, sys.argv's by default; a user's mistake is one line on stderr. Returns the exit code."""
+    """Train as `args` say, sys.argv's by default; a user's mistake is one line on stderr. Returns the exit code.
+
+    Under torchrun this is one of many ranks: the first alone prints and writes, and what goes wrong on any of them ends
+    all of them with one message.
+    """
     try:
-        config, notes = configure(sys.argv[1:] if args is None else args)
+        with distributed.joined() as world:
+            return _run(world, sys.argv[1:] if args is None else args)
+    except distributed.RankError as error:
+        if distributed.environment_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(world: World, args: Sequence[str]) -> int:
+    try:
+        config, notes = world.together(lambda: configure(args), ConfigError)
         if config.print_config:
-            print(json.dumps(to_json(config), indent=1))
+            if world.first:
+                print(json.dumps(to_json(config), indent=1))
             return 0
-        try:
-            trainer = Trainer(config, Console(as_json=config.json))
-        except (ValueError, ImportError, OSError) as error:
-            raise ConfigError(str(error)) from error
+        if world.size > 1:
+            versions = {"version": nanochat_native.__version__, "torch": torch.__version__}
+            world.require_same(versions | {flag(name): value for name, value in to_json(config).items()})
+        console = Console(as_json=config.json) if world.first else SilentConsole()
+        # What is raised on one rank alone, others may wait for: they are told.
+        make = lambda: Trainer(config, console, world)  # noqa: E731
+        trainer = world.together(make, ValueError, ImportError, OSError)
         announce(trainer, notes)
         return 0 if config.dry_run else trainer.train()
     except (ConfigError, CheckpointError) as error:

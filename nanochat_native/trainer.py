@@ -21,16 +21,19 @@ import nanochat_native
 from nanochat_native import checkpoint, hardware, ops, report, run_folder, sizing
 from nanochat_native.config import AUTO, MUON_OPTIONS, STDLIB, ConfigError, TrainConfig, horizon
 from nanochat_native.data import BatchLoader, Corpus, iterate_val, prepare
+from nanochat_native.distributed import World, require_same_bits
 from nanochat_native.evaluate import evaluate
 from nanochat_native.generate import generate_text
-from nanochat_native.metrics import Console, MetricsLog
+from nanochat_native.metrics import Console, MetricsLog, SilentLog
 from nanochat_native.model import GPT, GPTConfig
-from nanochat_native.optim import Muon, clip_grad_norm_, setup_optimizers
+from nanochat_native.optim import Muon, clip_reduced_, overlap_backward, setup_optimizers
+from nanochat_native.optim.buckets import Bucket
 from nanochat_native.schedules import lr_multiplier, muon_momentum
 
 PYTHON_PROMPTS = ("def __init__(self", "import os\n", "class")
 PROMPT_TOKENS = 16  # of the validation text, where it is not known to be Python
 SAMPLE_TOKENS = 96
+CHECK_REPLICAS_EVERY = 100  # steps
 
 
 class Trainer:
@@ -39,10 +42,12 @@ class Trainer:
     Raises ConfigError and what the modules it asks raise for bad flags or data: ValueError, OSError, RuntimeError.
     """
 
-    def __init__(self, config: TrainConfig, console: Console) -> None:
+    def __init__(self, config: TrainConfig, console: Console, world: World | None = None) -> None:
         self.console = console
-        self.rank, self.world_size = 0, 1
+        self.world = world or World()
         self.device = torch.device(config.device)
+        if self.device.type == "cuda" and self.world.size > 1:
+            self.device = torch.device("cuda", self.world.local_rank)
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         try:
             ops.use_backend(config.backend)
@@ -57,8 +62,8 @@ class Trainer:
             element_bytes=self.dtype.itemsize,
         )
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
-        config = sizing.size_batch(config, row_bytes=self.row_bytes, free_bytes=free, world_size=self.world_size)
-        self.accumulation_steps = sizing.accumulation_steps(config, self.world_size)
+        config = sizing.size_batch(config, row_bytes=self.row_bytes, free_bytes=free, world_size=self.world.size)
+        self.accumulation_steps = sizing.accumulation_steps(config, self.world.size)
         self.corpus = self._prepare_data(config)
 
         torch.manual_seed(config.seed)
@@ -72,8 +77,8 @@ class Trainer:
             sequence_len=config.max_seq_len,
             seed=config.seed,
             device=self.device,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
         self.model.to_empty(device=self.device)
         self.model.init_weights(seed=config.seed)
@@ -85,11 +90,13 @@ class Trainer:
             weight_decay=config.weight_decay,
             matrix_weight_decay=config.matrix_weight_decay,
             optimizer=config.optimizer,
+            process_group=self.world.group,
             **{name: getattr(config, name) for name in MUON_OPTIONS},
         )
         self.peak = hardware.peak(self.device, self.dtype)
 
         self.step = 0  # optimizer steps done
+        self.stop_signal = 0  # that a rank was sent
         self.saved_step = -1
         self.skipped = self.skipped_in_a_row = 0
         self.last_loss = math.nan
@@ -99,27 +106,35 @@ class Trainer:
     def _prepare_data(self, config: TrainConfig) -> Corpus:
         data = None if config.data == STDLIB else config.data
         assert config.cache_dir is not None
-        return prepare(
-            data,
-            vocab_size=config.vocab_size,
-            cache_dir=config.cache_dir,
-            log=lambda note: self.console.say(f"data     {note}"),
-        )
+        cache_dir = config.cache_dir
+
+        def run() -> Corpus:
+            say = self.console.say
+            return prepare(
+                data, vocab_size=config.vocab_size, cache_dir=cache_dir, log=lambda note: say(f"data     {note}")
+            )
+
+        # One rank of a machine builds the shards, the others find them.
+        corpus = self.world.together(run if self.world.local_rank == 0 else lambda: None, ValueError, OSError)
+        return corpus if corpus is not None else run()
 
     def train(self) -> int:
         """Run to the horizon or to a signal. Returns the exit code: 0, 1 diverged, 130 SIGINT, 143 SIGTERM."""
         config = self.config
-        lock = run_folder.claim(config)
+        claim = (lambda: run_folder.claim(config)) if self.world.first else lambda: None
+        lock = self.world.together(claim, ConfigError, OSError)
         with contextlib.ExitStack() as stack:
-            stack.callback(os.close, lock)
+            if lock is not None:
+                stack.callback(os.close, lock)
             self._open_run(stack)
             stopping = stack.enter_context(StopSignals())
             batches = stack.enter_context(self.loader.iterate(self.step))
             began, first_step = time.perf_counter(), self.step
             if self.step == 0:
                 self.evaluate()
-            while self.step < config.num_iterations and not stopping.signal and not self.diverged:
+            while self.step < config.num_iterations and not self.stop_signal and not self.diverged:
                 self.train_step(batches)
+                self.stop_signal = self.world.max(stopping.signal)
                 if self._due(config.eval_every):
                     self.evaluate()
                 if self._due(config.sample_every):
@@ -129,10 +144,15 @@ class Trainer:
             if not self.diverged and self.saved_step != self.step:
                 self.save()
             self.log.sync()
+        if not self.world.first:
+            return self._exit_code()
         self.console.record(report.summarize(self, time.perf_counter() - began, self.step - first_step))
+        return self._exit_code()
+
+    def _exit_code(self) -> int:
         if self.diverged or self.saved_step != self.step:
             return 1
-        return 128 + stopping.signal if stopping.signal else 0
+        return 128 + self.stop_signal if self.stop_signal else 0
 
     @property
     def diverged(self) -> bool:
@@ -149,12 +169,14 @@ class Trainer:
         waited = time.perf_counter() - start
 
         loss = torch.zeros((), device=self.device)
-        for x, y in zip(inputs.chunk(self.accumulation_steps), targets.chunk(self.accumulation_steps), strict=True):
+        steps = self.accumulation_steps
+        for i, (x, y) in enumerate(zip(inputs.chunk(steps), targets.chunk(steps), strict=True)):
             with self._autocast():
-                micro_loss = self.model(x, y) / self.accumulation_steps
-            micro_loss.backward()
+                micro_loss = self.model(x, y) / steps
+            with overlap_backward(self._buckets() if i + 1 == steps else [], self.model.parameters()):
+                micro_loss.backward()
             loss += micro_loss.detach()
-        norm = clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+        norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf).item()
         rate, momentum = self._set_schedules()
         if math.isfinite(norm):
             for optimizer in self.optimizers:
@@ -162,10 +184,16 @@ class Trainer:
             self.skipped_in_a_row = 0
         else:
             self._skip(norm)
-        self.model.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.step += 1
-        self.last_loss = loss.item()
+        self.last_loss = (self.world.sum_(loss) / self.world.size).item()
+        if self.world.size > 1 and self.step % CHECK_REPLICAS_EVERY == 0:
+            require_same_bits(self.world, list(self.model.named_parameters()))
         self._log_step(norm, rate, momentum, waited, time.perf_counter() - start)
+
+    def _buckets(self) -> list[Bucket]:
+        return [bucket for optimizer in self.optimizers for bucket in getattr(optimizer, "buckets", [])]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -192,7 +220,8 @@ class Trainer:
     def _skip(self, norm: float) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
-        bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        own = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = list(dict.fromkeys(name for names in self.world.gather(own) for name in names))
         where = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad)
         self.console.say(
             f"step {self.step + 1}: the gradient's norm is {norm} ({where}): no update; "
@@ -209,10 +238,12 @@ class Trainer:
             sequence_len=self.config.max_seq_len,
             max_tokens=self.config.eval_tokens,
             device=self.device,
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
         lengths = torch.ones(self.corpus.vocab_size) if tokenizer is None else tokenizer.token_bytes
         with self._autocast():
-            result = evaluate(self.model, batches, lengths)
+            result = evaluate(self.model, batches, lengths, self.world.sum_)
         self.last_bpb = finite(result.bpb) if tokenizer else None
         self.console.record(self.log.write("val", self.step, loss=finite(result.loss), bpb=self.last_bpb))
         measured = f"{result.bpb:.4f} bits per byte" if tokenizer else f"{result.loss:.4f} nats a token"
@@ -228,7 +259,7 @@ class Trainer:
     def sample(self) -> None:
         """Continue one of the prompts, the next each time, drawn by a generator of its own."""
         tokenizer = self.corpus.tokenizer
-        if tokenizer is None:
+        if tokenizer is None or not self.world.first:
             return
         prompts = list(PYTHON_PROMPTS)
         if self.config.data != STDLIB:
@@ -256,7 +287,11 @@ class Trainer:
         """Write a checkpoint, unless something in it is not finite: then the earlier ones stay what they are."""
         named = list(self.model.named_parameters())
         weights = {name: parameter.detach() for name, parameter in named}
-        state, scalars = checkpoint.flatten_optimizers(named, self.optimizers)
+        own, scalars = checkpoint.flatten_optimizers(named, self.optimizers)
+        shards = (
+            self.world.gather({name: tensor.cpu() for name, tensor in own.items()}) if self.world.size > 1 else [own]
+        )
+        state = checkpoint.join_shards(shards)
         bad = [name for name, tensor in {**weights, **state}.items() if not tensor.isfinite().all()]
         if bad:
             self.console.say(f"step {self.step}: no checkpoint, {bad[0]} is not finite; the earlier ones are kept")
@@ -273,10 +308,14 @@ class Trainer:
         }
         self.log.sync()
         folder = self.config.run_dir / "checkpoints"
-        try:
-            checkpoint.save(folder, self.step, {"model": weights, "optimizer": state}, meta, keep=self.config.keep)
-        except OSError as error:
-            self.console.say(f"warning: {error}")
+        message = ""
+        if self.world.first:
+            try:
+                checkpoint.save(folder, self.step, {"model": weights, "optimizer": state}, meta, keep=self.config.keep)
+            except OSError as error:
+                message = str(error)
+        if message := self.world.gather(message)[0]:
+            self.console.say(f"warning: {message}")
             return
         self.saved_step = self.step
 
@@ -286,10 +325,11 @@ class Trainer:
         resumed = self.config.resume is not None
         if resumed and checkpoint.steps(run_dir / "checkpoints"):
             self._load()
-        run_folder.save_config(self.config)
-        if self.corpus.tokenizer is not None and not (run_dir / "tokenizer").exists():
-            self.corpus.tokenizer.save(run_dir / "tokenizer")
-        self.log = MetricsLog(run_dir, last_step=self.step or -1)
+        if self.world.first:
+            run_folder.save_config(self.config)
+            if self.corpus.tokenizer is not None and not (run_dir / "tokenizer").exists():
+                self.corpus.tokenizer.save(run_dir / "tokenizer")
+        self.log = MetricsLog(run_dir, last_step=self.step or -1) if self.world.first else SilentLog()
         stack.callback(self.log.close)
         if resumed:
             self.console.say(f"resume   {run_dir} from step {self.step}")
@@ -314,7 +354,7 @@ class Trainer:
         tokens_per_second = config.total_batch_size / seconds
         mfu = None
         if self.peak.flops is not None:
-            mfu = self.flops_per_token * tokens_per_second / (self.peak.flops * self.world_size)
+            mfu = self.flops_per_token * tokens_per_second / (self.peak.flops * self.world.size)
         bits = None
         if self.corpus.bytes_per_token:
             bits = finite(self.last_loss / (math.log(2) * self.corpus.bytes_per_token))

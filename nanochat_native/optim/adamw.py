@@ -1,14 +1,14 @@
 """AdamW on the fused operator: one launch for all tensors of a group."""
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat_native import ops
 from nanochat_native.optim.base import Optimizer, Params
+from nanochat_native.optim.buckets import Piece
 
 
 class AdamW(Optimizer):
@@ -20,8 +20,13 @@ class AdamW(Optimizer):
     read from the group at each step. lr and weight_decay may be tensors, as ops.adamw_ takes them. cautious: decay only
     the elements that the new exp_avg moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
 
+    sharding: process_group, and with it reduce_dtype, gather_dtype and bucket_bytes: as base.Optimizer describes. Each
+    rank then owns a part of the rows of every parameter.
+
     Raises ValueError for a setting out of range.
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -31,9 +36,10 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float | Tensor = 0.0,
         cautious: bool = False,
+        **sharding: Any,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "cautious": cautious}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **sharding)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -42,36 +48,26 @@ class AdamW(Optimizer):
         if not group["eps"] >= 0:
             raise ValueError(f"eps is {group['eps']}; it takes a number from 0")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            same_kind: dict[Any, list[Tensor]] = defaultdict(list)
-            for parameter in self.with_gradients(group):
-                if not self.state[parameter]:
-                    self._init_state(parameter)
-                step = int(self.state[parameter]["step"]) + 1
-                same_kind[step, parameter.dtype, parameter.device].append(parameter)
-            for (step, _, _), parameters in same_kind.items():
-                self._step_together(parameters, step, group)
-        return loss
+    def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
+        same_kind: dict[Any, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            state = self.state[piece.parameter]
+            if not state:
+                self.state[piece.parameter] = state = {
+                    "step": torch.zeros((), dtype=torch.int64),
+                    "exp_avg": torch.zeros_like(piece.values, dtype=torch.float32),
+                    "exp_avg_sq": torch.zeros_like(piece.values, dtype=torch.float32),
+                }
+            same_kind[int(state["step"]) + 1, piece.values.dtype, piece.values.device].append(piece)
+        for (step, _, _), together in same_kind.items():
+            self._update_together(together, step, group)
 
-    def _init_state(self, parameter: Tensor) -> None:
-        self.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.int64),
-            "exp_avg": torch.zeros_like(parameter, dtype=torch.float32),
-            "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.float32),
-        }
-
-    def _step_together(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        states = [self.state[parameter] for parameter in parameters]
+    def _update_together(self, pieces: list[Piece], step: int, group: dict[str, Any]) -> None:
+        states = [self.state[piece.parameter] for piece in pieces]
         beta1, beta2 = group["betas"]
         ops.adamw_(
-            parameters,
-            [cast(Tensor, parameter.grad) for parameter in parameters],
+            [piece.values for piece in pieces],
+            [piece.gradient for piece in pieces],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             step=step,

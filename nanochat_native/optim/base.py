@@ -1,10 +1,14 @@
 """What Muon and AdamW share."""
 
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from nanochat_native.optim import buckets
+from nanochat_native.optim.buckets import Bucket, Piece
 
 # As torch.optim takes them: tensors, (name, tensor) pairs, or groups: dicts whose "params" holds either, and own
 # settings.
@@ -13,13 +17,47 @@ Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, An
 
 class Optimizer(torch.optim.Optimizer):
     """A torch.optim.Optimizer whose groups remember their first rate as "initial_lr", for schedules to multiply, and
-    whose state stays float32 whatever the parameters are."""
+    whose state stays float32 whatever the parameters are.
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+    With a process group it is sharded: parameters and gradients move into buckets, of which each rank owns a shard and
+    keeps the state of that alone. step() then averages the gradients over the ranks, updates what is owned, and hands
+    it to all; zero_grad() keeps the gradients' memory. Parameters must be the same on all ranks, and get a gradient
+    each. reduce_dtype, gather_dtype: of what travels, None for the parameters' own. bucket_bytes: of a bucket, about.
+    """
+
+    whole: ClassVar[bool]  # whether a parameter has one owner, or is cut by rows
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        process_group: dist.ProcessGroup | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        gather_dtype: torch.dtype | None = None,
+        bucket_bytes: int = buckets.BUCKET_BYTES,
+    ) -> None:
         super().__init__(params, defaults)
         for group in self.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
             self.check_group(group)
+        self.buckets: list[Bucket] = []
+        if process_group is not None:
+            runs = self._runs(bucket_bytes)
+            dtypes = {"reduce_dtype": reduce_dtype, "gather_dtype": gather_dtype}
+            self.buckets = [Bucket(run, process_group, whole=self.whole, **dtypes) for run in runs]
+
+    def _runs(self, bucket_bytes: int) -> list[list[tuple[str, Tensor]]]:
+        """The parameters of each bucket: one dtype and device."""
+        kinds: dict[Any, list[tuple[str, Tensor]]] = {}
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                name = self.name_of(group, index)
+                if not parameter.requires_grad:
+                    raise ValueError(f"{name} is frozen; a sharded optimizer takes parameters that get a gradient")
+                kinds.setdefault((parameter.dtype, parameter.device), []).append((name, parameter))
+        if not self.whole:
+            return [[pair] for named in kinds.values() for pair in named]
+        return [run for named in kinds.values() for run in buckets.split(named, bucket_bytes)]
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError for settings or parameters that the optimizer does not take."""
@@ -32,12 +70,51 @@ class Optimizer(torch.optim.Optimizer):
         names = group.get("param_names")
         return cast(str, names[index]) if names else f"parameter {index} of its group"
 
-    def with_gradients(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters to step: as in torch, one without a gradient is left alone. ValueError for a sparse one."""
+    def pieces(self, group: dict[str, Any], bucket: Bucket | None = None) -> list[Piece]:
+        """What this rank updates of a group's parameters, of one bucket alone or of all.
+
+        Without buckets: those with a gradient, as in torch; one without is left alone. ValueError for a sparse one.
+        """
+        if self.buckets:
+            chosen = self.buckets if bucket is None else [bucket]
+            mine = set(group["params"])
+            return [piece for each in chosen for piece in each.pieces if piece.parameter in mine]
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is not None and parameter.grad.is_sparse:
                 raise ValueError(f"the gradient of {self.name_of(group, index)} is sparse; it takes a dense one")
-        return [parameter for parameter in group["params"] if parameter.grad is not None]
+        return [Piece(p, p, p.grad) for p in group["params"] if p.grad is not None]
+
+    def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for bucket in self.buckets:
+            bucket.start_reduction()
+        rounds: list[Bucket | None] = [*self.buckets] or [None]
+        for own in rounds:
+            if own is not None:
+                own.finish_reduction()
+            for group in self.param_groups:
+                pieces = self.pieces(group, own)
+                if pieces:
+                    self.update(pieces, group)
+            if own is not None:
+                own.start_gather()
+        for bucket in self.buckets:
+            bucket.finish_gather()
+        return loss
+
+    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if not self.buckets:
+            super().zero_grad(set_to_none)
+        for bucket in self.buckets:
+            bucket.zero_gradients()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

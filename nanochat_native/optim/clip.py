@@ -1,10 +1,13 @@
 """Gradient clipping by the global norm."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from nanochat_native.optim.base import Optimizer
 
 
 @torch.no_grad()
@@ -16,14 +19,43 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
     Raises ValueError for a max_norm that is not above 0.
     """
+    return _clip([parameter.grad for parameter in parameters if parameter.grad is not None], max_norm, None)
+
+
+@torch.no_grad()
+def clip_reduced_(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> Tensor:
+    """As clip_grad_norm_, of the gradients that the optimizers will step with: where they are sharded, of the averages
+    over the ranks, which are waited for here. All ranks get the same norm, and scale alike.
+    """
+    gradients: list[Tensor] = []
+    group, device = None, torch.device("cpu")
+    for optimizer in optimizers:
+        if isinstance(optimizer, Optimizer):
+            for bucket in optimizer.buckets:
+                bucket.start_reduction()
+                group, device = bucket.group, bucket.flat_gradients.device
+            for bucket in optimizer.buckets:
+                bucket.finish_reduction()
+            gradients += [piece.gradient for g in optimizer.param_groups for piece in optimizer.pieces(g)]
+        else:
+            gradients += [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    return _clip(gradients, max_norm, group, device)
+
+
+def _clip(
+    gradients: list[Tensor], max_norm: float, group: dist.ProcessGroup | None, device: torch.device | None = None
+) -> Tensor:
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; it takes a number above 0")
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros((), dtype=torch.float64)
-    total = torch.linalg.vector_norm(_norms(gradients).double())
+    total = torch.zeros((), dtype=torch.float64, device=device)  # of a rank that owns nothing
+    if gradients:
+        total = torch.linalg.vector_norm(_norms(gradients).double())
+    if group is not None:
+        total = total.square()
+        dist.all_reduce(total, group=group)
+        total = total.sqrt()
     value = total.item()
-    if math.isfinite(value) and value > max_norm:
+    if math.isfinite(value) and value > max_norm and gradients:
         torch._foreach_mul_(gradients, max_norm / value)
     return total
 

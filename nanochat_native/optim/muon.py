@@ -4,14 +4,15 @@ Keller Jordan, https://kellerjordan.github.io/posts/muon/; the form and defaults
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat_native import ops
 from nanochat_native.optim.base import Optimizer, Params
+from nanochat_native.optim.buckets import Piece
 
 OPTIONS = {
     "nesterov": True,
@@ -43,8 +44,13 @@ class Muon(Optimizer):
         heads: so many blocks of a matrix's rows, the heads of an attention's projection, are each orthogonalised as a
             matrix of its own; with head_axis "columns", blocks of its columns. The scale is then that of a block.
 
+    sharding: process_group, and with it reduce_dtype, gather_dtype and bucket_bytes: as base.Optimizer describes. Each
+    matrix then has one owner.
+
     Raises ValueError for a setting out of range and for a parameter that is not a matrix.
     """
+
+    whole = True
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Muon(Optimizer):
         beta2: float = 0.95,
         heads: int = 1,
         head_axis: str = "rows",
+        **sharding: Any,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -78,7 +85,7 @@ class Muon(Optimizer):
             "heads": heads,
             "head_axis": head_axis,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **sharding)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -108,24 +115,18 @@ class Muon(Optimizer):
             for name, default in (*OPTIONS.items(), ("beta2", 0.95), ("heads", 1), ("head_axis", "rows")):
                 group.setdefault(name, default)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            same_kind: dict[Any, list[Tensor]] = defaultdict(list)
-            for parameter in self.with_gradients(group):
-                same_kind[parameter.shape, parameter.dtype, parameter.device].append(parameter)
-            for matrices in same_kind.values():
-                self._step_together(matrices, group)
-        return loss
+    def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
+        same_kind: dict[Any, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            same_kind[piece.values.shape, piece.values.dtype, piece.values.device].append(piece)
+        for together in same_kind.values():
+            self._update_together(together, group)
 
-    def _step_together(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        self._init_state([matrix for matrix in matrices if not self.state[matrix]])
-        gradients = [cast(Tensor, matrix.grad) for matrix in matrices]
-        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+    def _update_together(self, pieces: list[Piece], group: dict[str, Any]) -> None:
+        parameters, matrices = [piece.parameter for piece in pieces], [piece.values for piece in pieces]
+        self._init_state([parameter for parameter in parameters if not self.state[parameter]])
+        gradients = [piece.gradient for piece in pieces]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         update, norms = ops.muon_momentum_(
             gradients, buffers, momentum=group["momentum"], nesterov=group["nesterov"], return_norm=True
         )
@@ -154,20 +155,20 @@ class Muon(Optimizer):
             update = renormalise(update)
         update = merge_heads(update, group["heads"], group["head_axis"])
         if group["normuon"]:
-            update = self._reduce_variance(update, matrices, group["beta2"])
+            update = self._reduce_variance(update, parameters, group["beta2"])
         ops.muon_update_(matrices, update, **rates)
 
-    def _init_state(self, matrices: list[Tensor]) -> None:
+    def _init_state(self, parameters: list[Tensor]) -> None:
         """Zeros, in one memory for all."""
-        if matrices:
-            momentum = torch.zeros(len(matrices), *matrices[0].shape, device=matrices[0].device)
-            for matrix, buffer in zip(matrices, momentum.unbind(), strict=True):
-                self.state[matrix]["momentum_buffer"] = buffer
+        if parameters:
+            momentum = torch.zeros(len(parameters), *parameters[0].shape, device=parameters[0].device)
+            for parameter, buffer in zip(parameters, momentum.unbind(), strict=True):
+                self.state[parameter]["momentum_buffer"] = buffer
 
-    def _reduce_variance(self, update: Tensor, matrices: list[Tensor], beta2: float) -> Tensor:
+    def _reduce_variance(self, update: Tensor, parameters: list[Tensor], beta2: float) -> Tensor:
         axis = -1 if update.size(-2) >= update.size(-1) else -2
         squares = update.square().mean(dim=axis, keepdim=True)
-        states = [self.state[matrix] for matrix in matrices]
+        states = [self.state[parameter] for parameter in parameters]
         for state, square in zip(states, squares, strict=True):
             if "second_momentum" not in state:
                 state["second_momentum"] = torch.zeros_like(square)

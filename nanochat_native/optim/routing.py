@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
@@ -26,6 +27,7 @@ def setup_optimizers(
     matrix_weight_decay: float = 0.0,
     optimizer: str = "hybrid",
     per_head: bool = False,
+    process_group: dist.ProcessGroup | None = None,
     **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a model with nanochat's parameter names; every group has its "initial_lr".
@@ -37,14 +39,17 @@ def setup_optimizers(
     weight_decay: of AdamW alone; torch's Adam and SGD take it as their L2 penalty. matrix_weight_decay: of Muon.
     per_head: Muon orthogonalises c_q, c_k and c_v by blocks of rows and c_proj by blocks of columns, one for each of
     the heads that model.config counts. muon_options: cautious, row_equilibration, frobenius_renormalisation and normuon
-    of Muon.
+    of Muon. process_group: AdamW and Muon are sharded over its ranks; torch's Adam and SGD cannot be.
 
     Raises ValueError for an unknown optimizer, and for a parameter that belongs to no group or that two names share.
     """
     if optimizer not in MATRIX_LR:
         raise ValueError(f"optimizer is {optimizer!r}; it takes {', '.join(MATRIX_LR)}")
+    if process_group is not None and optimizer in ("adam", "sgd"):
+        raise ValueError(f"optimizer is {optimizer!r}, which runs on one rank; on many take hybrid or adamw")
     wte, lm_head, matrices = _route(model)
     matrix_lr = MATRIX_LR[optimizer] if matrix_lr is None else matrix_lr
+    sharding: dict[str, Any] = {} if process_group is None else {"process_group": process_group}
     adam: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": weight_decay}
     scale = (wte[0][1].size(1) / 768) ** -0.5
     ends = [
@@ -56,10 +61,10 @@ def setup_optimizers(
     optimizers: list[torch.optim.Optimizer]
     if optimizer == "hybrid":
         groups = _by_heads(model, matrices) if per_head else matrices
-        muon = Muon(groups, lr=matrix_lr, weight_decay=matrix_weight_decay, **muon_options)
-        optimizers = [AdamW(ends, **adam), muon]
+        muon = Muon(groups, lr=matrix_lr, weight_decay=matrix_weight_decay, **muon_options, **sharding)
+        optimizers = [AdamW(ends, **adam, **sharding), muon]
     elif optimizer == "adamw":
-        optimizers = [AdamW(everything, **adam)]
+        optimizers = [AdamW(everything, **adam, **sharding)]
     elif optimizer == "adam":
         optimizers = [torch.optim.Adam(everything, **adam)]
     else:

@@ -1,0 +1,137 @@
+"""Ranks: who this process is among those that torchrun started, and what all of them agree on."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+TIMEOUT_SECONDS = 600  # that a rank waits for another
+
+
+class RankError(RuntimeError):
+    """Something went wrong on one rank, or the ranks differ: all of them stop with this one message."""
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of size processes; local_rank of local_size on this machine. One process alone needs no group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks. Values that pickle."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds up over the ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def max(self, number: int) -> int:
+        """The largest of every rank's number."""
+        if self.group is None:
+            return number
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.gather(None)
+
+    def together(self, action: Callable[[], T], *expected: type[Exception]) -> T:
+        """action(), on every rank. Where it raised one of `expected` on some, all raise RankError with that message."""
+        result, message = None, ""
+        try:
+            result = action()
+        except expected as error:
+            message = str(error)
+        messages = self.gather(message)
+        failed = [rank for rank, text in enumerate(messages) if text]
+        if failed:
+            same = len({messages[rank] for rank in failed}) == 1 and len(failed) == self.size
+            raise RankError(messages[failed[0]] if same else f"rank {failed[0]}: {messages[failed[0]]}")
+        return result  # type: ignore[return-value]
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Raises RankError, on all ranks, naming the first fact that differs between two of them."""
+        everyone = self.gather(facts)
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs.get(name) != value:
+                    raise RankError(f"the ranks differ in {name}: {value!r} on rank 0, {theirs.get(name)!r} on {rank}")
+
+
+def launched_by_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def environment_rank() -> int:
+    """Of this process, before the ranks have met."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """The world that torchrun's environment describes: gloo for tensors of the CPU, NCCL for those of GPUs.
+
+    Raises RankError where a machine has more ranks than GPUs, ValueError for what the environment lacks.
+    """
+    if not launched_by_torchrun():
+        yield World()
+        return
+    local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    gpus = torch.cuda.device_count()
+    if gpus:
+        if local_size > gpus:
+            raise RankError(f"{local_size} ranks on a machine with {gpus} GPUs: take --nproc_per_node {gpus}")
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    group = dist.group.WORLD
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, group)
+    finally:
+        dist.destroy_process_group()
+
+
+def checksums(tensors: list[Tensor]) -> Tensor:
+    """One number for the bits of each tensor, int64 (n,), on the CPU: a sum in which places have weights."""
+    found = []
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(torch.uint8).flatten()
+        bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 4)).view(torch.int32).to(torch.int64)
+        weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x9E3779B97F4A7C1 | 1
+        found.append((bits * weights).sum())
+    return torch.stack(found).cpu()
+
+
+def require_same_bits(world: World, named: list[tuple[str, Tensor]]) -> None:
+    """Raises RankError, on all ranks, naming the first tensor that differs between rank 0 and another."""
+    everyone = world.gather(checksums([tensor for _, tensor in named]).tolist())
+    for rank, theirs in enumerate(everyone):
+        for (name, _), mine, other in zip(named, everyone[0], theirs, strict=True):
+            if mine != other:
+                raise RankError(f"{name} of rank {rank} is not that of rank 0: the replicas have come apart")

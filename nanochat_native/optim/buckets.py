@@ -1,0 +1,251 @@
+"""Flat memory for parameters and gradients on many ranks, which the collectives read and write: nothing is copied.
+
+A bucket is one stretch of memory, cut into as many equal shards as there are ranks. Parameters and their gradients are
+views of it; a rank owns what lies in its shard, keeps the optimizer's state of that alone, and updates it. Matrices lie
+whole in one shard, balanced by work and by bytes; an embedding is cut by rows, padded to a multiple of the ranks.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_BYTES = 256 << 20  # of gradients: some reductions run beside the rest of the backward pass
+ALIGNMENT = 64  # elements: shards and matrices begin at multiples of 256 bytes
+
+
+# Their names from torch 2.13 on, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Piece(NamedTuple):
+    """What this rank updates of a parameter: all of it, or rows from first_row on."""
+
+    parameter: Tensor
+    values: Tensor
+    gradient: Tensor
+    first_row: int = 0
+
+
+class Bucket:
+    """Parameters of one dtype and device, their gradients, and the collectives on them.
+
+    whole: matrices, each on one rank; else one parameter, cut by rows. reduce_dtype, gather_dtype: of what travels,
+    None for the parameters' own; with gather_dtype the owner keeps the exact values apart, and all ranks, itself
+    included, the rounded ones.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, Tensor]],
+        group: dist.ProcessGroup,
+        *,
+        whole: bool,
+        reduce_dtype: torch.dtype | None = None,
+        gather_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.reduce_dtype, self.gather_dtype = reduce_dtype, gather_dtype
+        first = self.parameters[0]
+        if whole:
+            self.owners, offsets, self.shard = assign(self.parameters, self.size)
+        else:
+            rows = -(-first.size(0) // self.size)
+            self.shard, offsets, self.owners = rows * first[0].numel(), [0], [-1]
+        self.flat_values = torch.zeros(self.size * self.shard, dtype=first.dtype, device=first.device)
+        self.flat_gradients = torch.zeros_like(self.flat_values)
+        own = slice(self.rank * self.shard, (self.rank + 1) * self.shard)
+        self.own_gradients = self.flat_gradients[own]
+        self._views: list[Tensor] = []
+        with torch.no_grad():
+            for parameter, offset in zip(self.parameters, offsets, strict=True):
+                place = slice(offset, offset + parameter.numel())
+                self.flat_values[place].copy_(parameter.flatten())
+                parameter.data = self.flat_values[place].view(parameter.shape)
+                self._views.append(self.flat_gradients[place].view(parameter.shape))
+        self.own_values = self.flat_values[own]
+        if gather_dtype is not None:
+            self.own_values = self.own_values.clone()
+        self._pieces = self._cut(offsets, whole)
+        self._received: Tensor | None = None
+        self._works: list[Any] = []
+        self.reduced = False
+        self._arrived: set[int] = set()
+        for index, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(lambda p, i=index: self._arrive(i))
+        self.when_complete: Any = None  # called once all gradients of a backward pass are there
+        self.zero_gradients()
+
+    def _cut(self, offsets: list[int], whole: bool) -> list[tuple[int, int, Tensor, Tensor]]:
+        """(index, first row, values, gradients) of what lies in the own shard."""
+        if not whole:
+            parameter = self.parameters[0]
+            width = parameter[0].numel()
+            first = self.rank * (self.shard // width)
+            count = max(0, min(self.shard // width, parameter.size(0) - first))
+            shape = (count, *parameter.shape[1:])
+            values, gradients = (x[: count * width].view(shape) for x in (self.own_values, self.own_gradients))
+            return [(0, first, values, gradients)] if count else []
+        pieces = []
+        for index, (parameter, owner, offset) in enumerate(zip(self.parameters, self.owners, offsets, strict=True)):
+            if owner == self.rank:
+                place = slice(offset - self.rank * self.shard, offset - self.rank * self.shard + parameter.numel())
+                values, gradients = (x[place].view(parameter.shape) for x in (self.own_values, self.own_gradients))
+                pieces.append((index, 0, values, gradients))
+        return pieces
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [Piece(self.parameters[i], values, grads, row) for i, row, values, grads in self._pieces]
+
+    def zero_gradients(self) -> None:
+        self.flat_gradients.zero_()
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.grad = view
+        self._arrived.clear()
+        self.reduced = False
+
+    def _arrive(self, index: int) -> None:
+        self._take(index)
+        self._arrived.add(index)
+        if self.when_complete is not None and len(self._arrived) == len(self.parameters):
+            self.when_complete(self)
+
+    def _take(self, index: int) -> None:
+        """A gradient that somebody put elsewhere comes back into the bucket."""
+        parameter, view = self.parameters[index], self._views[index]
+        if parameter.grad is None or parameter.grad.data_ptr() == view.data_ptr():
+            return
+        view.copy_(parameter.grad)
+        parameter.grad = view
+        self._arrived.add(index)
+
+    def start_reduction(self) -> None:
+        """Averages the gradients over the ranks, each into its owner's shard, in the background."""
+        if self.reduced or self._works:
+            return
+        for index in range(len(self.parameters)):
+            self._take(index)
+        missing = [name for i, name in enumerate(self.names) if i not in self._arrived]
+        if self._arrived and missing:
+            raise ValueError(
+                f"no gradient came for {', '.join(missing)}: every parameter of a sharded optimizer needs one"
+            )
+        gradients = self.flat_gradients
+        if self.reduce_dtype is not None:
+            gradients = gradients.to(self.reduce_dtype)
+        if gradients.is_cuda:
+            received = (
+                self.own_gradients if gradients is self.flat_gradients else torch.empty_like(gradients[: self.shard])
+            )
+            work = _reduce_scatter(received, gradients, dist.ReduceOp.AVG, group=self.group, async_op=True)
+        else:
+            received = torch.empty_like(gradients)
+            work = dist.all_to_all_single(received, gradients, group=self.group, async_op=True)
+        self._received, self._works = received, [work, gradients]
+
+    def finish_reduction(self) -> None:
+        if self.reduced:
+            return
+        self.start_reduction()
+        self._works[0].wait()
+        assert self._received is not None
+        if self._received.numel() > self.shard:
+            # In float64 the mean of equal numbers is that number, and the order of the ranks is of no account.
+            self.own_gradients.copy_(self._received.view(self.size, self.shard).double().mean(dim=0))
+        elif self._received.data_ptr() != self.own_gradients.data_ptr():
+            self.own_gradients.copy_(self._received)
+        self._received, self._works, self.reduced = None, [], True
+
+    def start_gather(self) -> None:
+        """Hands the own shard to all ranks, in the background."""
+        values, target = self.own_values, self.flat_values
+        if self.gather_dtype is not None:
+            values, target = values.to(self.gather_dtype), torch.empty_like(target, dtype=self.gather_dtype)
+        elif not values.is_cuda:
+            values = values.clone()  # gloo does not say that the two may overlap
+        work = _all_gather(target, values, group=self.group, async_op=True)
+        self._works = [work, values, target]
+
+    def finish_gather(self) -> None:
+        work, _, target = self._works
+        work.wait()
+        if target is not self.flat_values:
+            self.flat_values.copy_(target)
+        self._works = []
+
+    def traffic_bytes(self) -> int:
+        """That this rank sends in a step: all but its own shard of the gradients, and its shard to all others."""
+        sizes = [(dtype or self.flat_values.dtype).itemsize for dtype in (self.reduce_dtype, self.gather_dtype)]
+        return sum(sizes) * self.shard * (self.size - 1)
+
+
+def assign(matrices: Sequence[Tensor], ranks: int) -> tuple[list[int], list[int], int]:
+    """(owner of each matrix, its offset in the bucket, elements of a shard).
+
+    The longest first, each to the rank that has least of work and bytes with it. Matrices of one shape lie side by
+    side: one batch.
+    """
+    work = [float(min(m.shape[-2:]) ** 2 * max(m.shape[-2:])) for m in matrices]
+    numel = [-(-m.numel() // ALIGNMENT) * ALIGNMENT for m in matrices]
+    share = [(w / sum(work), n / sum(numel)) for w, n in zip(work, numel, strict=True)]
+    loads = [(0.0, 0.0)] * ranks
+    owners = [0] * len(matrices)
+    for index in sorted(range(len(matrices)), key=lambda i: (-sum(share[i]), i)):
+        added = [(w + share[index][0], n + share[index][1]) for w, n in loads]
+        owner = min(range(ranks), key=lambda r: (max(added[r]), sum(added[r]), r))
+        loads[owner], owners[index] = added[owner], owner
+    shard = max(sum(n for n, owner in zip(numel, owners, strict=True) if owner == rank) for rank in range(ranks))
+    offsets = [0] * len(matrices)
+    for rank in range(ranks):
+        at = rank * shard
+        mine = [i for i, owner in enumerate(owners) if owner == rank]
+        for index in sorted(mine, key=lambda i: (tuple(matrices[i].shape), i)):
+            offsets[index], at = at, at + numel[index]
+    return owners, offsets, shard
+
+
+def split(named: Sequence[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> list[list[tuple[str, Tensor]]]:
+    """Runs of at most `limit` bytes, the last parameters first: in the order in which their gradients come."""
+    runs: list[list[tuple[str, Tensor]]] = []
+    room = 0
+    for name, parameter in reversed(named):
+        if not runs or parameter.nbytes > room:
+            runs.append([])
+            room = limit
+        runs[-1].append((name, parameter))
+        room -= parameter.nbytes
+    return runs
+
+
+class overlap_backward:  # noqa: N801 (called as a function)
+    """Within the block, the last backward pass of a step, reductions start as their buckets' gradients come.
+
+    They start in one order on all ranks: of `parameters`, the model's, the last first.
+    """
+
+    def __init__(self, buckets: Iterable[Bucket], parameters: Iterable[Tensor]) -> None:
+        place = {parameter: index for index, parameter in enumerate(parameters)}
+        self.buckets = sorted(buckets, key=lambda bucket: -min(place[p] for p in bucket.parameters))
+
+    def __enter__(self) -> None:
+        complete: set[int] = set()
+        waiting = list(self.buckets)
+
+        def start(bucket: Bucket) -> None:
+            complete.add(id(bucket))
+            while waiting and id(waiting[0]) in complete:
+                waiting.pop(0).start_reduction()
+
+        for bucket in self.buckets:
+            bucket._arrived.clear()
+            bucket.when_complete = start
+
+    def __exit__(self, *_: object) -> None:
+        for bucket in self.buckets:
+            bucket.when_complete = None

@@ -1,0 +1,223 @@
+"""Runs on several ranks: torchrun's processes on this machine, over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+from training import losses, records, tiny_flags, train, write_text
+
+from nanochat_native import checkpoint, distributed
+from nanochat_native.distributed import RankError, World
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+ALL = {"device_batch_size": 1, "steps": STEPS}  # rows of a rank at once: 4 ranks have one each
+
+
+def torchrun(size, args, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        # Without the "--" torchrun takes --run for one of its own.
+        [*command, "-m", "nanochat_native.train", "--", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def finished(process, timeout=180):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    write_text(folder / "text.jsonl")
+    assert train(folder, run="1", **ALL) == 0
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def on_ranks(folder, request):
+    """(ranks, output) of the run on so many ranks."""
+    code, out, err = finished(torchrun(request.param, tiny_flags(folder, run=str(request.param), **ALL)))
+    assert code == 0, err
+    return request.param, out
+
+
+def test_the_loss_curve_is_that_of_one_rank(folder, on_ranks):
+    size, _ = on_ranks
+    one, many = (losses(folder / "runs" / run) for run in ("1", str(size)))
+    assert [entry[:2] for entry in many] == [entry[:2] for entry in one]
+    for (_, _, mine), (_, _, theirs) in zip(many, one, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+    norms = [[r["grad_norm"] for r in records(folder / "runs" / run, "train")] for run in ("1", str(size))]
+    assert norms[1] == pytest.approx(norms[0], rel=5e-3)
+
+
+def test_one_rank_prints(on_ranks):
+    _, out = on_ranks
+    assert out.count("device   ") == 1
+    assert out.count("step 0: validation") == 1
+
+
+def test_a_checkpoint_holds_what_one_rank_would_write(folder, on_ranks):
+    size, _ = on_ranks
+    (one, one_meta), (many, many_meta) = (
+        checkpoint.load(folder / "runs" / run / "checkpoints") for run in ("1", str(size))
+    )
+    assert one_meta["model_config"] == many_meta["model_config"]
+    for kind in ("model", "optimizer"):
+        assert {k: v.shape for k, v in many[kind].items()} == {k: v.shape for k, v in one[kind].items()}
+        for name, tensor in many[kind].items():
+            torch.testing.assert_close(tensor, one[kind][name], atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 4), (4, 2), (3, 1)])
+def test_a_run_goes_on_with_another_number_of_ranks(folder, first, second):
+    """As it would have on the first: the same data, and the same losses but for rounding."""
+    name = f"{first} to {second}"
+    flags = {"total_batch_size": 12 * 32, "device_batch_size": 1, "run": name.replace(" ", "-")}
+    for size, steps, more in ((first, 4, {}), (second, STEPS, {"resume": "auto"})):
+        args = tiny_flags(folder, steps=steps, **flags, **more)
+        code, _, err = (
+            finished(torchrun(size, args)) if size > 1 else (train(folder, steps=steps, **flags, **more), "", "")
+        )
+        assert code == 0, err
+    assert train(folder, steps=4, **flags | {"run": "whole-" + flags["run"]}) == 0
+    assert train(folder, steps=STEPS, resume="auto", **flags | {"run": "whole-" + flags["run"]}) == 0
+    whole, cut = (losses(folder / "runs" / run) for run in ("whole-" + flags["run"], flags["run"]))
+    for (kind, step, mine), (_, _, theirs) in zip(cut, whole, strict=True):
+        assert mine == pytest.approx(theirs, rel=5e-4), (kind, step)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"total_batch_size": 96}, "--total-batch-size 96 is no multiple of"),
+        ({"depth": 0}, "--depth is 0; it takes a whole number from 1"),
+        ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd', which runs on one rank"),
+    ],
+)
+def test_a_mistake_stops_all_ranks_with_one_message(folder, flags, message):
+    code, _, err = finished(torchrun(2, tiny_flags(folder, **{"run": "wrong", "device_batch_size": 2} | flags)))
+    assert code != 0
+    assert err.count("error: ") == 1
+    assert message in err
+    assert not (folder / "runs/wrong").exists()
+
+
+def wait_for_checkpoints(run, count, process, after=0):
+    """Until the run that `process` trains has so many checkpoints of steps behind `after`."""
+    deadline = time.monotonic() + 120
+    while len([s for s in checkpoint.steps(run / "checkpoints") if s > after]) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_sigterm_ends_all_ranks_with_a_checkpoint(folder):
+    process = torchrun(2, tiny_flags(folder, run="stopped", steps=100_000, save_every=50, device_batch_size=2))
+    run = folder / "runs/stopped"
+    wait_for_checkpoints(run, 1, process)
+    process.send_signal(signal.SIGTERM)
+    finished(process)
+    assert records(run, "train")[-1]["step"] == checkpoint.steps(run / "checkpoints")[-1]
+
+
+def test_kill_of_a_rank_ends_the_job_and_the_run_goes_on(folder):
+    run = folder / "runs/killed"
+    flags = {"run": "killed", "steps": 100_000, "save_every": 50, "device_batch_size": 2}
+    process = torchrun(2, tiny_flags(folder, **flags))
+    wait_for_checkpoints(run, 2, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    code, _, _ = finished(process, timeout=60)
+    assert code != 0
+    step = checkpoint.latest(run / "checkpoints")
+    process = torchrun(2, tiny_flags(folder, resume="auto", **flags))
+    wait_for_checkpoints(run, 1, process, after=step)
+    process.send_signal(signal.SIGTERM)
+    finished(process)
+    found = [record["step"] for record in records(run, "train")]
+    assert found == list(range(1, len(found) + 1))
+
+
+# --- what ranks agree on ---
+
+
+def world():
+    return World(dist.get_rank(), dist.get_world_size(), group=dist.group.WORLD)
+
+
+def fail_on(rank):
+    def act():
+        if dist.get_rank() in rank:
+            raise ValueError("no room")
+        return dist.get_rank()
+
+    try:
+        return world().together(act, ValueError)
+    except RankError as error:
+        return str(error)
+
+
+def test_an_error_of_one_rank_is_everyones():
+    assert run(3, fail_on, ()) == [0, 1, 2]
+    assert run(3, fail_on, (1,)) == ["rank 1: no room"] * 3
+    assert run(3, fail_on, (0, 1, 2)) == ["no room"] * 3
+
+
+def differing():
+    here, messages = world(), []
+    tensors = [("a.weight", torch.arange(10.0)), ("b.weight", torch.ones(3, 3))]
+    distributed.require_same_bits(here, tensors)
+    if here.rank == 2:
+        tensors[1][1][2, 1] = -1.0
+    for attempt in (
+        lambda: distributed.require_same_bits(here, tensors),
+        lambda: here.require_same({"version": 1, "--seed": here.rank // 2}),
+    ):
+        try:
+            attempt()
+        except RankError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_replicas_that_came_apart_are_named():
+    for messages in run(3, differing):
+        assert messages == [
+            "b.weight of rank 2 is not that of rank 0: the replicas have come apart",
+            "the ranks differ in --seed: 0 on rank 0, 1 on 2",
+        ]
+
+
+def test_checksums_see_every_bit_and_place():
+    base = torch.arange(8.0)
+    swapped, flipped = base[[1, 0, 2, 3, 4, 5, 6, 7]], base.clone()
+    flipped[5] = torch.nextafter(flipped[5], torch.tensor(9.0))
+    found = distributed.checksums([base, swapped, flipped, base.bfloat16(), base[:7].bfloat16()]).tolist()
+    assert len(set(found)) == 5
+    assert found[0] == distributed.checksums([base.clone()]).item()
+
+
+def test_one_process_is_a_world():
+    here = World()
+    assert here.gather(3) == [3]
+    assert here.max(4) == 4
+    assert here.together(lambda: 5) == 5
+    assert json.dumps(here.sum_(torch.ones(2)).tolist()) == "[1.0, 1.0]"
