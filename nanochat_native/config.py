@@ -92,8 +92,10 @@ class TrainConfig:
     """Part of the horizon over which the learning rate falls, 0 to 1."""
     final_lr_frac: float = 0.0
     """Learning rate at the end, a fraction of its full value, 0 to 1."""
+    skip_spikes: float = 0.0
+    """Skip a step whose loss or gradient norm is so many standard deviations above the last 128; 0 skips none."""
     max_skipped_steps: int = 10
-    """Stop after this many steps in a row whose gradient was not finite; each of them is skipped."""
+    """Stop after this many skipped steps in a row: those whose gradient was not finite, and spikes."""
 
     data: Annotated[str, _auto("PATH", "stdlib, the sources of Python's standard library")] = STDLIB
     """File, folder or glob of text, .jsonl (.gz, .zst), .parquet or llm.c token shards (.bin)."""
@@ -141,7 +143,15 @@ class TrainConfig:
             self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
         for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
             self._require(name, "a number from 0 to 1", 0 <= getattr(self, name) <= 1)
-        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "matrix_weight_decay", "grad_clip"):
+        for name in (
+            "matrix_lr",
+            "embedding_lr",
+            "unembedding_lr",
+            "weight_decay",
+            "matrix_weight_decay",
+            "grad_clip",
+            "skip_spikes",
+        ):
             self._require(name, "a finite number from 0", 0 <= getattr(self, name) < math.inf)
         letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
         self._require("window_pattern", "letters L and S, e.g. SSSL", letters)

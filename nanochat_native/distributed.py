@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,11 +14,15 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-TIMEOUT_SECONDS = 600  # that a rank waits for another
+TIMEOUT_SECONDS = 600  # that a rank waits for another, unless NANOCHAT_RANK_TIMEOUT says otherwise
 
 
 class RankError(RuntimeError):
     """Something went wrong on one rank, or the ranks differ: all of them stop with this one message."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank has ended or stalled."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def environment_rank() -> int:
 def joined() -> Iterator[World]:
     """The world that torchrun's environment describes: gloo for tensors of the CPU, NCCL for those of GPUs.
 
-    Raises RankError where a machine has more ranks than GPUs, ValueError for what the environment lacks.
+    Raises RankError where a machine has more ranks than GPUs, or where another rank does not answer in time.
     """
     if not launched_by_torchrun():
         yield World()
@@ -109,12 +114,18 @@ def joined() -> Iterator[World]:
             raise RankError(f"{local_size} ranks on a machine with {gpus} GPUs: take --nproc_per_node {gpus}")
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
-    group = dist.group.WORLD
+    seconds = float(os.environ.get("NANOCHAT_RANK_TIMEOUT", TIMEOUT_SECONDS))
+    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, group)
-    finally:
-        dist.destroy_process_group()
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, dist.group.WORLD)
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, RankError) or not re.search(r"[Tt]imed? ?out|[Cc]onnection", str(error)):
+            raise
+        what = "does not answer" if re.search(r"[Tt]imed? ?out", str(error)) else "is gone"
+        reason = str(error).splitlines()[0]
+        raise LostRankError(f"another rank {what}, after at most {seconds:.0f} s ({reason})") from None
+    # After an error the group is left as it is: to take it down, a rank would wait for the others.
+    dist.destroy_process_group()
 
 
 def checksums(tensors: list[Tensor]) -> Tensor:

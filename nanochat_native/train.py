@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 failed or diverged; 2 a wrong flag, value or file; 130 sto
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 # OpenMP reads this when torch loads it. Threads that spin while they wait take the core from those they wait for when
@@ -38,6 +39,15 @@ def main(args: Sequence[str] | None = None) -> int:
         if distributed.environment_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except distributed.LostRankError as error:
+        print(f"rank {distributed.environment_rank()}: {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        if not distributed.launched_by_torchrun():
+            raise
+        lines = traceback.format_exc().splitlines()
+        print("\n".join(f"rank {distributed.environment_rank()}: {line}" for line in lines), file=sys.stderr)
+        return 1
 
 
 def _run(world: World, args: Sequence[str]) -> int:

@@ -29,6 +29,7 @@ from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.optim import Muon, clip_reduced_, overlap_backward, setup_optimizers
 from nanochat_native.optim.buckets import Bucket
 from nanochat_native.schedules import lr_multiplier, muon_momentum
+from nanochat_native.spikes import SpikeGuard
 
 PYTHON_PROMPTS = ("def __init__(self", "import os\n", "class")
 PROMPT_TOKENS = 16  # of the validation text, where it is not known to be Python
@@ -99,6 +100,7 @@ class Trainer:
         self.stop_signal = 0  # that a rank was sent
         self.saved_step = -1
         self.skipped = self.skipped_in_a_row = 0
+        self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
         self.last_bpb: float | None = None
         self.seconds_per_step = 0.0
@@ -177,17 +179,19 @@ class Trainer:
                 micro_loss.backward()
             loss += micro_loss.detach()
         norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf).item()
+        self.last_loss = (self.world.sum_(loss) / self.world.size).item()
         rate, momentum = self._set_schedules()
-        if math.isfinite(norm):
+        if self.spikes.is_spike(self.last_loss, norm):
+            self._skip(f"a spike, loss {self.last_loss:.3f}, gradient norm {norm:.3f}")
+        elif math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
             self.skipped_in_a_row = 0
         else:
-            self._skip(norm)
+            self._skip(f"the gradient's norm is {norm} ({self._not_finite()})")
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.step += 1
-        self.last_loss = (self.world.sum_(loss) / self.world.size).item()
         if self.world.size > 1 and self.step % CHECK_REPLICAS_EVERY == 0:
             require_same_bits(self.world, list(self.model.named_parameters()))
         self._log_step(norm, rate, momentum, waited, time.perf_counter() - start)
@@ -217,16 +221,16 @@ class Trainer:
                     group["momentum"] = momentum
         return rate, momentum
 
-    def _skip(self, norm: float) -> None:
+    def _skip(self, why: str) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
+        counts = f"{self.skipped_in_a_row} in a row, {self.skipped} in all"
+        self.console.say(f"step {self.step + 1}: {why}: no update; {counts}")
+
+    def _not_finite(self) -> str:
         own = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         bad = list(dict.fromkeys(name for names in self.world.gather(own) for name in names))
-        where = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad)
-        self.console.say(
-            f"step {self.step + 1}: the gradient's norm is {norm} ({where}): no update; "
-            f"{self.skipped_in_a_row} in a row, {self.skipped} in all"
-        )
+        return f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad)
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -304,6 +308,7 @@ class Trainer:
             "optimizer": scalars,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "spike_history": list(self.spikes.history),
             "validation_bpb": self.last_bpb,
         }
         self.log.sync()
@@ -347,6 +352,7 @@ class Trainer:
         )
         self.step = self.saved_step = meta["step"]
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
+        self.spikes = SpikeGuard(self.config.skip_spikes, meta.get("spike_history", ()))
         self.last_bpb = meta["validation_bpb"]
 
     def _log_step(self, norm: float, rate: float, momentum: float, waited: float, seconds: float) -> None:

@@ -23,20 +23,22 @@ def blocks(name, language):
 
 
 def commands(name):
-    lines = "".join(blocks(name, "sh")).splitlines()
+    lines = "".join(blocks(name, "sh")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
 TRAIN = [c[3:] for c in commands("README.md") if c[:3] == ["python", "-m", "nanochat_native.train"]]
+TRAIN_ON_RANKS = [c[c.index("--") + 1 :] for c in commands("README.md") if c[:1] == ["torchrun"] and "--" in c]
 PYTHON = blocks("README.md", "python")
 
 
 def test_the_documents_have_commands_and_examples():
     assert len(TRAIN) >= 4
+    assert TRAIN_ON_RANKS
     assert len(PYTHON) >= 2
 
 
-@pytest.mark.parametrize("args", TRAIN, ids=" ".join)
+@pytest.mark.parametrize("args", [*TRAIN, *TRAIN_ON_RANKS], ids=" ".join)
 def test_training_commands_are_taken(args):
     parse(args)
 
@@ -49,6 +51,7 @@ def test_every_module_flag_and_file_that_is_named_exists(name):
     assert all(importlib.util.find_spec(module) for module in modules)
     own = {flag(field.name) for field in dataclasses.fields(TrainConfig)}
     other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only", "--quick"}
+    other |= {"--standalone", "--nproc", "--nnodes", "--rdzv", "--ntasks-per-node"}  # torchrun's and Slurm's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= own | other
     paths = re.findall(r"`((?:csrc|python|nanochat_native|tests)/[\w/]+\.\w+|[A-Z]\w+\.(?:md|txt))`", text)
     assert all((ROOT / path).is_file() for path in paths)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,17 +24,14 @@ STEPS = 8
 ALL = {"device_batch_size": 1, "steps": STEPS}  # rows of a rank at once: 4 ranks have one each
 
 
-def torchrun(size, args, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def torchrun(size, args, agent=("--standalone",), program=("-m", "nanochat_native.train"), **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc_per_node", str(size), *program]
     return subprocess.Popen(
-        # Without the "--" torchrun takes --run for one of its own.
-        [*command, "-m", "nanochat_native.train", "--", *args],
+        [*command, "--", *args],  # without the "--" torchrun takes --run for one of its own
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
-        **options,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
 
 
@@ -154,6 +153,50 @@ def test_kill_of_a_rank_ends_the_job_and_the_run_goes_on(folder):
     finished(process)
     found = [record["step"] for record in records(run, "train")]
     assert found == list(range(1, len(found) + 1))
+
+
+def test_a_stalled_rank_ends_the_job_in_time(folder):
+    run = folder / "runs/stalled"
+    flags = tiny_flags(folder, run="stalled", steps=100_000, save_every=50, device_batch_size=2)
+    process = torchrun(2, flags, NANOCHAT_RANK_TIMEOUT="5")
+    wait_for_checkpoints(run, 1, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGSTOP)
+    began = time.monotonic()
+    code, _, err = finished(process, timeout=90)
+    assert code != 0
+    assert time.monotonic() - began < 60
+    assert re.search(r"rank \d: another rank does not answer, after at most 5 s", err)
+    assert checkpoint.latest(run / "checkpoints") is not None
+
+
+def test_an_error_is_shown_with_its_rank(folder):
+    script = (
+        "import os, sys; from nanochat_native import trainer; from nanochat_native.train import main\n"
+        "def fail(*_): raise ZeroDivisionError('of this rank')\n"
+        "if os.environ['RANK'] == '1': trainer.Trainer.train_step = fail\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    path = folder / "failing.py"
+    path.write_text(script)
+    code, _, err = finished(torchrun(2, tiny_flags(folder, run="failing", device_batch_size=2), program=[str(path)]))
+    assert code != 0
+    assert "rank 1: ZeroDivisionError: of this rank" in err
+
+
+def test_two_agents_make_one_world(folder):
+    """As on two machines: each starts its ranks, and they meet at an address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rendezvous = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "two"]
+    flags = tiny_flags(folder, run="two-agents", **ALL)
+    agents = [torchrun(1, flags, agent=rendezvous) for _ in range(2)]
+    ends = [finished(agent) for agent in agents]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert sum(out.count("device   ") for _, out, _ in ends) == 1
+    one, many = (losses(folder / "runs" / run) for run in ("1", "two-agents"))
+    assert [loss for _, _, loss in many] == pytest.approx([loss for _, _, loss in one], rel=2e-4)
 
 
 # --- what ranks agree on ---

@@ -85,8 +85,8 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize(
     ("run", "where", "resumed_from"),
     [
-        ("before-the-first-save", (3, "trainer", "clip_grad_norm_"), 0),
-        ("in-a-step", (7, "trainer", "clip_grad_norm_"), 4),
+        ("before-the-first-save", (3, "trainer", "clip_reduced_"), 0),
+        ("in-a-step", (7, "trainer", "clip_reduced_"), 4),
         ("in-an-update", (11, "trainer.Muon", "step"), 8),
         ("in-the-first-save", (1, "checkpoint", "_fsync"), 0),
         ("in-a-save", (3, "checkpoint", "save_file"), 4),
@@ -103,7 +103,7 @@ def test_after_kill_9_the_same_run_goes_on(shared, capsys, run, where, resumed_f
 
 
 def test_a_torn_last_line_of_the_log_is_dropped(shared):
-    killed(shared, 7, "trainer", "clip_grad_norm_", run="torn")
+    killed(shared, 7, "trainer", "clip_reduced_", run="torn")
     log = shared / "runs" / "torn" / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-20])
     assert train(shared, run="torn", steps=STEPS, resume="auto") == 0
@@ -113,7 +113,7 @@ def test_a_torn_last_line_of_the_log_is_dropped(shared):
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_the_other_optimizers_resume_too(shared, optimizer):
     assert train(shared, run=f"{optimizer}-whole", steps=STEPS, optimizer=optimizer) == 0
-    killed(shared, 7, "trainer", "clip_grad_norm_", run=optimizer, optimizer=optimizer)
+    killed(shared, 7, "trainer", "clip_reduced_", run=optimizer, optimizer=optimizer)
     assert train(shared, run=optimizer, steps=STEPS, resume="auto", optimizer=optimizer) == 0
     assert_same_run(shared / "runs" / optimizer, shared / "runs" / f"{optimizer}-whole")
 
@@ -121,7 +121,7 @@ def test_the_other_optimizers_resume_too(shared, optimizer):
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shared, capsys, harm):
     run = shared / "runs" / harm
-    killed(shared, 11, "trainer", "clip_grad_norm_", run=harm)
+    killed(shared, 11, "trainer", "clip_reduced_", run=harm)
     path = run / "checkpoints" / "step_000008" / "model.safetensors"
     data = bytearray(path.read_bytes())
     if harm == "flipped":
@@ -137,7 +137,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shared, capsys,
 
 def test_without_an_intact_checkpoint_nothing_is_touched(shared, capsys):
     run = shared / "runs" / "lost"
-    killed(shared, 7, "trainer", "clip_grad_norm_", run="lost")
+    killed(shared, 7, "trainer", "clip_reduced_", run="lost")
     (run / "checkpoints" / "step_000004" / "meta.json").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert train(shared, run="lost", steps=STEPS, resume="auto") == 2
