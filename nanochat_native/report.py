@@ -41,6 +41,14 @@ def announce(run: Trainer, notes: list[str]) -> None:
         f"memory about {memory / 1e9:.1f} of {hardware.memory(run.device)[1] / 1e9:.0f} GB"
     )
     say(f"optimizer {describe_routing(run.optimizers)}")
+    if run.world.size > 1:
+        buckets = run.buckets()
+        sent = sum(bucket.traffic_bytes() for bucket in buckets)
+        own, all_ = (sum(b.shard * b.flat_values.itemsize * n for b in buckets) for n in (1, run.world.size))
+        say(
+            f"ranks    {run.world.size} over {'NCCL' if run.device.type == 'cuda' else 'gloo'} | each owns "
+            f"{own / 1e6:.1f} of {all_ / 1e6:.1f} MB of weights, and sends {sent / 1e6:.1f} MB a step"
+        )
 
     tokens = config.num_iterations * config.total_batch_size
     flops = tokens * run.flops_per_token

@@ -175,7 +175,7 @@ class Trainer:
         for i, (x, y) in enumerate(zip(inputs.chunk(steps), targets.chunk(steps), strict=True)):
             with self._autocast():
                 micro_loss = self.model(x, y) / steps
-            with overlap_backward(self._buckets() if i + 1 == steps else [], self.model.parameters()):
+            with overlap_backward(self.buckets() if i + 1 == steps else [], self.model.parameters()):
                 micro_loss.backward()
             loss += micro_loss.detach()
         norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf).item()
@@ -196,7 +196,8 @@ class Trainer:
             require_same_bits(self.world, list(self.model.named_parameters()))
         self._log_step(norm, rate, momentum, waited, time.perf_counter() - start)
 
-    def _buckets(self) -> list[Bucket]:
+    def buckets(self) -> list[Bucket]:
+        """Of all optimizers; none on one rank."""
         return [bucket for optimizer in self.optimizers for bucket in getattr(optimizer, "buckets", [])]
 
     def _autocast(self) -> torch.autocast:

@@ -67,9 +67,10 @@ def test_the_loss_curve_is_that_of_one_rank(folder, on_ranks):
 
 
 def test_one_rank_prints(on_ranks):
-    _, out = on_ranks
+    size, out = on_ranks
     assert out.count("device   ") == 1
     assert out.count("step 0: validation") == 1
+    assert re.search(rf"ranks    {size} over gloo \| each owns [\d.]+ of [\d.]+ MB of weights, and sends", out)
 
 
 def test_a_checkpoint_holds_what_one_rank_would_write(folder, on_ranks):
@@ -182,6 +183,70 @@ def test_an_error_is_shown_with_its_rank(folder):
     code, _, err = finished(torchrun(2, tiny_flags(folder, run="failing", device_batch_size=2), program=[str(path)]))
     assert code != 0
     assert "rank 1: ZeroDivisionError: of this rank" in err
+
+
+SABOTAGE = """
+import itertools, os, signal, sys
+from nanochat_native import checkpoint, trainer
+from nanochat_native.train import main
+
+calls = itertools.count(1)
+rank, what = os.environ["RANK"], os.environ["SABOTAGE"]
+
+def dying(*args, real=checkpoint._fsync):
+    if next(calls) == 6:  # in the second checkpoint, whose files are written but not in place
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+def poisoned(run, *args, real=trainer.Trainer.__init__):
+    real(run, *args)
+    weight = dict(run.model.named_parameters())["transformer.h.0.attn.c_v.weight"]
+    weight.register_hook(lambda gradient: gradient * float("nan") if next(calls) == 3 else gradient)
+
+if what == "kill in a save" and rank == "0":
+    checkpoint._fsync = dying
+if what == "nan" and rank == "1":
+    trainer.Trainer.__init__ = poisoned
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def sabotaged(folder, what, **flags):
+    path = folder / "sabotage.py"
+    path.write_text(SABOTAGE)
+    args = tiny_flags(folder, device_batch_size=2, **flags)
+    return finished(torchrun(2, args, program=[str(path)], SABOTAGE=what))
+
+
+def test_kill_in_a_save_leaves_the_checkpoint_before(folder):
+    code, _, _ = sabotaged(folder, "kill in a save", run="save", steps=12)
+    assert code != 0
+    assert checkpoint.latest(folder / "runs/save/checkpoints") == 4
+    code, _, err = finished(torchrun(2, tiny_flags(folder, run="save", steps=12, device_batch_size=2, resume="auto")))
+    assert code == 0, err
+    code, _, err = finished(torchrun(2, tiny_flags(folder, run="unharmed", steps=12, device_batch_size=2)))
+    assert code == 0, err
+    assert losses(folder / "runs/save") == losses(folder / "runs/unharmed")
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_the_step(folder):
+    code, out, err = sabotaged(folder, "nan", run="nan")
+    assert code == 0, err
+    assert "step 3: the gradient's norm is nan (transformer.h.0.attn.c_v.weight): no update; 1 in a row" in out
+    assert [record["skipped"] for record in records(folder / "runs/nan", "train")] == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_two_jobs_do_not_train_in_one_folder(folder):
+    flags = tiny_flags(folder, run="shared", steps=100_000, save_every=50, device_batch_size=2)
+    process = torchrun(2, flags)
+    wait_for_checkpoints(folder / "runs/shared", 1, process)
+    code, _, err = finished(torchrun(2, [*flags, "--resume", "auto"]))
+    assert code != 0
+    assert err.count("error: ") == 1
+    assert "another process is training in" in err
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    finished(process)
 
 
 def test_two_agents_make_one_world(folder):

@@ -187,16 +187,23 @@ def state_of_shards():
         sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
         for optimizer in optimizers
     ]
-    return sizes, sum(bucket.traffic_bytes() for optimizer in optimizers for bucket in optimizer.buckets)
+    buckets = [bucket for optimizer in optimizers for bucket in optimizer.buckets]
+    return sizes, sum(bucket.traffic_bytes() for bucket in buckets), sum(bucket.shard for bucket in buckets)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_state_exists_once_and_traffic_is_as_computed(size):
     results = run(size, state_of_shards)
-    muon, adamw = (sum(sizes[i] for sizes, _ in results) for i in range(2))
+    muon, adamw = (sum(sizes[i] for sizes, *_ in results) for i in range(2))
     assert muon == sum(rows * columns for rows, columns in MATRICES)
     assert adamw == 2 * sum(rows * columns for rows, columns in TABLES)
-    assert len({traffic for _, traffic in results}) == 1
+    assert len({traffic for _, traffic, _ in results}) == 1
+    # Of n ranks each sends (n - 1) / n of what it has, once on the way to the owners and once back; tables are padded.
+    exact = sum(rows * columns for rows, columns in MATRICES)
+    exact += sum(-(-rows // size) * size * columns for rows, columns in TABLES)
+    traffic = results[0][1]
+    assert traffic >= 2 * 4 * exact * (size - 1) // size
+    assert traffic == 2 * 4 * (size - 1) * results[0][2]
 
 
 def test_owners_are_balanced():
