@@ -5,6 +5,9 @@ temporary folder, flushed to the disk, and renamed into place. Tensors are safet
 `manifest.json` holds the size and SHA-256 of every file; nothing is ever unpickled.
 
     step_000100/model.safetensors  optimizer.safetensors  meta.json  manifest.json
+
+On many ranks the optimizers' state lies in a folder instead, `optimizer/`, a file a rank: torch.distributed.checkpoint
+writes it, as safetensors, while training goes on.
 """
 
 import errno
@@ -15,16 +18,22 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 FORMAT = "nanochat-native checkpoint"
 VERSION = 1
+OPTIMIZER = "optimizer"
 SPACE_MARGIN = 1 << 20  # bytes beside the tensors: headers, JSON, folder entries
 
 _NAME = re.compile(r"step_(\d{6,})")
@@ -64,18 +73,8 @@ def save(
         raise ValueError(f"step is {step}; it takes a number from 0")
     if keep < 1:
         raise ValueError(f"keep is {keep}; it takes a number from 1")
-    meta_bytes = json.dumps({**meta, "step": step}, indent=1).encode()
-
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    needed += len(meta_bytes) + SPACE_MARGIN
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        message = f"checkpoint of step {step} takes {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
-        raise OSError(errno.ENOSPC, message, str(folder))
-
+    _require_space(folder, step, sum(t.nbytes for group in tensors.values() for t in group.values()))
     target = path_of(folder, step)
     temporary = folder / f"{_TEMPORARY}{target.name}"
     try:
@@ -83,23 +82,100 @@ def save(
         for stem, group in tensors.items():
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
             save_file(plain, temporary / f"{stem}.safetensors")
-        (temporary / "meta.json").write_bytes(meta_bytes)
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in temporary.iterdir():
-            _fsync(path)
-        _fsync(temporary)
-        _move_into_place(temporary, target)
+        _seal(temporary, target, meta, keep)
     except Exception as error:
         _remove_leftovers(folder)
         if isinstance(error, ValueError):
             raise
-        message = f"checkpoint of step {step} could not be written ({error}); the earlier ones are untouched"
-        raise OSError(getattr(error, "errno", None) or errno.EIO, message, str(folder)) from error
-    for old in [s for s in steps(folder) if s <= step][:-keep]:
-        _remove(path_of(folder, old))
+        raise _not_written(folder, step, error) from error
     return target
+
+
+def _require_space(folder: Path, step: int, tensor_bytes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    needed, free = tensor_bytes + SPACE_MARGIN, shutil.disk_usage(folder).free
+    if free < needed:
+        message = f"checkpoint of step {step} takes {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
+        raise OSError(errno.ENOSPC, message, str(folder))
+
+
+def _not_written(folder: Path, step: int, error: BaseException) -> OSError:
+    message = f"checkpoint of step {step} could not be written ({error}); the earlier ones are untouched"
+    return OSError(getattr(error, "errno", None) or errno.EIO, message, str(folder))
+
+
+def _seal(temporary: Path, target: Path, meta: Mapping[str, Any], keep: int) -> None:
+    """Adds meta.json and the manifest to the written tensors, moves all of it into place, and removes what is old."""
+    step = int(target.name.removeprefix("step_"))
+    (temporary / "meta.json").write_text(json.dumps({**meta, "step": step}, indent=1))
+    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+    files = {
+        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+    }
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in temporary.rglob("*"):
+        _fsync(path)
+    _fsync(temporary)
+    _move_into_place(temporary, target)
+    for old in [s for s in steps(target.parent) if s <= step][:-keep]:
+        _remove(path_of(target.parent, old))
+
+
+class ShardedSave:
+    """A checkpoint that all ranks write together in the background, of the values that tensors have now.
+
+    Its calls come in one order on all ranks; where one fails, `failed` says so, and who calls tells the others.
+    Rank 0 writes the weights and puts everything in place: `folder` is one that all ranks see.
+
+        start() on all ranks; when `written` on all, seal() on rank 0; when `sealed` there, it is done.
+    """
+
+    def __init__(self, folder: Path | str, step: int, *, rank: int, keep: int = 2) -> None:
+        self.folder, self.step, self.rank, self.keep = Path(folder), step, rank, keep
+        self.target = path_of(self.folder, step)
+        self.temporary = self.folder / f"{_TEMPORARY}{self.target.name}"
+        self._jobs: list[Future[Any]] = []
+        self._pool = ThreadPoolExecutor(1)
+
+    def prepare(self, tensor_bytes: int) -> None:
+        """On rank 0, before the others start. tensor_bytes: of all ranks. Raises OSError where the disk is too full."""
+        _require_space(self.folder, self.step, tensor_bytes)
+        (self.temporary / OPTIMIZER).mkdir(parents=True)
+
+    def start(
+        self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor | DTensor], group: dist.ProcessGroup
+    ) -> None:
+        """weights: rank 0's count, and are copied. state: this rank's whole tensors, and its rows of DTensors that all
+        ranks have; on the CPU, and left alone until this is done."""
+        if self.rank == 0:
+            plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+            self._jobs.append(self._pool.submit(save_file, plain, self.temporary / "model.safetensors"))
+        writer = dcp.HuggingFaceStorageWriter(str(self.temporary / OPTIMIZER), save_distributed=True)
+        job = dcp.async_save(dict(state), storage_writer=writer, process_group=group)
+        self._jobs.append(cast("Future[Any]", job))
+
+    @property
+    def done(self) -> bool:
+        """Whether what was started here has ended."""
+        return all(job.done() for job in self._jobs)
+
+    @property
+    def failed(self) -> str:
+        """What went wrong with what has ended; an empty string if nothing did."""
+        errors = [error for job in self._jobs if job.done() and (error := job.exception())]
+        return str(_not_written(self.folder, self.step, errors[0])) if errors else ""
+
+    def seal(self, meta: Mapping[str, Any]) -> None:
+        """On rank 0, once all ranks are done."""
+        self._jobs = [self._pool.submit(_seal, self.temporary, self.target, meta, self.keep)]
+
+    def close(self) -> None:
+        """Ends the thread; what was not sealed goes."""
+        self._pool.shutdown()
+        if self.rank == 0:
+            _remove_leftovers(self.folder)
 
 
 def load(
@@ -130,10 +206,27 @@ def load(
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     names = verify(path)
     try:
-        tensors = {Path(n).stem: load_file(path / n) for n in names if n.endswith(".safetensors")}
+        tensors = {Path(n).stem: load_file(path / n) for n in names if n.endswith(".safetensors") and "/" not in n}
+        if (path / OPTIMIZER).is_dir():
+            tensors[OPTIMIZER] = _read_shards(path / OPTIMIZER)
         return tensors, json.loads((path / "meta.json").read_bytes())
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """The whole tensors of what ranks wrote together."""
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    described = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def latest(folder: Path | str) -> int | None:
@@ -189,18 +282,6 @@ def flatten_optimizers(
             for key, value in optimizer.state.get(parameter, {}).items():
                 (tensors if isinstance(value, Tensor) else scalars)[f"{name}.{key}"] = value
     return tensors, scalars
-
-
-def join_shards(shards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole state, of every rank's part in the order of the ranks: rows of one name follow each other, 0-d values
-    are the same on all ranks that have them."""
-    parts: dict[str, list[Tensor]] = {}
-    for shard in shards:
-        for name, tensor in shard.items():
-            parts.setdefault(name, []).append(tensor)
-    return {
-        name: found[0] if len(found) == 1 or not found[0].ndim else torch.cat(found) for name, found in parts.items()
-    }
 
 
 def restore_optimizers(

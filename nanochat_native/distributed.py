@@ -34,6 +34,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     group: dist.ProcessGroup | None = None
+    background: dist.ProcessGroup | None = None  # of the CPU, for what goes on beside the training
 
     @property
     def first(self) -> bool:
@@ -117,7 +118,8 @@ def joined() -> Iterator[World]:
     seconds = float(os.environ.get("NANOCHAT_RANK_TIMEOUT", TIMEOUT_SECONDS))
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, dist.group.WORLD)
+        background = dist.new_group(backend="gloo")
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, dist.group.WORLD, background)
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, RankError) or not re.search(r"[Tt]imed? ?out|[Cc]onnection", str(error)):
             raise

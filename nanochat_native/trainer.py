@@ -11,17 +11,19 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 import nanochat_native
 from nanochat_native import checkpoint, hardware, ops, report, run_folder, sizing
 from nanochat_native.config import AUTO, MUON_OPTIONS, STDLIB, ConfigError, TrainConfig, horizon
 from nanochat_native.data import BatchLoader, Corpus, iterate_val, prepare
-from nanochat_native.distributed import World, require_same_bits
+from nanochat_native.distributed import RankError, World, require_same_bits
 from nanochat_native.evaluate import evaluate
 from nanochat_native.generate import generate_text
 from nanochat_native.metrics import Console, MetricsLog, SilentLog
@@ -98,6 +100,8 @@ class Trainer:
 
         self.step = 0  # optimizer steps done
         self.stop_signal = 0  # that a rank was sent
+        self.saving: checkpoint.ShardedSave | None = None
+        self.saving_meta: dict[str, Any] | None = None  # until it is sealed
         self.saved_step = -1
         self.skipped = self.skipped_in_a_row = 0
         self.spikes = SpikeGuard(config.skip_spikes)
@@ -137,14 +141,17 @@ class Trainer:
             while self.step < config.num_iterations and not self.stop_signal and not self.diverged:
                 self.train_step(batches)
                 self.stop_signal = self.world.max(stopping.signal)
+                self.continue_save()
                 if self._due(config.eval_every):
                     self.evaluate()
                 if self._due(config.sample_every):
                     self.sample()
                 if self._due(config.save_every) and self.step < config.num_iterations:
                     self.save()
+            self.finish_save()
             if not self.diverged and self.saved_step != self.step:
                 self.save()
+            self.finish_save()
             self.log.sync()
         if not self.world.first:
             return self._exit_code()
@@ -289,15 +296,16 @@ class Trainer:
         self.console.say(f"step {self.step}: sample\n    " + text.rstrip().replace("\n", "\n    "))
 
     def save(self) -> None:
-        """Write a checkpoint, unless something in it is not finite: then the earlier ones stay what they are."""
+        """Write a checkpoint, unless something in it is not finite: then the earlier ones stay what they are.
+
+        On many ranks it is only begun: continue_save() brings it to its end while training goes on.
+        """
+        self.finish_save()
         named = list(self.model.named_parameters())
         weights = {name: parameter.detach() for name, parameter in named}
-        own, scalars = checkpoint.flatten_optimizers(named, self.optimizers)
-        shards = (
-            self.world.gather({name: tensor.cpu() for name, tensor in own.items()}) if self.world.size > 1 else [own]
-        )
-        state = checkpoint.join_shards(shards)
-        bad = [name for name, tensor in {**weights, **state}.items() if not tensor.isfinite().all()]
+        state, scalars = checkpoint.flatten_optimizers(named, self.optimizers)
+        own = [name for name, tensor in {**weights, **state}.items() if not tensor.isfinite().all()]
+        bad = [name for names in self.world.gather(own) for name in names]
         if bad:
             self.console.say(f"step {self.step}: no checkpoint, {bad[0]} is not finite; the earlier ones are kept")
             return
@@ -314,16 +322,71 @@ class Trainer:
         }
         self.log.sync()
         folder = self.config.run_dir / "checkpoints"
-        message = ""
-        if self.world.first:
-            try:
-                checkpoint.save(folder, self.step, {"model": weights, "optimizer": state}, meta, keep=self.config.keep)
-            except OSError as error:
-                message = str(error)
-        if message := self.world.gather(message)[0]:
-            self.console.say(f"warning: {message}")
+        if self.world.size > 1:
+            self._begin_save(folder, weights, state, meta)
+            return
+        try:
+            checkpoint.save(folder, self.step, {"model": weights, "optimizer": state}, meta, keep=self.config.keep)
+        except OSError as error:
+            self.console.say(f"warning: {error}")
             return
         self.saved_step = self.step
+
+    def _begin_save(
+        self, folder: Path, weights: dict[str, Tensor], state: dict[str, Tensor], meta: dict[str, Any]
+    ) -> None:
+        world = self.world
+        assert world.background is not None
+        saving = checkpoint.ShardedSave(folder, self.step, rank=world.rank, keep=self.config.keep)
+        needed = sum(world.gather(sum(tensor.nbytes for tensor in state.values())))
+        needed += sum(tensor.nbytes for tensor in weights.values())
+        try:
+            world.together((lambda: saving.prepare(needed)) if world.first else lambda: None, OSError)
+        except RankError as error:
+            self.console.say(f"warning: {error}")
+            return
+        saving.start(weights, self._with_shards(state), world.background)
+        self.saving, self.saving_meta = saving, meta
+
+    def _with_shards(self, state: dict[str, Tensor]) -> dict[str, Tensor | DTensor]:
+        """This rank's state, that which is cut by rows as its part of tensors that all ranks have."""
+        cut = {id(bucket.parameters[0]) for bucket in self.buckets() if not bucket.whole}
+        names = {name for name, parameter in self.model.named_parameters() if id(parameter) in cut}
+        own = {key: t for key, t in state.items() if t.ndim and key.rsplit(".", 1)[0] in names}
+        everyone = self.world.gather({key: (tuple(t.shape), t.dtype) for key, t in own.items()})
+        mesh = init_device_mesh("cpu", (self.world.size,))
+        # Copies: the next step updates in place what is written meanwhile.
+        found: dict[str, Tensor | DTensor] = {k: t.to("cpu", copy=True) for k, t in state.items() if k not in own}
+        for key in dict.fromkeys(key for keys in everyone for key in keys):
+            (_, *rest), dtype = next(shapes[key] for shapes in everyone if key in shapes)
+            whole = torch.Size((sum(shapes[key][0][0] for shapes in everyone if key in shapes), *rest))
+            local = own[key].to("cpu", copy=True) if key in own else torch.empty((0, *rest), dtype=dtype)
+            stride = torch.empty(whole, device="meta").stride()
+            found[key] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole, stride=stride)
+        return found
+
+    def continue_save(self) -> None:
+        """Takes a checkpoint that is being written on to its next part, if all ranks have come so far."""
+        if self.saving is None or self.world.max(not self.saving.done):
+            return
+        failed = next((message for message in self.world.gather(self.saving.failed) if message), "")
+        if not failed and self.saving_meta is not None:
+            if self.world.first:
+                self.saving.seal(self.saving_meta)
+            self.saving_meta = None
+            return
+        self.saving.close()
+        if failed:
+            self.console.say(f"warning: {failed}")
+        else:
+            self.saved_step = self.saving.step
+        self.saving = None
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        while self.saving is not None:
+            self.continue_save()
+            time.sleep(0.01)
 
     def _open_run(self, stack: contextlib.ExitStack) -> None:
         """Start the run's folder, or go on from its newest intact checkpoint; open its log."""

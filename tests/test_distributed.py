@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from training import losses, records, tiny_flags, train, write_text
 
 from nanochat_native import checkpoint, distributed
@@ -194,7 +195,7 @@ calls = itertools.count(1)
 rank, what = os.environ["RANK"], os.environ["SABOTAGE"]
 
 def dying(*args, real=checkpoint._fsync):
-    if next(calls) == 6:  # in the second checkpoint, whose files are written but not in place
+    if next(calls) == 12:  # in the second checkpoint, whose files are written but not in place
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 
@@ -281,6 +282,72 @@ def fail_on(rank):
         return world().together(act, ValueError)
     except RankError as error:
         return str(error)
+
+
+def written_while_it_changes(folder):
+    """A checkpoint of a matrix of each rank and of a table that is cut by rows; the weights change at once."""
+    here, group = world(), dist.new_group(backend="gloo")
+    weights = {"w": torch.arange(6.0)}
+    mesh = init_device_mesh("cpu", (here.size,))
+    rows = torch.arange(10.0).view(5, 2)
+    local = rows[-(-5 // here.size) * here.rank :][: -(-5 // here.size)].clone()
+    table = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=rows.shape, stride=rows.stride())
+    saving = checkpoint.ShardedSave(folder, 3, rank=here.rank)
+    if here.first:
+        saving.prepare(1000)
+    here.wait()
+    saving.start(weights, {f"own{here.rank}": torch.full((2, 2), float(here.rank)), "table": table}, group)
+    weights["w"].zero_()
+    while here.max(not saving.done):
+        pass
+    assert not saving.failed
+    if here.first:
+        saving.seal({"note": "mine"})
+        while not saving.done:
+            pass
+        assert not saving.failed
+    here.wait()
+    saving.close()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ranks_write_one_checkpoint_of_the_values_at_its_start(tmp_path, size):
+    run(size, written_while_it_changes, tmp_path)
+    tensors, meta = checkpoint.load(tmp_path)
+    assert (meta["step"], meta["note"]) == (3, "mine")
+    assert torch.equal(tensors["model"]["w"], torch.arange(6.0))
+    assert torch.equal(tensors["optimizer"].pop("table"), torch.arange(10.0).view(5, 2))
+    assert {name: tensor[0, 0].item() for name, tensor in tensors["optimizer"].items()} == {
+        f"own{rank}": float(rank) for rank in range(size)
+    }
+    shard = next(tmp_path.glob("step_000003/optimizer/*"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match=f"optimizer/{shard.name} is damaged"):
+        checkpoint.load(tmp_path)
+
+
+def fails_on_one_rank(folder):
+    here, group = world(), dist.new_group(backend="gloo")
+    saving = checkpoint.ShardedSave(folder, 3, rank=here.rank)
+    if here.first:
+        saving.prepare(1000)
+        (folder / ".tmp-step_000003/optimizer").rmdir()
+        (folder / ".tmp-step_000003/optimizer").write_text("in the way")
+    here.wait()
+    saving.start({"w": torch.ones(2)}, {f"own{here.rank}": torch.ones(2, 2)}, group)
+    while here.max(not saving.done):
+        pass
+    messages = here.gather(saving.failed)
+    saving.close()
+    return messages
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    for messages in run(2, fails_on_one_rank, tmp_path):
+        assert any("checkpoint of step 3 could not be written" in message for message in messages)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_one_rank_is_everyones():

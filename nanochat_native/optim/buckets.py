@@ -50,7 +50,7 @@ class Bucket:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        self.reduce_dtype, self.gather_dtype = reduce_dtype, gather_dtype
+        self.whole, self.reduce_dtype, self.gather_dtype = whole, reduce_dtype, gather_dtype
         first = self.parameters[0]
         if whole:
             self.owners, offsets, self.shard = assign(self.parameters, self.size)
