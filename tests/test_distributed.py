@@ -206,6 +206,9 @@ def poisoned(run, *args, real=trainer.Trainer.__init__):
 
 if what == "kill in a save" and rank == "0":
     checkpoint._fsync = dying
+if what == "disk full":
+    full = lambda folder: checkpoint.shutil._ntuple_diskusage(1, 1, 0)
+    checkpoint.shutil.disk_usage = full
 if what == "nan" and rank == "1":
     trainer.Trainer.__init__ = poisoned
 sys.exit(main(sys.argv[1:]))
@@ -235,6 +238,17 @@ def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_the_step(folde
     assert code == 0, err
     assert "step 3: the gradient's norm is nan (transformer.h.0.attn.c_v.weight): no update; 1 in a row" in out
     assert [record["skipped"] for record in records(folder / "runs/nan", "train")] == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_goes_on(folder):
+    code, _, err = finished(torchrun(2, tiny_flags(folder, run="full", steps=4, device_batch_size=2)))
+    assert code == 0, err
+    code, out, _ = sabotaged(folder, "disk full", run="full", steps=12, resume="auto")
+    assert code != 0  # the last checkpoint is not there
+    assert "warning: " in out
+    assert "the disk has 0.0 MB free" in out
+    assert records(folder / "runs/full", "train")[-1]["step"] == 12
+    assert checkpoint.latest(folder / "runs/full/checkpoints") == 4
 
 
 def test_two_jobs_do_not_train_in_one_folder(folder):

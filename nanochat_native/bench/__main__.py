@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from nanochat_native.bench import measure, operators, record, step
+from nanochat_native.bench import measure, operators, ranks, record, step
 
 
 @dataclass
@@ -61,11 +61,16 @@ def main() -> int:
         name = f"training step d{step.DEPTH} T {step.T} B {step.B} V {vocabulary}"
         if options.only in name:
             report(name, partial(step.run, vocabulary, opponent, seconds=seconds, repeats=repeats))
-    if not rows and not wrong:
+    on_ranks: list[dict[str, Any]] = []
+    if options.only in "training step on ranks":
+        for size in (1, 2):
+            on_ranks.append(ranks.run(size, repeats=repeats))
+            print(ranks.describe(on_ranks[-1], on_ranks[0]), flush=True)
+    if not rows and not wrong and not on_ranks:
         print(f"no case holds {options.only!r}", file=sys.stderr)
         return 2
     if options.json:
-        result = {"machine": machine, "limits": vars(limits), "rows": rows}
+        result = {"machine": machine, "limits": vars(limits), "rows": rows, "ranks": on_ranks}
         record.save(options.json, result)
     return 1 if wrong else 0
 

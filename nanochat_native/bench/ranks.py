@@ -1,0 +1,87 @@
+"""A training step on several ranks of this machine: tokens a second, and what each rank sends.
+
+`python -m nanochat_native.bench` starts it, by torchrun where there are several.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from nanochat_native import distributed
+from nanochat_native.distributed import World
+from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.optim import clip_reduced_, overlap_backward, setup_optimizers
+
+DEPTH, T, B, VOCABULARY = 4, 256, 8, 8192  # B x T tokens in all, whatever the number of ranks
+
+
+def measure(world: World, repeats: int) -> dict[str, Any]:
+    """On every rank; the median of the steps, once the first have gone."""
+    model = GPT(GPTConfig.from_depth(DEPTH, vocab_size=VOCABULARY, sequence_len=T))
+    model.init_weights(seed=0)
+    optimizers = setup_optimizers(model, process_group=world.group)
+    buckets = [bucket for optimizer in optimizers for bucket in getattr(optimizer, "buckets", [])]
+    tokens = torch.randint(0, VOCABULARY, (B, T + 1), generator=torch.Generator().manual_seed(0))
+    own = tokens[world.rank * B // world.size : (world.rank + 1) * B // world.size]
+    inputs, targets = own[:, :-1].contiguous(), own[:, 1:].contiguous()
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        with overlap_backward(buckets, model.parameters()):
+            model(inputs, targets).backward()
+        clip_reduced_(optimizers, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        world.wait()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])
+    return {
+        "ranks": world.size,
+        "ms": seconds * 1e3,
+        "tokens_per_second": B * T / seconds,
+        "sent_bytes": sum(bucket.traffic_bytes() for bucket in buckets),
+        "parameter_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+    }
+
+
+def run(size: int, *, repeats: int) -> dict[str, Any]:
+    """The row of so many ranks, one thread each. Raises RuntimeError, with their output, where they fail."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)] if size > 1 else []
+    command = [sys.executable, *launch, "-m", "nanochat_native.bench.ranks", str(repeats)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise RuntimeError(f"{size} ranks: {result.stderr[-2000:]}")
+    row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return row
+
+
+def describe(row: dict[str, Any], alone: dict[str, Any]) -> str:
+    """A line of the table. alone: the row of one rank."""
+    size, sent = row["ranks"], row["sent_bytes"]
+    exact = 2 * (size - 1) * alone["parameter_bytes"] / size
+    share = f", {100 * (sent / exact - 1):.1f}% above 2 (n - 1) / n of the parameters" if exact else ""
+    return (
+        f"training step on ranks  {size} x 1 thread, d{DEPTH} T {T} B {B} {row['ms']:9.1f} ms"
+        f"  {row['tokens_per_second']:,.0f} tokens/s ({row['tokens_per_second'] / alone['tokens_per_second']:.2f}x one)"
+        f"  {sent / 1e6:.1f} MB sent a rank{share}"
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with distributed.joined() as world:
+        row = measure(world, int(sys.argv[1]))
+    if world.first:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
