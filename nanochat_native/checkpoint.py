@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 FORMAT = "nanochat-native checkpoint"
 VERSION = 1
 OPTIMIZER = "optimizer"
+MASTER = "master"  # state of a sharded optimizer whose parameters travel rounded
 SPACE_MARGIN = 1 << 20  # bytes beside the tensors: headers, JSON, folder entries
 
 _NAME = re.compile(r"step_(\d{6,})")
@@ -308,7 +309,10 @@ def restore_optimizers(
             if isinstance(value, Tensor):
                 part = value[rows] if value.ndim and value.size(0) == parameter.size(0) else value
                 value = part.to(parameter.device if value.ndim else "cpu", copy=True)
-            optimizer.state[parameter][key] = value
+            if key == MASTER and key in optimizer.state[parameter]:
+                optimizer.state[parameter][key].copy_(value)  # a part of the optimizer's own memory
+            else:
+                optimizer.state[parameter][key] = value
     if left:
         raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(sorted(left))}")
 

@@ -129,6 +129,13 @@ class TrainConfig:
     """Type of the activations; parameters are float32. auto: bfloat16 on a GPU, else float32."""
     backend: Literal["auto", "native", "torch"] = "auto"
     """Hand-written kernels, or their plain-torch twins. auto: what NANOCHAT_NATIVE_BACKEND says, else native."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients travel in between ranks."""
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What weights travel in between ranks; with bfloat16 their owners keep them exact, and all compute with the
+    rounded ones."""
+    check_replicas_every: int = 100
+    """Steps between comparisons of all ranks' weights, bit by bit; 0: never."""
     dry_run: bool = False
     """Prepare the data, print what would be done, and stop."""
     print_config: bool = False
@@ -201,6 +208,7 @@ _LEAST = {
     "sample_every": 0,
     "save_every": 0,
     "keep": 1,
+    "check_replicas_every": 0,
     "seed": 0,
     "max_skipped_steps": 1,
 }

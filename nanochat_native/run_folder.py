@@ -30,6 +30,7 @@ FREE = (
     "save_every",
     "keep",
     "max_skipped_steps",
+    "check_replicas_every",
 )
 ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
 

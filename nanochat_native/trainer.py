@@ -36,7 +36,6 @@ from nanochat_native.spikes import SpikeGuard
 PYTHON_PROMPTS = ("def __init__(self", "import os\n", "class")
 PROMPT_TOKENS = 16  # of the validation text, where it is not known to be Python
 SAMPLE_TOKENS = 96
-CHECK_REPLICAS_EVERY = 100  # steps
 
 
 class Trainer:
@@ -94,6 +93,8 @@ class Trainer:
             matrix_weight_decay=config.matrix_weight_decay,
             optimizer=config.optimizer,
             process_group=self.world.group,
+            reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bfloat16" else None,
+            gather_dtype=torch.bfloat16 if config.gather_dtype == "bfloat16" else None,
             **{name: getattr(config, name) for name in MUON_OPTIONS},
         )
         self.peak = hardware.peak(self.device, self.dtype)
@@ -199,7 +200,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.step += 1
-        if self.world.size > 1 and self.step % CHECK_REPLICAS_EVERY == 0:
+        check_every = self.config.check_replicas_every
+        if self.world.size > 1 and check_every and self.step % check_every == 0:
             require_same_bits(self.world, list(self.model.named_parameters()))
         self._log_step(norm, rate, momentum, waited, time.perf_counter() - start)
 

@@ -22,6 +22,7 @@ from nanochat_native.distributed import RankError, World
 pytestmark = pytest.mark.slow
 
 STEPS = 8
+MATRIX = "transformer.h.0.attn.c_q.weight"
 ALL = {"device_batch_size": 1, "steps": STEPS}  # rows of a rank at once: 4 ranks have one each
 
 
@@ -102,6 +103,21 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder, first, second):
     whole, cut = (losses(folder / "runs" / run) for run in ("whole-" + flags["run"], flags["run"]))
     for (kind, step, mine), (_, _, theirs) in zip(cut, whole, strict=True):
         assert mine == pytest.approx(theirs, rel=5e-4), (kind, step)
+
+
+def test_bfloat16_between_ranks_goes_on_where_it_stopped(folder):
+    """The owners' exact values are in the checkpoint: cut and resumed, the run is the one that was not, bit for bit."""
+    flags = {"device_batch_size": 2, "reduce_dtype": "bfloat16", "gather_dtype": "bfloat16"}
+    flags |= {"check_replicas_every": 1, "save_every": 4, "warmdown_ratio": 0}
+    for name, steps, more in (("bf16-whole", 8, {}), ("bf16", 4, {}), ("bf16", 8, {"resume": "auto"})):
+        code, _, err = finished(torchrun(2, tiny_flags(folder, run=name, steps=steps, **flags, **more)))
+        assert code == 0, err
+    assert losses(folder / "runs/bf16") == losses(folder / "runs/bf16-whole")
+    assert losses(folder / "runs/bf16") != losses(folder / "runs/1")
+    tensors, _ = checkpoint.load(folder / "runs/bf16/checkpoints")
+    weight, master = tensors["model"][MATRIX], tensors["optimizer"][f"{MATRIX}.master"]
+    assert torch.equal(weight, master.bfloat16().float())
+    assert not torch.equal(weight, master)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +293,27 @@ def test_two_agents_make_one_world(folder):
     assert sum(out.count("device   ") for _, out, _ in ends) == 1
     one, many = (losses(folder / "runs" / run) for run in ("1", "two-agents"))
     assert [loss for _, _, loss in many] == pytest.approx([loss for _, _, loss in one], rel=2e-4)
+
+
+def test_a_folder_that_cannot_be_written_stops_all_ranks(folder):
+    (folder / "a file").write_text("in the way")
+    flags = tiny_flags(folder, device_batch_size=2)
+    flags[flags.index("--out-dir") + 1] = str(folder / "a file")
+    code, _, err = finished(torchrun(2, flags))
+    assert code != 0
+    assert err.count("error: ") == 1
+    assert "a file" in err
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with (
+        pytest.raises(RankError, match="4 ranks on a machine with 2 GPUs: take --nproc_per_node 2"),
+        distributed.joined(),
+    ):
+        pass
 
 
 # --- what ranks agree on ---

@@ -52,12 +52,10 @@ class AdamW(Optimizer):
         same_kind: dict[Any, list[Piece]] = defaultdict(list)
         for piece in pieces:
             state = self.state[piece.parameter]
-            if not state:
-                self.state[piece.parameter] = state = {
-                    "step": torch.zeros((), dtype=torch.int64),
-                    "exp_avg": torch.zeros_like(piece.values, dtype=torch.float32),
-                    "exp_avg_sq": torch.zeros_like(piece.values, dtype=torch.float32),
-                }
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.int64)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(piece.values, dtype=torch.float32)
             same_kind[int(state["step"]) + 1, piece.values.dtype, piece.values.device].append(piece)
         for (step, _, _), together in same_kind.items():
             self._update_together(together, step, group)

@@ -15,6 +15,9 @@ from nanochat_native.optim.buckets import Bucket, Piece
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
+MASTER = "master"  # state: the exact values of what this rank owns, where others get rounded ones
+
+
 class Optimizer(torch.optim.Optimizer):
     """A torch.optim.Optimizer whose groups remember their first rate as "initial_lr", for schedules to multiply, and
     whose state stays float32 whatever the parameters are.
@@ -22,7 +25,8 @@ class Optimizer(torch.optim.Optimizer):
     With a process group it is sharded: parameters and gradients move into buckets, of which each rank owns a shard and
     keeps the state of that alone. step() then averages the gradients over the ranks, updates what is owned, and hands
     it to all; zero_grad() keeps the gradients' memory. Parameters must be the same on all ranks, and get a gradient
-    each. reduce_dtype, gather_dtype: of what travels, None for the parameters' own. bucket_bytes: of a bucket, about.
+    each. reduce_dtype, gather_dtype: of what travels, None for the parameters' own; with gather_dtype the state holds
+    the exact values, as "master". bucket_bytes: of a bucket, about.
     """
 
     whole: ClassVar[bool]  # whether a parameter has one owner, or is cut by rows
@@ -45,6 +49,9 @@ class Optimizer(torch.optim.Optimizer):
             runs = self._runs(bucket_bytes)
             dtypes = {"reduce_dtype": reduce_dtype, "gather_dtype": gather_dtype}
             self.buckets = [Bucket(run, process_group, whole=self.whole, **dtypes) for run in runs]
+        if gather_dtype is not None:
+            for piece in (piece for bucket in self.buckets for piece in bucket.pieces):
+                self.state[piece.parameter][MASTER] = piece.values
 
     def _runs(self, bucket_bytes: int) -> list[list[tuple[str, Tensor]]]:
         """The parameters of each bucket: one dtype and device."""

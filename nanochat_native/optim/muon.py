@@ -124,7 +124,7 @@ class Muon(Optimizer):
 
     def _update_together(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         parameters, matrices = [piece.parameter for piece in pieces], [piece.values for piece in pieces]
-        self._init_state([parameter for parameter in parameters if not self.state[parameter]])
+        self._init_state([p for p in parameters if "momentum_buffer" not in self.state[p]])
         gradients = [piece.gradient for piece in pieces]
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         update, norms = ops.muon_momentum_(

@@ -28,6 +28,8 @@ def setup_optimizers(
     optimizer: str = "hybrid",
     per_head: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    gather_dtype: torch.dtype | None = None,
     **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a model with nanochat's parameter names; every group has its "initial_lr".
@@ -39,7 +41,8 @@ def setup_optimizers(
     weight_decay: of AdamW alone; torch's Adam and SGD take it as their L2 penalty. matrix_weight_decay: of Muon.
     per_head: Muon orthogonalises c_q, c_k and c_v by blocks of rows and c_proj by blocks of columns, one for each of
     the heads that model.config counts. muon_options: cautious, row_equilibration, frobenius_renormalisation and normuon
-    of Muon. process_group: AdamW and Muon are sharded over its ranks; torch's Adam and SGD cannot be.
+    of Muon. process_group: AdamW and Muon are sharded over its ranks, with reduce_dtype and gather_dtype as they take
+    them; torch's Adam and SGD cannot be.
 
     Raises ValueError for an unknown optimizer, and for a parameter that belongs to no group or that two names share.
     """
@@ -49,7 +52,9 @@ def setup_optimizers(
         raise ValueError(f"optimizer is {optimizer!r}, which runs on one rank; on many take hybrid or adamw")
     wte, lm_head, matrices = _route(model)
     matrix_lr = MATRIX_LR[optimizer] if matrix_lr is None else matrix_lr
-    sharding: dict[str, Any] = {} if process_group is None else {"process_group": process_group}
+    sharding: dict[str, Any] = {}
+    if process_group is not None:
+        sharding = {"process_group": process_group, "reduce_dtype": reduce_dtype, "gather_dtype": gather_dtype}
     adam: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": weight_decay}
     scale = (wte[0][1].size(1) / 768) ** -0.5
     ends = [
