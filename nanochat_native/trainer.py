@@ -133,7 +133,10 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if lock is not None:
                 stack.callback(os.close, lock)
-            self._open_run(stack)
+            if self.world.size > 1:
+                self.world.together(lambda: self._open_run(stack), ConfigError, checkpoint.CheckpointError, OSError)
+            else:
+                self._open_run(stack)
             stopping = stack.enter_context(StopSignals())
             batches = stack.enter_context(self.loader.iterate(self.step))
             began, first_step = time.perf_counter(), self.step

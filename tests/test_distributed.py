@@ -146,6 +146,17 @@ def wait_for_checkpoints(run, count, process, after=0):
         time.sleep(0.1)
 
 
+def test_damaged_checkpoints_stop_all_ranks_with_one_message(folder):
+    code, _, err = finished(torchrun(2, tiny_flags(folder, run="damaged", steps=4, device_batch_size=2)))
+    assert code == 0, err
+    weights = folder / "runs/damaged/checkpoints/step_000004/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    code, _, err = finished(torchrun(2, tiny_flags(folder, run="damaged", device_batch_size=2, resume="auto")))
+    assert code != 0
+    assert err.count("error: ") == 1
+    assert f"{weights} is damaged" in err
+
+
 def test_sigterm_ends_all_ranks_with_a_checkpoint(folder):
     process = torchrun(2, tiny_flags(folder, run="stopped", steps=100_000, save_every=50, device_batch_size=2))
     run = folder / "runs/stopped"
