@@ -285,14 +285,16 @@ def flatten_optimizers(
     return tensors, scalars
 
 
+@torch.no_grad()
 def restore_optimizers(
     named_parameters: Iterable[tuple[str, Tensor]],
     optimizers: Sequence[torch.optim.Optimizer],
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> None:
-    """Inverse of `flatten_optimizers`, of the whole state: a sharded optimizer takes its part, whatever the number of
-    ranks was that wrote it. Tensors go to their parameter's device, except 0-d ones, which stay on the CPU.
+    """Inverse of `flatten_optimizers`, of the whole state, once the weights are loaded: a sharded optimizer takes its
+    part, whatever the number of ranks was that wrote it. Tensors go to their parameter's device, except 0-d ones, which
+    stay on the CPU.
 
     Raises CheckpointError when a value belongs to no parameter of the optimizers.
     """
@@ -302,6 +304,9 @@ def restore_optimizers(
         prefix = f"{name}."
         optimizer = owner[id(parameter)]
         rows = _rows_of(optimizer, parameter)
+        master = optimizer.state.get(parameter, {}).get(MASTER)
+        if master is not None and prefix + MASTER not in left:
+            master.copy_(parameter[rows])  # written where weights did not travel rounded: they are the exact ones
         for full in [full for full in left if full.startswith(prefix)]:
             value, key = left.pop(full), full.removeprefix(prefix)
             if rows is None:
@@ -309,10 +314,12 @@ def restore_optimizers(
             if isinstance(value, Tensor):
                 part = value[rows] if value.ndim and value.size(0) == parameter.size(0) else value
                 value = part.to(parameter.device if value.ndim else "cpu", copy=True)
-            if key == MASTER and key in optimizer.state[parameter]:
-                optimizer.state[parameter][key].copy_(value)  # a part of the optimizer's own memory
-            else:
+            if key != MASTER:
                 optimizer.state[parameter][key] = value
+            elif master is not None:
+                master.copy_(value)  # a part of the optimizer's own memory
+            elif not getattr(optimizer, "buckets", []):
+                parameter.copy_(value)
     if left:
         raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(sorted(left))}")
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,13 +68,18 @@ class World:
         """Until all ranks are here."""
         self.gather(None)
 
-    def together(self, action: Callable[[], T], *expected: type[Exception]) -> T:
-        """action(), on every rank. Where it raised one of `expected` on some, all raise RankError with that message."""
+    def together(self, action: Callable[[], T], *expected: type[Exception], patient: bool = False) -> T:
+        """action(), on every rank. Where it raised one of `expected` on some, all raise RankError with that message.
+
+        patient: on some ranks it may take hours.
+        """
         result, message = None, ""
         try:
             result = action()
         except expected as error:
             message = str(error)
+        if patient and self.background is not None:
+            dist.monitored_barrier(self.background, timeout=timedelta(days=1))
         messages = self.gather(message)
         failed = [rank for rank, text in enumerate(messages) if text]
         if failed:
@@ -116,9 +122,10 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     seconds = float(os.environ.get("NANOCHAT_RANK_TIMEOUT", TIMEOUT_SECONDS))
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    timeout = timedelta(seconds=seconds)
     try:
-        background = dist.new_group(backend="gloo")
+        dist.init_process_group(backend, timeout=timeout)
+        background = dist.new_group(backend="gloo", timeout=timeout)
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, dist.group.WORLD, background)
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, RankError) or not re.search(r"[Tt]imed? ?out|[Cc]onnection", str(error)):
@@ -128,6 +135,15 @@ def joined() -> Iterator[World]:
         raise LostRankError(f"another rank {what}, after at most {seconds:.0f} s ({reason})") from None
     # After an error the group is left as it is: to take it down, a rank would wait for the others.
     dist.destroy_process_group()
+
+
+def leave(code: int) -> int:
+    """For a rank that ends by itself: the exit code; under torchrun, the end of the process, which waits for nobody."""
+    if launched_by_torchrun():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def checksums(tensors: list[Tensor]) -> Tensor:

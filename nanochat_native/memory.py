@@ -14,7 +14,7 @@ import tyro
 from nanochat_native import sizing
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.optim import setup_optimizers
-from nanochat_native.optim.buckets import BUCKET_BYTES, assign, split
+from nanochat_native.optim.buckets import assign, split, split_rows
 
 
 @dataclass
@@ -64,16 +64,14 @@ def static_bytes(model: GPT, ranks: int) -> tuple[int, int]:
         adamw, muon = setup_optimizers(model)
         numel = [sum(p.numel() for g in each.param_groups for p in g["params"]) for each in (adamw, muon)]
         return 4 * sum(numel), 4 * (2 * numel[0] + numel[1])
-    ends = (model.wte.weight, model.lm_head.weight)
-    rows = [-(-parameter.size(0) // ranks) * parameter.size(1) for parameter in ends]
-    weights, state = 4 * ranks * sum(rows), 4 * 2 * sum(rows)
+    rows = sum(split_rows(parameter, ranks).shard for parameter in (model.wte.weight, model.lm_head.weight))
+    weights, state = 4 * ranks * rows, 4 * 2 * rows
     matrices = [(name, p) for name, p in model.named_parameters() if name.startswith("transformer.h.")]
+    runs = [[parameter for _, parameter in run] for run in split(matrices, ranks)]
     held = [0] * ranks
-    for run in split(matrices, BUCKET_BYTES):
-        parameters = [parameter for _, parameter in run]
-        owners, _, shard = assign(parameters, ranks)
-        weights += 4 * ranks * shard
-        for parameter, owner in zip(parameters, owners, strict=True):
+    for run, layout in zip(runs, assign(runs, ranks), strict=True):
+        weights += 4 * ranks * layout.shard
+        for parameter, owner in zip(run, layout.owners, strict=True):
             held[owner] += 4 * parameter.numel()
     return weights, state + max(held)
 

@@ -41,16 +41,17 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     except distributed.LostRankError as error:
         print(f"rank {distributed.environment_rank()}: {error}", file=sys.stderr)
-        return 1
+        return distributed.leave(1)
     except Exception:
         if not distributed.launched_by_torchrun():
             raise
         lines = traceback.format_exc().splitlines()
         print("\n".join(f"rank {distributed.environment_rank()}: {line}" for line in lines), file=sys.stderr)
-        return 1
+        return distributed.leave(1)
 
 
 def _run(world: World, args: Sequence[str]) -> int:
+    trainer: Trainer | None = None
     try:
         config, notes = world.together(lambda: configure(args), ConfigError)
         if config.print_config:
@@ -70,16 +71,16 @@ def _run(world: World, args: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        rows = trainer.config.device_batch_size
+        rows = trainer.config.device_batch_size if trainer else config.device_batch_size
         advice = f"--device-batch-size {rows // 2}" if rows > 1 else "a shorter --max-seq-len or --grad-checkpoint"
         print(f"error: out of memory with --device-batch-size {rows}; try {advice} ({error})", file=sys.stderr)
-        return 1
+        return distributed.leave(1)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return distributed.leave(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return distributed.leave(130)
 
 
 if __name__ == "__main__":

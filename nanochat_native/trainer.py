@@ -64,6 +64,8 @@ class Trainer:
             element_bytes=self.dtype.itemsize,
         )
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        if free is not None:
+            free = min(self.world.gather(free))
         config = sizing.size_batch(config, row_bytes=self.row_bytes, free_bytes=free, world_size=self.world.size)
         self.accumulation_steps = sizing.accumulation_steps(config, self.world.size)
         self.corpus = self._prepare_data(config)
@@ -122,7 +124,9 @@ class Trainer:
             )
 
         # One rank of a machine builds the shards, the others find them.
-        corpus = self.world.together(run if self.world.local_rank == 0 else lambda: None, ValueError, OSError)
+        corpus = self.world.together(
+            run if self.world.local_rank == 0 else lambda: None, ValueError, OSError, patient=True
+        )
         return corpus if corpus is not None else run()
 
     def train(self) -> int:
@@ -135,6 +139,7 @@ class Trainer:
                 stack.callback(os.close, lock)
             if self.world.size > 1:
                 self.world.together(lambda: self._open_run(stack), ConfigError, checkpoint.CheckpointError, OSError)
+                self.world.require_same({"the checkpoint's step": self.step})
             else:
                 self._open_run(stack)
             stopping = stack.enter_context(StopSignals())

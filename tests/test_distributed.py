@@ -120,6 +120,25 @@ def test_bfloat16_between_ranks_goes_on_where_it_stopped(folder):
     assert not torch.equal(weight, master)
 
 
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1, 2)], ids=str)
+def test_exact_values_follow_a_change_of_ranks(folder, sizes):
+    """With weights that travel rounded: the loaded ones go on, neither the first nor older ones."""
+    name = "master-" + "-".join(map(str, sizes))
+    flags = {"device_batch_size": 2, "gather_dtype": "bfloat16", "save_every": 4, "warmdown_ratio": 0}
+    for count, size in enumerate(sizes, 1):
+        more = {"resume": "auto"} if count > 1 else {}
+        args = {"run": name, "steps": 4 * count} | flags | more
+        if size == 1:
+            assert train(folder, **args) == 0
+            continue
+        code, _, err = finished(torchrun(size, tiny_flags(folder, **args)))
+        assert code == 0, err
+    whole = {"device_batch_size": 2, "save_every": 4, "warmdown_ratio": 0, "steps": 4 * len(sizes)}
+    assert train(folder, run=f"{name}-whole", **whole) == 0
+    exact, found = (losses(folder / "runs" / run_) for run_ in (f"{name}-whole", name))
+    assert [loss for _, _, loss in found] == pytest.approx([loss for _, _, loss in exact], rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

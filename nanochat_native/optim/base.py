@@ -1,6 +1,6 @@
 """What Muon and AdamW share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -46,15 +46,20 @@ class Optimizer(torch.optim.Optimizer):
             self.check_group(group)
         self.buckets: list[Bucket] = []
         if process_group is not None:
-            runs = self._runs(bucket_bytes)
+            ranks = dist.get_world_size(process_group)
             dtypes = {"reduce_dtype": reduce_dtype, "gather_dtype": gather_dtype}
-            self.buckets = [Bucket(run, process_group, whole=self.whole, **dtypes) for run in runs]
+            for runs, layouts in self._layouts(ranks, bucket_bytes):
+                self.buckets += [
+                    Bucket(run, process_group, layout, **dtypes) for run, layout in zip(runs, layouts, strict=True)
+                ]
         if gather_dtype is not None:
             for piece in (piece for bucket in self.buckets for piece in bucket.pieces):
                 self.state[piece.parameter][MASTER] = piece.values
 
-    def _runs(self, bucket_bytes: int) -> list[list[tuple[str, Tensor]]]:
-        """The parameters of each bucket: one dtype and device."""
+    def _layouts(
+        self, ranks: int, bucket_bytes: int
+    ) -> Iterator[tuple[list[list[tuple[str, Tensor]]], list[buckets.Layout]]]:
+        """The parameters of each bucket, and where they lie, for each dtype and device."""
         kinds: dict[Any, list[tuple[str, Tensor]]] = {}
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
@@ -62,9 +67,12 @@ class Optimizer(torch.optim.Optimizer):
                 if not parameter.requires_grad:
                     raise ValueError(f"{name} is frozen; a sharded optimizer takes parameters that get a gradient")
                 kinds.setdefault((parameter.dtype, parameter.device), []).append((name, parameter))
-        if not self.whole:
-            return [[pair] for named in kinds.values() for pair in named]
-        return [run for named in kinds.values() for run in buckets.split(named, bucket_bytes)]
+        for named in kinds.values():
+            if self.whole:
+                runs = buckets.split(named, ranks, bucket_bytes)
+                yield runs, buckets.assign([[parameter for _, parameter in run] for run in runs], ranks)
+            else:
+                yield [[pair] for pair in named], [buckets.split_rows(parameter, ranks) for _, parameter in named]
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError for settings or parameters that the optimizer does not take."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BUCKET_BYTES = 256 << 20  # of gradients: some reductions run beside the rest of the backward pass
+MATRICES_A_SHARD = 4  # of the largest
 ALIGNMENT = 64  # elements: shards and matrices begin at multiples of 256 bytes
 
 
@@ -30,10 +31,18 @@ class Piece(NamedTuple):
     first_row: int = 0
 
 
+class Layout(NamedTuple):
+    """Of the parameters of a bucket: the owner of each, its offset, and the elements of a shard."""
+
+    owners: list[int]
+    offsets: list[int]
+    shard: int
+
+
 class Bucket:
     """Parameters of one dtype and device, their gradients, and the collectives on them.
 
-    whole: matrices, each on one rank; else one parameter, cut by rows. reduce_dtype, gather_dtype: of what travels,
+    reduce_dtype, gather_dtype: of what travels,
     None for the parameters' own; with gather_dtype the owner keeps the exact values apart, and all ranks, itself
     included, the rounded ones.
     """
@@ -42,21 +51,18 @@ class Bucket:
         self,
         named: Sequence[tuple[str, Tensor]],
         group: dist.ProcessGroup,
+        layout: Layout,
         *,
-        whole: bool,
         reduce_dtype: torch.dtype | None = None,
         gather_dtype: torch.dtype | None = None,
     ) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        self.whole, self.reduce_dtype, self.gather_dtype = whole, reduce_dtype, gather_dtype
+        self.reduce_dtype, self.gather_dtype = reduce_dtype, gather_dtype
+        self.owners, offsets, self.shard = layout
+        self.whole = self.owners[0] >= 0
         first = self.parameters[0]
-        if whole:
-            self.owners, offsets, self.shard = assign(self.parameters, self.size)
-        else:
-            rows = -(-first.size(0) // self.size)
-            self.shard, offsets, self.owners = rows * first[0].numel(), [0], [-1]
         self.flat_values = torch.zeros(self.size * self.shard, dtype=first.dtype, device=first.device)
         self.flat_gradients = torch.zeros_like(self.flat_values)
         own = slice(self.rank * self.shard, (self.rank + 1) * self.shard)
@@ -71,7 +77,7 @@ class Bucket:
         self.own_values = self.flat_values[own]
         if gather_dtype is not None:
             self.own_values = self.own_values.clone()
-        self._pieces = self._cut(offsets, whole)
+        self._pieces = self._cut(offsets)
         self._received: Tensor | None = None
         self._works: list[Any] = []
         self.reduced = False
@@ -81,9 +87,9 @@ class Bucket:
         self.when_complete: Any = None  # called once all gradients of a backward pass are there
         self.zero_gradients()
 
-    def _cut(self, offsets: list[int], whole: bool) -> list[tuple[int, int, Tensor, Tensor]]:
+    def _cut(self, offsets: list[int]) -> list[tuple[int, int, Tensor, Tensor]]:
         """(index, first row, values, gradients) of what lies in the own shard."""
-        if not whole:
+        if not self.whole:
             parameter = self.parameters[0]
             width = parameter[0].numel()
             first = self.rank * (self.shard // width)
@@ -104,6 +110,9 @@ class Bucket:
         return [Piece(self.parameters[i], values, grads, row) for i, row, values, grads in self._pieces]
 
     def zero_gradients(self) -> None:
+        if self._works:  # of a backward pass that no step followed
+            self._works[0].wait()
+            self._received, self._works = None, []
         self.flat_gradients.zero_()
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.grad = view
@@ -113,6 +122,7 @@ class Bucket:
     def _arrive(self, index: int) -> None:
         self._take(index)
         self._arrived.add(index)
+        self.reduced = False
         if self.when_complete is not None and len(self._arrived) == len(self.parameters):
             self.when_complete(self)
 
@@ -124,15 +134,19 @@ class Bucket:
         view.copy_(parameter.grad)
         parameter.grad = view
         self._arrived.add(index)
+        self.reduced = False
 
     def start_reduction(self) -> None:
         """Averages the gradients over the ranks, each into its owner's shard, in the background."""
-        if self.reduced or self._works:
+        if self._works:
             return
         for index in range(len(self.parameters)):
             self._take(index)
-        missing = [name for i, name in enumerate(self.names) if i not in self._arrived]
-        if self._arrived and missing:
+        if self.reduced:
+            return
+        gone = {i for i, parameter in enumerate(self.parameters) if parameter.grad is None}
+        missing = [name for i, name in enumerate(self.names) if i in gone or (self._arrived and i not in self._arrived)]
+        if missing:
             raise ValueError(
                 f"no gradient came for {', '.join(missing)}: every parameter of a sharded optimizer needs one"
             )
@@ -150,9 +164,9 @@ class Bucket:
         self._received, self._works = received, [work, gradients]
 
     def finish_reduction(self) -> None:
+        self.start_reduction()
         if self.reduced:
             return
-        self.start_reduction()
         self._works[0].wait()
         assert self._received is not None
         if self._received.numel() > self.shard:
@@ -178,6 +192,7 @@ class Bucket:
         if target is not self.flat_values:
             self.flat_values.copy_(target)
         self._works = []
+        self._arrived.clear()
 
     def traffic_bytes(self) -> int:
         """That this rank sends in a step: all but its own shard of the gradients, and its shard to all others."""
@@ -185,33 +200,55 @@ class Bucket:
         return sum(sizes) * self.shard * (self.size - 1)
 
 
-def assign(matrices: Sequence[Tensor], ranks: int) -> tuple[list[int], list[int], int]:
-    """(owner of each matrix, its offset in the bucket, elements of a shard).
+def split_rows(parameter: Tensor, ranks: int) -> Layout:
+    """One parameter, cut by rows: no one owner."""
+    return Layout([-1], [0], -(-parameter.size(0) // ranks) * parameter[0].numel())
 
-    The longest first, each to the rank that has least of work and bytes with it. Matrices of one shape lie side by
-    side: one batch.
+
+def assign(runs: Sequence[Sequence[Tensor]], ranks: int) -> list[Layout]:
+    """Layouts of buckets of matrices. The largest of a bucket first, each goes to the rank that then has least of the
+    work and the bytes of all buckets so far. Matrices of one shape lie side by side: one batch.
     """
-    work = [float(min(m.shape[-2:]) ** 2 * max(m.shape[-2:])) for m in matrices]
-    numel = [-(-m.numel() // ALIGNMENT) * ALIGNMENT for m in matrices]
-    share = [(w / sum(work), n / sum(numel)) for w, n in zip(work, numel, strict=True)]
+    everything = [matrix for run in runs for matrix in run]
+    all_work, all_numel = sum(map(_work, everything)), sum(map(_padded, everything))
     loads = [(0.0, 0.0)] * ranks
-    owners = [0] * len(matrices)
-    for index in sorted(range(len(matrices)), key=lambda i: (-sum(share[i]), i)):
-        added = [(w + share[index][0], n + share[index][1]) for w, n in loads]
-        owner = min(range(ranks), key=lambda r: (max(added[r]), sum(added[r]), r))
-        loads[owner], owners[index] = added[owner], owner
-    shard = max(sum(n for n, owner in zip(numel, owners, strict=True) if owner == rank) for rank in range(ranks))
-    offsets = [0] * len(matrices)
-    for rank in range(ranks):
-        at = rank * shard
-        mine = [i for i, owner in enumerate(owners) if owner == rank]
-        for index in sorted(mine, key=lambda i: (tuple(matrices[i].shape), i)):
-            offsets[index], at = at, at + numel[index]
-    return owners, offsets, shard
+    layouts = []
+    for run in runs:
+        share = [(_work(m) / all_work, _padded(m) / all_numel) for m in run]
+        owners, here = [0] * len(run), [0] * ranks
+        for index in sorted(range(len(run)), key=lambda i: (-sum(share[i]), i)):
+            added = [(w + share[index][0], n + share[index][1]) for w, n in loads]
+            size, all_here = _padded(run[index]), sum(map(_padded, run))
+            # In units of what is fair: of all buckets' work and bytes, and of this one's bytes, which pad its shards.
+            score = [max(added[r]) + (here[r] + size) / all_here for r in range(ranks)]
+            owner = min(range(ranks), key=lambda r: (score[r], r))
+            loads[owner], owners[index] = added[owner], owner
+            here[owner] += _padded(run[index])
+        shard = max(here)
+        offsets = [0] * len(run)
+        for rank in range(ranks):
+            at = rank * shard
+            mine = [i for i, owner in enumerate(owners) if owner == rank]
+            for index in sorted(mine, key=lambda i: (tuple(run[i].shape), i)):
+                offsets[index], at = at, at + _padded(run[index])
+        layouts.append(Layout(owners, offsets, shard))
+    return layouts
 
 
-def split(named: Sequence[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> list[list[tuple[str, Tensor]]]:
-    """Runs of at most `limit` bytes, the last parameters first: in the order in which their gradients come."""
+def _work(matrix: Tensor) -> float:
+    return float(matrix[..., 0, 0].numel() * min(matrix.shape[-2:]) ** 2 * max(matrix.shape[-2:]))
+
+
+def _padded(matrix: Tensor) -> int:
+    return -(-matrix.numel() // ALIGNMENT) * ALIGNMENT
+
+
+def split(named: Sequence[tuple[str, Tensor]], ranks: int, limit: int = BUCKET_BYTES) -> list[list[tuple[str, Tensor]]]:
+    """Runs of about `limit` bytes, the last parameters first: in the order in which their gradients come. On many ranks
+    they are larger, for the shards of one to be alike."""
+    if not named:
+        return []
+    limit = max(limit, MATRICES_A_SHARD * ranks * max(parameter.nbytes for _, parameter in named))
     runs: list[list[tuple[str, Tensor]]] = []
     room = 0
     for name, parameter in reversed(named):
