@@ -16,7 +16,6 @@ BUCKET_BYTES = 256 << 20  # of gradients: some reductions run beside the rest of
 MATRICES_A_SHARD = 4  # of the largest
 ALIGNMENT = 64  # elements: shards and matrices begin at multiples of 256 bytes
 
-
 # Their names from torch 2.13 on, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -42,9 +41,8 @@ class Layout(NamedTuple):
 class Bucket:
     """Parameters of one dtype and device, their gradients, and the collectives on them.
 
-    reduce_dtype, gather_dtype: of what travels,
-    None for the parameters' own; with gather_dtype the owner keeps the exact values apart, and all ranks, itself
-    included, the rounded ones.
+    reduce_dtype, gather_dtype: of what travels, None for the parameters' own; with gather_dtype the owner keeps the
+    exact values apart, and all ranks, itself included, the rounded ones.
     """
 
     def __init__(
