@@ -34,7 +34,6 @@ from torch.distributed.tensor import DTensor
 FORMAT = "nanochat-native checkpoint"
 VERSION = 1
 OPTIMIZER = "optimizer"
-MASTER = "master"  # state of a sharded optimizer whose parameters travel rounded
 SPACE_MARGIN = 1 << 20  # bytes beside the tensors: headers, JSON, folder entries
 
 _NAME = re.compile(r"step_(\d{6,})")
@@ -74,8 +73,10 @@ def save(
         raise ValueError(f"step is {step}; it takes a number from 0")
     if keep < 1:
         raise ValueError(f"keep is {keep}; it takes a number from 1")
+    meta_bytes = _meta_bytes(step, meta)
     folder = Path(folder)
-    _require_space(folder, step, sum(t.nbytes for group in tensors.values() for t in group.values()))
+    tensor_bytes = sum(t.nbytes for group in tensors.values() for t in group.values())
+    _require_space(folder, step, tensor_bytes + len(meta_bytes))
     target = path_of(folder, step)
     temporary = folder / f"{_TEMPORARY}{target.name}"
     try:
@@ -83,7 +84,7 @@ def save(
         for stem, group in tensors.items():
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
             save_file(plain, temporary / f"{stem}.safetensors")
-        _seal(temporary, target, meta, keep)
+        _seal(temporary, target, step, meta_bytes, keep)
     except Exception as error:
         _remove_leftovers(folder)
         if isinstance(error, ValueError):
@@ -92,10 +93,14 @@ def save(
     return target
 
 
-def _require_space(folder: Path, step: int, tensor_bytes: int) -> None:
+def _meta_bytes(step: int, meta: Mapping[str, Any]) -> bytes:
+    return json.dumps({**meta, "step": step}, indent=1).encode()
+
+
+def _require_space(folder: Path, step: int, content_bytes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    needed, free = tensor_bytes + SPACE_MARGIN, shutil.disk_usage(folder).free
+    needed, free = content_bytes + SPACE_MARGIN, shutil.disk_usage(folder).free
     if free < needed:
         message = f"checkpoint of step {step} takes {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
         raise OSError(errno.ENOSPC, message, str(folder))
@@ -106,10 +111,9 @@ def _not_written(folder: Path, step: int, error: BaseException) -> OSError:
     return OSError(getattr(error, "errno", None) or errno.EIO, message, str(folder))
 
 
-def _seal(temporary: Path, target: Path, meta: Mapping[str, Any], keep: int) -> None:
+def _seal(temporary: Path, target: Path, step: int, meta_bytes: bytes, keep: int) -> None:
     """Adds meta.json and the manifest to the written tensors, moves all of it into place, and removes what is old."""
-    step = int(target.name.removeprefix("step_"))
-    (temporary / "meta.json").write_text(json.dumps({**meta, "step": step}, indent=1))
+    (temporary / "meta.json").write_bytes(meta_bytes)
     paths = sorted(path for path in temporary.rglob("*") if path.is_file())
     files = {
         str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
@@ -130,7 +134,7 @@ class ShardedSave:
     Its calls come in one order on all ranks; where one fails, `failed` says so, and who calls tells the others.
     Rank 0 writes the weights and puts everything in place: `folder` is one that all ranks see.
 
-        start() on all ranks; when `written` on all, seal() on rank 0; when `sealed` there, it is done.
+        prepare() on rank 0; start() on all ranks; once it is done on all, seal() on rank 0; once that is done, close().
     """
 
     def __init__(self, folder: Path | str, step: int, *, rank: int, keep: int = 2) -> None:
@@ -170,7 +174,9 @@ class ShardedSave:
 
     def seal(self, meta: Mapping[str, Any]) -> None:
         """On rank 0, once all ranks are done."""
-        self._jobs = [self._pool.submit(_seal, self.temporary, self.target, meta, self.keep)]
+        self._jobs = [
+            self._pool.submit(_seal, self.temporary, self.target, self.step, _meta_bytes(self.step, meta), self.keep)
+        ]
 
     def close(self) -> None:
         """Ends the thread; what was not sealed goes."""
@@ -285,16 +291,14 @@ def flatten_optimizers(
     return tensors, scalars
 
 
-@torch.no_grad()
 def restore_optimizers(
     named_parameters: Iterable[tuple[str, Tensor]],
     optimizers: Sequence[torch.optim.Optimizer],
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> None:
-    """Inverse of `flatten_optimizers`, of the whole state, once the weights are loaded: a sharded optimizer takes its
-    part, whatever the number of ranks was that wrote it. Tensors go to their parameter's device, except 0-d ones, which
-    stay on the CPU.
+    """Inverse of `flatten_optimizers`, of the whole state, once the weights are loaded. An optimizer with `restore`, as
+    ours, takes its part by that. Tensors go to their parameter's device, except 0-d ones, which stay on the CPU.
 
     Raises CheckpointError when a value belongs to no parameter of the optimizers.
     """
@@ -302,37 +306,17 @@ def restore_optimizers(
     owner = {id(p): opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
     for name, parameter in named_parameters:
         prefix = f"{name}."
+        state = {full.removeprefix(prefix): left.pop(full) for full in list(left) if full.startswith(prefix)}
         optimizer = owner[id(parameter)]
-        rows = _rows_of(optimizer, parameter)
-        master = optimizer.state.get(parameter, {}).get(MASTER)
-        if master is not None and prefix + MASTER not in left:
-            master.copy_(parameter[rows])  # written where weights did not travel rounded: they are the exact ones
-        for full in [full for full in left if full.startswith(prefix)]:
-            value, key = left.pop(full), full.removeprefix(prefix)
-            if rows is None:
-                continue
+        if hasattr(optimizer, "restore"):
+            optimizer.restore(parameter, state)
+            continue
+        for key, value in state.items():
             if isinstance(value, Tensor):
-                part = value[rows] if value.ndim and value.size(0) == parameter.size(0) else value
-                value = part.to(parameter.device if value.ndim else "cpu", copy=True)
-            if key != MASTER:
-                optimizer.state[parameter][key] = value
-            elif master is not None:
-                master.copy_(value)  # a part of the optimizer's own memory
-            elif not getattr(optimizer, "buckets", []):
-                parameter.copy_(value)
+                value = value.to(parameter.device if value.ndim else "cpu", copy=True)
+            optimizer.state[parameter][key] = value
     if left:
         raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(sorted(left))}")
-
-
-def _rows_of(optimizer: Any, parameter: Tensor) -> slice | None:
-    """Of the parameter's state, what this rank keeps; None where another rank keeps it."""
-    buckets = getattr(optimizer, "buckets", [])
-    if not buckets:
-        return slice(None)
-    for piece in (piece for bucket in buckets for piece in bucket.pieces):
-        if piece.parameter is parameter:
-            return slice(piece.first_row, piece.first_row + piece.values.size(0))
-    return None
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

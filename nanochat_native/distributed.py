@@ -28,12 +28,11 @@ class LostRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """rank of size processes; local_rank of local_size on this machine. One process alone needs no group."""
+    """rank of size processes; local_rank of those on this machine. One process alone needs no group."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    local_size: int = 1
     group: dist.ProcessGroup | None = None
     background: dist.ProcessGroup | None = None  # of the CPU, for what goes on beside the training
 
@@ -69,10 +68,13 @@ class World:
         self.gather(None)
 
     def together(self, action: Callable[[], T], *expected: type[Exception], patient: bool = False) -> T:
-        """action(), on every rank. Where it raised one of `expected` on some, all raise RankError with that message.
+        """action(), on every rank. Where it raised one of `expected` on some, all raise RankError with that message;
+        one process alone raises what the action does.
 
         patient: on some ranks it may take hours.
         """
+        if self.group is None:
+            return action()
         result, message = None, ""
         try:
             result = action()
@@ -126,7 +128,7 @@ def joined() -> Iterator[World]:
     try:
         dist.init_process_group(backend, timeout=timeout)
         background = dist.new_group(backend="gloo", timeout=timeout)
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, dist.group.WORLD, background)
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, dist.group.WORLD, background)
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, RankError) or not re.search(r"[Tt]imed? ?out|[Cc]onnection", str(error)):
             raise

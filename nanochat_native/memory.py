@@ -13,7 +13,6 @@ import tyro
 
 from nanochat_native import sizing
 from nanochat_native.model import GPT, GPTConfig
-from nanochat_native.optim import setup_optimizers
 from nanochat_native.optim.buckets import assign, split, split_rows
 
 
@@ -60,10 +59,6 @@ def predict(options: Options) -> dict[str, int]:
 
 def static_bytes(model: GPT, ranks: int) -> tuple[int, int]:
     """(weights, optimizers' state) of the rank that has most of both."""
-    if ranks == 1:
-        adamw, muon = setup_optimizers(model)
-        numel = [sum(p.numel() for g in each.param_groups for p in g["params"]) for each in (adamw, muon)]
-        return 4 * sum(numel), 4 * (2 * numel[0] + numel[1])
     rows = sum(split_rows(parameter, ranks).shard for parameter in (model.wte.weight, model.lm_head.weight))
     weights, state = 4 * ranks * rows, 4 * 2 * rows
     matrices = [(name, p) for name, p in model.named_parameters() if name.startswith("transformer.h.")]

@@ -42,9 +42,8 @@ def announce(run: Trainer, notes: list[str]) -> None:
     )
     say(f"optimizer {describe_routing(run.optimizers)}")
     if run.world.size > 1:
-        buckets = run.buckets()
-        sent = sum(bucket.traffic_bytes() for bucket in buckets)
-        own, all_ = (sum(b.shard * b.flat_values.itemsize * n for b in buckets) for n in (1, run.world.size))
+        sent = sum(bucket.traffic_bytes() for bucket in run.buckets)
+        own, all_ = (sum(b.shard * b.flat_values.itemsize * n for b in run.buckets) for n in (1, run.world.size))
         say(
             f"ranks    {run.world.size} over {'NCCL' if run.device.type == 'cuda' else 'gloo'} | each owns "
             f"{own / 1e6:.1f} of {all_ / 1e6:.1f} MB of weights, and sends {sent / 1e6:.1f} MB a step"

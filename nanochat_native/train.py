@@ -64,7 +64,10 @@ def _run(world: World, args: Sequence[str]) -> int:
         console = Console(as_json=config.json) if world.first else SilentConsole()
         # What is raised on one rank alone, others may wait for: they are told.
         make = lambda: Trainer(config, console, world)  # noqa: E731
-        trainer = world.together(make, ValueError, ImportError, OSError)
+        try:
+            trainer = world.together(make, ValueError, ImportError, OSError)
+        except (ValueError, ImportError, OSError) as error:
+            raise ConfigError(str(error)) from error
         announce(trainer, notes)
         return 0 if config.dry_run else trainer.train()
     except (ConfigError, CheckpointError) as error:

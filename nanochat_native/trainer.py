@@ -28,8 +28,7 @@ from nanochat_native.evaluate import evaluate
 from nanochat_native.generate import generate_text
 from nanochat_native.metrics import Console, MetricsLog, SilentLog
 from nanochat_native.model import GPT, GPTConfig
-from nanochat_native.optim import Muon, clip_reduced_, overlap_backward, setup_optimizers
-from nanochat_native.optim.buckets import Bucket
+from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
 from nanochat_native.schedules import lr_multiplier, muon_momentum
 from nanochat_native.spikes import SpikeGuard
 
@@ -99,6 +98,8 @@ class Trainer:
             gather_dtype=torch.bfloat16 if config.gather_dtype == "bfloat16" else None,
             **{name: getattr(config, name) for name in MUON_OPTIONS},
         )
+        self.buckets = buckets_of(self.optimizers)
+        self.overlap = overlap_backward(self.buckets, self.model.parameters())
         self.peak = hardware.peak(self.device, self.dtype)
 
         self.step = 0  # optimizer steps done
@@ -137,11 +138,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if lock is not None:
                 stack.callback(os.close, lock)
-            if self.world.size > 1:
-                self.world.together(lambda: self._open_run(stack), ConfigError, checkpoint.CheckpointError, OSError)
-                self.world.require_same({"the checkpoint's step": self.step})
-            else:
-                self._open_run(stack)
+            self.world.together(lambda: self._open_run(stack), ConfigError, checkpoint.CheckpointError, OSError)
+            self.world.require_same({"the checkpoint's step": self.step})
             stopping = stack.enter_context(StopSignals())
             batches = stack.enter_context(self.loader.iterate(self.step))
             began, first_step = time.perf_counter(), self.step
@@ -191,7 +189,7 @@ class Trainer:
         for i, (x, y) in enumerate(zip(inputs.chunk(steps), targets.chunk(steps), strict=True)):
             with self._autocast():
                 micro_loss = self.model(x, y) / steps
-            with overlap_backward(self.buckets() if i + 1 == steps else [], self.model.parameters()):
+            with self.overlap if i + 1 == steps else contextlib.nullcontext():
                 micro_loss.backward()
             loss += micro_loss.detach()
         norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf).item()
@@ -212,10 +210,6 @@ class Trainer:
         if self.world.size > 1 and check_every and self.step % check_every == 0:
             require_same_bits(self.world, list(self.model.named_parameters()))
         self._log_step(norm, rate, momentum, waited, time.perf_counter() - start)
-
-    def buckets(self) -> list[Bucket]:
-        """Of all optimizers; none on one rank."""
-        return [bucket for optimizer in self.optimizers for bucket in getattr(optimizer, "buckets", [])]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -360,7 +354,7 @@ class Trainer:
 
     def _with_shards(self, state: dict[str, Tensor]) -> dict[str, Tensor | DTensor]:
         """This rank's state, that which is cut by rows as its part of tensors that all ranks have."""
-        cut = {id(bucket.parameters[0]) for bucket in self.buckets() if not bucket.whole}
+        cut = {id(bucket.parameters[0]) for bucket in self.buckets if not bucket.whole}
         names = {name for name, parameter in self.model.named_parameters() if id(parameter) in cut}
         own = {key: t for key, t in state.items() if t.ndim and key.rsplit(".", 1)[0] in names}
         everyone = self.world.gather({key: (tuple(t.shape), t.dtype) for key, t in own.items()})

@@ -66,16 +66,17 @@ def newton_schulz(g):
 
 
 def newton_schulz_in(dtype, g, triples, norm_factor=1.0):
-    """The plain steps on matrices (..., M, K), each product rounded to `dtype`, as tensor cores do it; the last is
-    not."""
+    """The plain steps on matrices (..., M, K), each product rounded to `dtype`, as tensor cores do it, and summed in
+    float32 or, if it is that, float64; the last is not rounded."""
+    wide = torch.promote_types(dtype, torch.float32)
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).double()
-    x = (x / (norm_factor * torch.linalg.matrix_norm(x)[..., None, None])).to(dtype).float()
+    x = (x / (norm_factor * torch.linalg.matrix_norm(x)[..., None, None])).to(dtype).to(wide)
     for index, (a, b, c) in enumerate(triples):
-        gram = (x @ x.mT).to(dtype).float()
-        x = a * x + (b * gram + c * gram @ gram).to(dtype).float() @ x
+        gram = (x @ x.mT).to(dtype).to(wide)
+        x = a * x + (b * gram + c * gram @ gram).to(dtype).to(wide) @ x
         if index + 1 < len(triples):
-            x = x.to(dtype).float()
+            x = x.to(dtype).to(wide)
     return x.mT if tall else x
 
 

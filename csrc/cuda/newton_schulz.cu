@@ -30,7 +30,7 @@ struct Normalise {
     Matrices x;
 };
 
-// The thread's elements `item` of matrix blockIdx.y, one after another; zeros behind the end of a row.
+// kElements of matrix blockIdx.y from (row, column) on; zeros behind the end of the row.
 NANOCHAT_DEVICE void load_elements(const Normalise& a, int row, int column, Pack<float, 4> (&g)[2]) {
     const float* from = a.g + (int64_t{blockIdx.y} * a.x.rows + row) * a.x.columns + column;
 #pragma unroll
@@ -285,13 +285,11 @@ int parts_of(const NewtonSchulz& a) {
 
 // Scratch memory for `count` matrices.
 struct Layout {
-    bool gram;
     Matrices x[2], small[5];
     double* partials;
     int64_t bytes = 0;
 
-    Layout(const NewtonSchulz& a, const std::vector<int>& phases, int64_t count, void* memory)
-        : gram(*std::max_element(phases.begin(), phases.end()) > 1) {
+    Layout(const NewtonSchulz& a, const std::vector<int>& phases, int64_t count, void* memory) {
         const auto take = [&](int64_t size) {
             char* const place = static_cast<char*>(memory) + bytes;
             bytes += (size + 255) / 256 * 256;   // tensor copies want multiples of 16
@@ -303,6 +301,7 @@ struct Layout {
                             static_cast<int>(columns), static_cast<int>(pitch)};
         };
         const int64_t R = std::min(a.M, a.K);
+        const bool gram = *std::max_element(phases.begin(), phases.end()) > 1;
         for (int i = 0; i < 2; ++i) x[i] = matrices(a.M, a.K, i == 0 || phases.size() > 1);
         for (int i = 0; i < 5; ++i) small[i] = matrices(R, R, i < 2 || gram);
         partials = static_cast<double*>(take(a.norms ? 0 : count * parts_of(a) * static_cast<int64_t>(sizeof(double))));

@@ -16,7 +16,7 @@ import torch
 from nanochat_native import distributed
 from nanochat_native.distributed import World
 from nanochat_native.model import GPT, GPTConfig
-from nanochat_native.optim import clip_reduced_, overlap_backward, setup_optimizers
+from nanochat_native.optim import buckets_of, clip_reduced_, overlap_backward, setup_optimizers
 
 DEPTH, T, B, VOCABULARY = 4, 256, 8, 8192  # B x T tokens in all, whatever the number of ranks
 
@@ -26,14 +26,15 @@ def measure(world: World, repeats: int) -> dict[str, Any]:
     model = GPT(GPTConfig.from_depth(DEPTH, vocab_size=VOCABULARY, sequence_len=T))
     model.init_weights(seed=0)
     optimizers = setup_optimizers(model, process_group=world.group)
-    buckets = [bucket for optimizer in optimizers for bucket in getattr(optimizer, "buckets", [])]
+    buckets = buckets_of(optimizers)
     tokens = torch.randint(0, VOCABULARY, (B, T + 1), generator=torch.Generator().manual_seed(0))
     own = tokens[world.rank * B // world.size : (world.rank + 1) * B // world.size]
     inputs, targets = own[:, :-1].contiguous(), own[:, 1:].contiguous()
     times = []
+    overlap = overlap_backward(buckets, model.parameters())
     for _ in range(repeats + 2):
         start = time.perf_counter()
-        with overlap_backward(buckets, model.parameters()):
+        with overlap:
             model(inputs, targets).backward()
         clip_reduced_(optimizers, 1.0)
         for optimizer in optimizers:

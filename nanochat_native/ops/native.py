@@ -11,18 +11,17 @@ from nanochat_native.ops.reference import Triple, compute_dtype
 
 MEND = "run `pip install --no-build-isolation .` in nanochat-native's folder, or choose NANOCHAT_NATIVE_BACKEND=torch"
 
-# Operators with a CUDA kernel, when the module was built with CUDA. Every operator has CPU kernels.
-CUDA_OPERATORS = frozenset(
-    {
-        "attention",
-        "newton_schulz",
-        "adamw_",
-        "muon_momentum_",
-        "muon_update_",
-        "newton_schulz_update_",
-        "linear_cross_entropy",
-    }
+OPERATORS = (
+    "attention",
+    "newton_schulz",
+    "adamw_",
+    "muon_momentum_",
+    "muon_update_",
+    "newton_schulz_update_",
+    "linear_cross_entropy",
 )
+# Those with a CUDA kernel, when the module was built with CUDA: all. Every operator has CPU kernels.
+CUDA_OPERATORS = frozenset(OPERATORS)
 CUDA_ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_ATTENTION_LARGEST_D = 128
 
@@ -96,15 +95,7 @@ def cuda_instruction_set() -> str:
 # Types of device that have a native kernel, for each operator. "meta" stands for shapes without data.
 DEVICES: dict[str, tuple[str, ...]] = {
     op: ("cpu", "meta", "cuda") if op in CUDA_OPERATORS and not problem and build_info()["cuda"] else ("cpu", "meta")
-    for op in (
-        "attention",
-        "newton_schulz",
-        "adamw_",
-        "muon_momentum_",
-        "muon_update_",
-        "newton_schulz_update_",
-        "linear_cross_entropy",
-    )
+    for op in OPERATORS
 }
 
 

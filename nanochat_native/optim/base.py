@@ -99,6 +99,32 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"the gradient of {self.name_of(group, index)} is sparse; it takes a dense one")
         return [Piece(p, p, p.grad) for p in group["params"] if p.grad is not None]
 
+    @torch.no_grad()
+    def restore(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Takes what this rank keeps of a parameter's whole state, once the weights are loaded.
+
+        Tensors go to the parameter's device, except 0-d ones, which stay on the CPU.
+        """
+        piece = Piece(parameter, parameter, parameter)
+        if self.buckets:
+            own = (piece for bucket in self.buckets for piece in bucket.pieces if piece.parameter is parameter)
+            found = next(own, None)
+            if found is None:
+                return  # another rank keeps it
+            piece = found
+        rows = slice(piece.first_row, piece.first_row + piece.values.size(0))
+
+        def part(value: Tensor) -> Tensor:
+            return value[rows] if value.ndim and value.size(0) == parameter.size(0) else value
+
+        if not self.buckets or MASTER in self.state.get(parameter, {}):
+            piece.values.copy_(part(state.get(MASTER, parameter)))  # weights that never travelled rounded are exact
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value = part(value).to(parameter.device if value.ndim else "cpu", copy=True)
+            if key != MASTER:
+                self.state[parameter][key] = value
+
     def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         raise NotImplementedError
 
@@ -146,3 +172,8 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if value.ndim > 0:
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def buckets_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Bucket]:
+    """Of all that are sharded."""
+    return [bucket for each in optimizers if isinstance(each, Optimizer) for bucket in each.buckets]

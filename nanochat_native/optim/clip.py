@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_native.optim.base import Optimizer
+from nanochat_native.optim.base import Optimizer, buckets_of
 
 
 @torch.no_grad()
@@ -28,17 +28,17 @@ def clip_reduced_(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) 
     over the ranks, which are waited for here. All ranks get the same norm, and scale alike.
     """
     gradients: list[Tensor] = []
-    group, device = None, torch.device("cpu")
+    buckets = buckets_of(optimizers)
+    for bucket in buckets:
+        bucket.start_reduction()
+    for bucket in buckets:
+        bucket.finish_reduction()
     for optimizer in optimizers:
         if isinstance(optimizer, Optimizer):
-            for bucket in optimizer.buckets:
-                bucket.start_reduction()
-                group, device = bucket.group, bucket.flat_gradients.device
-            for bucket in optimizer.buckets:
-                bucket.finish_reduction()
             gradients += [piece.gradient for g in optimizer.param_groups for piece in optimizer.pieces(g)]
         else:
             gradients += [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    group, device = (buckets[0].group, buckets[0].flat_gradients.device) if buckets else (None, None)
     return _clip(gradients, max_norm, group, device)
 
 

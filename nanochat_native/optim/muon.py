@@ -16,7 +16,6 @@ from nanochat_native.optim.buckets import Piece
 
 OPTIONS = {
     "nesterov": True,
-    "cautious": False,
     "row_equilibration": False,
     "frobenius_renormalisation": False,
     "normuon": False,
