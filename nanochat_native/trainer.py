@@ -359,12 +359,11 @@ class Trainer:
         own = {key: t for key, t in state.items() if t.ndim and key.rsplit(".", 1)[0] in names}
         everyone = self.world.gather({key: (tuple(t.shape), t.dtype) for key, t in own.items()})
         mesh = init_device_mesh("cpu", (self.world.size,))
-        # Copies: the next step updates in place what is written meanwhile.
-        found: dict[str, Tensor | DTensor] = {k: t.to("cpu", copy=True) for k, t in state.items() if k not in own}
+        found: dict[str, Tensor | DTensor] = {key: t.cpu() for key, t in state.items() if key not in own}
         for key in dict.fromkeys(key for keys in everyone for key in keys):
             (_, *rest), dtype = next(shapes[key] for shapes in everyone if key in shapes)
             whole = torch.Size((sum(shapes[key][0][0] for shapes in everyone if key in shapes), *rest))
-            local = own[key].to("cpu", copy=True) if key in own else torch.empty((0, *rest), dtype=dtype)
+            local = own[key].cpu() if key in own else torch.empty((0, *rest), dtype=dtype)
             stride = torch.empty(whole, device="meta").stride()
             found[key] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole, stride=stride)
         return found

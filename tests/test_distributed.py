@@ -366,7 +366,7 @@ def fail_on(rank):
 
 
 def written_while_it_changes(folder):
-    """A checkpoint of a matrix of each rank and of a table that is cut by rows; the weights change at once."""
+    """A checkpoint of a matrix of each rank and of a table that is cut by rows; all of them change at once."""
     here, group = world(), dist.new_group(backend="gloo")
     weights = {"w": torch.arange(6.0)}
     mesh = init_device_mesh("cpu", (here.size,))
@@ -377,8 +377,10 @@ def written_while_it_changes(folder):
     if here.first:
         saving.prepare(1000)
     here.wait()
-    saving.start(weights, {f"own{here.rank}": torch.full((2, 2), float(here.rank)), "table": table}, group)
-    weights["w"].zero_()
+    own = torch.full((2, 2), float(here.rank))
+    saving.start(weights, {f"own{here.rank}": own, "table": table}, group)
+    for changed in (weights["w"], own, local):
+        changed.fill_(-1.0)
     while here.max(not saving.done):
         pass
     assert not saving.failed
