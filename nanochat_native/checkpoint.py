@@ -152,8 +152,8 @@ class ShardedSave:
     def start(
         self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor | DTensor], group: dist.ProcessGroup
     ) -> None:
-        """weights: rank 0's count. state, on the CPU: this rank's whole tensors, and its rows of DTensors that all ranks
-        have. Both are copied before this returns: the next step may update them in place."""
+        """weights: rank 0's count. state, on the CPU: this rank's whole tensors, and its rows of DTensors that all
+        ranks have. Both are copied before this returns: the next step may update them in place."""
         if self.rank == 0:
             plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
             self._jobs.append(self._pool.submit(save_file, plain, self.temporary / "model.safetensors"))
