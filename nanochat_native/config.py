@@ -9,7 +9,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,18 +60,29 @@ class TrainConfig:
     total_batch_size: Annotated[int, _auto("INT", "524288 on a GPU, 65536 there without --data, 2048 on a CPU")] = AUTO
     """Tokens of one optimizer step."""
 
-    optimizer: Literal["hybrid", "adamw", "adam", "sgd"] = "hybrid"
-    """hybrid: Muon for the matrices of the blocks, AdamW for wte and lm_head. The others take every parameter."""
-    matrix_lr: Annotated[float, _auto("FLOAT", "0.02 for Muon, 0.002 for adamw and adam, 0.1 for sgd")] = AUTO
-    """Learning rate of the matrices of the blocks; of everything with sgd."""
-    embedding_lr: float = 0.2
-    """Learning rate of wte at width 768; scaled by (width / 768)^-0.5."""
-    unembedding_lr: float = 0.004
-    """Learning rate of lm_head at width 768; scaled likewise."""
+    optimizer: Literal["hybrid", "muon_sgd", "adamw", "adam", "sgd_momentum", "sgd"] = "hybrid"
+    """hybrid: Muon for the matrices of the blocks, AdamW for wte and lm_head; muon_sgd: SGD for the two. The others
+    take every parameter."""
+    matrix_lr: Annotated[float, _auto("FLOAT", "0.02 with Muon, 0.002 with adamw and adam, else 0.3 or 0.1")] = AUTO
+    """Learning rate of the matrices of the blocks; of adamw and adam at width 768, scaled by (width / 768)^-0.5."""
+    embedding_lr: Annotated[float, _auto("FLOAT", "0.2; 0.3 with SGD, 0.1 with sgd_momentum")] = AUTO
+    """Learning rate of wte at width 768, scaled by (width / 768)^-0.5; of SGD as it is."""
+    unembedding_lr: Annotated[float, _auto("FLOAT", "0.004; 0.3 with SGD, 0.1 with sgd_momentum")] = AUTO
+    """Learning rate of lm_head at width 768, scaled likewise."""
     weight_decay: float = 0.0
     """Decay of wte and lm_head, a fraction of their learning rate (adam and sgd: an L2 penalty on everything)."""
     matrix_weight_decay: float = 0.0
     """Decay of the matrices of the blocks under Muon, a fraction of their learning rate."""
+    ns_steps: int = 5
+    """Steps of Newton-Schulz in an update of Muon."""
+    ns_coefficients: Literal["quintic", "polar_express", "cubic"] = "quintic"
+    """Polynomials of Newton-Schulz: quintic (Jordan's), polar_express (another for each step), cubic (1.5, -0.5)."""
+    momentum_start: float = 0.85
+    """Muon's momentum at the first step, 0 to below 1."""
+    momentum_end: float = 0.95
+    """Muon's momentum after --momentum-warmup-steps, 0 to below 1."""
+    momentum_warmup_steps: int = 300
+    """Steps over which Muon's momentum goes from the one to the other."""
     cautious: bool = False
     """Muon decays only the elements that its update moves towards 0."""
     row_equilibration: bool = False
@@ -111,6 +122,11 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Checkpoints kept, the newest."""
+    diagnose: bool = False
+    """Look into the layers: norms of gradients and updates, orthogonality, attention's logits, dead units; a report as
+    diagnosis.png."""
+    diagnose_every: Annotated[int, _auto("INT", "a fortieth of the horizon, at most 100")] = AUTO
+    """Steps between such looks."""
 
     run: Annotated[str | None, _auto("STR", "d<depth>")] = None
     """Name of the run: its folder is OUT_DIR/RUN."""
@@ -160,14 +176,17 @@ class TrainConfig:
             "skip_spikes",
         ):
             self._require(name, "a finite number from 0", 0 <= getattr(self, name) < math.inf)
+        for name in ("momentum_start", "momentum_end"):
+            self._require(name, "a number from 0 to below 1", 0 <= getattr(self, name) < 1)
         letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
         self._require("window_pattern", "letters L and S, e.g. SSSL", letters)
         if self.run is not None:
             plain = self.run not in ("", "..") and Path(self.run).name == self.run
             self._require("run", "a name without slashes (--out-dir takes a folder)", plain)
 
-        of_muon = [name for name in ("matrix_weight_decay", *MUON_OPTIONS) if getattr(self, name)]
-        if of_muon and self.optimizer != "hybrid":
+        fields = self.__dataclass_fields__
+        of_muon = [name for name in _OF_MUON if getattr(self, name) != fields[name].default]
+        if of_muon and self.optimizer not in WITH_MUON:
             raise ConfigError(f"{flag(of_muon[0])} is Muon's; --optimizer {self.optimizer} has none")
 
         if self.warmup_ratio + self.warmdown_ratio > 1:
@@ -192,7 +211,18 @@ class TrainConfig:
         return self.out_dir / str(self.run)
 
 
+RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
+WITH_MUON = ("hybrid", "muon_sgd")
 MUON_OPTIONS = ("cautious", "row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
+_OF_MUON = (
+    "matrix_weight_decay",
+    "ns_steps",
+    "ns_coefficients",
+    "momentum_start",
+    "momentum_end",
+    "momentum_warmup_steps",
+    *MUON_OPTIONS,
+)
 _HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio")
 _LEAST = {
     "depth": 1,
@@ -208,7 +238,10 @@ _LEAST = {
     "sample_every": 0,
     "save_every": 0,
     "keep": 1,
+    "diagnose_every": 1,
     "check_replicas_every": 0,
+    "ns_steps": 1,
+    "momentum_warmup_steps": 0,
     "seed": 0,
     "max_skipped_steps": 1,
 }
@@ -224,17 +257,24 @@ def parse(args: Sequence[str], base: TrainConfig | None = None) -> TrainConfig:
 
     Raises ConfigError, one line, for an unknown flag or a value that the flag does not take. --help prints and exits.
     """
+    with one_line_errors():
+        return tyro.cli(
+            TrainConfig,
+            prog="python -m nanochat_native.train",
+            args=list(args),
+            default=TrainConfig() if base is None else base,
+            # A switch that is on in `base` may be given again, or turned off by --no-...
+            config=(tyro.conf.FlagCreatePairsOff,) if base is None else (),
+        )
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within the block tyro's report of a bad flag is a ConfigError of one line."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                TrainConfig,
-                prog="python -m nanochat_native.train",
-                args=list(args),
-                default=TrainConfig() if base is None else base,
-                # A switch that is on in `base` may be given again, or turned off by --no-...
-                config=(tyro.conf.FlagCreatePairsOff,) if base is None else (),
-            )
+            yield
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -250,7 +290,8 @@ def _one_line(report: str) -> str:
             sections[-1].append(line)
         elif sections[-1]:
             sections.append([])
-    message = re.sub(r"\s+", " ", " ".join(sections[0])).strip().removeprefix("TrainConfig: ")
+    message = re.sub(r"\s+", " ", " ".join(sections[0])).strip()
+    message = re.sub(r"^(Error parsing )?[A-Z]\w*: ", "", message)  # what a dataclass raised itself
     if value := re.fullmatch(r"Error parsing (\S+): (.*)", message):
         name, problem = value.groups()
         problem = re.sub(r"invalid literal for int\(\) with base 10: ", "takes a whole number, got ", problem)
@@ -300,6 +341,7 @@ def horizon(config: TrainConfig, *, num_params: int, flops_per_token: int) -> Tr
         "eval_every": min(250, math.ceil(steps / 5)),
         "sample_every": min(1000, math.ceil(steps / 4)),
         "save_every": min(1000, math.ceil(steps / 4)),
+        "diagnose_every": min(100, math.ceil(steps / 40)),
     }
     fixed = dataclasses.replace(config, num_iterations=steps, target_flops=AUTO, target_param_data_ratio=AUTO)
     return _fill(fixed, sized)

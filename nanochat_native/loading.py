@@ -64,19 +64,19 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command line's work: 0; 2 after one line on stderr for a mistake of the user's; 130 after Ctrl-C."""
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Runs a command line's work: what it returns, or 0; 2 after one line on stderr for a mistake of the user's; 130
+    after Ctrl-C."""
     try:
         ops.use_backend(ops.backend())
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        command()
+        return command() or 0
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    return 0

@@ -240,11 +240,15 @@ class Attention(nn.Module):
         self.c_v = Linear(config.n_embd, kv_channels, bias=False)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q (B, T, H, D), k, v (B, T, Hkv, D), as attention takes them."""
         heads = (-1, self.head_dim)
         q = _RotaryNorm.apply(self.c_q(x).unflatten(-1, heads), cos, sin)
         k = _RotaryNorm.apply(self.c_k(x).unflatten(-1, heads), cos, sin)
-        v = self.c_v(x).unflatten(-1, heads)
+        return q, k, self.c_v(x).unflatten(-1, heads)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
+        q, k, v = self.project(x, cos, sin)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)
         return cast(Tensor, self.c_proj(ops.attention(q, k, v, window=self.window).flatten(-2)))

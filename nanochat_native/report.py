@@ -12,7 +12,7 @@ from nanochat_native import hardware, ops, sizing
 from nanochat_native.config import STDLIB
 from nanochat_native.metrics import compact, duration
 from nanochat_native.optim import describe_routing
-from nanochat_native.plot import plot_loss
+from nanochat_native.plot import MISSING, plot_diagnosis, plot_loss
 
 if TYPE_CHECKING:
     from nanochat_native.trainer import Trainer
@@ -114,7 +114,11 @@ def summarize(run: Trainer, seconds: float, steps: int) -> dict[str, Any]:
         parts.append(f"{run.skipped} steps skipped")
     say(f"done     {' | '.join(parts)}")
     plot = plot_loss(config.run_dir)
-    say(f"plot     {plot or 'none: matplotlib is not installed'}")
+    say(f"plot     {plot or MISSING}")
+    looked = run.diagnosis
+    if looked is not None and looked.count:
+        cost = f"{1e3 * looked.seconds / looked.count:.0f} ms each, {looked.seconds / seconds:.1%} of the time"
+        say(f"layers   {plot_diagnosis(config.run_dir) or MISSING} | looked {looked.count} times, {cost}")
 
     folder = shlex.quote(str(config.run_dir))
     train = f"python -m nanochat_native.train --resume {folder}"

@@ -1,6 +1,6 @@
 """What a run leaves on the disk, and how a later call finds it, goes on with it, or clears it away.
 
-OUT_DIR/RUN/  config.json  metrics.jsonl  tensorboard/  loss.png  tokenizer/  checkpoints/step_000100/
+OUT_DIR/RUN/  config.json  metrics.jsonl  tensorboard/  loss.png  diagnosis.png  tokenizer/  checkpoints/step_000100/
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch
 from nanochat_native.config import STDLIB, ConfigError, TrainConfig, flag, parse, to_json, with_defaults
 
 FORMAT = "nanochat-native run"
-ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "tokenizer", "checkpoints")
+ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "diagnosis.png", "tokenizer", "checkpoints")
 
 # What may differ when a run goes on. Anything else would make it another run, but for a longer horizon.
 OF_ONE_CALL = ("resume", "overwrite", "dry_run", "print_config", "json", "out_dir", "run")
@@ -29,6 +29,8 @@ FREE = (
     "sample_every",
     "save_every",
     "keep",
+    "diagnose",
+    "diagnose_every",
     "max_skipped_steps",
     "check_replicas_every",
 )
@@ -41,18 +43,20 @@ def configure(args: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     With --resume the flags that are not given are the run's own, and --resume becomes None where "auto" finds no run.
     Raises ConfigError.
     """
-    config = _sized(parse(args))
+    config = sized(parse(args))
     if config.resume is None:
         return config, []
     folder = config.run_dir if config.resume == "auto" else _folder_of(Path(config.resume))
     if config.resume == "auto" and not is_run(folder):
         return dataclasses.replace(config, resume=None), []
     saved = load_config(folder)
-    wanted = dataclasses.replace(_sized(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
+    wanted = dataclasses.replace(sized(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
     return wanted, changes(saved, wanted)
 
 
-def _sized(config: TrainConfig) -> TrainConfig:
+def sized(config: TrainConfig) -> TrainConfig:
+    """The config with device, data and what follows from them filled in. Raises ConfigError for a GPU that is not
+    there."""
     gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch sees no GPU; take --device cpu")

@@ -1,6 +1,11 @@
-"""Learning rate and momentum as pure functions of the step."""
+"""Learning rate and momentum as pure functions of the step; python -m nanochat_native.schedules shows them."""
 
 import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 SHAPES = ("linear", "cosine", "exponential", "step", "constant")
 DROPS = 3  # of the "step" shape, evenly over the warmdown
@@ -73,3 +78,100 @@ def muon_momentum(step: int, *, start: float = 0.85, end: float = 0.95, warmup_s
         raise ValueError(f"start is {start}, end {end}; both take 0 to below 1")
     x = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
     return (1 - x) * start + x * end
+
+
+class Settings(Protocol):
+    """What the flags of train say of schedules."""
+
+    @property
+    def num_iterations(self) -> int: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup_ratio(self) -> float: ...
+    @property
+    def warmdown_ratio(self) -> float: ...
+    @property
+    def final_lr_frac(self) -> float: ...
+    @property
+    def momentum_start(self) -> float: ...
+    @property
+    def momentum_end(self) -> float: ...
+    @property
+    def momentum_warmup_steps(self) -> int: ...
+
+
+def lr_at(step: int, settings: Settings) -> float:
+    """lr_multiplier as a run with these flags takes it."""
+    return lr_multiplier(
+        step,
+        settings.num_iterations,
+        warmup_ratio=settings.warmup_ratio,
+        warmdown_ratio=settings.warmdown_ratio,
+        final_lr_frac=settings.final_lr_frac,
+        shape=settings.schedule,
+    )
+
+
+def momentum_at(step: int, settings: Settings) -> float:
+    """muon_momentum as a run with these flags takes it."""
+    return muon_momentum(
+        step,
+        start=settings.momentum_start,
+        end=settings.momentum_end,
+        warmup_steps=settings.momentum_warmup_steps,
+    )
+
+
+@dataclass
+class Options:
+    """Show the learning rate over a run, for every shape of --schedule, and Muon's momentum.
+
+    Takes train's flags that say how: --num-iterations (1000 here, where not given), --warmup-ratio, --warmdown-ratio,
+    --final-lr-frac, --momentum-start, --momentum-end, --momentum-warmup-steps.
+    """
+
+    plot: bool = False
+    """Leave result.json and a picture in --out."""
+    out: Path | None = None
+    """Folder for them; default: lab/schedules, or the next that is free."""
+
+
+LEAST_END = 0.1  # of the shapes that cannot end at 0, where --final-lr-frac is 0
+
+
+def run(args: Sequence[str]) -> None:
+    """Prints eleven points of every schedule, and with --plot draws them all."""
+    import dataclasses
+
+    from nanochat_native import lab
+    from nanochat_native.config import TrainConfig
+    from nanochat_native.metrics import Console
+
+    options, config = lab.configure(Options, "schedules", args, base=TrainConfig(num_iterations=1000))
+    total, console = config.num_iterations, Console()
+    multipliers: dict[str, list[float]] = {}
+    for shape in SHAPES:
+        end = config.final_lr_frac or (LEAST_END if shape in ("exponential", "step") else 0.0)
+        settings: dict[str, Any] = {"schedule": shape, "final_lr_frac": end}
+        shaped = dataclasses.replace(config, **settings)
+        multipliers[shape] = [lr_at(step, shaped) for step in range(total)]
+    momentum = [momentum_at(step, config) for step in range(total)]
+    columns = {**multipliers, "momentum": momentum}
+    console.say(f"{'step':>8}" + "".join(f"{name:>13}" for name in columns))
+    for step in sorted({round(i * (total - 1) / 10) for i in range(11)}):
+        console.say(f"{step:>8}" + "".join(f"{values[step]:>13.4f}" for values in columns.values()))
+    if options.plot:
+        record = lab.result("schedules", options, config, finished=True, multipliers=multipliers, momentum=momentum)
+        lab.finish(lab.open_folder(options.out, "schedules"), record, console)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Shows what `args` say, sys.argv's by default. Returns the exit code."""
+    from nanochat_native.loading import exit_code
+
+    return exit_code(lambda: run(sys.argv[1:] if args is None else args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from nanochat_native.config import ConfigError, flag, to_json
 from nanochat_native.distributed import World
 from nanochat_native.metrics import Console, SilentConsole
 from nanochat_native.report import announce
-from nanochat_native.run_folder import configure
+from nanochat_native.run_folder import check_free, configure
 from nanochat_native.trainer import Trainer
 
 
@@ -62,9 +62,12 @@ def _run(world: World, args: Sequence[str]) -> int:
             versions = {"version": nanochat_native.__version__, "torch": torch.__version__}
             world.require_same(versions | {flag(name): value for name, value in to_json(config).items()})
         console = Console(as_json=config.json) if world.first else SilentConsole()
-        # What is raised on one rank alone, others may wait for: they are told.
-        make = lambda: Trainer(config, console, world)  # noqa: E731
-        try:
+
+        def make() -> Trainer:
+            check_free(config)
+            return Trainer(config, console, world)
+
+        try:  # what is raised on one rank alone, others may wait for: they are told
             trainer = world.together(make, ValueError, ImportError, OSError)
         except (ValueError, ImportError, OSError) as error:
             raise ConfigError(str(error)) from error

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,29 +21,35 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 import nanochat_native
 from nanochat_native import checkpoint, hardware, ops, report, run_folder, sizing
-from nanochat_native.config import AUTO, MUON_OPTIONS, STDLIB, ConfigError, TrainConfig, horizon
-from nanochat_native.data import BatchLoader, Corpus, iterate_val, prepare
+from nanochat_native.config import AUTO, MUON_OPTIONS, RATES, STDLIB, WITH_MUON, ConfigError, TrainConfig, horizon
+from nanochat_native.data import Batch, BatchLoader, Corpus, iterate_val, prepare
+from nanochat_native.diagnose import ROWS, Diagnosis
 from nanochat_native.distributed import RankError, World, require_same_bits
-from nanochat_native.evaluate import evaluate
+from nanochat_native.evaluate import Evaluation, evaluate
 from nanochat_native.generate import generate_text
 from nanochat_native.metrics import Console, MetricsLog, SilentLog
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
-from nanochat_native.schedules import lr_multiplier, muon_momentum
+from nanochat_native.schedules import lr_at, momentum_at
 from nanochat_native.spikes import SpikeGuard
 
 PYTHON_PROMPTS = ("def __init__(self", "import os\n", "class")
 PROMPT_TOKENS = 16  # of the validation text, where it is not known to be Python
 SAMPLE_TOKENS = 96
+PEAK_SECONDS = 10.0  # between measurements of a CPU's peak rate, each a tenth of a second
 
 
 class Trainer:
     """Holds a run. Making one checks everything, prepares data and model, and touches no run folder; train() does.
 
+    corpus: the prepared data, where another run has it already.
+
     Raises ConfigError and what the modules it asks raise for bad flags or data: ValueError, OSError, RuntimeError.
     """
 
-    def __init__(self, config: TrainConfig, console: Console, world: World | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, console: Console, world: World | None = None, corpus: Corpus | None = None
+    ) -> None:
         self.console = console
         self.world = world or World()
         self.device = torch.device(config.device)
@@ -54,7 +60,6 @@ class Trainer:
             ops.use_backend(config.backend)
         except RuntimeError as error:
             raise ConfigError(str(error)) from None
-        run_folder.check_free(config)
         shape = model_config(config, config.vocab_size)
         self.row_bytes = sizing.row_bytes(
             config,
@@ -67,7 +72,7 @@ class Trainer:
             free = min(self.world.gather(free))
         config = sizing.size_batch(config, row_bytes=self.row_bytes, free_bytes=free, world_size=self.world.size)
         self.accumulation_steps = sizing.accumulation_steps(config, self.world.size)
-        self.corpus = self._prepare_data(config)
+        self.corpus = corpus or self._prepare_data(config)
 
         torch.manual_seed(config.seed)
         with torch.device("meta"):
@@ -85,23 +90,26 @@ class Trainer:
         )
         self.model.to_empty(device=self.device)
         self.model.init_weights(seed=config.seed)
+        muon = {name: getattr(config, name) for name in MUON_OPTIONS}
+        if config.optimizer in WITH_MUON:
+            muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients}
         self.optimizers = setup_optimizers(
             self.model,
-            unembedding_lr=config.unembedding_lr,
-            embedding_lr=config.embedding_lr,
-            matrix_lr=config.matrix_lr if config.matrix_lr != AUTO else None,
+            **{name: rate for name in RATES if (rate := getattr(config, name)) != AUTO},
             weight_decay=config.weight_decay,
             matrix_weight_decay=config.matrix_weight_decay,
             optimizer=config.optimizer,
             process_group=self.world.group,
             reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bfloat16" else None,
             gather_dtype=torch.bfloat16 if config.gather_dtype == "bfloat16" else None,
-            **{name: getattr(config, name) for name in MUON_OPTIONS},
+            **muon,
         )
         self.buckets = buckets_of(self.optimizers)
         self.overlap = overlap_backward(self.buckets, self.model.parameters())
         self.peak = hardware.peak(self.device, self.dtype)
+        self.peak_measured = time.monotonic()
 
+        self.diagnosis = Diagnosis(self.model, self.optimizers, self.world) if config.diagnose else None
         self.step = 0  # optimizer steps done
         self.stop_signal = 0  # that a rank was sent
         self.saving: checkpoint.ShardedSave | None = None
@@ -111,7 +119,7 @@ class Trainer:
         self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
         self.last_bpb: float | None = None
-        self.seconds_per_step = 0.0
+        self.seconds_per_step = self.diagnosed_seconds = 0.0
 
     def _prepare_data(self, config: TrainConfig) -> Corpus:
         data = None if config.data == STDLIB else config.data
@@ -178,60 +186,88 @@ class Trainer:
         """Whether something that is done every so many steps, and after the last, is due."""
         return self.step == self.config.num_iterations or (every > 0 and self.step % every == 0)
 
-    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step on the next batch: forward and backward in micro-batches, clip, update, log."""
         start = time.perf_counter()
-        inputs, targets = next(batches)
+        self.diagnosed_seconds = 0.0
+        batch = next(batches)
         waited = time.perf_counter() - start
 
+        self.last_loss, norm = self.compute_gradients(batch)
+        rate, momentum = self._set_schedules()
+        if self.spikes.is_spike(self.last_loss, norm):
+            self._skip(f"a spike, loss {self.last_loss:.3f}, gradient norm {norm:.3f}")
+        elif math.isfinite(norm):
+            self._update_and_diagnose(norm)
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(f"the gradient's norm is {norm} ({self._not_finite()})")
+        self.zero_grad()
+        self.step += 1
+        check_every = self.config.check_replicas_every
+        if self.world.size > 1 and check_every and self.step % check_every == 0:
+            require_same_bits(self.world, list(self.model.named_parameters()))
+        self._log_step(norm, rate, momentum, waited, time.perf_counter() - start - self.diagnosed_seconds)
+
+    def compute_gradients(self, batch: Batch) -> tuple[float, float]:
+        """Loss and gradients of a step's batch in micro-batches, averaged over the ranks and clipped.
+
+        Returns (the mean loss in nats, the gradients' norm before clipping).
+        """
         loss = torch.zeros((), device=self.device)
         steps = self.accumulation_steps
-        for i, (x, y) in enumerate(zip(inputs.chunk(steps), targets.chunk(steps), strict=True)):
-            with self._autocast():
+        for i, (x, y) in enumerate(self.micro_batches(batch)):
+            with self.autocast():
                 micro_loss = self.model(x, y) / steps
             with self.overlap if i + 1 == steps else contextlib.nullcontext():
                 micro_loss.backward()
             loss += micro_loss.detach()
         norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf).item()
-        self.last_loss = (self.world.sum_(loss) / self.world.size).item()
-        rate, momentum = self._set_schedules()
-        if self.spikes.is_spike(self.last_loss, norm):
-            self._skip(f"a spike, loss {self.last_loss:.3f}, gradient norm {norm:.3f}")
-        elif math.isfinite(norm):
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.skipped_in_a_row = 0
-        else:
-            self._skip(f"the gradient's norm is {norm} ({self._not_finite()})")
+        return (self.world.sum_(loss) / self.world.size).item(), norm
+
+    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        inputs, targets = batch
+        yield from zip(inputs.chunk(self.accumulation_steps), targets.chunk(self.accumulation_steps), strict=True)
+
+    def _update_and_diagnose(self, norm: float) -> None:
+        every = self.config.diagnose_every
+        if self.diagnosis is None or (self.step + 1) % every:
+            self.update()
+            return
+        before = self.diagnosis.seconds
+        self.diagnosis.begin(norm, self.config.grad_clip or math.inf)
+        self.update()
+        probe, _ = next(self.validation_batches(ROWS * self.config.max_seq_len, World()))
+        with self.autocast():
+            found = self.diagnosis.finish(probe)
+        self.diagnosed_seconds = self.diagnosis.seconds - before
+        quantities = {name: finite(value) for name, value in found.items()}
+        self.console.record(self.log.write("diagnosis", self.step + 1, **quantities))
+
+    def update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self.step += 1
-        check_every = self.config.check_replicas_every
-        if self.world.size > 1 and check_every and self.step % check_every == 0:
-            require_same_bits(self.world, list(self.model.named_parameters()))
-        self._log_step(norm, rate, momentum, waited, time.perf_counter() - start)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _set_schedules(self) -> tuple[float, float]:
         """Set learning rates and momentum of the step that comes; returns the rates' multiplier and the momentum."""
-        config = self.config
-        rate = lr_multiplier(
-            self.step,
-            config.num_iterations,
-            warmup_ratio=config.warmup_ratio,
-            warmdown_ratio=config.warmdown_ratio,
-            final_lr_frac=config.final_lr_frac,
-            shape=config.schedule,
-        )
-        momentum = muon_momentum(self.step)
+        rate, momentum = lr_at(self.step, self.config), momentum_at(self.step, self.config)
+        self.set_rates(rate, momentum)
+        return rate, momentum
+
+    def set_rates(self, multiplier: float, momentum: float) -> None:
+        """Of the next update: every group's learning rate, by its initial one, and Muon's momentum."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
+                group["lr"] = group["initial_lr"] * multiplier
                 if isinstance(optimizer, Muon):
                     group["momentum"] = momentum
-        return rate, momentum
 
     def _skip(self, why: str) -> None:
         self.skipped += 1
@@ -247,27 +283,39 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Measure bits per byte on the validation text; nats a token where the tokenizer is not known."""
+        result = self.measure(self.validation_batches(self.config.eval_tokens))
         tokenizer = self.corpus.tokenizer
-        batches = iterate_val(
-            self.corpus.val,
-            batch_rows=self.config.device_batch_size,
-            sequence_len=self.config.max_seq_len,
-            max_tokens=self.config.eval_tokens,
-            device=self.device,
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
-        lengths = torch.ones(self.corpus.vocab_size) if tokenizer is None else tokenizer.token_bytes
-        with self._autocast():
-            result = evaluate(self.model, batches, lengths, self.world.sum_)
         self.last_bpb = finite(result.bpb) if tokenizer else None
         self.console.record(self.log.write("val", self.step, loss=finite(result.loss), bpb=self.last_bpb))
         measured = f"{result.bpb:.4f} bits per byte" if tokenizer else f"{result.loss:.4f} nats a token"
         self.console.say(f"step {self.step}: validation {measured} on {result.targets:,} tokens")
         self._measure_peak_again()
 
+    def validation_batches(self, max_tokens: int, world: World | None = None) -> Iterator[Batch]:
+        """Of the first max_tokens of the validation text, this rank's part; or all that a `world` of its own gives."""
+        world = world or self.world
+        return iterate_val(
+            self.corpus.val,
+            batch_rows=self.config.device_batch_size,
+            sequence_len=self.config.max_seq_len,
+            max_tokens=max_tokens,
+            device=self.device,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
+    def measure(self, batches: Iterable[Batch]) -> Evaluation:
+        """Of all ranks' batches together; without a tokenizer a token counts as a byte."""
+        tokenizer = self.corpus.tokenizer
+        lengths = torch.ones(self.corpus.vocab_size) if tokenizer is None else tokenizer.token_bytes
+        with self.autocast():
+            return evaluate(self.model, batches, lengths, self.world.sum_)
+
     def _measure_peak_again(self) -> None:
         """The best of several moments counts for a CPU, which other programs may have kept busy at the first."""
+        if time.monotonic() - self.peak_measured < PEAK_SECONDS:
+            return
+        self.peak_measured = time.monotonic()
         again = hardware.peak(self.device, self.dtype)
         if self.peak.flops is not None and again.flops is not None and again.flops > self.peak.flops:
             self.peak = again
@@ -281,7 +329,7 @@ class Trainer:
         if self.config.data != STDLIB:
             prompts = [tokenizer.decode(self.corpus.val.read(1, 1 + min(PROMPT_TOKENS, len(self.corpus.val) - 1)))]
         prompt = prompts[self.step // max(1, self.config.sample_every) % len(prompts)]
-        with self._autocast():
+        with self.autocast():
             pieces = generate_text(
                 self.model,
                 tokenizer,
@@ -452,10 +500,14 @@ class Trainer:
 
 
 class StopSignals:
-    """Within the block SIGINT and SIGTERM set `signal`, once; the second one interrupts where it finds the program."""
+    """Within the block SIGINT and SIGTERM set `signal`, once; the second one interrupts where it finds the program.
 
-    def __init__(self) -> None:
+    then: what will be done after the first, for the user.
+    """
+
+    def __init__(self, then: str = "then a checkpoint") -> None:
         self.signal = 0
+        self.then = then
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -473,7 +525,7 @@ class StopSignals:
         self.signal = number
         # print() is not to be called here: the signal may have interrupted one.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing the step, then a checkpoint; again: stop at once\n".encode())
+        os.write(2, f"\n{name}: finishing the step, {self.then}; again: stop at once\n".encode())
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from training import BACKEND
 
+from nanochat_native import batch_size, compare, lr_find, memory, schedules
 from nanochat_native.config import TrainConfig, flag, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,8 +51,10 @@ def test_every_module_flag_and_file_that_is_named_exists(name):
     assert modules
     assert all(importlib.util.find_spec(module) for module in modules)
     own = {flag(field.name) for field in dataclasses.fields(TrainConfig)}
+    for module in (batch_size, compare, lr_find, memory, schedules):
+        own |= {flag(field.name) for field in dataclasses.fields(module.Options)}
     other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only", "--quick"}
-    other |= {"--standalone", "--nproc", "--nnodes", "--rdzv", "--ntasks-per-node"}  # torchrun's and Slurm's
+    other |= {"--standalone", "--nnodes", "--rdzv", "--ntasks-per-node"}  # torchrun's and Slurm's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= own | other
     paths = re.findall(r"`((?:csrc|python|nanochat_native|tests)/[\w/]+\.\w+|[A-Z]\w+\.(?:md|txt))`", text)
     assert all((ROOT / path).is_file() for path in paths)
@@ -98,6 +101,10 @@ def test_the_training_commands_run_one_after_the_other(tmp_path):
             steps = [a if a != "500" else "3" for a in args]
             steps += [] if "--num-iterations" in args else ["--num-iterations", "2"]
             assert "done     step" in run([*python, "nanochat_native.train", *steps, *small], cwd=tmp_path)
+    drawn = [c[2:] for c in commands("README.md") if c[2:3] == ["nanochat_native.plot"]]
+    assert [run([*python, *command], cwd=tmp_path).split() for command in drawn] == [
+        ["runs/looked/loss.png", "runs/looked/diagnosis.png"]
+    ]
     tools = [
         c for c in commands("README.md") if c[2:3] and c[2] in ("nanochat_native.generate", "nanochat_native.evaluate")
     ]

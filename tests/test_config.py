@@ -94,6 +94,8 @@ def test_everything_is_sized_and_what_is_given_stays(gpu, data, monkeypatch):
     assert left == {
         "n_kv_head",
         "matrix_lr",
+        "embedding_lr",
+        "unembedding_lr",
         "device_batch_size",
         "target_flops",
         "target_param_data_ratio",

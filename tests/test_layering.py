@@ -153,7 +153,7 @@ ALLOWED = {
     "ops": set(),
     "model": {"ops"},
     "optim": {"ops"},
-    "schedules": set(),
+    "schedules": {"config", "lab", "loading", "metrics"},  # its command
     "tokenizer": set(),
     "data": {"tokenizer"},
     "checkpoint": set(),

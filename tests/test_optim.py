@@ -107,12 +107,22 @@ def test_given_rates_are_taken():
     assert {group["weight_decay"] for group in optimizers[1].param_groups} == {0.0}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adamw", AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adamw", AdamW),
+        ("adam", torch.optim.Adam),
+        ("sgd", torch.optim.SGD),
+        ("sgd_momentum", torch.optim.SGD),
+    ],
+)
 def test_comparison_optimizers_take_everything_and_learn(backend, name, kind):
     model = build()
     (optimizer,) = setup_optimizers(model, optimizer=name)
     assert type(optimizer) is kind
     assert set(routes([optimizer])) == MATRICES | {"transformer.wte.weight", "lm_head.weight"}
+    if kind is torch.optim.SGD:
+        assert {group["momentum"] for group in optimizer.param_groups} == {0.9 if name == "sgd_momentum" else 0.0}
     idx = torch.arange(17).repeat(4, 1)
     losses = []
     for _ in range(20):
@@ -123,6 +133,27 @@ def test_comparison_optimizers_take_everything_and_learn(backend, name, kind):
         optimizer.zero_grad()
     assert losses[-1] < 0.8 * losses[0]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_muon_with_sgd():
+    sgd, muon = setup_optimizers(build(), optimizer="muon_sgd", embedding_lr=0.5, weight_decay=0.1, ns_steps=3)
+    assert (type(sgd), type(muon)) == (torch.optim.SGD, Muon)
+    found = routes([sgd, muon])
+    assert found == dict.fromkeys(MATRICES, ("Muon", 0.02)) | {
+        "transformer.wte.weight": ("SGD", 0.5),  # not scaled by the width, as Adam's are
+        "lm_head.weight": ("SGD", 0.3),
+    }
+    assert {(g["momentum"], g["weight_decay"]) for g in sgd.param_groups} == {(0.0, 0.1)}
+    assert muon.param_groups[0]["ns_steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd_momentum", "sgd"])
+def test_every_optimizer_has_three_rates(name):
+    (optimizer,) = setup_optimizers(build(), optimizer=name, embedding_lr=1.0, unembedding_lr=2.0, matrix_lr=3.0)
+    scale = (32 / 768) ** -0.5 if name.startswith("adam") else 1.0
+    rates = {route: rate / scale for route, (_, rate) in routes([optimizer]).items()}
+    expected = dict.fromkeys(MATRICES, 3.0) | {"transformer.wte.weight": 1.0, "lm_head.weight": 2.0}
+    assert rates == pytest.approx(expected)
 
 
 def test_routing_line():

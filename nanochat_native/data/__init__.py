@@ -1,8 +1,8 @@
 """Text and token files become token streams, and streams become batches."""
 
 from nanochat_native.data.corpus import Corpus, prepare
-from nanochat_native.data.loader import BatchLoader, Prefetcher, iterate_val
+from nanochat_native.data.loader import Batch, BatchLoader, Prefetcher, iterate_val
 from nanochat_native.data.shards import TokenStream
 from nanochat_native.data.sources import DamagedFileError
 
-__all__ = ["BatchLoader", "Corpus", "DamagedFileError", "Prefetcher", "TokenStream", "iterate_val", "prepare"]
+__all__ = ["Batch", "BatchLoader", "Corpus", "DamagedFileError", "Prefetcher", "TokenStream", "iterate_val", "prepare"]

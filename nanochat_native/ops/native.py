@@ -149,11 +149,14 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     q, k, v, *shape = inputs
     ctx.shape = shape[:3]  # lengths has no gradient
     out, lse = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse)
 
 
-def _attention_grad(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+def _attention_grad(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
     _refuse_second_derivative("attention")
     dq, dk, dv = torch.ops.nanochat_native.attention_backward(dout, *ctx.saved_tensors, *ctx.shape)
     return dq, dk, dv, None, None, None, None
@@ -410,11 +413,14 @@ def _linear_cross_entropy_setup_context(
 ) -> None:
     _, grad_x, grad_weight = output
     ctx.needs = inputs[-2:]
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of these two, which are as large as they are
     ctx.mark_non_differentiable(grad_x, grad_weight)
     ctx.save_for_backward(grad_x, grad_weight)
 
 
-def _linear_cross_entropy_grad(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_cross_entropy_grad(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 8
     _refuse_second_derivative("linear_cross_entropy")
     grads = [grad * dloss if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
     return (*grads, None, None, None, None, None, None)

@@ -1,7 +1,7 @@
 """Which parameter goes to which optimizer, and at which rate."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,15 +13,33 @@ from nanochat_native.optim.muon import Muon
 
 WTE, LM_HEAD, BLOCKS = "transformer.wte.weight", "lm_head.weight", "transformer.h."
 
-# Rate of the blocks' matrices where none is given: Muon's is nanochat's; the others' are of GPT-2's order of size.
-MATRIX_LR = {"hybrid": 0.02, "adamw": 0.002, "adam": 0.002, "sgd": 0.1}
+
+class Rates(NamedTuple):
+    """Learning rates of wte, of lm_head and of the blocks' matrices."""
+
+    embedding: float
+    unembedding: float
+    matrix: float
+
+
+# Where none are given. Muon's, and Adam's of the ends, are nanochat's; Adam's of the matrices are of GPT-2's order.
+# SGD's are stable without clipping; with it, about 10 times as much is best (`compare`).
+RATES = {
+    "hybrid": Rates(0.2, 0.004, 0.02),
+    "muon_sgd": Rates(0.3, 0.3, 0.02),
+    "adamw": Rates(0.2, 0.004, 0.002),
+    "adam": Rates(0.2, 0.004, 0.002),
+    "sgd_momentum": Rates(0.1, 0.1, 0.1),
+    "sgd": Rates(0.3, 0.3, 0.3),
+}
+MOMENTUM = 0.9  # of sgd_momentum, torch's: rates of a step that is repeated add up to 10 times as much
 
 
 def setup_optimizers(
     model: nn.Module,
     *,
-    unembedding_lr: float = 0.004,
-    embedding_lr: float = 0.2,
+    unembedding_lr: float | None = None,
+    embedding_lr: float | None = None,
     matrix_lr: float | None = None,
     weight_decay: float = 0.0,
     matrix_weight_decay: float = 0.0,
@@ -35,45 +53,50 @@ def setup_optimizers(
     """The optimizers of a model with nanochat's parameter names; every group has its "initial_lr".
 
     optimizer "hybrid": [AdamW of wte and lm_head, Muon of every matrix of the blocks], with nanochat's rates. For
-    comparison, one optimizer for everything: "adamw" (ours), "adam" and "sgd" (torch's; sgd plain, and at matrix_lr
-    throughout). The rates of Adam's kind are those of a model 768 wide and are multiplied by (dim / 768)^-0.5; their
-    betas are (0.8, 0.95), eps 1e-10. matrix_lr defaults to 0.02 for Muon, 0.002 for adamw and adam, 0.1 for sgd.
-    weight_decay: of AdamW alone; torch's Adam and SGD take it as their L2 penalty. matrix_weight_decay: of Muon.
-    per_head: Muon orthogonalises c_q, c_k and c_v by blocks of rows and c_proj by blocks of columns, one for each of
-    the heads that model.config counts. muon_options: cautious, row_equilibration, frobenius_renormalisation and normuon
-    of Muon. process_group: AdamW and Muon are sharded over its ranks, with reduce_dtype and gather_dtype as they take
-    them; torch's Adam and SGD cannot be.
+    comparison: "muon_sgd", [torch's SGD of wte and lm_head, Muon]; and one optimizer for everything: "adamw" (ours),
+    "adam", "sgd_momentum" (0.9) and "sgd" (torch's). All have three groups, lm_head, wte and the matrices, whose rates
+    are those of RATES where they are not given. Adam's are those of a model 768 wide and are multiplied by
+    (dim / 768)^-0.5; their betas are (0.8, 0.95), eps 1e-10. weight_decay: of AdamW alone; torch's Adam and SGD take it
+    as their L2 penalty. matrix_weight_decay: of Muon. per_head: Muon orthogonalises c_q, c_k and c_v by blocks of rows
+    and c_proj by blocks of columns, one for each of the heads that model.config counts. muon_options: cautious,
+    row_equilibration, frobenius_renormalisation, normuon, ns_steps and coefficients of Muon. process_group: AdamW and
+    Muon are sharded over its ranks, with reduce_dtype and gather_dtype as they take them; torch's Adam and SGD cannot
+    be.
 
     Raises ValueError for an unknown optimizer, and for a parameter that belongs to no group or that two names share.
     """
-    if optimizer not in MATRIX_LR:
-        raise ValueError(f"optimizer is {optimizer!r}; it takes {', '.join(MATRIX_LR)}")
-    if process_group is not None and optimizer in ("adam", "sgd"):
+    if optimizer not in RATES:
+        raise ValueError(f"optimizer is {optimizer!r}; it takes {', '.join(RATES)}")
+    if process_group is not None and optimizer not in ("hybrid", "adamw"):
         raise ValueError(f"optimizer is {optimizer!r}, which runs on one rank; on many take hybrid or adamw")
     wte, lm_head, matrices = _route(model)
-    matrix_lr = MATRIX_LR[optimizer] if matrix_lr is None else matrix_lr
+    given = {"embedding": embedding_lr, "unembedding": unembedding_lr, "matrix": matrix_lr}
+    rates = RATES[optimizer]._replace(**{name: rate for name, rate in given.items() if rate is not None})
     sharding: dict[str, Any] = {}
     if process_group is not None:
         sharding = {"process_group": process_group, "reduce_dtype": reduce_dtype, "gather_dtype": gather_dtype}
     adam: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": weight_decay}
-    scale = (wte[0][1].size(1) / 768) ** -0.5
+    sgd: dict[str, Any] = {"momentum": MOMENTUM if optimizer == "sgd_momentum" else 0.0, "weight_decay": weight_decay}
+    of_adam = optimizer in ("hybrid", "adamw", "adam")
+    scale = (wte[0][1].size(1) / 768) ** -0.5 if of_adam else 1.0
     ends = [
-        {"params": lm_head, "lr": unembedding_lr * scale},
-        {"params": wte, "lr": embedding_lr * scale},
+        {"params": lm_head, "lr": rates.unembedding * scale},
+        {"params": wte, "lr": rates.embedding * scale},
     ]
-    everything = [*ends, {"params": matrices, "lr": matrix_lr * scale}]
+    everything = [*ends, {"params": matrices, "lr": rates.matrix * scale}]
 
     optimizers: list[torch.optim.Optimizer]
-    if optimizer == "hybrid":
+    if optimizer in ("hybrid", "muon_sgd"):
         groups = _by_heads(model, matrices) if per_head else matrices
-        muon = Muon(groups, lr=matrix_lr, weight_decay=matrix_weight_decay, **muon_options, **sharding)
-        optimizers = [AdamW(ends, **adam, **sharding), muon]
+        muon = Muon(groups, lr=rates.matrix, weight_decay=matrix_weight_decay, **muon_options, **sharding)
+        of_ends = AdamW(ends, **adam, **sharding) if of_adam else torch.optim.SGD(ends, **sgd)
+        optimizers = [of_ends, muon]
     elif optimizer == "adamw":
         optimizers = [AdamW(everything, **adam, **sharding)]
     elif optimizer == "adam":
         optimizers = [torch.optim.Adam(everything, **adam)]
     else:
-        optimizers = [torch.optim.SGD(list(model.named_parameters()), lr=matrix_lr, weight_decay=weight_decay)]
+        optimizers = [torch.optim.SGD(everything, **sgd)]
     for each in optimizers:
         for group in each.param_groups:
             group["initial_lr"] = group["lr"]

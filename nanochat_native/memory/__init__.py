@@ -1,0 +1,33 @@
+"""What a training step holds in memory, bytes by part, predicted and measured.
+
+A step's memory rises and falls: activations pile up in the forward pass and go in the backward pass, while gradients
+come; then the optimizer needs space of its own. A prediction counts the tensors that are alive at the moments that may
+be the highest (`moments`), and the peak is the highest of them. `measure` runs real steps and asks torch's allocator.
+"""
+
+from nanochat_native.memory.measurement import Measured, Step, measure
+from nanochat_native.memory.options import Options, sized
+from nanochat_native.memory.prediction import (
+    activation_bytes,
+    kernel_scratch,
+    largest_batch,
+    moments,
+    peak,
+    predict,
+    static_bytes,
+)
+
+__all__ = [
+    "Measured",
+    "Options",
+    "Step",
+    "activation_bytes",
+    "kernel_scratch",
+    "largest_batch",
+    "measure",
+    "moments",
+    "peak",
+    "predict",
+    "sized",
+    "static_bytes",
+]

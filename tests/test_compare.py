@@ -1,0 +1,256 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_lr_find import of_train
+from training import train, write_text
+
+from nanochat_native import compare
+from nanochat_native.compare import RATIO, SUITES, Comparison, Options, final, reached, summarize, table
+from nanochat_native.config import ConfigError, TrainConfig, parse
+from nanochat_native.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    write_text(folder / "text.jsonl")
+    return folder
+
+
+def curve(*points):
+    return [{"step": step, "seconds": 2.0 * step, "value": value} for step, value in points]
+
+
+def run_of(case, factor, seed, *points, diverged=False):
+    return {
+        "case": case,
+        "factor": factor,
+        "seed": seed,
+        "curve": curve(*points),
+        "diverged": diverged,
+        "skipped": 0,
+        "unit": "bits per byte",
+    }
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_suites_flags_are_trains(suite):
+    configs = {name: parse(flags.split(), base=TrainConfig()) for name, flags in SUITES[suite].items()}
+    assert len(set(configs.values())) == len(configs)
+    assert all(flag in SUITES["optimizers"] for flag in ("SGD", "Adam", "AdamW", "Muon + SGD", "Muon + AdamW"))
+
+
+def test_reached_lies_between_two_measurements():
+    points = curve((0, 8.0), (10, 6.0), (20, 4.0), (30, 4.5))
+    assert reached(points, 5.0) == (15.0, 30.0)
+    assert reached(points, 4.0) == (20.0, 40.0)
+    assert reached(points, 9.0) == (0, 0.0)
+    assert reached(points, 3.9) is None
+    assert reached(curve((0, None), (10, 3.0)), 4.0) == (10, 20.0)
+
+
+def searched(losses_at, rates=3, seeds=1):
+    """Factors in the order in which they are tried, of a case whose final loss is losses_at(factor)."""
+    comparison = Comparison({"one": TrainConfig(seed=5)}, "one", seeds, rates, None, None, [], {})
+    order = []
+    while todo := comparison.todo("one"):
+        order.append(todo)
+        factor, seed = todo
+        comparison.runs.append(run_of("one", factor, seed, (0, 9.0), (10, losses_at(factor))))
+        assert len(order) < 30
+    return comparison, order
+
+
+@pytest.mark.parametrize("optimum", [-3.2, -2, -1, -0.4, 0, 1, 2.3, 3])
+def test_the_search_goes_on_until_the_best_rate_lies_between_two_others(optimum):
+    comparison, order = searched(lambda factor: (math.log(factor, RATIO) - optimum) ** 2)
+    assert [factor for factor, _ in order[:3]] == pytest.approx([1, 1 / RATIO, RATIO])
+    assert math.log(comparison.best_factor("one"), RATIO) == pytest.approx(round(optimum))
+    assert len(order) <= compare.MOST_RATES
+
+
+def test_the_search_ends_where_nothing_is_best():
+    _, order = searched(lambda factor: -factor)
+    assert len(order) == compare.MOST_RATES
+
+
+def test_one_rate_is_no_search_and_seeds_follow_the_best():
+    _, order = searched(lambda factor: factor, rates=1, seeds=3)
+    assert order == [(1, 5), (1, 6), (1, 7)]
+    _, order = searched(lambda factor: abs(math.log(factor)), seeds=3)
+    assert order[3:] == [(1, 6), (1, 7)]
+
+
+def test_a_diverged_run_is_the_worst():
+    assert final(run_of("a", 1, 0, (0, 8.0), (5, 1.0), diverged=True)) == math.inf
+    assert final(run_of("a", 1, 0, (0, 8.0), (5, None))) == math.inf
+    assert final(run_of("a", 1, 0, (0, 8.0), (5, 2.0))) == 2.0
+
+
+def comparison_of(runs, costs=None):
+    cases = {"a": parse(["--optimizer", "adamw"]), "b": parse([]), "c": parse(["--optimizer", "sgd"])}
+    return Comparison(cases, "a", 2, 3, None, None, runs, costs or {})
+
+
+def test_the_table_by_hand():
+    runs = [
+        run_of("a", 1.0, 0, (0, 8.0), (10, 5.0), (20, 4.0)),
+        run_of("a", 1.0, 1, (0, 8.0), (10, 6.0), (20, 4.4)),
+        run_of("a", 3.0, 0, (0, 8.0), (10, 7.0), (20, 6.0)),
+        run_of("b", 3.0, 0, (0, 8.0), (10, 4.2), (20, 3.0)),
+        run_of("b", 3.0, 1, (0, 8.0), (10, 5.2), (20, 3.2)),
+        run_of("b", 1.0, 0, (0, 8.0), (10, 5.0), (20, 4.0)),
+        run_of("c", 1.0, 0, (0, 8.0), (10, None), diverged=True),
+    ]
+    rows = summarize(comparison_of(runs, {"b": {"optimizer_ms": 1.5, "state_bytes": 6.0}}))
+    assert [row["case"] for row in rows] == ["b", "a", "c"]
+    b, a, c = rows
+    # a's final loss is 4.2: b's first seed is there at step 10, its second at 10 + (5.2 - 4.2) / (5.2 - 3.2) * 10 = 15
+    assert (b["value"], b["spread"]) == (pytest.approx(3.1), pytest.approx(math.sqrt(0.02)))
+    assert (b["factor"], b["tried"], b["seeds"], b["arrived"]) == (3.0, [1.0, 3.0], 2, 2)
+    assert b["steps_to_baseline"] == pytest.approx(12.5)
+    assert b["seconds_to_baseline"] == pytest.approx(25.0)
+    assert b["rates"]["matrix_lr"] == pytest.approx(0.06)
+    assert (a["value"], a["arrived"], a["steps_to_baseline"]) == (pytest.approx(4.2), 1, pytest.approx(18.0))
+    assert (c["value"], c["arrived"], c["steps_to_baseline"]) == (None, 0, None)
+
+    lines = table(rows, baseline="a", unit="bits per byte").splitlines()
+    assert lines[2] == "| b | x3 of 2 | 3.1000 ± 0.1414 | 2 | 12 | 25.0 | 40.0 | 1.50 | 6.00 |"
+    assert "| 18 (1 of 2) |" in lines[3]
+    assert "| c | x1 of 1 | diverged | 1 | never | never |" in lines[4]
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "- b: --embedding-lr 0.6 --unembedding-lr 0.012 --matrix-lr 0.06" in lines
+
+
+CASES = ("plain:", "adamw: --optimizer adamw")
+
+
+def command(folder, out, *, steps=6, cases=CASES, **flags):
+    return ["--cases", *cases, "--rates", "1", "--out", str(out), *of_train(folder, steps=steps, **flags)]
+
+
+def test_a_comparison_is_runs_of_train(folder, tmp_path, capsys):
+    """The curve of a case is that of the very same run by train."""
+    torch.set_num_threads(1)
+    out = tmp_path / "out"
+    assert compare.main(command(folder, out, eval_every=2)) == 0
+    record = json.loads((out / "result.json").read_text())
+    assert record["finished"]
+    assert [(run["case"], run["seed"]) for run in record["runs"]] == [
+        (c, s) for c in ("plain", "adamw") for s in (0, 1)
+    ]
+    assert [point["step"] for point in record["runs"][0]["curve"]] == [0, 2, 4, 6]
+    assert train(folder, steps=6, run="same", eval_every=2, seed=1) == 0
+    lines = (folder / "runs" / "same" / "metrics.jsonl").read_text().splitlines()
+    measured = [r["bpb"] for r in map(json.loads, lines) if r["kind"] == "val"]
+    assert [point["value"] for point in record["runs"][1]["curve"]] == measured
+    assert not list((out / "runs").iterdir()), "what is kept is the result"
+
+    costs = record["costs"]
+    matrices, ends = 2 * 12 * 128**2, 2 * 300 * 128
+    assert costs["plain"]["state_bytes"] == pytest.approx((4 * matrices + 8 * ends) / (matrices + ends), rel=1e-3)
+    assert costs["adamw"]["state_bytes"] == pytest.approx(8, rel=1e-3)
+    assert all(cost["optimizer_ms"] > 0 for cost in costs.values())
+    printed = capsys.readouterr().out
+    assert (out / "table.md").read_text() in printed
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def figures(out):
+    record = json.loads((out / "result.json").read_text())
+    return [(r["case"], r["seed"], [(p["step"], p["value"]) for p in r["curve"]]) for r in record["runs"]]
+
+
+def test_a_killed_comparison_goes_on(folder, tmp_path):
+    torch.set_num_threads(1)
+    assert compare.main(command(folder, tmp_path / "whole", steps=40, save_every=5)) == 0
+    out = tmp_path / "killed"
+    args = command(folder, out, steps=40, save_every=5)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "nanochat_native.compare", *args], env=environment)
+    deadline = time.monotonic() + 120
+    run = out / "runs"
+    while not list(run.glob("1-x1-*/checkpoints/step_*")):  # in the second case
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = json.loads((out / "result.json").read_text())["runs"]
+    assert 0 < len(done) < 4
+    assert compare.main(args) == 0
+    assert figures(out) == figures(tmp_path / "whole")
+
+
+def test_ctrl_c_keeps_what_was_computed_and_goes_on(folder, tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    count = iter(range(1000))
+
+    def step(self, batches, real=Trainer.train_step):
+        real(self, batches)
+        if next(count) == 8:  # in the second run
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        assert compare.main(command(folder, tmp_path / "cut")) == 130
+    record = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert (record["finished"], len(record["runs"])) == (False, 1)
+    assert (tmp_path / "cut" / "compare.png").exists()
+    assert "the same command again" in capsys.readouterr().out
+    assert compare.main(command(folder, tmp_path / "cut")) == 0
+    assert compare.main(command(folder, tmp_path / "whole")) == 0
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+
+
+def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
+    torch.set_num_threads(1)
+    out = tmp_path / "out"
+    assert compare.main([*command(folder, out), "--seeds", "1"]) == 0
+    before = figures(out)
+    assert compare.main([*command(folder, out), "--seeds", "2"]) == 0
+    assert len(before) == 2
+    assert len(figures(out)) == 4
+    assert all(run in figures(out) for run in before)
+    assert compare.main(command(folder, out, steps=7)) == 2
+    assert "holds another result" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    assert compare.main(command(folder, tmp_path / "mine")) == 2
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--cases", "no colon"], "'name: flags'"),
+        (["--cases", "a: --depth 2", "a: --depth 3"], "names once"),
+        (["--cases", "a: --dephts 2"], "case 'a': "),
+        (["--cases", "a: --optimizer adamw --normuon"], "case 'a': --normuon is Muon's"),
+        (["--cases", "a: --matrix-lr 0"], "a learning rate of 0"),
+        (["--baseline", "Lion"], "--baseline is 'Lion'"),
+        (["--rates", "2"], "--rates 2"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--run", "x"], "--run is train's alone"),
+    ],
+)
+def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main([*args, *of_train(folder)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_cases_are_named():
+    with pytest.raises(ConfigError, match="'name: flags'"):
+        Options(cases=("",)).chosen()
