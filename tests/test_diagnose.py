@@ -138,6 +138,22 @@ def test_attention_logits_against_every_pair():
     assert largest_logit(model.blocks[0].attn, x, cos, sin) > 0
 
 
+@pytest.mark.parametrize(("window", "expected"), [(None, 30.0), (3, 3.0)])
+def test_pairs_that_no_query_sees_do_not_count(window, expected):
+    """Keys of 30 at position 0 and of 90 at the last, queries of 1 but for the last, which is 0."""
+    attention = build().blocks[0].attn
+    q, k = torch.zeros(1, 8, 4, 8), torch.zeros(1, 8, 2, 8)
+    q[..., 0] = math.sqrt(8)
+    q[:, -1] = 0
+    k[..., 0] = 3.0
+    k[:, 0, 1, 0], k[:, -1, 1, 0] = 30.0, 90.0
+    q[:, : (window or 0) + 1, 2:] = 0 if window else math.sqrt(8)  # those that see position 0 through the window
+    q[:, :, :, 1:] = 0
+    attention.project = lambda x, cos, sin: (q, k, None)
+    attention.window = window
+    assert largest_logit(attention, None, None, None) == pytest.approx(expected)
+
+
 def test_dead_units_are_counted():
     model = build()
     with torch.no_grad():

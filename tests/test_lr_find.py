@@ -13,6 +13,7 @@ from nanochat_native import lab, lr_find
 from nanochat_native.config import parse
 from nanochat_native.lr_find import Options, find_rate, flags, range_test, suggest
 from nanochat_native.metrics import SilentConsole
+from nanochat_native.schedules import momentum_at
 from nanochat_native.trainer import StopSignals, Trainer
 
 
@@ -46,6 +47,8 @@ def test_the_best_rate_of_a_quadratic_is_found(curvatures, steps):
     assert diverged
     assert problem.best / 2.5 < found.rate < 2 / max(curvatures)
     assert 1 / max(curvatures) < found.lowest < 4 / max(curvatures)
+    if len(curvatures) == 1:  # each step divides the loss by the most where the rate is 1 / curvature
+        assert problem.best / 1.5 < found.steepest < 1.5 * problem.best
 
 
 @pytest.mark.parametrize("curvatures", [(1.0, 0.3), (0.1, 1.0, 5.0), (0.01, 1.0)])
@@ -69,6 +72,29 @@ def test_the_test_ends_soon_after_it_diverges():
     assert diverged
     assert max(tried) < 20
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_diverging_is_to_lose_half_of_what_was_gained():
+    """10 down to 5 and slowly up again: the mean of three passes 7.5 at 7.6. A tenth is never divergence."""
+    falling, rising = [10 - 0.5 * i for i in range(11)], [5 + 0.1 * i for i in range(1, 60)]
+    curve = iter(falling + rising)
+    _, losses, diverged = range_test(lambda rate: next(curve), floor=0.01, ceiling=100.0, steps=70)
+    assert diverged
+    assert losses[-1] == pytest.approx(7.6 + 0.1, abs=0.11)
+    noise = random.Random(0)
+    _, losses, diverged = range_test(lambda rate: 10 + noise.uniform(-0.4, 0.4), floor=0.01, ceiling=100.0, steps=70)
+    assert not diverged
+    assert len(losses) == 70
+
+
+def test_the_suggestion_is_at_most_half_of_the_lowest():
+    """Steepest just before the loss turns."""
+    logs = [0.1 * i for i in range(100)]
+    losses = [9 - 6 / (1 + math.exp(-6 * (x - 6))) + (5 * (x - 6.8) if x > 6.8 else 0) for x in logs]
+    found = suggest([math.exp(x) for x in logs], losses, steps=100, diverged=True)
+    assert found.steepest > 0.4 * found.lowest
+    assert found.rate == found.lowest / 2
+    assert "2 times below the lowest" in found.reason
 
 
 def test_rates_rise_by_equal_factors_from_floor_to_ceiling():
@@ -154,6 +180,21 @@ def test_model_and_optimizers_are_restored(folder, optimizer):
     assert [g["lr"] for each in states_after for g in each["param_groups"]] == [
         g["lr"] for each in states for g in each["param_groups"]
     ]
+
+
+def test_the_losses_are_those_of_trains_steps_at_these_rates(folder):
+    options = Options(steps=20, floor=0.5, ceiling=2.0)
+    with StopSignals() as stopping:
+        found = find_rate(trainer_of(folder), options, "all", stopping)
+    plain = trainer_of(folder)
+    losses = []
+    for i in range(20):
+        plain.compute_gradients(plain.loader.batch(i))
+        plain.set_rates(0.5 * 4 ** (i / 19), momentum_at(i, plain.config))
+        plain.update()
+        plain.zero_grad()
+        losses.append(plain.measure(plain.validation_batches(plain.config.total_batch_size)).loss)
+    assert found["losses"] == pytest.approx(losses, rel=1e-6)
 
 
 @pytest.mark.parametrize("group", ["matrix", "embedding", "unembedding"])

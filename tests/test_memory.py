@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from torch.profiler import record_function
+from training import tiny_flags, write_text
 
 from nanochat_native import lab, memory
+from nanochat_native.config import parse
 from nanochat_native.memory import (
     Options,
     activation_bytes,
@@ -21,10 +24,14 @@ from nanochat_native.memory import (
     static_bytes,
 )
 from nanochat_native.memory.__main__ import main
+from nanochat_native.memory.allocations import Allocations
+from nanochat_native.metrics import SilentConsole, SilentLog
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.optim import setup_optimizers
 from nanochat_native.optim.routing import RATES
+from nanochat_native.run_folder import sized
 from nanochat_native.sizing import PROCESS_BYTES
+from nanochat_native.trainer import Trainer
 
 CONFIG = {"depth": 3, "max_seq_len": 128, "vocab_size": 515, "device_batch_size": 2}
 
@@ -294,3 +301,21 @@ def test_help_names_every_flag(capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert all("--" + field.name.replace("_", "-") in printed for field in dataclasses.fields(Options))
+
+
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "adamw", "dtype": "bfloat16", "grad_checkpoint": True}])
+def test_the_trainers_own_steps_hold_what_is_predicted(tmp_path, flags):
+    """Not only steps on random tokens: what the prediction leaves out, the loader and the log, is small."""
+    write_text(tmp_path / "text.jsonl")
+    sizes = {"depth": 3, "max_seq_len": 64, "vocab_size": 515, "device_batch_size": 4}
+    args = tiny_flags(tmp_path, total_batch_size=512, **sizes, **flags)
+    with Allocations() as allocations:
+        trainer = Trainer(sized(parse(args)), SilentConsole())
+        trainer.log = SilentLog()
+        with trainer.loader.iterate(0) as batches:
+            for _ in range(3):
+                with record_function("forward"):
+                    trainer.train_step(batches)
+    sizes["vocab_size"] = trainer.corpus.vocab_size
+    predicted = peak(Options(micro_batches=2, head_dim=32, **{"dtype": "float32", **flags}, **sizes))
+    assert allocations.highest["forward"] == pytest.approx(predicted, rel=0.01)

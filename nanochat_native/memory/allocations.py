@@ -1,6 +1,7 @@
 """What torch's CPU allocator gives and takes back."""
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ class Allocations:
     """
 
     def __enter__(self) -> "Allocations":
+        gc.collect()  # what is freed inside and was not made there would be taken off
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         with _no_stderr():
             self._profile.__enter__()
