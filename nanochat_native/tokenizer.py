@@ -194,17 +194,27 @@ class Tokenizer:
             "tokens": [base64.b64encode(token).decode() for token in tokens],
         }
 
-    def _hugging_face(self) -> dict[str, Any]:
-        letters = _byte_letters()
-        spelled = ["".join(letters[byte] for byte in token) for token in self._bytes[: self.bos_id]]
-        # tiktoken merges any two neighbours whose concatenation is a token, the lowest rank first: every split of
-        # every token is a merge, in the token's order. Like tiktoken, ignore_merges takes a whole word at once.
+    def merges(self) -> list[list[str]]:
+        """Pairs of neighbours that merge, the first first, spelled as Hugging Face's byte-level vocabularies are.
+
+        tiktoken merges any two neighbours whose concatenation is a token, the lowest rank first: every split of every
+        token is a merge, in the token's order.
+        """
+        spelled = self._spelled()
         known = {token: rank for rank, token in enumerate(spelled)}
         merges = []
         for token in spelled:
-            splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+            splits = ([token[:i], token[i:]] for i in range(1, len(token)))
             pairs = [pair for pair in splits if pair[0] in known and pair[1] in known]
             merges += sorted(pairs, key=lambda pair: (known[pair[0]], known[pair[1]]))
+        return merges
+
+    def _spelled(self) -> list[str]:
+        letters = byte_letters()
+        return ["".join(letters[byte] for byte in token) for token in self._bytes[: self.bos_id]]
+
+    def _hugging_face(self) -> dict[str, Any]:
+        known = {token: rank for rank, token in enumerate(self._spelled())}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
@@ -225,9 +235,9 @@ class Tokenizer:
                 "end_of_word_suffix": None,
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "ignore_merges": True,
+                "ignore_merges": True,  # like tiktoken, take a whole word at once
                 "vocab": known,
-                "merges": merges,
+                "merges": self.merges(),
             },
         }
 
@@ -283,7 +293,7 @@ def _content_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """GPT-2's printable stand-in for each byte, which Hugging Face's byte-level vocabularies are spelled in."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     substitutes = iter(range(256, 512))

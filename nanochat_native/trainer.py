@@ -457,6 +457,8 @@ class Trainer:
     def _load(self) -> None:
         folder = self.config.run_dir / "checkpoints"
         tensors, meta = checkpoint.load(folder, warn=lambda message: self.console.say(f"warning: {message}"))
+        if meta.get("imported"):
+            raise ConfigError(f"{folder} was imported: it has no optimizer's state to go on with")
         if meta["data_hash"] != self.corpus.hash:
             raise ConfigError(f"{folder}: the data or the tokenizer is not what this run began with")
         if meta["step"] > self.config.num_iterations:

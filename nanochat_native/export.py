@@ -1,0 +1,231 @@
+"""python -m nanochat_native.export: a trained model as a folder that transformers opens with no code of ours.
+
+    config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json  README.md
+
+`--format safetensors` writes the weights under nanochat's names instead, with the shape of the model beside them.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor
+
+import nanochat_native
+from nanochat_native import hugging_face
+from nanochat_native.generate import generate_tokens
+from nanochat_native.loading import exit_code, load_model
+from nanochat_native.model import GPT
+from nanochat_native.run_folder import load_config
+from nanochat_native.tokenizer import Tokenizer
+
+SHARD_BYTES = 4 * 10**9  # of a file of weights, at most, as transformers writes them
+TOLERANCE = 1e-4  # of float32 logits between transformers and this model
+PROMPTS = ("def __init__(self", "Once upon a time", "import os\n\n")
+VERIFIED_TOKENS = 24  # greedy ones after each prompt
+
+
+@dataclass
+class Options:
+    """Write a trained model in the form that transformers, vLLM and others read."""
+
+    checkpoint: Path
+    """Run folder, as `python -m nanochat_native.train` leaves it."""
+    out: Path
+    """Folder to write; it must not be there, or be empty."""
+    step: int | None = None
+    """Checkpoint to use; default: the newest."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are written; bfloat16 halves them and rounds."""
+    format: Literal["transformers", "safetensors"] = "transformers"
+    """transformers: for AutoModelForCausalLM and AutoTokenizer. safetensors: the weights by nanochat's names."""
+    verify: bool = False
+    """Open the folder with transformers, which must be installed, and compare logits and greedy tokens."""
+
+
+def export(options: Options) -> None:
+    """Writes the folder: whole, or not at all.
+
+    Raises ValueError for a folder that holds something and for a model that the format cannot express, and what
+    load_model raises.
+    """
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} holds something; give another --out")
+    model, tokenizer, meta = load_model(options.checkpoint, options.step, warn=_warn)
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    state = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if options.format == "transformers":
+            config = hugging_face.config_of(model.config, bos_id=tokenizer.bos_id, dtype=options.dtype)
+            _write_json(temporary / "config.json", config)
+            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id, "do_sample": False}
+            _write_json(temporary / "generation_config.json", ends)
+            write_weights(temporary, hugging_face.renamed(state, hugging_face.names(model.config.n_layer)))
+            write_tokenizer(temporary, tokenizer)
+        else:
+            _write_json(temporary / "model_config.json", dataclasses.asdict(model.config))
+            write_weights(temporary, state)
+            tokenizer.save(temporary / "tokenizer")
+        (temporary / "README.md").write_text(card(options, model, tokenizer, meta), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        temporary.replace(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """model.safetensors; above shard_bytes, model-00001-of-00002.safetensors, ... and model.safetensors.index.json."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """tokenizer.json and tokenizer_config.json; unlike those of a run, a text begins with <|bos|>, as in training."""
+    tokenizer.save(folder)
+    (folder / "bpe.json").unlink()
+    bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, bos, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [tokenizer.bos_id], "tokens": ["<|bos|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    _write_json(folder / "tokenizer_config.json", settings | {"eos_token": "<|bos|>"})
+
+
+def card(options: Options, model: GPT, tokenizer: Tokenizer, meta: Mapping[str, Any]) -> str:
+    """The model card: what the model is, what it was trained on, and how well it does."""
+    trained = load_config(options.checkpoint)
+    tokens = meta["step"] * trained.total_batch_size
+    bpb = meta.get("validation_bpb")
+    quality = "not measured" if bpb is None else f"{bpb:.4f} bits per byte on held-out text of the same data"
+    shape = model.config
+    data = "the sources of Python's standard library" if trained.data == "stdlib" else f"`{Path(trained.data).name}`"
+    opened = '"transformers"' if options.format == "transformers" else "safetensors"
+    use = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+"""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanochat]
+---
+# A nanochat model of depth {shape.n_layer}
+
+{model.num_params():,} parameters: {shape.n_layer} layers, width {shape.n_embd}, {shape.n_head} query and
+{shape.n_kv_head} key/value heads, {shape.sequence_len} tokens of context, a vocabulary of {shape.vocab_size:,}.
+
+- Training: {meta["step"]:,} steps of {trained.total_batch_size:,} tokens, {tokens:,} in all, seed {trained.seed}, by
+  nanochat-native {meta["nanochat_native"]} (optimizer {trained.optimizer}). Exported in
+  {options.dtype} by {nanochat_native.__version__}.
+- Data: {data}, SHA-256 of the tokens {meta["data_hash"]}; tokenizer {tokenizer.hash[:16]}.
+- Validation: {quality}.
+- It continues text. It was not trained to chat, nor made safe.
+
+{use if opened == '"transformers"' else "The weights have nanochat's names; model_config.json holds the shape."}
+"""
+
+
+def verify(options: Options) -> str:
+    """Compares the folder, opened by transformers, with the run: float32 logits and greedy tokens of some prompts.
+
+    Returns what was found, in a line. Raises ImportError without transformers, and ValueError where they differ.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("--verify compares with transformers, which is not installed: pip install 'transformers>=5'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer, _ = load_model(options.checkpoint, options.step, warn=_warn)
+    if options.dtype == "bfloat16":  # what was written is rounded: compare with that
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    theirs = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(options.out)
+    worst = 0.0
+    for prompt in PROMPTS:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        found = their_tokenizer(prompt).input_ids
+        if found != ids:
+            raise ValueError(f"transformers reads {prompt!r} as {found}, this tokenizer as {ids}")
+        with torch.inference_mode():
+            difference = (theirs(torch.tensor([ids])).logits - model(torch.tensor([ids]))).abs().max().item()
+        worst = max(worst, difference)
+        if not difference <= TOLERANCE:
+            raise ValueError(f"logits after {prompt!r} differ by {difference:.1e}; takes at most {TOLERANCE:.0e}")
+        rows = generate_tokens(model, ids, max_tokens=VERIFIED_TOKENS, temperature=0, stop_tokens=[tokenizer.bos_id])
+        own = [token for row in rows for token in row]
+        drawn = theirs.generate(torch.tensor([ids]), max_new_tokens=VERIFIED_TOKENS, do_sample=False)[0, len(ids) :]
+        continued = [token for token in drawn.tolist() if token != tokenizer.bos_id]
+        if continued != own:
+            raise ValueError(f"greedy tokens after {prompt!r} differ: {continued} by transformers, {own} here")
+    return f"{len(PROMPTS)} prompts: logits within {worst:.1e}, the same {VERIFIED_TOKENS} greedy tokens"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def run(options: Options) -> None:
+    """Exports, and verifies when asked."""
+    if options.verify and options.format != "transformers":
+        raise ValueError("--verify opens the folder with transformers; it takes --format transformers")
+    export(options)
+    size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    print(f"export   {options.out} | {options.format}, {options.dtype}, {size / 1e6:.1f} MB")
+    if options.verify:
+        print(f"verified {verify(options)}")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Exports as `args` say, sys.argv's by default. Returns the exit code."""
+    options = tyro.cli(Options, prog="python -m nanochat_native.export", args=args)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

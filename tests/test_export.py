@@ -1,0 +1,338 @@
+"""Export to transformers, import from it and from nanochat, and both ways round."""
+
+import dataclasses
+import json
+import pickle
+import pickletools
+import shutil
+
+import pytest
+import tiktoken
+import torch
+from training import train, write_text
+
+from nanochat_native import checkpoint, evaluate, export, generate, hugging_face, import_checkpoint
+from nanochat_native.generate import generate_text
+from nanochat_native.import_checkpoint import read_tokenizer_pickle
+from nanochat_native.loading import load_model
+from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.tokenizer import SPECIAL_TOKENS
+from nanochat_native.train import main as train_main
+
+TEXTS = ("the tensor feeds the kernel.", "  document 3:\n\n\tthe matrix", "naïve café, 12345 — 漢字 🙂", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_text(folder / "text.jsonl")
+    torch.set_num_threads(1)
+    assert train(folder, run="full", steps=12, n_kv_head=2, vocab_size=400) == 0
+    assert train(folder, run="windows", steps=2, window_pattern="SL") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    out = folder / "exported"
+    assert export.main(["--checkpoint", str(folder / "runs/full"), "--out", str(out)]) == 0
+    return out
+
+
+def weights(run):
+    return {name: p.detach() for name, p in load_model(run)[0].named_parameters()}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def test_the_folder_is_complete(folder, exported):
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    }
+    config = json.loads((exported / "config.json").read_text())
+    assert (config["model_type"], config["num_key_value_heads"], config["intermediate_size"]) == ("nanochat", 2, 512)
+    assert config["pad_token_id"] is None
+    card = (exported / "README.md").read_text()
+    _, tokenizer, meta = load_model(folder / "runs/full")
+    for fact in ("12 steps of 128 tokens, 1,536 in all", f"{meta['validation_bpb']:.4f} bits per byte", "text.jsonl"):
+        assert fact in card
+    assert tokenizer.hash[:16] in card
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_transformers_opens_it_with_no_code_of_ours(folder, exported):
+    """Same ids, logits, greedy text; as a user would do it."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    model, own, _ = load_model(folder / "runs/full")
+    assert type(theirs).__name__ == "NanoChatForCausalLM"
+    for text in TEXTS:
+        ids = tokenizer(text).input_ids
+        assert ids == [own.bos_id, *own.encode(text)]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        idx = torch.tensor([ids])
+        with torch.no_grad():
+            assert (theirs(idx).logits - model(idx)).abs().max() < 1e-4
+        drawn = theirs.generate(idx, max_new_tokens=30)
+        greedy = "".join(generate_text(model, own, text, max_tokens=30, temperature=0))
+        assert tokenizer.decode(drawn[0, len(ids) :], skip_special_tokens=True) == greedy
+
+
+def test_verify_finds_a_folder_that_differs(folder, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    args = ["--checkpoint", str(folder / "runs/full"), "--out", str(out), "--verify"]
+    assert export.main(args) == 0
+    assert "verified 3 prompts: logits within" in capsys.readouterr().out
+    options = export.Options(folder / "runs/full", out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 3.0}))
+    with pytest.raises(ValueError, match="logits after 'def __init__"):
+        export.verify(options)
+    (out / "config.json").write_text(json.dumps(config))
+    tokens = (out / "tokenizer.json").read_text()
+    (out / "tokenizer.json").write_text(tokens.replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    with pytest.raises(ValueError, match="transformers reads"):
+        export.verify(options)
+
+
+def test_bfloat16_halves_the_weights(folder, tmp_path, exported, capsys):
+    pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    args = ["--checkpoint", str(folder / "runs/full"), "--out", str(out), "--dtype", "bfloat16", "--verify"]
+    assert export.main(args) == 0
+    sizes = [(place / "model.safetensors").stat().st_size for place in (out, exported)]
+    assert sizes[0] == pytest.approx(sizes[1] / 2, rel=0.05)
+
+
+def test_large_models_come_in_shards(folder, exported, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "sharded"
+    shutil.copytree(exported, out)
+    (out / "model.safetensors").unlink()
+    state = hugging_face.renamed(weights(folder / "runs/full"), hugging_face.names(2))
+    largest = max(tensor.nbytes for tensor in state.values())
+    export.write_weights(out, state, shard_bytes=2 * largest)
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((out / file).stat().st_size < 2 * largest + 2**13 for file in files)
+    idx = torch.tensor([[1, 2, 3]])
+    whole, parts = (transformers.AutoModelForCausalLM.from_pretrained(place) for place in (exported, out))
+    with torch.no_grad():
+        assert torch.equal(whole(idx).logits, parts(idx).logits)
+    assert import_checkpoint.main([str(out), "--out", str(tmp_path / "back")]) == 0
+    assert_same_bits(weights(tmp_path / "back"), weights(folder / "runs/full"))
+
+
+def test_what_transformers_cannot_express_is_refused_by_name(folder, tmp_path, capsys):
+    args = ["--checkpoint", str(folder / "runs/windows"), "--out", str(tmp_path / "out")]
+    assert export.main(args) == 2
+    assert "--window-pattern SL" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert export.main([*args, "--format", "safetensors"]) == 0
+    assert json.loads((tmp_path / "out/model_config.json").read_text())["window_pattern"] == "SL"
+    assert (tmp_path / "out/tokenizer/tokenizer.json").exists()
+    assert export.main([*args, "--format", "safetensors"]) == 2
+    assert "holds something" in capsys.readouterr().err
+
+
+def test_a_failing_export_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", fail)
+    assert export.main(["--checkpoint", str(folder / "runs/full"), "--out", str(tmp_path / "out")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- import ---
+
+
+def test_out_and_in_again_is_the_same_model_bit_for_bit(folder, exported, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert import_checkpoint.main([str(exported), "--out", str(out)]) == 0
+    assert "note" not in capsys.readouterr().out
+    assert_same_bits(weights(out), weights(folder / "runs/full"))
+    model, tokenizer, _ = load_model(out)
+    before, own, _ = load_model(folder / "runs/full")
+    assert model.config == before.config
+    assert tokenizer.hash == own.hash
+    again = tmp_path / "again"
+    assert export.main(["--checkpoint", str(out), "--out", str(again)]) == 0
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (again / name).read_bytes() == (exported / name).read_bytes(), name
+
+
+def nanochat_folder(place, *, prefix="", padded=0, **changes):
+    """A checkpoint as nanochat's first version writes it: (folder, state, tokenizer)."""
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the"]
+    pattern = r"\p{L}+|\s+|."
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    specials = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    encoding = tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    shape = {"sequence_len": 32, "vocab_size": 268, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    model = GPT(GPTConfig(**shape))
+    model.init_weights(3)
+    state = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().normal_(0, 0.1, generator=torch.Generator().manual_seed(len(state)))
+        if name == "transformer.wte.weight":
+            value = value.bfloat16()
+        if padded and value.size(0) == 268:
+            value = torch.cat([value, torch.zeros(padded, value.size(1), dtype=value.dtype)])
+        state[prefix + name] = value
+    folder = place / "base_checkpoints" / "d2"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "model_000650.pt")
+    meta = {"step": 650, "val_bpb": 1.25, "model_config": shape | changes}
+    (folder / "meta_000650.json").write_text(json.dumps(meta))
+    (place / "tokenizer").mkdir()
+    with (place / "tokenizer" / "tokenizer.pkl").open("wb") as file:
+        pickle.dump(encoding, file)
+    return folder, state, encoding
+
+
+@pytest.mark.parametrize(("prefix", "padded"), [("", 0), ("_orig_mod.", 0), ("", 52)])
+def test_a_checkpoint_of_nanochat(tmp_path, prefix, padded, capsys):
+    folder, state, encoding = nanochat_folder(tmp_path, prefix=prefix, padded=padded)
+    out = tmp_path / "run"
+    assert import_checkpoint.main([str(folder), "--out", str(out)]) == 0
+    assert "step 650" in capsys.readouterr().out
+    model, tokenizer, meta = load_model(out)
+    found = dict(model.named_parameters())
+    assert {prefix + name for name in found} == set(state)
+    assert all(torch.equal(found[name], state[prefix + name][: found[name].size(0)].float()) for name in found)
+    assert (meta["step"], meta["validation_bpb"]) == (650, 1.25)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == encoding.encode_ordinary(text)
+    assert {name: tokenizer.special_tokens[name] for name in SPECIAL_TOKENS} == encoding._special_tokens
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_of_the_pickled_tokenizer_is_read(tmp_path, protocol):
+    _, _, encoding = nanochat_folder(tmp_path)
+    path = tmp_path / "tokenizer.pkl"
+    path.write_bytes(pickle.dumps(encoding, protocol=protocol))
+    if protocol == 2:  # bytes are a call of _codecs.encode there
+        with pytest.raises(ValueError, match="opcode REDUCE"):
+            read_tokenizer_pickle(path)
+    else:
+        assert read_tokenizer_pickle(path).encode("the thing") == encoding.encode_ordinary("the thing")
+
+
+class Malice:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+@pytest.mark.parametrize("content", [Malice(), {"pat_str": Malice()}, [1, 2], {"pat_str": "x"}, None, dataclasses])
+def test_a_pickle_of_anything_else_is_refused_and_nothing_runs(tmp_path, content, capsys):
+    path = tmp_path / "tokenizer.pkl"
+    try:
+        path.write_bytes(pickle.dumps(content))
+    except TypeError:
+        path.write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(ValueError, match="not a tiktoken encoding"):
+        read_tokenizer_pickle(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_damaged_pickle_is_refused(tmp_path):
+    _, _, encoding = nanochat_folder(tmp_path)
+    content = pickle.dumps(encoding)
+    path = tmp_path / "tokenizer.pkl"
+    assert len(list(pickletools.genops(content))) > 100
+    for cut in (0, 1, 10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:cut])
+        with pytest.raises(ValueError, match="not a tiktoken encoding"):
+            read_tokenizer_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "meta_000650.json").unlink(), "meta_000650.json: missing"),
+        (lambda folder: (folder / "meta_000650.json").write_text("{}"), "no model_config"),
+        (lambda folder: (folder / "model_000650.pt").write_bytes(b"PK"), "model_000650.pt cannot be read"),
+        (lambda folder: torch.save({"a": torch.ones(2)}, folder / "model_000650.pt"), "missing lm_head.weight"),
+        (lambda folder: shutil.rmtree(folder.parent.parent / "tokenizer"), "no tokenizer.pkl"),
+        (lambda folder: torch.save(Malice(), folder / "model_000650.pt"), "model_000650.pt cannot be read"),
+    ],
+)
+def test_what_is_missing_is_named_and_nothing_is_left(tmp_path, damage, message, capsys):
+    folder, _, _ = nanochat_folder(tmp_path)
+    damage(folder)
+    assert import_checkpoint.main([str(folder), "--out", str(tmp_path / "run")]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "run" not in captured.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_later_architectures_are_refused(tmp_path, capsys):
+    folder, state, _ = nanochat_folder(tmp_path)
+    torch.save(
+        state | {"resid_lambdas": torch.ones(2), "value_embeds.1.weight": torch.ones(2, 2)}, folder / "model_000650.pt"
+    )
+    assert import_checkpoint.main([str(folder), "--out", str(tmp_path / "run")]) == 2
+    assert "unknown resid_lambdas, value_embeds.1.weight" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "base_checkpoints")
+    shutil.rmtree(tmp_path / "tokenizer")
+    folder, _, _ = nanochat_folder(tmp_path, window_pattern="SSSL")
+    assert import_checkpoint.main([str(folder), "--out", str(tmp_path / "run")]) == 2
+    assert "window_pattern is 'SSSL'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"model_type": "llama"}, "model_type is 'llama'"),
+        ("config.json", {"intermediate_size": 8192}, "intermediate_size is 8192; this model takes 512"),
+        ("config.json", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ("config.json", {"hidden_size": None}, "not the config of a model"),
+        ("config.json", {"num_hidden_layers": 3}, "missing model.layers.2"),
+        ("config.json", {"vocab_size": 500}, "they do not belong together"),
+        ("tokenizer.json", {"model": {"type": "Unigram"}}, "not a byte-level BPE"),
+        ("tokenizer.json", {"added_tokens": []}, "special tokens"),
+    ],
+)
+def test_other_models_of_transformers_are_refused(exported, tmp_path, file, change, message, capsys):
+    place = tmp_path / "model"
+    shutil.copytree(exported, place)
+    stored = json.loads((place / file).read_text())
+    (place / file).write_text(json.dumps(stored | change))
+    assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_imported_model_is_evaluated_and_sampled_but_not_resumed(folder, exported, tmp_path, capsys):
+    out = tmp_path / "runs" / "imported"
+    assert import_checkpoint.main([str(exported), "--out", str(out)]) == 0
+    assert generate.main(["--checkpoint", str(out), "--prompt", "the", "--max-tokens", "5", "--device", "cpu"]) == 0
+    args = ["--checkpoint", str(out), "--data", str(folder / "text.jsonl"), "--device", "cpu", "--json"]
+    assert evaluate.main(args) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(line)["bpb"] == pytest.approx(load_model(folder / "runs/full")[2]["validation_bpb"], rel=0.3)
+    assert train_main(["--resume", str(out), "--num-iterations", "20"]) == 2
+    assert "was imported" in capsys.readouterr().err
+    assert checkpoint.steps(out / "checkpoints") == [0]
+
+
+def test_sources_that_are_none(tmp_path, capsys):
+    assert import_checkpoint.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert import_checkpoint.main([str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert "neither nanochat's model_*.pt nor a config.json" in capsys.readouterr().err
