@@ -144,7 +144,7 @@ def advice(noise: Noise, *, sequence_len: int, total_batch_size: int) -> str:
 
 
 def run(args: Sequence[str]) -> int:
-    options, config = lab.configure(Options, "batch_size", args)
+    options, config, _ = lab.configure(Options, "batch_size", args)
     if config.device_batch_size == AUTO:
         config = dataclasses.replace(config, device_batch_size=1)
     console = Console()
@@ -158,9 +158,13 @@ def run(args: Sequence[str]) -> int:
     folder = lab.open_folder(options.out, "batch_size")
     console.say(f"test     {lab.describe(trainer)}, in {trainer.accumulation_steps} micro-batches")
     steps: list[dict[str, Any]] = []
+    diverged = False
     with StopSignals("what there is so far is kept") as stopping, trainer.loader.iterate(0) as batches:
         while len(steps) < options.steps and not stopping.signal:
             loss, norms = measure_step(trainer, next(batches))
+            if not math.isfinite(loss + norms["all"][0]):
+                diverged = True
+                break
             clip_reduced_(trainer.optimizers, config.grad_clip or math.inf)
             trainer.set_rates(1.0, momentum_at(len(steps), config))
             trainer.update()
@@ -168,6 +172,10 @@ def run(args: Sequence[str]) -> int:
             steps.append({"loss": loss, "squares": norms})
             console.live(f"{bar(len(steps), options.steps)} | loss {loss:.3f}")
     console.end_line()
+    if diverged:
+        console.say(
+            f"stopped  step {len(steps) + 1} has no finite loss or gradient; take lower rates (--matrix-lr, ...)"
+        )
 
     counted = steps[options.skip :]
     rows = config.total_batch_size // config.max_seq_len
@@ -192,7 +200,7 @@ def run(args: Sequence[str]) -> int:
         "batch_size",
         options,
         config,
-        finished=not stopping.signal,
+        finished=not stopping.signal and not diverged,
         **data,
         sequence_len=config.max_seq_len,
         noise={part: noise._asdict() for part, noise in found.items()},
@@ -200,7 +208,7 @@ def run(args: Sequence[str]) -> int:
         steps=steps,
     )
     lab.finish(folder, record, console)
-    return 128 + stopping.signal if stopping.signal else 0
+    return 128 + stopping.signal if stopping.signal else int(diverged)
 
 
 def report(console: Console, found: dict[str, Noise], config: TrainConfig) -> None:
@@ -229,7 +237,7 @@ def in_tokens(noise: Noise, sequence_len: int) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Measures as `args` say, sys.argv's by default. Returns the exit code."""
+    """Measures as `args` say, sys.argv's by default. Returns the exit code: 1 where training diverged."""
     return exit_code(lambda: run(sys.argv[1:] if args is None else args))
 
 

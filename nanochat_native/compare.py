@@ -112,10 +112,10 @@ class Options:
         """Flags by the case's name."""
         if not self.cases:
             return SUITES[self.suite]
-        pairs = [case.partition(":") for case in self.cases]
-        if not all(colon and name.strip() for name, colon, _ in pairs) or len({n for n, _, _ in pairs}) < len(pairs):
+        pairs = [[part.strip() for part in case.partition(":")] for case in self.cases]
+        if not all(colon and name for name, colon, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
             raise ConfigError(f"--cases is {' '.join(map(repr, self.cases))}; takes 'name: flags' each, names once")
-        return {name.strip(): flags.strip() for name, _, flags in pairs}
+        return {name: flags for name, _, flags in pairs}
 
 
 @dataclass
@@ -127,9 +127,20 @@ class Comparison:
     seeds: int
     rates: int
     folder: Path
+    plan: TrainConfig
     corpus: Corpus | None
     runs: list[dict[str, Any]]
     costs: dict[str, dict[str, float]]
+
+    def folder_of(self, case: str, factor: float, seed: int) -> Path:
+        """Of a run while it goes on."""
+        return self.folder / "runs" / f"{list(self.cases).index(case)}-x{factor:.3g}-{seed}"
+
+    def corpus_of(self, case: str) -> Corpus | None:
+        """The data that is prepared, where the case trains on that."""
+        of_data = ("data", "vocab_size", "cache_dir")
+        same = all(getattr(self.cases[case], name) == getattr(self.plan, name) for name in of_data)
+        return self.corpus if same else None
 
     def of(self, case: str) -> list[dict[str, Any]]:
         return [run for run in self.runs if run["case"] == case]
@@ -147,7 +158,8 @@ class Comparison:
             return None
         places = sorted(round(math.log(factor, RATIO)) for factor in tried)
         place = round(math.log(best, RATIO))
-        if place == places[0]:
+        if place == places[0] or tried[best] == math.inf:
+            place = places[0]
             return RATIO ** (place - 1)
         return RATIO ** (place + 1) if place == places[-1] else None
 
@@ -199,7 +211,9 @@ def summarize(comparison: Comparison) -> list[dict[str, Any]]:
     finals = {
         case: [final(run) for run in comparison.best_runs(case)] for case in comparison.cases if comparison.of(case)
     }
-    target = statistics.mean(finals[comparison.baseline]) if comparison.baseline in finals else math.nan
+    target = statistics.mean(finals.get(comparison.baseline, [math.nan]))
+    if target == math.inf:
+        target = math.nan  # a baseline that diverged is no mark to reach
     for case, values in finals.items():
         runs = comparison.best_runs(case)
         arrivals = [found for run in runs if (found := reached(run["curve"], target))]
@@ -262,8 +276,9 @@ def make_cases(options: Options, config: TrainConfig) -> dict[str, TrainConfig]:
     for name, flags in options.chosen().items():
         try:
             cases[name] = parse(shlex.split(flags), base=config)
-        except ConfigError as error:
+        except ValueError as error:
             raise ConfigError(f"case {name!r}: {error}") from None
+        lab.refuse_run_flags(cases[name], config, f"case {name!r}")
         rates = lab.rates(cases[name])
         if not all(rates.values()):
             raise ConfigError(f"case {name!r}: a learning rate of 0 has no factors")
@@ -273,16 +288,20 @@ def make_cases(options: Options, config: TrainConfig) -> dict[str, TrainConfig]:
 def train_case(comparison: Comparison, case: str, factor: float, seed: int, console: Console) -> dict[str, Any] | int:
     """One run, or the rest of it: its figures; or the exit code of a signal that stopped it."""
     config = comparison.cases[case]
-    name = f"{list(comparison.cases).index(case)}-x{factor:.3g}-{seed}"
-    folder = comparison.folder / "runs"
+    folder = comparison.folder_of(case, factor, seed)
+    if folder.exists() and not is_run(folder):  # it was killed before it had begun
+        shutil.rmtree(folder)
     rates: dict[str, Any] = {rate: size * factor for rate, size in lab.rates(config).items()}
-    resume = "auto" if is_run(folder / name) else None
-    config = dataclasses.replace(config, **rates, seed=seed, out_dir=folder, run=name, resume=resume, sample_every=0)
-    trainer = Trainer(config, console, corpus=comparison.corpus)
+    place: dict[str, Any] = {"out_dir": folder.parent, "run": folder.name}
+    place["resume"] = "auto" if is_run(folder) else None
+    config = dataclasses.replace(config, **rates, **place, seed=seed, sample_every=0)
+    trainer = Trainer(config, console, corpus=comparison.corpus_of(case))
     code = trainer.train()
-    if code > 1:
+    if trainer.stop_signal:
+        return 128 + trainer.stop_signal
+    if trainer.step < config.num_iterations and not trainer.diverged:
         return code
-    records = list(metrics.read(folder / name / "metrics.jsonl"))
+    records = list(metrics.read(folder / "metrics.jsonl"))
     in_bits = trainer.corpus.tokenizer is not None
     curve, seconds = [], 0.0
     for record in records:
@@ -291,7 +310,6 @@ def train_case(comparison: Comparison, case: str, factor: float, seed: int, cons
         elif record["kind"] == "val":
             value = record["bpb" if in_bits else "loss"]
             curve.append({"step": record["step"], "seconds": seconds, "value": value})
-    shutil.rmtree(folder / name)
     run = {"case": case, "factor": factor, "seed": seed, "curve": curve, "diverged": trainer.diverged}
     return run | {"skipped": trainer.skipped, "unit": "bits per byte" if in_bits else "nats a token"}
 
@@ -311,7 +329,7 @@ def measure_costs(comparison: Comparison, *, seconds: float, repeats: int) -> di
     """Of each case: milliseconds of one update, the cases taking turns, and the state's bytes a parameter."""
     trainers = {}
     for case, config in comparison.cases.items():
-        trainer = trainers[case] = Trainer(config, SilentConsole(), corpus=comparison.corpus)
+        trainer = trainers[case] = Trainer(config, SilentConsole(), corpus=comparison.corpus_of(case))
         trainer.compute_gradients(trainer.loader.batch(0))
         trainer.set_rates(0.0, momentum_at(0, config))  # an update costs the same, and weights stay as they are
 
@@ -342,7 +360,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     every = config.eval_every if config.eval_every != AUTO else math.ceil(plan.config.num_iterations / EVALUATIONS)
     folder = options.out or lab.OUT / f"compare-{'own' if options.cases else options.suite}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every))
-    comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, plan.corpus, [], {})
+    comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {})
     if folder.exists() and any(folder.iterdir()):
         here = json.loads((folder / plot.RESULT).read_text()) if (folder / plot.RESULT).exists() else {}
         plans = [json.loads(json.dumps(what(comparison))), here.get("what")]
@@ -368,7 +386,7 @@ def run(args: Sequence[str]) -> int:
     base = None if torch.cuda.is_available() else SMALL
     if base and any(argument.startswith("--target") for argument in args):
         base = dataclasses.replace(base, num_iterations=AUTO)
-    options, config = lab.configure(Options, "compare", args, base=base)
+    options, config, _ = lab.configure(Options, "compare", args, base=base)
     console = Console()
     comparison = open_comparison(options, config, console)
 
@@ -387,10 +405,10 @@ def run(args: Sequence[str]) -> int:
         lab.write(comparison.folder, record)
         return record
 
+    keep(False)
     code = 0
     for case in comparison.cases:
         while not code and (todo := comparison.todo(case)):
-            keep(False)
             factor, seed = todo
             planned = max(len(comparison.cases) * (options.rates + options.seeds - 1), len(comparison.runs) + 1)
             where = f"{bar(len(comparison.runs), planned)} {case} x{factor:.3g} seed {seed}"
@@ -399,9 +417,12 @@ def run(args: Sequence[str]) -> int:
                 code = found
             else:
                 comparison.runs.append(found)
+                keep(False)  # before the run's folder goes
+                shutil.rmtree(comparison.folder_of(case, factor, seed), ignore_errors=True)
                 console.say(f"{case:<26} x{factor:<6.3g} seed {seed}: {final(found):.4f} {found['unit']}")
     if not code:
         comparison.costs = measure_costs(comparison, seconds=COST_SECONDS, repeats=5)
+        shutil.rmtree(comparison.folder / "runs", ignore_errors=True)
     record = keep(not code)
     text = table(record["rows"], baseline=comparison.baseline, unit=record["unit"])
     (comparison.folder / "table.md").write_text(text)

@@ -42,8 +42,9 @@ T = TypeVar("T", bound=Options)
 
 def configure(
     options: type[T], command: str, args: Sequence[str], base: TrainConfig | None = None
-) -> tuple[T, TrainConfig]:
-    """A command's own flags, and the rest as train takes them, sized; `base` holds train's defaults.
+) -> tuple[T, TrainConfig, list[str]]:
+    """A command's own flags, the rest as train takes them, sized, and the rest as it was given; `base` holds train's
+    defaults.
 
     Raises ConfigError, under torchrun with several ranks and for train's flags about a run's folder too.
     """
@@ -54,10 +55,15 @@ def configure(
             options, prog=f"python -m nanochat_native.{command}", args=list(args), return_unknown_args=True
         )
     config = parse(rest, base)
+    refuse_run_flags(config, TrainConfig(), command)
+    return own, sized(config), rest
+
+
+def refuse_run_flags(config: TrainConfig, base: TrainConfig, command: str) -> None:
+    """Raises ConfigError for a flag about a run's folder that `base` has not."""
     for name in OF_A_RUN:
-        if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
+        if getattr(config, name) != getattr(base, name):
             raise ConfigError(f"{flag(name)} is train's alone; {command} takes --out for what it leaves")
-    return own, sized(config)
 
 
 def describe(trainer: Trainer) -> str:

@@ -7,6 +7,7 @@ where it turns bound the rates that are worth a run.
 import copy
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ def suggest(rates: Sequence[float], losses: Sequence[float], *, steps: int, dive
     if smoothed[turn] > 0.99 * smoothed[0]:
         return found(None, "the loss never fell by a hundredth; take another --floor or --ceiling")
     if not diverged and turn >= len(rates) - 1 - side:
-        return found(None, f"the loss was still falling at {rates[-1]:.3g}; take a higher --ceiling")
+        more = "take a higher --ceiling" if len(rates) == steps else "the test was stopped"
+        return found(None, f"the loss was still falling at {rates[-1]:.3g}; {more}")
     rate = min(max(steepest, lowest / MARGIN), lowest / 2)
     where = f"the loss falls most steeply at {steepest:.3g} and is lowest at {lowest:.3g}"
     if rate == steepest:
@@ -218,7 +220,7 @@ def flags(config: TrainConfig, tests: Sequence[dict[str, Any]]) -> dict[str, flo
 
 
 def run(args: Sequence[str]) -> int:
-    options, config = lab.configure(Options, "lr_find", args)
+    options, config, given = lab.configure(Options, "lr_find", args)
     console = Console()
     trainer = Trainer(config, console)
     config = trainer.config
@@ -238,8 +240,8 @@ def run(args: Sequence[str]) -> int:
     record = lab.result("lr_find", options, config, finished=done, tests=tests, rates=lab.rates(config), flags=found)
     lab.finish(folder, record, console)
     if found:
-        pasted = " ".join(f"{flag(name)} {rate:g}" for name, rate in found.items())
-        console.say(f"train    python -m nanochat_native.train {pasted}")
+        pasted = [word for name, rate in found.items() for word in (flag(name), f"{rate:g}")]
+        console.say(f"train    python -m nanochat_native.train {shlex.join([*given, *pasted])}")
     return 128 + stopping.signal if stopping.signal else 0 if found else 1
 
 

@@ -80,6 +80,8 @@ def plot_diagnosis(run_dir: Path) -> Path | None:
         layers = [key for key in keys if key.partition("/")[2].startswith("h.")]
         for key in keys:
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+            if not points:
+                continue
             shade = layers.index(key) / max(1, len(layers) - 1) if key in layers else 0.0
             style: dict[str, Any] = {"color": (0.9 * shade, 0.25, 1 - 0.9 * shade), "linewidth": 1}
             if key not in layers:
@@ -91,7 +93,8 @@ def plot_diagnosis(run_dir: Path) -> Path | None:
         if values and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="x-small")
     figure.suptitle(f"{run_dir.name}: blue the first layer, red the last")
     return save(figure, run_dir / "diagnosis.png")
 
@@ -101,14 +104,17 @@ def draw(folder: Path) -> Path | None:
 
     Raises FileNotFoundError when there is no result, ValueError for one that this version cannot draw.
     """
-    record = json.loads((folder / RESULT).read_text())
-    command = record.get("command")
-    if command not in PICTURES:
-        raise ValueError(f"{folder / RESULT} is of command {command!r}; takes {', '.join(PICTURES)}")
-    figure = new_figure()
-    if figure is None:
-        return None
-    PICTURES[command](figure, record)
+    try:
+        record = json.loads((folder / RESULT).read_text())
+        command = record["command"]
+        if command not in PICTURES:
+            raise ValueError(f"it is of command {command!r}; takes {', '.join(PICTURES)}")
+        figure = new_figure()
+        if figure is None:
+            return None
+        PICTURES[command](figure, record)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder / RESULT} cannot be drawn: {error!r}") from None
     return save(figure, folder / f"{command}.png")
 
 
@@ -116,7 +122,8 @@ def draw_lr_find(figure: Any, record: dict[str, Any]) -> None:
     """Loss over the rate, a panel a test, with the steepest and the lowest point and the suggestion."""
     tests = record["tests"]
     figure.set_size_inches(6.5 * len(tests), 4.5)
-    for axes, test in zip(figure.subplots(1, len(tests), squeeze=False)[0], tests, strict=True):
+    panels = figure.subplots(1, max(1, len(tests)), squeeze=False)[0]
+    for axes, test in zip(panels, tests, strict=False):
         axes.plot(test["factors"], test["losses"], linewidth=0.8, alpha=0.5, color="tab:blue", label="loss")
         axes.plot(test["factors"][: len(test["smoothed"])], test["smoothed"], color="tab:blue", label="smoothed")
         for name, marker, color in (("steepest", "o", "tab:green"), ("lowest", "v", "tab:red")):
@@ -143,7 +150,7 @@ def draw_batch_size(figure: Any, record: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2)
     length, batch = record["sequence_len"], record["config"]["total_batch_size"]
     for part in record["noise"]:
-        points = [(p["step"], p[part] * length) for p in record["series"] if p[part] is not None]
+        points = [(p["step"], p[part] * length) for p in record["series"] if p[part]]
         if points:
             left.plot(*zip(*points, strict=True), marker=".", label=part, linewidth=2 if part == "all" else 1)
     left.axhline(batch, color="black", linestyle="--", label=f"--total-batch-size {batch:,}")
@@ -270,7 +277,10 @@ def run(folder: Path) -> None:
     if (folder / RESULT).exists():
         paths = [draw(folder)]
     elif (folder / "metrics.jsonl").exists():
-        paths = [plot_loss(folder), plot_diagnosis(folder)]
+        try:
+            paths = [plot_loss(folder), plot_diagnosis(folder)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / 'metrics.jsonl'} cannot be drawn: {error!r}") from None
     else:
         raise FileNotFoundError(f"{folder} has neither a {RESULT} nor a metrics.jsonl")
     if importlib.util.find_spec("matplotlib") is None:

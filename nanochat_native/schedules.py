@@ -145,10 +145,12 @@ def run(args: Sequence[str]) -> None:
     import dataclasses
 
     from nanochat_native import lab
-    from nanochat_native.config import TrainConfig
+    from nanochat_native.config import ConfigError, TrainConfig
     from nanochat_native.metrics import Console
 
-    options, config = lab.configure(Options, "schedules", args, base=TrainConfig(num_iterations=1000))
+    if any(argument.startswith("--target") for argument in args):
+        raise ConfigError("schedules knows no model, whose steps a target could give; it takes --num-iterations")
+    options, config, _ = lab.configure(Options, "schedules", args, base=TrainConfig(num_iterations=1000))
     total, console = config.num_iterations, Console()
     multipliers: dict[str, list[float]] = {}
     for shape in SHAPES:

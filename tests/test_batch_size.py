@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
 
 def trainer_of(folder, **changes):
     torch.set_num_threads(1)
-    _, config = lab.configure(Options, "batch_size", of_train(folder, **changes))
+    _, config, _ = lab.configure(Options, "batch_size", of_train(folder, **changes))
     return Trainer(config, SilentConsole())
 
 
@@ -132,6 +132,17 @@ def test_the_command_leaves_a_result_that_can_be_computed_again(folder, tmp_path
     assert record["noise"]["all"]["scale"] == pytest.approx(again.scale)
     assert record["steps"][-1]["loss"] < record["steps"][0]["loss"]
     assert f"{again.scale * 32:,.0f} tokens" in capsys.readouterr().out
+
+
+def test_training_that_diverges_ends_it(folder, tmp_path, capsys):
+    rates = {"matrix_lr": 3e38, "embedding_lr": 1e38, "unembedding_lr": 1e38}
+    out = tmp_path / "out"
+    args = ["--skip", "1", "--out", str(out), *of_train(folder, device_batch_size=1, **rates)]
+    assert batch_size.main(args) == 1
+    assert "has no finite loss or gradient; take lower rates" in capsys.readouterr().out
+    record = json.loads((out / "result.json").read_text())
+    assert not record["finished"]
+    assert "NaN" not in (out / "result.json").read_text()
 
 
 def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch):

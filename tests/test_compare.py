@@ -11,7 +11,7 @@ import torch
 from test_lr_find import of_train
 from training import train, write_text
 
-from nanochat_native import compare
+from nanochat_native import checkpoint, compare
 from nanochat_native.compare import RATIO, SUITES, Comparison, Options, final, reached, summarize, table
 from nanochat_native.config import ConfigError, TrainConfig, parse
 from nanochat_native.trainer import Trainer
@@ -58,7 +58,7 @@ def test_reached_lies_between_two_measurements():
 
 def searched(losses_at, rates=3, seeds=1):
     """Factors in the order in which they are tried, of a case whose final loss is losses_at(factor)."""
-    comparison = Comparison({"one": TrainConfig(seed=5)}, "one", seeds, rates, None, None, [], {})
+    comparison = Comparison({"one": TrainConfig(seed=5)}, "one", seeds, rates, None, None, None, [], {})
     order = []
     while todo := comparison.todo("one"):
         order.append(todo)
@@ -88,6 +88,22 @@ def test_one_rate_is_no_search_and_seeds_follow_the_best():
     assert order[3:] == [(1, 6), (1, 7)]
 
 
+def test_a_search_in_which_all_diverges_goes_on_to_lower_rates():
+    _, order = searched(lambda factor: 3.0 if factor < 0.1 else None)
+    assert [round(math.log(factor, RATIO)) for factor, _ in order] == [0, -1, 1, -2, -3, -4]
+    comparison, order = searched(lambda factor: None)
+    assert len(order) == compare.MOST_RATES
+    assert summarize(comparison)[0]["value"] is None
+
+
+def test_a_baseline_that_diverged_is_no_mark():
+    runs = [run_of("a", 1, 0, (0, 8.0), (5, None), diverged=True), run_of("b", 1, 0, (0, 8.0), (5, 2.0))]
+    assert [(row["case"], row["steps_to_baseline"]) for row in summarize(comparison_of(runs))] == [
+        ("b", None),
+        ("a", None),
+    ]
+
+
 def test_a_diverged_run_is_the_worst():
     assert final(run_of("a", 1, 0, (0, 8.0), (5, 1.0), diverged=True)) == math.inf
     assert final(run_of("a", 1, 0, (0, 8.0), (5, None))) == math.inf
@@ -96,7 +112,7 @@ def test_a_diverged_run_is_the_worst():
 
 def comparison_of(runs, costs=None):
     cases = {"a": parse(["--optimizer", "adamw"]), "b": parse([]), "c": parse(["--optimizer", "sgd"])}
-    return Comparison(cases, "a", 2, 3, None, None, runs, costs or {})
+    return Comparison(cases, "a", 2, 3, None, None, None, runs, costs or {})
 
 
 def test_the_table_by_hand():
@@ -151,7 +167,7 @@ def test_a_comparison_is_runs_of_train(folder, tmp_path, capsys):
     lines = (folder / "runs" / "same" / "metrics.jsonl").read_text().splitlines()
     measured = [r["bpb"] for r in map(json.loads, lines) if r["kind"] == "val"]
     assert [point["value"] for point in record["runs"][1]["curve"]] == measured
-    assert not list((out / "runs").iterdir()), "what is kept is the result"
+    assert not (out / "runs").exists(), "what is kept is the result"
 
     costs = record["costs"]
     matrices, ends = 2 * 12 * 128**2, 2 * 300 * 128
@@ -210,6 +226,63 @@ def test_ctrl_c_keeps_what_was_computed_and_goes_on(folder, tmp_path, monkeypatc
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
 
+def test_a_run_that_was_cut_is_never_taken_for_a_whole_one(folder, tmp_path, monkeypatch):
+    """Ctrl-C where the checkpoint cannot be written."""
+    torch.set_num_threads(1)
+
+    def step(self, batches, real=Trainer.train_step):
+        real(self, batches)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        patch.setattr(checkpoint, "save", full)
+        assert compare.main(command(folder, tmp_path / "cut")) == 130
+    assert figures(tmp_path / "cut") == []
+    assert compare.main(command(folder, tmp_path / "cut")) == 0
+    assert [[step for step, _ in points][-1] for _, _, points in figures(tmp_path / "cut")] == [6, 6, 6, 6]
+
+
+def test_what_a_kill_leaves_is_cleared(folder, tmp_path):
+    """A run's folder without its config, from before it began; and one that is in the result already."""
+    torch.set_num_threads(1)
+    out = tmp_path / "out"
+    assert compare.main([*command(folder, out), "--seeds", "1"]) == 0
+    before = figures(out)
+    for name in ("0-x1-0", "0-x1-1"):
+        (out / "runs" / name).mkdir(parents=True)
+        (out / "runs" / name / "metrics.jsonl").write_text("torn")
+    assert compare.main([*command(folder, out), "--seeds", "2"]) == 0
+    assert all(run in figures(out) for run in before)
+    assert len(figures(out)) == 4
+    assert not (out / "runs").exists()
+
+
+def test_ctrl_c_while_costs_are_measured_loses_no_run(folder, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "measure_costs", interrupted)
+        assert compare.main(command(folder, tmp_path / "out")) == 130
+    assert len(figures(tmp_path / "out")) == 4
+    assert compare.main(command(folder, tmp_path / "out")) == 0
+
+
+def test_a_case_with_other_data_trains_on_it(folder, tmp_path):
+    torch.set_num_threads(1)
+    cases = ("plain:", "small: --vocab-size 280")
+    assert compare.main([*command(folder, tmp_path / "out", cases=cases), "--seeds", "1"]) == 0
+    plain, small = (points for _, _, points in figures(tmp_path / "out"))
+    assert plain[0][1] != small[0][1], "at step 0 the loss is ln V of the case's own vocabulary"
+
+
 def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     torch.set_num_threads(1)
     out = tmp_path / "out"
@@ -231,7 +304,9 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     ("args", "message"),
     [
         (["--cases", "no colon"], "'name: flags'"),
-        (["--cases", "a: --depth 2", "a: --depth 3"], "names once"),
+        (["--cases", "a: --depth 2", "a : --depth 3"], "names once"),
+        (["--cases", "a: --run 'x"], "case 'a': No closing quotation"),
+        (["--cases", "a: --run x"], "--run is train's alone; case 'a' takes --out"),
         (["--cases", "a: --dephts 2"], "case 'a': "),
         (["--cases", "a: --optimizer adamw --normuon"], "case 'a': --normuon is Muon's"),
         (["--cases", "a: --matrix-lr 0"], "a learning rate of 0"),

@@ -35,12 +35,12 @@ def folder(tmp_path_factory):
 
 
 def test_own_flags_and_trains(tmp_path):
-    options, config = lab.configure(
+    options, config, _ = lab.configure(
         Options, "lr_find", ["--depth", "3", "--size", "5", "--device", "cpu", "--cautious"]
     )
     assert options == Options(size=5)
     assert (config.depth, config.cautious, config.max_seq_len, config.dtype) == (3, True, 256, "float32")
-    _, config = lab.configure(Options, "lr_find", ["--device", "cpu"], base=TrainConfig(depth=7))
+    _, config, _ = lab.configure(Options, "lr_find", ["--device", "cpu"], base=TrainConfig(depth=7))
     assert config.depth == 7
 
 
@@ -124,6 +124,8 @@ def test_schedules_without_a_picture_leave_nothing(tmp_path, monkeypatch, capsys
     assert list(tmp_path.iterdir()) == []
     assert schedules.main(["--warmup-ratio", "2"]) == 2
     assert "--warmup-ratio is 2.0" in capsys.readouterr().err
+    assert schedules.main(["--target-flops", "1e12"]) == 2
+    assert "schedules knows no model" in capsys.readouterr().err
 
 
 # --- pictures ---
@@ -192,8 +194,14 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "result.json").write_text('{"command": "bake"}')
     assert plot.main([str(tmp_path)]) == 2
     assert "'bake'; takes lr_find" in capsys.readouterr().err
-    (tmp_path / "result.json").write_text("{")
-    assert plot.main([str(tmp_path)]) == 2
+    for damaged in ("{", "[]", "", '{"command": "compare"}', '{"command": "lr_find", "tests": 3}'):
+        (tmp_path / "result.json").write_text(damaged)
+        assert plot.main([str(tmp_path)]) == 2
+        assert "result.json cannot be drawn" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"kind": "val", "step": 1}\n')
+    assert plot.main([str(tmp_path / "other")]) == 2
+    assert "metrics.jsonl cannot be drawn" in capsys.readouterr().err
     (tmp_path / "result.json").write_text('{"command": "schedules", "multipliers": {}, "momentum": []}')
     monkeypatch.setattr(plot, "new_figure", lambda *size: None)
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)

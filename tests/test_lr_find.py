@@ -126,6 +126,12 @@ def test_no_rate_where_there_is_none(loss, word):
     assert suggest([1.0], [1.0], steps=60, diverged=True).rate is None
 
 
+def test_a_test_that_was_stopped_says_so():
+    found = suggest([1.1**i for i in range(30)], [5.0 - i / 20 for i in range(30)], steps=60, diverged=False)
+    assert found.rate is None
+    assert "the test was stopped" in found.reason
+
+
 def test_the_steepest_and_the_lowest_point():
     """A valley of a known shape over ln(rate): falls as a logistic curve around 1, turns at e^3."""
     logs = [-6 + 0.1 * i for i in range(121)]
@@ -155,7 +161,7 @@ def of_train(folder, **changes):
 
 def trainer_of(folder, **changes):
     torch.set_num_threads(1)
-    _, config = lab.configure(Options, "lr_find", of_train(folder, **changes))
+    _, config, _ = lab.configure(Options, "lr_find", of_train(folder, **changes))
     return Trainer(config, SilentConsole())
 
 
@@ -236,6 +242,7 @@ def test_the_command_leaves_a_result_and_flags_to_paste(folder, tmp_path, capsys
     assert test["suggestion"] is not None
     pasted = printed.split("nanochat_native.train ")[1].split("\n")[0].split()
     config = parse(pasted)
+    assert (config.depth, config.vocab_size, str(config.data)) == (2, 300, str(folder / "text.jsonl"))
     assert config.matrix_lr == record["flags"]["matrix_lr"] == pytest.approx(0.02 * test["suggestion"], rel=0.01)
     assert config.embedding_lr == pytest.approx(0.2 * test["suggestion"], rel=0.01)
     assert not (folder / "runs").exists()
