@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from training import BACKEND
 
-from nanochat_native import batch_size, compare, lr_find, memory, schedules
+from nanochat_native import batch_size, compare, evaluate, export, import_checkpoint, lr_find, memory, schedules
 from nanochat_native.config import TrainConfig, flag, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,9 +51,9 @@ def test_every_module_flag_and_file_that_is_named_exists(name):
     assert modules
     assert all(importlib.util.find_spec(module) for module in modules)
     own = {flag(field.name) for field in dataclasses.fields(TrainConfig)}
-    for module in (batch_size, compare, lr_find, memory, schedules):
+    for module in (batch_size, compare, evaluate, export, import_checkpoint, lr_find, memory, schedules):
         own |= {flag(field.name) for field in dataclasses.fields(module.Options)}
-    other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only", "--quick"}
+    other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only", "--quick", "--model", "--tasks"}
     other |= {"--standalone", "--nnodes", "--rdzv", "--ntasks-per-node"}  # torchrun's and Slurm's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= own | other
     paths = re.findall(r"`((?:csrc|python|nanochat_native|tests)/[\w/]+\.\w+|[A-Z]\w+\.(?:md|txt))`", text)
