@@ -1,6 +1,5 @@
 """Sampling: tokens with a KV cache, text as a stream, and `python -m nanochat_native.generate`."""
 
-import codecs
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import Tensor
 
+from nanochat_native.engine import TextStream, check_sampling, sample
 from nanochat_native.loading import autocast, exit_code, load_model, pick_device
 from nanochat_native.model import GPT, KVCache
 from nanochat_native.tokenizer import Tokenizer
@@ -24,14 +23,15 @@ def generate_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     num_samples: int = 1,
     stop_tokens: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
     """Continues a prompt in num_samples ways; yields the next token of each, up to max_tokens times.
 
-    temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens, top_p then the fewest whose
-    probabilities reach p (arXiv:1904.09751). A sample that draws a stop token is over: it yields None from there on,
+    The settings are those of engine.sample. A sample that draws a stop token is over: it yields None from there on,
     and the iterator ends when all are. The prompt runs through the model once, whatever num_samples. Same seed, same
     tokens.
 
@@ -45,7 +45,7 @@ def generate_tokens(
     if len(prompt_tokens) + max_tokens > model.max_positions:
         given = f"{len(prompt_tokens)} tokens of prompt and {max_tokens} more"
         raise ValueError(f"{given}; the model has {model.max_positions} positions")
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     generator = torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
@@ -57,8 +57,20 @@ def generate_tokens(
         if num_samples > 1:
             cache = cache.repeat(num_samples)
         running = [True] * num_samples
+        seen = torch.zeros(num_samples, vocab_size, dtype=torch.bool)
+        seen[:, list(prompt_tokens)] = True
         for count in range(1, max_tokens + 1):
-            drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            drawn = sample(
+                logits,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seen=seen,
+                generator=generator,
+            )
+            seen[torch.arange(num_samples), drawn] = True
             running = [alive and int(token) not in stop_tokens for alive, token in zip(running, drawn, strict=True)]
             if not any(running):
                 return
@@ -67,40 +79,6 @@ def generate_tokens(
                 logits = model(drawn[:, None].to(device), kv_cache=cache)[:, -1]
 
     return tokens()
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError for settings that `sample` does not take."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; it takes a number from 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it takes a number from 1, or None for all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it takes a number above 0 to 1, or None for all")
-
-
-def sample(
-    logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> Tensor:
-    """Draws one token a row: logits (B, V) on any device -> (B,) int64 on the CPU, where `generator` is.
-
-    Raises ValueError for logits that are not finite.
-    """
-    logits = logits.float().cpu()
-    if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: its training has diverged")
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        ordered, index = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        probabilities = torch.zeros_like(ordered).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def generate_text(
@@ -112,12 +90,17 @@ def generate_text(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[str]:
-    """Continues a text, which is taken for the beginning of a document, until the model ends it; yields whole
-    characters as they come. Bytes that are not UTF-8 become U+FFFD. The settings, and the errors raised at the call,
-    of generate_tokens.
+    """Continues a text, which is taken for the beginning of a document, until the model ends it or the text holds one
+    of the strings of `stop`, which is left out; yields whole characters as they come. Bytes that are not UTF-8 become
+    U+FFFD. The settings, and the errors raised at the call, of generate_tokens; ValueError for an empty stop string.
     """
+    if not all(stop):
+        raise ValueError(f"stop is {list(stop)}; it takes strings that are not empty")
     stream = generate_tokens(
         model,
         [tokenizer.bos_id, *tokenizer.encode(prompt)],
@@ -125,17 +108,21 @@ def generate_text(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         stop_tokens=[tokenizer.bos_id],
     )
 
     def pieces() -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = TextStream(tokenizer, stop)
         for row in stream:
-            if text := decoder.decode(tokenizer.decode_bytes([token for token in row if token is not None])):
-                yield text
-        if text := decoder.decode(b"", final=True):
-            yield text
+            if piece := text.put([token for token in row if token is not None]):
+                yield piece
+            if text.stopped:
+                return
+        if piece := text.put([], final=True):
+            yield piece
 
     return pieces()
 
@@ -158,6 +145,12 @@ class Options:
     """Tokens to draw from, the likeliest k; None for all."""
     top_p: float | None = None
     """Tokens to draw from, the likeliest that together reach this probability; None for all."""
+    min_p: float | None = None
+    """Tokens to draw from, those with at least this share of the likeliest's probability; None for all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of the tokens that are already there, and multiplies negative ones; 1 for none."""
+    stop: tuple[str, ...] = ()
+    """Texts to end before."""
     seed: int = 0
     """Of the draws; the same seed gives the same text."""
     device: Literal["cpu", "cuda"] | None = None
@@ -166,7 +159,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Prints the prompt and its continuation as it comes. Raises what load_model and generate_text do."""
-    check_sampling(options.temperature, options.top_k, options.top_p)
+    check_sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     device = pick_device(options.device)
     model, tokenizer, _ = load_model(
         options.checkpoint, options.step, device, warn=lambda message: print(message, file=sys.stderr)
@@ -180,6 +173,9 @@ def run(options: Options) -> None:
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            stop=options.stop,
             seed=options.seed,
         )
         print(options.prompt, end="", flush=True)

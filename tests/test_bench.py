@@ -15,7 +15,7 @@ import torch
 
 from nanochat_native import ops
 from nanochat_native.bench import __main__ as cpu_bench
-from nanochat_native.bench import device, gpu, gpu_cases, gpu_run, measure, operators, record, step
+from nanochat_native.bench import device, generation, gpu, gpu_cases, gpu_run, measure, operators, record, step
 from nanochat_native.bench.attention import Problem, attention_case, instruction_set
 from nanochat_native.bench.gpu_cases import Entry
 from nanochat_native.bench.measure import Case, UnavailableError
@@ -180,6 +180,41 @@ def test_the_cpus_benchmarks_write_table_and_json(tmp_path, monkeypatch, capsys)
     (row,) = json.loads(path.read_text())["rows"]
     assert row["ratio"] == row["theirs_ms"] / row["ours_ms"]
     assert "small" in capsys.readouterr().out
+
+
+def run_generation(path, monkeypatch):
+    monkeypatch.setattr(generation, "FLOORS", {(1, 2): 1.0})
+    for name, size in (("V", 500), ("PROMPT", 5), ("NEW", 12)):
+        monkeypatch.setattr(generation, name, size)
+    monkeypatch.setattr(measure, "measure_limits", lambda: measure.Limits(1.0, 1.0))
+    arguments = ["bench", "--only", "generation d1", "--seconds", "0", "--repeats", "1", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    status = cpu_bench.main()
+    return status, json.loads(path.read_text())
+
+
+def test_generation_against_transformers(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    status, result = run_generation(tmp_path / "result.json", monkeypatch)
+    assert status == 0
+    (row,) = result["rows"]
+    assert row["case"] == "d1 V 500 batch 2 prompt 5 new 12"
+    assert row["ratio"] == row["theirs_ms"] / row["ours_ms"]
+    assert row["ours_tokens_per_second"] == pytest.approx(2000 / row["ours_ms"])
+    assert "tokens/s" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="sequence 1 differs from transformers' at new token 2"):
+        generation.check([[*range(9)], [1, 2, 3]], [[*range(9)], [1, 2, 4]])
+    with pytest.raises(AssertionError, match="2 different tokens"):
+        generation.check([[1, 2]], [[1, 2]])
+
+
+def test_generation_is_left_out_without_transformers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, result = run_generation(tmp_path / "result.json", monkeypatch)
+    assert (status, result["rows"]) == (0, [])
+    assert "transformers with NanoChat is not installed" in result["skipped"][0]["why"]
+    assert "left out" in capsys.readouterr().out
 
 
 # --- stages and time ---

@@ -135,6 +135,8 @@ def test_bad_arguments_are_refused_at_the_call():
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"max_tokens": 153}, "8 tokens of prompt and 153 more; the model has 160 positions"),
         ({"prompt_tokens": []}, "0 tokens"),
         ({"prompt_tokens": [1, 60]}, "0 to 59"),
@@ -181,10 +183,12 @@ class Scripted(GPT):
         return logits
 
 
-def spoken(tokenizer, script, prompt="", max_tokens=None):
+def spoken(tokenizer, script, prompt="", max_tokens=None, stop=()):
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
     model = Scripted(config, script)
-    pieces = list(generate_text(model, tokenizer, prompt, max_tokens=max_tokens or len(script), temperature=0))
+    pieces = list(
+        generate_text(model, tokenizer, prompt, max_tokens=max_tokens or len(script), temperature=0, stop=stop)
+    )
     return pieces, model
 
 
@@ -203,6 +207,25 @@ def test_characters_are_never_cut(tokenizer):
 def test_bytes_that_are_no_text_are_replaced(tokenizer):
     pieces, _ = spoken(tokenizer, single_bytes(tokenizer, b"a\xffb" + "語".encode()[:2]))
     assert "".join(pieces) == "a\ufffdb\ufffd"
+
+
+def test_text_ends_before_a_stop_string(tokenizer):
+    script = single_bytes(tokenizer, b"one END two")
+    assert "".join(spoken(tokenizer, script, stop=("END", "two"))[0]) == "one "
+    assert "".join(spoken(tokenizer, script, stop=("two!",))[0]) == "one END two"
+    with pytest.raises(ValueError, match="stop is"):
+        spoken(tokenizer, script, stop=("",))
+
+
+def test_a_penalty_and_a_share_of_the_likeliest():
+    model = build()
+    with use("torch"):
+        kept = first_of(generate_tokens(model, PROMPT, max_tokens=30, temperature=0, repetition_penalty=1e6))
+        assert len({*kept, *PROMPT}) == len(kept) + len(set(PROMPT)), "no token comes twice"
+        greedy = first_of(generate_tokens(model, PROMPT, max_tokens=12, temperature=0))
+        assert first_of(generate_tokens(model, PROMPT, max_tokens=12, min_p=1.0)) == greedy
+        rows = generate_tokens(model, PROMPT, max_tokens=30, temperature=0, repetition_penalty=1e6, num_samples=3)
+        assert list(rows) == [[token] * 3 for token in kept]
 
 
 def test_text_ends_where_the_model_ends_the_document(tokenizer):
@@ -274,6 +297,12 @@ def test_command_line(run_dir, capfd):
         model, tokenizer, _ = load_model(run_dir)
         settings = {"max_tokens": 20, "temperature": 0.9, "top_k": 5, "top_p": 0.95, "seed": 3}
         assert printed == "def f" + "".join(generate_text(model, tokenizer, "def f", **settings)) + "\n"
+        flags = ["--min-p", "0.05", "--repetition-penalty", "1.2", "--stop", "x", "yz"]
+        assert generate.main([*args, *flags]) == 0
+        settings = {"max_tokens": 20, "temperature": 0.8, "top_k": 5, "seed": 3, "min_p": 0.05}
+        settings |= {"repetition_penalty": 1.2, "stop": ("x", "yz")}
+        text = "".join(generate_text(model, tokenizer, "def f", **settings))
+        assert capfd.readouterr().out == f"def f{text}\n"
         generate.main([*args, "--step", "1"])
         of_first_step = capfd.readouterr().out
     # The same in a process of its own, as the README calls it.

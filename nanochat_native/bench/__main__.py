@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from nanochat_native.bench import measure, operators, ranks, record, step
+from nanochat_native.bench import generation, measure, operators, ranks, record, step
 
 
 @dataclass
 class Options:
-    """Times the operators and a training step against the torch calls that they replace, on the CPU.
+    """Times the operators and a training step against the torch calls that they replace, and generation against
+    transformers, on the CPU.
 
     A case whose results are wrong is not timed, and the exit status is 1.
     """
@@ -41,6 +42,7 @@ def main() -> int:
     print(f"limits  torch.mm float32 {limits.sgemm:.0f} GFLOP/s, copy {limits.copy:.1f} GB/s")
     seconds, repeats = options.seconds, options.repeats
     rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
     wrong = 0
 
     def report(name: str, make_row: Callable[[], dict[str, Any]]) -> None:
@@ -50,6 +52,9 @@ def main() -> int:
         except AssertionError as error:
             wrong += 1
             print(f"{name}: WRONG, not timed: {error}", flush=True)
+        except measure.UnavailableError as error:
+            skipped.append({"title": name, "why": str(error)})
+            print(f"{name}: left out: {error}", flush=True)
         else:
             print(*record.table_parts(rows[-1]), flush=True)
 
@@ -61,16 +66,20 @@ def main() -> int:
         name = f"training step d{step.DEPTH} T {step.T} B {step.B} V {vocabulary}"
         if options.only in name:
             report(name, partial(step.run, vocabulary, opponent, seconds=seconds, repeats=repeats))
+    for depth, batch in generation.FLOORS:
+        name = f"generation {generation.name_of(depth, batch)}"
+        if options.only in name:
+            report(name, partial(generation.run, depth, batch, seconds=seconds, repeats=repeats))
     on_ranks: list[dict[str, Any]] = []
     if options.only in "training step on ranks":
         for size in (1, 2):
             on_ranks.append(ranks.run(size, repeats=repeats))
             print(ranks.describe(on_ranks[-1], on_ranks[0]), flush=True)
-    if not rows and not wrong and not on_ranks:
+    if not rows and not wrong and not skipped and not on_ranks:
         print(f"no case holds {options.only!r}", file=sys.stderr)
         return 2
     if options.json:
-        result = {"machine": machine, "limits": vars(limits), "rows": rows, "ranks": on_ranks}
+        result = {"machine": machine, "limits": vars(limits), "rows": rows, "skipped": skipped, "ranks": on_ranks}
         record.save(options.json, result)
     return 1 if wrong else 0
 

@@ -1,0 +1,89 @@
+"""Generation: the engine against transformers' generate on the same weights, greedy, with its KV cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nanochat_native import hugging_face
+from nanochat_native.bench.measure import UnavailableError, side_by_side
+from nanochat_native.engine import Engine, Sampling
+from nanochat_native.model import GPT, GPTConfig
+
+V, PROMPT, NEW = 8192, 32, 128
+FLOORS = {(4, 1): 3.0, (6, 1): 3.0, (4, 8): 1.0, (6, 8): 1.0}  # by depth and batch
+OPPONENT = "transformers generate"
+MIN_DIFFERENT = 8  # tokens of a continuation, or the check shows little
+
+Tokens = list[list[int]]
+
+
+def name_of(depth: int, batch: int) -> str:
+    return f"d{depth} V {V} batch {batch} prompt {PROMPT} new {NEW}"
+
+
+def their_model(model: GPT) -> Any:
+    """NanoChatForCausalLM with the model's weights. Raises UnavailableError where transformers has none."""
+    try:
+        from transformers import NanoChatConfig, NanoChatForCausalLM
+    except ImportError as error:
+        raise UnavailableError(f"transformers with NanoChat is not installed ({error})") from None
+    config = hugging_face.config_of(model.config, bos_id=None, dtype="float32")
+    del config["architectures"], config["model_type"]
+    theirs = NanoChatForCausalLM(NanoChatConfig(**config)).eval()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    theirs.load_state_dict(hugging_face.renamed(weights, hugging_face.names(model.config.n_layer)))
+    return theirs
+
+
+def contestants(depth: int, batch: int) -> tuple[Callable[[], Tokens], Callable[[], Tokens]]:
+    """Both continue the same prompts (batch, PROMPT) by NEW tokens each; they return the new ones."""
+    model = GPT(GPTConfig.from_depth(depth, vocab_size=V, sequence_len=512))
+    generator = torch.Generator().manual_seed(depth)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.05, generator=generator)
+    other = their_model(model)
+    prompts = torch.randint(0, V, (batch, PROMPT), generator=generator)
+    engine = Engine(model, None, slots=batch, capacity=PROMPT + NEW)
+    requests = [(prompt.tolist(), Sampling(NEW, temperature=0)) for prompt in prompts]
+
+    def ours() -> Tokens:
+        return [request.tokens for request in engine.generate(requests)]
+
+    def theirs() -> Tokens:
+        settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+        found: Tokens = other.generate(prompts, **settings)[:, PROMPT:].tolist()
+        return found
+
+    return ours, theirs
+
+
+def check(ours: Tokens, theirs: Tokens) -> None:
+    """Raises AssertionError where a continuation differs, or repeats itself so soon that equality shows little."""
+    for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a != b:
+            place = next(
+                (i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b))
+            )
+            raise AssertionError(f"sequence {row} differs from transformers' at new token {place}")
+        if len(set(a)) < MIN_DIFFERENT:
+            raise AssertionError(f"sequence {row} has {len(set(a))} different tokens: the check would show little")
+
+
+def run(depth: int, batch: int, *, seconds: float, repeats: int) -> dict[str, Any]:
+    """Checks, times, and returns the row: milliseconds a token of each sequence, prompt included in the time."""
+    ours, theirs = contestants(depth, batch)
+    check(ours(), theirs())
+    ours_ms, theirs_ms = (taken / NEW for taken in side_by_side([ours, theirs], seconds=seconds, repeats=repeats))
+    return {
+        "group": "generation",
+        "case": name_of(depth, batch),
+        "opponent": OPPONENT,
+        "ours_ms": ours_ms,
+        "theirs_ms": theirs_ms,
+        "ratio": theirs_ms / ours_ms,
+        "floor": FLOORS[depth, batch],
+        "ours_tokens_per_second": batch / ours_ms * 1e3,
+        "theirs_tokens_per_second": batch / theirs_ms * 1e3,
+    }

@@ -1,0 +1,353 @@
+"""Generation for many requests at once: slots of a preallocated KV cache, a new request joins a running batch.
+
+    engine = Engine(model, tokenizer, slots=8)
+    request = engine.submit(prompt_tokens, Sampling(max_tokens=100, seed=1))
+    while not request.finish_reason:
+        engine.step()
+        print(request.read().text, end="")
+
+The tokens of a request depend on its prompt, its Sampling, the model and the number of threads alone: not on what runs
+beside it, when it came, nor on `slots` and `capacity`. Each request draws from its own generator; its prompt is cut at
+multiples of PREFILL_TOKENS, whatever else there is to do; and the logits of a decoded row do not depend on other rows
+(model.Decoder). On a GPU the last of these is not promised.
+"""
+
+import codecs
+import heapq
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanochat_native.model import GPT, Decoder
+from nanochat_native.tokenizer import Tokenizer
+
+NOT_FINITE = "the model's logits are not finite: its training has diverged"
+PREFILL_TOKENS = 128  # of prompts, a step; more would let the running requests wait for longer than some ten steps
+
+
+def check_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> None:
+    """Raises ValueError for settings that `sample` does not take."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it takes a number from 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it takes a number from 1, or None for all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it takes a number above 0 to 1, or None for all")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p is {min_p}; it takes a number from 0 to 1, or None for all")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; it takes a number above 0, 1 for none")
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Draws one token a row: logits (B, V) on any device -> (B,) int64 on the CPU, where `generator` is.
+
+    In this order: logits of tokens in seen (B, V) bool are divided by repetition_penalty where positive, else
+    multiplied by it (CTRL, arXiv:1909.05858); temperature, 0 for the likeliest token; top_k keeps the k likeliest;
+    top_p the fewest whose probabilities reach p (arXiv:1904.09751); min_p those with at least min_p of the
+    likeliest's probability (arXiv:2407.01082).
+
+    Raises ValueError for logits that are not finite.
+    """
+    logits = logits.float().cpu()
+    if not logits.isfinite().all():
+        raise ValueError(NOT_FINITE)
+    if seen is not None and repetition_penalty != 1:
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, index = probabilities.sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        probabilities = torch.zeros_like(ordered).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
+    if min_p is not None:
+        likeliest = probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < min_p * likeliest, 0.0)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+class TextStream:
+    """Text of tokens as they come: whole characters, and never a part of a stop string. Not UTF-8 becomes U+FFFD."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped = False
+
+    def put(self, tokens: Sequence[int], *, final: bool = False) -> str:
+        """The text that `tokens` make certain. What may begin a stop string is held back, until `final`; of the stop
+        strings the one that ends first counts, the text ends before it, and `stopped` is set."""
+        self._held += self._decoder.decode(self._tokenizer.decode_bytes(tokens), final)
+        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
+        if found:
+            end, length = min(found)
+            self.stopped = True
+            out, self._held = self._held[: end + length], ""
+            return out
+        keep = 0 if final else max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        split = len(self._held) - keep
+        out, self._held = self._held[:split], self._held[split:]
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of text that begin `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request is continued; see `sample`. Raises ValueError for settings out of range.
+
+    max_tokens: tokens to add at most. stop: the text ends before the first of these strings. stop_tokens: ids that end
+    it beside <|bos|>, which always does; they are in neither tokens nor text. seed: of this request's draws.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.max_tokens) is not int or self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens!r}; it takes a whole number from 1")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; it takes a tuple of strings, none empty")
+        if not isinstance(self.stop_tokens, tuple) or not all(type(token) is int for token in self.stop_tokens):
+            raise ValueError(f"stop_tokens is {self.stop_tokens!r}; it takes a tuple of ids")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed is {self.seed!r}; it takes a whole number from 0 to 2^63 - 1")
+
+
+class Read(NamedTuple):
+    tokens: list[int]
+    text: str
+
+
+class Request:
+    """One prompt and its continuation, made by Engine.submit.
+
+    tokens: drawn so far. text: what they certainly say, without a stop string; "" where the engine has no tokenizer.
+    finish_reason: None while it waits or runs, then "stop" (a stop token or string), "length" (max_tokens), "cancelled"
+    or "error", with `error` saying why.
+    """
+
+    def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self.prompt, self.sampling = prompt, sampling
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        # Positions in the cache. The token after them is decoded next, once the prompt's others are in.
+        self._filled = 0
+        self._read = (0, 0)
+        self._stream = None if tokenizer is None else TextStream(tokenizer, sampling.stop)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._seen = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(1, vocab_size, dtype=torch.bool)
+            self._seen[0, prompt] = True
+
+    def read(self) -> Read:
+        """Tokens and text that came since the last call."""
+        tokens, text = self._read
+        self._read = (len(self.tokens), len(self.text))
+        return Read(self.tokens[tokens:], self.text[text:])
+
+    def _draw(self, logits: Tensor) -> int:
+        s = self.sampling
+        drawn = sample(
+            logits,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            repetition_penalty=s.repetition_penalty,
+            seen=self._seen,
+            generator=self._generator,
+        )
+        return int(drawn)
+
+    def _put(self, token: int) -> None:
+        self.tokens.append(token)
+        if self._seen is not None:
+            self._seen[0, token] = True
+        if self._stream is not None:
+            self.text += self._stream.put([token])
+            if self._stream.stopped:
+                self.finish_reason = "stop"
+        if len(self.tokens) == self.sampling.max_tokens and not self.finish_reason:
+            self._finish("length")
+
+    def _finish(self, reason: str, error: str | None = None) -> None:
+        if self._stream is not None:
+            self.text += self._stream.put([], final=True)
+            if self._stream.stopped and reason == "length":
+                reason = "stop"
+        self.finish_reason, self.error = reason, error
+
+
+class Engine:
+    """Runs requests in `slots` slots of `capacity` positions each; more of them wait, first come, first served.
+
+    capacity: prompt and continuation of a request fit in; default: the model's positions. The cache takes 2 n_layer
+    slots capacity Hkv D numbers, allocated once, for at least two slots. Weights are copied: see model.Decoder.
+    tokenizer: None for tokens without text, stop strings or <|bos|>. One thread may use it at a time.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer | None, *, slots: int = 8, capacity: int | None = None) -> None:
+        capacity = model.max_positions if capacity is None else capacity
+        if slots < 1 or not 2 <= capacity <= model.max_positions:
+            given = f"slots is {slots}, capacity {capacity}"
+            raise ValueError(f"{given}; they take a number from 1, and one from 2 to {model.max_positions}")
+        if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+        self.tokenizer, self.capacity, self.vocab_size = tokenizer, capacity, model.config.vocab_size
+        self.queue: deque[Request] = deque()
+        self.running: dict[int, Request] = {}  # by slot, the oldest first
+        self._free = list(range(slots))  # a heap: the lowest slot is taken first, since a pass runs up to the highest
+        self._decoder = Decoder(model, max(2, slots), capacity)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self.queue and not self.running
+
+    def submit(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Request:
+        """Takes a request; it starts in the next step that has a free slot.
+
+        Raises ValueError for an empty prompt, ids out of range, more tokens than `capacity`, and stop strings without
+        a tokenizer.
+        """
+        prompt = list(prompt_tokens)
+        if not prompt or not all(type(token) is int and 0 <= token < self.vocab_size for token in prompt):
+            taken = f"takes at least one, whole numbers from 0 to {self.vocab_size - 1}"
+            raise ValueError(f"the prompt has {len(prompt)} tokens; {taken}")
+        if len(prompt) + sampling.max_tokens > self.capacity:
+            given = f"{len(prompt)} tokens of prompt and {sampling.max_tokens} more"
+            raise ValueError(f"{given}; a slot has {self.capacity} positions")
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop is {sampling.stop!r}; an engine without a tokenizer takes none")
+        request = Request(prompt, sampling, self.tokenizer, self.vocab_size)
+        self.queue.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request that waits or runs, and frees its slot; nothing for one that has ended."""
+        if request in self.queue:
+            self.queue.remove(request)
+        elif slot := [slot for slot, running in self.running.items() if running is request]:
+            self._release(*slot)
+        else:
+            return
+        request._finish("cancelled")
+
+    def step(self) -> list[Request]:
+        """One token for every request that runs, and less than 2 PREFILL_TOKENS of prompts, the oldest first.
+
+        Returns the requests that got a token or ended.
+        """
+        while self.queue and self._free:
+            self.running[heapq.heappop(self._free)] = self.queue.popleft()
+        self._prefill()
+        return self._decode()
+
+    def generate(self, requests: Sequence[tuple[Sequence[int], Sampling]]) -> list[Request]:
+        """Submits all (prompt_tokens, sampling) and runs them to their ends. Raises what submit does."""
+        submitted = [self.submit(prompt, sampling) for prompt, sampling in requests]
+        while any(request.finish_reason is None for request in submitted):
+            self.step()
+        return submitted
+
+    def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Iterator[Read]:
+        """Submits a request at the call; its tokens and text as they come. One that is left early is cancelled."""
+        request = self.submit(prompt_tokens, sampling)
+
+        def pieces() -> Iterator[Read]:
+            try:
+                while request.finish_reason is None:
+                    self.step()
+                    if any(piece := request.read()):
+                        yield piece
+            finally:
+                self.cancel(request)
+
+        return pieces()
+
+    def _prefill(self) -> None:
+        """All but the last token of each prompt, which is decoded like those that follow it."""
+        budget = PREFILL_TOKENS
+        for slot, request in self.running.items():
+            while budget > 0 and request._filled < len(request.prompt) - 1:
+                part = request.prompt[request._filled : -1][:PREFILL_TOKENS]
+                self._decoder.prefill(slot, part, request._filled)
+                request._filled += len(part)
+                budget -= len(part)
+
+    def _decode(self) -> list[Request]:
+        ready = {slot: r for slot, r in self.running.items() if r._filled == len(r.prompt) + len(r.tokens) - 1}
+        if not ready:
+            return []
+        count = max(2, max(ready) + 1)
+        tokens, positions, lengths = [0] * count, [0] * count, [0] * count
+        for slot, request in self.running.items():
+            if slot < count:
+                positions[slot] = request._filled
+        for slot, request in ready.items():
+            tokens[slot] = request.tokens[-1] if request.tokens else request.prompt[-1]
+            lengths[slot] = request._filled + 1
+        logits = self._decoder.decode(tokens, positions, lengths)
+        top, likeliest = (found.tolist() for found in logits.max(-1))
+        for slot, request in ready.items():
+            request._filled += 1
+            if not math.isfinite(top[slot]):
+                request._finish("error", NOT_FINITE)
+            else:
+                plain = request.sampling.temperature == 0 and request._seen is None
+                token = likeliest[slot] if plain else request._draw(logits[slot : slot + 1])
+                ends = self.tokenizer is not None and token == self.tokenizer.bos_id
+                if ends or token in request.sampling.stop_tokens:
+                    request._finish("stop")
+                else:
+                    request._put(token)
+            if request.finish_reason is not None:
+                self._release(slot)
+        return list(ready.values())
+
+    def _release(self, slot: int) -> None:
+        del self.running[slot]
+        heapq.heappush(self._free, slot)
