@@ -150,6 +150,8 @@ def run(args: Sequence[str]) -> int:
     console = Console()
     trainer = Trainer(config, console)
     config = trainer.config
+    if config.total_batch_size < 2 * config.max_seq_len:
+        raise ConfigError(f"--total-batch-size {config.total_batch_size} is one sequence; takes at least two")
     if trainer.accumulation_steps < 2:
         raise ConfigError(
             f"--total-batch-size {config.total_batch_size} is one micro-batch; takes a --device-batch-size of at most "

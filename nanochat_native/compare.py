@@ -7,9 +7,11 @@ stopped or killed goes on with the rest when the same command is given again.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -23,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch; train.py sa
 
 import torch
 
-from nanochat_native import lab, metrics, plot
+from nanochat_native import lab, metrics, ops, plot
 from nanochat_native.bench.measure import side_by_side
 from nanochat_native.config import AUTO, ConfigError, TrainConfig, flag, parse, to_json
 from nanochat_native.data import Corpus
@@ -61,6 +63,7 @@ SUITES: dict[str, dict[str, str]] = {
         "0.85 to 0.95 over 300 steps": "",
         "0.95": "--momentum-start 0.95 --momentum-end 0.95",
         "0.85": "--momentum-start 0.85 --momentum-end 0.85",
+        "0.85 to 0.95 over 30 steps": "--momentum-warmup-steps 30",
         "0.85 to 0.97 over 400 steps": "--momentum-end 0.97 --momentum-warmup-steps 400",
         "none": "--momentum-start 0 --momentum-end 0",
     },
@@ -134,7 +137,9 @@ class Comparison:
 
     def folder_of(self, case: str, factor: float, seed: int) -> Path:
         """Of a run while it goes on."""
-        return self.folder / "runs" / f"{list(self.cases).index(case)}-x{factor:.3g}-{seed}"
+        digest = hashlib.sha256(json.dumps(to_json(self.cases[case]), sort_keys=True).encode()).hexdigest()
+        slug = re.sub(r"\W+", "-", case).strip("-")
+        return self.folder / "runs" / f"{slug}-{digest[:8]}-x{factor:.3g}-{seed}"
 
     def corpus_of(self, case: str) -> Corpus | None:
         """The data that is prepared, where the case trains on that."""
@@ -205,8 +210,22 @@ def reached(curve: Sequence[dict[str, Any]], target: float) -> tuple[float, floa
     return None
 
 
+def mean_curve(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of runs that were measured at the same steps."""
+    return [
+        {
+            "step": points[0]["step"],
+            "seconds": statistics.mean(point["seconds"] for point in points),
+            "value": statistics.mean(point["value"] for point in points),
+        }
+        for points in zip(*(run["curve"] for run in runs), strict=True)
+        if all(point["value"] is not None for point in points)
+    ]
+
+
 def summarize(comparison: Comparison) -> list[dict[str, Any]]:
-    """A row a case that has run, the best first: mean and spread of the final loss, and what it took."""
+    """A row a case that has run, the best first: mean and spread of the final loss, and where the mean of its curves
+    comes to the baseline's final mean."""
     rows = []
     finals = {
         case: [final(run) for run in comparison.best_runs(case)] for case in comparison.cases if comparison.of(case)
@@ -216,7 +235,7 @@ def summarize(comparison: Comparison) -> list[dict[str, Any]]:
         target = math.nan  # a baseline that diverged is no mark to reach
     for case, values in finals.items():
         runs = comparison.best_runs(case)
-        arrivals = [found for run in runs if (found := reached(run["curve"], target))]
+        arrival = reached(mean_curve(runs), target) if math.inf not in values else None
         mean = statistics.mean(values)
         finite = math.isfinite(mean)
         factor = comparison.best_factor(case)
@@ -230,9 +249,9 @@ def summarize(comparison: Comparison) -> list[dict[str, Any]]:
                 "seeds": len(values),
                 "value": mean if finite else None,
                 "spread": statistics.stdev(values) if finite and len(values) > 1 else None,
-                "arrived": len(arrivals),
-                "steps_to_baseline": statistics.mean(step for step, _ in arrivals) if arrivals else None,
-                "seconds_to_baseline": statistics.mean(seconds for _, seconds in arrivals) if arrivals else None,
+                "diverged": values.count(math.inf),
+                "steps_to_baseline": arrival[0] if arrival else None,
+                "seconds_to_baseline": arrival[1] if arrival else None,
                 "seconds": statistics.mean(run["curve"][-1]["seconds"] for run in runs),
                 **comparison.costs.get(case, {}),
             }
@@ -245,10 +264,9 @@ def table(rows: Sequence[dict[str, Any]], *, baseline: str, unit: str) -> str:
     names = ["case", "rates", f"final {unit}", "seeds", f"steps to {baseline}'s", "seconds to it", "run, s"]
     lines = [[*names, "optimizer, ms", "state, bytes a parameter"]]
     for row in rows:
-        value = "diverged" if row["value"] is None else f"{row['value']:.4f}"
+        value = f"{row['diverged']} diverged" if row["value"] is None else f"{row['value']:.4f}"
         if row["spread"] is not None:
             value += f" ± {row['spread']:.4f}"
-        some = f" ({row['arrived']} of {row['seeds']})" if row["arrived"] < row["seeds"] else ""
         never = row["steps_to_baseline"] is None
         lines.append(
             [
@@ -256,7 +274,7 @@ def table(rows: Sequence[dict[str, Any]], *, baseline: str, unit: str) -> str:
                 f"x{row['factor']:.3g} of {len(row['tried'])}",
                 value,
                 str(row["seeds"]),
-                "never" if never else f"{row['steps_to_baseline']:.0f}{some}",
+                "never" if never else f"{row['steps_to_baseline']:.0f}",
                 "never" if never else f"{row['seconds_to_baseline']:.1f}",
                 f"{row['seconds']:.1f}",
                 f"{row['optimizer_ms']:.2f}" if "optimizer_ms" in row else "?",
@@ -315,11 +333,15 @@ def train_case(comparison: Comparison, case: str, factor: float, seed: int, cons
 
 
 class Forwarding(SilentConsole):
-    """Of a run's words it passes on the beginning of the live line, behind `where`."""
+    """Of a run's words it passes on warnings and the beginning of the live line, behind `where`."""
 
     def __init__(self, console: Console, where: str) -> None:
         super().__init__()
         self._console, self._where = console, where
+
+    def say(self, text: str = "") -> None:
+        if text.startswith("warning:") or "no checkpoint" in text:
+            self._console.say(f"{self._where}: {text}")
 
     def live(self, text: str, *, last: bool = False) -> None:
         self._console.live(" | ".join([self._where, *text.split(" | ")[:3]]))
@@ -334,6 +356,7 @@ def measure_costs(comparison: Comparison, *, seconds: float, repeats: int) -> di
         trainer.set_rates(0.0, momentum_at(0, config))  # an update costs the same, and weights stay as they are
 
     def update(trainer: Trainer) -> None:
+        ops.use_backend(trainer.config.backend)
         trainer.update()
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)
@@ -361,29 +384,57 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     folder = options.out or lab.OUT / f"compare-{'own' if options.cases else options.suite}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every))
     comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {})
-    if folder.exists() and any(folder.iterdir()):
-        here = json.loads((folder / plot.RESULT).read_text()) if (folder / plot.RESULT).exists() else {}
-        plans = [json.loads(json.dumps(what(comparison))), here.get("what")]
-        if here.get("command") != "compare" or plans[0] != plans[1]:
-            raise ConfigError(f"{folder} holds another result; give another --out PATH")
+    if folder.exists() and any(path.name != "result.tmp" for path in folder.iterdir()):
+        here = read_result(folder)
+        wanted = json.loads(json.dumps(what(comparison)))
+        if here["what"] != wanted:
+            raise ConfigError(
+                f"{folder} holds another comparison ({differing(here['what'], wanted)}); give another --out PATH"
+            )
         comparison.runs, comparison.costs = here["runs"], here["costs"]
         console.say(f"resume   {folder}: {len(comparison.runs)} runs are there")
     folder.mkdir(parents=True, exist_ok=True)
     return comparison
 
 
+def read_result(folder: Path) -> dict[str, Any]:
+    """A comparison's result.json. Raises ConfigError where there is none, or a damaged one."""
+    path = folder / plot.RESULT
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["command"] == "compare" and isinstance(found["runs"], list) and isinstance(found["what"], dict):
+            return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder} holds something, and {path} is no comparison ({error!r}); give another --out"
+        ) from None
+    raise ConfigError(f"{folder} holds another result; give another --out PATH")
+
+
+def differing(here: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Names of what is different in two plans."""
+    names = [name for name in ("baseline", "rates", "data") if here.get(name) != wanted.get(name)]
+    cases = [plan.get("cases", {}) for plan in (here, wanted)]
+    if set(cases[0]) != set(cases[1]):
+        names.append("cases")
+    for case in set(cases[0]) & set(cases[1]):
+        names += [flag(name) for name, value in cases[1][case].items() if cases[0][case].get(name) != value]
+    return ", ".join(dict.fromkeys(names)) or "another version's"
+
+
 def what(comparison: Comparison) -> dict[str, Any]:
     """What makes a comparison the same one; more seeds may be added to it."""
     cases = {}
+    unimportant = (*OF_ONE_CALL, "cache_dir", "device_batch_size")
     for case, config in comparison.cases.items():
-        cases[case] = {
-            name: value for name, value in to_json(config).items() if name not in (*OF_ONE_CALL, "cache_dir")
-        }
-    return {"cases": cases, "baseline": comparison.baseline, "rates": comparison.rates}
+        flags = to_json(config)
+        cases[case] = {name: flags[name] for name in flags if name not in unimportant}
+    data = comparison.corpus.hash if comparison.corpus else None
+    return {"cases": cases, "baseline": comparison.baseline, "rates": comparison.rates, "data": data}
 
 
 def run(args: Sequence[str]) -> int:
-    base = None if torch.cuda.is_available() else SMALL
+    base = None if torch.cuda.is_available() and "cpu" not in args else SMALL
     if base and any(argument.startswith("--target") for argument in args):
         base = dataclasses.replace(base, num_iterations=AUTO)
     options, config, _ = lab.configure(Options, "compare", args, base=base)

@@ -7,7 +7,8 @@ A layer is a block of the transformer ("h.0"), wte or lm_head. Quantities, as "<
     update_to_weight      that over the norm of its weights
     orthogonality_error   |O O^T - 1| / sqrt(r), Frobenius, on the shorter side r of what Muon orthogonalised; the worst
                           matrix. Newton-Schulz's quintic takes singular values to 0.7 to 1.2, the smallest not so
-                          far: 0.3 is good, and 0.5 usual of square matrices
+                          far: 0.3 is good, and 0.5 usual of square matrices. NorMuon's updates are not meant to
+                          be orthogonal; where weights travel in bfloat16, rounding is in it
     attention_logit       largest |q . k| scale that a query sees; QK-norm bounds it by sqrt(head_dim)
     dead_units            share of the MLP's hidden units that are 0 on every token
 
@@ -54,7 +55,7 @@ class Diagnosis:
     @torch.no_grad()
     def begin(self, norm: float, max_norm: float) -> None:
         """norm: of all gradients before they were clipped to max_norm. Every rank takes part."""
-        start = time.perf_counter()
+        start = self._now()
         unclipped = max(1.0, norm / max_norm)
         self._found = {}
         for layer, square in self._gradient_squares().items():
@@ -66,7 +67,7 @@ class Diagnosis:
     @torch.no_grad()
     def finish(self, probe: Tensor) -> dict[str, float]:
         """All quantities of the step; of the first rank alone. probe: (rows, T) int64, for the activations."""
-        start = time.perf_counter()
+        start = self._now()
         if self.world.first:
             self._found |= self._updates()
             self._found |= activations(self.model, probe)
@@ -74,6 +75,12 @@ class Diagnosis:
         self.seconds += time.perf_counter() - start
         self.count += 1
         return self._found
+
+    def _now(self) -> float:
+        """When what the device was told before is done."""
+        if self.model.wte.weight.is_cuda:
+            torch.cuda.synchronize(self.model.wte.weight.device)
+        return time.perf_counter()
 
     def _gradient_squares(self) -> dict[str, float]:
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}

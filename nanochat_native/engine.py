@@ -9,7 +9,8 @@
 The tokens of a request depend on its prompt, its Sampling, the model and the number of threads alone: not on what runs
 beside it, when it came, nor on `slots` and `capacity`. Each request draws from its own generator; its prompt is cut at
 multiples of PREFILL_TOKENS, whatever else there is to do; and the logits of a decoded row do not depend on other rows
-(model.Decoder). On a GPU the last of these is not promised.
+where the library's product sums each row in one order (model.Decoder: AVX-512). Elsewhere, and on a GPU, they do by
+rounding, which another token follows from where two are as likely to the last digits.
 """
 
 import codecs

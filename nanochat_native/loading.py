@@ -65,8 +65,8 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Runs a command line's work: what it returns, or 0; 2 after one line on stderr for a mistake of the user's; 130
-    after Ctrl-C."""
+    """Runs a command line's work: what it returns, or 0; 2 after one line on stderr for a mistake of the user's; 1
+    where memory is out; 130 after Ctrl-C."""
     try:
         ops.use_backend(ops.backend())
     except RuntimeError as error:
@@ -77,6 +77,10 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())
+        print(f"error: out of memory; try a smaller --device-batch-size ({reason})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -115,7 +115,8 @@ def suggest(rates: Sequence[float], losses: Sequence[float], *, steps: int, dive
     """
     side = max(1, round(WINDOW * steps))
     if len(rates) < 2 * side + 3:
-        return Suggestion(None, f"it ended after {len(rates)} rates; take a lower --floor", math.nan, math.nan, [])
+        more = "take a lower --floor" if diverged else "the test was stopped"
+        return Suggestion(None, f"it ended after {len(rates)} rates; {more}", math.nan, math.nan, [])
     smoothed, slopes = [], []
     for i in range(len(rates)):
         near = range(max(0, i - side), min(len(rates), i + side + 1))
@@ -169,6 +170,9 @@ def find_rate(trainer: Trainer, options: Options, group: str, stopping: StopSign
     held_out = list(trainer.validation_batches(trainer.config.total_batch_size))
     with trainer.loader.iterate(0) as batches:
         for step in range(options.warmup_steps):
+            if stopping.signal:
+                break
+            trainer.console.live(f"{group} warm-up {bar(step + 1, options.warmup_steps)}")
             trainer.compute_gradients(next(batches))
             trainer.set_rates(1.0, momentum_at(step, trainer.config))
             trainer.update()

@@ -424,9 +424,9 @@ class Decoder:
     in one slot. Weights are copied when it is made, transposed and with q, k and v in one matrix: later changes of the
     model do not show, and weights take twice their memory.
 
-    On a CPU the logits of a row do not depend on the other rows, to the last bit, as long as a pass has at least two:
-    torch.mm of transposed weights sums each row in one order from two rows on, where a single row takes another path.
-    That is the library's doing, found by trial; tests/test_engine.py holds it.
+    The logits of a row depend on the other rows by rounding at most, and where torch.mm of transposed weights sums each
+    row in one order from two rows on, not at all: MKL does with AVX-512, as was found by trial, and not with AVX2. A
+    single row takes another path, so a pass has at least two. tests/test_engine.py holds both.
     """
 
     def __init__(self, model: GPT, slots: int, capacity: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanochat_native.config import STDLIB, ConfigError, TrainConfig, flag, parse, to_json, with_defaults
+from nanochat_native.config import AUTO, RATES, STDLIB, ConfigError, TrainConfig, flag, parse, to_json, with_defaults
 
 FORMAT = "nanochat-native run"
 ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "diagnosis.png", "tokenizer", "checkpoints")
@@ -84,6 +84,8 @@ def load_config(folder: Path) -> TrainConfig:
     if not is_run(folder):
         raise ConfigError(f"{folder} is no run of this program: it has no config.json of one")
     flags = json.loads((folder / "config.json").read_bytes())["config"]
+    if flags.get("optimizer") == "sgd" and "ns_steps" not in flags:  # sgd once had one rate for everything
+        flags |= dict.fromkeys(RATES, 0.1 if flags["matrix_lr"] == AUTO else flags["matrix_lr"])
     place = folder if folder.name not in ("", "..") else folder.resolve()
     flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
     try:

@@ -128,19 +128,19 @@ def test_the_table_by_hand():
     rows = summarize(comparison_of(runs, {"b": {"optimizer_ms": 1.5, "state_bytes": 6.0}}))
     assert [row["case"] for row in rows] == ["b", "a", "c"]
     b, a, c = rows
-    # a's final loss is 4.2: b's first seed is there at step 10, its second at 10 + (5.2 - 4.2) / (5.2 - 3.2) * 10 = 15
+    # a's final loss is 4.2; b's mean is 4.7 at step 10 and 3.1 at 20: there after 10 + (4.7 - 4.2) / 1.6 * 10 = 13.125
     assert (b["value"], b["spread"]) == (pytest.approx(3.1), pytest.approx(math.sqrt(0.02)))
-    assert (b["factor"], b["tried"], b["seeds"], b["arrived"]) == (3.0, [1.0, 3.0], 2, 2)
-    assert b["steps_to_baseline"] == pytest.approx(12.5)
-    assert b["seconds_to_baseline"] == pytest.approx(25.0)
+    assert (b["factor"], b["tried"], b["seeds"], b["diverged"]) == (3.0, [1.0, 3.0], 2, 0)
+    assert b["steps_to_baseline"] == pytest.approx(13.125)
+    assert b["seconds_to_baseline"] == pytest.approx(26.25)
     assert b["rates"]["matrix_lr"] == pytest.approx(0.06)
-    assert (a["value"], a["arrived"], a["steps_to_baseline"]) == (pytest.approx(4.2), 1, pytest.approx(18.0))
-    assert (c["value"], c["arrived"], c["steps_to_baseline"]) == (None, 0, None)
+    assert (a["value"], a["steps_to_baseline"]) == (pytest.approx(4.2), pytest.approx(20.0))
+    assert (c["value"], c["diverged"], c["steps_to_baseline"]) == (None, 1, None)
 
     lines = table(rows, baseline="a", unit="bits per byte").splitlines()
-    assert lines[2] == "| b | x3 of 2 | 3.1000 ± 0.1414 | 2 | 12 | 25.0 | 40.0 | 1.50 | 6.00 |"
-    assert "| 18 (1 of 2) |" in lines[3]
-    assert "| c | x1 of 1 | diverged | 1 | never | never |" in lines[4]
+    assert lines[2] == "| b | x3 of 2 | 3.1000 ± 0.1414 | 2 | 13 | 26.2 | 40.0 | 1.50 | 6.00 |"
+    assert "| 4.2000 ± 0.2828 | 2 | 20 | 40.0 |" in lines[3]
+    assert "| c | x1 of 1 | 1 diverged | 1 | never | never |" in lines[4]
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert "- b: --embedding-lr 0.6 --unembedding-lr 0.012 --matrix-lr 0.06" in lines
 
@@ -193,7 +193,7 @@ def test_a_killed_comparison_goes_on(folder, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "nanochat_native.compare", *args], env=environment)
     deadline = time.monotonic() + 120
     run = out / "runs"
-    while not list(run.glob("1-x1-*/checkpoints/step_*")):  # in the second case
+    while not list(run.glob("adamw-*-x1-*/checkpoints/step_*")):  # in the second case
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -247,19 +247,49 @@ def test_a_run_that_was_cut_is_never_taken_for_a_whole_one(folder, tmp_path, mon
     assert [[step for step, _ in points][-1] for _, _, points in figures(tmp_path / "cut")] == [6, 6, 6, 6]
 
 
-def test_what_a_kill_leaves_is_cleared(folder, tmp_path):
+def test_what_a_kill_leaves_is_cleared(folder, tmp_path, monkeypatch):
     """A run's folder without its config, from before it began; and one that is in the result already."""
     torch.set_num_threads(1)
     out = tmp_path / "out"
     assert compare.main([*command(folder, out), "--seeds", "1"]) == 0
     before = figures(out)
-    for name in ("0-x1-0", "0-x1-1"):
-        (out / "runs" / name).mkdir(parents=True)
-        (out / "runs" / name / "metrics.jsonl").write_text("torn")
-    assert compare.main([*command(folder, out), "--seeds", "2"]) == 0
-    assert all(run in figures(out) for run in before)
+    made = []
+
+    def remember(self, case, factor, seed, real=Comparison.folder_of):
+        made.append(real(self, case, factor, seed))
+        made[-1].mkdir(parents=True, exist_ok=True)
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "folder_of", remember)
+        assert compare.main([*command(folder, out), "--seeds", "2"]) == 0
+    assert made
     assert len(figures(out)) == 4
+    for place in {path.with_name(path.name[:-1] + seed) for path in made for seed in "12"}:
+        place.mkdir(parents=True)
+        (place / "metrics.jsonl").write_text("torn")
+    assert compare.main([*command(folder, out), "--seeds", "3"]) == 0
+    assert all(run in figures(out) for run in before)
+    assert len(figures(out)) == 6
     assert not (out / "runs").exists()
+
+
+def test_cases_in_another_order_are_not_taken_for_each_other(folder, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+
+    def step(self, batches, real=Trainer.train_step):
+        real(self, batches)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    args = [*command(folder, tmp_path / "cut"), "--baseline", "plain", "--seeds", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        assert compare.main(args) == 130
+    turned = [*command(folder, tmp_path / "cut", cases=CASES[::-1]), "--baseline", "plain", "--seeds", "1"]
+    assert compare.main(turned) == 0
+    assert compare.main([*command(folder, tmp_path / "whole"), "--seeds", "1"]) == 0
+    assert sorted(figures(tmp_path / "cut")) == sorted(figures(tmp_path / "whole"))
 
 
 def test_ctrl_c_while_costs_are_measured_loses_no_run(folder, tmp_path, monkeypatch):
@@ -293,7 +323,19 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     assert len(figures(out)) == 4
     assert all(run in figures(out) for run in before)
     assert compare.main(command(folder, out, steps=7)) == 2
-    assert "holds another result" in capsys.readouterr().err
+    assert "holds another comparison (--num-iterations" in capsys.readouterr().err
+    text = (folder / "text.jsonl").read_text()
+    other = tmp_path / "other.jsonl"
+    other.write_text(text)
+    same = [*command(folder, tmp_path / "data", data=other), "--seeds", "1"]
+    assert compare.main(same) == 0
+    other.write_text(text + text.replace("document", "paper"))
+    assert compare.main([*same, "--seeds", "2"]) == 2
+    assert "holds another comparison (data)" in capsys.readouterr().err
+    for damaged in ("", "[]", "{}"):
+        (tmp_path / "data" / "result.json").write_text(damaged)
+        assert compare.main(same) == 2
+        assert "is no comparison" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     assert compare.main(command(folder, tmp_path / "mine")) == 2

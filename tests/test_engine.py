@@ -80,6 +80,9 @@ def test_rows_give_the_logits_of_the_whole_forward(backend, name):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_has_the_same_bits_beside_any_others(backend, name, threads):
     torch.set_num_threads(threads)
+    x, weight = torch.randn(9, 384), torch.randn(384, 1536)
+    if not torch.equal(torch.mm(x[:2], weight), torch.mm(x, weight)[:2]):
+        pytest.skip("torch.mm sums the rows of a product in more than one order here")
     large = dataclasses.replace(WIDE, n_embd=384, n_head=3, n_kv_head=3, vocab_size=8192)
     decoder = Decoder(MODELS[name] if name in MODELS else build(large), 9, 24)
     for slot in range(9):

@@ -14,6 +14,7 @@ from training import losses, records, tiny_flags, train, write_text
 
 import nanochat_native
 from nanochat_native import checkpoint, trainer
+from nanochat_native.run_folder import load_config
 from nanochat_native.train import main
 
 STEPS = 12
@@ -196,3 +197,15 @@ def test_muons_options_and_their_state_are_resumed(tmp_path):
     whole, cut = (losses(tmp_path / "runs" / run) for run in ("whole", "cut"))
     assert cut == whole
     assert records(tmp_path / "runs/whole", "train")[0]["loss"] > records(tmp_path / "runs/whole", "train")[-1]["loss"]
+
+
+def test_an_sgd_run_from_when_it_had_one_rate_keeps_it(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    assert train(tmp_path, run="old", steps=2, optimizer="sgd") == 0
+    path = tmp_path / "runs" / "old" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["config"]["ns_steps"]
+    stored["config"] |= {"embedding_lr": 0.2, "unembedding_lr": 0.004}
+    path.write_text(json.dumps(stored))
+    config = load_config(path.parent)
+    assert (config.embedding_lr, config.unembedding_lr, config.matrix_lr) == (0.1, 0.1, 0.1)

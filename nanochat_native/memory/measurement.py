@@ -31,7 +31,8 @@ class Step:
         self.model.init_weights()
         self.optimizers = setup_optimizers(self.model, optimizer=options.optimizer)
         rows = options.device_batch_size * options.micro_batches
-        tokens = torch.randint(config.vocab_size, (rows, config.sequence_len + 1), device=self.device)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (rows, config.sequence_len + 1), generator=generator).to(self.device)
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def __call__(self, phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
