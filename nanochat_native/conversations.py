@@ -1,0 +1,134 @@
+"""Conversations in the messages form as tokens, the way nanochat trains chat: who says what, and what is learnt.
+
+    <|bos|> <|user_start|> ... <|user_end|> <|assistant_start|> ... <|assistant_end|> <|user_start|> ...
+
+A message is {"role": "system" | "user" | "assistant", "content": text}; an assistant's content may be a list of parts,
+{"type": "text" | "python" | "python_output", "text": text}, for code that it runs and what came of it. A system message
+comes first and is put before the user's first message. Special tokens come from roles and parts alone, never from text.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanochat_native.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+CHAT_TOKENS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+CHAT_TRAINED = "chat_trained"  # key of a checkpoint's meta; absent for a base model
+_PARTS = {
+    "text": None,
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
+
+Message = Mapping[str, Any]
+
+
+def is_chat_trained(meta: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint of this meta was trained on conversations; a base model only continues text."""
+    return bool(meta.get(CHAT_TRAINED, False))
+
+
+def check_messages(messages: Any) -> None:
+    """Raises ValueError for what is not a conversation: a list of messages, at most one of the system, at the
+    beginning, then user and assistant in turn, the user first."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages takes a list with at least one message")
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{where} is {type(message).__name__}; it takes an object with role and content")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"{where}.role is {role!r}; it takes one of {', '.join(ROLES)}")
+        _check_content(message.get("content"), role, f"{where}.content")
+    roles = [message["role"] for message in messages]
+    first = int(roles[0] == "system")
+    for i, role in enumerate(roles[first:]):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise ValueError(f"messages[{first + i}].role is {role!r} where {expected!r} comes: they take turns")
+    if len(messages) == first:
+        raise ValueError("messages takes a message of the user after that of the system")
+
+
+def _check_content(content: Any, role: str, where: str) -> None:
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise ValueError(f"{where} is {type(content).__name__}; it takes a text, or a list of parts")
+    kinds = tuple(_PARTS) if role == "assistant" else ("text",)
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+            taken = f'it takes {{"type": {" | ".join(map(repr, kinds))}, "text": text}}'
+            raise ValueError(f"{where}[{i}] is no part that {role} messages have; {taken}")
+
+
+def text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+    """The text of a message's content, parts one after the other."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def render(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    """Tokens of a conversation, and of each whether it is learnt: what the assistant says, with its <|assistant_end|>.
+
+    What came of code that ran is not said by the assistant, hence not learnt. Raises ValueError for what
+    check_messages refuses, and where the tokenizer lacks a special token.
+    """
+    check_messages(messages)
+    tokens, learnt = [tokenizer.bos_id], [False]
+
+    def put(ids: list[int], learn: bool) -> None:
+        tokens.extend(ids)
+        learnt.extend([learn] * len(ids))
+
+    for role, content in _turns(messages):
+        start, end = special_ids(tokenizer, (f"<|{role}_start|>", f"<|{role}_end|>"))
+        put([start], False)
+        if isinstance(content, str):
+            put(tokenizer.encode(content), role == "assistant")
+        else:
+            for part in content:
+                around = _PARTS[part["type"]]
+                first, last = ([i] for i in special_ids(tokenizer, around)) if around else ([], [])
+                put([*first, *tokenizer.encode(part["text"]), *last], part["type"] != "python_output")
+        put([end], role == "assistant")
+    return tokens, learnt
+
+
+def prompt_of(tokenizer: Tokenizer, messages: list[Message], *, chat_trained: bool) -> list[int]:
+    """The tokens that the assistant's next message continues; the last message must be the user's.
+
+    A base model has never seen the special tokens: it continues the texts of all messages, line after line, which is
+    all that it can. Raises what `render` does.
+    """
+    check_messages(messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"messages[{len(messages) - 1}].role is {messages[-1]['role']!r}; the last one takes 'user'")
+    if not chat_trained:
+        text = "\n".join(text_of(message["content"]) for message in messages)
+        return [tokenizer.bos_id, *tokenizer.encode(text)]
+    tokens, _ = render(tokenizer, messages)
+    return [*tokens, *special_ids(tokenizer, ("<|assistant_start|>",))]
+
+
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a reply beside <|bos|>."""
+    return tuple(i for name, i in tokenizer.special_tokens.items() if name in ("<|assistant_end|>", "<|user_start|>"))
+
+
+def special_ids(tokenizer: Tokenizer, names: Sequence[str]) -> list[int]:
+    """Ids of special tokens by name. Raises ValueError where the tokenizer lacks one."""
+    missing = [name for name in names if name not in tokenizer.special_tokens]
+    if missing:
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}: it cannot spell a conversation")
+    return [tokenizer.special_tokens[name] for name in names]
+
+
+def _turns(messages: list[Message]) -> list[tuple[str, Any]]:
+    """(role, content) of the messages, the system's put before the user's first."""
+    if messages[0]["role"] != "system":
+        return [(message["role"], message["content"]) for message in messages]
+    system, user, *rest = messages
+    opening = f"{text_of(system['content'])}\n\n{text_of(user['content'])}"
+    return [("user", opening), *((message["role"], message["content"]) for message in rest)]
