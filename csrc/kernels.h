@@ -162,6 +162,35 @@ struct Linear {
 };
 void linear(const Linear&);
 
+// One block's matrices, (outputs, inputs) by rows. window -1: none.
+struct BlockWeights {
+    const float *q, *k, *v;   // (H D, C), (Hkv D, C), (Hkv D, C)
+    const float* out;         // (C, H D)
+    const float* fc;          // (F, C)
+    const float* proj;        // (C, F)
+    int64_t window;
+};
+
+// The whole model, B sequences of T tokens each that continue what the cache holds: token (b, t) stands at position
+// starts[b] + t of slot slots[b], and sees that slot's positions up to its own. All float32, contiguous; C = H D. The
+// bits of a token's numbers depend on neither B, T nor threads.
+struct CachedForward {
+    int64_t B, T, C, H, Hkv, D, F, V, layers;
+    const int64_t* tokens;           // (B, T), in [0, V)
+    const int64_t *slots, *starts;   // (B,), slots distinct
+    const float* wte;                // (V, C)
+    const BlockWeights* blocks;      // (layers,)
+    const float* lm_head;            // (V, C)
+    const float *cos, *sin;          // (positions, D / 2), rows of cos cos_stride apart
+    int64_t cos_stride;
+    float* cache;   // (layers, slot_count, capacity, 2 Hkv, D): keys, then values; written
+    int64_t slot_count, capacity;
+    double softcap;   // 0: none
+    float* logits;    // (B, V) of each sequence's last token, or null
+    int threads;
+};
+void cached_forward(const CachedForward&);
+
 }   // namespace cpu
 
 namespace cuda {

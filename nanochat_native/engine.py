@@ -6,11 +6,10 @@
         engine.step()
         print(request.read().text, end="")
 
-The tokens of a request depend on its prompt, its Sampling, the model and the number of threads alone: not on what runs
-beside it, when it came, nor on `slots` and `capacity`. Each request draws from its own generator; its prompt is cut at
-multiples of PREFILL_TOKENS, whatever else there is to do; and the logits of a decoded row do not depend on other rows
-where the library's product sums each row in one order (model.Decoder: AVX-512). Elsewhere, and on a GPU, they do by
-rounding, which another token follows from where two are as likely to the last digits.
+The tokens of a request depend on its prompt, its Sampling and the model alone: not on what runs beside it, when it
+came, on `slots`, `capacity` or the number of threads. Each request draws from its own generator, and the logits of a
+row do not depend on other rows (model.Decoder, on the CPU). On a GPU, and on the torch backend, they do by rounding,
+which another token follows from where two are as likely to the last digits.
 """
 
 import codecs
@@ -226,7 +225,7 @@ class Engine:
     """Runs requests in `slots` slots of `capacity` positions each; more of them wait, first come, first served.
 
     capacity: prompt and continuation of a request fit in; default: the model's positions. The cache takes 2 n_layer
-    slots capacity Hkv D numbers, allocated once, for at least two slots. Weights are copied: see model.Decoder.
+    slots capacity Hkv D numbers, allocated once.
     tokenizer: None for tokens without text, stop strings or <|bos|>. One thread may use it at a time.
     """
 
@@ -240,8 +239,8 @@ class Engine:
         self.tokenizer, self.capacity, self.vocab_size = tokenizer, capacity, model.config.vocab_size
         self.queue: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # by slot, the oldest first
-        self._free = list(range(slots))  # a heap: the lowest slot is taken first, since a pass runs up to the highest
-        self._decoder = Decoder(model, max(2, slots), capacity)
+        self._free = list(range(slots))  # a heap: which slot is taken does not depend on how they came free
+        self._decoder = Decoder(model, slots, capacity)
 
     @property
     def idle(self) -> bool:
@@ -323,23 +322,16 @@ class Engine:
         ready = {slot: r for slot, r in self.running.items() if r._filled == len(r.prompt) + len(r.tokens) - 1}
         if not ready:
             return []
-        count = max(2, max(ready) + 1)
-        tokens, positions, lengths = [0] * count, [0] * count, [0] * count
-        for slot, request in self.running.items():
-            if slot < count:
-                positions[slot] = request._filled
-        for slot, request in ready.items():
-            tokens[slot] = request.tokens[-1] if request.tokens else request.prompt[-1]
-            lengths[slot] = request._filled + 1
-        logits = self._decoder.decode(tokens, positions, lengths)
+        tokens = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in ready.values()]
+        logits = self._decoder.decode(list(ready), tokens, [request._filled for request in ready.values()])
         top, likeliest = (found.tolist() for found in logits.max(-1))
-        for slot, request in ready.items():
+        for row, (slot, request) in enumerate(ready.items()):
             request._filled += 1
-            if not math.isfinite(top[slot]):
+            if not math.isfinite(top[row]):
                 request._finish("error", NOT_FINITE)
             else:
                 plain = request.sampling.temperature == 0 and request._seen is None
-                token = likeliest[slot] if plain else request._draw(logits[slot : slot + 1])
+                token = likeliest[row] if plain else request._draw(logits[row : row + 1])
                 ends = self.tokenizer is not None and token == self.tokenizer.bos_id
                 if ends or token in request.sampling.stop_tokens:
                     request._finish("stop")

@@ -7,6 +7,7 @@ RMSNorm without weights, rotary positions first and QK-norm second, squared ReLU
 Shape letters: B batch, T tokens, C channels, H query heads, Hkv key/value heads, D head size, V vocabulary.
 """
 
+import functools
 import math
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -418,90 +419,46 @@ class GPT(nn.Module):
 
 
 class Decoder:
-    """The model for generation: rows of several sequences, each at its own position, in one pass, without gradients.
+    """The model for generation: sequences in the slots of a preallocated cache, without gradients; see
+    ops.cached_forward_.
 
     cache: (n_layer, slots, capacity, 2 Hkv, D), keys and then values of each position, zeros at first; a sequence lives
-    in one slot. Weights are copied when it is made, transposed and with q, k and v in one matrix: later changes of the
-    model do not show, and weights take twice their memory.
+    in one slot. The weights are the model's own where they have its compute_dtype, else copies.
 
-    The logits of a row depend on the other rows by rounding at most, and where torch.mm of transposed weights sums each
-    row in one order from two rows on, not at all: MKL does with AVX-512, as was found by trial, and not with AVX2. A
-    single row takes another path, so a pass has at least two. tests/test_engine.py holds both.
+    float32 on the CPU, native: the logits of a token have the same bits whatever is decoded beside it, and however its
+    prompt was cut. Elsewhere they may differ by rounding.
     """
 
     def __init__(self, model: GPT, slots: int, capacity: int) -> None:
-        config, device = model.config, model.wte.weight.device
-        self.config, self.dtype = config, model.compute_dtype
+        config, device, dtype = model.config, model.wte.weight.device, model.compute_dtype
+        self.device = device
 
-        def packed(*linears: nn.Linear) -> Tensor:
-            return torch.cat([linear.weight.detach() for linear in linears]).to(self.dtype).t().contiguous()
+        def weights(*linears: nn.Linear) -> list[Tensor]:
+            return [linear.weight.detach().to(dtype) for linear in linears]
 
-        self.layers = [
-            (packed(a.c_q, a.c_k, a.c_v), packed(a.c_proj), packed(block.mlp.c_fc), packed(block.mlp.c_proj), a.window)
-            for block in model.blocks
-            for a in [block.attn]
-        ]
-        self.wte = model.wte.weight.detach().to(self.dtype, copy=True)
-        self.lm_head = packed(model.lm_head)
-        self.cos, self.sin = model.cos[0], model.sin[0]
+        blocks = []
+        for block in model.blocks:
+            a, mlp = block.attn, block.mlp
+            blocks += weights(a.c_q, a.c_k, a.c_v, a.c_proj, mlp.c_fc, mlp.c_proj)
+        (lm_head,) = weights(model.lm_head)
         shape = (config.n_layer, slots, capacity, 2 * config.n_kv_head, config.head_dim)
-        self.cache = torch.zeros(shape, dtype=self.dtype, device=device)
-        self._known_views: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}  # making them takes 2 % of a pass
-        self.eps = torch.tensor(EPS, dtype=torch.promote_types(self.dtype, torch.float32), device=device)
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self._forward = functools.partial(
+            ops.cached_forward_,
+            wte=model.wte.weight.detach().to(dtype),
+            blocks=blocks,
+            lm_head=lm_head,
+            windows=config.windows,
+            cos=model.cos[0, :, 0].to(dtype),
+            sin=model.sin[0, :, 0].to(dtype),
+            cache=self.cache,
+            softcap=SOFTCAP,
+        )
 
-    @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], start: int) -> None:
         """Puts `tokens` at the positions from `start` of a slot, whose earlier positions are filled."""
-        end = start + len(tokens)
-        self._pass(tokens, list(range(start, end)), slice(slot, slot + 1), [end])
+        self._forward(torch.tensor([tokens], device=self.device), [slot], [start], with_logits=False)
 
-    @torch.inference_mode()
-    def decode(self, tokens: list[int], positions: list[int], lengths: list[int]) -> Tensor:
-        """One token a slot, of the first len(tokens) slots, at least two -> logits (len(tokens), V) float32.
-
-        Each is put at its position; lengths: keys that it sees, its position + 1, or 0 for a slot that has nothing to
-        decode, whose logits mean nothing and whose position must be one that is filled later.
-        """
-        x = self._pass(tokens, positions, slice(0, len(tokens)), lengths)
-        logits = torch.mm(self._norm(x), self.lm_head).to(self.eps.dtype)
-        return logits.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
-
-    def _inverse_rms(self, x: Tensor) -> Tensor:
-        """As the function of that name, in fewer calls, which count in a pass of few rows."""
-        n = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.eps.dtype)
-        return torch.addcmul(self.eps, n, n, value=1 / x.size(-1)).rsqrt_()
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return (x * self._inverse_rms(x)).to(self.dtype)
-
-    def _views(self, slots: slice) -> list[tuple[Tensor, ...]]:
-        """Of each layer: all cells, (slots capacity, 2 Hkv, D), and the keys and the values of some slots."""
-        key = (slots.start, slots.stop)
-        if key not in self._known_views:
-            own, Hkv = self.cache[:, slots], self.config.n_kv_head
-            parts = (self.cache.flatten(1, 2), own[..., :Hkv, :], own[..., Hkv:, :])
-            self._known_views[key] = [part.unbind() for part in parts]
-        return self._known_views[key]
-
-    def _pass(self, tokens: list[int], positions: list[int], slots: slice, lengths: list[int]) -> Tensor:
-        """All blocks, for equally many tokens of each of the slots -> the last block's output (N, C)."""
-        device, (H, Hkv, D) = self.wte.device, (self.config.n_head, self.config.n_kv_head, self.config.head_dim)
-        N, B, capacity = len(tokens), len(lengths), self.cache.size(2)
-        cells = [(slots.start + i * B // N) * capacity + position for i, position in enumerate(positions)]
-        idx, at, to = torch.tensor([tokens, positions, cells], device=device).unbind()
-        visible = torch.tensor(lengths, device=device)
-        cos, sin = self.cos.index_select(0, at), self.sin.index_select(0, at)
-        flat, keys, values = self._views(slots)
-        x = self._norm(self.wte.index_select(0, idx))
-        for layer, (qkv_weight, out_weight, fc_weight, proj_weight, window) in enumerate(self.layers):
-            qkv = torch.mm(self._norm(x), qkv_weight).view(N, H + 2 * Hkv, D)
-            qk = qkv[:, : H + Hkv]
-            rotated = _rotate(qk, cos, sin)
-            torch.mul(rotated, self._inverse_rms(rotated), out=qk)
-            flat[layer].index_copy_(0, to, qkv[:, H:])
-            q = qkv[:, :H].unflatten(0, (B, N // B))
-            attended = ops.attention(q, keys[layer], values[layer], window=window, lengths=visible)
-            x = torch.addmm(x, attended.view(N, H * D), out_weight)
-            h = torch.mm(self._norm(x), fc_weight).relu_()
-            x = torch.addmm(x, h.mul_(h), proj_weight)
-        return x
+    def decode(self, slots: list[int], tokens: list[int], positions: list[int]) -> Tensor:
+        """One token a slot, each at its position -> logits (len(slots), V), float32 or better."""
+        return self._forward(torch.tensor(tokens, device=self.device)[:, None], slots, positions)

@@ -263,6 +263,92 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
     return {at::full({}, loss, losses.options()), grad_x, grad_weight};
 }
 
+// --- cached_forward_ ---
+
+constexpr size_t kMatrices = 6;   // of a block: q, k, v, out, fc, proj
+
+Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArrayRef starts, const Tensor& wte,
+                       at::TensorList blocks, const Tensor& lm_head, at::IntArrayRef windows, const Tensor& cos,
+                       const Tensor& sin, const Tensor& cache, double softcap, bool with_logits) {
+    const char* op = "cached_forward_";
+    const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape) {
+        check_like(op, name, tensor, at::kFloat, at::kCPU, shape);
+        TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " has strides ", tensor.strides(),
+                          "; takes a contiguous tensor");
+    };
+    TORCH_CHECK_VALUE(tokens_.dim() == 2 && tokens_.size(1) > 0 && cache.dim() == 5 && wte.dim() == 2, op,
+                      ": tokens has shape ", tokens_.sizes(), ", cache ", cache.sizes(), ", wte ", wte.sizes(),
+                      "; takes (B, T), T from 1, (layers, slots, capacity, 2 Hkv, D) and (V, C)");
+    const int64_t B = tokens_.size(0), T = tokens_.size(1), V = wte.size(0), C = wte.size(1);
+    const int64_t layers = cache.size(0), Hkv = cache.size(3) / 2, D = cache.size(4), H = D ? C / D : 0;
+    TORCH_CHECK_VALUE(Hkv > 0 && H > 0 && H * D == C && H % Hkv == 0 && D % 2 == 0 && cache.size(3) % 2 == 0, op,
+                      ": C is ", C, ", cache has shape ", cache.sizes(), "; they do not fit together");
+    TORCH_CHECK_VALUE(static_cast<int64_t>(windows.size()) == layers && blocks.size() == kMatrices * windows.size(), op,
+                      ": windows has ", windows.size(), " entries, blocks ", blocks.size(), "; takes ", layers, " and ",
+                      kMatrices * layers);
+    TORCH_CHECK_VALUE(static_cast<int64_t>(slots.size()) == B && static_cast<int64_t>(starts.size()) == B, op,
+                      ": slots has ", slots.size(), " entries, starts ", starts.size(), "; takes ", B);
+    check_like(op, "tokens", tokens_, at::kLong, at::kCPU, tokens_.sizes());
+    check("wte", wte, {V, C});
+    check("lm_head", lm_head, {V, C});
+    check("cache", cache, cache.sizes());
+    const int64_t positions = sin.dim() == 2 ? sin.size(0) : 0;
+    check("sin", sin, {positions, D / 2});
+    check("cos", cos, {positions, D});
+    std::vector<cpu::BlockWeights> weights;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+        const Tensor* own = &blocks[kMatrices * layer];
+        const int64_t F = blocks[4].dim() == 2 ? blocks[4].size(0) : 0;
+        const int64_t shapes[kMatrices][2] = {{C, C}, {Hkv * D, C}, {Hkv * D, C}, {C, C}, {F, C}, {C, F}};
+        for (size_t m = 0; m < kMatrices; ++m) check("blocks", own[m], shapes[m]);
+        const auto data = [&](size_t m) { return own[m].const_data_ptr<float>(); };
+        weights.push_back({data(0), data(1), data(2), data(3), data(4), data(5), windows[layer]});
+    }
+    for (int64_t b = 0; b < B; ++b) {
+        TORCH_CHECK_VALUE(slots[b] >= 0 && slots[b] < cache.size(1) && starts[b] >= 0 &&
+                              starts[b] + T <= std::min(cache.size(2), positions),
+                          op, ": ", T, " tokens from position ", starts[b], " of slot ", slots[b], "; there are ",
+                          cache.size(1), " slots of ", std::min(cache.size(2), positions), " positions");
+        TORCH_CHECK_VALUE(std::find(slots.begin(), slots.begin() + b, slots[b]) == slots.begin() + b, op,
+                          ": slots holds ", slots[b], " twice");
+    }
+    const Tensor tokens = tokens_.contiguous();
+    const int64_t* token = tokens.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < B * T; ++i)
+        TORCH_CHECK_VALUE(token[i] >= 0 && token[i] < V, op, ": tokens holds ", token[i], "; takes 0 to ", V - 1);
+
+    Tensor logits = at::empty({with_logits ? B : 0, V}, wte.options());
+    if (B == 0) return logits;
+    run_kernel([&] {
+        cpu::cached_forward({.B = B,
+                             .T = T,
+                             .C = C,
+                             .H = H,
+                             .Hkv = Hkv,
+                             .D = D,
+                             .F = layers ? blocks[4].size(0) : 0,
+                             .V = V,
+                             .layers = layers,
+                             .tokens = token,
+                             .slots = slots.data(),
+                             .starts = starts.data(),
+                             .wte = wte.const_data_ptr<float>(),
+                             .blocks = weights.data(),
+                             .lm_head = lm_head.const_data_ptr<float>(),
+                             .cos = cos.const_data_ptr<float>(),
+                             .sin = sin.const_data_ptr<float>(),
+                             .cos_stride = D,
+                             .cache = cache.mutable_data_ptr<float>(),
+                             .slot_count = cache.size(1),
+                             .capacity = cache.size(2),
+                             .softcap = softcap,
+                             .logits = with_logits ? logits.mutable_data_ptr<float>() : nullptr,
+                             .threads = threads()});
+    });
+    mark_updated(cache);
+    return logits;
+}
+
 }   // namespace
 }   // namespace nanochat
 
@@ -277,4 +363,5 @@ TORCH_LIBRARY_IMPL(nanochat_native, CPU, m) {
     m.impl("linear", nanochat::linear);
     m.impl("linear_backward", nanochat::linear_backward);
     m.impl("linear_cross_entropy", nanochat::linear_cross_entropy);
+    m.impl("cached_forward_", nanochat::cached_forward_);
 }

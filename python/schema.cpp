@@ -51,6 +51,13 @@ TORCH_LIBRARY(nanochat_native, m) {
         "-> (Tensor dx, Tensor dweight)",
         tags);
 
+    // blocks: c_q, c_k, c_v, c_proj, c_fc, c_proj of each layer in turn; windows: of each layer, -1 none. logits is
+    // empty unless asked for, else (B, V).
+    m.def(
+        "cached_forward_(Tensor tokens, int[] slots, int[] starts, Tensor wte, Tensor[] blocks, Tensor lm_head, "
+        "int[] windows, Tensor cos, Tensor sin, Tensor(a!) cache, float softcap, bool with_logits) -> Tensor logits",
+        tags);
+
     // x (N, C), weight (V, C), targets (N,); reduction "mean", "sum" or "none". A gradient that is not needed is empty.
     m.def(
         "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, float softcap, int ignore_index, str reduction, "

@@ -23,6 +23,7 @@
     void muon_update(const MuonUpdate&, int threads);          \
     void linear_cross_entropy(const cpu::LinearCrossEntropy&); \
     void linear(const cpu::Linear&);                           \
+    void cached_forward(const cpu::CachedForward&);            \
     }
 NANOCHAT_DECLARE(baseline)
 NANOCHAT_DECLARE(avx2)
@@ -42,11 +43,21 @@ struct Kernels {
     decltype(&avx512::muon_update) muon_update;
     decltype(&avx512::linear_cross_entropy) linear_cross_entropy;
     decltype(&avx512::linear) linear;
+    decltype(&avx512::cached_forward) cached_forward;
 };
 
-#define NANOCHAT_KERNELS(isa, supported)                                                                    \
-    {#isa,       supported,          isa::attention_forward, isa::attention_backward,   isa::newton_schulz, \
-     isa::adamw, isa::muon_momentum, isa::muon_update,       isa::linear_cross_entropy, isa::linear}
+#define NANOCHAT_KERNELS(isa, supported) \
+    {#isa,                               \
+     supported,                          \
+     isa::attention_forward,             \
+     isa::attention_backward,            \
+     isa::newton_schulz,                 \
+     isa::adamw,                         \
+     isa::muon_momentum,                 \
+     isa::muon_update,                   \
+     isa::linear_cross_entropy,          \
+     isa::linear,                        \
+     isa::cached_forward}
 
 const Kernels kKernels[] = {
     NANOCHAT_KERNELS(avx512,
@@ -127,5 +138,6 @@ void muon_momentum(const MuonMomentum& a, int threads) { kernels().muon_momentum
 void muon_update(const MuonUpdate& a, int threads) { kernels().muon_update(a, team(threads)); }
 void linear_cross_entropy(const LinearCrossEntropy& a) { kernels().linear_cross_entropy(with_team(a)); }
 void linear(const Linear& a) { kernels().linear(with_team(a)); }
+void cached_forward(const CachedForward& a) { kernels().cached_forward(with_team(a)); }
 
 }   // namespace nanochat::cpu

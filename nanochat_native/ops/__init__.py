@@ -10,6 +10,7 @@ Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads,
                N rows (tokens), C channels, V vocabulary, (M, K) one matrix.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "backend",
     "build_info",
+    "cached_forward_",
     "cuda_instruction_set",
     "instruction_set",
     "linear",
@@ -565,6 +567,88 @@ def linear_cross_entropy(
     return reference.linear_cross_entropy(
         x, weight, targets, softcap=softcap, ignore_index=ignore_index, reduction=reduction
     )
+
+
+def cached_forward_(
+    tokens: Tensor,
+    slots: Sequence[int],
+    starts: Sequence[int],
+    *,
+    wte: Tensor,
+    blocks: Sequence[Tensor],
+    lm_head: Tensor,
+    windows: Sequence[int | None],
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    softcap: float,
+    with_logits: bool = True,
+) -> Tensor:
+    """The transformer of nanochat_native.model on a KV cache, for generation: T tokens of each of B sequences, which go
+    on where the sequences stand. Without gradients.
+
+    Args:
+        tokens: (B, T) int64, T from 1. Token (b, t) stands at position starts[b] + t of slot slots[b], where its key
+            and value are put, and sees the slot's positions up to its own.
+        slots, starts: B numbers; the slots are distinct, and filled before starts[b].
+        wte, lm_head: (V, C).
+        blocks: six matrices a layer, as linear layers have them: of q (C, C), k and v (Hkv D, C), attention's output
+            (C, C), the MLP's (F, C) and (C, F).
+        windows: of each layer, as attention's.
+        cos, sin: (positions, D) and (positions, D / 2), of the rotary angles.
+        cache: (layers, slots, capacity, 2 Hkv, D), keys and then values; updated.
+        softcap: logits are softcap * tanh(x / softcap); 0 for none.
+        with_logits: False where only the cache is wanted.
+
+    Returns:
+        Logits of each sequence's last token: (B, V), float32, or float64 for float64; (0, V) without.
+
+    All of wte's type and device, contiguous. Raises ValueError or TypeError for what does not fit together.
+
+    Native for float32 on the CPU, one call of one kernel: a token's logits have the same bits whatever it is batched
+    with, however its prompt was cut, and for every number of threads. Elsewhere it is composed of torch's products and
+    of `attention`.
+    """
+    if tokens.device.type == "cpu" and wte.dtype == torch.float32 and _backend == "native":
+        native.require()
+        run = native.cached_forward_
+    else:
+        run = functools.partial(reference.cached_forward_, attention=attention)
+        _check_cached_forward(tokens, slots, starts, wte, cache)
+    return run(
+        tokens,
+        slots,
+        starts,
+        wte=wte,
+        blocks=blocks,
+        lm_head=lm_head,
+        windows=windows,
+        cos=cos,
+        sin=sin,
+        cache=cache,
+        softcap=softcap,
+        with_logits=with_logits,
+    )
+
+
+def _check_cached_forward(
+    tokens: Tensor, slots: Sequence[int], starts: Sequence[int], wte: Tensor, cache: Tensor
+) -> None:
+    """What the native operator checks itself, and what torch would not find."""
+    op = "cached_forward_"
+    if tokens.dim() != 2 or tokens.size(1) == 0 or cache.dim() != 5:
+        given = f"tokens has shape {tuple(tokens.shape)}, cache {tuple(cache.shape)}"
+        raise ValueError(f"{op}: {given}; takes (B, T), T from 1, and (layers, slots, capacity, 2 Hkv, D)")
+    _check_dtype(op, "tokens", tokens, (torch.int64,))
+    _check_same(op, wte, cache=cache)
+    count, capacity, T = cache.size(1), cache.size(2), tokens.size(1)
+    if len(slots) != tokens.size(0) or len(starts) != tokens.size(0) or len(set(slots)) != len(slots):
+        given = f"slots is {list(slots)}, starts {list(starts)}"
+        raise ValueError(f"{op}: {given}; takes {tokens.size(0)} each, the slots distinct")
+    for slot, start in zip(slots, starts, strict=True):
+        if not (0 <= slot < count and 0 <= start <= capacity - T):
+            there = f"there are {count} slots of {capacity} positions"
+            raise ValueError(f"{op}: {T} tokens from position {start} of slot {slot}; {there}")
 
 
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -374,6 +374,34 @@ def _linear_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=True))
 
 
+# --- cached_forward_ ---
+
+
+@torch.no_grad()
+def cached_forward_(
+    tokens: Tensor, slots: Sequence[int], starts: Sequence[int], windows: Sequence[int | None], **others: Any
+) -> Tensor:
+    limits = [-1 if window is None else window for window in windows]
+    return torch.ops.nanochat_native.cached_forward_(tokens, slots, starts, windows=limits, **others)
+
+
+def _cached_forward_fake(
+    tokens: Tensor,
+    slots: Sequence[int],
+    starts: Sequence[int],
+    wte: Tensor,
+    blocks: Sequence[Tensor],
+    lm_head: Tensor,
+    windows: Sequence[int],
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    softcap: float,
+    with_logits: bool,
+) -> Tensor:
+    return wte.new_empty((tokens.size(0) if with_logits else 0, wte.size(0)))
+
+
 # --- linear_cross_entropy ---
 
 
@@ -436,6 +464,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "newton_schulz_update_": _newton_schulz_update_fake,
     "linear": _linear_fake,
     "linear_backward": _linear_backward_fake,
+    "cached_forward_": _cached_forward_fake,
     "linear_cross_entropy": _linear_cross_entropy_fake,
 }
 

@@ -7,10 +7,11 @@ Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads,
                N rows (tokens), C channels, V vocabulary, (M, K) one matrix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Triple = tuple[float, float, float]
@@ -86,6 +87,56 @@ def attention(
         own = (q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length])
         out[b] = attention(*own, causal=causal, window=window, scale=scale)[0]
     return out
+
+
+EPS = torch.finfo(torch.float32).eps  # of every RMSNorm
+
+
+@torch.no_grad()
+def cached_forward_(
+    tokens: Tensor,
+    slots: Sequence[int],
+    starts: Sequence[int],
+    *,
+    wte: Tensor,
+    blocks: Sequence[Tensor],
+    lm_head: Tensor,
+    windows: Sequence[int | None],
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    softcap: float,
+    with_logits: bool = True,
+    attention: Callable[..., Tensor] = attention,
+) -> Tensor:
+    T, device, (Hkv2, D) = tokens.size(1), tokens.device, cache.shape[3:]
+    slot, first = torch.tensor([list(slots), list(starts)], device=device)
+    at = first[:, None] + torch.arange(T, device=device)
+    cos, sin, half = cos[at][:, :, None], sin[at][:, :, None], D // 2
+
+    def norm(x: Tensor) -> Tensor:
+        wide = x.to(compute_dtype(x.dtype))
+        return (wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()).to(wte.dtype)
+
+    def place(x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (-1, D))
+        swapped = torch.cat((x[..., half:] * sin, x[..., :half] * -sin), dim=-1)
+        return norm(x * cos + swapped)
+
+    x = norm(F.embedding(tokens, wte))
+    for layer, window in enumerate(windows):
+        q, k, v, out, fc, proj = blocks[6 * layer : 6 * layer + 6]
+        h = norm(x)
+        cache[layer, slot[:, None], at] = torch.cat((place(h @ k.T), (h @ v.T).unflatten(-1, (-1, D))), dim=2)
+        keys, values = cache[layer].index_select(0, slot).split(Hkv2 // 2, dim=2)
+        attended = attention(place(h @ q.T), keys, values, window=window, lengths=first + T)
+        x = x + attended.flatten(-2) @ out.T
+        x = x + (norm(x) @ fc.T).relu().square() @ proj.T
+    if not with_logits:
+        return wte.new_empty((0, wte.size(0)))
+    logits = norm(x[:, -1]) @ lm_head.T
+    logits = logits.to(compute_dtype(logits.dtype))
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
 def newton_schulz_schedule(steps: int, coefficients: str | Sequence[Sequence[float]]) -> tuple[list[Triple], float]:
