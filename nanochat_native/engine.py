@@ -27,6 +27,7 @@ from nanochat_native.model import GPT, Decoder
 from nanochat_native.tokenizer import Tokenizer
 
 NOT_FINITE = "the model's logits are not finite: its training has diverged"
+FEW = 256  # tokens, which hold nearly all probability; to put all V in order takes as long as a pass of a small model
 PREFILL_TOKENS = 128  # of prompts, a step; more would let the running requests wait for longer than some ten steps
 
 
@@ -71,26 +72,38 @@ def sample(
     Raises ValueError for logits that are not finite.
     """
     logits = logits.float().cpu()
-    if not logits.isfinite().all():
+    if not all(map(math.isfinite, [*logits.amin(-1).tolist(), *logits.amax(-1).tolist()])):
         raise ValueError(NOT_FINITE)
     if seen is not None and repetition_penalty != 1:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    ids = None  # of the candidates, where they are not all tokens in their order
     if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(-1)
+        logits, ids = logits.topk(top_k)
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
-        ordered, index = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        probabilities = torch.zeros_like(ordered).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
+        probabilities, order = _likeliest(probabilities, top_p)
+        ids = order if ids is None else ids.gather(-1, order)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     if min_p is not None:
         likeliest = probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < min_p * likeliest, 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # By the inverse of the distribution function: one number of the generator's a row. torch.multinomial takes V.
+    reached = probabilities.cumsum(-1, dtype=torch.float64)
+    share = torch.rand(len(reached), 1, dtype=torch.float64, generator=generator) * reached[:, -1:]
+    below_all = torch.nextafter(reached[:, -1:], torch.zeros(()).double())
+    drawn = torch.searchsorted(reached, torch.minimum(share, below_all), right=True)
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+
+
+def _likeliest(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The largest of each row, in falling order, and where they stand: enough of them to add up to `share`."""
+    size = probabilities.size(-1)
+    few = probabilities.topk(min(FEW, size))
+    return few if size <= FEW or (few.values.sum(-1) > share).all() else probabilities.topk(size)
 
 
 class TextStream:
@@ -294,7 +307,10 @@ class Engine:
         return submitted
 
     def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Iterator[Read]:
-        """Submits a request at the call; its tokens and text as they come. One that is left early is cancelled."""
+        """Submits a request at the call; its tokens and text as they come. One that is left early is cancelled.
+
+        Raises what submit does at the call, and ValueError, after what came before, where the request ends in an error.
+        """
         request = self.submit(prompt_tokens, sampling)
 
         def pieces() -> Iterator[Read]:
@@ -303,6 +319,8 @@ class Engine:
                     self.step()
                     if any(piece := request.read()):
                         yield piece
+                if request.error is not None:
+                    raise ValueError(request.error)
             finally:
                 self.cancel(request)
 

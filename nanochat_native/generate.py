@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import tyro
 
-from nanochat_native.engine import TextStream, check_sampling, sample
+from nanochat_native.engine import Engine, Sampling, TextStream, check_sampling, sample
 from nanochat_native.loading import autocast, exit_code, load_model, pick_device
 from nanochat_native.model import GPT, KVCache
 from nanochat_native.tokenizer import Tokenizer
@@ -158,30 +158,31 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the prompt and its continuation as it comes. Raises what load_model and generate_text do."""
+    """Prints the prompt and its continuation as it comes. Raises what load_model and Engine do."""
     check_sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     device = pick_device(options.device)
     model, tokenizer, _ = load_model(
         options.checkpoint, options.step, device, warn=lambda message: print(message, file=sys.stderr)
     )
+    sampling = Sampling(
+        options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
+        seed=options.seed,
+    )
+    prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+    capacity = min(model.max_positions, len(prompt) + sampling.max_tokens)
     with autocast(device):
-        pieces = generate_text(
-            model,
-            tokenizer,
-            options.prompt,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            stop=options.stop,
-            seed=options.seed,
-        )
-        print(options.prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        engine = Engine(model, tokenizer, slots=1, capacity=capacity)
+    pieces = engine.stream(prompt, sampling)
+    print(options.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+    print()
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -289,6 +289,8 @@ def test_a_broken_row_fails_alone(backend):
     for request in broken:
         assert (request.finish_reason, request.tokens) == ("error", [])
         assert "not finite" in request.error
+        with pytest.raises(ValueError, match="not finite"):
+            list(engine.stream([5, 6], greedy(3)))
     assert engine.idle
 
 
@@ -319,7 +321,9 @@ def plain_probabilities(logits, seen, temperature, top_k, top_p, min_p, penalty)
     return [p.get(i, 0.0) for i in range(len(z))]
 
 
-def test_draws_against_a_plain_formula():
+@pytest.mark.parametrize("few", [2, engine_module.FEW])
+def test_draws_against_a_plain_formula(few, monkeypatch):
+    monkeypatch.setattr(engine_module, "FEW", few)
     rng = random.Random(0)
     for number in range(12):
         logits = torch.randn(12, generator=torch.Generator().manual_seed(number)) * 2
