@@ -61,31 +61,42 @@ NANOCHAT_INLINE Vec<float> load_part(const float* p, int64_t n) {
     return v;
 }
 
-// Lane i of the result is the sum of the lanes of v[i], each added up in the same order.
-NANOCHAT_INLINE Vec<float> sum_each(Vec<float> (&v)[W]) {
+struct Sums {
+    Vec<float> v[W];
+};
+
+// Adds v[i] and v[i + s] into v[i], lanes in pairs that are s apart: of v[i] in the lanes without bit s, of v[i + s] in
+// those with it.
+template <int s>
+NANOCHAT_INLINE void fold(Sums& sums) {
     typedef Vec<int32_t> Index;
-#pragma GCC unroll 4
-    for (int s = W / 2; s > 0; s /= 2) {
-        Index own, other;
+    Index own, other;
 #pragma GCC unroll 16
-        for (int lane = 0; lane < W; lane++) {
-            own[lane] = lane & s ? W + lane : lane;
-            other[lane] = lane & s ? W + lane - s : lane + s;
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < s; i++)
-            v[i] = __builtin_shuffle(v[i], v[i + s], own) + __builtin_shuffle(v[i], v[i + s], other);
+    for (int lane = 0; lane < W; lane++) {
+        own[lane] = lane & s ? W + lane : lane;
+        other[lane] = lane & s ? W + lane - s : lane + s;
     }
-    return v[0];
+#pragma GCC unroll 8
+    for (int i = 0; i < s; i++) {
+        const Vec<float> a = sums.v[i], b = sums.v[i + s];
+        sums.v[i] = __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+    }
+    if constexpr (s > 1) fold<s / 2>(sums);
+}
+
+// Lane i of the result is the sum of the lanes of sums.v[i], each added up in the same order.
+NANOCHAT_INLINE Vec<float> sum_each(Sums sums) {
+    fold<W / 2>(sums);
+    return sums.v[0];
 }
 
 // x[r] . w[j] of R rows of x and W / R rows of w, in lane r * (W / R) + j; rows are x_stride and w_stride apart.
 template <int R, bool prefetch>
 NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride, const float* w, int64_t w_stride) {
     constexpr int J = W / R;
-    Vec<float> sums[W];
+    Sums sums;
 #pragma GCC unroll 16
-    for (int i = 0; i < W; i++) sums[i] = Vec<float>{};
+    for (int i = 0; i < W; i++) sums.v[i] = Vec<float>{};
     for (int64_t k = 0; k < K; k += W) {
         Vec<float> rows[R];
 #pragma GCC unroll 4
@@ -95,7 +106,7 @@ NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride,
             if (prefetch) __builtin_prefetch(w + j * w_stride + k + W * K, 0, 2);   // the strip that comes next
             const Vec<float> weights = load(w + j * w_stride + k);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sums[r * J + j] += rows[r] * weights;
+            for (int r = 0; r < R; r++) sums.v[r * J + j] += rows[r] * weights;
         }
     }
     return sum_each(sums);
@@ -103,11 +114,11 @@ NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride,
 
 // The same of one row each, in every lane, for K that is no multiple of W: the rest is filled up with zeros.
 NANOCHAT_INLINE Vec<float> dot_part(int64_t K, const float* x, const float* w) {
-    Vec<float> sums[W] = {};
+    Sums sums{};
     for (int64_t k = 0; k < K; k += W)
-        sums[0] += load_part(x + k, minimum<int64_t>(W, K - k)) * load_part(w + k, minimum<int64_t>(W, K - k));
+        sums.v[0] += load_part(x + k, minimum<int64_t>(W, K - k)) * load_part(w + k, minimum<int64_t>(W, K - k));
 #pragma GCC unroll 16
-    for (int i = 1; i < W; i++) sums[i] = sums[0];
+    for (int i = 1; i < W; i++) sums.v[i] = sums.v[0];
     return sum_each(sums);
 }
 
@@ -181,54 +192,73 @@ struct Partial {
     float largest, sum;
 };
 
-// Keys [first, last) of one chunk, at most kKeys of them; keys and values of a head are `stride` apart.
-NANOCHAT_INLINE Partial attend(const float* q, const float* keys, const float* values, int64_t stride, int64_t D,
-                               int64_t first, int64_t last, float scale, float* out) {
-    float scores[kKeys];
-    Vec<float> largest = broadcast(-__builtin_inff());
-    const int64_t count = last - first;
-    for (int64_t i = 0; i < count; i += W) {
-        const float* key = keys + (first + i) * stride;
-        Vec<float> tile;
-        if (D % W || i + W > count) {
-            tile = broadcast(-__builtin_inff());
-            for (int64_t j = 0; j < minimum<int64_t>(W, count - i); j++)
-                tile[j] =
-                    D % W ? dot_part(D, q, key + j * stride)[0] : dot_tile<1, false>(D, q, 0, key + j * stride, 0)[0];
-        } else
-            tile = dot_tile<1, false>(D, q, 0, key, stride);
-        store(scores + i, tile * scale);
-        largest = maximum_lanes<float>(largest, tile * scale);
+// R queries, q_stride apart, see keys [first[r], last[r]) of one chunk, at least one each; keys and values of a head
+// are `stride` apart. A key that only others of the queries see weighs 0. Lanes are those of the place in the chunk, so
+// that sums are in one order whatever R is.
+template <int R>
+NANOCHAT_INLINE void attend(const float* q, int64_t q_stride, const float* keys, const float* values, int64_t stride,
+                            int64_t D, const int64_t (&first)[R], const int64_t (&last)[R], float scale,
+                            Partial* const (&partials)[R], float* const (&out)[R]) {
+    constexpr int J = W / R;
+    float scores[R][kKeys];
+    int64_t begin = first[0], end = last[0];
+    for (int r = 1; r < R; r++) begin = minimum(begin, first[r]), end = maximum(end, last[r]);
+    const int64_t begin_lane = begin / W * W;
+    for (int64_t i = begin_lane; i < end; i += W) {
+        const float* key = keys + i * stride;
+        if (D % W || i + W > end)
+            for (int64_t j = 0; j < minimum<int64_t>(W, end - i); j++)
+                for (int r = 0; r < R; r++)
+                    scores[r][i + j] = D % W ? dot_part(D, q + r * q_stride, key + j * stride)[0]
+                                             : dot_tile<1, false>(D, q + r * q_stride, 0, key + j * stride, 0)[0];
+        else
+            for (int j = 0; j < W; j += J) {
+                float tile[W];
+                store(tile, dot_tile<R, false>(D, q, q_stride, key + j * stride, stride));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) __builtin_memcpy(&scores[r][i + j], tile + r * J, J * sizeof(float));
+            }
     }
-    const float m = max_lanes<float>(largest);
-    Vec<float> sum{};
-    for (int64_t i = 0; i < count; i += W) {
-        const Vec<float> weights = exp_lanes(load(scores + i) - m);   // 0 beyond the last key
-        store(scores + i, weights);
-        sum += weights;
+    for (int r = 0; r < R; r++) {
+        for (int64_t i = begin_lane; i < first[r]; i++) scores[r][i] = -__builtin_inff();
+        for (int64_t i = last[r]; i < round_up(end, W); i++) scores[r][i] = -__builtin_inff();
+        Vec<float> largest = broadcast(-__builtin_inff()), sum{};
+        for (int64_t i = begin_lane; i < end; i += W) largest = maximum_lanes<float>(largest, load(&scores[r][i]));
+        const float m = max_lanes<float>(largest);
+        for (int64_t i = begin_lane; i < end; i += W) {
+            const Vec<float> weights = exp_lanes((load(&scores[r][i]) - m) * scale);
+            store(&scores[r][i], weights);
+            sum += weights;
+        }
+        *partials[r] = {m * scale, sum_lanes<float>(sum)};
     }
-    const auto weigh = [&](const auto& add) __attribute__((always_inline)) {
-        for (int64_t key = 0; key < count; key++) add(broadcast(scores[key]), values + (first + key) * stride);
-    };
-    constexpr int most = 8;   // vectors of the output that are summed at a time
+    constexpr int most = R == 1 ? 8 : kTileVectors;   // vectors of the outputs that are summed at a time
     int64_t d = 0;
     for (; d + most * W <= D; d += most * W) {
-        Vec<float> total[most] = {};
-        weigh([&](Vec<float> weight, const float* value) __attribute__((always_inline)) {
+        Vec<float> total[R][most] = {};
+        for (int64_t key = begin; key < end; key++) {
+            Vec<float> value[most];
 #pragma GCC unroll 8
-            for (int v = 0; v < most; v++) total[v] += weight * load(value + d + v * W);
-        });
+            for (int v = 0; v < most; v++) value[v] = load(values + key * stride + d + v * W);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < most; v++) store(out + d + v * W, total[v]);
+                for (int v = 0; v < most; v++) total[r][v] += broadcast(scores[r][key]) * value[v];
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < most; v++) store(out[r] + d + v * W, total[r][v]);
     }
     for (; d < D; d += W) {
         const int64_t n = minimum<int64_t>(W, D - d);
-        Vec<float> total{};
-        weigh([&](Vec<float> weight, const float* value)
-                  __attribute__((always_inline)) { total += weight * load_part(value + d, n); });
-        __builtin_memcpy(out + d, &total, static_cast<size_t>(n) * sizeof(float));
+        for (int r = 0; r < R; r++) {
+            Vec<float> total{};
+            for (int64_t key = begin; key < end; key++)
+                total += broadcast(scores[r][key]) * load_part(values + key * stride + d, n);
+            __builtin_memcpy(out[r] + d, &total, static_cast<size_t>(n) * sizeof(float));
+        }
     }
-    return {m, sum_lanes<float>(sum)};
 }
 
 // out = the chunks' values, weighted by what each says of the others.
@@ -327,18 +357,43 @@ struct Pass {
                 for (int64_t head = 0; head < Hkv; head++, unit++) {
                     if (unit % team.size != team.rank) continue;
                     const float* keys = cell(layer, args.slots[b], c * kKeys) + head * D;
-                    for (int64_t n = b * args.T; n < (b + 1) * args.T; n++) {
-                        const int64_t first = maximum<int64_t>(0, first_key(n, window) - c * kKeys);
-                        const int64_t last = minimum<int64_t>(kKeys, position(n) + 1 - c * kKeys);
-                        if (first >= last) continue;
-                        for (int64_t h = head * group; h < (head + 1) * group; h++) {
-                            const int64_t place = (n * H + h) * chunks + c - first_key(n, window) / kKeys;
-                            partials[place] = attend(q + (n * H + h) * D, keys, keys + Hkv * D, stride, D, first, last,
-                                                     scale, values + place * D);
-                        }
+                    // Four queries at a time: of neighbouring rows, or in a single row of neighbouring heads.
+                    const int64_t rows = args.T, across = rows > 1 ? rows : group, along = rows > 1 ? group : 1;
+                    for (int64_t a = 0; a < along; a++) {
+                        const int64_t row = b * rows, h = head * group + a;
+                        int64_t i = 0;
+                        while (i < across)
+                            i += attend_some(rows > 1 ? row + i : row, rows > 1 ? h : h + i, rows > 1, across - i, c,
+                                             window, keys, stride, scale);
                     }
                 }
         }
+    }
+
+    // The queries from (n, h) on, four or one of those that are left: how many.
+    NANOCHAT_INLINE int64_t attend_some(int64_t n, int64_t h, bool by_rows, int64_t left, int64_t chunk, int64_t window,
+                                        const float* keys, int64_t stride, float scale) const {
+        const int64_t D = args.D, H = args.H;
+        const float* values = keys + args.Hkv * D;
+        int64_t first[4], last[4];
+        Partial* to[4];
+        float* out[4];
+        bool all = left >= 4;
+        for (int64_t i = 0; i < minimum<int64_t>(4, left); i++) {
+            const int64_t row = by_rows ? n + i : n, oldest = first_key(row, window), from = chunk * kKeys;
+            const int64_t place = (row * H + (by_rows ? h : h + i)) * chunks + chunk - oldest / kKeys;
+            first[i] = maximum<int64_t>(0, oldest - from);
+            last[i] = minimum<int64_t>(kKeys, position(row) + 1 - from);
+            to[i] = partials + place;
+            out[i] = this->values + place * D;
+            all = all && first[i] < last[i];
+        }
+        const float* query = q + (n * H + h) * D;
+        if (all)
+            attend<4>(query, by_rows ? H * D : D, keys, values, stride, D, first, last, scale, to, out);
+        else if (first[0] < last[0])
+            attend<1>(query, 0, keys, values, stride, D, {first[0]}, {last[0]}, scale, {to[0]}, {out[0]});
+        return all ? 4 : 1;
     }
 
     NANOCHAT_INLINE void combine_all(const Team& team, int64_t window) const {
