@@ -1,6 +1,7 @@
 """Generation: the engine against transformers' generate on the same weights, greedy, with its KV cache."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def their_model(model: GPT) -> Any:
     return theirs
 
 
-def contestants(depth: int, batch: int) -> tuple[Callable[[], Tokens], Callable[[], Tokens]]:
-    """Both continue the same prompts (batch, PROMPT) by NEW tokens each; they return the new ones."""
+def contestants(depth: int, batch: int) -> tuple[Callable[[int], Tokens], Callable[[int], Tokens]]:
+    """Both continue the same prompts (batch, PROMPT) by a number of tokens each; they return the new ones."""
     model = GPT(GPTConfig.from_depth(depth, vocab_size=V, sequence_len=512))
     generator = torch.Generator().manual_seed(depth)
     with torch.no_grad():
@@ -46,13 +47,13 @@ def contestants(depth: int, batch: int) -> tuple[Callable[[], Tokens], Callable[
     other = their_model(model)
     prompts = torch.randint(0, V, (batch, PROMPT), generator=generator)
     engine = Engine(model, None, slots=batch, capacity=PROMPT + NEW)
-    requests = [(prompt.tolist(), Sampling(NEW, temperature=0)) for prompt in prompts]
 
-    def ours() -> Tokens:
-        return [request.tokens for request in engine.generate(requests)]
+    def ours(new: int) -> Tokens:
+        sampling = Sampling(new, temperature=0)
+        return [request.tokens for request in engine.generate([(prompt.tolist(), sampling) for prompt in prompts])]
 
-    def theirs() -> Tokens:
-        settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    def theirs(new: int) -> Tokens:
+        settings: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
         found: Tokens = other.generate(prompts, **settings)[:, PROMPT:].tolist()
         return found
 
@@ -72,10 +73,16 @@ def check(ours: Tokens, theirs: Tokens) -> None:
 
 
 def run(depth: int, batch: int, *, seconds: float, repeats: int) -> dict[str, Any]:
-    """Checks, times, and returns the row: milliseconds a token of each sequence, prompt included in the time."""
-    ours, theirs = contestants(depth, batch)
-    check(ours(), theirs())
-    ours_ms, theirs_ms = (taken / NEW for taken in side_by_side([ours, theirs], seconds=seconds, repeats=repeats))
+    """Checks, times, and returns the row: milliseconds a token of each sequence, prompt included in the time, and until
+    each sequence has its first one."""
+    both = contestants(depth, batch)
+    check(*(generate(NEW) for generate in both))
+
+    def times(new: int) -> list[float]:
+        return side_by_side([partial(generate, new) for generate in both], seconds=seconds, repeats=repeats)
+
+    ours_ms, theirs_ms = (taken / NEW for taken in times(NEW))
+    ours_first_ms, theirs_first_ms = times(1)
     return {
         "group": "generation",
         "case": name_of(depth, batch),
@@ -86,4 +93,6 @@ def run(depth: int, batch: int, *, seconds: float, repeats: int) -> dict[str, An
         "floor": FLOORS[depth, batch],
         "ours_tokens_per_second": batch / ours_ms * 1e3,
         "theirs_tokens_per_second": batch / theirs_ms * 1e3,
+        "ours_first_ms": ours_first_ms,
+        "theirs_first_ms": theirs_first_ms,
     }

@@ -82,6 +82,8 @@ def table_parts(row: dict[str, Any]) -> list[str]:
         parts.append(f"{row['gbytes']:.1f} GB/s, {row['share_of_copy']:.0%} of copy")
     if "ours_tokens_per_second" in row:
         parts.append(f"{row['ours_tokens_per_second']:,.0f} against {row['theirs_tokens_per_second']:,.0f} tokens/s,")
+    if "ours_first_ms" in row:
+        parts.append(f"first token {row['ours_first_ms']:.1f} against {row['theirs_first_ms']:.1f} ms,")
     for name, unit, scale in (("peak_bytes", "MB", 1e6), ("launches", "launches", 1), ("host_ms", "ms of host", 1)):
         ours_value, theirs_value = row.get(f"ours_{name}"), row.get(f"theirs_{name}")
         if ours_value is not None:
