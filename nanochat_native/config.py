@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 AUTO = -1
 STDLIB = "stdlib"  # --data: the embedded default
+EXAMPLES = "examples"  # --data of finetune: the embedded conversations
 
 
 class ConfigError(ValueError):
@@ -211,6 +212,38 @@ class TrainConfig:
         return self.out_dir / str(self.run)
 
 
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Teach a trained model to chat: training goes on, on conversations, of which it learns what the assistant says.
+
+    Shape and tokenizer are the base model's. The other flags are train's.
+    """
+
+    checkpoint: Path | None = None
+    """Run folder of the model to begin with, pretrained, imported or fine-tuned; needed for a new run."""
+    step: int | None = None
+    """Its checkpoint; default: the newest."""
+    val_data: str | None = None
+    """Conversations to measure on; default: a tenth of --data."""
+    epochs: float = 3.0
+    """Horizon, times that every conversation is seen; --num-iterations instead gives it in steps."""
+    batch_rows: Annotated[int, _auto("INT", "32 on a GPU, 8 on a CPU")] = AUTO
+    """Conversations of one optimizer step."""
+    rate_scale: float = 0.1
+    """Learning rates, as a share of those that pretraining begins with, where they are not given themselves."""
+
+    data: Annotated[str, _auto("PATH", "examples, some conversations that are made up")] = EXAMPLES
+    """Conversations, a JSON object a line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    warmdown_ratio: float = 1.0
+    """Part of the horizon over which the learning rate falls, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "rate_scale"):
+            self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
+        self._require("batch_rows", "a whole number from 1", self.batch_rows >= 1)
+
+
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
 WITH_MUON = ("hybrid", "muon_sgd")
 MUON_OPTIONS = ("cautious", "row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
@@ -252,20 +285,29 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(args: Sequence[str], base: TrainConfig | None = None) -> TrainConfig:
-    """Flags to config; a flag that is not given keeps its value in `base`.
+C = TypeVar("C", bound=TrainConfig)
+
+
+def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfig) -> C:  # type: ignore[assignment]
+    """Flags to config; a flag that is not given keeps its value in `base`. kind: of the config, where base is None.
 
     Raises ConfigError, one line, for an unknown flag or a value that the flag does not take. --help prints and exits.
     """
     with one_line_errors():
+        default = kind() if base is None else base
         return tyro.cli(
-            TrainConfig,
-            prog="python -m nanochat_native.train",
+            type(default),
+            prog=f"python -m nanochat_native.{command_of(default)}",
             args=list(args),
-            default=TrainConfig() if base is None else base,
+            default=default,
             # A switch that is on in `base` may be given again, or turned off by --no-...
             config=(tyro.conf.FlagCreatePairsOff,) if base is None else (),
         )
+
+
+def command_of(config: TrainConfig) -> str:
+    """The module that makes such a run."""
+    return "finetune" if isinstance(config, FinetuneConfig) else "train"
 
 
 @contextlib.contextmanager
@@ -304,7 +346,7 @@ def _one_line(report: str) -> str:
     return message
 
 
-def with_defaults(config: TrainConfig, *, gpu: bool) -> TrainConfig:
+def with_defaults(config: C, *, gpu: bool) -> C:
     """Fill in what follows from the kind of device and from whether data is given. The horizon is left to `horizon`."""
     embedded = config.data == STDLIB
     depth = 4 if not gpu else 6 if embedded else 12
@@ -327,7 +369,7 @@ def with_defaults(config: TrainConfig, *, gpu: bool) -> TrainConfig:
     return _fill(config, sized)
 
 
-def horizon(config: TrainConfig, *, num_params: int, flops_per_token: int) -> TrainConfig:
+def horizon(config: C, *, num_params: int, flops_per_token: int) -> C:
     """Fill in the number of steps from the target that is set, and the intervals that follow from it.
 
     num_params: of the model, wte and lm_head included. The config must have been through `with_defaults`.
@@ -347,7 +389,7 @@ def horizon(config: TrainConfig, *, num_params: int, flops_per_token: int) -> Tr
     return _fill(fixed, sized)
 
 
-def _fill(config: TrainConfig, sized: dict[str, Any]) -> TrainConfig:
+def _fill(config: C, sized: dict[str, Any]) -> C:
     missing = {name: value for name, value in sized.items() if getattr(config, name) in (AUTO, "auto", None)}
     return dataclasses.replace(config, **missing)
 

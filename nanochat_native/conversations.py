@@ -54,6 +54,7 @@ def check_messages(messages: Any) -> None:
 
 def _check_content(content: Any, role: str, where: str) -> None:
     if isinstance(content, str):
+        _check_text(content, where)
         return
     if not isinstance(content, list):
         raise ValueError(f"{where} is {type(content).__name__}; it takes a text, or a list of parts")
@@ -62,6 +63,15 @@ def _check_content(content: Any, role: str, where: str) -> None:
         if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
             taken = f'it takes {{"type": {" | ".join(map(repr, kinds))}, "text": text}}'
             raise ValueError(f"{where}[{i}] is no part that {role} messages have; {taken}")
+        _check_text(part["text"], f"{where}[{i}].text")
+
+
+def _check_text(text: str, where: str) -> None:
+    """JSON can spell half of a character, which no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has a lone surrogate; it takes text that UTF-8 can hold") from None
 
 
 def text_of(content: str | Sequence[Mapping[str, str]]) -> str:
@@ -69,7 +79,7 @@ def text_of(content: str | Sequence[Mapping[str, str]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def render(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
+def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation, and of each whether it is learnt: what the assistant says, with its <|assistant_end|>.
 
     What came of code that ran is not said by the assistant, hence not learnt. Raises ValueError for what
@@ -96,7 +106,7 @@ def render(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], li
     return tokens, learnt
 
 
-def prompt_of(tokenizer: Tokenizer, messages: list[Message], *, chat_trained: bool) -> list[int]:
+def prompt_of(tokenizer: Tokenizer, messages: Sequence[Message], *, chat_trained: bool) -> list[int]:
     """The tokens that the assistant's next message continues; the last message must be the user's.
 
     A base model has never seen the special tokens: it continues the texts of all messages, line after line, which is
@@ -125,7 +135,7 @@ def special_ids(tokenizer: Tokenizer, names: Sequence[str]) -> list[int]:
     return [tokenizer.special_tokens[name] for name in names]
 
 
-def _turns(messages: list[Message]) -> list[tuple[str, Any]]:
+def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     """(role, content) of the messages, the system's put before the user's first."""
     if messages[0]["role"] != "system":
         return [(message["role"], message["content"]) for message in messages]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanochat_native import core, data, distributed, lab, plot, run_folder
 from nanochat_native.checkpoint import CheckpointError
-from nanochat_native.config import STDLIB
+from nanochat_native.config import STDLIB, FinetuneConfig
 from nanochat_native.distributed import World
 from nanochat_native.loading import autocast, exit_code, load_model, pick_device
 from nanochat_native.metrics import Console, SilentConsole
@@ -155,7 +155,10 @@ class Session:
         def prepare() -> data.Corpus:
             source = options.data
             if source is None:
-                source = run_folder.load_config(options.checkpoint).data
+                config = run_folder.load_config(options.checkpoint)
+                if isinstance(config, FinetuneConfig):
+                    raise ValueError(f"{options.checkpoint} was fine-tuned on conversations; give text by --data")
+                source = config.data
             cache_dir = run_folder.load_config(run).cache_dir
             assert cache_dir is not None, "a run's config.json holds every value"
             return data.prepare(

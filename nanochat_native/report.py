@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanochat_native import hardware, ops, sizing
-from nanochat_native.config import STDLIB
+from nanochat_native.config import STDLIB, FinetuneConfig, command_of
 from nanochat_native.metrics import compact, duration
 from nanochat_native.optim import describe_routing
 from nanochat_native.plot import MISSING, plot_diagnosis, plot_loss
@@ -121,12 +121,14 @@ def summarize(run: Trainer, seconds: float, steps: int) -> dict[str, Any]:
         say(f"layers   {plot_diagnosis(config.run_dir) or MISSING} | looked {looked.count} times, {cost}")
 
     folder = shlex.quote(str(config.run_dir))
-    train = f"python -m nanochat_native.train --resume {folder}"
+    train = f"python -m nanochat_native.{command_of(config)} --resume {folder}"
     if run.step < config.num_iterations:
         say(f"resume   {train}")
     else:
         say(f"go on    {train} --num-iterations {2 * config.num_iterations}")
-    if run.corpus.tokenizer is not None and run.saved_step >= 0:
+    if isinstance(config, FinetuneConfig):
+        say(f"talk     python -m nanochat_native.chat --checkpoint {folder}")
+    elif run.corpus.tokenizer is not None and run.saved_step >= 0:
         prompt = " --prompt 'import os'" if config.data == STDLIB else ""
         say(f"sample   python -m nanochat_native.generate --checkpoint {folder}{prompt}")
         say(f"measure  python -m nanochat_native.evaluate --checkpoint {folder}")

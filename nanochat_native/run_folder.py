@@ -8,13 +8,27 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat_native.config import AUTO, RATES, STDLIB, ConfigError, TrainConfig, flag, parse, to_json, with_defaults
+from nanochat_native.config import (
+    AUTO,
+    EXAMPLES,
+    RATES,
+    STDLIB,
+    C,
+    ConfigError,
+    FinetuneConfig,
+    TrainConfig,
+    command_of,
+    flag,
+    parse,
+    to_json,
+    with_defaults,
+)
 
 FORMAT = "nanochat-native run"
 ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "diagnosis.png", "tokenizer", "checkpoints")
@@ -37,30 +51,39 @@ FREE = (
 ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
 
 
-def configure(args: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+def configure(
+    args: Sequence[str],
+    kind: type[C] = TrainConfig,  # type: ignore[assignment]
+    complete: Callable[[C], C] | None = None,
+) -> tuple[C, list[str]]:
     """The config that `args` ask for, sized but for its horizon, and what it changes in the rounding of a resumed run.
 
     With --resume the flags that are not given are the run's own, and --resume becomes None where "auto" finds no run.
-    Raises ConfigError.
+    kind: of the config; complete: what fills in the rest of a new one, `sized` by default. Raises ConfigError.
     """
-    config = sized(parse(args))
-    if config.resume is None:
-        return config, []
-    folder = config.run_dir if config.resume == "auto" else _folder_of(Path(config.resume))
-    if config.resume == "auto" and not is_run(folder):
-        return dataclasses.replace(config, resume=None), []
+    complete = complete or sized
+    config = parse(args, kind=kind)
+    if config.resume in (None, "auto"):
+        config = complete(config)
+        if config.resume is None:
+            return config, []
+        if not is_run(config.run_dir):
+            return dataclasses.replace(config, resume=None), []
+    folder = config.run_dir if config.resume == "auto" else _folder_of(Path(str(config.resume)))
     saved = load_config(folder)
-    wanted = dataclasses.replace(sized(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
+    if not isinstance(saved, kind) or type(saved) is not kind:
+        raise ConfigError(f"{folder} is a run of nanochat_native.{command_of(saved)}: that goes on with it")
+    wanted = dataclasses.replace(complete(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
     return wanted, changes(saved, wanted)
 
 
-def sized(config: TrainConfig) -> TrainConfig:
+def sized(config: C) -> C:
     """The config with device, data and what follows from them filled in. Raises ConfigError for a GPU that is not
     there."""
     gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch sees no GPU; take --device cpu")
-    data = STDLIB if config.data == STDLIB else os.path.abspath(config.data)
+    data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(config.data)
     return with_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
 
 
@@ -89,6 +112,9 @@ def load_config(folder: Path) -> TrainConfig:
     place = folder if folder.name not in ("", "..") else folder.resolve()
     flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
     try:
+        if "rate_scale" in flags:
+            flags["checkpoint"] = Path(flags["checkpoint"])
+            return FinetuneConfig(**flags)
         return TrainConfig(**flags)
     except TypeError as error:
         raise ConfigError(f"{folder / 'config.json'} was written by another version ({error})") from None

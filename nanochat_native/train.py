@@ -1,92 +1,21 @@
-"""python -m nanochat_native.train: train a GPT. --help lists the flags.
+"""python -m nanochat_native.train: train a GPT. --help lists the flags, launch.py the exit codes."""
 
-Exit codes: 0 done; 1 failed or diverged; 2 a wrong flag, value or file; 130 stopped by Ctrl-C, 143 by SIGTERM.
-"""
-
-import json
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 # OpenMP reads this when torch loads it. Threads that spin while they wait take the core from those they wait for when
 # another program runs: on two cores, beside such a program, a step took 3.9 s spinning and 0.54 s sleeping; alone 0.32.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
-
-import nanochat_native
-from nanochat_native import distributed
-from nanochat_native.checkpoint import CheckpointError
-from nanochat_native.config import ConfigError, flag, to_json
-from nanochat_native.distributed import World
-from nanochat_native.metrics import Console, SilentConsole
-from nanochat_native.report import announce
-from nanochat_native.run_folder import check_free, configure
+from nanochat_native.launch import launch
+from nanochat_native.run_folder import configure
 from nanochat_native.trainer import Trainer
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train as `args` say, sys.argv's by default; a user's mistake is one line on stderr. Returns the exit code.
-
-    Under torchrun this is one of many ranks: the first alone prints and writes, and what goes wrong on any of them ends
-    all of them with one message.
-    """
-    try:
-        with distributed.joined() as world:
-            return _run(world, sys.argv[1:] if args is None else args)
-    except distributed.RankError as error:
-        if distributed.environment_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except distributed.LostRankError as error:
-        print(f"rank {distributed.environment_rank()}: {error}", file=sys.stderr)
-        return distributed.leave(1)
-    except Exception:
-        if not distributed.launched_by_torchrun():
-            raise
-        lines = traceback.format_exc().splitlines()
-        print("\n".join(f"rank {distributed.environment_rank()}: {line}" for line in lines), file=sys.stderr)
-        return distributed.leave(1)
-
-
-def _run(world: World, args: Sequence[str]) -> int:
-    trainer: Trainer | None = None
-    try:
-        config, notes = world.together(lambda: configure(args), ConfigError)
-        if config.print_config:
-            if world.first:
-                print(json.dumps(to_json(config), indent=1))
-            return 0
-        if world.size > 1:
-            versions = {"version": nanochat_native.__version__, "torch": torch.__version__}
-            world.require_same(versions | {flag(name): value for name, value in to_json(config).items()})
-        console = Console(as_json=config.json) if world.first else SilentConsole()
-
-        def make() -> Trainer:
-            check_free(config)
-            return Trainer(config, console, world)
-
-        try:  # what is raised on one rank alone, others may wait for: they are told
-            trainer = world.together(make, ValueError, ImportError, OSError)
-        except (ValueError, ImportError, OSError) as error:
-            raise ConfigError(str(error)) from error
-        announce(trainer, notes)
-        return 0 if config.dry_run else trainer.train()
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        rows = trainer.config.device_batch_size if trainer else config.device_batch_size
-        advice = f"--device-batch-size {rows // 2}" if rows > 1 else "a shorter --max-seq-len or --grad-checkpoint"
-        print(f"error: out of memory with --device-batch-size {rows}; try {advice} ({error})", file=sys.stderr)
-        return distributed.leave(1)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return distributed.leave(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return distributed.leave(130)
+    """Train as `args` say, sys.argv's by default. Returns the exit code."""
+    return launch(sys.argv[1:] if args is None else args, configure, Trainer)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ are drawn by a generator of their own. So a run that was killed goes on with the
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -60,7 +61,7 @@ class Trainer:
             ops.use_backend(config.backend)
         except RuntimeError as error:
             raise ConfigError(str(error)) from None
-        shape = model_config(config, config.vocab_size)
+        shape = self.model_config(config, config.vocab_size)
         self.row_bytes = sizing.row_bytes(
             config,
             n_embd=shape.n_embd,
@@ -76,9 +77,10 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         with torch.device("meta"):
-            self.model = GPT(model_config(config, self.corpus.vocab_size), grad_checkpoint=config.grad_checkpoint)
+            shape = self.model_config(config, self.corpus.vocab_size)
+            self.model = GPT(shape, grad_checkpoint=config.grad_checkpoint)
         self.flops_per_token = self.model.estimate_flops()
-        self.config = config = horizon(config, num_params=self.model.num_params(), flops_per_token=self.flops_per_token)
+        self.config = config = self.plan(config)
         self.loader = BatchLoader(
             self.corpus.train,
             batch_rows=config.total_batch_size // config.max_seq_len,
@@ -89,7 +91,7 @@ class Trainer:
             world_size=self.world.size,
         )
         self.model.to_empty(device=self.device)
-        self.model.init_weights(seed=config.seed)
+        self.init_weights()
         muon = {name: getattr(config, name) for name in MUON_OPTIONS}
         if config.optimizer in WITH_MUON:
             muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients}
@@ -120,6 +122,27 @@ class Trainer:
         self.last_loss = math.nan
         self.last_bpb: float | None = None
         self.seconds_per_step = self.diagnosed_seconds = 0.0
+
+    # What fine-tuning does in its own way.
+
+    def model_config(self, config: TrainConfig, vocab_size: int) -> GPTConfig:
+        return model_config(config, vocab_size)
+
+    def plan(self, config: TrainConfig) -> TrainConfig:
+        """The config with its horizon."""
+        return horizon(config, num_params=self.model.num_params(), flops_per_token=self.flops_per_token)
+
+    def init_weights(self) -> None:
+        self.model.init_weights(seed=self.config.seed)
+
+    def divisors(self, batch: Batch) -> Iterator[float]:
+        """What each micro-batch's mean loss is divided by, so that their sum, averaged over the ranks, is the mean over
+        all targets of the step."""
+        return itertools.repeat(self.accumulation_steps)
+
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint's meta says beside what every run's does."""
+        return {}
 
     def _prepare_data(self, config: TrainConfig) -> Corpus:
         data = None if config.data == STDLIB else config.data
@@ -216,9 +239,9 @@ class Trainer:
         """
         loss = torch.zeros((), device=self.device)
         steps = self.accumulation_steps
-        for i, (x, y) in enumerate(self.micro_batches(batch)):
+        for i, ((x, y), divisor) in enumerate(zip(self.micro_batches(batch), self.divisors(batch), strict=False)):
             with self.autocast():
-                micro_loss = self.model(x, y) / steps
+                micro_loss = self.model(x, y) / divisor
             with self.overlap if i + 1 == steps else contextlib.nullcontext():
                 micro_loss.backward()
             loss += micro_loss.detach()
@@ -371,6 +394,7 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "spike_history": list(self.spikes.history),
             "validation_bpb": self.last_bpb,
+            **self.origin(),
         }
         self.log.sync()
         folder = self.config.run_dir / "checkpoints"

@@ -13,7 +13,7 @@ import pytest
 from training import BACKEND
 
 from nanochat_native import batch_size, compare, evaluate, export, import_checkpoint, lr_find, memory, schedules
-from nanochat_native.config import TrainConfig, flag, parse
+from nanochat_native.config import FinetuneConfig, flag, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "HACKING.md")}
@@ -50,7 +50,7 @@ def test_every_module_flag_and_file_that_is_named_exists(name):
     modules = set(re.findall(r"python -m (nanochat_native[.\w]*)", text))
     assert modules
     assert all(importlib.util.find_spec(module) for module in modules)
-    own = {flag(field.name) for field in dataclasses.fields(TrainConfig)}
+    own = {flag(field.name) for field in dataclasses.fields(FinetuneConfig)}
     for module in (batch_size, compare, evaluate, export, import_checkpoint, lr_find, memory, schedules):
         own |= {flag(field.name) for field in dataclasses.fields(module.Options)}
     other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only", "--quick", "--model", "--tasks"}

@@ -2,7 +2,18 @@
 
 from nanochat_native.data.corpus import Corpus, prepare
 from nanochat_native.data.loader import Batch, BatchLoader, Prefetcher, iterate_val
+from nanochat_native.data.rows import Rows
 from nanochat_native.data.shards import TokenStream
 from nanochat_native.data.sources import DamagedFileError
 
-__all__ = ["Batch", "BatchLoader", "Corpus", "DamagedFileError", "Prefetcher", "TokenStream", "iterate_val", "prepare"]
+__all__ = [
+    "Batch",
+    "BatchLoader",
+    "Corpus",
+    "DamagedFileError",
+    "Prefetcher",
+    "Rows",
+    "TokenStream",
+    "iterate_val",
+    "prepare",
+]

@@ -107,9 +107,8 @@ class BatchLoader:
         return positions
 
     def _host_batch(self, step: int) -> Batch:
-        length = self.sequence_len + 1
-        rows = torch.from_numpy(np.stack([self.stream.read(p, p + length) for p in self.positions(step).tolist()]))
-        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        pairs = [self.stream.pair(position, self.sequence_len) for position in self.positions(step).tolist()]
+        inputs, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
         if self.device.type == "cuda":
             # A new thread's current device is the first one, whichever the rank's is.
             with torch.cuda.device(self.device):

@@ -61,6 +61,11 @@ class TokenStream:
         """How many windows of `sequence_len` targets fit, each target in one window."""
         return max(0, len(self) - 1) // sequence_len
 
+    def pair(self, start: int, sequence_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of a window that begins at token `start`, int64 (sequence_len,) each."""
+        tokens = self.read(start, start + sequence_len + 1)
+        return tokens[:-1], tokens[1:]
+
     def windows(self, sequence_len: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
         """(inputs, targets), int64 (sequence_len,) each, in order; windows `start` to `stop` of them.
 

@@ -1,0 +1,265 @@
+"""python -m nanochat_native.finetune: teach a trained model to chat. --help lists the flags, launch.py the exit codes.
+
+Supervised fine-tuning: training goes on, by the same loop, on conversations (conversations.py), of which only what the
+assistant says is learnt. A conversation is a row of a batch, cut at --max-seq-len; rows are not packed, so that none
+sees another.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch; train.py says why
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nanochat_native import checkpoint, conversations, lab
+from nanochat_native.config import AUTO, EXAMPLES, ConfigError, FinetuneConfig, TrainConfig, flag
+from nanochat_native.conversations import Message
+from nanochat_native.data import Batch, Corpus, Rows
+from nanochat_native.distributed import World
+from nanochat_native.engine import Engine, Sampling
+from nanochat_native.example_chats import example_chats
+from nanochat_native.launch import launch
+from nanochat_native.loading import load_model
+from nanochat_native.metrics import Console
+from nanochat_native.model import GPTConfig
+from nanochat_native.run_folder import configure, sized
+from nanochat_native.sizing import largest_divisor
+from nanochat_native.tokenizer import Tokenizer
+from nanochat_native.trainer import SAMPLE_TOKENS, Trainer
+
+VAL_SHARE = 0.1  # of the conversations, where --val-data is not given
+LENGTHS = 16  # rows are as long as the longest conversation, rounded up to a multiple of this
+CPU_ROWS, GPU_ROWS = 8, 32
+OF_THE_BASE = ("depth", "head_dim", "n_kv_head", "window_pattern", "vocab_size")
+OF_PRETRAINING = ("total_batch_size", "target_flops", "target_param_data_ratio")
+
+Conversation = Sequence[Message]
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """The conversations of a file: a JSON object {"messages": [...]}, or the list alone, a line; empty lines are none.
+
+    Raises FileNotFoundError, and ValueError that names file, line and what is wrong there.
+    """
+    found = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    content = json.loads(line)
+                    messages: Any = content.get("messages") if isinstance(content, dict) else content
+                    conversations.check_messages(messages)
+                    if messages[-1]["role"] != "assistant":
+                        raise ValueError("the last message is the user's: there is no answer to learn")
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+                found.append(messages)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a line)") from None
+    if not found:
+        raise ValueError(f"{path}: no conversation in it")
+    return found
+
+
+def held_out(chats: Sequence[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+    """(to train on, to measure on), chosen by a hash of the text: equal conversations never lie on both sides."""
+    parts: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for chat in chats:
+        digest = hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest()
+        parts[int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64].append(chat)
+    return parts
+
+
+class Chats(NamedTuple):
+    corpus: Corpus
+    train: Rows
+    val: Rows
+
+
+def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) -> Chats:
+    """The config's conversations as rows of at most max_seq_len tokens.
+
+    Raises what read_conversations does, and ValueError where nothing is left to learn or the tokenizer has no tokens
+    for conversations.
+    """
+    chats: Sequence[Conversation] = example_chats() if config.data == EXAMPLES else read_conversations(config.data)
+    train: Sequence[Conversation]
+    val: Sequence[Conversation]
+    notes = []
+    if config.val_data is not None:
+        train, val = chats, read_conversations(config.val_data)
+    else:
+        train, val = held_out(chats)
+        if not train or not val:
+            train = val = chats
+            notes.append(f"too few conversations ({len(chats)}) to hold some out: validation measures on all of them")
+    rendered = [[conversations.render(tokenizer, chat) for chat in part] for part in (train, val)]
+    length = max(len(tokens) for part in rendered for tokens, _ in part) - 1
+    length = min(config.max_seq_len, math.ceil(length / LENGTHS) * LENGTHS)
+    cut = sum(len(tokens) - 1 > length for part in rendered for tokens, _ in part)
+    kept = [[(tokens, learnt) for tokens, learnt in part if any(learnt[1 : length + 1])] for part in rendered]
+    lost = sum(map(len, rendered)) - sum(map(len, kept))
+    if not all(kept):
+        raise ValueError(f"{config.data}: no answer begins within {length} tokens: take a longer --max-seq-len")
+    if cut:
+        left_out = f"; {lost} whose answers all lie there are left out" if lost else ""
+        notes.append(f"{cut} conversations lose what is behind {length} tokens{left_out}")
+    rows, val_rows = (Rows(part, length) for part in kept)
+    digest = hashlib.sha256(f"{tokenizer.hash} {length}".encode())
+    for part in kept:
+        digest.update(json.dumps(part).encode() + b"\n")
+    targets = [rows.pair(i * length, length)[1] for i in range(len(rows.documents))]
+    learnt_bytes = sum(int(tokenizer.token_bytes[row[row >= 0]].sum()) for row in targets)
+    name = "made-up examples" if config.data == EXAMPLES else Path(config.data).name
+    corpus = Corpus(
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        train=rows,
+        val=val_rows,
+        description=f"{name}, {len(rows.documents):,} conversations, {len(val_rows.documents):,} to measure on | "
+        f"{rows.learnt:,} tokens to learn, rows of {length}",
+        notes=tuple(notes),
+        hash=digest.hexdigest(),
+        bytes_per_token=learnt_bytes / rows.learnt,
+    )
+    return Chats(corpus, rows, val_rows)
+
+
+class FinetuneTrainer(Trainer):
+    """A run that begins with the weights of another. Raises what Trainer, load_model and make_chats do."""
+
+    config: FinetuneConfig
+
+    def __init__(self, config: TrainConfig, console: Console, world: World | None = None) -> None:
+        assert isinstance(config, FinetuneConfig)
+        assert config.checkpoint is not None
+        goes_on = config.resume is not None and checkpoint.steps(config.run_dir / "checkpoints")
+        source, step = (config.run_dir, None) if goes_on else (config.checkpoint, config.step)
+        self.source, tokenizer, meta = load_model(source, step, warn=console.say)
+        kept = ("step", "nanochat_native", "data_hash", "tokenizer_hash", "validation_bpb", "imported")
+        self.base = meta["base"] if goes_on else {"run": str(source)} | {name: meta.get(name) for name in kept}
+        self.chats = make_chats(config, tokenizer, self.source.config.vocab_size)
+        for note in self.chats.corpus.notes:
+            console.say(f"note     {note}")
+        length, count = self.chats.train.sequence_len, len(self.chats.train.documents)
+        ranks = 1 if world is None else world.size
+        rows = min(config.batch_rows, count) // ranks * ranks
+        if rows == 0:
+            raise ConfigError(f"{count} conversations, or --batch-rows {config.batch_rows}, for {ranks} ranks")
+        given = config.device_batch_size
+        config = dataclasses.replace(
+            config,
+            max_seq_len=length,
+            total_batch_size=rows * length,
+            device_batch_size=given if given == AUTO else largest_divisor(rows // ranks, given),
+            num_iterations=config.num_iterations if config.num_iterations != AUTO else steps_of(config, count, rows),
+            target_param_data_ratio=AUTO,
+        )
+        super().__init__(config, console, world, self.chats.corpus)
+        del self.source
+
+    def model_config(self, config: TrainConfig, vocab_size: int) -> GPTConfig:
+        return self.source.config
+
+    def init_weights(self) -> None:
+        self.model.init_rotary()
+        self.model.load_state_dict(self.source.state_dict())
+
+    def divisors(self, batch: Batch) -> Iterator[float]:
+        counts = [int((targets != -1).sum()) for _, targets in self.micro_batches(batch)]
+        total = self.world.sum_(torch.tensor(sum(counts), device=self.device)).item()
+        return (total / (count * self.world.size) for count in counts)
+
+    def origin(self) -> dict[str, Any]:
+        return {conversations.CHAT_TRAINED: True, "base": self.base}
+
+    def sample(self) -> None:
+        """Answer the first question of a conversation that is held out, the next each time."""
+        tokenizer, val = self.corpus.tokenizer, self.chats.val
+        assert tokenizer is not None
+        if not self.world.first:
+            return
+        (start,) = conversations.special_ids(tokenizer, ["<|assistant_start|>"])
+        tokens = val.documents[self.step // max(1, self.config.sample_every) % len(val.documents)][0]
+        prompt = [int(token) for token in tokens[: list(tokens).index(start) + 1]]
+        capacity = min(self.model.max_positions, len(prompt) + SAMPLE_TOKENS)
+        ends = conversations.stop_tokens(tokenizer)
+        with self.autocast():
+            engine = Engine(self.model, tokenizer, slots=1, capacity=capacity)
+        (request,) = engine.generate([(prompt, Sampling(capacity - len(prompt), temperature=0, stop_tokens=ends))])
+        if request.error is not None:
+            self.console.say(f"step {self.step}: no sample: {request.error}")
+            return
+        question = tokenizer.decode(prompt)
+        self.console.record(self.log.write("sample", self.step, prompt=question, text=question + request.text))
+        self.console.say(f"step {self.step}: {question}\n    " + request.text.rstrip().replace("\n", "\n    "))
+
+
+def steps_of(config: FinetuneConfig, count: int, rows: int) -> int:
+    """Optimizer steps in which `count` conversations, `rows` a step, are seen --epochs times."""
+    return math.ceil(config.epochs * count / rows)
+
+
+def complete(config: FinetuneConfig) -> FinetuneConfig:
+    """Fill in what the base model and the device decide. Raises ConfigError for a flag that is not fine-tuning's, and
+    for a model that cannot be read."""
+    if config.checkpoint is None:
+        raise ConfigError("--checkpoint RUN is needed: the model to begin with")
+    if config.depth != AUTO and config.total_batch_size != AUTO:  # a run's own
+        return sized(config)
+    fields = config.__dataclass_fields__
+    for name in (*OF_THE_BASE, *OF_PRETRAINING):
+        if getattr(config, name) != fields[name].default:
+            why = (
+                "the base model's" if name in OF_THE_BASE else "pretraining's; fine-tuning takes --batch-rows, --epochs"
+            )
+            raise ConfigError(f"{flag(name)} is {why}")
+    try:
+        model, _, meta = load_model(config.checkpoint, config.step, warn=lambda message: None)
+    except (ValueError, OSError, checkpoint.CheckpointError) as error:
+        raise ConfigError(str(error)) from error
+    shape = model.config
+    if config.max_seq_len > shape.sequence_len:
+        raise ConfigError(f"--max-seq-len is {config.max_seq_len}; the base model takes up to {shape.sequence_len}")
+    rates: dict[str, Any] = {
+        name: config.rate_scale * rate for name, rate in lab.rates(config).items() if getattr(config, name) == AUTO
+    }
+    config = sized(
+        dataclasses.replace(
+            config,
+            checkpoint=config.checkpoint.absolute(),
+            step=meta["step"],
+            val_data=None if config.val_data is None else os.path.abspath(config.val_data),
+            depth=shape.n_layer,
+            head_dim=shape.head_dim,
+            n_kv_head=shape.n_kv_head,
+            window_pattern=shape.window_pattern,
+            vocab_size=shape.vocab_size,
+            max_seq_len=shape.sequence_len if config.max_seq_len == AUTO else config.max_seq_len,
+            run=f"{config.checkpoint.absolute().name}-chat" if config.run is None else config.run,
+            **rates,
+        )
+    )
+    rows = GPU_ROWS if config.device == "cuda" else CPU_ROWS
+    return dataclasses.replace(config, batch_rows=rows if config.batch_rows == AUTO else config.batch_rows)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Fine-tune as `args` say, sys.argv's by default. Returns the exit code."""
+    given = sys.argv[1:] if args is None else args
+    return launch(given, lambda args: configure(args, FinetuneConfig, complete), FinetuneTrainer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Starts a program that trains: joins the ranks, turns what a user can mend into one line, and returns the exit code.
+
+Exit codes: 0 done; 1 failed or diverged; 2 a wrong flag, value or file; 130 stopped by Ctrl-C, 143 by SIGTERM.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import torch
+
+import nanochat_native
+from nanochat_native import distributed
+from nanochat_native.checkpoint import CheckpointError
+from nanochat_native.config import ConfigError, TrainConfig, flag, to_json
+from nanochat_native.distributed import World
+from nanochat_native.metrics import Console, SilentConsole
+from nanochat_native.report import announce
+from nanochat_native.run_folder import check_free
+from nanochat_native.trainer import Trainer
+
+Configure = Callable[[Sequence[str]], tuple[TrainConfig, list[str]]]
+Make = Callable[[TrainConfig, Console, World], Trainer]
+
+
+def launch(args: Sequence[str], configure: Configure, make: Make) -> int:
+    """Trains as `args` say; a user's mistake is one line on stderr. Returns the exit code.
+
+    configure: flags to config, and notes on what it changes in a resumed run. make: the run itself.
+    Under torchrun this is one of many ranks: the first alone prints and writes, and what goes wrong on any of them ends
+    all of them with one message.
+    """
+    try:
+        with distributed.joined() as world:
+            return _run(world, args, configure, make)
+    except distributed.RankError as error:
+        if distributed.environment_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except distributed.LostRankError as error:
+        print(f"rank {distributed.environment_rank()}: {error}", file=sys.stderr)
+        return distributed.leave(1)
+    except Exception:
+        if not distributed.launched_by_torchrun():
+            raise
+        lines = traceback.format_exc().splitlines()
+        print("\n".join(f"rank {distributed.environment_rank()}: {line}" for line in lines), file=sys.stderr)
+        return distributed.leave(1)
+
+
+def _run(world: World, args: Sequence[str], configure: Configure, make: Make) -> int:
+    trainer: Trainer | None = None
+    try:
+        config, notes = world.together(lambda: configure(args), ConfigError)
+        if config.print_config:
+            if world.first:
+                print(json.dumps(to_json(config), indent=1))
+            return 0
+        if world.size > 1:
+            versions = {"version": nanochat_native.__version__, "torch": torch.__version__}
+            world.require_same(versions | {flag(name): value for name, value in to_json(config).items()})
+        console = Console(as_json=config.json) if world.first else SilentConsole()
+
+        def begin() -> Trainer:
+            check_free(config)
+            return make(config, console, world)
+
+        try:  # what is raised on one rank alone, others may wait for: they are told
+            trainer = world.together(begin, ValueError, ImportError, OSError)
+        except (ValueError, ImportError, OSError) as error:
+            raise ConfigError(str(error)) from error
+        announce(trainer, notes)
+        return 0 if config.dry_run else trainer.train()
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        rows = trainer.config.device_batch_size if trainer else config.device_batch_size
+        advice = f"--device-batch-size {rows // 2}" if rows > 1 else "a shorter --max-seq-len or --grad-checkpoint"
+        print(f"error: out of memory with --device-batch-size {rows}; try {advice} ({error})", file=sys.stderr)
+        return distributed.leave(1)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return distributed.leave(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return distributed.leave(130)
