@@ -21,6 +21,26 @@ _PARTS = {
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
 
+# What render and prompt_of do, for transformers' apply_chat_template; its tokenizers do read special tokens in a text.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- set system = messages[0]['role'] == 'system' -%}
+{%- for message in (messages[1:] if system else messages) -%}
+    {{- '<|' + message['role'] + '_start|>' -}}
+    {%- if system and loop.first -%}{{- messages[0]['content'] + '\\n\\n' -}}{%- endif -%}
+    {%- if message['content'] is string -%}{{- message['content'] -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'python' -%}{{- '<|python_start|>' + part['text'] + '<|python_end|>' -}}
+            {%- elif part['type'] == 'python_output' -%}{{- '<|output_start|>' + part['text'] + '<|output_end|>' -}}
+            {%- else -%}{{- part['text'] -}}{%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|' + message['role'] + '_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
+"""
+
 Message = Mapping[str, Any]
 
 

@@ -23,6 +23,8 @@ from torch import Tensor
 
 import nanochat_native
 from nanochat_native import hugging_face
+from nanochat_native.config import EXAMPLES, STDLIB
+from nanochat_native.conversations import CHAT_TEMPLATE, is_chat_trained, stop_tokens
 from nanochat_native.generate import generate_tokens
 from nanochat_native.loading import exit_code, load_model
 from nanochat_native.model import GPT
@@ -72,10 +74,10 @@ def export(options: Options) -> None:
         if options.format == "transformers":
             config = hugging_face.config_of(model.config, bos_id=tokenizer.bos_id, dtype=options.dtype)
             _write_json(temporary / "config.json", config)
-            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id, "do_sample": False}
+            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends_of(tokenizer, meta), "do_sample": False}
             _write_json(temporary / "generation_config.json", ends)
             write_weights(temporary, hugging_face.renamed(state, hugging_face.names(model.config.n_layer)))
-            write_tokenizer(temporary, tokenizer)
+            write_tokenizer(temporary, tokenizer, chat=is_chat_trained(meta))
         else:
             _write_json(temporary / "model_config.json", dataclasses.asdict(model.config))
             write_weights(temporary, state)
@@ -112,8 +114,14 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int 
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """tokenizer.json and tokenizer_config.json; unlike those of a run, a text begins with <|bos|>, as in training."""
+def ends_of(tokenizer: Tokenizer, meta: Mapping[str, Any]) -> list[int]:
+    """Ids that end a text, or an answer."""
+    return [tokenizer.bos_id, *(stop_tokens(tokenizer) if is_chat_trained(meta) else ())]
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat: bool) -> None:
+    """tokenizer.json and tokenizer_config.json, for a chat model with its template; unlike those of a run, a text
+    begins with <|bos|>, as in training."""
     tokenizer.save(folder)
     (folder / "bpe.json").unlink()
     bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
@@ -126,7 +134,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     }
     (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    _write_json(folder / "tokenizer_config.json", settings | {"eos_token": "<|bos|>"})
+    settings |= {"eos_token": "<|assistant_end|>", "chat_template": CHAT_TEMPLATE} if chat else {"eos_token": "<|bos|>"}
+    _write_json(folder / "tokenizer_config.json", settings)
 
 
 def card(options: Options, model: GPT, tokenizer: Tokenizer, meta: Mapping[str, Any]) -> str:
@@ -136,7 +145,11 @@ def card(options: Options, model: GPT, tokenizer: Tokenizer, meta: Mapping[str, 
     bpb = meta.get("validation_bpb")
     quality = "not measured" if bpb is None else f"{bpb:.4f} bits per byte on held-out text of the same data"
     shape = model.config
-    data = "the sources of Python's standard library" if trained.data == "stdlib" else f"`{Path(trained.data).name}`"
+    embedded = {STDLIB: "the sources of Python's standard library", EXAMPLES: "conversations made up by rules"}
+    data = embedded.get(trained.data, f"`{Path(trained.data).name}`")
+    kind = "It continues text. It was not trained to chat, nor made safe."
+    if is_chat_trained(meta):
+        kind = "It was fine-tuned on conversations, and its tokenizer has their template. It was not made safe."
     opened = '"transformers"' if options.format == "transformers" else "safetensors"
     use = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -161,7 +174,7 @@ tags: [nanochat]
   {options.dtype} by {nanochat_native.__version__}.
 - Data: {data}, SHA-256 of the tokens {meta["data_hash"]}; tokenizer {tokenizer.hash[:16]}.
 - Validation: {quality}.
-- It continues text. It was not trained to chat, nor made safe.
+- {kind}
 
 {use if opened == '"transformers"' else "The weights have nanochat's names; model_config.json holds the shape."}
 """
@@ -176,7 +189,8 @@ def verify(options: Options) -> str:
         raise ImportError("--verify compares with transformers, which is not installed: pip install 'transformers>=5'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer, _ = load_model(options.checkpoint, options.step, warn=_warn)
+    model, tokenizer, meta = load_model(options.checkpoint, options.step, warn=_warn)
+    ends = ends_of(tokenizer, meta)
     if options.dtype == "bfloat16":  # what was written is rounded: compare with that
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
@@ -193,10 +207,10 @@ def verify(options: Options) -> str:
         worst = max(worst, difference)
         if not difference <= TOLERANCE:
             raise ValueError(f"logits after {prompt!r} differ by {difference:.1e}; takes at most {TOLERANCE:.0e}")
-        rows = generate_tokens(model, ids, max_tokens=VERIFIED_TOKENS, temperature=0, stop_tokens=[tokenizer.bos_id])
+        rows = generate_tokens(model, ids, max_tokens=VERIFIED_TOKENS, temperature=0, stop_tokens=ends)
         own = [token for row in rows for token in row]
         drawn = theirs.generate(torch.tensor([ids]), max_new_tokens=VERIFIED_TOKENS, do_sample=False)[0, len(ids) :]
-        continued = [token for token in drawn.tolist() if token != tokenizer.bos_id]
+        continued = [token for token in drawn.tolist() if token not in ends]
         if continued != own:
             raise ValueError(f"greedy tokens after {prompt!r} differ: {continued} by transformers, {own} here")
     return f"{len(PROMPTS)} prompts: logits within {worst:.1e}, the same {VERIFIED_TOKENS} greedy tokens"

@@ -26,6 +26,7 @@ from torch import Tensor
 import nanochat_native
 from nanochat_native import checkpoint, hugging_face, run_folder
 from nanochat_native.config import TrainConfig, with_defaults
+from nanochat_native.conversations import CHAT_TRAINED
 from nanochat_native.loading import exit_code
 from nanochat_native.model import EPS, GPT, GPTConfig
 from nanochat_native.tokenizer import Tokenizer, byte_letters
@@ -41,13 +42,16 @@ class Options:
     """Run folder to write; it must not be there, or be empty."""
     step: int | None = None
     """Of nanochat's checkpoints; default: the newest."""
+    chat: bool = False
+    """nanochat's checkpoint was trained on conversations, which it does not say; transformers' folders do, by a chat
+    template."""
     tokenizer: Path | None = None
     """nanochat's tokenizer.pkl, or its folder; default: tokenizer/ beside the source or two folders above."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was read. step, bpb: None where the source does not say."""
+    """What was read. step, bpb: None where the source does not say. chat: it was trained on conversations."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
@@ -55,6 +59,7 @@ class Source:
     step: int | None
     bpb: float | None
     notes: list[str]
+    chat: bool = False
 
 
 def read(options: Options) -> Source:
@@ -63,7 +68,8 @@ def read(options: Options) -> Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if list(folder.glob("model_*.pt")):
-        return read_nanochat(folder, options.step, options.tokenizer)
+        source = read_nanochat(folder, options.step, options.tokenizer)
+        return dataclasses.replace(source, chat=options.chat)
     if (folder / "config.json").is_file():
         return read_transformers(folder)
     raise FileNotFoundError(f"{folder} has neither nanochat's model_*.pt nor a config.json of transformers")
@@ -150,7 +156,18 @@ def read_transformers(folder: Path) -> Source:
     eps = json.loads((folder / "config.json").read_bytes()).get("rms_norm_eps", 1e-6)
     notes = [] if eps == EPS else [f"its rms_norm_eps of {eps:g} becomes {EPS:g}: logits move by about 1e-6"]
     tokenizer = read_tokenizer_json(folder / "tokenizer.json", notes)
-    return Source(config, hugging_face.renamed(tensors, theirs), tokenizer, None, None, notes)
+    chat = has_chat_template(folder)
+    return Source(config, hugging_face.renamed(tensors, theirs), tokenizer, None, None, notes, chat)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether transformers' tokenizer in there has one, in a file of its own or in tokenizer_config.json."""
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_bytes()) if path.is_file() else {}
+        return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
 
 
 def read_tokenizer_json(path: Path, notes: list[str]) -> Tokenizer:
@@ -298,6 +315,7 @@ def write(source: Source, out: Path) -> None:
         "tokenizer_hash": source.tokenizer.hash,
         "data_hash": None,
         "imported": True,
+        CHAT_TRAINED: source.chat,
         "skipped": 0,
         "skipped_in_a_row": 0,
         "validation_bpb": source.bpb,

@@ -11,7 +11,7 @@ import tiktoken
 import torch
 from training import train, write_text
 
-from nanochat_native import checkpoint, evaluate, export, generate, hugging_face, import_checkpoint
+from nanochat_native import checkpoint, conversations, evaluate, export, generate, hugging_face, import_checkpoint
 from nanochat_native.generate import generate_text
 from nanochat_native.import_checkpoint import read_tokenizer_pickle
 from nanochat_native.loading import load_model
@@ -336,3 +336,75 @@ def test_sources_that_are_none(tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     assert import_checkpoint.main([str(tmp_path), "--out", str(tmp_path / "run")]) == 2
     assert "neither nanochat's model_*.pt nor a config.json" in capsys.readouterr().err
+
+
+# --- models that chat ---
+
+CHATS = [
+    [{"role": "user", "content": "what feeds it?"}],
+    [{"role": "system", "content": " be brief "}, {"role": "user", "content": "hello\n"}],
+    [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "  the tensor\n\n"},
+        {"role": "user", "content": "{{ more }} & <b>"},
+    ],
+]
+CODE = [
+    {"type": "text", "text": "so "},
+    {"type": "python", "text": "1 + 1"},
+    {"type": "python_output", "text": "2"},
+]
+
+
+@pytest.fixture(scope="module")
+def chat_run(folder):
+    """A model of the full run's shape whose checkpoint says that it was trained on conversations."""
+    run = folder / "runs/talks"
+    shutil.copytree(folder / "runs/full", run)
+    tensors, meta = checkpoint.load(run / "checkpoints")
+    checkpoint.save(run / "checkpoints", meta["step"] + 1, tensors, meta | {conversations.CHAT_TRAINED: True})
+    return run
+
+
+def test_a_chat_model_takes_its_template_along_and_keeps_the_mark(folder, exported, chat_run, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    assert export.main(["--checkpoint", str(chat_run), "--out", str(out), "--verify"]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    _, own, _ = load_model(chat_run)
+    for messages in CHATS:
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert found == conversations.prompt_of(own, messages, chat_trained=True)
+        whole = [*messages, {"role": "assistant", "content": CODE}]
+        assert tokenizer.apply_chat_template(whole, return_dict=False) == conversations.render(own, whole)[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ends = [own.bos_id, *conversations.stop_tokens(own)]
+    assert theirs.generation_config.eos_token_id == ends
+    assert tokenizer.eos_token == "<|assistant_end|>"
+    assert "fine-tuned on conversations" in (out / "README.md").read_text()
+    assert transformers.AutoTokenizer.from_pretrained(exported).chat_template is None
+    assert "not trained to chat" in (exported / "README.md").read_text()
+
+    back = tmp_path / "back"
+    assert import_checkpoint.main([str(out), "--out", str(back)]) == 0
+    assert conversations.is_chat_trained(load_model(back)[2])
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    (out / "chat_template.jinja").write_text(settings.pop("chat_template"))
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert import_checkpoint.has_chat_template(out)
+    plain = tmp_path / "plain"
+    assert import_checkpoint.main([str(exported), "--out", str(plain)]) == 0
+    assert not conversations.is_chat_trained(load_model(plain)[2])
+    (out / "chat_template.jinja").unlink()
+    (out / "tokenizer_config.json").write_text("[")
+    capsys.readouterr()
+    assert import_checkpoint.main([str(out), "--out", str(tmp_path / "none")]) == 2
+    assert "tokenizer_config.json: damaged" in capsys.readouterr().err
+
+
+def test_nanochats_chat_models_are_marked_by_a_flag(tmp_path):
+    source, _, _ = nanochat_folder(tmp_path)
+    for flags, marked in (([], False), (["--chat"], True)):
+        out = tmp_path / f"run{len(flags)}"
+        assert import_checkpoint.main([str(source), "--out", str(out), *flags]) == 0
+        assert conversations.is_chat_trained(load_model(out)[2]) == marked
