@@ -58,6 +58,7 @@ def wait(browser, condition, seconds=15):
 def open_page(browser, server):
     browser.get(f"http://localhost:{server.port}/")
     wait(browser, lambda b: b.find_element(By.ID, "name").text == "tiny" or b.find_element(By.ID, "key").is_displayed())
+    browser.execute_script("document.getElementById('seed').value = 1")
 
 
 def type_(browser, *keys):
@@ -81,7 +82,6 @@ def test_a_message_is_answered_as_it_comes_with_no_error_and_no_request_elsewher
     wait(browser, lambda b: lengths.add(len("".join(answers(b)))) or (len(lengths) > 3 and done(b)))
     assert len(lengths) > 3, "the answer came in one piece"
     (first,) = answers(browser)
-    assert "cut after 200 tokens" in browser.find_element(By.CSS_SELECTOR, "article.assistant").text
     type_(browser, "line one", Keys.SHIFT, Keys.ENTER, Keys.NULL, "line two", Keys.ENTER)
     wait(browser, lambda b: len(answers(b)) == 2 and done(b))
     users = [element.text for element in browser.find_elements(By.CSS_SELECTOR, "article.user p")]
@@ -141,6 +141,8 @@ def test_settings_are_sent(browser, server):
     messages = [{"role": "user", "content": "the tensor"}]
     expected = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=1.5, seed=7)
     assert texts[0] == texts[1] == expected.choices[0].message.content.strip()
+    shown = browser.find_element(By.CSS_SELECTOR, "article.assistant").text
+    assert ("cut after 12 tokens" in shown) == (expected.choices[0].finish_reason == "length")
 
 
 def test_a_phone_has_no_sideways_scrolling(browser, server, tmp_path):
