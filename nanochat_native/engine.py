@@ -16,7 +16,7 @@ import codecs
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -189,7 +189,8 @@ class Request:
         self._filled = 0
         self._read = (0, 0)
         self._stream = None if tokenizer is None else TextStream(tokenizer, sampling.stop)
-        self._generator = torch.Generator().manual_seed(sampling.seed)
+        # The generator looks at a seed's low half alone.
+        self._generator = torch.Generator().manual_seed((sampling.seed ^ sampling.seed >> 32) & 0xFFFFFFFF)
         self._seen = None
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros(1, vocab_size, dtype=torch.bool)
@@ -306,14 +307,14 @@ class Engine:
             self.step()
         return submitted
 
-    def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Iterator[Read]:
+    def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generator[Read, None, None]:
         """Submits a request at the call; its tokens and text as they come. One that is left early is cancelled.
 
         Raises what submit does at the call, and ValueError, after what came before, where the request ends in an error.
         """
         request = self.submit(prompt_tokens, sampling)
 
-        def pieces() -> Iterator[Read]:
+        def pieces() -> Generator[Read, None, None]:
             try:
                 while request.finish_reason is None:
                     self.step()

@@ -168,6 +168,14 @@ def test_seeds_and_the_global_generator():
         assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_all_of_a_seed_counts():
+    """torch's generator takes the low 32 bits of a seed."""
+    with use("torch"):
+        seeds = (3, 4, 3 + (1 << 32), 3 + (1 << 62))
+        runs = [tuple(alone(MODELS["w"], prompt_of(9), Sampling(14, temperature=3.0, seed=s)).tokens) for s in seeds]
+        assert len(set(runs)) == len(seeds)
+
+
 # --- slots ---
 
 
