@@ -138,8 +138,10 @@ class Chat:
         return str(message["content"])
 
     def save(self, path: Path) -> None:
-        """Writes a new file with the conversation in one line. Raises FileExistsError or another OSError, and ValueError
-        for a conversation that has not begun."""
+        """Writes the conversation to a new file, in one line.
+
+        Raises FileExistsError or another OSError, and ValueError for a conversation that has not begun.
+        """
         if not self.turns:
             raise ValueError("there is nothing to save yet")
         line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
