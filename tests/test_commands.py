@@ -12,8 +12,21 @@ from pathlib import Path
 import pytest
 from training import BACKEND
 
-from nanochat_native import batch_size, compare, evaluate, export, import_checkpoint, lr_find, memory, schedules
+from nanochat_native import (
+    batch_size,
+    chat,
+    compare,
+    evaluate,
+    export,
+    generate,
+    import_checkpoint,
+    lr_find,
+    memory,
+    schedules,
+)
+from nanochat_native.bench import load
 from nanochat_native.config import FinetuneConfig, flag, parse
+from nanochat_native.serve import __main__ as serve
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "HACKING.md")}
@@ -30,18 +43,25 @@ def commands(name):
 
 TRAIN = [c[3:] for c in commands("README.md") if c[:3] == ["python", "-m", "nanochat_native.train"]]
 TRAIN_ON_RANKS = [c[c.index("--") + 1 :] for c in commands("README.md") if c[:1] == ["torchrun"] and "--" in c]
-PYTHON = blocks("README.md", "python")
+FINETUNE = [c[3:] for c in commands("README.md") if c[:3] == ["python", "-m", "nanochat_native.finetune"]]
+PYTHON = [block for block in blocks("README.md", "python") if "OpenAI" not in block]  # that one: tests/test_serve.py
 
 
 def test_the_documents_have_commands_and_examples():
     assert len(TRAIN) >= 4
     assert TRAIN_ON_RANKS
+    assert FINETUNE
     assert len(PYTHON) >= 2
 
 
 @pytest.mark.parametrize("args", [*TRAIN, *TRAIN_ON_RANKS], ids=" ".join)
 def test_training_commands_are_taken(args):
     parse(args)
+
+
+@pytest.mark.parametrize("args", FINETUNE, ids=" ".join)
+def test_fine_tuning_commands_are_taken(args):
+    parse(args, kind=FinetuneConfig)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -51,9 +71,22 @@ def test_every_module_flag_and_file_that_is_named_exists(name):
     assert modules
     assert all(importlib.util.find_spec(module) for module in modules)
     own = {flag(field.name) for field in dataclasses.fields(FinetuneConfig)}
-    for module in (batch_size, compare, evaluate, export, import_checkpoint, lr_find, memory, schedules):
+    for module in (
+        batch_size,
+        chat,
+        compare,
+        evaluate,
+        export,
+        generate,
+        import_checkpoint,
+        load,
+        lr_find,
+        memory,
+        schedules,
+        serve,
+    ):
         own |= {flag(field.name) for field in dataclasses.fields(module.Options)}
-    other = {"--help", "--no-build-isolation", "--checkpoint", "--prompt", "--only", "--quick", "--model", "--tasks"}
+    other = {"--help", "--no-build-isolation", "--only", "--quick", "--model", "--tasks"}
     other |= {"--standalone", "--nnodes", "--rdzv", "--ntasks-per-node"}  # torchrun's and Slurm's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= own | other
     paths = re.findall(r"`((?:csrc|python|nanochat_native|tests)/[\w/]+\.\w+|[A-Z]\w+\.(?:md|txt))`", text)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -654,6 +655,16 @@ def test_a_port_in_use_and_a_missing_extra(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert command.main(args) == 2
     assert "pip install 'nanochat-native[serve]'" in capsys.readouterr().err
+
+
+def test_the_readmes_example(server):
+    pytest.importorskip("openai")
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI" in block]
+    example = example.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}").replace("d4-chat", "tiny")
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=60, check=True)
+    assert len(result.stdout) > 10
+    assert result.stderr == ""
 
 
 # --- load ---
