@@ -3,8 +3,10 @@
 //
 // Every number is computed by one chain of operations that neither the other rows nor the number of threads change, so
 // a token has the same bits whatever it is batched with and however its prompt is cut.
+#include <linux/futex.h>
 #include <omp.h>
-#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "../kernels.h"
 #include "runtime.h"
@@ -18,28 +20,35 @@ using cpu::CachedForward;
 
 constexpr float kEps = 1.1920929e-7f;   // 2^-23, of every RMSNorm
 constexpr int W = kLanes<float>;
-constexpr int64_t kKeys = 128;   // scores of a query that are computed, and normalised, at a time
-constexpr int kSpins = 4096;     // some 50 us: longer than a barrier takes, unless another program has the core
+constexpr int64_t kKeys = 64;   // scores of a query that are computed, and normalised, at a time
+constexpr int kSpins = 1000;    // some 50 us: longer than a barrier takes, unless another program has the core
 
 // --- the team ---
 
 struct Barrier {
-    int arrived, passed;
+    int arrived, passed, asleep;
 };
 
+// Spins, since the others are mostly about to come, and then sleeps: a thread that shares its core with the one that it
+// waits for must leave it.
 NANOCHAT_INLINE void wait_for_all(Barrier* barrier, int team) {
     if (team == 1) return;
     const int passed = __atomic_load_n(&barrier->passed, __ATOMIC_RELAXED);
     if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) == team) {
         __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&barrier->passed, passed + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&barrier->passed, passed + 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&barrier->asleep, __ATOMIC_SEQ_CST))
+            syscall(SYS_futex, &barrier->passed, FUTEX_WAKE_PRIVATE, team, nullptr, nullptr, 0);
         return;
     }
-    for (int spins = 0; __atomic_load_n(&barrier->passed, __ATOMIC_ACQUIRE) == passed; spins++)
-        if (spins < kSpins)
-            __builtin_ia32_pause();
-        else
-            sched_yield();
+    for (int spins = 0; spins < kSpins; spins++) {
+        if (__atomic_load_n(&barrier->passed, __ATOMIC_ACQUIRE) != passed) return;
+        __builtin_ia32_pause();
+    }
+    __atomic_add_fetch(&barrier->asleep, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&barrier->passed, __ATOMIC_SEQ_CST) == passed)
+        syscall(SYS_futex, &barrier->passed, FUTEX_WAIT_PRIVATE, passed, nullptr, nullptr, 0);
+    __atomic_sub_fetch(&barrier->asleep, 1, __ATOMIC_SEQ_CST);
 }
 
 struct Team {
