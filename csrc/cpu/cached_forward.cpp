@@ -456,13 +456,13 @@ struct Pass {
                  [&](int64_t b, int64_t v, float sum) { args.logits[b * V + v] = sum; });
         const float cap = static_cast<float>(args.softcap);
         if (cap == 0) return;
-        for (int64_t b = 0; b < args.B; b++)
-            for (int64_t v = begin; v < end; v += W) {
-                float* at = args.logits + b * V + v;
-                const int64_t n = minimum<int64_t>(W, end - v);
-                const Vec<float> capped = tanh_lanes<float>(load_part(at, n) / cap) * cap;
-                __builtin_memcpy(at, &capped, static_cast<size_t>(n) * sizeof(float));
-            }
+        for (int64_t b = 0; b < args.B; b++) {
+            float* at = args.logits + b * V;
+            int64_t v = begin;
+            for (; v + W <= end; v += W) store(at + v, tanh_lanes<float>(load(at + v) / cap) * cap);
+            const Vec<float> capped = tanh_lanes<float>(load_part(at + v, end - v) / cap) * cap;
+            __builtin_memcpy(at + v, &capped, static_cast<size_t>(end - v) * sizeof(float));
+        }
     }
 };
 
