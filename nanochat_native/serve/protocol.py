@@ -207,7 +207,7 @@ def _call(
         "top_p": max(1e-9, _number(body, "top_p", 1.0, low=0, high=1)),
         "top_k": int(top_k) if top_k > 0 else None,
         "min_p": _number(body, "min_p", 0.0, low=0, high=1),
-        "repetition_penalty": max(1e-3, _number(body, "repetition_penalty", 1.0, low=0, high=100)),
+        "repetition_penalty": _number(body, "repetition_penalty", 1.0, low=0.01, high=100),
         "stop": _stops(body),
         "stop_tokens": conversations.stop_tokens(served.tokenizer) if served.chat_trained else (),
     }
