@@ -449,8 +449,8 @@ class Decoder:
             blocks=blocks,
             lm_head=lm_head,
             windows=config.windows,
-            cos=model.cos[0, :, 0].to(dtype),
-            sin=model.sin[0, :, 0].to(dtype),
+            cos=model.cos[0, :, 0],  # not in bfloat16: training has them in float32 too
+            sin=model.sin[0, :, 0],
             cache=self.cache,
             softcap=SOFTCAP,
         )

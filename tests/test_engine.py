@@ -91,6 +91,22 @@ def test_a_row_has_the_same_bits_beside_any_others(name, threads):
                 assert torch.equal(logits[row], expected[slot % 2]), (slots, slot)
 
 
+def test_rows_under_autocast_are_those_of_the_model_under_autocast():
+    """As on a GPU: bfloat16 weights, and angles in float32."""
+    model = MODELS["wide"]
+    with use("torch"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        decoder = Decoder(model, 2, 200)
+        prompt = prompt_of(150)
+        decoder.prefill(1, prompt[:-1], 0)
+        logits = decoder.decode([1], prompt[-1:], [149])
+        whole = model(torch.tensor([prompt]))[:, -1]
+    assert decoder.cache.dtype == torch.bfloat16
+    assert decoder._forward.keywords["cos"].dtype == decoder._forward.keywords["sin"].dtype == torch.float32
+    with torch.no_grad():
+        exact = model(torch.tensor([prompt]))[:, -1]
+    assert (logits - exact).abs().max() < 1.5 * (whole - exact).abs().max()
+
+
 def test_greedy_tokens_are_those_of_generate(backend):
     for model in MODELS.values():
         prompt = prompt_of(9)

@@ -603,7 +603,8 @@ def cached_forward_(
     Returns:
         Logits of each sequence's last token: (B, V), float32, or float64 for float64; (0, V) without.
 
-    All of wte's type and device, contiguous. Raises ValueError or TypeError for what does not fit together.
+    All of wte's type and device, contiguous; cos and sin may be wider. Raises ValueError or TypeError for what does not
+    fit together.
 
     Native for float32 on the CPU, one call of one kernel: a token's logits have the same bits whatever it is batched
     with, however its prompt was cut, and for every number of threads. Elsewhere it is composed of torch's products and
