@@ -623,6 +623,27 @@ def test_the_command_serves_and_ends_with_a_signal(folder, number):
         assert process.stderr.read().strip() == ""
 
 
+def test_a_second_signal_ends_it_at_once(folder):
+    with run_command(folder, "--port", "0", "--slots", "1", NANOCHAT_NATIVE_BACKEND="torch") as process:
+        lines = [process.stdout.readline() for _ in range(3)]
+        port = int(re.search(r"http://127.0.0.1:(\d+)/", lines[2]).group(1))
+        content = json.dumps({"model": "base", "prompt": "a", "max_tokens": 600, "n": 16, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(head.encode() + content)
+            assert b"200 OK" in connection.recv(4096)
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            rest = b"".join(iter(lambda: connection.recv(65536), b""))
+            code = process.wait(20)
+        assert b"[DONE]" not in rest
+        assert time.monotonic() - began < command.GRACE_SECONDS - 1
+        assert code in (-signal.SIGINT, 128 + signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,13 +1,12 @@
 """python -m nanochat_native.serve: OpenAI's API and a page for a trained model. --help lists the flags."""
 
-import contextlib
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -122,12 +121,6 @@ def run(options: Options) -> int:
     limits = Limits(options.max_body_bytes, options.timeout)
     server = Server(served, worker, limits, api_key=options.key, loopback=loopback)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
-        yield
-        worker.close()
-
-    server.app.router.lifespan_context = lifespan
     port = listener.getsockname()[1]
     shown = f"[{options.host}]" if ":" in options.host else options.host
     print(f"model    {name} step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters on {device}", flush=True)
@@ -144,8 +137,12 @@ def run(options: Options) -> int:
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
         server_header=False,
+        lifespan="off",
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        worker.close()
     return 0
 
 

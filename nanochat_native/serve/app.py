@@ -46,6 +46,10 @@ class Limits:
     timeout: float
 
 
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down")
+
+
 class GoneError(Exception):
     """The client went away."""
 
@@ -86,6 +90,9 @@ class Server:
             except (ClientDisconnect, GoneError):
                 self.metrics.gone.add()
                 response = Response(status_code=499)  # nobody reads it: nginx's number for that, in the metrics
+            except asyncio.CancelledError:  # the server ends, and the time for what runs is over
+                ended = shutting_down()
+                response = JSONResponse(ended.body, ended.status)
             except Exception:
                 traceback.print_exc()
                 failed = ApiError(500, "the server failed; its log says why")
@@ -279,6 +286,9 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (GoneError, OSError):
             server.metrics.gone.add()
+        except asyncio.CancelledError:  # the server ends, and the time for what runs is over
+            with contextlib.suppress(OSError, RuntimeError):
+                await put(json.dumps(shutting_down().body))
         finally:
             server.worker.cancel(self.generation.jobs)
 
