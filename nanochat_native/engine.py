@@ -28,6 +28,7 @@ from nanochat_native.tokenizer import Tokenizer
 
 NOT_FINITE = "the model's logits are not finite: its training has diverged"
 FEW = 256  # tokens, which hold nearly all probability; to put all V in order takes as long as a pass of a small model
+LARGEST = 1e30  # of a setting that logits are multiplied with, or divided by
 PREFILL_TOKENS = 128  # of prompts, a step; more would let the running requests wait for longer than some ten steps
 
 
@@ -47,8 +48,9 @@ def check_sampling(
         raise ValueError(f"top_p is {top_p}; it takes a number above 0 to 1, or None for all")
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p is {min_p}; it takes a number from 0 to 1, or None for all")
-    if not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty is {repetition_penalty}; it takes a number above 0, 1 for none")
+    if not 1 / LARGEST <= repetition_penalty <= LARGEST:
+        taken = f"it takes a number from {1 / LARGEST:g} to {LARGEST:g}, 1 for none"
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; {taken}")
 
 
 def sample(
@@ -82,12 +84,16 @@ def sample(
     ids = None  # of the candidates, where they are not all tokens in their order
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)
+    # Below that float32 has no number, and 0 / 0 is none.
+    temperature = max(temperature, 1 / LARGEST)
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
         probabilities, order = _likeliest(probabilities, top_p)
         ids = order if ids is None else ids.gather(-1, order)
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        beyond = before >= top_p
+        beyond[:, 0] = False  # whatever float32 makes of top_p
+        probabilities = probabilities.masked_fill(beyond, 0.0)
     if min_p is not None:
         likeliest = probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < min_p * likeliest, 0.0)

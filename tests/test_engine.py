@@ -288,7 +288,7 @@ def test_sampling_refuses_what_it_does_not_take():
         "top_k": (0,),
         "top_p": (0.0, 1.1, nan),
         "min_p": (-0.1, 1.1, nan),
-        "repetition_penalty": (0.0, -1.0, nan, float("inf")),
+        "repetition_penalty": (0.0, -1.0, nan, float("inf"), 1e31),
         "stop": ("ab", ("",), (3,)),
         "stop_tokens": ([1], ("a",)),
         "seed": (-1, 1 << 63, 0.5),

@@ -123,6 +123,9 @@ def test_frequencies_of_the_draws():
     expect(draws(logits, top_k=3, top_p=0.6), [0.5, 0.3, 0.0, 0.0])
     expect(draws(logits, temperature=0), [1.0, 0.0, 0.0, 0.0])
     expect(draws(logits, temperature=1e-38), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, temperature=5e-324), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, top_p=5e-324), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, min_p=5e-324), [0.5, 0.3, 0.15, 0.05])
 
 
 def test_bad_arguments_are_refused_at_the_call():

@@ -417,6 +417,10 @@ def test_a_page_of_another_site_is_not_answered(server):
     for host, status in (("evil.example", 421), ("127.0.0.1", 200), (f"localhost:{server.port}", 200), ("", 421)):
         received = server.send(f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         assert received.split()[1] == str(status).encode(), host
+    own = f"http://localhost:{server.port}"
+    for origin, status in ((own, 200), ("http://evil.example", 403), ("null", 403), ("https://localhost", 403)):
+        head = f"GET /v1/models HTTP/1.1\r\nHost: localhost:{server.port}\r\nOrigin: {origin}\r\nConnection: close\r\n"
+        assert server.send(f"{head}\r\n".encode()).split()[1] == str(status).encode(), origin
 
 
 def test_random_damage_is_never_a_server_error(server):
@@ -535,6 +539,46 @@ def test_an_engine_that_fails_is_said_and_nothing_hangs(model, capfd):
         assert (status, body["error"]["type"]) == (503, "server_error")
         assert "card" not in json.dumps(body)
         assert "a card fell out" in capfd.readouterr().err
+
+
+def test_jobs_that_were_to_begin_when_the_engine_failed_are_told(model):
+    """Those whose commands wait, and those that are sent after the thread has ended."""
+    engine = Engine(model[0], model[1], slots=1)
+    worker = Worker(engine, 1, 9)
+    entered, go = threading.Event(), threading.Event()
+
+    def broken():
+        entered.set()
+        go.wait(10)
+        raise RuntimeError
+
+    engine.step = broken
+
+    async def submit():
+        first = worker.submit([([1], Sampling(1))])
+        await asyncio.to_thread(entered.wait, 10)
+        second = worker.submit([([1], Sampling(1)), ([2], Sampling(1))])
+        go.set()
+        found = [await asyncio.wait_for(jobs[0].events.get(), 10) for jobs in (first, second, second)]
+        assert [event.finish_reason for event in found] == ["error"] * 3
+        worker._send(worker._start, [first[0]])
+        assert (await asyncio.wait_for(first[0].events.get(), 10)).finish_reason == "error"
+        assert worker.running == worker.waiting == 0
+
+    asyncio.run(submit())
+
+
+def test_settings_at_their_ends_harm_nobody(server):
+    for fields in (
+        {"top_p": 5e-324},
+        {"top_p": 0},
+        {"temperature": 5e-324},
+        {"repetition_penalty": 0.01, "temperature": 2},
+        {"repetition_penalty": 100, "min_p": 1},
+        {"top_k": 2**31, "top_p": 1e-300, "min_p": 5e-324, "temperature": 1e-300},
+    ):
+        assert server.request(completion(**fields))[0] == 200, fields
+    assert server.worker.failed is None
 
 
 def test_a_diverged_model_is_an_error_of_the_server(folder):

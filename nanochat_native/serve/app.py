@@ -110,10 +110,14 @@ class Server:
         return JSONResponse(failed.body, error.status_code, dict(error.headers or {}))
 
     def check_host(self, request: Request) -> None:
-        """On loopback, against pages of other sites whose names are made to lead here (DNS rebinding)."""
+        """On loopback, against pages of other sites: whose names are made to lead here (DNS rebinding), or that send
+        what they may not read the answer to."""
         host = re.sub(r":\d+$", "", request.headers.get("host", ""))
         if self.loopback and host.lower() not in LOOPBACK:
             raise ApiError(421, f"this server answers to {', '.join(LOOPBACK)} alone")
+        origin = request.headers.get("origin")
+        if self.loopback and origin is not None and origin != f"http://{request.headers['host']}":
+            raise ApiError(403, "this server answers to its own page alone, and to programs that are no page")
 
     def check_key(self, request: Request) -> None:
         if self.api_key is None:

@@ -97,6 +97,8 @@ class Worker:
         with self._wake:
             self._commands += [(command, job) for job in jobs]
             self._wake.notify()
+            if self.failed is not None:  # the thread has ended since the jobs were taken
+                self._fail_all()
 
     # --- in the engine's thread ---
 
@@ -123,9 +125,17 @@ class Worker:
                     self._tell(self._jobs[request], request)
         except Exception as error:
             traceback.print_exc()
-            self.failed = f"the engine has failed: {type(error).__name__}"
-            for job in list(self._jobs.values()):
-                self._post(job, Event(job.choice, 0, "", "error", self.failed))
+            with self._wake:
+                self.failed = f"the engine has failed: {type(error).__name__}"
+                self._fail_all()
+
+    def _fail_all(self) -> None:
+        """Tells every job that began or was to begin. With the lock held, and the thread at its end."""
+        jobs = [*self._jobs.values(), *(job for command, job in self._commands if command == self._start)]
+        self._jobs.clear()
+        self._commands.clear()
+        for job in jobs:
+            self._post(job, Event(job.choice, 0, "", "error", self.failed))
 
     def _tell(self, job: Job, request: Request) -> None:
         tokens, text = request.read()
