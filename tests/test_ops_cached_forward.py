@@ -32,6 +32,7 @@ SHAPES = {
     "grouped": Shape(4, 2, 32, 320, 130, (3, None, 130)),
     "one_kv_head": Shape(6, 1, 16, 96, 50),
     "odd": Shape(3, 1, 10, 37, 11, (7, None)),
+    "depth5": Shape(4, 2, 80, 160, 70),
     "tiny": Shape(1, 1, 2, 1, 1, (0, None, 1)),
     "no_blocks": Shape(2, 1, 8, 16, 20, ()),
 }

@@ -259,15 +259,20 @@ NANOCHAT_INLINE void attend(const float* q, int64_t q_stride, const float* keys,
 #pragma GCC unroll 8
             for (int v = 0; v < most; v++) store(out[r] + d + v * W, total[r][v]);
     }
-    for (; d < D; d += W) {
-        const int64_t n = minimum<int64_t>(W, D - d);
+    for (; d + W <= D; d += W)
         for (int r = 0; r < R; r++) {
             Vec<float> total{};
             for (int64_t key = begin; key < end; key++)
-                total += broadcast(scores[r][key]) * load_part(values + key * stride + d, n);
-            __builtin_memcpy(out[r] + d, &total, static_cast<size_t>(n) * sizeof(float));
+                total += broadcast(scores[r][key]) * load(values + key * stride + d);
+            store(out[r] + d, total);
         }
-    }
+    if (d < D)
+        for (int r = 0; r < R; r++) {
+            Vec<float> total{};
+            for (int64_t key = begin; key < end; key++)
+                total += broadcast(scores[r][key]) * load_part(values + key * stride + d, D - d);
+            __builtin_memcpy(out[r] + d, &total, static_cast<size_t>(D - d) * sizeof(float));
+        }
 }
 
 // out = the chunks' values, weighted by what each says of the others.

@@ -12,7 +12,7 @@ from nanochat_native.engine import Engine, Sampling
 from nanochat_native.model import GPT, GPTConfig
 
 V, PROMPT, NEW = 8192, 32, 128
-FLOORS = {(4, 1): 3.0, (6, 1): 3.0, (4, 8): 1.0, (6, 8): 1.0}  # by depth and batch
+FLOORS = {(4, 1): 3.0, (5, 1): 3.0, (6, 1): 3.0, (4, 8): 1.0, (6, 8): 1.0}  # by depth and batch
 OPPONENT = "transformers generate"
 MIN_DIFFERENT = 8  # tokens of a continuation, or the check shows little
 
