@@ -4,7 +4,9 @@ One checkpoint is one folder, `step_000100`, that appears whole or not at all: i
 temporary folder, flushed to the disk, and renamed into place. Tensors are safetensors, everything else is JSON, and
 `manifest.json` holds the size and SHA-256 of every file; nothing is ever unpickled.
 
-    step_000100/model.safetensors  optimizer.safetensors  meta.json  manifest.json
+    step_000100/model.safetensors  optimizer.safetensors  meta.json  manifest.json  measurement.json
+
+measurement.json is not in the manifest: it comes later, with the validation of that step, and may be missing.
 
 On many ranks the optimizers' state lies in a folder instead, `optimizer/`, a file a rank: torch.distributed.checkpoint
 writes it, as safetensors, while training goes on.
@@ -34,6 +36,7 @@ from torch.distributed.tensor import DTensor
 FORMAT = "nanochat-native checkpoint"
 VERSION = 1
 OPTIMIZER = "optimizer"
+MEASUREMENT = "measurement.json"
 SPACE_MARGIN = 1 << 20  # bytes beside the tensors: headers, JSON, folder entries
 
 _NAME = re.compile(r"step_(\d{6,})")
@@ -185,6 +188,24 @@ class ShardedSave:
             _remove_leftovers(self.folder)
 
 
+def add_measurement(folder: Path | str, step: int, validation_bpb: float) -> None:
+    """Put the bits per byte beside the checkpoint of `step` that they were measured on; `load` adds them to its meta.
+    Raises OSError."""
+    path = path_of(folder, step) / MEASUREMENT
+    temporary = path.with_name(f"{_TEMPORARY}{MEASUREMENT}")
+    temporary.write_text(json.dumps({"validation_bpb": validation_bpb, "measured_step": step}))
+    temporary.replace(path)
+
+
+def _measurement(path: Path) -> dict[str, Any]:
+    """What add_measurement left in the checkpoint at `path`; nothing where that is missing or damaged."""
+    try:
+        found = json.loads((path / MEASUREMENT).read_bytes())
+        return {"validation_bpb": float(found["validation_bpb"]), "measured_step": int(found["measured_step"])}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return {}
+
+
 def load(
     folder: Path | str, step: int | None = None, *, warn: Callable[[str], None] = warnings.warn
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -216,7 +237,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         tensors = {Path(n).stem: load_file(path / n) for n in names if n.endswith(".safetensors") and "/" not in n}
         if (path / OPTIMIZER).is_dir():
             tensors[OPTIMIZER] = _read_shards(path / OPTIMIZER)
-        return tensors, json.loads((path / "meta.json").read_bytes())
+        return tensors, json.loads((path / "meta.json").read_bytes()) | _measurement(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
 

@@ -29,6 +29,7 @@ from nanochat_native import lab, metrics, ops, plot
 from nanochat_native.bench.measure import side_by_side
 from nanochat_native.config import AUTO, ConfigError, TrainConfig, flag, parse, to_json
 from nanochat_native.data import Corpus
+from nanochat_native.isolation import EXIT_CODE
 from nanochat_native.lab import bar
 from nanochat_native.loading import exit_code
 from nanochat_native.metrics import Console, SilentConsole
@@ -324,10 +325,12 @@ def train_case(comparison: Comparison, case: str, factor: float, seed: int, cons
     curve, seconds = [], 0.0
     for record in records:
         if record["kind"] == "train":
-            seconds += record["seconds"]
+            seconds += metrics.value_of(record, "seconds") or 0.0
         elif record["kind"] == "val":
-            value = record["bpb" if in_bits else "loss"]
+            value = metrics.value_of(record, "bpb" if in_bits else "loss")
             curve.append({"step": record["step"], "seconds": seconds, "value": value})
+    if not trainer.diverged and (not curve or curve[-1]["step"] != config.num_iterations):
+        raise ValueError(f"case {case!r}: its last evaluation failed, so there is nothing to compare")
     run = {"case": case, "factor": factor, "seed": seed, "curve": curve, "diverged": trainer.diverged}
     return run | {"skipped": trainer.skipped, "unit": "bits per byte" if in_bits else "nats a token"}
 
@@ -336,7 +339,7 @@ class Forwarding(SilentConsole):
     """Of a run's words it passes on warnings and the beginning of the live line, behind `where`."""
 
     def __init__(self, console: Console, where: str) -> None:
-        super().__init__()
+        super().__init__(failures=console.failures)
         self._console, self._where = console, where
 
     def say(self, text: str = "") -> None:
@@ -481,7 +484,7 @@ def run(args: Sequence[str]) -> int:
     lab.finish(comparison.folder, record, console)
     if code:
         console.say("go on    the same command again")
-    return code
+    return code or (EXIT_CODE if console.failures else 0)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -162,7 +162,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
+            most = _MOST.get(name, LARGEST)
             self._require(name, f"a whole number from {least}", getattr(self, name) >= least)
+            self._require(name, f"a whole number up to {most}", getattr(self, name) <= most)
         for name in ("target_flops", "target_param_data_ratio"):
             self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
         for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
@@ -182,7 +184,7 @@ class TrainConfig:
         letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
         self._require("window_pattern", "letters L and S, e.g. SSSL", letters)
         if self.run is not None:
-            plain = self.run not in ("", "..") and Path(self.run).name == self.run
+            plain = self.run not in ("", "..") and Path(self.run).name == self.run and "\0" not in self.run
             self._require("run", "a name without slashes (--out-dir takes a folder)", plain)
 
         fields = self.__dataclass_fields__
@@ -280,9 +282,20 @@ _LEAST = {
 }
 
 
+LARGEST = 2**63 - 1  # of an int64, as torch takes seeds and sizes
+_MOST = {"depth": 1000, "head_dim": 4096, "vocab_size": 2**24, "ns_steps": 1000}
+
+
 def flag(name: str) -> str:
     """num_iterations -> --num-iterations."""
     return "--" + name.replace("_", "-")
+
+
+def shown(config: TrainConfig, name: str) -> str:
+    """A flag's value for a message."""
+    value = getattr(config, name)
+    is_auto = value == AUTO == config.__dataclass_fields__[name].default
+    return "auto" if is_auto else "none" if value is None else str(value)
 
 
 C = TypeVar("C", bound=TrainConfig)

@@ -54,11 +54,15 @@ class Diagnosis:
 
     @torch.no_grad()
     def begin(self, norm: float, max_norm: float) -> None:
-        """norm: of all gradients before they were clipped to max_norm. Every rank takes part."""
+        """norm: of all gradients before they were clipped to max_norm. Every rank takes part; what raises on one is a
+        RankError on all."""
         start = self._now()
         unclipped = max(1.0, norm / max_norm)
         self._found = {}
-        for layer, square in self._gradient_squares().items():
+        own = self.world.together(self._own_gradient_squares, Exception)
+        everyone = self.world.gather(own)
+        for layer in dict.fromkeys(layer_of(name) for name, _ in self.model.named_parameters()):
+            square = sum(squares.get(layer, 0.0) for squares in everyone)
             self._found[f"gradient_norm/{layer}"] = math.sqrt(square) * unclipped
         if self.world.first:
             self._before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -68,10 +72,12 @@ class Diagnosis:
     def finish(self, probe: Tensor) -> dict[str, float]:
         """All quantities of the step; of the first rank alone. probe: (rows, T) int64, for the activations."""
         start = self._now()
-        if self.world.first:
-            self._found |= self._updates()
-            self._found |= activations(self.model, probe)
-        self._before = {}
+        try:
+            if self.world.first:
+                self._found |= self._updates()
+                self._found |= activations(self.model, probe)
+        finally:
+            self._before = {}
         self.seconds += time.perf_counter() - start
         self.count += 1
         return self._found
@@ -82,7 +88,8 @@ class Diagnosis:
             torch.cuda.synchronize(self.model.wte.weight.device)
         return time.perf_counter()
 
-    def _gradient_squares(self) -> dict[str, float]:
+    def _own_gradient_squares(self) -> dict[str, float]:
+        """Squared norms by layer, of the gradients that this rank updates with."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         own: dict[str, Any] = defaultdict(float)
         for optimizer in self.optimizers:
@@ -93,9 +100,7 @@ class Diagnosis:
                     pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
                 for parameter, gradient in pairs:
                     own[layer_of(names[parameter])] += _square(gradient)
-        everyone = self.world.gather({layer: float(square) for layer, square in own.items()})
-        layers = dict.fromkeys(layer_of(name) for name in names.values())
-        return {layer: sum(squares.get(layer, 0.0) for squares in everyone) for layer in layers}
+        return {layer: float(square) for layer, square in own.items()}
 
     def _updates(self) -> dict[str, float]:
         moved: dict[str, Any] = defaultdict(float)

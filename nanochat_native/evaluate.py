@@ -40,16 +40,32 @@ def evaluate(
     model: GPT,
     batches: Iterable[tuple[Tensor, Tensor]],
     token_bytes: np.ndarray | Tensor,
-    add_up: Callable[[Tensor], Tensor] | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Measures the model on (inputs, targets) int64 (B, T) on its device; targets of -1 count nothing.
 
     token_bytes: (V,) integers, the bytes that each token stands for, 0 for special tokens. Bits per byte, nanochat's
     definition: the nats of all targets that stand for bytes, over ln 2 times their bytes. It does not depend on the
-    tokenizer, as the loss does. add_up: sums a float64 tensor over ranks that each measure a part of the batches.
+    tokenizer, as the loss does. world: ranks that each measure a part of the batches.
 
-    Raises ValueError when token_bytes does not fit the model or no target stands for bytes.
+    Raises ValueError when token_bytes does not fit the model or no target stands for bytes; on many ranks RankError on
+    all of them, whatever one raises.
     """
+    world = world or World()
+    sums = world.sum_(world.together(lambda: _sums(model, batches, token_bytes), Exception))
+    all_nats, byte_nats, targets, targets_bytes = sums.tolist()
+    if targets_bytes == 0:
+        raise ValueError("no target stands for bytes: there is nothing to evaluate")
+    return Evaluation(
+        bpb=byte_nats / (math.log(2) * targets_bytes),
+        loss=all_nats / targets,
+        targets=int(targets),
+        bytes=int(targets_bytes),
+    )
+
+
+def _sums(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray | Tensor) -> Tensor:
+    """(4,) float64: nats of all targets, nats of those that stand for bytes, targets, their bytes."""
     if tuple(token_bytes.shape) != (model.config.vocab_size,):
         raise ValueError(f"token_bytes has shape {tuple(token_bytes.shape)}; it takes ({model.config.vocab_size},)")
     device = model.wte.weight.device
@@ -66,17 +82,7 @@ def evaluate(
         byte_nats += (nats * (length > 0)).sum(dtype=torch.float64)
         targets_seen += counted.sum()
         bytes_seen += length.sum()
-    if add_up is not None:
-        sums = add_up(torch.stack([all_nats, byte_nats, targets_seen.double(), bytes_seen.double()]))
-        all_nats, byte_nats, targets_seen, bytes_seen = sums.unbind()
-    if bytes_seen == 0:
-        raise ValueError("no target stands for bytes: there is nothing to evaluate")
-    return Evaluation(
-        bpb=byte_nats.item() / (math.log(2) * bytes_seen.item()),
-        loss=all_nats.item() / targets_seen.item(),
-        targets=int(targets_seen),
-        bytes=int(bytes_seen),
-    )
+    return torch.stack([all_nats, byte_nats, targets_seen.double(), bytes_seen.double()])
 
 
 def evaluate_bpb(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray | Tensor) -> float:
@@ -191,7 +197,7 @@ class Session:
         model, tokenizer, record["step"] = self.load(run, record["step"])
         batches = self.batches(run, tokenizer, model.config.sequence_len)
         with autocast(self.device):
-            result = world.together(lambda: evaluate(model, batches, tokenizer.token_bytes, world.sum_), *MISTAKES)
+            result = evaluate(model, batches, tokenizer.token_bytes, world)
             record |= result._asdict()
             results: list[core.TaskResult] = []
             for number, task in enumerate(self.tasks, 1):

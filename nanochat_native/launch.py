@@ -1,6 +1,7 @@
 """Starts a program that trains: joins the ranks, turns what a user can mend into one line, and returns the exit code.
 
-Exit codes: 0 done; 1 failed or diverged; 2 a wrong flag, value or file; 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 done; 1 failed or diverged; 2 a wrong flag, value or file; 3 done and saved, but a report of the run (the
+console, a log, a sample, an evaluation, a plot) failed; 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import json
@@ -15,6 +16,7 @@ from nanochat_native import distributed
 from nanochat_native.checkpoint import CheckpointError
 from nanochat_native.config import ConfigError, TrainConfig, flag, to_json
 from nanochat_native.distributed import World
+from nanochat_native.isolation import EXIT_CODE, ReportFailures, guarded_streams
 from nanochat_native.metrics import Console, SilentConsole
 from nanochat_native.report import announce
 from nanochat_native.run_folder import check_free
@@ -31,9 +33,19 @@ def launch(args: Sequence[str], configure: Configure, make: Make) -> int:
     Under torchrun this is one of many ranks: the first alone prints and writes, and what goes wrong on any of them ends
     all of them with one message.
     """
+    failures = ReportFailures()
+    with guarded_streams(failures):
+        code = _launch(args, configure, make, failures)
+        if failures and code == 0:
+            print(f"warning: reports of this run failed: {failures.describe()}", file=sys.stderr)
+            code = EXIT_CODE
+    return code
+
+
+def _launch(args: Sequence[str], configure: Configure, make: Make, failures: ReportFailures) -> int:
     try:
         with distributed.joined() as world:
-            return _run(world, args, configure, make)
+            return _run(world, args, configure, make, failures)
     except distributed.RankError as error:
         if distributed.environment_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -49,7 +61,7 @@ def launch(args: Sequence[str], configure: Configure, make: Make) -> int:
         return distributed.leave(1)
 
 
-def _run(world: World, args: Sequence[str], configure: Configure, make: Make) -> int:
+def _run(world: World, args: Sequence[str], configure: Configure, make: Make, failures: ReportFailures) -> int:
     trainer: Trainer | None = None
     try:
         config, notes = world.together(lambda: configure(args), ConfigError)
@@ -60,7 +72,7 @@ def _run(world: World, args: Sequence[str], configure: Configure, make: Make) ->
         if world.size > 1:
             versions = {"version": nanochat_native.__version__, "torch": torch.__version__}
             world.require_same(versions | {flag(name): value for name, value in to_json(config).items()})
-        console = Console(as_json=config.json) if world.first else SilentConsole()
+        console = Console(as_json=config.json, failures=failures) if world.first else SilentConsole(failures=failures)
 
         def begin() -> Trainer:
             check_free(config)
@@ -70,7 +82,8 @@ def _run(world: World, args: Sequence[str], configure: Configure, make: Make) ->
             trainer = world.together(begin, ValueError, ImportError, OSError)
         except (ValueError, ImportError, OSError) as error:
             raise ConfigError(str(error)) from error
-        announce(trainer, notes)
+        with console.isolated("announcement"):
+            announce(trainer, notes)
         return 0 if config.dry_run else trainer.train()
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

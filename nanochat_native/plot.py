@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from nanochat_native import metrics
+from nanochat_native.metrics import value_of
 
 RESULT = "result.json"
 MISSING = "none: matplotlib is not installed"
@@ -50,11 +51,11 @@ def plot_loss(run_dir: Path) -> Path | None:
     if figure is None:
         return None
     records = list(metrics.read(run_dir / "metrics.jsonl"))
-    in_bits = any(r.get("bpb") is not None for r in records)
+    in_bits = any(value_of(r, "bpb") is not None for r in records)
     value, label = ("bpb", "bits per byte") if in_bits else ("loss", "nats a token")
     axes = figure.add_subplot()
     for kind, style in (("train", {"linewidth": 0.8, "alpha": 0.8}), ("val", {"marker": "o", "markersize": 3})):
-        points = [(r["step"], r[value]) for r in records if r["kind"] == kind and r[value] is not None]
+        points = [(r["step"], y) for r in records if r["kind"] == kind and (y := value_of(r, value)) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=kind, **style)
     axes.set(title=run_dir.name, xlabel="step", ylabel=label)
@@ -79,7 +80,7 @@ def plot_diagnosis(run_dir: Path) -> Path | None:
         keys = list(dict.fromkeys(key for r in records for key in r if key.partition("/")[0] == quantity))
         layers = [key for key in keys if key.partition("/")[2].startswith("h.")]
         for key in keys:
-            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+            points = [(r["step"], y) for r in records if (y := value_of(r, key)) is not None]
             if not points:
                 continue
             shade = layers.index(key) / max(1, len(layers) - 1) if key in layers else 0.0
@@ -89,7 +90,7 @@ def plot_diagnosis(run_dir: Path) -> Path | None:
             few = len(layers) <= 8 or key in (layers[0], layers[-1]) or key not in layers
             axes.plot(*zip(*points, strict=True), marker=".", label=key.partition("/")[2] if few else None, **style)
         axes.set(title=quantity.replace("_", " "), xlabel="step")
-        values = [r[key] for r in records for key in keys if r.get(key)]
+        values = [y for r in records for key in keys if (y := value_of(r, key))]
         if values and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
@@ -277,10 +278,12 @@ def run(folder: Path) -> None:
     if (folder / RESULT).exists():
         paths = [draw(folder)]
     elif (folder / "metrics.jsonl").exists():
-        try:
-            paths = [plot_loss(folder), plot_diagnosis(folder)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'metrics.jsonl'} cannot be drawn: {error!r}") from None
+        records = list(
+            metrics.read(folder / "metrics.jsonl", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+        )
+        if all(value_of(record, "loss") is None for record in records):
+            raise ValueError(f"{folder / 'metrics.jsonl'} cannot be drawn: no record has a loss")
+        paths = [plot_loss(folder), plot_diagnosis(folder)]
     else:
         raise FileNotFoundError(f"{folder} has neither a {RESULT} nor a metrics.jsonl")
     if importlib.util.find_spec("matplotlib") is None:

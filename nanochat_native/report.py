@@ -113,25 +113,20 @@ def summarize(run: Trainer, seconds: float, steps: int) -> dict[str, Any]:
     if run.skipped:
         parts.append(f"{run.skipped} steps skipped")
     say(f"done     {' | '.join(parts)}")
-    plot = plot_loss(config.run_dir)
-    say(f"plot     {plot or MISSING}")
+    with run.console.isolated("plot"):
+        say(f"plot     {plot_loss(config.run_dir) or MISSING}")
     looked = run.diagnosis
     if looked is not None and looked.count:
         cost = f"{1e3 * looked.seconds / looked.count:.0f} ms each, {looked.seconds / seconds:.1%} of the time"
-        say(f"layers   {plot_diagnosis(config.run_dir) or MISSING} | looked {looked.count} times, {cost}")
+        with run.console.isolated("plot of the layers"):
+            say(f"layers   {plot_diagnosis(config.run_dir) or MISSING} | looked {looked.count} times, {cost}")
 
-    folder = shlex.quote(str(config.run_dir))
-    train = f"python -m nanochat_native.{command_of(config)} --resume {folder}"
-    if run.step < config.num_iterations:
-        say(f"resume   {train}")
-    else:
-        say(f"go on    {train} --num-iterations {2 * config.num_iterations}")
-    if isinstance(config, FinetuneConfig):
-        say(f"talk     python -m nanochat_native.chat --checkpoint {folder}")
-    elif run.corpus.tokenizer is not None and run.saved_step >= 0:
-        prompt = " --prompt 'import os'" if config.data == STDLIB else ""
-        say(f"sample   python -m nanochat_native.generate --checkpoint {folder}{prompt}")
-        say(f"measure  python -m nanochat_native.evaluate --checkpoint {folder}")
+    if run.saved_step < run.step and not run.diverged:
+        kept = f"the last checkpoint is of step {run.saved_step}" if run.saved_step >= 0 else "there is no checkpoint"
+        say(f"unsaved  step {run.step} could not be saved: {kept}")
+    if run.saved_step >= 0:
+        for line in next_commands(run):
+            say(line)
     return {
         "kind": "summary",
         "step": run.step,
@@ -143,3 +138,21 @@ def summarize(run: Trainer, seconds: float, steps: int) -> dict[str, Any]:
         "checkpoint_step": run.saved_step,
         "run_dir": str(config.run_dir),
     }
+
+
+def next_commands(run: Trainer) -> list[str]:
+    """Commands that go on from the newest checkpoint, a line each."""
+    config = run.config
+    folder = shlex.quote(str(config.run_dir))
+    train = f"python -m nanochat_native.{command_of(config)} --resume {folder}"
+    if run.saved_step < config.num_iterations:
+        lines = [f"resume   {train}"]
+    else:
+        lines = [f"go on    {train} --num-iterations {2 * config.num_iterations}"]
+    if isinstance(config, FinetuneConfig):
+        lines.append(f"talk     python -m nanochat_native.chat --checkpoint {folder}")
+    elif run.corpus.tokenizer is not None:
+        prompt = " --prompt 'import os'" if config.data == STDLIB else ""
+        lines.append(f"sample   python -m nanochat_native.generate --checkpoint {folder}{prompt}")
+        lines.append(f"measure  python -m nanochat_native.evaluate --checkpoint {folder}")
+    return lines

@@ -26,6 +26,7 @@ from nanochat_native.config import (
     command_of,
     flag,
     parse,
+    shown,
     to_json,
     with_defaults,
 )
@@ -48,6 +49,8 @@ FREE = (
     "max_skipped_steps",
     "check_replicas_every",
 )
+# What is compared by its content, by the hash that the run keeps, and not by its path.
+BY_CONTENT = ("data", "val_data")
 ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
 
 
@@ -97,16 +100,37 @@ def _folder_of(path: Path) -> Path:
 def is_run(folder: Path) -> bool:
     """Whether `folder` holds the config.json of a run."""
     try:
-        return bool(json.loads((folder / "config.json").read_bytes())["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
+        _read_config(folder)
+    except ConfigError:
         return False
+    return True
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What the config.json of a run holds. Raises ConfigError that tells a missing one from a damaged one."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise ConfigError(f"{folder} is no run of this program: {path.name} is of another one")
+        if not isinstance(content["config"], dict):
+            raise TypeError("config is no object")
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} is no run of this program: it has no {path.name}") from None
+    except NotADirectoryError:
+        raise ConfigError(f"{folder} is no folder") from None
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    return content
 
 
 def load_config(folder: Path) -> TrainConfig:
     """The config of the run in `folder`. Raises ConfigError when there is none, or one of another version."""
-    if not is_run(folder):
-        raise ConfigError(f"{folder} is no run of this program: it has no config.json of one")
-    flags = json.loads((folder / "config.json").read_bytes())["config"]
+    flags = _read_config(folder)["config"]
     if flags.get("optimizer") == "sgd" and "ns_steps" not in flags:  # sgd once had one rate for everything
         flags |= dict.fromkeys(RATES, 0.1 if flags["matrix_lr"] == AUTO else flags["matrix_lr"])
     place = folder if folder.name not in ("", "..") else folder.resolve()
@@ -120,12 +144,32 @@ def load_config(folder: Path) -> TrainConfig:
         raise ConfigError(f"{folder / 'config.json'} was written by another version ({error})") from None
 
 
-def save_config(config: TrainConfig) -> None:
-    """Write the run's config.json, atomically; it also marks the folder as a run."""
+def require_same_data(config: TrainConfig, data_hash: str) -> None:
+    """Raises ConfigError where the run in the config's folder began with other data: another hash or, where none was
+    kept, another path."""
+    kept = _read_config(config.run_dir)
+    if "data_hash" in kept:
+        same = kept["data_hash"] == data_hash
+    else:
+        same = all(kept["config"].get(name) == getattr(config, name, None) for name in BY_CONTENT)
+    if not same:
+        raise other_data(config)
+
+
+def other_data(config: TrainConfig) -> ConfigError:
+    return ConfigError(
+        f"{config.run_dir}: the data or the tokenizer is not what this run began with (--data {config.data}); "
+        "another run takes another --run NAME"
+    )
+
+
+def save_config(config: TrainConfig, data_hash: str | None = None) -> None:
+    """Write the run's config.json, atomically; it also marks the folder as a run. data_hash: the corpus's, if known."""
     path = config.run_dir / "config.json"
     flags: dict[str, Any] = {name: value for name, value in to_json(config).items() if name not in OF_ONE_CALL}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"format": FORMAT, "config": flags}, indent=1) + "\n")
+    content = {"format": FORMAT, "config": flags} | ({} if data_hash is None else {"data_hash": data_hash})
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
 
 
@@ -135,13 +179,13 @@ def changes(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
     Raises ConfigError, naming the flags, for changes that would make it another run.
     """
     differing = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(wanted, f.name)]
-    refused = [name for name in differing if name not in (*FREE, *ROUNDING, "num_iterations")]
+    refused = [name for name in differing if name not in (*FREE, *BY_CONTENT, *ROUNDING, "num_iterations")]
     if wanted.num_iterations < saved.num_iterations:
         refused.append("num_iterations")
     if refused:
-        listed = ", ".join(f"{flag(name)} {getattr(saved, name)} -> {getattr(wanted, name)}" for name in refused)
+        listed = ", ".join(f"{flag(name)} {shown(saved, name)} -> {shown(wanted, name)}" for name in refused)
         raise ConfigError(f"the run in {saved.run_dir} keeps its flags: {listed}; another run takes another --run NAME")
-    return [f"{flag(name)} {getattr(saved, name)} -> {getattr(wanted, name)}" for name in differing if name in ROUNDING]
+    return [f"{flag(name)} {shown(saved, name)} -> {shown(wanted, name)}" for name in differing if name in ROUNDING]
 
 
 def check_free(config: TrainConfig) -> None:
@@ -168,8 +212,11 @@ def claim(config: TrainConfig) -> int:
     """
     check_free(config)
     folder = config.run_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"the folder of the run cannot be made ({error}); give another --out-dir PATH") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

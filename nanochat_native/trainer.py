@@ -121,6 +121,7 @@ class Trainer:
         self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
         self.last_bpb: float | None = None
+        self.measured_step = -1  # of last_bpb
         self.seconds_per_step = self.diagnosed_seconds = 0.0
 
     # What fine-tuning does in its own way.
@@ -151,9 +152,14 @@ class Trainer:
 
         def run() -> Corpus:
             say = self.console.say
-            return prepare(
-                data, vocab_size=config.vocab_size, cache_dir=cache_dir, log=lambda note: say(f"data     {note}")
-            )
+            try:
+                return prepare(
+                    data, vocab_size=config.vocab_size, cache_dir=cache_dir, log=lambda note: say(f"data     {note}")
+                )
+            except FileNotFoundError as error:
+                if config.resume is None:
+                    raise
+                raise FileNotFoundError(f"{error}; if the data has moved, give its new path with --data") from None
 
         # One rank of a machine builds the shards, the others find them.
         corpus = self.world.together(
@@ -174,18 +180,20 @@ class Trainer:
             stopping = stack.enter_context(StopSignals())
             batches = stack.enter_context(self.loader.iterate(self.step))
             began, first_step = time.perf_counter(), self.step
-            if self.step == 0:
-                self.evaluate()
+            self._catch_up()
             while self.step < config.num_iterations and not self.stop_signal and not self.diverged:
                 self.train_step(batches)
                 self.stop_signal = self.world.max(stopping.signal)
                 self.continue_save()
+                last = self.step == config.num_iterations or self.stop_signal
+                if (last or self._due(config.save_every)) and not self.diverged:
+                    self.save()  # before what may fail
+                if last:
+                    self.finish_save()
                 if self._due(config.eval_every):
                     self.evaluate()
                 if self._due(config.sample_every):
-                    self.sample()
-                if self._due(config.save_every) and self.step < config.num_iterations:
-                    self.save()
+                    self._sample()
             self.finish_save()
             if not self.diverged and self.saved_step != self.step:
                 self.save()
@@ -193,8 +201,18 @@ class Trainer:
             self.log.sync()
         if not self.world.first:
             return self._exit_code()
-        self.console.record(report.summarize(self, time.perf_counter() - began, self.step - first_step))
+        with self.console.isolated("summary"):
+            self.console.record(report.summarize(self, time.perf_counter() - began, self.step - first_step))
         return self._exit_code()
+
+    def _catch_up(self) -> None:
+        """Measure and sample at the step that the run begins or goes on with, where its log has not got that: a run may
+        have been killed after its checkpoint and before its reports."""
+        recorded = self.world.gather(self.log.recorded)[0]
+        if self.step == 0 or (self._due(self.config.eval_every) and "val" not in recorded):
+            self.evaluate()
+        if self.step > 0 and self._due(self.config.sample_every) and "sample" not in recorded:
+            self._sample()
 
     def _exit_code(self) -> int:
         if self.diverged or self.saved_step != self.step:
@@ -258,14 +276,18 @@ class Trainer:
             self.update()
             return
         before = self.diagnosis.seconds
-        self.diagnosis.begin(norm, self.config.grad_clip or math.inf)
+        begun = False
+        with self._isolated("diagnosis"):
+            self.diagnosis.begin(norm, self.config.grad_clip or math.inf)
+            begun = True
         self.update()
-        probe, _ = next(self.validation_batches(ROWS * self.config.max_seq_len, World()))
-        with self.autocast():
-            found = self.diagnosis.finish(probe)
+        if not begun:
+            return
+        with self.console.isolated("diagnosis"), self.autocast():
+            probe, _ = next(self.validation_batches(ROWS * self.config.max_seq_len, World()))
+            quantities = {name: finite(value) for name, value in self.diagnosis.finish(probe).items()}
+            self.console.record(self.log.write("diagnosis", self.step + 1, **quantities))
         self.diagnosed_seconds = self.diagnosis.seconds - before
-        quantities = {name: finite(value) for name, value in found.items()}
-        self.console.record(self.log.write("diagnosis", self.step + 1, **quantities))
 
     def update(self) -> None:
         for optimizer in self.optimizers:
@@ -283,6 +305,17 @@ class Trainer:
         rate, momentum = lr_at(self.step, self.config), momentum_at(self.step, self.config)
         self.set_rates(rate, momentum)
         return rate, momentum
+
+    @contextlib.contextmanager
+    def _isolated(self, name: str) -> Iterator[None]:
+        """Within the block an error ends the block alone, as a failed report. The block is one that all ranks run: an
+        error that only some of them know of (a rank is gone) still ends the run."""
+        try:
+            yield
+        except Exception as error:
+            if self.world.group is not None and not isinstance(error, RankError):
+                raise
+            self.console.failed(name, error)
 
     def set_rates(self, multiplier: float, momentum: float) -> None:
         """Of the next update: every group's learning rate, by its initial one, and Muon's momentum."""
@@ -306,12 +339,18 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Measure bits per byte on the validation text; nats a token where the tokenizer is not known."""
-        result = self.measure(self.validation_batches(self.config.eval_tokens))
+        self.last_bpb, self.measured_step = None, self.step
+        result = None
+        with self._isolated("evaluation"):
+            result = self.measure(self.validation_batches(self.config.eval_tokens))
+        if result is None:
+            return
         tokenizer = self.corpus.tokenizer
         self.last_bpb = finite(result.bpb) if tokenizer else None
         self.console.record(self.log.write("val", self.step, loss=finite(result.loss), bpb=self.last_bpb))
         measured = f"{result.bpb:.4f} bits per byte" if tokenizer else f"{result.loss:.4f} nats a token"
         self.console.say(f"step {self.step}: validation {measured} on {result.targets:,} tokens")
+        self._add_to_checkpoint()
         self._measure_peak_again()
 
     def validation_batches(self, max_tokens: int, world: World | None = None) -> Iterator[Batch]:
@@ -332,7 +371,7 @@ class Trainer:
         tokenizer = self.corpus.tokenizer
         lengths = torch.ones(self.corpus.vocab_size) if tokenizer is None else tokenizer.token_bytes
         with self.autocast():
-            return evaluate(self.model, batches, lengths, self.world.sum_)
+            return evaluate(self.model, batches, lengths, self.world)
 
     def _measure_peak_again(self) -> None:
         """The best of several moments counts for a CPU, which other programs may have kept busy at the first."""
@@ -343,30 +382,36 @@ class Trainer:
         if self.peak.flops is not None and again.flops is not None and again.flops > self.peak.flops:
             self.peak = again
 
+    def _sample(self) -> None:
+        if self.world.first:
+            with self.console.isolated("sample"):
+                self.sample()
+
     def sample(self) -> None:
-        """Continue one of the prompts, the next each time, drawn by a generator of its own."""
+        """Continue one of the prompts, the next each time, drawn by a generator of its own. On the first rank alone."""
         tokenizer = self.corpus.tokenizer
-        if tokenizer is None or not self.world.first:
+        if tokenizer is None:
             return
+        positions = self.model.max_positions
         prompts = list(PYTHON_PROMPTS)
         if self.config.data != STDLIB:
-            prompts = [tokenizer.decode(self.corpus.val.read(1, 1 + min(PROMPT_TOKENS, len(self.corpus.val) - 1)))]
+            count = min(PROMPT_TOKENS, len(self.corpus.val) - 1, positions // 2)
+            prompts = [tokenizer.decode(self.corpus.val.read(1, 1 + count))]
         prompt = prompts[self.step // max(1, self.config.sample_every) % len(prompts)]
+        while len(tokenizer.encode(prompt)) > positions - 2:  # broken characters take more tokens than were read
+            prompt = prompt[: len(prompt) // 2]
+        room = positions - 1 - len(tokenizer.encode(prompt))  # behind <|bos|> and the prompt
         with self.autocast():
             pieces = generate_text(
                 self.model,
                 tokenizer,
                 prompt,
-                max_tokens=SAMPLE_TOKENS,
+                max_tokens=min(SAMPLE_TOKENS, room),
                 temperature=0.7,
                 top_k=50,
                 seed=self.config.seed,
             )
-            try:
-                text = prompt + "".join(pieces)
-            except ValueError as error:
-                self.console.say(f"step {self.step}: no sample: {error}")
-                return
+            text = prompt + "".join(pieces)
         self.console.record(self.log.write("sample", self.step, prompt=prompt, text=text))
         self.console.say(f"step {self.step}: sample\n    " + text.rstrip().replace("\n", "\n    "))
 
@@ -407,6 +452,13 @@ class Trainer:
             self.console.say(f"warning: {error}")
             return
         self.saved_step = self.step
+        self._add_to_checkpoint()
+
+    def _add_to_checkpoint(self) -> None:
+        """Put what was measured beside the checkpoint that it was measured on, once there are both."""
+        if self.world.first and self.last_bpb is not None and self.measured_step == self.saved_step:
+            with self.console.isolated("note of the validation"):
+                checkpoint.add_measurement(self.config.run_dir / "checkpoints", self.saved_step, self.last_bpb)
 
     def _begin_save(
         self, folder: Path, weights: dict[str, Tensor], state: dict[str, Tensor], meta: dict[str, Any]
@@ -455,6 +507,7 @@ class Trainer:
             self.console.say(f"warning: {failed}")
         else:
             self.saved_step = self.saving.step
+            self._add_to_checkpoint()
         self.saving = None
 
     def finish_save(self) -> None:
@@ -469,11 +522,13 @@ class Trainer:
         resumed = self.config.resume is not None
         if resumed and checkpoint.steps(run_dir / "checkpoints"):
             self._load()
+        elif resumed and self.world.first:
+            run_folder.require_same_data(self.config, self.corpus.hash)
         if self.world.first:
-            run_folder.save_config(self.config)
+            run_folder.save_config(self.config, self.corpus.hash)
             if self.corpus.tokenizer is not None and not (run_dir / "tokenizer").exists():
                 self.corpus.tokenizer.save(run_dir / "tokenizer")
-        self.log = MetricsLog(run_dir, last_step=self.step or -1) if self.world.first else SilentLog()
+        self.log = MetricsLog(run_dir, self.step or -1, self.console) if self.world.first else SilentLog()
         stack.callback(self.log.close)
         if resumed:
             self.console.say(f"resume   {run_dir} from step {self.step}")
@@ -484,7 +539,7 @@ class Trainer:
         if meta.get("imported"):
             raise ConfigError(f"{folder} was imported: it has no optimizer's state to go on with")
         if meta["data_hash"] != self.corpus.hash:
-            raise ConfigError(f"{folder}: the data or the tokenizer is not what this run began with")
+            raise run_folder.other_data(self.config)
         if meta["step"] > self.config.num_iterations:
             raise ConfigError(f"{folder}: step {meta['step']} is beyond --num-iterations {self.config.num_iterations}")
         self.model.load_state_dict(tensors["model"])
@@ -494,35 +549,36 @@ class Trainer:
         self.step = self.saved_step = meta["step"]
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.spikes = SpikeGuard(self.config.skip_spikes, meta.get("spike_history", ()))
-        self.last_bpb = meta["validation_bpb"]
+        self.last_bpb, self.measured_step = meta["validation_bpb"], meta.get("measured_step", -1)
 
     def _log_step(self, norm: float, rate: float, momentum: float, waited: float, seconds: float) -> None:
-        config = self.config
-        tokens_per_second = config.total_batch_size / seconds
-        mfu = None
-        if self.peak.flops is not None:
-            mfu = self.flops_per_token * tokens_per_second / (self.peak.flops * self.world.size)
-        bits = None
-        if self.corpus.bytes_per_token:
-            bits = finite(self.last_loss / (math.log(2) * self.corpus.bytes_per_token))
-        record = self.log.write(
-            "train",
-            self.step,
-            loss=finite(self.last_loss),
-            bpb=bits,
-            grad_norm=finite(norm),
-            lr_multiplier=rate,
-            momentum=momentum,
-            skipped=self.skipped,
-            seconds=seconds,
-            tokens_per_second=tokens_per_second,
-            mfu=mfu,
-            memory_bytes=hardware.memory(self.device)[0],
-            data_seconds=waited,
-        )
-        self.console.record(record)
         self.seconds_per_step += (0.1 if self.seconds_per_step else 1.0) * (seconds - self.seconds_per_step)
-        self.console.live(report.live_line(record, self), last=self.step == config.num_iterations)
+        with self.console.isolated("log of a step"):
+            config = self.config
+            tokens_per_second = config.total_batch_size / seconds
+            mfu = None
+            if self.peak.flops is not None:
+                mfu = self.flops_per_token * tokens_per_second / (self.peak.flops * self.world.size)
+            bits = None
+            if self.corpus.bytes_per_token:
+                bits = finite(self.last_loss / (math.log(2) * self.corpus.bytes_per_token))
+            record = self.log.write(
+                "train",
+                self.step,
+                loss=finite(self.last_loss),
+                bpb=bits,
+                grad_norm=finite(norm),
+                lr_multiplier=rate,
+                momentum=momentum,
+                skipped=self.skipped,
+                seconds=seconds,
+                tokens_per_second=tokens_per_second,
+                mfu=mfu,
+                memory_bytes=hardware.memory(self.device)[0],
+                data_seconds=waited,
+            )
+            self.console.record(record)
+            self.console.live(report.live_line(record, self), last=self.step == config.num_iterations)
 
 
 class StopSignals:
@@ -551,7 +607,8 @@ class StopSignals:
         self.signal = number
         # print() is not to be called here: the signal may have interrupted one.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing the step, {self.then}; again: stop at once\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: finishing the step, {self.then}; again: stop at once\n".encode())
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:

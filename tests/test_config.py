@@ -138,6 +138,49 @@ def saved_run(tmp_path, **flags):
     return config
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no run of this program: it has no config.json"),
+        (b"", "config.json is damaged"),
+        (b'{"format": "nanochat-native run", "conf', "config.json is damaged"),
+        (b"\xff\xfe", "config.json is damaged"),
+        (b"[" * 100_000, "config.json is damaged"),
+        (b"[1]", "config.json is damaged"),
+        (b'{"format": "nanochat-native run"}', "config.json is damaged (KeyError: 'config')"),
+        (b'{"format": "nanochat-native run", "config": 5}', "config.json is damaged"),
+        (b'{"format": "another program"}', "is no run of this program: config.json is of another one"),
+    ],
+)
+def test_a_damaged_config_is_told_from_a_missing_one(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run_folder.load_config(tmp_path)
+    assert not run_folder.is_run(tmp_path)
+
+
+def test_a_flag_that_was_sized_by_the_program_is_shown_as_auto(tmp_path):
+    saved = saved_run(tmp_path, depth=3)
+    assert run_folder.shown(saved, "matrix_lr") == "auto"
+    assert run_folder.shown(saved, "resume") == "none"
+    assert run_folder.shown(dataclasses.replace(saved, matrix_lr=0.5), "matrix_lr") == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--seed", str(2**63)], f"--seed is {2**63}; it takes a whole number up to 9223372036854775807"),
+        (["--depth", "1001"], "--depth is 1001; it takes a whole number up to 1000"),
+        (["--vocab-size", "9" * 30], "it takes a whole number up to 16777216"),
+        (["--num-iterations", "9" * 30], "it takes a whole number up to"),
+    ],
+)
+def test_numbers_that_torch_cannot_take_are_refused(args, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(args)
+
+
 def test_a_resumed_run_keeps_its_flags(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     saved = saved_run(tmp_path, depth=3, seed=5, run="one")

@@ -169,10 +169,42 @@ def test_another_text_is_not_the_same_run(shared, tmp_path, capsys):
     assert "not what this run began with" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("saved", [True, False], ids=["with checkpoints", "before the first"])
+def test_data_that_has_moved_is_the_same_data(tmp_path, capsys, saved):
+    write_text(tmp_path / "text.jsonl")
+    assert train(tmp_path, run="whole", steps=STEPS) == 0
+    killed(tmp_path, 7 if saved else 3, "trainer", "clip_reduced_", run="moved")
+    (tmp_path / "text.jsonl").rename(tmp_path / "other-name.jsonl")
+    assert train(tmp_path, run="moved", steps=STEPS, resume="auto") == 2
+    assert "if the data has moved, give its new path with --data" in capsys.readouterr().err
+    assert train(tmp_path, run="moved", steps=STEPS, resume="auto", data=tmp_path / "other-name.jsonl") == 0
+    assert f"from step {4 if saved else 0}\n" in capsys.readouterr().out
+    assert_same_run(tmp_path / "runs" / "moved", tmp_path / "runs" / "whole")
+    assert load_config(tmp_path / "runs" / "moved").data == str(tmp_path / "other-name.jsonl")
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["with checkpoints", "before the first"])
+@pytest.mark.parametrize("hashed", [True, False], ids=["of now", "of before hashes were kept"])
+def test_other_data_under_another_path_is_refused_and_nothing_changes(tmp_path, capsys, saved, hashed):
+    write_text(tmp_path / "text.jsonl")
+    write_text(tmp_path / "other.jsonl", seed=1)
+    killed(tmp_path, 7 if saved else 3, "trainer", "clip_reduced_", run="kept")
+    run = tmp_path / "runs" / "kept"
+    if not hashed:
+        stored = json.loads((run / "config.json").read_text())
+        del stored["data_hash"]
+        (run / "config.json").write_text(json.dumps(stored))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert train(tmp_path, run="kept", steps=STEPS, resume="auto", data=tmp_path / "other.jsonl") == 2
+    assert "not what this run began with" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert train(tmp_path, run="kept", steps=STEPS, resume="auto") == 0
+
+
 def test_changed_flags_are_refused_by_name(shared, capsys):
     before = losses(shared / "runs" / "whole")
     assert train(shared, run="whole", steps=STEPS, resume="auto", matrix_lr=0.5) == 2
-    assert "--matrix-lr -1 -> 0.5" in capsys.readouterr().err
+    assert "--matrix-lr auto -> 0.5" in capsys.readouterr().err
     assert losses(shared / "runs" / "whole") == before
 
 
