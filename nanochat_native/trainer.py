@@ -351,7 +351,8 @@ class Trainer:
         measured = f"{result.bpb:.4f} bits per byte" if tokenizer else f"{result.loss:.4f} nats a token"
         self.console.say(f"step {self.step}: validation {measured} on {result.targets:,} tokens")
         self._add_to_checkpoint()
-        self._measure_peak_again()
+        with self.console.isolated("measurement of the peak"):
+            self._measure_peak_again()
 
     def validation_batches(self, max_tokens: int, world: World | None = None) -> Iterator[Batch]:
         """Of the first max_tokens of the validation text, this rank's part; or all that a `world` of its own gives."""
