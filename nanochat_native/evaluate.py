@@ -97,6 +97,8 @@ class Options:
     """Checkpoint to use; default: the newest."""
     data: str | None = None
     """Text to measure on, as train's --data takes it, or `stdlib`; default: what the run was trained on."""
+    text_column: str | None = None
+    """Field of the records that holds the text; default: found, or for the run's own data what the run was given."""
     split: Literal["val", "train"] = "val"
     """Which part of the data: held out, or trained on."""
     max_tokens: int | None = None
@@ -153,12 +155,13 @@ class Session:
         options, world = self.options, self.world
 
         def prepare() -> data.Corpus:
-            source = options.data
+            source, text_column = options.data, options.text_column
             if source is None:
                 config = run_folder.load_config(options.checkpoint)
                 if isinstance(config, FinetuneConfig):
                     raise ValueError(f"{options.checkpoint} was fine-tuned on conversations; give text by --data")
                 source = config.data
+                text_column = config.text_column if text_column is None else text_column
             cache_dir = run_folder.load_config(run).cache_dir
             assert cache_dir is not None, "a run's config.json holds every value"
             return data.prepare(
@@ -166,6 +169,9 @@ class Session:
                 vocab_size=tokenizer.vocab_size,
                 cache_dir=cache_dir,
                 tokenizer=tokenizer,
+                text_column=text_column,
+                needs_training=options.split == "train",
+                log=lambda note: self.console.say(f"data     {note}"),
             )
 
         # One rank of a machine builds the shards, the others find them.

@@ -152,7 +152,11 @@ class Trainer:
         def run() -> Corpus:
             say = self.console.say
             return prepare(
-                data, vocab_size=config.vocab_size, cache_dir=cache_dir, log=lambda note: say(f"data     {note}")
+                data,
+                vocab_size=config.vocab_size,
+                cache_dir=cache_dir,
+                text_column=config.text_column,
+                log=lambda note: say(f"data     {note}"),
             )
 
         # One rank of a machine builds the shards, the others find them.
