@@ -119,7 +119,7 @@ class Sample:
     def fields(self) -> str:
         """What the records have, for a message."""
         names = self.others | dict.fromkeys(self.texts, "text")
-        return ", ".join(f"{shown(name)} ({kind})" for name, kind in names.items()) or "no fields"
+        return ", ".join(f"{shown(name)} ({kind})" for name, kind in names.items())
 
     def column(self) -> str | None:
         """The field that holds the text: of TEXT_COLUMNS the first that is text in most records, else the only one
@@ -198,10 +198,9 @@ def decide(files: Sequence[Path], text_column: str | None = None, skip_damaged: 
         readings[i] = readings[i]._replace(column=column or text_column)
         as_before[i] = readings[i] == _version_1(files[i], sample.first, text_column)
     for i, why in untold.items():
-        if readings[i].kind != "json":
-            raise ValueError(f"{shown(files[i])}: {why}")
-        if len(untold) == len(files):
-            raise ValueError(f"{shown(files[i])}: {why}; .json takes a list of records or texts, or one of them a line")
+        if readings[i].kind != "json" or len(untold) == len(files):
+            takes = "; .json takes a list of objects or texts, or one of them a line"
+            raise ValueError(f"{shown(files[i])}: {why}{takes if readings[i].kind == 'json' else ''}")
         readings[i] = readings[i]._replace(kind="text", column=None)
         as_before[i] = readings[i] == _version_1(files[i], {}, None)
         plain.add(".json files without records of text, read as plain text", files[i])
@@ -240,6 +239,9 @@ def _version_1(path: Path, first: dict[str, bool], text_column: str | None) -> R
 def _why_untold(sample: Sample, asked: str | None) -> str:
     if sample.damage is not None:
         return sample.damage
+    if not sample.others and not sample.texts:
+        lists = "its records are neither objects nor texts (a file that is one list of records is named .json)"
+        return lists if sample.records else "it holds no records"
     if asked is not None and asked not in sample.others:
         return f"no column {asked!r}; it has {sample.fields()}"
     if asked is not None:
@@ -555,6 +557,7 @@ class _Values:
     def take(self) -> Record:
         """The value that comes next."""
         self.number += 1
+        self.peek()
         while True:
             try:
                 value, end = _JSON.raw_decode(self.text, self.at)
