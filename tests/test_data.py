@@ -1,5 +1,6 @@
 """Corpora: every kind of source, bad input, the cache, and the validation split."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -11,11 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training import train, write_text
 
+from nanochat_native import compare, finetune
+from nanochat_native.config import ConfigError, TrainConfig, flag, parse
 from nanochat_native.data import DamagedFileError, TokenStream, documents, prepare, sources
 from nanochat_native.data import corpus as corpus_module
 from nanochat_native.data.shards import ShardWriter, open_shard
+from nanochat_native.run_folder import load_config
 from nanochat_native.tokenizer import Tokenizer
+from nanochat_native.train import main
 
 VOCAB = 300
 
@@ -1243,3 +1249,44 @@ def test_what_is_read_otherwise_than_before_is_not_taken_from_an_old_cache(tmp_p
     (tmp_path / name).write_bytes(data)
     (tmp_path / "b.txt").write_text("words")
     assert documents.decide([tmp_path / name, tmp_path / "b.txt"]).as_before == [False, True]
+
+
+# The flag
+
+
+def test_the_flag_names_the_column_and_belongs_to_the_run(tmp_path, capsys):
+    write_lines(tmp_path / "text.jsonl", [{"title": "t", "prose": text} for text in stories()])
+    assert train(tmp_path, steps=2, run="none") == 2
+    assert "text.jsonl: name the text column with --text-column; it has title (text), prose" in capsys.readouterr().err
+    assert train(tmp_path, steps=2, text_column="prose") == 0
+    assert load_config(tmp_path / "runs" / "tiny").text_column == "prose"
+    assert train(tmp_path, steps=2, resume="auto", text_column="title") == 2
+    assert "--text-column prose -> title" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path / "runs" / "tiny"), "--num-iterations", "3"]) == 0
+
+
+def test_a_run_from_before_the_flag_goes_on(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    assert train(tmp_path, steps=2) == 0
+    path = tmp_path / "runs" / "tiny" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["config"]["text_column"]
+    path.write_text(json.dumps(stored))
+    assert main(["--resume", str(path.parent), "--num-iterations", "3"]) == 0
+    assert json.loads(path.read_text())["config"]["text_column"] is None
+
+
+@pytest.mark.parametrize("name", ["data", "text_column"])
+def test_an_empty_flag_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{flag(name)} is ''; it takes"):
+        parse([flag(name), ""])
+
+
+def test_the_flag_reaches_every_command_that_prepares_data(tmp_path):
+    with pytest.raises(ConfigError, match="--text-column is pretraining's"):
+        finetune.complete(finetune.FinetuneConfig(checkpoint=tmp_path, text_column="a"))
+    plan = TrainConfig(text_column="a")
+    for column, corpus in (("a", "prepared"), ("b", None)):
+        case = dataclasses.replace(plan, text_column=column)
+        comparison = compare.Comparison({"one": case}, "one", 1, 1, tmp_path, plan, "prepared", [], {})
+        assert comparison.corpus_of("one") == corpus

@@ -170,7 +170,7 @@ def decide(files: Sequence[Path], text_column: str | None = None, skip_damaged: 
     for i, path in enumerate(files):
         reading = Reading(kind_of(path), compression_of(path))
         if reading.kind != "parquet":
-            reading = reading._replace(encoding=_encoding_of(path, reading.compression))
+            reading = reading._replace(encoding=_encoding_of(path))
         if reading.kind != "text":
             reading = reading._replace(column=text_column)
             samples[i] = _sample(path, reading, text_column, skip_damaged)
@@ -361,8 +361,9 @@ def _is_document(text: str, where: str, skipped: Skipped) -> bool:
     return True
 
 
-def _blocks(path: Path, compression: str) -> Iterator[tuple[bytes, int]]:
+def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
     """Decompressed blocks of a file, each with the bytes of the file consumed so far."""
+    compression = compression_of(path)
     with open(path, "rb") as raw:
         try:
             if compression == ".zst":
@@ -400,11 +401,11 @@ def _zstd_blocks(path: Path, raw: io.BufferedReader) -> Iterator[tuple[bytes, in
         raise DamagedFileError(f"{shown(path)}: damaged zstd file: it ends inside a frame")
 
 
-def _encoding_of(path: Path, compression: str) -> str:
+def _encoding_of(path: Path) -> str:
     """By the byte order mark; utf-8 without one."""
     head = b""
     try:
-        for block, _ in _blocks(path, compression):
+        for block, _ in _blocks(path):
             head += block
             if len(head) >= 4:
                 break
@@ -416,7 +417,7 @@ def _encoding_of(path: Path, compression: str) -> str:
 def _utf8_blocks(path: Path, reading: Reading) -> Iterator[tuple[bytes, int]]:
     """Blocks of a text in UTF-8, whatever its encoding. Raises UnicodeDecodeError where it is UTF-16 or UTF-32 and
     damaged; of UTF-8 nothing is checked."""
-    blocks = _blocks(path, reading.compression)
+    blocks = _blocks(path)
     if reading.encoding == "utf-8":
         yield from blocks
         return
