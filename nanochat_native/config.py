@@ -181,7 +181,7 @@ class TrainConfig:
             self._require(name, "a finite number from 0", 0 <= getattr(self, name) < math.inf)
         for name in ("momentum_start", "momentum_end"):
             self._require(name, "a number from 0 to below 1", 0 <= getattr(self, name) < 1)
-        self._require("data", "a file, a folder, a glob or stdlib", self.data != "")
+        self._require("data", "the path of a file or a folder, or a glob", self.data != "")
         self._require("text_column", "the name of a field", self.text_column != "")
         letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
         self._require("window_pattern", "letters L and S, e.g. SSSL", letters)

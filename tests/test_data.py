@@ -498,6 +498,22 @@ def test_token_shards_with_their_tokenizer(build, tmp_path):
         build(tmp_path / "tokens.bin", tokenizer=Tokenizer.train(["other"], 270))
 
 
+def test_the_tokenizer_may_lie_beside_any_of_the_shards(build, tmp_path):
+    for i, name in enumerate(("train", "val")):
+        (tmp_path / "shards" / name).mkdir(parents=True)
+        write_shard(tmp_path / "shards" / name / "0.bin", np.arange(i, 200).astype("<u2"))
+    one, other = Tokenizer.train(stories(), VOCAB), Tokenizer.train(["other"], 270)
+    for place in ("", "tokenizer", "train", "val", "val/tokenizer"):
+        one.save(tmp_path / "shards" / place)
+        assert build(tmp_path / "shards").tokenizer.hash == one.hash
+        assert build(tmp_path / "shards" / "*" / "*.bin").tokenizer.hash == one.hash
+        (tmp_path / "shards" / place / "bpe.json").unlink()
+    one.save(tmp_path / "shards" / "train")
+    other.save(tmp_path / "shards" / "val")
+    with pytest.raises(ValueError, match=f"val: the shards' tokenizer is {other.hash[:8]}, in .*train {one.hash[:8]}"):
+        build(tmp_path / "shards")
+
+
 def test_bad_shards_are_named(build, tmp_path):
     tokens = np.arange(10).astype("<u2")
     write_shard(tmp_path / "magic.bin", tokens, magic=1)
@@ -601,12 +617,14 @@ def test_a_known_name_that_is_text_in_most_records_is_taken_before_the_only_text
     assert column_of(write_lines(tmp_path / "a.jsonl", records)) == [wanted]
 
 
-def test_the_sample_goes_on_to_the_first_text_and_is_bounded(tmp_path):
+def test_the_sample_goes_on_to_the_first_text_and_is_bounded(tmp_path, monkeypatch):
     late = write_lines(tmp_path / "late.jsonl", [{"text": None}] * 1500 + [{"text": "a"}] * 2000)
     assert column_of(late) == ["text"]
     assert len(texts_of(late)) == 2000
     long = write_lines(tmp_path / "long.jsonl", [{"text": "a"}] * 1000 + [{"other": "b"}] * 999)
     assert documents.decide([long]).notes == ["text column: 'text' (text in 1,000 of 1,000 records looked at)"]
+    monkeypatch.setattr(documents, "SAMPLE_CHARS", 100)
+    assert documents.decide([long]).notes == ["text column: 'text' (text in 100 of 100 records looked at)"]
 
 
 @pytest.mark.parametrize(("without", "refused"), [(50, False), (51, True)])
@@ -728,7 +746,9 @@ def test_columns_of_parquet_that_are_no_text_are_refused_by_name(tmp_path):
     path = tmp_path / "a.parquet"
     struct, items = [{"a": "x"}] * 9, [["x"]] * 9
     write_parquet(path, {"text": struct, "items": items, "raw": pa.array([b"\xff\xfe"] * 9), "none": [None] * 9})
-    with pytest.raises(ValueError, match=r"no field .* text \(struct<a: string>\), items \(list<.*\), raw \(binary\)"):
+    with pytest.raises(
+        ValueError, match=r"no field .* text \(struct<a: string>\), items \(list<.*\), raw \(binary without text\)"
+    ):
         column_of(path)
     for name, kind in {"text": "struct<a: string>", "items": "list<", "raw": "binary", "none": "null"}.items():
         with pytest.raises(ValueError, match=f"column '{name}' is {kind}.*, not text"):
@@ -998,10 +1018,11 @@ def test_a_loop_of_links_is_said_and_not_followed(folder):
     (folder / "a.txt").symlink_to("b.txt")
     (folder / "b.txt").symlink_to("a.txt")
     (folder / "gone.txt").symlink_to("nowhere")
+    (folder / "inside.txt").symlink_to("000.txt/none")
     paths, notes = found(folder)
     assert paths == [f"{i:03d}.txt" for i in range(100)]
     assert len(notes) == 1
-    assert "skipped: 3 links that lead to nothing" in notes[0]
+    assert "skipped: 4 links that lead to nothing" in notes[0]
     for data in (folder / "a.txt", folder / "gone*"):
         with pytest.raises(FileNotFoundError, match="1 links that lead to nothing"):
             sources.find_source(str(data))
@@ -1023,6 +1044,11 @@ def test_linked_folders_are_followed_each_real_one_once(tmp_path):
     assert "skipped: 5 links to a folder that is read anyway, or that lies above" in notes[0]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "link").symlink_to(tmp_path / "far")
+    assert found(tmp_path / "only")[0] == ["link/inner/t.txt"]
+    (tmp_path / "elsewhere" / "folder").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "beside.txt").write_text("not asked for")
+    (tmp_path / "elsewhere" / "folder" / "up").symlink_to("..")
+    (tmp_path / "only" / "other").symlink_to(tmp_path / "elsewhere" / "folder")
     assert found(tmp_path / "only")[0] == ["link/inner/t.txt"]
 
 

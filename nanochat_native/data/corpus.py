@@ -403,15 +403,7 @@ def _open_tokens(
     bar: _Bar,
 ) -> Corpus:
     """Use token shards where they lie. One with the bytes of a shard that validates is not trained on."""
-    beside = source.files[0].parent
-    for folder in (beside, beside / "tokenizer"):
-        if (folder / TOKENIZER_FILE).is_file():
-            found = Tokenizer.load(folder)
-            if tokenizer is not None and tokenizer.hash != found.hash:
-                raise ValueError(
-                    f"{shown(folder)}: the shards' tokenizer is {found.hash[:8]}, given {tokenizer.hash[:8]}"
-                )
-            tokenizer = found
+    tokenizer = _tokenizer_of(source, tokenizer)
     vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
     arrays = {path: open_shard(path) for path in source.files}
     entries = _digests(source, cache_dir, bar)
@@ -462,6 +454,21 @@ def _open_tokens(
         hash=_json_hash([tokenizer.hash if tokenizer else vocab_size, content]),
         bytes_per_token=None if tokenizer is None else _mean_bytes(train if len(train) else val, tokenizer),
     )
+
+
+def _tokenizer_of(source: Source, given: Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer beside any of the shards; `given` without one. Raises ValueError where there are several."""
+    tokenizer, origin = given, "given"
+    for beside in sorted({source.root, *(path.parent for path in source.files)}):
+        for folder in (beside, beside / "tokenizer"):
+            if (folder / TOKENIZER_FILE).is_file():
+                found = Tokenizer.load(folder)
+                if tokenizer is not None and tokenizer.hash != found.hash:
+                    raise ValueError(
+                        f"{shown(folder)}: the shards' tokenizer is {found.hash[:8]}, {origin} {tokenizer.hash[:8]}"
+                    )
+                tokenizer, origin = found, f"in {shown(folder)}"
+    return tokenizer
 
 
 def _version_1_sides(files: tuple[Path, ...]) -> list[str]:

@@ -594,7 +594,7 @@ def _sample_parquet(path: Path, sample: Sample, asked: str | None) -> None:
         kinds = {name: _text_kind(pa, type_) for name, type_ in types.items()}
         sample.first = {name: kind == "text" for name, kind in kinds.items()}
         sample.labels = frozenset(name for name, kind in kinds.items() if kind == "label")
-        sample.others = {name: str(type_) for name, type_ in types.items()}
+        sample.others = {n: f"{type_} without text" if kinds[n] else str(type_) for n, type_ in types.items()}
         names = [name for name, kind in kinds.items() if kind and asked in (None, name)]
         for batch in file.iter_batches(batch_size=64, columns=names) if names else []:
             columns = [_bytes_of(pa, batch.column(i)) for i in range(batch.num_columns)]

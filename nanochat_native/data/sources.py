@@ -38,6 +38,7 @@ class Source:
     """The files behind one `--data`, in a fixed order, and the name under which they are reported.
 
     Attributes:
+        root: the folder that was given, or that a file or the wildcards of a glob lie in.
         is_tokens: whether the files are token shards (.bin) and not text.
         validates: of each token shard, whether it is for validation.
         notes: what was left out, and what was decided; one line each.
@@ -45,6 +46,7 @@ class Source:
 
     name: str
     files: tuple[Path, ...]
+    root: Path
     is_tokens: bool = False
     validates: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()
@@ -73,7 +75,7 @@ def find_source(data: str | None, without: Path | None = None) -> Source:
         if refusal is not None:
             raise ValueError(f"{shown(path)}: {refusal}")
         is_tokens = kind_of(path) == "tokens"
-        return Source(shown(path.name), (path,), is_tokens=is_tokens, validates=(False,) * is_tokens)
+        return Source(shown(path.name), (path,), path.parent, is_tokens=is_tokens, validates=(False,) * is_tokens)
     if path.exists() and not path.is_dir():
         raise ValueError(
             f"--data {shown(path)} is no regular file; data is read more than once: write it to a file first"
@@ -100,9 +102,8 @@ def find_source(data: str | None, without: Path | None = None) -> Source:
         for other in sorted(set(files) - set(shards)):
             skipped.add("files beside the token shards, which alone are read", other)
         sides = tuple(validates(p.relative_to(root)) for p in shards)
-        return Source(
-            name, tuple(shards), is_tokens=True, validates=sides, notes=(*skipped.lines(), *_told(shards, sides))
-        )
+        notes = (*skipped.lines(), *_told(shards, sides))
+        return Source(name, tuple(shards), root, is_tokens=True, validates=sides, notes=notes)
     texts = []
     for p in files:
         if refusal_of(p) is not None:
@@ -113,7 +114,7 @@ def find_source(data: str | None, without: Path | None = None) -> Source:
             texts.append(p)
     if not texts:
         raise ValueError("; ".join([f"no text in {name}", *skipped.lines()]))
-    return Source(name, tuple(texts), notes=(*skipped.lines(), *_named_for_validation(texts)))
+    return Source(name, tuple(texts), root, notes=(*skipped.lines(), *_named_for_validation(texts)))
 
 
 def _told(shards: list[Path], sides: tuple[bool, ...]) -> list[str]:
@@ -155,9 +156,10 @@ def _walk(root: Path, skipped: Skipped) -> list[Path]:
         linked = not folders
         here = links.pop(0) if linked else folders.pop()
         identity = _identity(os.stat(here))
-        if linked and (identity in entered or identity in above):
-            skipped.add("links to a folder that is read anyway, or that lies above", here)
-        if identity in entered or identity in above:
+        is_loop = linked and Path(os.path.realpath(here.parent)).is_relative_to(os.path.realpath(here))
+        if is_loop or identity in entered or identity in above:
+            if linked:
+                skipped.add("links to a folder that is read anyway, or that lies above", here)
             continue
         entered.add(identity)
         for name in os.listdir(here):
@@ -167,7 +169,7 @@ def _walk(root: Path, skipped: Skipped) -> list[Path]:
             try:
                 mode = os.stat(path).st_mode
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     raise
                 skipped.add("links that lead to nothing", path)
                 continue
@@ -226,7 +228,7 @@ def _standard_library() -> Source:
         files.append(path)
     if not files:
         raise FileNotFoundError(f"this Python has no standard library sources in {root}: give --data")
-    return Source(f"stdlib {platform.python_version()}", tuple(files))
+    return Source(f"stdlib {platform.python_version()}", tuple(files), root)
 
 
 def _has_shard_magic(path: Path) -> bool:
