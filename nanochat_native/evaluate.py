@@ -144,11 +144,15 @@ class Session:
 
     def load(self, run: Path, step: int | None) -> tuple[GPT, Tokenizer, int]:
         """The model, its tokenizer and its step, on every rank."""
-        warn: Callable[[str], None] = (
-            (lambda text: print(text, file=sys.stderr)) if self.world.first else lambda _: None
+        model, tokenizer, meta = self.world.together(
+            lambda: load_model(run, step, self.device, warn=self.warn), *MISTAKES
         )
-        model, tokenizer, meta = self.world.together(lambda: load_model(run, step, self.device, warn=warn), *MISTAKES)
         return model, tokenizer, meta["step"]
+
+    def warn(self, text: str) -> None:
+        """A line on stderr, of the first rank."""
+        if self.world.first:
+            print(text, file=sys.stderr)
 
     def batches(self, run: Path, tokenizer: Tokenizer, sequence_len: int) -> Iterator[data.Batch]:
         """This rank's part of the text, in the tokens of that run."""
@@ -171,7 +175,7 @@ class Session:
                 tokenizer=tokenizer,
                 text_column=text_column,
                 needs_training=options.split == "train",
-                log=lambda note: self.console.say(f"data     {note}"),
+                log=None if options.data is None else lambda note: self.warn(f"data     {note}"),
             )
 
         # One rank of a machine builds the shards, the others find them.

@@ -1206,6 +1206,18 @@ def test_the_hash_of_shards_tells_which_side_they_are_on(build, tmp_path):
     assert len(set(hashes)) == 3
 
 
+def test_a_shard_whose_digest_is_remembered_as_text_is_looked_into(build, tmp_path):
+    path = tmp_path / "x.BIN"
+    write_shard(path, np.full(1 << 23, 9).astype("<u2"))
+    os.utime(path, (1, 1))
+    (tmp_path / "cache").mkdir()
+    known = {f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}": {"sha256": "0" * 64}}
+    (tmp_path / "cache" / "digests.json").write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"x\.BIN: token 9 at position 0"):
+        build(path, vocab_size=9)
+    assert len(build(path, vocab_size=10).train) > 0
+
+
 def test_text_named_for_validation_is_said_to_be_split_like_the_rest(build, folder):
     (folder / "000.txt").rename(folder / "valid.txt")
     corpus = build(folder)
