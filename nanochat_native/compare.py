@@ -144,7 +144,7 @@ class Comparison:
 
     def corpus_of(self, case: str) -> Corpus | None:
         """The data that is prepared, where the case trains on that."""
-        of_data = ("data", "vocab_size", "cache_dir")
+        of_data = ("data", "text_column", "vocab_size", "cache_dir")
         same = all(getattr(self.cases[case], name) == getattr(self.plan, name) for name in of_data)
         return self.corpus if same else None
 

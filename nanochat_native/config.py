@@ -110,7 +110,9 @@ class TrainConfig:
     """Stop after this many skipped steps in a row: those whose gradient was not finite, and spikes."""
 
     data: Annotated[str, _auto("PATH", "stdlib, the sources of Python's standard library")] = STDLIB
-    """File, folder or glob of text, .jsonl (.gz, .zst), .parquet or llm.c token shards (.bin)."""
+    """File, folder or glob of text, .jsonl, .ndjson or .json (.gz, .zst), .parquet or llm.c token shards (.bin)."""
+    text_column: Annotated[str | None, _auto("STR", "found: text in most records")] = None
+    """Field of the records of .jsonl, .ndjson, .json and .parquet that holds the text."""
     cache_dir: Annotated[Path | None, _auto("PATH", "~/.cache/nanochat-native, or below XDG_CACHE_HOME")] = None
     """Where tokenizers and token shards are kept between runs."""
     eval_every: Annotated[int, _auto("INT", "a fifth of the horizon, at most 250")] = AUTO
@@ -181,6 +183,8 @@ class TrainConfig:
             self._require(name, "a finite number from 0", 0 <= getattr(self, name) < math.inf)
         for name in ("momentum_start", "momentum_end"):
             self._require(name, "a number from 0 to below 1", 0 <= getattr(self, name) < 1)
+        self._require("data", "the path of a file or a folder, or a glob", self.data != "")
+        self._require("text_column", "the name of a field", self.text_column != "")
         letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
         self._require("window_pattern", "letters L and S, e.g. SSSL", letters)
         if self.run is not None:

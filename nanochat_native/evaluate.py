@@ -103,6 +103,8 @@ class Options:
     """Checkpoint to use; default: the newest."""
     data: str | None = None
     """Text to measure on, as train's --data takes it, or `stdlib`; default: what the run was trained on."""
+    text_column: str | None = None
+    """Field of the records that holds the text; default: found, or for the run's own data what the run was given."""
     split: Literal["val", "train"] = "val"
     """Which part of the data: held out, or trained on."""
     max_tokens: int | None = None
@@ -148,23 +150,28 @@ class Session:
 
     def load(self, run: Path, step: int | None) -> tuple[GPT, Tokenizer, int]:
         """The model, its tokenizer and its step, on every rank."""
-        warn: Callable[[str], None] = (
-            (lambda text: print(text, file=sys.stderr)) if self.world.first else lambda _: None
+        model, tokenizer, meta = self.world.together(
+            lambda: load_model(run, step, self.device, warn=self.warn), *MISTAKES
         )
-        model, tokenizer, meta = self.world.together(lambda: load_model(run, step, self.device, warn=warn), *MISTAKES)
         return model, tokenizer, meta["step"]
+
+    def warn(self, text: str) -> None:
+        """A line on stderr, of the first rank."""
+        if self.world.first:
+            print(text, file=sys.stderr)
 
     def batches(self, run: Path, tokenizer: Tokenizer, sequence_len: int) -> Iterator[data.Batch]:
         """This rank's part of the text, in the tokens of that run."""
         options, world = self.options, self.world
 
         def prepare() -> data.Corpus:
-            source = options.data
+            source, text_column = options.data, options.text_column
             if source is None:
                 config = run_folder.load_config(options.checkpoint)
                 if isinstance(config, FinetuneConfig):
                     raise ValueError(f"{options.checkpoint} was fine-tuned on conversations; give text by --data")
                 source = config.data
+                text_column = config.text_column if text_column is None else text_column
             cache_dir = run_folder.load_config(run).cache_dir
             assert cache_dir is not None, "a run's config.json holds every value"
             return data.prepare(
@@ -172,6 +179,9 @@ class Session:
                 vocab_size=tokenizer.vocab_size,
                 cache_dir=cache_dir,
                 tokenizer=tokenizer,
+                text_column=text_column,
+                needs_training=options.split == "train",
+                log=None if options.data is None else lambda note: self.warn(f"data     {note}"),
             )
 
         # One rank of a machine builds the shards, the others find them.

@@ -40,7 +40,7 @@ VAL_SHARE = 0.1  # of the conversations, where --val-data is not given
 LENGTHS = 16  # rows are as long as the longest conversation, rounded up to a multiple of this
 CPU_ROWS, GPU_ROWS = 8, 32
 OF_THE_BASE = ("depth", "head_dim", "n_kv_head", "window_pattern", "vocab_size")
-OF_PRETRAINING = ("total_batch_size", "target_flops", "target_param_data_ratio")
+OF_PRETRAINING = ("total_batch_size", "target_flops", "target_param_data_ratio", "text_column")
 
 Conversation = Sequence[Message]
 

@@ -35,8 +35,8 @@ def config_of(config: GPTConfig, *, bos_id: int | None, dtype: str) -> dict[str,
     """config.json. Raises ValueError, naming the window pattern, for a model that transformers has no attention for."""
     if any(window is not None for window in config.windows):
         raise ValueError(
-            f"--window-pattern {config.window_pattern}: transformers' NanoChat attends to all of the past, and takes "
-            "L alone; --format safetensors writes any model"
+            f"train's --window-pattern {config.window_pattern}: transformers' NanoChat attends to all of the past, and "
+            "takes L alone; --format safetensors writes any model"
         )
     return {
         "architectures": [ARCHITECTURE],

@@ -50,7 +50,7 @@ FREE = (
     "check_replicas_every",
 )
 # What is compared by its content, by the hash that the run keeps, and not by its path.
-BY_CONTENT = ("data", "val_data")
+BY_CONTENT = ("data", "text_column", "val_data")
 ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
 
 

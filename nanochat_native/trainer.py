@@ -154,7 +154,11 @@ class Trainer:
             say = self.console.say
             try:
                 return prepare(
-                    data, vocab_size=config.vocab_size, cache_dir=cache_dir, log=lambda note: say(f"data     {note}")
+                    data,
+                    vocab_size=config.vocab_size,
+                    cache_dir=cache_dir,
+                    text_column=config.text_column,
+                    log=lambda note: say(f"data     {note}"),
                 )
             except FileNotFoundError as error:
                 if config.resume is None:

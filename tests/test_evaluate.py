@@ -460,3 +460,45 @@ def test_without_the_harness_the_extra_is_named_and_nothing_else_needs_it(monkey
     for path in Path(evaluate.__file__).parent.rglob("*.py"):
         if path.name != "lm_eval_adapter.py":
             assert not re.search(r"^\s*(import|from) .*\blm_eval", path.read_text(), re.MULTILINE), path
+
+
+def test_records_are_measured_by_the_column_that_is_named(run_dir, tmp_path, capsys):
+    records = [{"title": f"title {i}", "prose": f"line {i} and some more words\n" * 9} for i in range(200)]
+    for name, column in (("prose", "prose"), ("title", "title")):
+        lines = "\n".join(json.dumps({"text": record[column]}) for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, records)))
+    both = ["--checkpoint", run_dir, "--json", "--data", tmp_path / "both.jsonl"]
+    code, _, err = command(capsys, *both)
+    assert code == 2
+    assert "both.jsonl: name the text column with --text-column" in err
+    for column in ("prose", "title"):
+        alone = ["--checkpoint", run_dir, "--json", "--data", tmp_path / f"{column}.jsonl"]
+        _, expected, err = command(capsys, *alone)
+        assert "data     text column: 'text' (text in 200 of 200 records looked at)\n" in err
+        code, out, _ = command(capsys, *both, "--text-column", column)
+        assert code == 0
+        assert json.loads(out) == json.loads(expected)
+    # The run's own column goes with the run's own data.
+    path = run_dir / "config.json"
+    stored = json.loads(path.read_text())
+    stored["config"] |= {"data": str(tmp_path / "both.jsonl"), "text_column": "title"}
+    path.write_text(json.dumps(stored))
+    assert json.loads(command(capsys, "--checkpoint", run_dir, "--json")[1]) == json.loads(expected)
+    assert command(capsys, *both)[0] == 2
+
+
+def test_shards_that_all_validate_are_measured_whole(run_dir, tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 400
+    for i in range(2):
+        tokens = (np.arange(400) % 256).astype("<u2")
+        (tmp_path / "shards" / f"x_val_{i}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    args = ["--checkpoint", run_dir, "--json", "--data", tmp_path / "shards"]
+    code, out, _ = command(capsys, *args)
+    assert code == 0
+    assert json.loads(out)["targets"] == 799
+    code, _, err = command(capsys, *args, "--split", "train")
+    assert code == 2
+    assert "nothing to train on" in err

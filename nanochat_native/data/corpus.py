@@ -28,8 +28,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nanochat_native.data.documents import Decision, Piece, decide, read_pieces
+from nanochat_native.data.names import shown
 from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, sha256_file, token_dtype
-from nanochat_native.data.sources import Piece, Skipped, Source, find_source, read_pieces
+from nanochat_native.data.sources import Skipped, Source, find_source
 from nanochat_native.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, write_file_atomically
 
 Progress = Callable[[str, int, int], None]
@@ -79,6 +81,7 @@ def prepare(
     text_column: str | None = None,
     val_fraction: float = 0.05,
     skip_damaged: bool = False,
+    needs_training: bool = True,
     verify: bool | None = None,
     progress: Progress | bool | None = None,
     log: Log | None = None,
@@ -89,15 +92,16 @@ def prepare(
     does not matter. Where documents are too few for that, the end of the text is held out, and a note says so.
 
     Args:
-        data: file, folder or glob of text, .jsonl, .parquet (the first two also .gz and .zst), or llm.c's token
-            shards (.bin), or a corpus folder; None is Python's own standard library.
+        data: file, folder or glob of text, .jsonl, .ndjson, .json (all of them also .gz and .zst), .parquet, or llm.c's
+            token shards (.bin), or a corpus folder; None is Python's own standard library.
         vocab_size: ids to train a tokenizer for. With `tokenizer`, its own size counts. For shards without a
             tokenizer the size that their tokens must stay below.
         cache_dir: where corpora are kept; made when missing.
         tokenizer: a tokenizer, or the folder of one, to use instead of training one.
-        text_column: field of .jsonl and .parquet with the text; None finds it.
+        text_column: field of the records of .jsonl, .ndjson, .json and .parquet with the text; None finds it.
         val_fraction: share of the text held out, in (0, 0.5].
         skip_damaged: read damaged files as far as they go, and count them, instead of raising.
+        needs_training: refuse token shards that by their names all validate; without, they are the corpus's `val`.
         verify: check the SHA-256 of a cached corpus's shards in full; None does when they take at most 256 MB.
             Headers and sizes are always checked.
         progress: called with (stage, bytes done, bytes in all); True for a bar, False for none, None for a bar on
@@ -105,8 +109,9 @@ def prepare(
         log: called with one line of text for each stage and note; None hands them to `logging` (level INFO).
 
     Raises:
-        FileNotFoundError: no such data. ValueError: no text in it, a damaged file (named), a bad argument, a
-            token outside the vocabulary (file and position named), a tokenizer other than the shards'.
+        FileNotFoundError: no such data. ValueError: no text in it, or none in most records of a file, a damaged file
+            (named), a bad argument, a token outside the vocabulary (file and position named), a tokenizer other than
+            the shards'.
         ImportError: a file needs the extra `data`. OSError: the disk is too small.
     """
     if not 0 < val_fraction <= 0.5:
@@ -114,8 +119,10 @@ def prepare(
     log = logging.getLogger("nanochat_native").info if log is None else log
     if isinstance(tokenizer, str | Path):
         tokenizer = Tokenizer.load(tokenizer)
-    if data is not None and _is_corpus(Path(data).expanduser()):
-        corpus = _load(Path(data).expanduser(), verify)
+    if data and _is_corpus(Path(os.path.expanduser(data))):
+        if text_column is not None:
+            raise ValueError(f"--text-column is {text_column!r}, but {shown(data)} holds tokens")
+        corpus = _load(Path(os.path.expanduser(data)), verify)
         if tokenizer is not None and corpus.tokenizer is not None and tokenizer.hash != corpus.tokenizer.hash:
             raise ValueError(f"{data}: made with tokenizer {corpus.tokenizer.hash[:8]}, given {tokenizer.hash[:8]}")
         return _logged(corpus, log)
@@ -125,14 +132,20 @@ def prepare(
     source = find_source(data, without=cache_dir)
     bar = _Bar(progress)
     if source.is_tokens:
-        return _logged(_open_tokens(source, vocab_size, tokenizer, val_fraction, cache_dir, bar), log)
+        if text_column is not None:
+            raise ValueError(f"--text-column is {text_column!r}, but {source.name} holds tokens")
+        return _logged(_open_tokens(source, vocab_size, tokenizer, val_fraction, needs_training, cache_dir, bar), log)
     if tokenizer is None and vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
 
-    digests = [entry["sha256"] for entry in _digests(source.files, cache_dir, bar)]
+    decision = decide(source.files, text_column, skip_damaged)
+    digests = [entry["sha256"] for entry in _digests(source, cache_dir, bar)]
+    files = [[digest, *path.suffixes[-2:]] for digest, path in zip(digests, source.files, strict=True)]
+    for file, reading, as_before in zip(files, decision.readings, decision.as_before, strict=True):
+        file += () if as_before else reading
     how = {
         "version": _VERSION,
-        "files": [[digest, *path.suffixes[-2:]] for digest, path in zip(digests, source.files, strict=True)],
+        "files": files,
         "tokenizer": tokenizer.hash if tokenizer else ["rustbpe", importlib.metadata.version("rustbpe"), vocab_size],
         "text_column": text_column,
         "val_fraction": val_fraction,
@@ -141,19 +154,20 @@ def prepare(
     key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".-")[:40]
     folder = cache_dir / f"{slug}-{key}"
-    refused: tuple[str, ...] = ()
+    notes = (*source.notes, *decision.notes)
     with _locked(folder.with_name(f"{folder.name}.lock"), log):
         if folder.exists():
             try:
-                return _logged(_load(folder, verify), log)
+                corpus = _load(folder, verify)
+                return _logged(replace(corpus, notes=notes + corpus.notes), log)
             except (ValueError, OSError) as error:
-                refused = (f"cached corpus refused and built again: {error}",)
+                notes = (f"cached corpus refused and built again: {error}", *notes)
                 shutil.rmtree(folder)
         building = folder.with_name(f"{folder.name}.building")
         shutil.rmtree(building, ignore_errors=True)
         try:
             building.mkdir()
-            builder = _Builder(source, text_column, skip_damaged, val_fraction, bar, log)
+            builder = _Builder(source, decision, text_column, skip_damaged, val_fraction, bar, log)
             builder.build(building, tokenizer, vocab_size, hashlib.sha256("".join(digests).encode()).hexdigest())
             _sync(building)
             building.rename(folder)
@@ -161,7 +175,7 @@ def prepare(
         finally:
             shutil.rmtree(building, ignore_errors=True)
         corpus = _load(folder, verify=False)
-    return _logged(replace(corpus, notes=refused + corpus.notes), log)
+    return _logged(replace(corpus, notes=notes + corpus.notes), log)
 
 
 class _Builder:
@@ -170,13 +184,14 @@ class _Builder:
     def __init__(
         self,
         source: Source,
+        decision: Decision,
         text_column: str | None,
         skip_damaged: bool,
         val_fraction: float,
         bar: _Bar,
         log: Log,
     ) -> None:
-        self.source, self.bar, self.log = source, bar, log
+        self.source, self.readings, self.bar, self.log = source, decision.readings, bar, log
         self.text_column, self.skip_damaged, self.val_fraction = text_column, skip_damaged, val_fraction
         self.sizes = [path.stat().st_size for path in source.files]
         self.stamps = [path.stat().st_mtime_ns for path in source.files]
@@ -192,7 +207,10 @@ class _Builder:
         else:
             deque(self._scan("reading"), maxlen=0)
         if self.documents == 0:
-            raise ValueError("; ".join([f"no text in {self.source.name}", *self.skipped.lines()]))
+            found = [f"no text in {self.source.name}", *self.skipped.lines()]
+            raise ValueError(
+                "; ".join([*found, "text is read in UTF-8, or with a byte order mark in UTF-16 and UTF-32"])
+            )
         if tokenizer.vocab_size < vocab_size:
             notes.append(
                 f"vocabulary of {tokenizer.vocab_size:,}, not {vocab_size:,}: the text has no more pairs to merge"
@@ -219,7 +237,7 @@ class _Builder:
             writer.close()
         for path, size, stamp in zip(self.source.files, self.sizes, self.stamps, strict=True):
             if (path.stat().st_size, path.stat().st_mtime_ns) != (size, stamp):
-                raise ValueError(f"{path}: changed while it was read")
+                raise ValueError(f"{shown(path)}: changed while it was read")
 
         tokenizer.save(folder / "tokenizer")
         train_tokens, val_tokens = (writer.tokens for writer in writers)
@@ -249,9 +267,9 @@ class _Builder:
         """(index of the file, piece) over all files."""
         total, before = sum(self.sizes), 0
         with self.bar.stage(stage, total) as advance:
-            for index, path in enumerate(self.source.files):
+            for index, (path, reading) in enumerate(zip(self.source.files, self.readings, strict=True)):
                 pieces = read_pieces(
-                    path, text_column=self.text_column, skip_damaged=self.skip_damaged, skipped=skipped
+                    path, reading, text_column=self.text_column, skip_damaged=self.skip_damaged, skipped=skipped
                 )
                 for piece in pieces:
                     yield index, piece
@@ -380,20 +398,15 @@ def _open_tokens(
     vocab_size: int,
     tokenizer: Tokenizer | None,
     val_fraction: float,
+    needs_training: bool,
     cache_dir: Path,
     bar: _Bar,
 ) -> Corpus:
-    """Use token shards where they lie: files with "val" in their name validate, the others train."""
-    beside = source.files[0].parent
-    for folder in (beside, beside / "tokenizer"):
-        if (folder / TOKENIZER_FILE).is_file():
-            found = Tokenizer.load(folder)
-            if tokenizer is not None and tokenizer.hash != found.hash:
-                raise ValueError(f"{folder}: the shards' tokenizer is {found.hash[:8]}, given {tokenizer.hash[:8]}")
-            tokenizer = found
+    """Use token shards where they lie. One with the bytes of a shard that validates is not trained on."""
+    tokenizer = _tokenizer_of(source, tokenizer)
     vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
     arrays = {path: open_shard(path) for path in source.files}
-    entries = _digests(source.files, cache_dir, bar)
+    entries = _digests(source, cache_dir, bar)
     for (path, array), entry in zip(arrays.items(), entries, strict=True):
         if entry["max_token"] >= vocab_size:
             position = next(
@@ -402,22 +415,34 @@ def _open_tokens(
                 if array[start : start + (1 << 24)].max() >= vocab_size
             )
             raise ValueError(
-                f"{path}: token {array[position]} at position {position} does not belong to a vocabulary of "
+                f"{shown(path)}: token {array[position]} at position {position} does not belong to a vocabulary of "
                 f"{vocab_size}: give the tokenizer, or the vocabulary size, that the shard was made with"
             )
-    train = TokenStream([array for path, array in arrays.items() if "val" not in path.stem])
-    val = TokenStream([array for path, array in arrays.items() if "val" in path.stem])
-    notes = []
-    if not len(train):
-        train, val = val, TokenStream([])
-    if not len(train):
+    notes = list(source.notes)
+    digests = [entry["sha256"] for entry in entries]
+    held_out = {digest for digest, validates in zip(digests, source.validates, strict=True) if validates}
+    sides = []
+    for path, digest, validates in zip(source.files, digests, source.validates, strict=True):
+        sides.append("val" if validates else "train" if digest not in held_out else "neither")
+        if sides[-1] == "neither":
+            notes.append(f"{shown(path)} has the bytes of a shard that validates: it is not trained on")
+    train, val = (
+        TokenStream([array for array, side in zip(arrays.values(), sides, strict=True) if side == wanted])
+        for wanted in ("train", "val")
+    )
+    if not len(train) + len(val):
         raise ValueError(f"no tokens in {source.name}")
+    if not len(train) and needs_training:
+        raise ValueError(
+            f"{source.name} holds nothing to train on: by their names all shards validate ({len(val):,} tokens); "
+            "rename those to train on, or give one file alone, which is never told by its name"
+        )
     if not len(val):
         train, val = train.split_at(round(len(train) * (1 - val_fraction)))
-        notes.append(f"no shard has both sides: the last {val_fraction:.0%} of the tokens is the validation set")
+        notes.append(f"no shard validates by its name: the last {val_fraction:.0%} of the tokens is the validation set")
     if tokenizer is None:
         notes.append("no tokenizer beside the shards: no samples, and loss in nats instead of bits per byte")
-    content = _json_hash([entry["sha256"] for entry in entries])
+    content = _json_hash(digests if sides == _version_1_sides(source.files) else [digests, sides])
     return Corpus(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -427,8 +452,29 @@ def _open_tokens(
         f"sha {content[:8]} | vocabulary {vocab_size}",
         notes=tuple(notes),
         hash=_json_hash([tokenizer.hash if tokenizer else vocab_size, content]),
-        bytes_per_token=None if tokenizer is None else _mean_bytes(train, tokenizer),
+        bytes_per_token=None if tokenizer is None else _mean_bytes(train if len(train) else val, tokenizer),
     )
+
+
+def _tokenizer_of(source: Source, given: Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer beside any of the shards; `given` without one. Raises ValueError where there are several."""
+    tokenizer, origin = given, "given"
+    for beside in sorted({source.root, *(path.parent for path in source.files)}):
+        for folder in (beside, beside / "tokenizer"):
+            if (folder / TOKENIZER_FILE).is_file():
+                found = Tokenizer.load(folder)
+                if tokenizer is not None and tokenizer.hash != found.hash:
+                    raise ValueError(
+                        f"{shown(folder)}: the shards' tokenizer is {found.hash[:8]}, {origin} {tokenizer.hash[:8]}"
+                    )
+                tokenizer, origin = found, f"in {shown(folder)}"
+    return tokenizer
+
+
+def _version_1_sides(files: tuple[Path, ...]) -> list[str]:
+    """How shards were told apart when the hash held their digests alone: corpora of the same sides keep their hash."""
+    sides = ["val" if "val" in path.stem else "train" for path in files]
+    return sides if "train" in sides else ["train"] * len(sides)
 
 
 def _mean_bytes(stream: TokenStream, tokenizer: Tokenizer) -> float:
@@ -436,7 +482,7 @@ def _mean_bytes(stream: TokenStream, tokenizer: Tokenizer) -> float:
     return float(tokenizer.token_bytes[stream.read(0, min(len(stream), 1_000_000))].mean())
 
 
-def _digests(files: tuple[Path, ...], cache_dir: Path, bar: _Bar) -> list[dict[str, Any]]:
+def _digests(source: Source, cache_dir: Path, bar: _Bar) -> list[dict[str, Any]]:
     """SHA-256 of each file, and of token shards their largest token.
 
     Those of large files are remembered by path, size and time of change, unless that time is too recent to tell
@@ -449,15 +495,15 @@ def _digests(files: tuple[Path, ...], cache_dir: Path, bar: _Bar) -> list[dict[s
         memo = {}
     fresh = {}
     entries = []
-    stats = [path.stat() for path in files]
+    stats = [path.stat() for path in source.files]
     done = 0
     with bar.stage("checking", sum(stat.st_size for stat in stats)) as advance:
-        for path, stat in zip(files, stats, strict=True):
+        for path, stat in zip(source.files, stats, strict=True):
             name = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
             entry = memo.get(name)
-            if entry is None:
+            if entry is None or (source.is_tokens and "max_token" not in entry):
                 entry = {"sha256": sha256_file(path)}
-                if path.suffix == ".bin":
+                if source.is_tokens:
                     tokens = open_shard(path)
                     starts = range(0, len(tokens), 1 << 24)
                     entry["max_token"] = max((int(tokens[i : i + (1 << 24)].max()) for i in starts), default=-1)

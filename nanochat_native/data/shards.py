@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from nanochat_native.data.names import shown
+
 HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000
 # (magic, version) to the type of the tokens.
@@ -101,10 +103,14 @@ def open_shard(path: Path) -> np.ndarray:
     dtype = SHARD_FORMATS.get((magic, version))
     if dtype is None:
         taken = " or ".join(f"{m} version {v}" for m, v in SHARD_FORMATS)
-        raise ValueError(f"{path}: not a token shard: magic {magic} version {version}, taken are {taken}")
+        raise ValueError(
+            f"{shown(path)}: not a token shard of llm.c's format: magic {magic} version {version}, taken are {taken}; "
+            "nanoGPT's .bin has uint16 tokens without a header: put 256 int32 before them, 20240520, 1, their number "
+            "and zeros"
+        )
     expected = HEADER_BYTES + count * dtype.itemsize
     if count < 0 or size != expected:
-        raise ValueError(f"{path}: {size} bytes, but its header tells of {count} tokens, which take {expected}")
+        raise ValueError(f"{shown(path)}: {size} bytes, but its header tells of {count} tokens, which take {expected}")
     if count == 0:
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,))

@@ -1,57 +1,22 @@
-"""What to train on: finding files and reading documents from text, JSON lines and parquet, in bounded memory.
-
-A text file is one document, unless it has lines that read `<|endoftext|>`: these separate documents, as in the
-text releases of TinyStories. A line of JSON lines and a row of parquet are one document each.
-"""
+"""What to train on: the files behind `--data`."""
 
 from __future__ import annotations
 
-import codecs
+import errno
 import glob
-import gzip
-import io
-import json
+import os
 import platform
-import re
+import stat
 import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from nanochat_native.data.names import kind_of, refusal_of, shown, validates, words_of
 from nanochat_native.data.shards import SHARD_FORMATS
 
-TEXT_COLUMNS = ("text", "content", "document", "story", "code", "body")
-BLOCK_BYTES = 1 << 20
-PIECE_CHARS = 1 << 20
 # A charmap of `encodings` is 256 lines of one table; everything else there is shorter than this.
 ENCODINGS_MAX_BYTES = 8192
-
-_SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?\n?", re.MULTILINE)
-
-
-class DamagedFileError(ValueError):
-    """A file that cannot be read to its end; the message begins with its path."""
-
-
-class Piece(NamedTuple):
-    """A part of a document: a document is a piece with `starts_document` and the pieces up to the next such."""
-
-    text: str
-    starts_document: bool
-    position: int
-    """Bytes of the file on disk consumed so far."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files behind one `--data`, in a fixed order, and the name under which they are reported."""
-
-    name: str
-    files: tuple[Path, ...]
-    is_tokens: bool = False
-    """Whether the files are token shards (.bin) and not text."""
 
 
 @dataclass
@@ -60,78 +25,195 @@ class Skipped:
 
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
 
-    def add(self, reason: str, where: str) -> None:
-        count, first = self.reasons.get(reason, (0, where))
+    def add(self, reason: str, where: Path | str) -> None:
+        count, first = self.reasons.get(reason, (0, shown(where)))
         self.reasons[reason] = (count + 1, first)
 
     def lines(self) -> list[str]:
         return [f"skipped: {count} {reason} (first: {where})" for reason, (count, where) in self.reasons.items()]
 
 
+@dataclass(frozen=True)
+class Source:
+    """The files behind one `--data`, in a fixed order, and the name under which they are reported.
+
+    Attributes:
+        root: the folder that was given, or that a file or the wildcards of a glob lie in.
+        is_tokens: whether the files are token shards (.bin) and not text.
+        validates: of each token shard, whether it is for validation.
+        notes: what was left out, and what was decided; one line each.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    root: Path
+    is_tokens: bool = False
+    validates: tuple[bool, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def find_source(data: str | None, without: Path | None = None) -> Source:
     """Find the files of `data`: a file, a folder (searched to its depth, hidden names left out) or a glob; None is
     the standard library of the running Python.
 
-    A folder or glob that holds token shards beside other files means the shards. Files in the folder `without` are
-    left out, unless `data` lies in it.
+    Links to folders are followed, into each real folder once; a file with several names is taken once. A folder or
+    glob that holds token shards beside other files means the shards. Of several shards those validate whose path says
+    so (names.validates); a single file is never told by its name. Files in the folder `without` are left out, unless
+    `data` lies in it.
 
     Raises:
         FileNotFoundError: nothing there.
+        ValueError: `data` is empty, not a regular file, an archive, or holds nothing else.
     """
     if data is None:
         return _standard_library()
-    path = Path(data).expanduser()
+    if not data:
+        raise ValueError("--data is empty; it takes a file, a folder or a glob")
+    path = Path(os.path.expanduser(data))
     if path.is_file():
-        return Source(path.name, (path,), is_tokens=path.suffix == ".bin")
+        refusal = refusal_of(path)
+        if refusal is not None:
+            raise ValueError(f"{shown(path)}: {refusal}")
+        is_tokens = kind_of(path) == "tokens"
+        return Source(shown(path.name), (path,), path.parent, is_tokens=is_tokens, validates=(False,) * is_tokens)
+    if path.exists() and not path.is_dir():
+        raise ValueError(
+            f"--data {shown(path)} is no regular file; data is read more than once: write it to a file first"
+        )
+
+    skipped = Skipped()
     if path.is_dir():
-        found = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        root, found = path, _walk(path, skipped)
     else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-    if without is not None and not path.resolve().is_relative_to(without.resolve()):
-        found = [p for p in found if not p.resolve().is_relative_to(without.resolve())]
-    files = sorted(p for p in found if p.is_file())
+        root, found = _expand(path, skipped)
+    cache = None if without is None else os.path.realpath(without)
+    if cache is not None and not Path(os.path.realpath(path)).is_relative_to(cache):
+        found = [p for p in found if not Path(os.path.realpath(p)).is_relative_to(cache)]
+    files = _once_each(sorted(found), root)
     if not files:
-        raise FileNotFoundError(f"--data {data}: no file, no folder with files and no glob that matches")
-    name = path.resolve().name if path.is_dir() else path.name
-    shards = [p for p in files if p.suffix == ".bin"]
-    if len(shards) == len(files) or any(_has_shard_magic(p) for p in shards):
-        return Source(name, tuple(shards), is_tokens=True)
-    return Source(name, tuple(files))
-
-
-def read_pieces(
-    path: Path, *, text_column: str | None = None, skip_damaged: bool = False, skipped: Skipped | None = None
-) -> Iterator[Piece]:
-    """Documents of one file. By suffix .parquet, .jsonl, anything else is text; .gz and .zst are decompressed.
-
-    Binary files (with a zero byte), documents that are not UTF-8, records without text and empty documents are
-    left out and counted in `skipped`.
-
-    Args:
-        text_column: the field of .jsonl and .parquet that holds the text; None finds it by name (TEXT_COLUMNS), or
-            takes the only one that is text.
-        skip_damaged: read a damaged file as far as it goes and count it, instead of raising.
-
-    Raises:
-        DamagedFileError: truncated or corrupt, or a line is not JSON.
-        ValueError: no such text column.
-        ImportError: the file needs pyarrow or zstandard (extra `data`).
-    """
-    skipped = Skipped() if skipped is None else skipped
-    suffixes = [s for s in path.suffixes if s not in (".gz", ".zst")]
-    kind = suffixes[-1] if suffixes else ""
-    try:
-        if kind == ".parquet":
-            pieces = _read_parquet(path, text_column, skipped)
-        elif kind == ".jsonl":
-            pieces = _read_json_lines(path, text_column, skipped, skip_damaged)
+        message = f"--data {shown(data)}: no file, no folder with files and no glob that matches"
+        raise FileNotFoundError("; ".join([message, *skipped.lines()]))
+    name = shown(path.resolve().name if path.is_dir() else path.name)
+    named_twice = set(found) - set(files)
+    if named_twice:
+        skipped.reasons["more names of files that are read"] = (len(named_twice), shown(min(named_twice)))
+    shards = [p for p in files if kind_of(p) == "tokens" and refusal_of(p) is None]
+    if shards and (len(shards) == len(files) or any(_has_shard_magic(p) for p in shards)):
+        for other in sorted(set(files) - set(shards)):
+            skipped.add("files beside the token shards, which alone are read", other)
+        sides = tuple(validates(p.relative_to(root)) for p in shards)
+        notes = (*skipped.lines(), *_told(shards, sides))
+        return Source(name, tuple(shards), root, is_tokens=True, validates=sides, notes=notes)
+    texts = []
+    for p in files:
+        if refusal_of(p) is not None:
+            skipped.add("archives or compressed files, to be unpacked first", p)
+        elif p in shards:
+            skipped.add(".bin files that are no token shards", p)
         else:
-            pieces = _read_text(path, skipped)
-        yield from pieces
-    except DamagedFileError as error:
-        if not skip_damaged:
-            raise
-        skipped.add("damaged files, read as far as they go", str(error))
+            texts.append(p)
+    if not texts:
+        raise ValueError("; ".join([f"no text in {name}", *skipped.lines()]))
+    return Source(name, tuple(texts), root, notes=(*skipped.lines(), *_named_for_validation(texts)))
+
+
+def _told(shards: list[Path], sides: tuple[bool, ...]) -> list[str]:
+    """What was decided about several shards."""
+    held_out = [p for p, validates in zip(shards, sides, strict=True) if validates]
+    if not held_out:
+        return []
+    return [
+        f"shards by their names: {len(shards) - len(held_out)} train, {len(held_out)} validate ({_first(held_out)})"
+    ]
+
+
+def _named_for_validation(files: list[Path]) -> list[str]:
+    named = [p for p in files if words_of(p.name) & {"val", "valid", "validation"}]
+    if not named or len(named) == len(files):
+        return []
+    return [
+        f"text is split by document, whatever the files are called: a part of those named for validation is trained on "
+        f"({_first(named)}); a glob leaves them out"
+    ]
+
+
+def _first(paths: list[Path]) -> str:
+    return shown(paths[0].name) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def _walk(root: Path, skipped: Skipped) -> list[Path]:
+    """Regular files below a folder. Links to folders come after all other folders, so that a real path is preferred.
+
+    Raises OSError for a folder that cannot be read.
+    """
+    files: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    above = {_identity(os.stat(p)) for p in Path(os.path.realpath(root)).parents}
+    folders = [root]
+    links: list[Path] = []
+    while folders or links:
+        links.sort()
+        linked = not folders
+        here = links.pop(0) if linked else folders.pop()
+        identity = _identity(os.stat(here))
+        is_loop = linked and Path(os.path.realpath(here.parent)).is_relative_to(os.path.realpath(here))
+        if is_loop or identity in entered or identity in above:
+            if linked:
+                skipped.add("links to a folder that is read anyway, or that lies above", here)
+            continue
+        entered.add(identity)
+        for name in os.listdir(here):
+            path = here / name
+            if name.startswith("."):
+                continue
+            try:
+                mode = os.stat(path).st_mode
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                skipped.add("links that lead to nothing", path)
+                continue
+            if stat.S_ISDIR(mode):
+                (links if path.is_symlink() else folders).append(path)
+            elif stat.S_ISREG(mode):
+                files.append(path)
+            else:
+                skipped.add("FIFOs, sockets or devices", path)
+    return files
+
+
+def _expand(pattern: Path, skipped: Skipped) -> tuple[Path, list[Path]]:
+    """The folder before a glob's first wildcard, and the files that match."""
+    literal = pattern.parts
+    for i, part in enumerate(pattern.parts):
+        if glob.has_magic(part):
+            literal = pattern.parts[:i]
+            break
+    matches = [Path(p) for p in glob.glob(str(pattern), recursive=True)]
+    files = [p for p in matches if p.is_file()]
+    entered = {folder for p in files for folder in p.parents}
+    for p in sorted(set(matches) - set(files)):
+        if not p.exists():
+            skipped.add("links that lead to nothing", p)
+        elif not p.is_dir():
+            skipped.add("FIFOs, sockets or devices", p)
+        elif p not in entered:
+            skipped.add("folders that the glob matches, whose files it does not match", p)
+    return Path(*literal), files
+
+
+def _once_each(paths: Iterable[Path], root: Path) -> list[Path]:
+    """The paths without further names of one and the same file; names of another kind or side are others."""
+    seen: dict[tuple[object, ...], Path] = {}
+    for path in paths:
+        kind = kind_of(path)
+        key = (*_identity(os.stat(path)), kind, kind == "tokens" and validates(path.relative_to(root)))
+        seen.setdefault(key, path)
+    return list(seen.values())
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _standard_library() -> Source:
@@ -146,183 +228,9 @@ def _standard_library() -> Source:
         files.append(path)
     if not files:
         raise FileNotFoundError(f"this Python has no standard library sources in {root}: give --data")
-    return Source(f"stdlib {platform.python_version()}", tuple(files))
+    return Source(f"stdlib {platform.python_version()}", tuple(files), root)
 
 
 def _has_shard_magic(path: Path) -> bool:
     with open(path, "rb") as file:
         return int.from_bytes(file.read(4), "little") in {magic for magic, _ in SHARD_FORMATS}
-
-
-def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Decompressed blocks of a file, each with the bytes of the file consumed so far."""
-    with open(path, "rb") as raw:
-        try:
-            if path.suffix == ".zst":
-                yield from _zstd_blocks(path, raw)
-                return
-            file: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            # Not `read`, which would lose the last good block before a fault.
-            while block := file.read1(BLOCK_BYTES):
-                yield block, raw.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DamagedFileError(f"{path}: damaged gzip file: {error}") from error
-
-
-def _zstd_blocks(path: Path, raw: io.BufferedReader) -> Iterator[tuple[bytes, int]]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError(f"{path}: .zst needs zstandard: pip install 'nanochat-native[data]'") from error
-    # zstandard's own reader takes a truncated file for a short one; a decompression object knows its frame's end.
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    started = False
-    while data := raw.read(BLOCK_BYTES):
-        while data:
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            try:
-                block = frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise DamagedFileError(f"{path}: damaged zstd file: {error}") from error
-            started = True
-            data = frame.unused_data if frame.eof else b""
-            if block:
-                yield block, raw.tell()
-    if started and not frame.eof:
-        raise DamagedFileError(f"{path}: damaged zstd file: it ends inside a frame")
-
-
-def _is_document(text: str, where: str, skipped: Skipped) -> bool:
-    if not text or text.isspace():
-        skipped.add("empty documents", where)
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        skipped.add("documents that are not UTF-8", where)
-        return False
-    return True
-
-
-def _read_text(path: Path, skipped: Skipped) -> Iterator[Piece]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    try:
-        for block, _ in _blocks(path):
-            if b"\0" in block:
-                skipped.add("binary files", str(path))
-                return
-            decoder.decode(block)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        skipped.add("documents that are not UTF-8", f"{path}: {error.reason}")
-        return
-
-    decoder.reset()
-    pending, starts, empty = "", True, True
-    for block, position in _with_end(_blocks(path)):
-        pending += decoder.decode(block)
-        if block and len(pending) < PIECE_CHARS:
-            continue
-        cut = pending.rfind("\n") + 1 if block else 0
-        text, pending = (pending[:cut], pending[cut:]) if cut else (pending, "")
-        for index, part in enumerate(_SEPARATOR.split(text)):
-            starts = starts or index > 0
-            if part and not (starts and part.isspace()):
-                yield Piece(part, starts, position)
-                starts = empty = False
-    if empty:
-        skipped.add("empty documents", str(path))
-
-
-def _with_end(blocks: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    position = 0
-    for block, position in blocks:
-        yield block, position
-    yield b"", position
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    parts: list[bytes] = []
-    for block, position in _with_end(_blocks(path)):
-        *complete, rest = block.split(b"\n")
-        for line in complete:
-            yield b"".join([*parts, line]), position
-            parts = []
-        parts.append(rest)
-    yield b"".join(parts), position
-
-
-def _read_json_lines(path: Path, text_column: str | None, skipped: Skipped, skip_damaged: bool) -> Iterator[Piece]:
-    column = None
-    for number, (line, position) in enumerate(_lines(path), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            skipped.add("documents that are not UTF-8", where)
-            continue
-        except (json.JSONDecodeError, RecursionError) as error:
-            if not skip_damaged:
-                raise DamagedFileError(f"{where}: not a line of JSON: {error}") from error
-            skipped.add("lines that are not JSON", where)
-            continue
-        if isinstance(record, dict):
-            if column is None:
-                fields = {name: isinstance(value, str) for name, value in record.items()}
-                column = _text_column(fields, text_column, where)
-            record = record.get(column)
-        if not isinstance(record, str):
-            skipped.add("records without text", where)
-        elif _is_document(record, where, skipped):
-            yield Piece(record, True, position)
-
-
-def _read_parquet(path: Path, text_column: str | None, skipped: Skipped) -> Iterator[Piece]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError(f"{path}: .parquet needs pyarrow: pip install 'nanochat-native[data]'") from error
-    size = path.stat().st_size
-    row = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            types = {f.name: pa.types.is_string(f.type) or pa.types.is_large_string(f.type) for f in file.schema_arrow}
-            column = _text_column(types, text_column, str(path))
-            if not types[column]:
-                raise ValueError(f"{path}: column {column!r} is {file.schema_arrow.field(column).type}, not text")
-            for group in range(file.num_row_groups):
-                position = size * (group + 1) // file.num_row_groups
-                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
-                    # As bytes, since Arrow does not promise that a string is UTF-8.
-                    for value in batch.column(0).cast(pa.large_binary()).to_pylist():
-                        row += 1
-                        where = f"{path}: row {row}"
-                        if value is None:
-                            skipped.add("records without text", where)
-                            continue
-                        try:
-                            text = value.decode()
-                        except UnicodeDecodeError:
-                            skipped.add("documents that are not UTF-8", where)
-                            continue
-                        if _is_document(text, where, skipped):
-                            yield Piece(text, True, position)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedFileError(f"{path}: damaged parquet file: {error}") from error
-
-
-def _text_column(fields: dict[str, bool], asked: str | None, where: str) -> str:
-    """Name of the text field. `fields`: name to whether it is text."""
-    if asked is not None:
-        if asked not in fields:
-            raise ValueError(f"{where}: no column {asked!r}; it has {', '.join(fields)}")
-        return asked
-    texts = [name for name, is_text in fields.items() if is_text]
-    named = [name for name in TEXT_COLUMNS if name in texts]
-    if not named and len(texts) != 1:
-        raise ValueError(f"{where}: name the text column with --text-column; it has {', '.join(fields) or 'none'}")
-    return (named or texts)[0]
