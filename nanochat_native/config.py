@@ -338,8 +338,19 @@ def _one_line(report: str) -> str:
         name, problem = value.groups()
         problem = re.sub(r"invalid literal for int\(\) with base 10: ", "takes a whole number, got ", problem)
         problem = re.sub(r"could not convert string to float: ", "takes a number, got ", problem)
+        problem = re.sub(r"Exceeds the limit \((\d+) digits\).*", r"takes a whole number of at most \1 digits", problem)
+        problem = re.sub(
+            r"no type matching (\S+) could be instantiated from \[(.*)\]\.",
+            lambda match: f"takes {match[1].replace('{', '').replace('}', '').replace('|', ' or ')}, got {match[2]}",
+            problem,
+        )
         message = f"{name} {problem}"
+    if sections[0] and sections[0][0].startswith("Missing from"):
+        missing = [line for line in sections[0] if re.fullmatch(r"(--[\w-]+|[A-Z]+)( \S+)?", line)]
+        message = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed"
     for section in sections[1:]:
+        if section and section[0].startswith("Unrecognized options"):
+            message += f"; unrecognized options: {', '.join(section[1:])}"
         if section and section[0].startswith("Perhaps you meant"):
             flags = [line.split()[0] for line in section if line.startswith("--")]
             message += f"; perhaps you meant {', '.join(flags)}"

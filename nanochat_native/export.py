@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from nanochat_native import hugging_face
 from nanochat_native.config import EXAMPLES, STDLIB
 from nanochat_native.conversations import chat_template, is_chat_trained, prompt_of, stop_tokens, without_marks
 from nanochat_native.generate import generate_tokens
-from nanochat_native.loading import exit_code, load_model
+from nanochat_native.loading import load_model, run_command
 from nanochat_native.model import GPT
 from nanochat_native.run_folder import load_config
 from nanochat_native.tokenizer import Tokenizer
@@ -279,8 +278,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Exports as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.export", args=args)
-    return exit_code(lambda: run(options))
+    return run_command(Options, "export", args, run)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from nanochat_native import metrics
+from nanochat_native.loading import run_command
 
 RESULT = "result.json"
 MISSING = "none: matplotlib is not installed"
@@ -290,13 +291,7 @@ def run(folder: Path) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Draws as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.plot", args=args)
-    try:
-        run(options.folder)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(Options, "plot", args, lambda options: run(options.folder))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import plain
 import pytest
 import tiktoken
 import torch
@@ -267,8 +268,22 @@ def test_a_damaged_pickle_is_refused(tmp_path):
     ("damage", "message"),
     [
         (lambda folder: (folder / "meta_000650.json").unlink(), "meta_000650.json: missing"),
-        (lambda folder: (folder / "meta_000650.json").write_text("{}"), "no model_config"),
-        (lambda folder: (folder / "model_000650.pt").write_bytes(b"PK"), "model_000650.pt cannot be read"),
+        (
+            lambda folder: (folder / "meta_000650.json").write_text("{}"),
+            "no model_config of nanochat's: model_config is",
+        ),
+        (
+            lambda folder: (folder / "meta_000650.json").write_text('{"model_config": {}}'),
+            "sequence_len, vocab_size, n_",
+        ),
+        (lambda folder: (folder / "meta_000650.json").write_text('{"model_con'), "meta_000650.json: damaged, not JSON"),
+        (
+            lambda folder: (folder / "model_000650.pt").write_bytes(b"PK"),
+            "model_000650.pt cannot be read: it is damaged",
+        ),
+        (lambda folder: torch.save(torch.ones(2), folder / "model_000650.pt"), "it takes tensors by their names"),
+        (lambda folder: torch.save({"a": 3}, folder / "model_000650.pt"), "it takes tensors by their names"),
+        (lambda folder: (folder / "model_000650.pt").rename(folder / "model_last.pt"), "has no model_STEP.pt"),
         (lambda folder: torch.save({"a": torch.ones(2)}, folder / "model_000650.pt"), "missing lm_head.weight"),
         (lambda folder: shutil.rmtree(folder.parent.parent / "tokenizer"), "no tokenizer.pkl"),
         (lambda folder: torch.save(Malice(), folder / "model_000650.pt"), "model_000650.pt cannot be read"),
@@ -302,10 +317,35 @@ def test_later_architectures_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"model_type": "llama"}, "model_type is 'llama'"),
+        ("config.json", {"model_type": "llama"}, 'model_type is "llama"; it takes "nanochat"'),
         ("config.json", {"intermediate_size": 8192}, "intermediate_size is 8192; this model takes 512"),
-        ("config.json", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        ("config.json", {"hidden_size": None}, "not the config of a model"),
+        ("config.json", {"tie_word_embeddings": True}, "tie_word_embeddings is true; this model takes false"),
+        ("config.json", {"hidden_size": None}, "hidden_size is null; it takes a whole number from 1"),
+        ("config.json", {"hidden_size": "128"}, 'hidden_size is "128"; it takes a whole number from 1'),
+        ("config.json", {"num_attention_heads": 3}, "n_embd 128 over n_head 3"),
+        ("config.json", {"num_key_value_heads": 0}, "num_key_value_heads is 0; it takes a whole number from 1"),
+        ("config.json", {"num_hidden_layers": True}, "num_hidden_layers is true; it takes a whole number"),
+        ("config.json", {"num_hidden_layers": 2**24}, "missing model.layers."),
+        ("config.json", {"max_position_embeddings": 10**30}, "max_position_embeddings is 1" + 30 * "0"),
+        ("config.json", {"final_logit_softcapping": None}, "final_logit_softcapping is null; this model takes 15.0"),
+        ("config.json", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ("config.json", {"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+        ("config.json", {"attention_bias": True}, "attention_bias is true"),
+        ("config.json", {"head_dim": 16}, "head_dim is 16; this model takes 32"),
+        ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta is 500000.0"),
+        ("config.json", {"rope_parameters": None, "rope_theta": 5e5}, "rope_theta is 500000.0"),
+        ("config.json", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 'rope_type is "yarn"'),
+        ("config.json", {"rope_parameters": [1]}, "rope_parameters and rope_scaling take an object"),
+        ("config.json", {"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling is "linear"'),
+        ("config.json", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this model takes 1"),
+        ("config.json", {"sliding_window": 16}, "sliding_window is 16; this model takes null"),
+        ("config.json", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        ("config.json", {"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ("config.json", {"rms_norm_eps": -1}, "rms_norm_eps is -1; it takes a finite number above 0"),
+        ("config.json", {"rms_norm_eps": "1e-6"}, 'rms_norm_eps is "1e-6"; it takes a finite number above 0'),
+        ("config.json", {"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN; it takes a finite number above 0"),
+        ("tokenizer.json", {"normalizer": {"type": "NFC"}}, 'normalizer is {"type": "NFC"}; this tokenizer takes null'),
+        ("tokenizer.json", {"pre_tokenizer": None}, "not a byte-level BPE"),
         ("config.json", {"num_hidden_layers": 3}, "missing model.layers.2"),
         ("config.json", {"vocab_size": 500}, "they do not belong together"),
         ("tokenizer.json", {"model": {"type": "Unigram"}}, "not a byte-level BPE"),
@@ -320,6 +360,149 @@ def test_other_models_of_transformers_are_refused(exported, tmp_path, file, chan
     assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["model"].update(dropout=0.1), "model.dropout is 0.1"),
+        (lambda t: t["model"].update(byte_fallback=True), "model.byte_fallback is true"),
+        (lambda t: t["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
+        (
+            lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+            'pre_tokenizer is ["Split", "Rem',
+        ),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(invert=True), "pre_tokenizer is"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "add_prefix_space is true"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True), "use_regex is true"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"].append({"type": "Digits"}), "not a byte-level BPE"),
+        (lambda t: t["added_tokens"][1].update(special=False), '["<|user_start|>"]'),
+        (lambda t: t["added_tokens"][1].update(lstrip=True), '["<|user_start|>"]'),
+        (lambda t: t["added_tokens"][0].update(content="<s>"), "not a tokenizer of this program"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="("), "not a tokenizer of this"),
+        (lambda t: t["model"].update(merges=3), "not a byte-level BPE"),
+    ],
+)
+def test_tokenizers_that_cut_in_another_way_are_refused(exported, tmp_path, change, message, capsys):
+    place = tmp_path / "model"
+    shutil.copytree(exported, place)
+    described = json.loads((place / "tokenizer.json").read_text())
+    change(described)
+    (place / "tokenizer.json").write_text(json.dumps(described))
+    assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {place / 'tokenizer.json'}: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"[]", b"null", b"\xff\xfe{", b"[" * 100_000, b"\0" * 64])
+def test_a_damaged_file_is_damaged_in_one_line(exported, tmp_path, file, content, capsys):
+    place = tmp_path / "model"
+    shutil.copytree(exported, place)
+    (place / file).write_bytes(content)
+    assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {place / file}: damaged")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_indices_are_named(exported, tmp_path, capsys):
+    place = tmp_path / "model"
+    shutil.copytree(exported, place)
+    index = place / "model.safetensors.index.json"
+    for content, message in (
+        ("[]", "damaged, it holds no JSON object"),
+        ("{}", "damaged, it has no weight_map of names"),
+        ('{"weight_map": {"a": 3}}', "damaged, it has no weight_map of names"),
+        ('{"weight_map": {"a": "../x"}}', "names '../x', which is not beside it"),
+        ('{"weight_map": {"a": "x"}}', "x: missing"),
+    ):
+        index.write_text(content)
+        assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_weights_that_float32_cannot_hold_or_that_are_no_numbers_are_refused(folder, exported, tmp_path, capsys):
+    place = tmp_path / "model"
+    shutil.copytree(exported, place)
+    state = hugging_face.renamed(weights(folder / "runs/full"), hugging_face.names(2))
+    name = "model.layers.1.mlp.fc1.weight"
+    cases = (
+        (state[name].double(), "transformer.h.1.mlp.c_fc.weight is float64; it takes float32, bfloat16 or float16"),
+        (state[name].to(torch.int8), "is int8"),
+        (state[name].to(torch.float8_e4m3fn), "is float8_e4m3fn"),
+        (state[name].clone().fill_(torch.nan), "transformer.h.1.mlp.c_fc.weight holds numbers that are not finite"),
+        (state[name].clone().index_fill_(0, torch.tensor([3]), -torch.inf), "not finite"),
+        (state[name][:-1], "transformer.h.1.mlp.c_fc.weight has shape (511, 128); it takes (512, 128)"),
+    )
+    for tensor, message in cases:
+        export.write_weights(place, state | {name: tensor})
+        assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {place}: ")
+        assert message in error
+        assert not (tmp_path / "run").exists()
+    halves = {key: tensor.half() for key, tensor in state.items()}
+    export.write_weights(place, halves | {name: halves[name].bfloat16()})
+    assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 0
+    found = weights(tmp_path / "run")["transformer.h.1.mlp.c_fc.weight"]
+    assert torch.equal(found, halves[name].bfloat16().float())
+
+
+# --- another eps of the norms ---
+
+
+def with_eps(exported, place, eps):
+    shutil.copytree(exported, place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"rms_norm_eps": eps}))
+    return place
+
+
+def logits_with(monkeypatch, source, eps, tokens):
+    monkeypatch.setattr(plain, "EPS", eps)
+    return plain.logits(source.tensors, source.config, source.config.windows, tokens)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_what_another_eps_does_is_measured(exported, tmp_path, monkeypatch, capsys, eps):
+    """Against the formulas, on the same tokens; and against transformers, on others."""
+    place = with_eps(exported, tmp_path / "model", eps)
+    source = import_checkpoint.read(import_checkpoint.Options(place, tmp_path / "run"))
+    tokens = torch.randint(400, (4, 32), generator=torch.Generator().manual_seed(0))
+    expected = (logits_with(monkeypatch, source, eps, tokens) - logits_with(monkeypatch, source, 2**-23, tokens)).abs()
+    assert torch.equal(tokens, import_checkpoint.probe(source.config))
+    moved = import_checkpoint.moved_by_eps(source, tokens)
+    assert moved == pytest.approx(expected.max().item(), rel=0.1, abs=5e-6)
+    model = GPT(source.config)
+    model.load_state_dict(source.tensors)
+    with torch.no_grad():
+        ours = model(tokens)
+    torch.testing.assert_close(ours, logits_with(monkeypatch, source, 2**-23, tokens), atol=1e-4, rtol=1e-4)
+    assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    told = f"its rms_norm_eps of {eps:g} becomes 1.19209e-07, which moves its logits by up to {moved:.1e}"
+    assert f"note     {told} (measured on 128 random tokens)" in out
+    transformers = pytest.importorskip("transformers")
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(place)(tokens).logits
+    assert (theirs - ours).abs().max() <= 1.1 * moved + 2e-5
+
+
+def test_an_eps_that_makes_it_another_model_is_refused(exported, tmp_path, capsys):
+    place = with_eps(exported, tmp_path / "model", 0.1)
+    assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: {place}: its rms_norm_eps of 0.1 becomes 1.19209e-07, which moves its logits by up to"
+    )
+    assert error.endswith("too much for the same model; it takes 0.01\n")
+    assert not (tmp_path / "run").exists()
+    args = ["--checkpoint", str(tmp_path / "run"), "--device", "cpu"]
+    assert generate.main(args) == 2
 
 
 def test_an_imported_model_is_evaluated_and_sampled_but_not_resumed(folder, exported, tmp_path, capsys):
@@ -337,6 +520,23 @@ def test_an_imported_model_is_evaluated_and_sampled_but_not_resumed(folder, expo
     assert "- Training: by another program; imported by nanochat-native" in card
     assert "- Data: not known;" in card
     assert checkpoint.steps(out / "checkpoints") == [0]
+
+
+def test_a_step_that_is_not_there_is_told_with_those_that_are(exported, tmp_path, capsys):
+    folder, _, _ = nanochat_folder(tmp_path)
+    shutil.copy(folder / "model_000650.pt", folder / "model_000100.pt")
+    out = ["--out", str(tmp_path / "run")]
+    assert import_checkpoint.main([str(folder), *out, "--step", "7"]) == 2
+    assert capsys.readouterr().err == f"error: {folder} holds no checkpoint of step 7, but of 100, 650\n"
+    assert import_checkpoint.main([str(exported), *out, "--step", "7"]) == 2
+    assert "--step is 7, but" in capsys.readouterr().err
+
+
+def test_an_import_into_the_current_folder(exported, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert import_checkpoint.main([str(exported), "--out", "."]) == 0
+    assert load_model(".")[2]["imported"]
 
 
 def test_sources_that_are_none(tmp_path, capsys):

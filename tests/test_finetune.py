@@ -264,7 +264,7 @@ def test_a_line_that_is_no_conversation_is_named(base, capsys, content, message)
     [
         ({"checkpoint": None}, "--checkpoint RUN is needed"),
         ({"checkpoint": "/nowhere"}, "no such run folder"),
-        ({"step": 77}, "step_000077"),
+        ({"step": 77}, "holds no checkpoint of step 77, but of 4"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl: no file, no folder with files and no glob that matches"),
         ({"val_data": "/nowhere.jsonl"}, "/nowhere.jsonl: no file, no folder with files and no glob that matches"),
         ({"val_data": ""}, "--val-data is empty; it takes a file, a folder or a glob"),

@@ -321,7 +321,7 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
         (["--checkpoint", run_dir / "none"], "no such run folder"),
         (["--checkpoint", run_dir, "--temperature", "-1"], "temperature is -1"),
         (["--checkpoint", run_dir, "--max-tokens", "1000"], "160 positions"),
-        (["--checkpoint", run_dir, "--step", "7"], "step_000007"),
+        (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
     ):
         with use("torch"):
             assert generate.main([str(arg) for arg in args]) == 2

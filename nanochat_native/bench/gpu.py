@@ -223,7 +223,7 @@ def default_path(name: str, quick: bool) -> Path:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = record.Parser(
         prog="python -m nanochat_native.bench.gpu",
         description="Builds, tests and times the CUDA kernels: under 9 minutes, one JSON and a table.",
     )
