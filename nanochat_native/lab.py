@@ -19,8 +19,17 @@ import tyro
 
 import nanochat_native
 from nanochat_native import distributed, hardware, plot
-from nanochat_native.config import AUTO, RATES, ConfigError, TrainConfig, flag, one_line_errors, parse, to_json
-from nanochat_native.loading import check_values
+from nanochat_native.config import (
+    AUTO,
+    RATES,
+    ConfigError,
+    TrainConfig,
+    check_values,
+    flag,
+    one_line_errors,
+    parse,
+    to_json,
+)
 from nanochat_native.metrics import Console
 from nanochat_native.optim import describe_routing, routing
 from nanochat_native.run_folder import sized

@@ -1,8 +1,5 @@
 """Reads the model and tokenizer of a run back from its folder, for the command lines that use one."""
 
-import dataclasses
-import itertools
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from nanochat_native import checkpoint, ops
-from nanochat_native.config import ConfigError, flag, one_line_errors
+from nanochat_native.config import ConfigError, check_values, one_line_errors
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.tokenizer import Tokenizer
 
@@ -93,8 +90,6 @@ def autocast(device: torch.device) -> torch.autocast:
 
 T = TypeVar("T")
 MISTAKES = (ValueError, ImportError, OSError, checkpoint.CheckpointError)
-# The end of what C++ takes for a whole number.
-LARGEST = 2**63 - 1
 
 
 def parse_options(kind: type[T], command: str, args: Sequence[str] | None = None, **settings: Any) -> T:
@@ -107,24 +102,6 @@ def parse_options(kind: type[T], command: str, args: Sequence[str] | None = None
         options: T = tyro.cli(kind, prog=f"python -m nanochat_native.{command}", args=given, **settings)
     check_values(options, given)
     return options
-
-
-def check_values(options: Any, given: Sequence[str]) -> None:
-    """Raises ConfigError for values that no flag takes: a whole number beyond 64 bits, a float that is nan, an empty
-    path. options: a dataclass; given: what it was made from."""
-    for field in dataclasses.fields(options):
-        name, value = flag(field.name), getattr(options, field.name)
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ConfigError(f"{name} takes a whole number of at most {LARGEST}, got {shortened(str(value))}")
-        if isinstance(value, float) and math.isnan(value):
-            raise ConfigError(f"{name} takes a number, got nan")
-        empty = f"{name}=" in given or (name, "") in itertools.pairwise(given)
-        if isinstance(value, Path) and empty:
-            raise ConfigError(f"{name} takes a path, got ''")
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 30 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def run_command(

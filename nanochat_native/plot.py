@@ -106,16 +106,17 @@ def draw(folder: Path) -> Path | None:
     Raises FileNotFoundError when there is no result, ValueError for one that this version cannot draw.
     """
     try:
-        record = json.loads((folder / RESULT).read_text())
-        command = record["command"]
-        if command not in PICTURES:
-            raise ValueError(f"it is of command {command!r}; takes {', '.join(PICTURES)}")
-        figure = new_figure()
-        if figure is None:
-            return None
-        PICTURES[command](figure, record)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{folder / RESULT} cannot be drawn: {error!r}") from None
+        record = json.loads((folder / RESULT).read_bytes())
+        command = str(record["command"])
+        if command in PICTURES:
+            figure = new_figure()
+            if figure is None:
+                return None
+            PICTURES[command](figure, record)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{folder / RESULT} cannot be drawn: it is damaged, or of another version") from None
+    if command not in PICTURES:
+        raise ValueError(f"{folder / RESULT} cannot be drawn: it is of {command}; takes one of {', '.join(PICTURES)}")
     return save(figure, folder / f"{command}.png")
 
 
@@ -280,8 +281,10 @@ def run(folder: Path) -> None:
     elif (folder / "metrics.jsonl").exists():
         try:
             paths = [plot_loss(folder), plot_diagnosis(folder)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'metrics.jsonl'} cannot be drawn: {error!r}") from None
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{folder / 'metrics.jsonl'} cannot be drawn: it is damaged, or of another version"
+            ) from None
     else:
         raise FileNotFoundError(f"{folder} has neither a {RESULT} nor a metrics.jsonl")
     if importlib.util.find_spec("matplotlib") is None:

@@ -238,8 +238,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    options = parse(sys.argv[1:])
+def main(args: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if args is None else args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, the result written
     return Run(options).run()
 
