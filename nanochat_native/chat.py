@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from nanochat_native import conversations
 from nanochat_native.engine import Engine, Sampling, check_sampling
-from nanochat_native.loading import autocast, exit_code, load_model, pick_device
+from nanochat_native.loading import autocast, load_model, pick_device, run_command
 from nanochat_native.tokenizer import Tokenizer
 
 HELP = """\
@@ -311,8 +309,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Talks as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.chat", args=args)
-    return exit_code(lambda: run(options))
+    return run_command(Options, "chat", args, run)
 
 
 if __name__ == "__main__":

@@ -213,9 +213,12 @@ def load(
 
     Every file is checked against the manifest first. With `step=None` the newest is read; if it is damaged, `warn` is
     told so and the one before it is read. With a step, exactly that one is read. Raises CheckpointError, naming the
-    files, when none is intact.
+    files, when none is intact, and the steps that there are when it is another one.
     """
-    candidates = steps(folder) if step is None else [step]
+    there = steps(folder)
+    if step is not None and there and step not in there:
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}, but of {', '.join(map(str, there))}")
+    candidates = there if step is None else [step] if there else []
     damage: list[str] = []
     for candidate in reversed(candidates):
         try:

@@ -6,6 +6,7 @@ A value that is AUTO is sized by the machine, the data or another flag: `with_de
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 AUTO = -1
+LARGEST = 2**63 - 1  # whole number that a flag takes, and C++ after it
 STDLIB = "stdlib"  # --data: the embedded default
 EXAMPLES = "examples"  # --data of finetune: the embedded conversations
 
@@ -312,7 +314,7 @@ def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfi
     """
     with one_line_errors():
         default = kind() if base is None else base
-        return tyro.cli(
+        config: C = tyro.cli(
             type(default),
             prog=f"python -m nanochat_native.{command_of(default)}",
             args=list(args),
@@ -320,6 +322,26 @@ def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfi
             # A switch that is on in `base` may be given again, or turned off by --no-...
             config=(tyro.conf.FlagCreatePairsOff,) if base is None else (),
         )
+    check_values(config, args)
+    return config
+
+
+def check_values(options: Any, given: Sequence[str]) -> None:
+    """Raises ConfigError for values that no flag takes: a whole number beyond 64 bits, a float that is nan, an empty
+    path. options: a dataclass; given: what it was made from."""
+    for field in dataclasses.fields(options):
+        name, value = flag(field.name), getattr(options, field.name)
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{name} takes a whole number of at most {LARGEST}, got {_shortened(str(value))}")
+        if isinstance(value, float) and math.isnan(value):
+            raise ConfigError(f"{name} takes a number, got nan")
+        empty = f"{name}=" in given or (name, "") in itertools.pairwise(given)
+        if isinstance(value, Path) and empty:
+            raise ConfigError(f"{name} takes a path, got ''")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def command_of(config: TrainConfig) -> str:
@@ -355,8 +377,17 @@ def _one_line(report: str) -> str:
         name, problem = value.groups()
         problem = re.sub(r"invalid literal for int\(\) with base 10: ", "takes a whole number, got ", problem)
         problem = re.sub(r"could not convert string to float: ", "takes a number, got ", problem)
+        problem = re.sub(r"Exceeds the limit \((\d+) digits\).*", r"takes a whole number of at most \1 digits", problem)
+        if mismatch := re.fullmatch(r"no type matching (\S+) could be instantiated from \[(.*)\]\.", problem):
+            types = re.sub("[{}]", "", mismatch[1]).replace("|", " or ")
+            problem = f"takes {types}, got {_shortened(mismatch[2].strip())}"
         message = f"{name} {problem}"
+    if sections[0] and sections[0][0].startswith("Missing from"):
+        missing = [line for line in sections[0] if re.fullmatch(r"(--[\w-]+|[A-Z]+)( \S+)?", line)]
+        message = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed"
     for section in sections[1:]:
+        if section and section[0].startswith("Unrecognized options"):
+            message += f"; unrecognized options: {', '.join(section[1:])}"
         if section and section[0].startswith("Perhaps you meant"):
             flags = [line.split()[0] for line in section if line.startswith("--")]
             message += f"; perhaps you meant {', '.join(flags)}"

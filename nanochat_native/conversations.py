@@ -7,7 +7,8 @@ A message is {"role": "system" | "user" | "assistant", "content": text}; an assi
 comes first and is put before the user's first message. Special tokens come from roles and parts alone, never from text.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nanochat_native.tokenizer import Tokenizer
@@ -21,25 +22,74 @@ _PARTS = {
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
 
-# What render and prompt_of do, for transformers' apply_chat_template; its tokenizers do read special tokens in a text.
-CHAT_TEMPLATE = """\
+# In what the template spells, MARK begins a sign for the tokenizer: SPLIT stands for nothing, and MARKED for one MARK.
+MARK = "\ufdd0"  # a noncharacter of Unicode, for use inside a program
+SPLIT, MARKED = MARK + "\ufdd1", MARK + "\ufdd2"
+
+_TEMPLATE = """\
+{%- macro spelled(role, content) -%}
+    {%- if content is string -%}{{- content SPLITTING -}}
+    {%- elif content is defined and content is iterable -%}
+        {%- for part in content -%}
+            {%- if not loop.first -%}{{- 'SPLIT' -}}{%- endif -%}
+            {%- if part['text'] is not string -%}{{- raise_exception('a part of a message has no text') -}}{%- endif -%}
+            {%- set text = part['text'] SPLITTING -%}
+            {%- if part['type'] == 'text' -%}{{- text -}}
+            {%- elif role == 'assistant' and part['type'] == 'python' -%}
+                {{- '<|python_start|>' + text + '<|python_end|>' -}}
+            {%- elif role == 'assistant' and part['type'] == 'python_output' -%}
+                {{- '<|output_start|>' + text + '<|output_end|>' -}}
+            {%- else -%}{{- raise_exception(role ~ ' messages have no part of this type') -}}{%- endif -%}
+        {%- endfor -%}
+    {%- else -%}{{- raise_exception('the content of a message is a text or a list of parts') -}}{%- endif -%}
+{%- endmacro -%}
 {{- bos_token -}}
 {%- set system = messages[0]['role'] == 'system' -%}
 {%- for message in (messages[1:] if system else messages) -%}
-    {{- '<|' + message['role'] + '_start|>' -}}
-    {%- if system and loop.first -%}{{- messages[0]['content'] + '\\n\\n' -}}{%- endif -%}
-    {%- if message['content'] is string -%}{{- message['content'] -}}
-    {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] == 'python' -%}{{- '<|python_start|>' + part['text'] + '<|python_end|>' -}}
-            {%- elif part['type'] == 'python_output' -%}{{- '<|output_start|>' + part['text'] + '<|output_end|>' -}}
-            {%- else -%}{{- part['text'] -}}{%- endif -%}
-        {%- endfor -%}
+    {%- set role = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
+    {%- if message['role'] != role -%}
+        {{- raise_exception('after at most one system message, user and assistant take turns, the user first') -}}
     {%- endif -%}
-    {{- '<|' + message['role'] + '_end|>' -}}
+    {{- '<|' + role + '_start|>' -}}
+    {%- if system and loop.first -%}{{- spelled('system', messages[0]['content']) + '\\n\\n' -}}{%- endif -%}
+    {{- spelled(role, message['content']) -}}
+    {{- '<|' + role + '_end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
 """
+
+
+def chat_template(special_tokens: Iterable[str]) -> str:
+    """What render and prompt_of do, for transformers' apply_chat_template.
+
+    transformers' tokenizers read the name of a special token in a text as that token. The template puts SPLIT into
+    every such name in a message; `without_marks` takes it out again after special tokens were looked for. The ids are
+    those of `render`, except that two neighbouring parts of type text are encoded as one text.
+
+    Raises ValueError for a special token of one character, which cannot be split.
+    """
+    starts = set()
+    for name in special_tokens:
+        if len(name) < 2:
+            raise ValueError(f"the special token {name!r} is one character: texts cannot be kept apart from it")
+        starts.add(name[0] if name[0] == name[1] else name[:2])  # one that overlaps with itself is missed by replace
+    splitting = f"| replace({_literal(MARK)}, {_literal(MARKED)})"
+    for start in sorted(starts):
+        splitting += f" | replace({_literal(start)}, {_literal(start[0] + SPLIT + start[1:])})"
+    return _TEMPLATE.replace("SPLITTING", splitting).replace("'SPLIT'", _literal(SPLIT))
+
+
+def _literal(text: str) -> str:
+    """A string of Jinja's, which has the escapes of Python."""
+    return json.dumps(text)
+
+
+def without_marks() -> dict[str, Any]:
+    """The normalizer of a Hugging Face tokenizer for texts that chat_template spelled."""
+    steps = ((SPLIT, ""), (MARKED, MARK))
+    replaced = [{"type": "Replace", "pattern": {"String": sign}, "content": text} for sign, text in steps]
+    return {"type": "Sequence", "normalizers": replaced}
+
 
 Message = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ how to mend it.
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ except ImportError as error:
     sys.exit(f"broken: torch cannot be imported ({error}); install torch >= 2.11")
 
 from nanochat_native import ops
+from nanochat_native.bench import record
 from nanochat_native.ops import reference
 
 
@@ -120,7 +121,9 @@ CHECKS: dict[str, Callable[[], float]] = {
 TOLERANCE = 1e-3  # of float32 results of order 1: a wrong kernel is off by far more
 
 
-def main() -> int:
+def main(args: Sequence[str] = ()) -> int:
+    """Looks at everything, and prints. Returns the exit code: 1 where something is broken."""
+    record.Parser(prog="python -m nanochat_native.doctor", description=__doc__).parse_args(args)
     torch.manual_seed(0)
     broken: list[str] = []
     print(
@@ -198,4 +201,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

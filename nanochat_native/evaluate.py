@@ -11,19 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from nanochat_native import core, data, distributed, lab, plot, run_folder
-from nanochat_native.checkpoint import CheckpointError
 from nanochat_native.config import STDLIB, FinetuneConfig
 from nanochat_native.distributed import World
-from nanochat_native.loading import autocast, exit_code, load_model, pick_device
+from nanochat_native.loading import MISTAKES, autocast, exit_code, load_model, parse_options, pick_device
 from nanochat_native.metrics import Console, SilentConsole
 from nanochat_native.model import GPT
 from nanochat_native.tokenizer import Tokenizer
-
-MISTAKES = (ValueError, ImportError, OSError, CheckpointError)
 
 
 class Evaluation(NamedTuple):
@@ -353,10 +349,13 @@ def run(options: Options, world: World | None = None) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Evaluates as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.evaluate", args=args)
+
+    def command(world: World) -> int:
+        return run(world.together(lambda: parse_options(Options, "evaluate", args), *MISTAKES), world)
+
     try:
         with distributed.joined() as world:
-            return exit_code(lambda: run(options, world))
+            return exit_code(lambda: command(world))
     except distributed.RankError as error:
         if distributed.environment_rank() == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
 import nanochat_native
 from nanochat_native import hugging_face
 from nanochat_native.config import EXAMPLES, STDLIB
-from nanochat_native.conversations import CHAT_TEMPLATE, is_chat_trained, stop_tokens
+from nanochat_native.conversations import chat_template, is_chat_trained, prompt_of, stop_tokens, without_marks
 from nanochat_native.generate import generate_tokens
-from nanochat_native.loading import exit_code, load_model
+from nanochat_native.loading import load_model, run_command
 from nanochat_native.model import GPT
 from nanochat_native.run_folder import load_config
 from nanochat_native.tokenizer import Tokenizer
@@ -132,33 +131,39 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat: bool) -> None:
         "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, bos, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [tokenizer.bos_id], "tokens": ["<|bos|>"]}},
     }
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|bos|>"}
+    if chat:
+        described["normalizer"] = without_marks()
+        settings |= {"eos_token": "<|assistant_end|>", "chat_template": chat_template(tokenizer.special_tokens)}
     (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"eos_token": "<|assistant_end|>", "chat_template": CHAT_TEMPLATE} if chat else {"eos_token": "<|bos|>"}
     _write_json(folder / "tokenizer_config.json", settings)
 
 
 def card(options: Options, model: GPT, tokenizer: Tokenizer, meta: Mapping[str, Any]) -> str:
     """The model card: what the model is, what it was trained on, and how well it does."""
     trained = load_config(options.checkpoint)
-    tokens = meta["step"] * trained.total_batch_size
     bpb = meta.get("validation_bpb")
     quality = "not measured" if bpb is None else f"{bpb:.4f} bits per byte on held-out text of the same data"
     shape = model.config
-    embedded = {STDLIB: "the sources of Python's standard library", EXAMPLES: "conversations made up by rules"}
-    data = embedded.get(trained.data, f"`{Path(trained.data).name}`")
+    ours = f"nanochat-native {meta['nanochat_native']}"
+    if meta.get("imported"):
+        training = (
+            "by another program" + (f", {meta['step']:,} steps" if meta["step"] else "") + f"; imported by {ours}"
+        )
+        data = "not known"
+    else:
+        tokens = meta["step"] * trained.total_batch_size
+        training = (
+            f"{meta['step']:,} steps of {trained.total_batch_size:,} tokens, {tokens:,} in all, seed {trained.seed}, "
+            f"by {ours} (optimizer {trained.optimizer})"
+        )
+        embedded = {STDLIB: "the sources of Python's standard library", EXAMPLES: "conversations made up by rules"}
+        name = embedded.get(trained.data, f"`{Path(trained.data).name}`")
+        data = f"{name}, SHA-256 of the tokens {meta['data_hash']}"
     kind = "It continues text. It was not trained to chat, nor made safe."
     if is_chat_trained(meta):
         kind = "It was fine-tuned on conversations, and its tokenizer has their template. It was not made safe."
-    opened = '"transformers"' if options.format == "transformers" else "safetensors"
-    use = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
-ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
-```
-"""
+    use = _use(options, chat=is_chat_trained(meta))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -169,19 +174,50 @@ tags: [nanochat]
 {model.num_params():,} parameters: {shape.n_layer} layers, width {shape.n_embd}, {shape.n_head} query and
 {shape.n_kv_head} key/value heads, {shape.sequence_len} tokens of context, a vocabulary of {shape.vocab_size:,}.
 
-- Training: {meta["step"]:,} steps of {trained.total_batch_size:,} tokens, {tokens:,} in all, seed {trained.seed}, by
-  nanochat-native {meta["nanochat_native"]} (optimizer {trained.optimizer}). Exported in
-  {options.dtype} by {nanochat_native.__version__}.
-- Data: {data}, SHA-256 of the tokens {meta["data_hash"]}; tokenizer {tokenizer.hash[:16]}.
+- Training: {training}. Exported in {options.dtype} by {nanochat_native.__version__}.
+- Data: {data}; tokenizer {tokenizer.hash[:16]}.
 - Validation: {quality}.
 - {kind}
 
-{use if opened == '"transformers"' else "The weights have nanochat's names; model_config.json holds the shape."}
+{use}"""
+
+
+def _use(options: Options, *, chat: bool) -> str:
+    """What the model card says of how to open the folder, and of texts that could hold special tokens."""
+    opened = "The weights have nanochat's names; model_config.json holds the shape, tokenizer/ the tokenizer.\n"
+    protected = ""
+    if options.format == "transformers":
+        prompt = 'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids'
+        if chat:
+            prompt = """messages = [{"role": "user", "content": "Who are you?"}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)"""
+            protected = """\
+`apply_chat_template`, and a pipeline that is given messages, never turn the text of a message into a special token:
+the template splits the names of special tokens by two invisible characters (U+FDD0 U+FDD1), and the normalizer of
+tokenizer.json removes these. A program that builds its prompt in another way, or whose tokenizer does not apply that
+normalizer, has no such protection.
+
+"""
+        opened = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+{prompt}
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+"""
+    return f"""{opened}
+## Texts that others wrote
+
+{protected}The call `tokenizer(text)` of transformers reads the name of a special token in a text, e.g. `<|bos|>`, as
+that token. For a text that you did not write yourself use `tokenizer(text, split_special_tokens=True)`: it reads such a
+name as ordinary characters.
 """
 
 
 def verify(options: Options) -> str:
-    """Compares the folder, opened by transformers, with the run: float32 logits and greedy tokens of some prompts.
+    """Compares the folder, opened by transformers, with the run: float32 logits and greedy tokens of some prompts, and
+    of a chat model a prompt by its template.
 
     Returns what was found, in a line. Raises ImportError without transformers, and ValueError where they differ.
     """
@@ -213,6 +249,11 @@ def verify(options: Options) -> str:
         continued = [token for token in drawn.tolist() if token not in ends]
         if continued != own:
             raise ValueError(f"greedy tokens after {prompt!r} differ: {continued} by transformers, {own} here")
+    if is_chat_trained(meta):
+        messages = [{"role": "user", "content": f"a < b, {''.join(tokenizer.special_tokens)}"}]
+        found = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if found != (ids := prompt_of(tokenizer, messages, chat_trained=True)):
+            raise ValueError(f"the chat template spells {messages} as {found}; this program as {ids}")
     return f"{len(PROMPTS)} prompts: logits within {worst:.1e}, the same {VERIFIED_TOKENS} greedy tokens"
 
 
@@ -237,8 +278,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Exports as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.export", args=args)
-    return exit_code(lambda: run(options))
+    return run_command(Options, "export", args, run)
 
 
 if __name__ == "__main__":

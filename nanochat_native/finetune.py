@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import torch
 from nanochat_native import checkpoint, conversations, lab
 from nanochat_native.config import AUTO, EXAMPLES, ConfigError, FinetuneConfig, TrainConfig, flag
 from nanochat_native.conversations import Message
-from nanochat_native.data import Batch, Corpus, Rows
+from nanochat_native.data import Batch, Corpus, Rows, chats
 from nanochat_native.distributed import World
 from nanochat_native.engine import Engine, Sampling
 from nanochat_native.example_chats import example_chats
@@ -45,40 +46,47 @@ OF_PRETRAINING = ("total_batch_size", "target_flops", "target_param_data_ratio",
 Conversation = Sequence[Message]
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations of a file: a JSON object {"messages": [...]}, or the list alone, a line; empty lines are none.
+def read_conversations(data: str | Path, notes: list[str] | None = None) -> list[Conversation]:
+    """The conversations of a file, a folder or a glob, in the forms of data/chats.py, each ending with an answer.
 
-    Raises FileNotFoundError, and ValueError that names file, line and what is wrong there.
+    notes: takes a line for each form that is not plain messages, and for files that are left out. Raises
+    FileNotFoundError, and ValueError that names file, line and what is wrong there.
     """
-    found = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    content = json.loads(line)
-                    messages: Any = content.get("messages") if isinstance(content, dict) else content
-                    conversations.check_messages(messages)
-                    if messages[-1]["role"] != "assistant":
-                        raise ValueError("the last message is the user's: there is no answer to learn")
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-                found.append(messages)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a line)") from None
+    files, left_out = chats.find_files(data)
+    found: list[Conversation] = []
+    forms: Counter[str] = Counter()
+    for path in files:
+        for line, record in chats.read_records(path):
+            try:
+                messages, form = chats.chat_of(record)
+                conversations.check_messages(messages)
+                if messages[-1]["role"] != "assistant":
+                    raise ValueError("the last message is the user's: there is no answer to learn")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {error}") from None
+            found.append(messages)
+            forms[form] += 1
     if not found:
-        raise ValueError(f"{path}: no conversation in it")
+        raise ValueError(f"{data}: no conversation in it")
+    if notes is not None:
+        notes += left_out
+        notes += [
+            f"{Path(data).name}: {count:,} of {len(found):,} records are {form}"
+            for form, count in forms.items()
+            if form
+        ]
     return found
 
 
-def held_out(chats: Sequence[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """(to train on, to measure on), chosen by a hash of the text: equal conversations never lie on both sides."""
-    parts: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for chat in chats:
-        digest = hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest()
-        parts[int.from_bytes(digest[:8], "big") < VAL_SHARE * 2**64].append(chat)
-    return parts
+def identity(chat: Conversation) -> bytes:
+    """A hash of who says what: equal for conversations that are learnt as the same."""
+    said = [{"role": message["role"], "content": message["content"]} for message in chat]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
+
+
+def is_held_out(chat: Conversation) -> bool:
+    """Whether to measure on it instead of learning it: equal conversations never lie on both sides."""
+    return int.from_bytes(identity(chat)[:8], "big") < VAL_SHARE * 2**64
 
 
 class Chats(NamedTuple):
@@ -87,40 +95,66 @@ class Chats(NamedTuple):
     val: Rows
 
 
+Rendered = tuple[list[int], list[bool]]  # conversations.render
+
+
 def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) -> Chats:
     """The config's conversations as rows of at most max_seq_len tokens.
 
-    Raises what read_conversations does, and ValueError where nothing is left to learn or the tokenizer has no tokens
-    for conversations.
+    Raises what read_conversations does, and ValueError where nothing is left to learn or to measure, or the tokenizer
+    has no tokens for conversations.
     """
-    chats: Sequence[Conversation] = example_chats() if config.data == EXAMPLES else read_conversations(config.data)
-    train: Sequence[Conversation]
-    val: Sequence[Conversation]
-    notes = []
-    if config.val_data is not None:
-        train, val = chats, read_conversations(config.val_data)
+    notes: list[str] = []
+    found: Sequence[Conversation] = (
+        example_chats() if config.data == EXAMPLES else read_conversations(config.data, notes)
+    )
+    rendered = [conversations.render(tokenizer, chat) for chat in found]
+    train: list[Rendered]
+    val: list[Rendered]
+    if config.val_data is None:
+        held_out = [is_held_out(chat) for chat in found]
+        train, val = ([row for row, held in zip(rendered, held_out, strict=True) if held == side] for side in (0, 1))
     else:
-        train, val = held_out(chats)
-        if not train or not val:
-            train = val = chats
-            notes.append(f"too few conversations ({len(chats)}) to hold some out: validation measures on all of them")
-    rendered = [[conversations.render(tokenizer, chat) for chat in part] for part in (train, val)]
-    length = max(len(tokens) for part in rendered for tokens, _ in part) - 1
+        others = read_conversations(config.val_data, notes)
+        train, val = rendered, [conversations.render(tokenizer, chat) for chat in others]
+        learnt_too = {identity(chat) for chat in found}
+        if both := sum(identity(chat) in learnt_too for chat in others):
+            notes.append(f"{both:,} of {len(others):,} conversations of --val-data are in --data too, and are learnt")
+    length = max(len(tokens) for tokens, _ in train + val) - 1
     length = min(config.max_seq_len, math.ceil(length / LENGTHS) * LENGTHS)
-    cut = sum(len(tokens) - 1 > length for part in rendered for tokens, _ in part)
-    kept = [[(tokens, learnt) for tokens, learnt in part if any(learnt[1 : length + 1])] for part in rendered]
-    lost = sum(map(len, rendered)) - sum(map(len, kept))
-    if not all(kept):
-        raise ValueError(f"{config.data}: no answer begins within {length} tokens: take a longer --max-seq-len")
-    if cut:
-        left_out = f"; {lost} whose answers all lie there are left out" if lost else ""
-        notes.append(f"{cut} conversations lose what is behind {length} tokens{left_out}")
-    rows, val_rows = (Rows(part, length) for part in kept)
+    if cut := sum(len(tokens) - 1 > length for tokens, _ in train + val):
+        lost = sum(not any(learnt[1 : length + 1]) for _, learnt in train + val)
+        left_out = f"; {lost:,} whose answers all lie there are left out" if lost else ""
+        notes.append(f"{cut:,} conversations lose what is behind {length} tokens{left_out}")
+
+    def kept(part: Sequence[Rendered]) -> list[Rendered]:
+        return [(tokens, learnt) for tokens, learnt in part if any(learnt[1 : length + 1])]
+
+    def learnt_bytes(rows: Rows, count: int | None = None) -> int:
+        return sum(
+            int(tokenizer.token_bytes[tokens[1:][learnt[1:]]].sum()) for tokens, learnt in rows.documents[:count]
+        )
+
+    parts = kept(train), kept(val)
+    if config.val_data is None and not all(learnt_bytes(Rows(part, length)) for part in parts):
+        parts = kept(rendered), kept(rendered)
+        notes.append(
+            f"too few conversations with answers ({len(parts[0])}) to hold some out: validation measures on all"
+        )
+    rows, val_rows = (Rows(part, length) for part in parts)
+    for name, part in ((config.data, rows), (config.val_data or config.data, val_rows)):
+        if not part.documents:
+            raise ValueError(f"{name}: no answer begins within {length} tokens: take a longer --max-seq-len")
+        if not learnt_bytes(part):
+            raise ValueError(f"{name}: every answer is empty: there is nothing to learn or to measure")
+    if not learnt_bytes(val_rows, math.ceil(config.eval_tokens / length)):
+        raise ValueError(
+            f"{config.val_data or config.data}: the first answers to measure on are all empty: take an --eval-tokens "
+            f"above {config.eval_tokens}"
+        )
     digest = hashlib.sha256(f"{tokenizer.hash} {length}".encode())
-    for part in kept:
-        digest.update(json.dumps(part).encode() + b"\n")
-    targets = [rows.pair(i * length, length)[1] for i in range(len(rows.documents))]
-    learnt_bytes = sum(int(tokenizer.token_bytes[row[row >= 0]].sum()) for row in targets)
+    for side in parts:
+        digest.update(json.dumps(side).encode() + b"\n")
     name = "made-up examples" if config.data == EXAMPLES else Path(config.data).name
     corpus = Corpus(
         tokenizer=tokenizer,
@@ -131,7 +165,7 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
         f"{rows.learnt:,} tokens to learn, rows of {length}",
         notes=tuple(notes),
         hash=digest.hexdigest(),
-        bytes_per_token=learnt_bytes / rows.learnt,
+        bytes_per_token=learnt_bytes(rows) / rows.learnt,
     )
     return Chats(corpus, rows, val_rows)
 
@@ -216,6 +250,8 @@ def complete(config: FinetuneConfig) -> FinetuneConfig:
     for a model that cannot be read."""
     if config.checkpoint is None:
         raise ConfigError("--checkpoint RUN is needed: the model to begin with")
+    if config.val_data == "":
+        raise ConfigError("--val-data is empty; it takes a file, a folder or a glob")
     if config.depth != AUTO and config.total_batch_size != AUTO:  # a run's own
         return sized(config)
     fields = config.__dataclass_fields__

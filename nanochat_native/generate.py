@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from nanochat_native.engine import Engine, Sampling, TextStream, check_sampling, sample
-from nanochat_native.loading import autocast, exit_code, load_model, pick_device
+from nanochat_native.loading import autocast, load_model, pick_device, run_command
 from nanochat_native.model import GPT, KVCache
 from nanochat_native.tokenizer import Tokenizer
 
@@ -187,8 +186,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Generates as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.generate", args=args)
-    return exit_code(lambda: run(options))
+    return run_command(Options, "generate", args, run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Names and settings of transformers' NanoChatForCausalLM, which is nanochat's first architecture, as this model is."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+
+SIZES = {
+    "max_position_embeddings": "sequence_len",
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "hidden_size": "n_embd",
+}
+LARGEST = 2**24  # of SIZES: far beyond any model, and small enough to compute with
 
 
 def names(n_layer: int) -> dict[str, str]:
@@ -62,41 +73,65 @@ def config_of(config: GPTConfig, *, bos_id: int | None, dtype: str) -> dict[str,
     }
 
 
-def gpt_config(folder: Path) -> GPTConfig:
-    """The model that a folder's config.json describes.
-
-    Raises ValueError, naming the setting, for one that this model has not.
-    """
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError, and ValueError for a damaged one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing")
     try:
-        found = json.loads((folder / "config.json").read_bytes())
-        config = GPTConfig(
-            sequence_len=found["max_position_embeddings"],
-            vocab_size=found["vocab_size"],
-            n_layer=found["num_hidden_layers"],
-            n_head=found["num_attention_heads"],
-            n_kv_head=found.get("num_key_value_heads") or found["num_attention_heads"],
-            n_embd=found["hidden_size"],
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: not the config of a model ({error!r})") from None
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        where = f"{error.msg} in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "no text in UTF-8"
+        raise ValueError(f"{path}: damaged, not JSON ({where})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: damaged, it holds no JSON object")
+    return found
+
+
+def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
+    """The model that a folder's config.json describes, and the eps of its norms, which this model cannot take over.
+
+    Raises FileNotFoundError, and ValueError, naming the setting, for one that this model has not.
+    """
+    path = folder / "config.json"
+    found = read_json(path)
     if found.get("model_type") != MODEL_TYPE:
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type is {found.get('model_type')!r}; it takes {MODEL_TYPE!r}"
-        )
+        raise ValueError(f'{path}: model_type is {json.dumps(found.get("model_type"))}; it takes "{MODEL_TYPE}"')
+    sizes: dict[str, Any] = {name: found.get(name) for name in SIZES}
+    sizes["num_key_value_heads"] = found.get("num_key_value_heads", found.get("num_attention_heads"))
+    for name, size in sizes.items():
+        if type(size) is not int or not 0 < size <= LARGEST:
+            raise ValueError(f"{path}: {name} is {json.dumps(size)}; it takes a whole number from 1 to {LARGEST}")
+    try:
+        config = GPTConfig(**{own: sizes[theirs] for theirs, own in SIZES.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     rope = found.get("rope_parameters") or {}
+    scaling = found.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise ValueError(f"{path}: rope_parameters and rope_scaling take an object")
+    # What the model computes with: (the folder's, as transformers takes it where it is not given; ours).
     settings = {
-        "intermediate_size": (found.get("intermediate_size"), 4 * config.n_embd),
+        "intermediate_size": (found.get("intermediate_size", 8192), 4 * config.n_embd),
+        "head_dim": (found.get("head_dim") or config.head_dim, config.head_dim),
         "hidden_act": (found.get("hidden_act", "relu2"), "relu2"),
         "attention_bias": (found.get("attention_bias", False), False),
         "tie_word_embeddings": (found.get("tie_word_embeddings", False), False),
         "final_logit_softcapping": (found.get("final_logit_softcapping", SOFTCAP), SOFTCAP),
         "rope_theta": (rope.get("rope_theta", found.get("rope_theta", ROTARY_BASE)), ROTARY_BASE),
-        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "rope_scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1)), 1),
+        "sliding_window": (found.get("sliding_window"), None),
+        "layer_types": (sorted(set(found.get("layer_types") or ["full_attention"])), ["full_attention"]),
+        "quantization_config": (found.get("quantization_config"), None),
     }
     for name, (value, takes) in settings.items():
         if value != takes:
-            raise ValueError(f"{folder / 'config.json'}: {name} is {value!r}; this model takes {takes!r}")
-    return config
+            raise ValueError(f"{path}: {name} is {json.dumps(value)}; this model takes {json.dumps(takes)}")
+    eps = found.get("rms_norm_eps", 1e-6)
+    if type(eps) not in (int, float) or not 0 < eps < math.inf:
+        raise ValueError(f"{path}: rms_norm_eps is {json.dumps(eps)}; it takes a finite number above 0")
+    return config, float(eps)
 
 
 def renamed(tensors: Mapping[str, Tensor], mapping: Mapping[str, str]) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ loaded with weights_only, and the tokenizer's pickle is read as data, by the few
 import dataclasses
 import io
 import json
+import math
 import pickletools
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import nanochat_native
+import nanochat_native.model
 from nanochat_native import checkpoint, hugging_face, run_folder
 from nanochat_native.config import TrainConfig, with_defaults
-from nanochat_native.conversations import CHAT_TRAINED
-from nanochat_native.loading import exit_code
+from nanochat_native.conversations import CHAT_TRAINED, without_marks
+from nanochat_native.loading import check_weights, run_command
 from nanochat_native.model import EPS, GPT, GPTConfig
 from nanochat_native.tokenizer import Tokenizer, byte_letters
+
+PROBE_ROWS, PROBE_TOKENS = 4, 64
+EPS_MOVES = 0.01  # of logits, at most, by another eps; they are from -15 to 15
 
 
 @dataclass
@@ -51,7 +56,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """What was read. step, bpb: None where the source does not say. chat: it was trained on conversations."""
+    """What was read. step, bpb: None where the source does not say. chat: it was trained on conversations. eps: of its
+    norms."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
@@ -60,6 +66,7 @@ class Source:
     bpb: float | None
     notes: list[str]
     chat: bool = False
+    eps: float = EPS
 
 
 def read(options: Options) -> Source:
@@ -69,10 +76,55 @@ def read(options: Options) -> Source:
         raise FileNotFoundError(f"{folder}: no such folder")
     if list(folder.glob("model_*.pt")):
         source = read_nanochat(folder, options.step, options.tokenizer)
-        return dataclasses.replace(source, chat=options.chat)
-    if (folder / "config.json").is_file():
-        return read_transformers(folder)
-    raise FileNotFoundError(f"{folder} has neither nanochat's model_*.pt nor a config.json of transformers")
+        source = dataclasses.replace(source, chat=options.chat)
+    elif (folder / "config.json").is_file():
+        if options.step is not None:
+            raise ValueError(f"--step is {options.step}, but {folder} is transformers', which has one checkpoint")
+        source = read_transformers(folder)
+    else:
+        raise FileNotFoundError(f"{folder} has neither nanochat's model_*.pt nor a config.json of transformers")
+    return with_float32(folder, source)
+
+
+def with_float32(folder: Path, source: Source) -> Source:
+    """The source with float32 weights, which hold those of 16 bits exactly.
+
+    Raises ValueError for weights that float32 cannot hold, that do not fit the model, or that do not fit the tokenizer.
+    """
+    if source.tokenizer.vocab_size != source.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {source.tokenizer.vocab_size} ids, the model {source.config.vocab_size}: "
+            "they do not belong together"
+        )
+    with torch.device("meta"):
+        check_weights(folder, source.tensors, GPT(source.config))
+    for name, tensor in source.tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{folder}: {name} is {kind}; it takes float32, bfloat16 or float16")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {name} holds numbers that are not finite: the model is damaged")
+    return dataclasses.replace(source, tensors={name: tensor.float() for name, tensor in source.tensors.items()})
+
+
+def probe(config: GPTConfig) -> Tensor:
+    """Random tokens."""
+    shape = (PROBE_ROWS, min(PROBE_TOKENS, config.sequence_len))
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def moved_by_eps(source: Source, tokens: Tensor) -> float:
+    """How far the logits of tokens (B, T) are from those with the source's eps, at most."""
+    model = GPT(source.config)
+    model.load_state_dict(source.tensors)
+    with torch.inference_mode():
+        own = model(tokens)
+        try:
+            nanochat_native.model.EPS = source.eps
+            theirs = model(tokens)
+        finally:
+            nanochat_native.model.EPS = EPS
+    return (own - theirs).abs().max().item()
 
 
 def read_nanochat(folder: Path, step: int | None, tokenizer: Path | None) -> Source:
@@ -80,43 +132,56 @@ def read_nanochat(folder: Path, step: int | None, tokenizer: Path | None) -> Sou
     steps = sorted(
         int(m.group(1)) for p in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)\.pt", p.name))
     )
-    if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(f"{folder} has checkpoints of steps {steps}" + (f"; not {step}" if steps else ""))
+    if not steps:
+        raise FileNotFoundError(f"{folder} has no model_STEP.pt, with the step in digits")
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"{folder} holds no checkpoint of step {step}, but of {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     meta_path = folder / f"meta_{step:06d}.json"
     if not meta_path.is_file():
         raise FileNotFoundError(f"{meta_path}: missing; it holds the shape of the model")
+    meta = hugging_face.read_json(meta_path)
+    shape: Any = meta.get("model_config")
+    sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+    missing = [name for name in sizes if name not in shape] if isinstance(shape, dict) else ["model_config"]
+    if missing:
+        raise ValueError(f"{meta_path}: no model_config of nanochat's: {', '.join(missing)} is missing")
+    for name in sizes:
+        if type(shape[name]) is not int or not 0 < shape[name] <= hugging_face.LARGEST:
+            takes = f"it takes a whole number from 1 to {hugging_face.LARGEST}"
+            raise ValueError(f"{meta_path}: {name} is {json.dumps(shape[name])}; {takes}")
     try:
-        meta = json.loads(meta_path.read_bytes())
-        shape = meta["model_config"]
-        config = GPTConfig(
-            **{name: shape[name] for name in ("sequence_len", "vocab_size", "n_layer", "n_head")},
-            n_kv_head=shape["n_kv_head"],
-            n_embd=shape["n_embd"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{meta_path}: no model_config of nanochat's ({error!r})") from None
-    pattern = set(str(shape.get("window_pattern", "L")))
-    if pattern - {"L"}:
+        config = GPTConfig(**{name: shape[name] for name in sizes})
+    except ValueError as error:
+        raise ValueError(f"{meta_path}: {error}") from None
+    if set(str(shape.get("window_pattern", "L"))) != {"L"}:
         raise ValueError(f"{meta_path}: window_pattern is {shape['window_pattern']!r}; the first architecture has none")
+    path = folder / f"model_{step:06d}.pt"
     try:
-        loaded = torch.load(folder / f"model_{step:06d}.pt", map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(
-            f"{folder / f'model_{step:06d}.pt'} cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from None
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception:  # torch raises many, each with an explanation for programmers
+        raise ValueError(f"{path} cannot be read: it is damaged, or holds more than tensors") from None
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise ValueError(f"{path} cannot be read: it takes tensors by their names")
+    bpb: Any = meta.get("val_bpb")
+    bpb = bpb if type(bpb) in (int, float) and math.isfinite(bpb) else None
     tensors = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in loaded.items()}
-    own = hugging_face.names(config.n_layer)
+    own = own_names(config, tensors)
     tensors = hugging_face.renamed(cropped(tensors, config.vocab_size), {name: name for name in own})
-    return Source(
-        config, tensors, read_tokenizer_pickle(find_tokenizer(folder, tokenizer)), step, meta.get("val_bpb"), []
-    )
+    return Source(config, tensors, read_tokenizer_pickle(find_tokenizer(folder, tokenizer)), step, bpb, [])
+
+
+def own_names(config: GPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """hugging_face.names, but of no more layers than there are tensors, whatever the config says."""
+    return hugging_face.names(min(config.n_layer, len(tensors)))
 
 
 def cropped(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
     """wte and lm_head without the rows that pad the vocabulary."""
     return {
-        name: t[:vocab_size] if name in hugging_face.ENDS and t.size(0) > vocab_size else t
+        name: t[:vocab_size] if name in hugging_face.ENDS and t.ndim and t.size(0) > vocab_size else t
         for name, t in tensors.items()
     }
 
@@ -135,65 +200,94 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path:
 
 def read_transformers(folder: Path) -> Source:
     """config.json, the weights in one file or several, and tokenizer.json."""
-    config = hugging_face.gpt_config(folder)
+    config, eps = hugging_face.gpt_config(folder)
     index = folder / "model.safetensors.index.json"
-    try:
-        files = (
-            sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            if index.exists()
-            else ["model.safetensors"]
-        )
-        tensors: dict[str, Tensor] = {}
-        for file in files:
-            if Path(file).name != file:
-                raise ValueError(f"{index} names {file!r}, which is not beside it")
-            if not (folder / file).is_file():
-                raise FileNotFoundError(f"{folder / file}: missing")
+    files = ["model.safetensors"]
+    if index.exists():
+        places = hugging_face.read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError(f"{index}: damaged, it has no weight_map of names")
+        files = sorted(set(places.values()))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{index} names {file!r}, which is not beside it")
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file}: missing")
+        try:
             tensors |= load_file(folder / file)
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: damaged weights ({error})") from None
-    theirs = {name: own for own, name in hugging_face.names(config.n_layer).items()}
-    eps = json.loads((folder / "config.json").read_bytes()).get("rms_norm_eps", 1e-6)
-    notes = [] if eps == EPS else [f"its rms_norm_eps of {eps:g} becomes {EPS:g}: logits move by about 1e-6"]
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file}: damaged weights ({error})") from None
+    theirs = {name: own for own, name in own_names(config, tensors).items()}
+    notes: list[str] = []
     tokenizer = read_tokenizer_json(folder / "tokenizer.json", notes)
     chat = has_chat_template(folder)
-    return Source(config, hugging_face.renamed(tensors, theirs), tokenizer, None, None, notes, chat)
+    return Source(config, hugging_face.renamed(tensors, theirs), tokenizer, None, None, notes, chat, eps)
 
 
 def has_chat_template(folder: Path) -> bool:
     """Whether transformers' tokenizer in there has one, in a file of its own or in tokenizer_config.json."""
     path = folder / "tokenizer_config.json"
-    try:
-        settings = json.loads(path.read_bytes()) if path.is_file() else {}
-        return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
+    settings = hugging_face.read_json(path) if path.is_file() else {}
+    return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
 
 
 def read_tokenizer_json(path: Path, notes: list[str]) -> Tokenizer:
     """A byte-level BPE of Hugging Face's, whose special tokens follow the others."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing")
+    stored = hugging_face.read_json(path)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        vocab, merges = stored["model"]["vocab"], stored["model"]["merges"]
+        model = stored["model"]
+        split, bytes_ = stored["pre_tokenizer"]["pretokenizers"]
+        vocab, merges, pattern = model["vocab"], model["merges"], split["pattern"]["Regex"]
         added = sorted((token["id"], token["content"]) for token in stored["added_tokens"])
-        split = next(p for p in stored["pre_tokenizer"]["pretokenizers"] if p["type"] == "Split")
         byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
         ordinary = sorted(
             (number, token) for token, number in vocab.items() if token not in {name for _, name in added}
         )
         tokens = [bytes(byte_of[letter] for letter in token) for _, token in ordinary]
-        pattern = split["pattern"]["Regex"]
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
-        raise ValueError(f"{path}: not a byte-level BPE with a split pattern ({error!r})") from None
+        pairs = [list(pair) if isinstance(pair, list | tuple) else pair.split(" ") for pair in merges]
+        settings = {
+            "model.type": (model["type"], "BPE"),
+            "model.dropout": (model.get("dropout"), None),
+            "model.byte_fallback": (model.get("byte_fallback", False), False),
+            "model.continuing_subword_prefix": (model.get("continuing_subword_prefix") or "", ""),
+            "model.end_of_word_suffix": (model.get("end_of_word_suffix") or "", ""),
+            "normalizer": (None if stored.get("normalizer") == without_marks() else stored.get("normalizer"), None),
+            "pre_tokenizer": (
+                [split["type"], split["behavior"], split["invert"], bytes_["type"]],
+                ["Split", "Isolated", False, "ByteLevel"],
+            ),
+            "add_prefix_space": (bytes_["add_prefix_space"], False),
+            "use_regex": (bytes_["use_regex"], False),
+            "added_tokens that are not special or match in another way": (
+                [t["content"] for t in stored["added_tokens"] if _is_unlike_ours(t)],
+                [],
+            ),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{path}: not a byte-level BPE with a split pattern") from None
+    for name, (value, takes) in settings.items():
+        if value != takes:
+            raise ValueError(f"{path}: {name} is {json.dumps(value)}; this tokenizer takes {json.dumps(takes)}")
     numbers = [number for number, _ in ordinary] + [number for number, _ in added]
-    if numbers != list(range(len(numbers))):
-        raise ValueError(f"{path}: its ids are not 0 to {len(numbers) - 1}, the special tokens last")
-    tokenizer = Tokenizer(tokens, pattern=pattern, specials=[name for _, name in added])
-    if [list(pair) if isinstance(pair, list | tuple) else pair.split(" ") for pair in merges] != tokenizer.merges():
+    tokenizer = _tokenizer(path, numbers, tokens, pattern, [name for _, name in added])
+    if pairs != tokenizer.merges():
         notes.append("its merges are not those of its tokens' order: rare words may be cut in another way")
     return tokenizer
+
+
+def _is_unlike_ours(token: dict[str, Any]) -> bool:
+    return not token["special"] or any(token.get(name) for name in ("single_word", "lstrip", "rstrip", "normalized"))
+
+
+def _tokenizer(path: Path, numbers: list[int], tokens: list[bytes], pattern: str, specials: list[str]) -> Tokenizer:
+    """numbers: ids of the tokens and then of the special tokens. Raises ValueError, with the path, for what is none."""
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"{path}: its ids are not 0 to {len(numbers) - 1}, the special tokens last")
+    try:
+        return Tokenizer(tokens, pattern=pattern, specials=specials)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a tokenizer of this program: {error}") from None
 
 
 def read_tokenizer_pickle(path: Path) -> Tokenizer:
@@ -209,9 +303,7 @@ def read_tokenizer_pickle(path: Path) -> Tokenizer:
         numbers = [*sorted(ranks.values()), *(specials[name] for name in names)]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: not a tiktoken encoding as nanochat saves it ({error})") from None
-    if numbers != list(range(len(numbers))):
-        raise ValueError(f"{path}: its ids are not 0 to {len(numbers) - 1}, the special tokens last")
-    return Tokenizer(tokens, pattern=pattern, specials=names)
+    return _tokenizer(path, numbers, tokens, pattern, names)
 
 
 def _data_of_pickle(content: bytes) -> dict[str, Any]:
@@ -282,21 +374,10 @@ def _data_of_pickle(content: bytes) -> dict[str, Any]:
 def write(source: Source, out: Path) -> None:
     """A run's folder with one checkpoint.
 
-    Raises ValueError where `out` holds something, or where the parts do not belong together.
+    Raises ValueError where `out` holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something; give another --out")
-    if source.tokenizer.vocab_size != source.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {source.tokenizer.vocab_size} ids, the model {source.config.vocab_size}: they do not "
-            "belong together"
-        )
-    with torch.device("meta"):
-        model = GPT(source.config)
-    for name, parameter in model.named_parameters():
-        if tuple(source.tensors[name].shape) != tuple(parameter.shape):
-            raise ValueError(f"{name} has shape {tuple(source.tensors[name].shape)}; it takes {tuple(parameter.shape)}")
-    weights = {name: tensor.float() for name, tensor in source.tensors.items()}
     config = source.config
     flags = TrainConfig(
         depth=config.n_layer,
@@ -306,8 +387,8 @@ def write(source: Source, out: Path) -> None:
         vocab_size=config.vocab_size,
         num_iterations=max(1, source.step or 1),
         device="cpu",
-        out_dir=out.parent,
-        run=out.name,
+        out_dir=out.absolute().parent,
+        run=out.absolute().name,
     )
     meta = {
         "nanochat_native": nanochat_native.__version__,
@@ -322,7 +403,7 @@ def write(source: Source, out: Path) -> None:
     }
     existed = out.exists()
     try:
-        checkpoint.save(out / "checkpoints", source.step or 0, {"model": weights}, meta)
+        checkpoint.save(out / "checkpoints", source.step or 0, {"model": source.tensors}, meta)
         source.tokenizer.save(out / "tokenizer")
         run_folder.save_config(with_defaults(flags, gpu=False))
     except BaseException:
@@ -335,21 +416,28 @@ def write(source: Source, out: Path) -> None:
 def run(options: Options) -> None:
     """Reads and writes, and says what was found."""
     source = read(options)
+    notes = list(source.notes)
+    if source.eps != EPS:
+        tokens = probe(source.config)
+        moved = moved_by_eps(source, tokens)
+        told = f"its rms_norm_eps of {source.eps:g} becomes {EPS:g}, which moves its logits by up to {moved:.1e}"
+        if not moved <= EPS_MOVES:
+            raise ValueError(f"{options.source}: {told}, too much for the same model; it takes {EPS_MOVES:g}")
+        notes.append(f"{told} (measured on {tokens.numel()} random tokens)")
     write(source, options.out)
     shape = source.config
     print(
         f"import   {options.out} | d{shape.n_layer}, width {shape.n_embd}, {shape.n_head} heads, vocabulary "
         f"{shape.vocab_size:,}" + (f" | step {source.step}" if source.step is not None else "")
     )
-    for note in source.notes:
+    for note in notes:
         print(f"note     {note}")
     print(f"sample   python -m nanochat_native.generate --checkpoint {options.out}")
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Imports as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.import_checkpoint", args=args)
-    return exit_code(lambda: run(options))
+    return run_command(Options, "import_checkpoint", args, run)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,17 @@ import tyro
 
 import nanochat_native
 from nanochat_native import distributed, hardware, plot
-from nanochat_native.config import AUTO, RATES, ConfigError, TrainConfig, flag, one_line_errors, parse, to_json
+from nanochat_native.config import (
+    AUTO,
+    RATES,
+    ConfigError,
+    TrainConfig,
+    check_values,
+    flag,
+    one_line_errors,
+    parse,
+    to_json,
+)
 from nanochat_native.metrics import Console
 from nanochat_native.optim import describe_routing, routing
 from nanochat_native.run_folder import sized
@@ -54,6 +64,7 @@ def configure(
         own, rest = tyro.cli(
             options, prog=f"python -m nanochat_native.{command}", args=list(args), return_unknown_args=True
         )
+    check_values(own, args)
     config = parse(rest, base)
     refuse_run_flags(config, TrainConfig(), command)
     return own, sized(config), rest

@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from nanochat_native import metrics
+from nanochat_native.loading import run_command
 from nanochat_native.metrics import value_of
 
 RESULT = "result.json"
@@ -106,16 +107,17 @@ def draw(folder: Path) -> Path | None:
     Raises FileNotFoundError when there is no result, ValueError for one that this version cannot draw.
     """
     try:
-        record = json.loads((folder / RESULT).read_text())
-        command = record["command"]
-        if command not in PICTURES:
-            raise ValueError(f"it is of command {command!r}; takes {', '.join(PICTURES)}")
-        figure = new_figure()
-        if figure is None:
-            return None
-        PICTURES[command](figure, record)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{folder / RESULT} cannot be drawn: {error!r}") from None
+        record = json.loads((folder / RESULT).read_bytes())
+        command = str(record["command"])
+        if command in PICTURES:
+            figure = new_figure()
+            if figure is None:
+                return None
+            PICTURES[command](figure, record)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{folder / RESULT} cannot be drawn: it is damaged, or of another version") from None
+    if command not in PICTURES:
+        raise ValueError(f"{folder / RESULT} cannot be drawn: it is of {command}; takes one of {', '.join(PICTURES)}")
     return save(figure, folder / f"{command}.png")
 
 
@@ -293,13 +295,7 @@ def run(folder: Path) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Draws as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.plot", args=args)
-    try:
-        run(options.folder)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(Options, "plot", args, lambda options: run(options.folder))
 
 
 if __name__ == "__main__":

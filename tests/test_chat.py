@@ -205,7 +205,7 @@ def test_a_chat_model_is_not_called_a_base_model(folder, capsys):
         (["--checkpoint", "/nowhere"], "no such run folder"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--max-tokens", "0"], "--max-tokens is 0"),
-        (["--step", "99"], "step_000099"),
+        (["--step", "99"], "holds no checkpoint of step 99, but of"),
         (["--prompt", "word " * 900], "the message has"),
     ],
     ids=str,

@@ -155,7 +155,7 @@ def test_command_line(run_dir, capsys):
 def test_command_line_mistakes_are_one_line(run_dir, capsys):
     for args, message in (
         (["--checkpoint", run_dir.parent / "none"], "no such run folder"),
-        (["--checkpoint", run_dir, "--step", 4], "step_000004"),
+        (["--checkpoint", run_dir, "--step", 4], "holds no checkpoint of step 4, but of 3, 5"),
         (["--checkpoint", run_dir, "--data", run_dir / "none.txt"], "none.txt"),
         (["--checkpoint", run_dir, "--max-tokens", 0], "--max-tokens 0"),
         (["--checkpoint", run_dir, "--max-per-task", 5], "--max-per-task is 5; it goes with --core FOLDER alone"),
@@ -253,7 +253,7 @@ def test_a_missing_second_is_said_before_the_first_is_measured(run_dir, capsys, 
     monkeypatch.setattr(evaluate, "evaluate", None)
     code, _, err = command(capsys, "--checkpoint", run_dir, "--compare", run_dir, "--compare-step", 4)
     assert code == 2
-    assert "step_000004" in err
+    assert "holds no checkpoint of step 4, but of 3, 5" in err
 
 
 def test_a_result_is_kept(run_dir, bundle, tmp_path, capsys):

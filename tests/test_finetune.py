@@ -204,8 +204,8 @@ def test_few_conversations_are_measured_on_themselves_and_long_ones_cut(base, ca
     (base / "few.jsonl").write_text("".join(json.dumps(messages) + "\n" for messages in chats))
     assert run(base, "few", data=base / "few.jsonl", val_data=None, num_iterations=1) == 0
     out = capsys.readouterr().out
-    assert "too few conversations (3) to hold some out" in out
-    assert "4 conversations lose what is behind 64 tokens; 2 whose answers all lie there are left out" in out
+    assert "too few conversations with answers (2) to hold some out" in out
+    assert "2 conversations lose what is behind 64 tokens; 1 whose answers all lie there are left out" in out
 
 
 @pytest.mark.slow
@@ -227,8 +227,23 @@ def test_ranks_learn_what_one_process_does(base):
     ("content", "message"),
     [
         ('{"messages": [', "line 2: "),
-        ("3", "line 2: messages takes a list"),
-        ('{"message": []}', "line 2: messages takes a list"),
+        ("3", "line 2: the record is no object and no list; it takes messages"),
+        ('{"message": []}', "line 2: the record has the keys 'message'; it takes messages"),
+        ('{"messages": []}', "line 2: messages takes a list with at least one"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "line 2: messages takes a message of the user"),
+        ('{"conversations": [{"from": "gpt", "value": "x"}]}', "line 2: messages[0].role is 'assistant'"),
+        ('{"conversations": [{"from": "narrator", "value": "x"}]}', "line 2: messages[0].role is 'narrator'"),
+        ('[{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]', "line 2: messages[1].role is 'user'"),
+        ('[{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]', "line 2: messages[1].role is 'tool'"),
+        (
+            '[{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]',
+            "line 2: messages[1].content is",
+        ),
+        ('[{"role": "user"}, {"role": "assistant", "content": "x"}]', "line 2: messages[0].content is"),
+        ('[{"from": "human"}, {"from": "gpt", "value": "x"}]', "line 2: messages[0].content is"),
+        ('[{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]', "line 2: messages[0].content is"),
+        ('["hello", "hi"]', "line 2: messages[0] is"),
+        ('[{"role": ["user"], "content": "x"}]', "line 2: messages[0].role is"),
         ('[{"role": "user", "content": "x"}]', "line 2: the last message is the user's"),
         ('[{"role": "assistant", "content": "x"}]', "line 2: messages[0].role is 'assistant'"),
         ("[" * 5000, "line 2: "),
@@ -249,8 +264,10 @@ def test_a_line_that_is_no_conversation_is_named(base, capsys, content, message)
     [
         ({"checkpoint": None}, "--checkpoint RUN is needed"),
         ({"checkpoint": "/nowhere"}, "no such run folder"),
-        ({"step": 77}, "step_000077"),
-        ({"data": "/nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"step": 77}, "holds no checkpoint of step 77, but of 4"),
+        ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl: no file, no folder with files and no glob that matches"),
+        ({"val_data": "/nowhere.jsonl"}, "/nowhere.jsonl: no file, no folder with files and no glob that matches"),
+        ({"val_data": ""}, "--val-data is empty; it takes a file, a folder or a glob"),
         ({"depth": 3}, "--depth is the base model's"),
         ({"vocab_size": 400}, "--vocab-size is the base model's"),
         ({"total_batch_size": 64}, "--total-batch-size is pretraining's; fine-tuning takes --batch-rows"),
@@ -285,8 +302,134 @@ def test_files_that_are_no_text_or_empty_are_refused(tmp_path):
     (tmp_path / "latin").write_bytes(b'[{"role": "user", "content": "\xe9"}]')
     with pytest.raises(ValueError, match="empty: no conversation in it"):
         finetune.read_conversations(tmp_path / "empty")
-    with pytest.raises(ValueError, match="latin: not UTF-8"):
+    with pytest.raises(ValueError, match="latin, line 1: not UTF-8"):
         finetune.read_conversations(tmp_path / "latin")
+
+
+# --- what is learnt of other files ---
+
+
+def chats_of(base, records, name="made.jsonl", **changes):
+    """make_chats of a file of records: (chats, notes)."""
+    (base / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = config_of(base, data=base / name, **changes)
+    _, tokenizer, _ = load_model(base / "runs" / "base")
+    made = finetune.make_chats(config, tokenizer, tokenizer.vocab_size)
+    return made, made.corpus.notes
+
+
+def documents(rows):
+    return [(tokens.tolist(), learnt.tolist()) for tokens, learnt in rows.documents]
+
+
+def test_a_file_may_hold_several_forms_and_the_notes_name_them(base):
+    plain, _ = chats_of(base, [chat("q", "a")] * 3, val_data=None)
+    records = [
+        {"messages": chat("q", "a")},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q", "completion": "a"},
+    ]
+    mixed, notes = chats_of(base, records, val_data=None)
+    assert documents(mixed.train) == documents(plain.train)
+    assert mixed.corpus.hash == plain.corpus.hash
+    assert "made.jsonl: 1 of 3 records are conversations, a list of messages" in notes
+    assert "made.jsonl: 1 of 3 records are prompt and completion, a question, and its answer" in notes
+    assert len(notes) == 3, "two forms, and too few to hold some out"
+
+
+def test_a_fault_after_many_good_records_is_told_by_its_line(base):
+    with pytest.raises(ValueError, match=r"made.jsonl, line 51: the record has the keys 'text'; it takes messages"):
+        chats_of(base, [chat("q", "a")] * 50 + [{"text": "x"}])
+
+
+def test_conversations_of_a_folder_are_those_of_its_files(base, capsys):
+    folder = base / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps(chat("q", "a")) + "\n")
+    (folder / "b.json").write_text(json.dumps([{"instruction": "r", "output": "b"}]))
+    (folder / "LICENSE").write_text("words")
+    notes = []
+    assert finetune.read_conversations(folder, notes) == [chat("q", "a"), chat("r", "b")]
+    assert notes[0] == f"not read, as no JSON: 1 of 3 files (first: {folder / 'LICENSE'})"
+    assert finetune.read_conversations(f"{folder}/*.jsonl") == [chat("q", "a")]
+    assert run(base, "of_a_folder", data=folder, val_data=f"{folder}/*.jsonl", num_iterations=1) == 0
+    out = capsys.readouterr().out
+    assert "note     1 of 1 conversations of --val-data are in --data too, and are learnt" in out
+
+
+def test_special_tokens_in_data_are_text(base):
+    made, _ = chats_of(base, [chat("<|assistant_start|>", "<|bos|><|user_end|>")], val_data=None)
+    _, tokenizer, _ = load_model(base / "runs" / "base")
+    ((tokens, _),) = documents(made.train)
+    names = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+    assert [t for t in tokens if t >= tokenizer.bos_id] == [tokenizer.special_tokens[name] for name in names]
+
+
+def test_equal_conversations_are_on_one_side_whatever_else_their_messages_have(base):
+    records = []
+    for number in range(40):
+        for copy in range(3):
+            records.append([message | {"id": f"{number}-{copy}"} for message in chat(f"q {number}", f"a {number}")])
+    made, notes = chats_of(base, records, val_data=None)
+    train, val = ({tuple(tokens) for tokens, _ in documents(rows)} for rows in (made.train, made.val))
+    assert not notes
+    assert len(train) + len(val) == 40
+    assert val
+    assert not train & val
+
+
+def held_out_questions(count, held):
+    """`count` questions whose conversations with this answer are held out, or not."""
+    return lambda answer: [q for q in map(str, range(1000)) if finetune.is_held_out(chat(q, answer)) == held][:count]
+
+
+def test_held_out_answers_that_are_all_empty_are_replaced_by_all(base):
+    records = [chat(q, "word") for q in held_out_questions(9, False)("word")]
+    records += [chat(q, "") for q in held_out_questions(2, True)("")]
+    made, notes = chats_of(base, records, val_data=None)
+    assert "too few conversations with answers (11) to hold some out: validation measures on all" in notes
+    assert documents(made.val) == documents(made.train)
+    assert len(made.train.documents) == 11
+    records[9:] = [chat(q, "word") for q in held_out_questions(2, True)("word")]
+    made, notes = chats_of(base, records, val_data=None)
+    assert (len(made.train.documents), len(made.val.documents), notes) == (9, 2, ())
+
+
+def test_answers_that_are_all_empty_are_refused_before_any_work(base, capsys):
+    empty = base / "all_empty.jsonl"
+    empty.write_text("".join(json.dumps(chat(str(i), "")) + "\n" for i in range(40)))
+    for changes in ({"data": empty, "val_data": None}, {"data": empty}, {"val_data": empty}):
+        assert run(base, "empty", **changes) == 2
+        assert (
+            capsys.readouterr().err
+            == f"error: {empty}: every answer is empty: there is nothing to learn or to measure\n"
+        )
+        assert not (base / "runs" / "empty").exists()
+    late = base / "late.jsonl"
+    late.write_text("".join(json.dumps(chat(str(i), "" if i < 8 else "word")) + "\n" for i in range(9)))
+    made, _ = chats_of(base, [chat("q", "a")], val_data=late)
+    tokens = 8 * made.val.sequence_len
+    assert run(base, "empty", data=base / "made.jsonl", val_data=late, eval_tokens=tokens) == 2
+    advice = f"take an --eval-tokens above {tokens}"
+    assert f"{late}: the first answers to measure on are all empty: {advice}" in capsys.readouterr().err
+    assert not (base / "runs" / "empty").exists()
+    changes = {"data": base / "made.jsonl", "val_data": late, "eval_tokens": tokens + 1, "num_iterations": 1}
+    assert run(base, "late", **changes) == 0
+
+
+def test_one_conversation_is_enough(base, capsys):
+    (base / "one.jsonl").write_text(json.dumps(chat("q", "a")))
+    assert run(base, "of_one", data=base / "one.jsonl", val_data=None, num_iterations=2) == 0
+    assert "too few conversations with answers (1) to hold some out" in capsys.readouterr().out
+
+
+def test_answers_beyond_the_cut_are_refused_by_file(base, capsys):
+    path = base / "long.jsonl"
+    path.write_text(json.dumps(chat("word " * 90, "never reached")) + "\n")
+    for changes in ({"data": path, "val_data": None}, {"val_data": path}):
+        assert run(base, "long", **changes) == 2
+        expected = f"error: {path}: no answer begins within 64 tokens: take a longer --max-seq-len\n"
+        assert capsys.readouterr().err == expected
 
 
 def test_defaults_follow_the_base(base):

@@ -286,6 +286,30 @@ def test_load_model_refuses_what_does_not_belong_together(run_dir, tmp_path):
         load_model(saved(model_config=shape))
     with pytest.raises(ValueError, match="without a tokenizer"):
         load_model(saved(tokenizer_hash=None))
+    weights = tensors["model"]
+    first, *others = weights
+    changed = [
+        ({name: weights[name] for name in others}, f"{first} is missing$"),
+        (weights | {"extra": torch.ones(2)}, "extra is unknown$"),
+        (weights | {first: torch.ones(2, 3)}, rf"{first} has shape \(2, 3\); it takes \("),
+        ({"extra": torch.ones(2)}, r"transformer.wte.weight is missing, .* and \d+ more$"),
+    ]
+    for model, message in changed:
+        with pytest.raises(ValueError, match=f"{run_dir}: the weights do not fit model_config: .*{message}"):
+            load_model(saved(model=model))
+    for other, message in (
+        ({**meta["model_config"], "width": 3}, "got an unexpected keyword argument 'width'"),
+        ({**meta["model_config"], "n_head": 0}, "n_head is 0; it takes a whole number from 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{run_dir}: its model_config is not one of this version .{message}"):
+            load_model(saved(model_config=other))
+    for name in ("tokenizer_hash", "model_config"):
+        checkpoint.save(folder, 3, tensors, {key: value for key, value in meta.items() if key != name})
+        with pytest.raises(ValueError, match=f"{run_dir}: its checkpoint has no {name}$"):
+            load_model(run_dir)
+    checkpoint.save(folder, 3, {"optimizer": {"x": torch.ones(2)}}, meta)
+    with pytest.raises(ValueError, match=r"its checkpoint has no weights of a model$"):
+        load_model(run_dir)
     saved()
     Tokenizer.train(["other text " * 99], 280).save(run_dir / "tokenizer")
     with pytest.raises(ValueError, match="not the tokenizer"):
@@ -321,7 +345,7 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
         (["--checkpoint", run_dir / "none"], "no such run folder"),
         (["--checkpoint", run_dir, "--temperature", "-1"], "temperature is -1"),
         (["--checkpoint", run_dir, "--max-tokens", "1000"], "160 positions"),
-        (["--checkpoint", run_dir, "--step", "7"], "step_000007"),
+        (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
     ):
         with use("torch"):
             assert generate.main([str(arg) for arg in args]) == 2

@@ -1,7 +1,7 @@
 """python -m nanochat_native.bench: correctness first, then time side by side with torch, a table, and JSON."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from nanochat_native.bench import generation, measure, operators, ranks, record, step
+from nanochat_native.loading import run_command
 
 
 @dataclass
@@ -33,8 +34,13 @@ class Options:
     """File for the results with machine, versions and commit."""
 
 
-def main() -> int:
-    options = tyro.cli(Options, prog="python -m nanochat_native.bench")
+def main(args: Sequence[str] | None = None) -> int:
+    """Races as `args` say, sys.argv's by default. Returns the exit code."""
+    return run_command(Options, "bench", args, run)
+
+
+def run(options: Options) -> int:
+    """Prints the table, and writes it. Returns the exit code."""
     if options.threads:
         torch.set_num_threads(options.threads)
     machine, limits = measure.machine(), measure.measure_limits()

@@ -223,7 +223,7 @@ def default_path(name: str, quick: bool) -> Path:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = record.Parser(
         prog="python -m nanochat_native.bench.gpu",
         description="Builds, tests and times the CUDA kernels: under 9 minutes, one JSON and a table.",
     )
@@ -238,8 +238,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    options = parse(sys.argv[1:])
+def main(args: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if args is None else args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, the result written
     return Run(options).run()
 

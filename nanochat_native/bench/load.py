@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
+from nanochat_native.loading import run_command
 
 PROMPTS = (
     "def __init__(self",
@@ -171,7 +171,7 @@ async def load(options: Options, port: int, pid: int, model: str) -> dict[str, A
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Starts a server, loads it, and ends it. Raises RuntimeError where it does not start or does not end well."""
+    """Starts a server, loads it, and ends it. Raises ChildProcessError where it does not start or does not end well."""
     command = [sys.executable, "-m", "nanochat_native.serve", "--checkpoint", str(options.checkpoint), "--port", "0"]
     command += ["--slots", str(options.slots), "--max-waiting", str(options.clients), "--model-name", "model"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
@@ -180,7 +180,7 @@ def run(options: Options) -> dict[str, Any]:
         try:
             line = next((line for line in server.stdout if line.startswith("serve ")), "")
             if not line:
-                raise RuntimeError(f"the server did not start: {server.stderr.read()[-500:]}")
+                raise ChildProcessError(f"the server did not start: {server.stderr.read()[-500:]}")
             port = int(line.split("//")[1].split("/")[0].rsplit(":", 1)[1])
             result = asyncio.run(load(options, port, server.pid, "model"))
         finally:
@@ -188,13 +188,17 @@ def run(options: Options) -> dict[str, Any]:
         errors = server.stderr.read()
         code = server.wait(30)
     if code not in (0, -15, 143) or errors:
-        raise RuntimeError(f"the server ended with {code}: {errors[-500:]}")
+        raise ChildProcessError(f"the server ended with {code}: {errors[-500:]}")
     return result
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    """Loads and prints as `args` say, sys.argv's by default. Returns the exit code."""
+    return run_command(Options, "bench.load", args, show)
+
+
+def show(options: Options) -> int:
     """Loads and prints. Returns 1 where something was lost."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.bench.load", args=args)
     result = run(options)
     lost, memory = result["lost"], [size / 1e6 for size in result["memory_bytes"]]
     print(

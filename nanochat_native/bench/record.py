@@ -1,11 +1,12 @@
 """What a run of the benchmarks leaves: its JSON file, and the words of each row. Needs no torch."""
 
+import argparse
 import json
 import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 GPU_FACTS = {
     "name": "name",
@@ -17,6 +18,13 @@ GPU_FACTS = {
     "celsius": "temperature.gpu",
     "power_limit_watts": "power.limit",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands that also run where no package but torch is: tells a wrong flag in one line, as the others do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

@@ -12,8 +12,7 @@ import tyro
 
 from nanochat_native import hardware, lab, sizing
 from nanochat_native.bench.measure import side_by_side
-from nanochat_native.config import one_line_errors
-from nanochat_native.loading import exit_code, pick_device
+from nanochat_native.loading import pick_device, run_command
 from nanochat_native.memory.allocations import PHASES
 from nanochat_native.memory.measurement import Step, measure
 from nanochat_native.memory.options import Options, sized
@@ -121,14 +120,7 @@ def run(given: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Does what `args` say, sys.argv's by default. Returns the exit code."""
-
-    def command() -> None:
-        with one_line_errors():
-            switches = (tyro.conf.FlagCreatePairsOff,)
-            options = tyro.cli(Options, prog="python -m nanochat_native.memory", args=args, config=switches)
-        run(options)
-
-    return exit_code(command)
+    return run_command(Options, "memory", args, run, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from nanochat_native.conversations import is_chat_trained
 from nanochat_native.engine import Engine
-from nanochat_native.loading import autocast, exit_code, load_model, pick_device
+from nanochat_native.loading import autocast, load_model, pick_device, run_command
 
 EXTRA = "serve needs starlette and uvicorn: pip install 'nanochat-native[serve]'"
 BACKLOG = 1024  # connections that wait to be accepted
@@ -148,8 +146,7 @@ def run(options: Options) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Serves as `args` say, sys.argv's by default. Returns the exit code."""
-    options = tyro.cli(Options, prog="python -m nanochat_native.serve", args=args)
-    return exit_code(lambda: run(options))
+    return run_command(Options, "serve", args, run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""Conversations in files: the forms in which they are published, what is refused and where, compressed, damaged."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from nanochat_native.data import DamagedFileError
+from nanochat_native.data.chats import chat_of, find_files, read_records
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+PLAIN = [USER, ASSISTANT]
+SYSTEM = {"role": "system", "content": "s"}
+
+
+# --- forms ---
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        (PLAIN, PLAIN),
+        ({"messages": PLAIN, "id": 3, "prompt": "q"}, PLAIN),
+        ({"conversation": PLAIN}, PLAIN),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PLAIN),
+        ([{"from": "user", "value": "q"}, {"from": "chatgpt", "value": "a"}], PLAIN),
+        ({"messages": [{"role": "human", "content": "q"}, {"role": "model", "content": "a"}]}, PLAIN),
+        ({"conversations": [{"from": "system", "value": "s"}, USER, ASSISTANT]}, [SYSTEM, *PLAIN]),
+        ({"system": "s", "conversations": PLAIN}, [SYSTEM, *PLAIN]),
+        ({"system": "", "system_prompt": None, "messages": PLAIN}, PLAIN),
+        ({"messages": None, "prompt": "q", "completion": "a"}, PLAIN),
+        ({"instruction": "q", "output": "a"}, PLAIN),
+        ({"instruction": "q", "input": "", "output": "a", "text": "x"}, PLAIN),
+        ({"instruction": "q", "input": None, "output": "a", "history": []}, PLAIN),
+        ({"instruction": "q", "input": "i", "output": "a"}, [{"role": "user", "content": "q\n\ni"}, ASSISTANT]),
+        ({"instruction": "q", "context": "i", "response": "a"}, [{"role": "user", "content": "q\n\ni"}, ASSISTANT]),
+        ({"prompt": "q", "completion": "a"}, PLAIN),
+        ({"prompt": "q", "response": "a"}, PLAIN),
+        ({"question": "q", "answer": "a"}, PLAIN),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, [SYSTEM, *PLAIN]),
+        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, [SYSTEM, *PLAIN]),
+        ({"prompt": [{"from": "human", "value": "q"}], "completion": "a"}, PLAIN),
+    ],
+    ids=str,
+)
+def test_every_form_gives_its_messages(record, messages):
+    before = json.dumps(record)
+    assert chat_of(record).messages == messages
+    assert json.dumps(record) == before
+
+
+def test_plain_messages_are_passed_on_as_they_are():
+    messages = [USER | {"name": "Ada"}, ASSISTANT | {"weight": 1}]
+    for record in (messages, {"messages": messages}):
+        chat = chat_of(record)
+        assert chat.form == ""
+        assert all(found is given for found, given in zip(chat.messages, messages, strict=True))
+
+
+def test_a_form_is_named_by_its_keys():
+    assert chat_of({"conversations": []}).form == "conversations, a list of messages"
+    assert chat_of({"prompt": "", "completion": ""}).form == "prompt and completion, a question, and its answer"
+    alpaca = "instruction and output, a question (with input after a blank line), and its answer"
+    assert chat_of({"instruction": "", "output": ""}).form == alpaca
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (3, "no object and no list; it takes messages"),
+        ("text", "no object and no list"),
+        (None, "no object and no list"),
+        ({}, "has the keys none; it takes messages"),
+        ({"text": "x", "source": "y"}, "has the keys 'text', 'source'; it takes messages, .* prompt and completion"),
+        ({"prompt": "q"}, "has the keys 'prompt'"),
+        ({"messages": {"user": "q", "assistant": "a"}}, "messages takes a list of messages"),
+        ({"conversations": "q"}, "conversations takes a list of messages"),
+        ({"messages": PLAIN, "conversations": PLAIN}, "has messages, conversations: it is not clear which"),
+        (
+            {"prompt": "q", "completion": "a", "question": "q", "answer": "a"},
+            "has prompt, completion, question, answer: it is not clear",
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "a preference, chosen and rejected; give the chosen"),
+        ({"prompt": 3, "completion": "a"}, "prompt takes a text, or a list of messages"),
+        ({"prompt": "q", "completion": None}, "completion takes a text"),
+        ({"instruction": "q", "input": ["x"], "output": "a"}, "input takes a text"),
+        ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, "history, which is not read"),
+        ({"system": ["s"], "messages": PLAIN}, "system takes a text"),
+        ({"system": "s", "messages": [SYSTEM, *PLAIN]}, "and its first message is the system's"),
+        ([USER, ASSISTANT | {"tool_calls": [{}]}], r"messages\[1\] has tool_calls"),
+        ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, r"messages\[1\] has function_call"),
+        ([USER, ASSISTANT | {"weight": 0}], r"messages\[1\] has weight 0"),
+        ({"prompt": [USER], "completion": [ASSISTANT | {"weight": 0}]}, r"messages\[1\] has weight 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_or_would_be_lost_is_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        chat_of(record)
+
+
+# --- files ---
+
+
+def records(path):
+    return [tuple(record) for record in read_records(path)]
+
+
+def test_lines_in_every_layout(tmp_path):
+    path = tmp_path / "x.jsonl"
+    bom = b"\xef\xbb\xbf"
+    for content in (
+        b'{"a": 1}\n\n[2]\n',
+        b'{"a": 1}\r\n\r\n[2]\r\n',
+        bom + b'{"a": 1}\n \t\n[2]',
+        b'{"a": 1}\n\n' + bom + b"[2]\n",
+    ):
+        path.write_bytes(content)
+        assert records(path) == [(1, {"a": 1}), (3, [2])]
+    path.write_text('"\u2028\x85"\n"\\r\\n"\n')
+    assert records(path) == [(1, "\u2028\x85"), (2, "\r\n")]
+    path.write_bytes(bom + b"\n")
+    assert records(path) == []
+
+
+def test_compressed_files(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    content = b'\xef\xbb\xbf{"a": 1}\n[2]\n'
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "x.json.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
+    for name in ("x.jsonl.gz", "x.json.zst"):
+        assert records(tmp_path / name) == [(1, {"a": 1}), (2, [2])]
+    cut = (tmp_path / "x.jsonl.gz").read_bytes()[:-6]
+    (tmp_path / "x.jsonl.gz").write_bytes(cut)
+    with pytest.raises(DamagedFileError, match=r"x.jsonl.gz: damaged gzip file"):
+        records(tmp_path / "x.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[]", []),
+        (" [\n] \n", []),
+        ('[\n {"a": 1},\n {"a":\n 2}\n]\n', [(2, {"a": 1}), (3, {"a": 2})]),
+        ("[[1], [2]]", [(1, [1]), (1, [2])]),
+        (json.dumps(PLAIN), [(1, PLAIN)]),
+        (json.dumps(PLAIN, indent=1), [(1, PLAIN)]),
+        (json.dumps([PLAIN, PLAIN]), [(1, PLAIN), (1, PLAIN)]),
+        (json.dumps(PLAIN) + "\n" + json.dumps(PLAIN), [(1, PLAIN), (2, PLAIN)]),
+        ('{\n"a": 1\n}\n{"a": 2}', [(1, {"a": 1}), (4, {"a": 2})]),
+        ("", []),
+    ],
+    ids=repr,
+)
+def test_a_json_file_holds_a_list_or_values_one_after_the_other(tmp_path, text, found):
+    path = tmp_path / "x.JSON"
+    path.write_text(text)
+    assert records(path) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', "line 2: not JSON .Expecting value at column 6"),
+        ("x.jsonl", b'{"a": 1} {"a": 2}\n', "line 1: not JSON .something follows the value at column 9"),
+        ("x.jsonl", b'[{"a": 1},\n', "line 1: not JSON"),
+        ("x.jsonl", b"{}\n\n" + b"[" * 100_000, "line 3: not JSON .it is nested too deeply"),
+        ("x.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "line 2: not UTF-8 .*save the file as UTF-8"),
+        ("x.jsonl", "{}\n".encode("utf-16"), "line 1: not UTF-8"),
+        ("x.json", b'[{"a": 1},\n{"a" 2}]', "line 2: not JSON"),
+        ("x.json", b'[{"a": 1}\n {"a": 2}]', "line 1: not JSON .neither a comma nor the end"),
+        ("x.json", b'[{"a": 1},\n', "line 1: not JSON .the list has no end"),
+        ("x.json", b'[{"a": 1}\n', "line 1: not JSON .neither a comma nor the end"),
+        ("x.json", b"[", "line 1: not JSON"),
+        ("x.json", b"[]\n]", "line 1: not JSON .something follows the end of the list"),
+        ("x.json", b"\n\n" + b"[" * 100_000, "line 3: not JSON .it is nested too deeply"),
+    ],
+)
+def test_damage_is_told_by_its_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}, {message}"):
+        records(path)
+
+
+def test_a_number_may_have_any_number_of_digits(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"id": {"9" * 5000}, "n": 12}}\n')
+    ((_, record),) = records(path)
+    assert record["id"] > 10**300
+    assert record["n"] == 12
+    assert type(record["n"]) is int
+
+
+def test_files_folders_and_globs(tmp_path):
+    for name in ("b.jsonl", "a.ndjson", "sub/c.json.gz", "README.md", "data.parquet"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    wanted = [tmp_path / name for name in ("a.ndjson", "b.jsonl", "sub/c.json.gz")]
+    files, notes = find_files(tmp_path)
+    assert files == wanted
+    assert notes == [f"not read, as no JSON: 2 of 5 files (first: {tmp_path / 'README.md'})"]
+    assert find_files(f"{tmp_path}/*.jsonl") == ([tmp_path / "b.jsonl"], [])
+    (tmp_path / "any").write_text("{}")
+    assert find_files(tmp_path / "any") == ([tmp_path / "any"], []), "a file that is named is read whatever its name"
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ("", ValueError, "is empty"),
+        ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl: no file, no folder with files and no glob that matches"),
+        ("*.jsonl", FileNotFoundError, "no glob that matches"),
+        ("texts", FileNotFoundError, r"texts: no file that ends in .jsonl, .ndjson, .json, but x.txt"),
+        ("shards", ValueError, "shards holds token shards"),
+        ("rows.parquet", ValueError, "rows.parquet: conversations are read from JSON; write each row"),
+    ],
+)
+def test_places_without_conversations(tmp_path, monkeypatch, data, error, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("texts/x.txt", "shards/train_0.bin", "rows.parquet"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("x")
+    with pytest.raises(error, match=message):
+        find_files(data)
