@@ -17,7 +17,14 @@ from nanochat_native.loading import exit_code, pick_device
 from nanochat_native.memory.allocations import PHASES
 from nanochat_native.memory.measurement import Step, measure
 from nanochat_native.memory.options import Options, sized
-from nanochat_native.memory.prediction import activation_bytes, kernel_scratch, largest_batch, library_scratch, moments, peak
+from nanochat_native.memory.prediction import (
+    activation_bytes,
+    kernel_scratch,
+    largest_batch,
+    library_scratch,
+    moments,
+    peak,
+)
 from nanochat_native.metrics import Console
 
 
