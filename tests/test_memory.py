@@ -172,9 +172,13 @@ def predicted_phases(options):
     }
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+BFLOAT16 = [options for _, options in CASES if options.dtype == "bfloat16"]
+
+
 @pytest.mark.parametrize(
-    "options", [options for _, options in CASES if options.dtype == "bfloat16"], ids=lambda options: options.optimizer
+    ("options", "threads"),
+    [*((options, 1) for options in BFLOAT16), *((options, 3) for options in BFLOAT16[:3])],
+    ids=lambda value: getattr(value, "optimizer", value),
 )
 def test_the_librarys_scratch_is_within_its_bound(options, threads, monkeypatch):
     """With the products that this processor has; test_processors.py takes older instruction sets too."""
