@@ -1,4 +1,4 @@
-# make train | test | bench | lint | gpu | clean. Each sets up what it needs and is quick when nothing changed.
+# make train | test | test-under-load | bench | lint | gpu | clean. Each sets up what it needs and is quick when nothing changed.
 #
 #   ARGS="--depth 6"      flags for the program that the target runs
 #   PYTHON=python3.12     the Python to start from, 3.11 or newer
@@ -23,7 +23,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/
 CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcard tests/emulation/*.cpp \
 	tests/emulation/*.h tests/emulation/*/*.cu tests/emulation/*/*.cuh tests/emulation/*/*.cpp tests/emulation/*/*.h)
 
-.PHONY: train test bench lint gpu clean
+.PHONY: train test test-under-load bench lint gpu clean
 .DELETE_ON_ERROR:
 
 train: $(STATE)/native $(STATE)/extras
@@ -31,6 +31,9 @@ train: $(STATE)/native $(STATE)/extras
 
 test: $(STATE)/native $(STATE)/dev
 	$(RUN) -m pytest -q $(ARGS)
+
+test-under-load: $(STATE)/native $(STATE)/dev
+	$(RUN) tests/under_load.py $(ARGS)
 
 bench: $(STATE)/native
 	$(RUN) -m nanochat_native.bench $(ARGS)

@@ -131,6 +131,11 @@ def main(args: Sequence[str] = ()) -> int:
         f"torch {torch.__version__}, {platform.system()} {platform.machine()}"
     )
 
+    try:
+        ops.check_environment()
+    except ValueError as error:
+        print(f"broken: {error}", file=sys.stderr)
+        return 1
     architectures = ""
     instruction_set = "not used"
     try:
@@ -147,10 +152,7 @@ def main(args: Sequence[str] = ()) -> int:
         )
         if info["version"] != nanochat_native.__version__:
             broken.append(f"the native module is of version {info['version']}: install again")
-        try:
-            instruction_set = ops.instruction_set()
-        except ValueError as error:
-            broken.append(str(error))
+        instruction_set = ops.instruction_set()
         if len(openmp_libraries()) > 1:
             broken.append(f"two OpenMP libraries are loaded, import torch first: {sorted(openmp_libraries())}")
 

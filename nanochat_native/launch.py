@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import nanochat_native
-from nanochat_native import distributed
+from nanochat_native import distributed, ops
 from nanochat_native.checkpoint import CheckpointError
 from nanochat_native.config import ConfigError, TrainConfig, flag, to_json
 from nanochat_native.distributed import World
@@ -75,6 +75,7 @@ def _run(world: World, args: Sequence[str], configure: Configure, make: Make, fa
         console = Console(as_json=config.json, failures=failures) if world.first else SilentConsole(failures=failures)
 
         def begin() -> Trainer:
+            ops.check_environment()
             check_free(config)
             return make(config, console, world)
 

@@ -129,8 +129,9 @@ def exit_code(command: Callable[[], int | None]) -> int:
     """Runs a command line's work: what it returns, or 0; 2 after one line on stderr for a mistake of the user's; 1
     where memory is out; 130 after Ctrl-C."""
     try:
+        ops.check_environment()
         ops.use_backend(ops.backend())
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         return mistake(error)
     try:
         return command() or 0

@@ -1,3 +1,9 @@
+import os
+import site
+import subprocess
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +17,42 @@ else:
     # The same examples on every run, and no deadline: other work shares the machine.
     hypothesis.settings.register_profile("default", derandomize=True, deadline=None, database=None, max_examples=40)
     hypothesis.settings.load_profile("default")
+
+ROOT = Path(__file__).resolve().parent.parent
+HOMES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
+
+
+def pytest_sessionstart(session):
+    """Home and temporary directory of the tests and of all processes that they start are folders of pytest's, and go
+    with them. Before the tests are imported: some libraries ask when they are."""
+    folder = session.config._tmp_path_factory.getbasetemp()
+    os.environ["PYTHONUSERBASE"] = site.getuserbase()  # packages below the real home are still found
+    for name in HOMES:
+        os.environ.pop(name, None)
+    for name, place in {"HOME": folder / "h", "TMPDIR": folder / "t"}.items():  # short: names of sockets have limits
+        place.mkdir()
+        os.environ[name] = str(place)
+    tempfile.tempdir = None  # it is asked for again
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_checkout():
+    """What tests leave in the checkout is an error."""
+    before = _untracked()
+    yield
+    left = sorted(_untracked() - before)
+    assert not left, f"tests have left in the checkout: {', '.join(left)}"
+
+
+def _untracked():
+    """Files of the checkout that git does not hold, ignored ones too, without what Python and linters keep."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--others"]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its repository
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+    kept = {"__pycache__", ".venv", ".git", "build", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+    return {name for name in names if kept.isdisjoint(name.split("/"))}
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training import wait_until
 
 from nanochat_native.data import BatchLoader, TokenStream, iterate_val
 from nanochat_native.data.loader import permute
@@ -157,10 +158,7 @@ def test_forgotten_iterator_ends_its_thread():
     assert batch_threads() == 1
     del batches
     gc.collect()
-    deadline = time.monotonic() + 5
-    while batch_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert batch_threads() == 0
+    wait_until(lambda: batch_threads() == 0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_native import ops
+from nanochat_native.ops import native
 
 OPERATOR = torch.ops.nanochat_native.linear.default
 
@@ -73,3 +74,30 @@ def test_bad_arguments(backend):
         ops.linear(torch.zeros(3, 4), torch.zeros(5, 6))
     with pytest.raises(ValueError, match="linear: x has shape"):
         ops.linear(torch.zeros(3, 4), torch.zeros(4))
+
+
+@pytest.mark.parametrize("choice", ["native", "torch", "auto"])
+def test_the_environment_chooses_the_product(choice, monkeypatch):
+    """NANOCHAT_LINEAR, on every processor; what it is made of, and its values."""
+    monkeypatch.setattr(native, "_linear", choice)
+    is_native = native._linear_pays if choice == "auto" else choice == "native"
+    x, weight = torch.randn(2, 40, 24, requires_grad=True), torch.randn(33, 24, requires_grad=True)
+    called = []
+    monkeypatch.setattr(native, "linear", lambda *args, run=native.linear: called.append(args) or run(*args))
+    y = ops.linear(x, weight)
+    assert bool(called) == is_native
+    torch.testing.assert_close(y, F.linear(x, weight))
+    for others in ((x[0], weight), (x.double(), weight.double()), (x.bfloat16(), weight.bfloat16())):
+        ops.linear(*others)
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.linear(x, weight)
+    with ops.use_backend("torch"):
+        ops.linear(x, weight)
+    assert len(called) == is_native, "few rows, other types, autocast and the twins take torch's"
+
+
+def test_an_unknown_choice_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "_linear", "yes")
+    for call in (ops.check_environment, lambda: ops.linear(torch.zeros(2, 3), torch.zeros(4, 3))):
+        with pytest.raises(ValueError, match="NANOCHAT_LINEAR is 'yes'; takes auto, native or torch"):
+            call()

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from test_serve import KEY, Running, folder, model  # noqa: F401 (fixtures)
+from training import HANGS
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -51,7 +52,7 @@ def browser(tmp_path):
     found.quit()
 
 
-def wait(browser, condition, seconds=15):
+def wait(browser, condition, seconds=HANGS):
     return WebDriverWait(browser, seconds, poll_frequency=0.02).until(condition)
 
 

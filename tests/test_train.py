@@ -3,11 +3,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from training import losses, records, tiny_flags, train, write_text
+from training import HANGS, losses, records, tiny_flags, train, wait_until, write_text
 
 from nanochat_native import checkpoint, trainer
 from nanochat_native.loading import load_model
@@ -321,13 +320,10 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(folder, number, 
     command = [sys.executable, "-m", "nanochat_native.train", *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = folder / "runs" / "tiny"
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or not records(run, "train"):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: process.poll() is not None or ((run / "metrics.jsonl").exists() and records(run, "train")))
+    assert process.poll() is None
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == code
     assert f"{number.name}: finishing the step" in err
     (step,) = checkpoint.steps(run / "checkpoints")

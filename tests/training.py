@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import torch
 
@@ -9,6 +10,16 @@ from nanochat_native.ops import native
 from nanochat_native.train import main
 
 BACKEND = "torch" if native.problem else "native"
+HANGS = 300  # seconds after which what is waited for will not come; no test is to need them on a busy machine
+
+
+def wait_until(condition, seconds=HANGS):
+    """Until condition() is true; what it then gives. Fails after `seconds`, which only end a hang."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.01)
+    return found
 
 
 def write_text(path, documents=120, seed=0):

@@ -3,6 +3,8 @@
 A step's memory rises and falls: activations pile up in the forward pass and go in the backward pass, while gradients
 come; then the optimizer needs space of its own. A prediction counts the tensors that are alive at the moments that may
 be the highest (`moments`), and the peak is the highest of them. `measure` runs real steps and asks torch's allocator.
+In bfloat16 on a CPU that counts scratch of torch's library too, as much as the processor's instruction set wants:
+`library_scratch` bounds it, and a measured peak lies between the predicted one and the sum of both.
 """
 
 from nanochat_native.memory.measurement import Measured, Step, measure
@@ -11,6 +13,7 @@ from nanochat_native.memory.prediction import (
     activation_bytes,
     kernel_scratch,
     largest_batch,
+    library_scratch,
     moments,
     peak,
     predict,
@@ -24,6 +27,7 @@ __all__ = [
     "activation_bytes",
     "kernel_scratch",
     "largest_batch",
+    "library_scratch",
     "measure",
     "moments",
     "peak",

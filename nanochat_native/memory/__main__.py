@@ -16,7 +16,14 @@ from nanochat_native.loading import pick_device, run_command
 from nanochat_native.memory.allocations import PHASES
 from nanochat_native.memory.measurement import Step, measure
 from nanochat_native.memory.options import Options, sized
-from nanochat_native.memory.prediction import activation_bytes, kernel_scratch, largest_batch, moments, peak
+from nanochat_native.memory.prediction import (
+    activation_bytes,
+    kernel_scratch,
+    largest_batch,
+    library_scratch,
+    moments,
+    peak,
+)
 from nanochat_native.metrics import Console
 
 
@@ -48,6 +55,9 @@ def show_parts(options: Options) -> dict[str, Any]:
     print(summary)
     if options.device == "cpu":
         record["kernel_scratch"] = kernel_scratch(options)
+        record["library_scratch"] = library_scratch(options)
+        if options.dtype == "bfloat16":
+            print(f"beside, in products of torch's library: {_mib([library_scratch(options)]).strip()} MiB, at most")
         print(f"beside, not seen by the allocator: {_mib([kernel_scratch(options)]).strip()} MiB of the kernels, about")
     return record
 

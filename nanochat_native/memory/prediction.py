@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat_native.memory.allocations import Allocations
 from nanochat_native.memory.options import Options, model_config, sized
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.optim.buckets import Layout, assign, split, split_rows
@@ -18,6 +17,7 @@ from nanochat_native.optim.buckets import Layout, assign, split, split_rows
 STATE = {"hybrid": (2, 1), "muon_sgd": (0, 1), "adamw": (2, 2), "adam": (2, 2), "sgd_momentum": (1, 1), "sgd": (0, 0)}
 LOGIT_BYTES = 256 << 20  # that the CUDA linear_cross_entropy holds at a time, at most
 LIBRARY_BYTES = 32 << 20  # torch's workspace for cuBLAS on Hopper; 8 MiB on older GPUs
+THREAD_SCRATCH_BYTES = 1 << 20  # blocks of a product that a thread of torch's library pads and copies, at most
 
 
 @functools.cache
@@ -40,7 +40,8 @@ class Moment(NamedTuple):
 def predict(options: Options) -> dict[str, int]:
     """Bytes by part at the step's highest moment, on the rank that holds most: their sum is the peak.
 
-    They are those that torch's allocator counts; `kernel_scratch` is what the CPU kernels take beside.
+    They are those of the tensors, the same on every processor. On a CPU `library_scratch` bounds what torch's library
+    takes from the same allocator beside them, and `kernel_scratch` is what the kernels take elsewhere.
     """
     return max(moments(options), key=lambda moment: moment.bytes).parts
 
@@ -96,12 +97,9 @@ def moments(options: Options) -> list[Moment]:
         ("backward", held + 2 * e * head, copies, at_loss, 2 * stream),
         ("backward", held + (6 * head if e == 2 else 0), copies, at_loss, stream),
     ]
-    scratch = [0, 0]  # of the library, in the products that give the gradients of the MLP's proj and fc
-    if e == 2 and not gpu:
-        scratch = [product_scratch(tokens, *s, torch.get_num_threads()) for s in ((C, 4 * C), (4 * C, C))]
     for layer in reversed(range(L)):
         # The MLP: first the hidden tensor's square, its gradient and proj's, then the hidden's gradient, fc's and x's.
-        work = max(8 * stream + 4 * C * C * e + scratch[0], 5 * stream + 8 * C * C * e + scratch[1])
+        work = max(8 * stream + 4 * C * C * e, 5 * stream + 8 * C * C * e)
         gradients = held or 4 * (head + (L - 1 - layer) * block)
         copied = block + (0 if again else layer * block)
         found.append(("backward", gradients, copied, at_input[layer] + kept, stream + work))
@@ -180,17 +178,22 @@ def optimizer_work(model: GPT, options: Options) -> int:
     return max(clipping, work)
 
 
-@functools.cache
-def product_scratch(tokens: int, rows: int, columns: int, threads: int) -> int:
-    """Bytes that torch's library takes beside the result for the gradient of a bfloat16 weight, (rows, columns).
+def library_scratch(options: Options) -> int:
+    """Bytes that torch's library (oneDNN) takes at most from torch's allocator while it multiplies bfloat16 on a CPU.
 
-    It is asked, once: how it packs its operands depends on the processor and on torch's `threads`. What it packs at a
-    time has a largest size, so that smaller operands show it.
+    How much depends on the processor's instruction set: with AVX2 nothing; with AVX-512 alone the result in float32;
+    with AVX512-BF16 or AMX blocks of the operands. So the bound is copies of both operands, the result in float32, and
+    THREAD_SCRATCH_BYTES for each of torch's threads. The gradient of a weight is a sum over the tokens: each thread may
+    hold its own. The MLP's products are a model's largest.
     """
-    dy, x = (torch.ones(min(tokens, 4096), min(size, 1024), dtype=torch.bfloat16) for size in (rows, columns))
-    with Allocations() as allocations:
-        result = dy.mT @ x
-    return allocations.highest[""] - result.nbytes
+    options = sized(options)
+    if options.device != "cpu" or options.dtype != "bfloat16":
+        return 0
+    tokens, C, threads = options.tokens, model_config(options).n_embd, torch.get_num_threads()
+    weight = 4 * C * C
+    result = 2 * tokens * C + 2 * weight + 4 * tokens * 4 * C  # of the layer that widens, or the gradient of the other
+    gradient = 2 * tokens * 5 * C + 4 * weight * threads
+    return max(result, gradient) + THREAD_SCRATCH_BYTES * threads
 
 
 def kernel_scratch(options: Options) -> int:

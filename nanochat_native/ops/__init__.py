@@ -1,7 +1,13 @@
 """The operators: one public call each, checked here, then run by the native kernels or by their plain-torch twins.
 
-`use_backend("native" | "torch")` chooses; the environment variable NANOCHAT_NATIVE_BACKEND sets what a process starts
-with (native). Nothing falls back in silence: on a device that has no native kernel for an operator, the twin serves and
+`use_backend("native" | "torch")` chooses. Environment variables, read when the process starts, choose too:
+    NANOCHAT_NATIVE_BACKEND=native|torch         the backend that a process starts with; native by default.
+    NANOCHAT_CPU_ISA=avx512|avx2|baseline        the instruction set of the CPU kernels; by default the newest there is.
+    NANOCHAT_CUDA_ISA=sm_90a|sm_80               that of the CUDA kernels that have a choice; likewise.
+    NANOCHAT_LINEAR=auto|native|torch            the product of `linear` in float32 on a CPU; auto takes the faster one.
+A value that is not taken is a ValueError of the first call that needs it, and of `check_environment`.
+
+Nothing falls back in silence: on a device that has no native kernel for an operator, the twin serves and
 one warning names the operator; a module that is missing or was built for another torch is a RuntimeError with the mend.
 
 Every call raises ValueError or TypeError, before any work, for arguments that it does not take.
@@ -31,6 +37,7 @@ __all__ = [
     "backend",
     "build_info",
     "cached_forward_",
+    "check_environment",
     "cuda_instruction_set",
     "instruction_set",
     "linear",
@@ -47,14 +54,24 @@ __all__ = [
 BACKENDS = ("native", "torch")
 OPERATORS = tuple(native.DEVICES)  # that native kernels or twins serve
 
-_backend = os.environ.get("NANOCHAT_NATIVE_BACKEND", "native")
-if _backend not in BACKENDS:
-    raise ValueError(f"NANOCHAT_NATIVE_BACKEND is {_backend!r}; takes native or torch")
+_backend = os.environ.get("NANOCHAT_NATIVE_BACKEND") or "native"
 
 
 def backend() -> str:
-    """The backend in use: "native" or "torch"."""
+    """The backend in use: "native" or "torch".
+
+    Raises ValueError when the environment variable NANOCHAT_NATIVE_BACKEND names another one.
+    """
+    if _backend not in BACKENDS:
+        raise ValueError(f"NANOCHAT_NATIVE_BACKEND is {_backend!r}; takes native or torch")
     return _backend
+
+
+def check_environment() -> None:
+    """Raises ValueError for an environment variable of a CPU's choices that names what is unknown or not there."""
+    if backend() == "native" and not native.problem:
+        native.instruction_set()
+    native.linear_is_native()
 
 
 class use_backend:  # noqa: N801 (called as a function)
@@ -90,7 +107,7 @@ def serves(op: str, device: torch.device | str) -> tuple[str, str]:
     if op not in native.DEVICES:
         raise ValueError(f"serves: op is {op!r}; takes {', '.join(native.DEVICES)}")
     kind = torch.device(device).type
-    if _backend == "torch":
+    if backend() == "torch":
         return "torch", "chosen by use_backend or NANOCHAT_NATIVE_BACKEND"
     if native.problem:
         return "torch", native.problem
@@ -103,7 +120,7 @@ def serves(op: str, device: torch.device | str) -> tuple[str, str]:
 
 def _runs_native(op: str, tensor: Tensor, not_taken: str = "") -> bool:
     """not_taken: why the native kernel does not take these arguments, or nothing."""
-    if _backend == "torch":
+    if backend() == "torch":
         return False
     native.require()
     kind = tensor.device.type
@@ -464,10 +481,10 @@ def newton_schulz_update_(
 
 
 def _linear_runs_native(x: Tensor, weight: Tensor) -> bool:
-    if _backend == "torch":
+    if backend() == "torch":
         return False
     native.require()
-    return native.linear_pays(x, weight)
+    return native.serves_linear(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -482,6 +499,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     The product is the library's (torch's own) except in one case: float32 of at least 64 rows on a CPU that is not
     Intel's and has AVX2, where torch's MKL takes a slower path and the register tile of the other operators serves.
+    NANOCHAT_LINEAR=native takes that tile for such products on every CPU, NANOCHAT_LINEAR=torch on none.
     """
     if x.dim() < 1 or weight.dim() != 2 or x.size(-1) != weight.size(1):
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; takes (..., I), (O, I)")
@@ -610,7 +628,7 @@ def cached_forward_(
     with, however its prompt was cut, and for every number of threads. Elsewhere it is composed of torch's products and
     of `attention`.
     """
-    if tokens.device.type == "cpu" and wte.dtype == torch.float32 and _backend == "native":
+    if tokens.device.type == "cpu" and wte.dtype == torch.float32 and backend() == "native":
         native.require()
         run = native.cached_forward_
     else:

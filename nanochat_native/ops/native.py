@@ -1,6 +1,7 @@
 """The native operators: loads `_C`, which registers them with torch, and gives them fakes and gradients."""
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,16 +98,6 @@ DEVICES: dict[str, tuple[str, ...]] = {
     op: ("cpu", "meta", "cuda") if op in CUDA_OPERATORS and not problem and build_info()["cuda"] else ("cpu", "meta")
     for op in OPERATORS
 }
-
-
-def _linear_pays_here() -> bool:
-    try:
-        return not problem and _C.linear_pays()
-    except ValueError:  # of NANOCHAT_CPU_ISA: raised by the first operator that runs, not by the import
-        return False
-
-
-LINEAR_PAYS = _linear_pays_here()
 
 
 def _refuse_second_derivative(op: str) -> None:
@@ -336,12 +327,35 @@ def _newton_schulz_update_fake(
 # --- linear ---
 
 LINEAR_ROWS = 64  # fewer do not pay for transposing the weight
+LINEAR_CHOICES = ("auto", "native", "torch")
 
 
-def linear_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether the native product serves x (..., I): float32 on a CPU where it outruns torch's own, enough rows."""
+def _linear_pays_here() -> bool:
+    try:
+        return not problem and _C.linear_pays()
+    except ValueError:  # of NANOCHAT_CPU_ISA: raised by the first operator that runs, not by the import
+        return False
+
+
+_linear = os.environ.get("NANOCHAT_LINEAR") or "auto"
+_linear_pays = _linear_pays_here()
+
+
+def linear_is_native() -> bool:
+    """Whether the native product serves float32 of enough rows on this CPU: where it outruns torch's own, unless the
+    environment variable NANOCHAT_LINEAR says otherwise.
+
+    Raises ValueError when NANOCHAT_LINEAR is none of LINEAR_CHOICES.
+    """
+    if _linear not in LINEAR_CHOICES:
+        raise ValueError(f"NANOCHAT_LINEAR is {_linear!r}; takes auto, native or torch")
+    return _linear_pays if _linear == "auto" else _linear == "native"
+
+
+def serves_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether the native product serves x (..., I) and weight (O, I)."""
     return (
-        LINEAR_PAYS
+        linear_is_native()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= LINEAR_ROWS * x.size(-1)

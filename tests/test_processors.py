@@ -1,0 +1,70 @@
+"""What a processor decides is tested on both sides, whatever the processor: the tests that such a choice touches run
+again with older instruction sets, the other product of `linear` and another number of threads.
+
+The CUDA kernels' choice has both sides in tests/emulation and tests/gpu.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_ops_backend import usable_instruction_sets
+
+TESTS = Path(__file__).parent
+
+# NANOCHAT_* are ours; ATEN_CPU_CAPABILITY is torch's own kernels', MKL_ENABLE_INSTRUCTIONS that of float32 products,
+# ONEDNN_MAX_CPU_ISA that of bfloat16 products. A library takes such a name for an upper bound.
+SIDES = {
+    "baseline": {
+        "NANOCHAT_CPU_ISA": "baseline",
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "NANOCHAT_LINEAR": "native",
+        "OMP_NUM_THREADS": "2",
+    },
+    "avx2": {
+        "NANOCHAT_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "NANOCHAT_LINEAR": "torch",
+        "OMP_NUM_THREADS": "1",
+    },
+    "avx512 without bfloat16": {
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "NANOCHAT_LINEAR": "native",
+        "OMP_NUM_THREADS": "3",
+    },
+    "bfloat16 without amx": {
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "NANOCHAT_LINEAR": "torch",
+        "OMP_NUM_THREADS": "2",
+    },
+}
+OPERATORS = ("attention", "newton_schulz", "optimizers", "linear_cross_entropy", "cached_forward", "linear")
+# Files, and which of their tests.
+TOUCHED = {
+    tuple(f"test_ops_{name}.py" for name in OPERATORS): "match or windows or sizes or spectra or muon or bits or prod",
+    ("test_golden.py", "test_model.py", "test_engine.py"): "golden or plain or bits or autocast or whole",
+    ("test_memory.py",): "scratch or trainers",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("files", TOUCHED, ids=lambda files: files[0].removesuffix(".py"))
+def test_what_a_processor_decides_holds_on_its_other_side(files, side):
+    environment = SIDES[side]
+    if environment.get("NANOCHAT_CPU_ISA", "baseline") not in usable_instruction_sets():
+        pytest.skip(f"this processor has no {environment['NANOCHAT_CPU_ISA']}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    result = subprocess.run(
+        [*command, "-k", TOUCHED[files], *(str(TESTS / name) for name in files)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"} | environment,
+    )
+    assert result.returncode == 0, f"{environment}\n{result.stdout[-3000:]}"
