@@ -262,6 +262,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it, and groups added later would have it
         for group in self.param_groups:
             group.setdefault("cautious", False)  # a state saved before there was the option
 

@@ -98,9 +98,11 @@ class Bucket:
             rows, width = _rows(parameter)
             first = self.rank * (self.shard // width)
             count = max(0, min(self.shard // width, rows - first))
+            if not count:
+                return []
             shape = (count, *parameter.shape[1:]) if parameter.ndim else ()
             values, gradients = (x[: count * width].view(shape) for x in (self.own_values, self.own_gradients))
-            return [(0, first, values, gradients)] if count else []
+            return [(0, first, values, gradients)]
         pieces = []
         for index, (parameter, owner, offset) in enumerate(zip(self.parameters, self.owners, offsets, strict=True)):
             if owner == self.rank:
