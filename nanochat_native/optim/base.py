@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nanochat_native.optim.buckets import BUCKET_BYTES, Bucket, Layout, Piece, assign, split, split_rows
 
@@ -117,6 +118,10 @@ class Optimizer(torch.optim.Optimizer):
         seen: set[Tensor] = set()
         for index, parameter in enumerate(group["params"]):
             name = self.name_of(group, index)
+            if isinstance(parameter, DTensor):
+                raise TypeError(
+                    f"{name} is a DTensor; {type(self).__name__} takes whole tensors and shards them itself"
+                )
             if parameter.dtype not in DTYPES:
                 taken = " or ".join(map(str, DTYPES))
                 raise TypeError(f"{name} is {parameter.dtype}; {type(self).__name__} takes {taken}")
@@ -241,7 +246,12 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises TypeError for a sharded optimizer.
         """
-        content = self._content()
+        if self._sharding is not None:
+            raise TypeError(
+                f"a sharded {type(self).__name__} cannot be copied or pickled, as a process group cannot: "
+                "make another one and load the state_dict() of this one"
+            )
+        content = super().__getstate__()
         content["state"] = defaultdict(dict)
         for key, state in self.state.items():
             content["state"][key] = {k: _alone(v) for k, v in state.items()} if isinstance(state, dict) else state
@@ -249,16 +259,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __copy__(self) -> "Optimizer":
         twin = type(self).__new__(type(self))
-        twin.__setstate__(self._content())
+        twin.__setstate__({**self.__getstate__(), "state": self.state})
         return twin
-
-    def _content(self) -> dict[str, Any]:
-        if self._sharding is not None:
-            raise TypeError(
-                f"a sharded {type(self).__name__} cannot be copied or pickled, as a process group cannot: "
-                "make another one and load the state_dict() of this one"
-            )
-        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -281,7 +283,7 @@ class Optimizer(torch.optim.Optimizer):
         # torch casts the state to the parameters' dtype, which for bfloat16 parameters loses bits: take it again.
         @torch.no_grad()
         def take(_: torch.optim.Optimizer) -> None:
-            saved = {p: loaded["state"].get(key, {}) for key, p in self._pairs(loaded)}
+            saved = self._state_in(loaded)
             for parameter, piece in self._own_pieces().items():
                 self._take(piece, saved[parameter])
 
@@ -296,10 +298,11 @@ class Optimizer(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[Any, Tensor]]:
-        """The key in state_dict, and the parameter, in their order."""
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        return list(zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True))
+    def _state_in(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """The state of each parameter in a state_dict whose groups fit."""
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return {p: state_dict["state"].get(key, {}) for key, p in zip(keys, parameters, strict=True)}
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         groups, saved = self.param_groups, state_dict["param_groups"]
@@ -307,15 +310,17 @@ class Optimizer(torch.optim.Optimizer):
             return  # torch says what does not fit
         for group, new in zip(groups, saved, strict=True):
             self.check_group({**self.defaults, **new, "params": group["params"]})
-        pieces = self._own_pieces()
-        for group, new in zip(groups, saved, strict=True):
-            for index, (key, parameter) in enumerate(zip(new["params"], group["params"], strict=True)):
-                state = state_dict["state"].get(key, {})
-                for name in self.elementwise:
-                    if parameter in pieces and name in state and state[name].shape != pieces[parameter].values.shape:
+        pieces, state = self._own_pieces(), self._state_in(state_dict)
+        for group in groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter not in pieces:
+                    continue
+                shape = pieces[parameter].values.shape
+                for key, value in state[parameter].items():
+                    if key in self.elementwise and value.shape != shape:
                         raise ValueError(
-                            f"{name} of {self.name_of(group, index)} has shape {tuple(state[name].shape)}; "
-                            f"it takes {tuple(pieces[parameter].values.shape)}"
+                            f"{key} of {self.name_of(group, index)} has shape {tuple(value.shape)}; "
+                            f"it takes {tuple(shape)}"
                         )
 
 
