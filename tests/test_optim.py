@@ -233,8 +233,12 @@ def test_bfloat16_parameters_keep_float32_state_when_loaded(backend):
 @pytest.mark.parametrize("kind", [AdamW, Muon])
 def test_settings_out_of_range(kind):
     parameters = [("blocks.0.weight", nn.Parameter(torch.zeros(2, 2)))]
-    for bad in ({"lr": -1.0}, {"lr": math.nan}, {"weight_decay": -0.1}):
-        with pytest.raises(ValueError, match="lr is"):
+    for bad, message in (
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; it takes a number from 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
             kind(parameters, **bad)
 
 

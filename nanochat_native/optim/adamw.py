@@ -1,13 +1,14 @@
 """AdamW on the fused operator: one launch for all tensors of a group."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat_native import ops
-from nanochat_native.optim.base import Optimizer, Params
+from nanochat_native.optim.base import Optimizer, Params, as_operand, check_number
 from nanochat_native.optim.buckets import Piece
 
 
@@ -15,10 +16,10 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101), in the form of torch.optim.AdamW; ops.adamw_ states the
     formula.
 
-    params: tensors of any shape, float32 or bfloat16, contiguous; (name, tensor) pairs make errors speak of names.
-    State of each: "step", int64, 0-d, on the CPU; "exp_avg" and "exp_avg_sq", float32, of its shape. Every setting is
-    read from the group at each step. lr and weight_decay may be tensors, as ops.adamw_ takes them. cautious: decay only
-    the elements that the new exp_avg moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
+    params: tensors of any shape, float32 or bfloat16; (name, tensor) pairs make errors speak of names. State of each:
+    "step", int64, 0-d, on the CPU; "exp_avg" and "exp_avg_sq", float32, of its shape. Every setting is read from the
+    group at each step. lr, betas and weight_decay may be tensors of one element, of any floating-point type. cautious:
+    decay only the elements that the new exp_avg moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
 
     sharding: process_group, and with it reduce_dtype, gather_dtype and bucket_bytes: as base.Optimizer describes. Each
     rank then owns a part of the rows of every parameter.
@@ -27,12 +28,13 @@ class AdamW(Optimizer):
     """
 
     whole = False
+    elementwise = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float | Tensor = 0.0,
         cautious: bool = False,
@@ -43,10 +45,11 @@ class AdamW(Optimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas is {group['betas']}; it takes two numbers from 0 to below 1")
-        if not group["eps"] >= 0:
-            raise ValueError(f"eps is {group['eps']}; it takes a number from 0")
+        if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
+            raise ValueError(f"betas is {group['betas']!r}; it takes two numbers from 0 to below 1")
+        for index, beta in enumerate(group["betas"]):
+            check_number(f"betas[{index}]", beta, below=1)
+        check_number("eps", group["eps"])
 
     def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         same_kind: dict[Any, list[Piece]] = defaultdict(list)
@@ -62,18 +65,19 @@ class AdamW(Optimizer):
 
     def _update_together(self, pieces: list[Piece], step: int, group: dict[str, Any]) -> None:
         states = [self.state[piece.parameter] for piece in pieces]
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
+        device = pieces[0].values.device
         ops.adamw_(
             [piece.values for piece in pieces],
             [piece.gradient for piece in pieces],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             step=step,
-            lr=group["lr"],
+            lr=as_operand(group["lr"], device),
             beta1=beta1,
             beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            eps=float(group["eps"]),
+            weight_decay=as_operand(group["weight_decay"], device),
             cautious=group["cautious"],
         )
         for state in states:

@@ -29,6 +29,12 @@ class Piece(NamedTuple):
     gradient: Tensor
     first_row: int = 0
 
+    def rows_of(self, whole: Tensor) -> Tensor:
+        """The piece's part of a tensor with the parameter's rows; all of another, as a number of steps."""
+        if not self.values.ndim or not whole.ndim or whole.size(0) != self.parameter.size(0):
+            return whole
+        return whole[self.first_row : self.first_row + self.values.size(0)]
+
 
 class Layout(NamedTuple):
     """Of the parameters of a bucket: the owner of each, its offset, and the elements of a shard."""
@@ -89,12 +95,14 @@ class Bucket:
         """(index, first row, values, gradients) of what lies in the own shard."""
         if not self.whole:
             parameter = self.parameters[0]
-            width = parameter[0].numel()
+            rows, width = _rows(parameter)
             first = self.rank * (self.shard // width)
-            count = max(0, min(self.shard // width, parameter.size(0) - first))
-            shape = (count, *parameter.shape[1:])
+            count = max(0, min(self.shard // width, rows - first))
+            if not count:
+                return []
+            shape = (count, *parameter.shape[1:]) if parameter.ndim else ()
             values, gradients = (x[: count * width].view(shape) for x in (self.own_values, self.own_gradients))
-            return [(0, first, values, gradients)] if count else []
+            return [(0, first, values, gradients)]
         pieces = []
         for index, (parameter, owner, offset) in enumerate(zip(self.parameters, self.owners, offsets, strict=True)):
             if owner == self.rank:
@@ -142,7 +150,7 @@ class Bucket:
             self._take(index)
         if self.reduced:
             return
-        gone = {i for i, parameter in enumerate(self.parameters) if parameter.grad is None}
+        gone = {i for i, p in enumerate(self.parameters) if p.grad is None or not p.requires_grad}
         missing = [name for i, name in enumerate(self.names) if i in gone or (self._arrived and i not in self._arrived)]
         if missing:
             raise ValueError(
@@ -200,7 +208,14 @@ class Bucket:
 
 def split_rows(parameter: Tensor, ranks: int) -> Layout:
     """One parameter, cut by rows: no one owner."""
-    return Layout([-1], [0], -(-parameter.size(0) // ranks) * parameter[0].numel())
+    rows, width = _rows(parameter)
+    return Layout([-1], [0], -(-rows // ranks) * width)
+
+
+def _rows(parameter: Tensor) -> tuple[int, int]:
+    """Their number, and the elements of one. A parameter of no dimensions is one row."""
+    rows = parameter.size(0) if parameter.ndim else 1
+    return rows, parameter.numel() // rows
 
 
 def assign(runs: Sequence[Sequence[Tensor]], ranks: int) -> list[Layout]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native import ops
-from nanochat_native.optim.base import Optimizer, Params
+from nanochat_native.optim.base import Optimizer, Params, as_operand, check_number
 from nanochat_native.optim.buckets import Piece
 
 OPTIONS = {
@@ -26,11 +26,11 @@ class Muon(Optimizer):
     """buf = mu buf + (1 - mu) g;  u = mu buf + (1 - mu) g (Nesterov) or buf;
     p = (1 - lr weight_decay) p - lr sqrt(max(1, rows / columns)) newton_schulz(u).
 
-    params: matrices (..., rows, columns), float32 or bfloat16, contiguous; (name, tensor) pairs make errors speak of
-    names. Those of one shape are stepped together, as one batch, and their momentum lies in one memory. State of each:
-    "momentum_buffer", float32, of its shape. coefficients: of ops.newton_schulz, a name or a list of triples. lr,
-    momentum and weight_decay may be tensors, as ops.muon_update_ and ops.muon_momentum_ take them. Every setting is
-    read from the group at each step.
+    params: matrices (rows, columns), or stacks of them (count, rows, columns), float32 or bfloat16; (name, tensor)
+    pairs make errors speak of names. Those of one shape are stepped together, as one batch, and their momentum lies in
+    one memory. State of each: "momentum_buffer", float32, of its shape. coefficients: of ops.newton_schulz, a name or a
+    list of triples. lr, momentum and weight_decay may be tensors of one element, of any floating-point type. Every
+    setting is read from the group at each step.
 
     Off by default:
         cautious: decay only the elements that the update moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
@@ -46,10 +46,13 @@ class Muon(Optimizer):
     sharding: process_group, and with it reduce_dtype, gather_dtype and bucket_bytes: as base.Optimizer describes. Each
     matrix then has one owner.
 
-    Raises ValueError for a setting out of range and for a parameter that is not a matrix.
+    Raises ValueError for a setting out of range and for a parameter that is neither a matrix nor a stack of them: of a
+    convolution's weight it is not said which matrix it is.
     """
 
     whole = True
+    elementwise = ("momentum_buffer",)
+    not_taken = (*Optimizer.not_taken, "adjust_lr_fn", "ns_coefficients")  # the last two are torch.optim.Muon's
 
     def __init__(
         self,
@@ -88,21 +91,22 @@ class Muon(Optimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if not 0 <= group["momentum"] < 1:
-            raise ValueError(f"momentum is {group['momentum']}; it takes 0 to below 1")
+        check_number("momentum", group["momentum"], below=1)
         if group["ns_steps"] < 1:
             raise ValueError(f"ns_steps is {group['ns_steps']}; it takes a number from 1")
         for option in OPTIONS:
             if not isinstance(group[option], bool):
                 raise ValueError(f"{option} is {group[option]!r}; it takes True or False")
-        if not 0 <= group["beta2"] < 1:
-            raise ValueError(f"beta2 is {group['beta2']}; it takes 0 to below 1")
+        check_number("beta2", group["beta2"], below=1)
         if group["head_axis"] not in ("rows", "columns"):
             raise ValueError(f"head_axis is {group['head_axis']!r}; it takes 'rows' or 'columns'")
         for index, parameter in enumerate(group["params"]):
             name, shape = self.name_of(group, index), tuple(parameter.shape)
-            if parameter.ndim < 2:
-                raise ValueError(f"{name} has shape {shape}; Muon takes matrices, AdamW the rest")
+            if parameter.ndim not in (2, 3):
+                raise ValueError(
+                    f"{name} has shape {shape}; Muon takes matrices (rows, columns) and stacks of them "
+                    "(count, rows, columns), AdamW the rest"
+                )
             heads, axis = group["heads"], group["head_axis"]
             size = shape[-2 if axis == "rows" else -1]
             if heads < 1 or size % heads:
@@ -117,6 +121,8 @@ class Muon(Optimizer):
     def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         same_kind: dict[Any, list[Piece]] = defaultdict(list)
         for piece in pieces:
+            if piece.values.numel() == 0:
+                continue
             same_kind[piece.values.shape, piece.values.dtype, piece.values.device].append(piece)
         for together in same_kind.values():
             self._update_together(together, group)
@@ -124,10 +130,14 @@ class Muon(Optimizer):
     def _update_together(self, pieces: list[Piece], group: dict[str, Any]) -> None:
         parameters, matrices = [piece.parameter for piece in pieces], [piece.values for piece in pieces]
         self._init_state([p for p in parameters if "momentum_buffer" not in self.state[p]])
-        gradients = [piece.gradient for piece in pieces]
+        gradients, device = [piece.gradient for piece in pieces], matrices[0].device
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         update, norms = ops.muon_momentum_(
-            gradients, buffers, momentum=group["momentum"], nesterov=group["nesterov"], return_norm=True
+            gradients,
+            buffers,
+            momentum=as_operand(group["momentum"], device),
+            nesterov=group["nesterov"],
+            return_norm=True,
         )
         known: Tensor | None = norms
         if matrices[0].ndim > 2 or group["heads"] > 1 or group["row_equilibration"]:
@@ -138,8 +148,8 @@ class Muon(Optimizer):
 
         rows, columns = update.shape[-2:]
         rates: dict[str, Any] = {
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
+            "lr": as_operand(group["lr"], device),
+            "weight_decay": as_operand(group["weight_decay"], device),
             "scale": max(1.0, rows / columns) ** 0.5,
             "cautious": group["cautious"],
         }
