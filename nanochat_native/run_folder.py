@@ -86,7 +86,7 @@ def sized(config: C) -> C:
     gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch sees no GPU; take --device cpu")
-    data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(config.data)
+    data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
     return with_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
 
 

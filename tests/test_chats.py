@@ -167,7 +167,6 @@ def test_a_json_file_holds_a_list_or_values_one_after_the_other(tmp_path, text, 
         ("x.jsonl", b'[{"a": 1},\n', "line 1: not JSON"),
         ("x.jsonl", b"{}\n\n" + b"[" * 100_000, "line 3: not JSON .it is nested too deeply"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "line 2: not UTF-8 .*save the file as UTF-8"),
-        ("x.jsonl", "{}\n".encode("utf-16"), "line 1: not UTF-8"),
         ("x.json", b'[{"a": 1},\n{"a" 2}]', "line 2: not JSON"),
         ("x.json", b'[{"a": 1}\n {"a": 2}]', "line 1: not JSON .neither a comma nor the end"),
         ("x.json", b'[{"a": 1},\n', "line 1: not JSON .the list has no end"),
@@ -181,6 +180,16 @@ def test_damage_is_told_by_its_line(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path}, {message}"):
+        records(path)
+
+
+def test_utf_16_and_utf_32_are_read_by_their_mark(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for encoding in ("utf-16", "utf-32"):
+        path.write_bytes('{"a": "ü"}\n'.encode(encoding))
+        assert records(path) == [(1, {"a": "ü"})]
+    path.write_bytes("{}\n".encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match=f"{path}: not utf-16"):
         records(path)
 
 

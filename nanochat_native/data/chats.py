@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat_native.data.sources import _blocks, find_source
+from nanochat_native.data.documents import read_utf8
+from nanochat_native.data.names import suffix_of
+from nanochat_native.data.sources import find_source
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 LISTS = ("messages", "conversations", "conversation")
@@ -70,10 +72,10 @@ def find_files(data: str | Path) -> tuple[list[Path], list[str]]:
     if source.is_tokens:
         raise ValueError(f"{data} holds token shards; conversations are files of JSON, {', '.join(SUFFIXES)}")
     if len(source.files) == 1 and not Path(data).is_dir() and not glob.has_magic(str(data)):
-        if _suffix(source.files[0]) == ".parquet":
+        if suffix_of(source.files[0]) == ".parquet":
             raise ValueError(f"{data}: conversations are read from JSON; write each row of it as a line of .jsonl")
         return list(source.files), []
-    files = [path for path in source.files if _suffix(path) in SUFFIXES]
+    files = [path for path in source.files if suffix_of(path) in SUFFIXES]
     others = [path for path in source.files if path not in set(files)]
     if not files:
         raise FileNotFoundError(f"{data}: no file that ends in {', '.join(SUFFIXES)}, but {others[0].name}")
@@ -82,25 +84,20 @@ def find_files(data: str | Path) -> tuple[list[Path], list[str]]:
     ] if others else []
 
 
-def _suffix(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst")]
-    return suffixes[-1] if suffixes else ""
-
-
 def read_records(path: Path) -> Iterator[Record]:
     """The values of a file: one a line, or, where the name ends in .json, the elements of a list or one after another.
 
     Raises ValueError, naming file and line, for what is not UTF-8 or not JSON; DamagedFileError and ImportError as
     read_pieces does.
     """
-    content = b"".join(block for block, _ in _blocks(path))
+    content = read_utf8(path)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     try:
-        yield from _values(text) if _suffix(path) == ".json" else _line_values(text)
+        yield from _values(text) if suffix_of(path) == ".json" else _line_values(text)
     except _DamageError as damage:
         raise ValueError(f"{path}, {damage}") from None
 

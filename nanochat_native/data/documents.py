@@ -428,6 +428,18 @@ def _utf8_blocks(path: Path, reading: Reading) -> Iterator[tuple[bytes, int]]:
             yield text.encode(), position
 
 
+def read_utf8(path: Path) -> bytes:
+    """All of a file, decompressed; in UTF-8 where its byte order mark tells UTF-16 or UTF-32, else as it is.
+
+    Raises DamagedFileError, ImportError and OSError, as read_pieces.
+    """
+    reading = Reading(kind_of(path), compression_of(path), _encoding_of(path))
+    try:
+        return b"".join(block for block, _ in _utf8_blocks(path, reading))
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"{shown(path)}: not {error.encoding}: {error.reason}") from error
+
+
 def _read_text(path: Path, reading: Reading, skipped: Skipped) -> Iterator[Piece]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
