@@ -33,7 +33,7 @@ from nanochat_native.isolation import EXIT_CODE
 from nanochat_native.lab import bar
 from nanochat_native.loading import exit_code
 from nanochat_native.metrics import Console, SilentConsole
-from nanochat_native.run_folder import OF_ONE_CALL, is_run
+from nanochat_native.run_folder import BY_CONTENT, OF_ONE_CALL, is_run
 from nanochat_native.schedules import momentum_at
 from nanochat_native.trainer import Trainer
 
@@ -390,10 +390,8 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     if folder.exists() and any(path.name != "result.tmp" for path in folder.iterdir()):
         here = read_result(folder)
         wanted = json.loads(json.dumps(what(comparison)))
-        if here["what"] != wanted:
-            raise ConfigError(
-                f"{folder} holds another comparison ({differing(here['what'], wanted)}); give another --out PATH"
-            )
+        if names := differing(here["what"], wanted):
+            raise ConfigError(f"{folder} holds another comparison ({', '.join(names)}); give another --out PATH")
         comparison.runs, comparison.costs = here["runs"], here["costs"]
         console.say(f"resume   {folder}: {len(comparison.runs)} runs are there")
     folder.mkdir(parents=True, exist_ok=True)
@@ -414,22 +412,26 @@ def read_result(folder: Path) -> dict[str, Any]:
     raise ConfigError(f"{folder} holds another result; give another --out PATH")
 
 
-def differing(here: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Names of what is different in two plans."""
+def differing(here: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Names of what is different in two plans. A flag that an older version did not have counts as its default."""
+    defaults = to_json(TrainConfig())
     names = [name for name in ("baseline", "rates", "data") if here.get(name) != wanted.get(name)]
     cases = [plan.get("cases", {}) for plan in (here, wanted)]
     if set(cases[0]) != set(cases[1]):
         names.append("cases")
     for case in set(cases[0]) & set(cases[1]):
-        names += [flag(name) for name, value in cases[1][case].items() if cases[0][case].get(name) != value]
-    return ", ".join(dict.fromkeys(names)) or "another version's"
+        old = defaults | cases[0][case]
+        names += [flag(name) for name, value in cases[1][case].items() if old[name] != value]
+    return list(dict.fromkeys(names))
 
 
 def what(comparison: Comparison) -> dict[str, Any]:
-    """What makes a comparison the same one; more seeds may be added to it."""
+    """What makes a comparison the same one; more seeds may be added to it, and its data may move."""
     cases = {}
-    unimportant = (*OF_ONE_CALL, "cache_dir", "device_batch_size")
     for case, config in comparison.cases.items():
+        unimportant = {*OF_ONE_CALL, "cache_dir", "device_batch_size"}
+        if comparison.corpus_of(case) is not None:
+            unimportant |= set(BY_CONTENT)
         flags = to_json(config)
         cases[case] = {name: flags[name] for name in flags if name not in unimportant}
     data = comparison.corpus.hash if comparison.corpus else None

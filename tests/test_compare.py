@@ -325,6 +325,17 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     other.write_text(text)
     same = [*command(folder, tmp_path / "data", data=other), "--seeds", "1"]
     assert compare.main(same) == 0
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(text)
+    path = tmp_path / "data" / "result.json"
+    old = json.loads(path.read_text())
+    for flags in old["what"]["cases"].values():
+        del flags["cautious"]  # as a version would have left it that had no such flag
+        flags["data"] = str(other)
+    path.write_text(json.dumps(old))
+    capsys.readouterr()
+    assert compare.main([*command(folder, tmp_path / "data", data=moved), "--seeds", "1"]) == 0
+    assert "resume   " in capsys.readouterr().out
     other.write_text(text + text.replace("document", "paper"))
     assert compare.main([*same, "--seeds", "2"]) == 2
     assert "holds another comparison (data)" in capsys.readouterr().err
