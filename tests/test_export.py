@@ -15,6 +15,7 @@ import tiktoken
 import torch
 from training import train, write_text
 
+import nanochat_native.model
 from nanochat_native import checkpoint, conversations, evaluate, export, generate, hugging_face, import_checkpoint
 from nanochat_native.generate import generate_text
 from nanochat_native.import_checkpoint import read_tokenizer_pickle
@@ -476,6 +477,7 @@ def test_what_another_eps_does_is_measured(exported, tmp_path, monkeypatch, caps
     expected = (logits_with(monkeypatch, source, eps, tokens) - logits_with(monkeypatch, source, 2**-23, tokens)).abs()
     assert torch.equal(tokens, import_checkpoint.probe(source.config))
     moved = import_checkpoint.moved_by_eps(source, tokens)
+    assert nanochat_native.model.EPS == 2**-23
     assert moved == pytest.approx(expected.max().item(), rel=0.1, abs=5e-6)
     model = GPT(source.config)
     model.load_state_dict(source.tensors)

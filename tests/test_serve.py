@@ -711,7 +711,7 @@ def test_a_second_signal_ends_it_at_once(folder):
         (["--api-key", ""], "the API key is empty"),
         (["--api-key", "kü"], "the API key takes visible ASCII"),
         (["--capacity", "100000"], "capacity 100000"),
-        (["--step", "99"], "step_000099"),
+        (["--step", "99"], "holds no checkpoint of step 99, but of 4, 6"),
         (["--host", "203.0.113.7", "--port", "0"], "203.0.113.7 port 0"),
     ],
     ids=str,
