@@ -202,7 +202,7 @@ def sharded_and_loaded(kind, gather_dtype):
     with torch.no_grad():
         for p, q in zip(all_of(first), all_of(second), strict=True):
             q.copy_(p)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     found = []
     for optimizer in (first, second):
         train(optimizer, seed=1)
@@ -788,7 +788,7 @@ def test_hooks_of_state_dict_and_load_state_dict(kind):
     def halve_first(o):
         first = all_of(o)[0]
         assert torch.equal(o.state[first][key], 2 * optimizer.state[all_of(optimizer)[0]][key])
-        o.state[first][key] /= 2
+        o.state[first][key] = o.state[first][key] / 2
 
     handles = [other.register_load_state_dict_pre_hook(double), other.register_load_state_dict_post_hook(halve_first)]
     other.load_state_dict(saved)
@@ -842,6 +842,33 @@ def test_distributed_checkpoints_state_dict(kind):
         twin.load_state_dict(model.state_dict())
         set_optimizer_state_dict(twin, other, saved)
         assert_same(train(optimizer), train(other))
+
+
+def test_where_restored_state_lies():
+    """On the parameter's device, which meta stands for; the number of steps stays on the CPU."""
+    parameter = nn.Parameter(torch.empty((), device="meta"))
+    optimizer = AdamW([parameter])
+    optimizer.restore(parameter, {"step": torch.tensor(3), "exp_avg": torch.tensor(0.5), "mine": torch.ones(7)})
+    kept = optimizer.state[parameter]
+    assert {key: (value.device.type, value.shape) for key, value in kept.items()} == {
+        "step": ("cpu", ()),
+        "exp_avg": ("meta", ()),
+        "mine": ("meta", (7,)),
+    }
+
+
+@pytest.mark.parametrize("way", ["restore", "load_state_dict"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_values_of_a_sharded_run_go_on_on_one_rank(kind, way):
+    (parameter,) = parameters([(4, 4)])
+    optimizer = kind([parameter])
+    exact = random((4, 4), 7)
+    if way == "restore":
+        optimizer.restore(parameter, {"master": exact})
+    else:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: {"master": exact}}})
+    assert torch.equal(parameter, exact)
+    assert "master" not in optimizer.state[parameter]  # it would be saved, and be old by then
 
 
 # --- schedulers, averages, scalers, compilers ---

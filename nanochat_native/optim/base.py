@@ -184,8 +184,10 @@ class Optimizer(torch.optim.Optimizer):
         if keeps_master:
             piece.values.copy_(state.get(MASTER, piece.rows_of(parameter)))  # what never travelled rounded is exact
             self.state[parameter][MASTER] = piece.values
-        elif sharding is None and MASTER in state:
-            parameter.copy_(state[MASTER])
+        else:
+            self.state.get(parameter, {}).pop(MASTER, None)  # where torch has just loaded it
+            if sharding is None and MASTER in state:
+                parameter.copy_(state[MASTER])
         for key, value in state.items():
             if isinstance(value, Tensor):
                 device = "cpu" if key == "step" else parameter.device
