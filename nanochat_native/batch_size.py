@@ -21,8 +21,8 @@ from torch import Tensor
 
 from nanochat_native import lab
 from nanochat_native.config import AUTO, ConfigError, TrainConfig
+from nanochat_native.isolation import ReportFailures
 from nanochat_native.lab import bar
-from nanochat_native.loading import exit_code
 from nanochat_native.metrics import Console
 from nanochat_native.optim import clip_reduced_
 from nanochat_native.optim.routing import BLOCKS, LM_HEAD, WTE
@@ -143,11 +143,11 @@ def advice(noise: Noise, *, sequence_len: int, total_batch_size: int) -> str:
     return f"{told}: it is near the noise scale, where both are within a factor of about 2 of the best"
 
 
-def run(args: Sequence[str]) -> int:
+def run(args: Sequence[str], failures: ReportFailures) -> int:
     options, config, _ = lab.configure(Options, "batch_size", args)
     if config.device_batch_size == AUTO:
         config = dataclasses.replace(config, device_batch_size=1)
-    console = Console()
+    console = Console(failures=failures)
     trainer = Trainer(config, console)
     config = trainer.config
     if config.total_batch_size < 2 * config.max_seq_len:
@@ -240,7 +240,7 @@ def in_tokens(noise: Noise, sequence_len: int) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Measures as `args` say, sys.argv's by default. Returns the exit code: 1 where training diverged."""
-    return exit_code(lambda: run(sys.argv[1:] if args is None else args))
+    return lab.main(run, args)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,16 @@ def verify(path: Path) -> list[str]:
     return list(expected)
 
 
+def weights_hash(folder: Path | str, step: int) -> str:
+    """SHA-256 of the weights of the checkpoint of `step`, by its manifest. Raises CheckpointError where that is missing
+    or damaged."""
+    path = path_of(folder, step) / "manifest.json"
+    try:
+        return str(json.loads(path.read_bytes())["files"]["model.safetensors"]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({type(error).__name__}: {error})") from None
+
+
 def flatten_optimizers(
     named_parameters: Iterable[tuple[str, Tensor]], optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

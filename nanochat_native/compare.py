@@ -29,9 +29,8 @@ from nanochat_native import lab, metrics, ops, plot
 from nanochat_native.bench.measure import side_by_side
 from nanochat_native.config import AUTO, ConfigError, TrainConfig, flag, parse, to_json
 from nanochat_native.data import Corpus
-from nanochat_native.isolation import EXIT_CODE
+from nanochat_native.isolation import ReportFailures
 from nanochat_native.lab import bar
-from nanochat_native.loading import exit_code
 from nanochat_native.metrics import Console, SilentConsole
 from nanochat_native.run_folder import BY_CONTENT, OF_ONE_CALL, is_run
 from nanochat_native.schedules import momentum_at
@@ -438,12 +437,12 @@ def what(comparison: Comparison) -> dict[str, Any]:
     return {"cases": cases, "baseline": comparison.baseline, "rates": comparison.rates, "data": data}
 
 
-def run(args: Sequence[str]) -> int:
+def run(args: Sequence[str], failures: ReportFailures) -> int:
     base = None if torch.cuda.is_available() and "cpu" not in args else SMALL
     if base and any(argument.startswith("--target") for argument in args):
         base = dataclasses.replace(base, num_iterations=AUTO)
     options, config, _ = lab.configure(Options, "compare", args, base=base)
-    console = Console()
+    console = Console(failures=failures)
     comparison = open_comparison(options, config, console)
 
     def keep(finished: bool) -> dict[str, Any]:
@@ -486,12 +485,12 @@ def run(args: Sequence[str]) -> int:
     lab.finish(comparison.folder, record, console)
     if code:
         console.say("go on    the same command again")
-    return code or (EXIT_CODE if console.failures else 0)
+    return code
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Compares as `args` say, sys.argv's by default. Returns the exit code."""
-    return exit_code(lambda: run(sys.argv[1:] if args is None else args))
+    return lab.main(run, args)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,11 @@ class FinetuneTrainer(Trainer):
         source, step = (config.run_dir, None) if goes_on else (config.checkpoint, config.step)
         self.source, tokenizer, meta = load_model(source, step, warn=console.say)
         kept = ("step", "nanochat_native", "data_hash", "tokenizer_hash", "validation_bpb", "imported")
-        self.base = meta["base"] if goes_on else {"run": str(source)} | {name: meta.get(name) for name in kept}
+        if goes_on:
+            self.base = same_base(config, meta["base"])
+        else:
+            self.base = {"run": str(source)} | {name: meta.get(name) for name in kept}
+            self.base["weights_sha256"] = checkpoint.weights_hash(source / "checkpoints", meta["step"])
         self.chats = make_chats(config, tokenizer, self.source.config.vocab_size)
         for note in self.chats.corpus.notes:
             console.say(f"note     {note}")
@@ -219,11 +223,9 @@ class FinetuneTrainer(Trainer):
         return {conversations.CHAT_TRAINED: True, "base": self.base}
 
     def sample(self) -> None:
-        """Answer the first question of a conversation that is held out, the next each time."""
+        """Answer the first question of a conversation that is held out, the next each time. On the first rank alone."""
         tokenizer, val = self.corpus.tokenizer, self.chats.val
         assert tokenizer is not None
-        if not self.world.first:
-            return
         (start,) = conversations.special_ids(tokenizer, ["<|assistant_start|>"])
         tokens = val.documents[self.step // max(1, self.config.sample_every) % len(val.documents)][0]
         prompt = [int(token) for token in tokens[: list(tokens).index(start) + 1]]
@@ -233,11 +235,25 @@ class FinetuneTrainer(Trainer):
             engine = Engine(self.model, tokenizer, slots=1, capacity=capacity)
         (request,) = engine.generate([(prompt, Sampling(capacity - len(prompt), temperature=0, stop_tokens=ends))])
         if request.error is not None:
-            self.console.say(f"step {self.step}: no sample: {request.error}")
-            return
+            raise ValueError(request.error)
         question = tokenizer.decode(prompt)
         self.console.record(self.log.write("sample", self.step, prompt=question, text=question + request.text))
         self.console.say(f"step {self.step}: {question}\n    " + request.text.rstrip().replace("\n", "\n    "))
+
+
+def same_base(config: FinetuneConfig, base: dict[str, Any]) -> dict[str, Any]:
+    """The base of a run that goes on, which may have moved to the config's checkpoint. Raises ConfigError where that
+    has other weights."""
+    assert config.checkpoint is not None
+    if Path(base["run"]) == config.checkpoint:
+        return base
+    try:
+        found = checkpoint.weights_hash(config.checkpoint / "checkpoints", base["step"])
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(f"--checkpoint {config.checkpoint}: {error}") from None
+    if found != base.get("weights_sha256"):
+        raise ConfigError(f"--checkpoint {config.checkpoint} is not the model that this run began with, {base['run']}")
+    return base | {"run": str(config.checkpoint)}
 
 
 def steps_of(config: FinetuneConfig, count: int, rows: int) -> int:
@@ -253,7 +269,7 @@ def complete(config: FinetuneConfig) -> FinetuneConfig:
     if config.val_data == "":
         raise ConfigError("--val-data is empty; it takes a file, a folder or a glob")
     if config.depth != AUTO and config.total_batch_size != AUTO:  # a run's own
-        return sized(config)
+        return sized(located(config))
     fields = config.__dataclass_fields__
     for name in (*OF_THE_BASE, *OF_PRETRAINING):
         if getattr(config, name) != fields[name].default:
@@ -273,10 +289,8 @@ def complete(config: FinetuneConfig) -> FinetuneConfig:
     }
     config = sized(
         dataclasses.replace(
-            config,
-            checkpoint=config.checkpoint.absolute(),
+            located(config),
             step=meta["step"],
-            val_data=None if config.val_data is None else os.path.abspath(config.val_data),
             depth=shape.n_layer,
             head_dim=shape.head_dim,
             n_kv_head=shape.n_kv_head,
@@ -289,6 +303,13 @@ def complete(config: FinetuneConfig) -> FinetuneConfig:
     )
     rows = GPU_ROWS if config.device == "cuda" else CPU_ROWS
     return dataclasses.replace(config, batch_rows=rows if config.batch_rows == AUTO else config.batch_rows)
+
+
+def located(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with paths that hold in every working directory."""
+    assert config.checkpoint is not None
+    val_data = None if config.val_data is None else os.path.abspath(os.path.expanduser(config.val_data))
+    return dataclasses.replace(config, checkpoint=config.checkpoint.absolute(), val_data=val_data)
 
 
 def main(args: Sequence[str] | None = None) -> int:

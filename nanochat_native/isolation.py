@@ -83,6 +83,18 @@ class GuardedStream:
                 self.fallback.flush()
 
 
+def guarded(program: Callable[[ReportFailures], int]) -> int:
+    """Runs a program that trains, which counts its failed reports, with guarded streams. Returns its exit code:
+    EXIT_CODE instead of 0 where a report failed."""
+    failures = ReportFailures()
+    with guarded_streams(failures):
+        code = program(failures)
+        if failures and code == 0:
+            print(f"warning: reports of this run failed: {failures.describe()}", file=sys.stderr)
+            code = EXIT_CODE
+    return code
+
+
 @contextlib.contextmanager
 def guarded_streams(failures: ReportFailures) -> Iterator[None]:
     """Within the block sys.stdout and sys.stderr never raise; each tells of the other's first failure."""

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import platform
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -30,6 +31,8 @@ from nanochat_native.config import (
     parse,
     to_json,
 )
+from nanochat_native.isolation import ReportFailures, guarded
+from nanochat_native.loading import exit_code
 from nanochat_native.metrics import Console
 from nanochat_native.optim import describe_routing, routing
 from nanochat_native.run_folder import sized
@@ -128,6 +131,13 @@ def result(
     return how | data
 
 
+def main(run: Callable[[Sequence[str], ReportFailures], int], args: Sequence[str] | None) -> int:
+    """A command of the laboratory, with `args` or sys.argv's. Returns the exit code, as loading.exit_code; 3 where the
+    result is written, but a report failed."""
+    given = sys.argv[1:] if args is None else args
+    return guarded(lambda failures: exit_code(lambda: run(given, failures)))
+
+
 def write(folder: Path, record: dict[str, Any]) -> None:
     """result.json, replaced atomically."""
     path = folder / plot.RESULT
@@ -139,9 +149,9 @@ def write(folder: Path, record: dict[str, Any]) -> None:
 def finish(folder: Path, record: dict[str, Any], console: Console) -> None:
     """Write the result, draw its picture, and say where they are."""
     write(folder, record)
-    picture = plot.draw(folder)
     console.say(f"result   {folder / plot.RESULT}")
-    console.say(f"picture  {picture or plot.MISSING}")
+    with console.isolated("picture"):
+        console.say(f"picture  {plot.draw(folder) or plot.MISSING}")
     console.say(f"again    python -m nanochat_native.plot {shlex.quote(str(folder))}")
 
 

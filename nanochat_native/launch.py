@@ -16,7 +16,7 @@ from nanochat_native import distributed, ops
 from nanochat_native.checkpoint import CheckpointError
 from nanochat_native.config import ConfigError, TrainConfig, flag, to_json
 from nanochat_native.distributed import World
-from nanochat_native.isolation import EXIT_CODE, ReportFailures, guarded_streams
+from nanochat_native.isolation import ReportFailures, guarded
 from nanochat_native.metrics import Console, SilentConsole
 from nanochat_native.report import announce
 from nanochat_native.run_folder import check_free
@@ -33,13 +33,7 @@ def launch(args: Sequence[str], configure: Configure, make: Make) -> int:
     Under torchrun this is one of many ranks: the first alone prints and writes, and what goes wrong on any of them ends
     all of them with one message.
     """
-    failures = ReportFailures()
-    with guarded_streams(failures):
-        code = _launch(args, configure, make, failures)
-        if failures and code == 0:
-            print(f"warning: reports of this run failed: {failures.describe()}", file=sys.stderr)
-            code = EXIT_CODE
-    return code
+    return guarded(lambda failures: _launch(args, configure, make, failures))
 
 
 def _launch(args: Sequence[str], configure: Configure, make: Make, failures: ReportFailures) -> int:

@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch; train.py sa
 
 from nanochat_native import lab
 from nanochat_native.config import ConfigError, TrainConfig, flag
+from nanochat_native.isolation import ReportFailures
 from nanochat_native.lab import bar
-from nanochat_native.loading import exit_code
 from nanochat_native.metrics import Console
 from nanochat_native.optim.routing import BLOCKS, LM_HEAD, WTE
 from nanochat_native.schedules import momentum_at
@@ -223,9 +223,9 @@ def flags(config: TrainConfig, tests: Sequence[dict[str, Any]]) -> dict[str, flo
     return found
 
 
-def run(args: Sequence[str]) -> int:
+def run(args: Sequence[str], failures: ReportFailures) -> int:
     options, config, given = lab.configure(Options, "lr_find", args)
-    console = Console()
+    console = Console(failures=failures)
     trainer = Trainer(config, console)
     config = trainer.config
     folder = lab.open_folder(options.out, "lr_find")
@@ -251,7 +251,7 @@ def run(args: Sequence[str]) -> int:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Tests as `args` say, sys.argv's by default. Returns the exit code: 1 where no rate was found."""
-    return exit_code(lambda: run(sys.argv[1:] if args is None else args))
+    return lab.main(run, args)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def draw(folder: Path) -> Path | None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ValueError(f"{folder / RESULT} cannot be drawn: it is damaged, or of another version") from None
     if command not in PICTURES:
-        raise ValueError(f"{folder / RESULT} cannot be drawn: it is of {command}; takes one of {', '.join(PICTURES)}")
+        raise ValueError(f"{folder / RESULT} cannot be drawn: it is of command {command!r}; takes {', '.join(PICTURES)}")
     return save(figure, folder / f"{command}.png")
 
 

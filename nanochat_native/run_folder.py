@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nanochat_native import checkpoint
 from nanochat_native.config import (
     AUTO,
     EXAMPLES,
@@ -178,8 +179,11 @@ def changes(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
 
     Raises ConfigError, naming the flags, for changes that would make it another run.
     """
+    allowed = {*FREE, *BY_CONTENT, *ROUNDING, "num_iterations"}
+    if checkpoint.steps(saved.run_dir / "checkpoints"):
+        allowed.add("checkpoint")  # of fine-tuning; compared by its weights
     differing = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(wanted, f.name)]
-    refused = [name for name in differing if name not in (*FREE, *BY_CONTENT, *ROUNDING, "num_iterations")]
+    refused = [name for name in differing if name not in allowed]
     if wanted.num_iterations < saved.num_iterations:
         refused.append("num_iterations")
     if refused:

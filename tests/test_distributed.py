@@ -158,7 +158,6 @@ def test_a_mistake_stops_all_ranks_with_one_message(folder, flags, message):
 def wait_for_checkpoints(run, count, process, after=0):
     """Until the run that `process` trains has so many checkpoints of steps behind `after`."""
 
-
     def there():
         return len([s for s in checkpoint.steps(run / "checkpoints") if s > after]) >= count
 

@@ -293,7 +293,9 @@ def test_a_run_keeps_its_data(base, capsys):
     path.write_text(json.dumps(chat("other", "words")) + "\n")
     assert finetune.main(["--resume", str(base / "runs" / "changing"), "--num-iterations", "9"]) == 2
     assert "not what this run began with" in capsys.readouterr().err
-    assert finetune.main([*flags(base, "changing"), "--resume", "auto"]) == 2
+    other = base / "other-words.jsonl"
+    other.write_text(json.dumps(chat("other", "words")) + "\n")
+    assert finetune.main([*flags(base, "changing", data=other), "--resume", "auto"]) == 2
     assert "--data" in capsys.readouterr().err
 
 
@@ -440,3 +442,33 @@ def test_defaults_follow_the_base(base):
     assert finetune.steps_of(config, 16, 8) == 6
     with pytest.raises(ConfigError, match="--checkpoint RUN is needed"):
         finetune.complete(FinetuneConfig())
+
+
+def test_a_base_that_has_moved_is_known_by_its_weights(base, capsys):
+    """And its conversations by what they say."""
+    assert run(base, "kept") == 0
+    kept = base / "runs" / "kept"
+    shutil.rmtree(checkpoint.path_of(kept / "checkpoints", 6))
+    moved = base / "moved"
+    shutil.copytree(base / "runs" / "base", moved)
+    shutil.copy(base / "chats.jsonl", base / "renamed.jsonl")
+    paths = ["--checkpoint", str(moved), "--data", str(base / "renamed.jsonl")]
+    assert finetune.main(["--resume", str(kept), *paths]) == 0
+    assert checkpoint.load(kept / "checkpoints")[1]["base"]["run"] == str(moved)
+    assert run_folder.load_config(kept).data == str(base / "renamed.jsonl")
+    assert train(base, run="other-base", steps=4, max_seq_len=64, seed=1) == 0
+    capsys.readouterr()
+    for other, message in (("runs/other-base", "is not the model that this run began with"), ("nowhere", "missing")):
+        assert finetune.main(["--resume", str(kept), "--checkpoint", str(base / other)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_sample_that_fails_does_not_end_fine_tuning(base, monkeypatch, capsys):
+    class Broken:
+        def __init__(self, *args, **kwargs):
+            raise RuntimeError("no engine")
+
+    monkeypatch.setattr(finetune, "Engine", Broken)
+    assert run(base, "unsampled") == 3
+    assert capsys.readouterr().out.count("warning: sample failed (RuntimeError: no engine)") == 1
+    assert checkpoint.latest(base / "runs" / "unsampled" / "checkpoints") == 6

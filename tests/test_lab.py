@@ -1,7 +1,9 @@
 """What the laboratory's commands share, the schedules' command, and pictures drawn again."""
 
+import io
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from training import train, write_text
 from nanochat_native import batch_size, compare, lab, lr_find, plot, schedules
 from nanochat_native.config import ConfigError, TrainConfig, parse
 from nanochat_native.memory.__main__ import main as memory
+from nanochat_native.metrics import Console
 from nanochat_native.schedules import SHAPES, lr_at, lr_multiplier, momentum_at, muon_momentum
 from nanochat_native.trainer import Trainer
 
@@ -216,3 +219,33 @@ def test_help_explains_every_flag(module, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert len(text.split("options")[0]) > 150
+
+
+def test_a_picture_that_cannot_be_drawn_or_told_leaves_the_result(tmp_path, monkeypatch, capsys):
+    """lr_find | true, and a matplotlib that fails: the result is written, and the exit code tells of the report."""
+
+    class Dead(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    def broken(folder):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(plot, "draw", broken)
+    assert schedules_like(tmp_path / "one") == 3
+    captured = capsys.readouterr()
+    assert "warning: picture failed (RuntimeError: no fonts)" in captured.out
+    monkeypatch.setattr(sys, "stdout", Dead())
+    assert schedules_like(tmp_path / "two") == 3
+    assert (tmp_path / "two" / "result.json").exists()
+
+
+def schedules_like(folder):
+    """A command of the laboratory that leaves an empty result."""
+
+    def run(args, failures):
+        folder.mkdir()
+        lab.finish(folder, {"command": "schedules"}, Console(failures=failures))
+        return 0
+
+    return lab.main(run, [])
