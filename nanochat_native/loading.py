@@ -139,7 +139,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return mistake(error)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        if type(error) is RuntimeError and "DefaultCPUAllocator" not in reason:  # what torch raises on a CPU
+        # On a CPU torch raises a RuntimeError of no own type where memory is out.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in reason:
             raise
         print(f"error: out of memory; try a smaller --device-batch-size ({reason})", file=sys.stderr)
         return 1

@@ -24,6 +24,7 @@ from nanochat_native import (
 from nanochat_native.bench import __main__ as bench
 from nanochat_native.bench import gpu, load
 from nanochat_native.config import FinetuneConfig, TrainConfig, flag
+from nanochat_native.distributed import RankError
 from nanochat_native.loading import exit_code, mistake
 from nanochat_native.memory import __main__ as memory
 from nanochat_native.serve import __main__ as serve
@@ -185,5 +186,6 @@ def test_what_the_system_or_torch_says_is_one_line(capsys):
     assert exit_code(fail(MemoryError())) == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(";")[0] for line in lines] == ["error: of its own words"] + ["error: out of memory"] * 2
-    with pytest.raises(RuntimeError, match="a fault of ours"):
-        exit_code(fail(RuntimeError("a fault of ours")))
+    for kind in (RuntimeError, RankError, NotImplementedError):
+        with pytest.raises(kind, match="a fault of ours"):
+            exit_code(fail(kind("a fault of ours")))
