@@ -346,7 +346,7 @@ def test_logprobs_of_a_completion(server, model, count):
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 def test_a_prompt_is_scored_by_echo(server, model, max_tokens):
     tokenizer, client = model[1], server.client()
-    asked = {"model": "tiny", "max_tokens": max_tokens, "echo": True, "logprobs": 1, "temperature": 0}
+    asked = {"model": "tiny", "max_tokens": max_tokens, "echo": True, "logprobs": max_tokens % 2, "temperature": 0}
     text = client.completions.create(prompt="the tensor of", **asked)
     ids = [tokenizer.bos_id, *tokenizer.encode("the tensor of")]
     given = client.completions.create(prompt=ids, **asked)
@@ -466,6 +466,11 @@ def test_parts_of_characters_are_told_by_their_bytes(server, model):
         assert choice["logprobs"]["tokens"][:6] == ["a", "bytes:\\xc3", "bytes:\\xa9", "z", "bytes:\\xff", "b"]
         assert choice["logprobs"]["text_offset"][:6] == [0, 1, 1, 2, 3, 4]
         assert choice["logprobs"]["text_offset"][6:7] == [5][:max_tokens]
+    lead, follow = ids_of(tokenizer, ["bytes:\\xe8", "bytes:\\xa9"])
+    forced = {"logit_bias": {str(follow): 100}, "max_tokens": 2}
+    (cut,) = server.request(completion(prompt=[ids[0], lead], logprobs=0, echo=True, **forced))[2]["choices"]
+    assert cut["text"] == "a\ufffd" + "\ufffd" * 2, "a prompt's half character is not completed by what follows"
+    assert cut["logprobs"]["text_offset"] == [0, 1, 2, 3]
     (half,) = server.request(completion(prompt=ids[:2], logprobs=0, max_tokens=1))[2]["choices"]
     assert half["logprobs"]["text_offset"] == [2], "the prompt's text is a\ufffd"
 
