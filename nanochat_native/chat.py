@@ -1,6 +1,7 @@
 """python -m nanochat_native.chat: talk to a trained model in the terminal. --help lists flags, /help the commands."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_native import conversations
-from nanochat_native.engine import Engine, Sampling, check_sampling
-from nanochat_native.loading import autocast, load_model, pick_device, run_command
+from nanochat_native.engine import Engine, Sampling, beyond_training, check_sampling
+from nanochat_native.loading import autocast, check_text, load_model, pick_device, print_any_text, run_command
 from nanochat_native.tokenizer import Tokenizer
 
 HELP = """\
@@ -72,6 +73,7 @@ class Chat:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.system, self.turns = options.system, list[dict[str, Any]]()
         self.draws = 0  # answers so far, each with a seed of its own
+        self._length, self._told_length = 0, False  # tokens of the last prompt and its answer
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -83,6 +85,7 @@ class Chat:
 
         Raises ValueError, and takes the message back, for one that is too long or is no text.
         """
+        check_text(text, "the message")
         self.turns.append({"role": "user", "content": text})
         try:
             prompt, room = self._fitting_prompt()
@@ -102,13 +105,21 @@ class Chat:
         )
         self.draws += 1
         said: list[str] = []
+        self._length = len(prompt)
         try:
             with contextlib.closing(self.engine.stream(prompt, sampling)) as pieces:
                 for piece in pieces:
                     said.append(piece.text)
+                    self._length += len(piece.tokens)
                     yield piece.text
         finally:
             self.turns.append({"role": "assistant", "content": "".join(said)})
+
+    def tell_length(self) -> None:
+        """Says once that what the model has read and answered is more than it was trained on."""
+        if self._length > self.engine.trained_positions and not self._told_length:
+            self._told_length = True
+            self.say(f"note: {beyond_training(self._length, self.engine.trained_positions)}")
 
     def _fitting_prompt(self) -> tuple[list[int], int]:
         """The prompt, and the tokens that fit behind it; the oldest exchanges are left out where all do not fit."""
@@ -223,6 +234,7 @@ def show(chat: Chat, text: str) -> None:
         chat.say("stopped")
     finally:
         pieces.close()
+    chat.tell_length()
 
 
 def obey(chat: Chat, line: str) -> bool:
@@ -277,6 +289,8 @@ def talk(chat: Chat, terminal: Terminal) -> None:
                     return
             elif text.strip():
                 show(chat, text)
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
         except (ValueError, OSError) as error:
             chat.say(f"error: {error}")
 
@@ -286,6 +300,10 @@ def run(options: Options) -> None:
     check_sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     if options.max_tokens < 1:
         raise ValueError(f"--max-tokens is {options.max_tokens}; it takes a number from 1")
+    check_text(options.system or "", "--system")
+    print_any_text()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # check_text finds what is no text, a message at a time
     device = pick_device(options.device)
     terminal = Terminal()
     model, tokenizer, meta = load_model(options.checkpoint, options.step, device, warn=terminal.note)

@@ -16,6 +16,7 @@ from nanochat_native.tokenizer import Tokenizer
 ROLES = ("system", "user", "assistant")
 CHAT_TOKENS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 CHAT_TRAINED = "chat_trained"  # key of a checkpoint's meta; absent for a base model
+_OTHER_ROLES = {"developer": "system", "tool": "user", "function": "user"}  # of OpenAI's API; see as_turns
 _PARTS = {
     "text": None,
     "python": ("<|python_start|>", "<|python_end|>"),
@@ -107,10 +108,8 @@ def check_messages(messages: Any) -> None:
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict):
-            raise ValueError(f"{where} is {type(message).__name__}; it takes an object with role and content")
-        role = message.get("role")
-        if role not in ROLES:
-            raise ValueError(f"{where}.role is {role!r}; it takes one of {', '.join(ROLES)}")
+            raise ValueError(f"{where} is {json_kind(message)}; it takes an object with role and content")
+        role = _role(message, ROLES, where)
         _check_content(message.get("content"), role, f"{where}.content")
     roles = [message["role"] for message in messages]
     first = int(roles[0] == "system")
@@ -122,12 +121,26 @@ def check_messages(messages: Any) -> None:
         raise ValueError("messages takes a message of the user after that of the system")
 
 
+def json_kind(value: Any) -> str:
+    """What a value of JSON is, in words for messages."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _role(message: Message, roles: Sequence[str], where: str) -> str:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in roles:
+        shown = repr(role) if isinstance(role, str) else json_kind(role)
+        raise ValueError(f"{where}.role is {shown}; it takes one of {', '.join(roles)}")
+    return role
+
+
 def _check_content(content: Any, role: str, where: str) -> None:
     if isinstance(content, str):
         _check_text(content, where)
         return
     if not isinstance(content, list):
-        raise ValueError(f"{where} is {type(content).__name__}; it takes a text, or a list of parts")
+        raise ValueError(f"{where} is {json_kind(content)}; it takes a text, or a list of parts")
     kinds = tuple(_PARTS) if role == "assistant" else ("text",)
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
@@ -156,6 +169,11 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
     check_messages refuses, and where the tokenizer lacks a special token.
     """
     check_messages(messages)
+    return _spell(tokenizer, messages)
+
+
+def _spell(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """What render returns, of messages that check_messages or as_turns has seen."""
     tokens, learnt = [tokenizer.bos_id], [False]
 
     def put(ids: list[int], learn: bool) -> None:
@@ -176,19 +194,21 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
     return tokens, learnt
 
 
-def prompt_of(tokenizer: Tokenizer, messages: Sequence[Message], *, chat_trained: bool) -> list[int]:
-    """The tokens that the assistant's next message continues; the last message must be the user's.
+def prompt_of(tokenizer: Tokenizer, messages: Any, *, chat_trained: bool) -> list[int]:
+    """The tokens that the assistant's next message continues, of messages in the form and order of `as_turns`; the last
+    of the turns must be the user's.
 
     A base model has never seen the special tokens: it continues the texts of all messages, line after line, which is
-    all that it can. Raises what `render` does.
+    all that it can. Raises ValueError for what as_turns refuses, and where the tokenizer lacks a special token.
     """
-    check_messages(messages)
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"messages[{len(messages) - 1}].role is {messages[-1]['role']!r}; the last one takes 'user'")
+    turns = as_turns(messages)
+    if turns[-1]["role"] != "user":
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        raise ValueError(f"messages[{last}].role is 'assistant'; the last one takes 'user'")
     if not chat_trained:
-        text = "\n".join(text_of(message["content"]) for message in messages)
+        text = "\n".join(text_of(message["content"]) for message in turns)
         return [tokenizer.bos_id, *tokenizer.encode(text)]
-    tokens, _ = render(tokenizer, messages)
+    tokens, _ = _spell(tokenizer, turns)
     return [*tokens, *special_ids(tokenizer, ("<|assistant_start|>",))]
 
 
@@ -205,10 +225,75 @@ def special_ids(tokenizer: Tokenizer, names: Sequence[str]) -> list[int]:
     return [tokenizer.special_tokens[name] for name in names]
 
 
+def as_turns(messages: Any) -> list[dict[str, Any]]:
+    """Messages as clients of OpenAI's API send them, as a conversation that can be spelled: at most one message of the
+    system, at the beginning, then those of user and assistant in turn. Raises ValueError for what is neither.
+
+    - developer is the system; tool and function, whose results come from outside as the user's words do, are the user.
+    - The messages of the system are one, wherever they stand, and so are messages of one role that follow each other:
+      joined by a blank line. An assistant may begin. Where only the system speaks, its text is the user's message.
+    - An assistant's content may be null beside tool_calls. They are text after it, a line each: name(arguments).
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages takes a list with at least one message")
+    system: list[str] = []
+    turns: list[dict[str, Any]] = []
+    for i, message in enumerate(messages):
+        role, content = _role_and_content(message, f"messages[{i}]")
+        if role == "system":
+            system.append(text_of(content))
+        elif turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = _joined(turns[-1]["content"], content)
+        else:
+            turns.append({"role": role, "content": content})
+    told = "\n\n".join(filter(None, system))
+    if not turns:
+        return [{"role": "user", "content": told}]
+    return [{"role": "system", "content": told}, *turns] if told else turns
+
+
+def _role_and_content(message: Any, where: str) -> tuple[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is {json_kind(message)}; it takes an object with role and content")
+    role = _role(message, (*ROLES, *_OTHER_ROLES), where)
+    role = _OTHER_ROLES.get(role, role)
+    content, calls = message.get("content"), message.get("tool_calls")
+    if role != "assistant" or calls is None:
+        _check_content(content, role, f"{where}.content")
+        return role, content
+    if not isinstance(calls, list):
+        raise ValueError(f"{where}.tool_calls is {json_kind(calls)}; it takes a list")
+    lines = []
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        named = [function.get(key) for key in ("name", "arguments")] if isinstance(function, dict) else []
+        if not named or not all(isinstance(text, str) for text in named):
+            taken = 'it takes {"type": "function", "function": {"name": text, "arguments": text}}'
+            raise ValueError(f"{where}.tool_calls[{i}] is no call of a function; {taken}")
+        lines.append("{}({})".format(*named))
+    called = "\n".join(lines)
+    _check_content(called, role, f"{where}.tool_calls")
+    if content is not None:
+        _check_content(content, role, f"{where}.content")
+    return role, _joined(content or "", called, "\n")
+
+
+def _joined(first: Any, second: Any, between: str = "\n\n") -> Any:
+    """Two contents as one, `between` them where neither is empty."""
+    if not first or not second:
+        return first or second
+    if isinstance(first, str) and isinstance(second, str):
+        return first + between + second
+    parts = [[{"type": "text", "text": one}] if isinstance(one, str) else one for one in (first, second)]
+    return [*parts[0], {"type": "text", "text": between}, *parts[1]]
+
+
 def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     """(role, content) of the messages, the system's put before the user's first."""
-    if messages[0]["role"] != "system":
-        return [(message["role"], message["content"]) for message in messages]
-    system, user, *rest = messages
-    opening = f"{text_of(system['content'])}\n\n{text_of(user['content'])}"
-    return [("user", opening), *((message["role"], message["content"]) for message in rest)]
+    turns = [(message["role"], message["content"]) for message in messages]
+    if turns[0][0] != "system":
+        return turns
+    (_, system), *turns = turns
+    first = next(i for i, (role, _) in enumerate(turns) if role == "user")
+    turns[first] = ("user", f"{text_of(system)}\n\n{text_of(turns[first][1])}")
+    return turns

@@ -9,12 +9,15 @@
 The tokens of a request depend on its prompt, its Sampling and the model alone: not on what runs beside it, when it
 came, on `slots`, `capacity` or the number of threads. Each request draws from its own generator, and the logits of a
 row do not depend on other rows (model.Decoder, on the CPU). On a GPU, and on the torch backend, they do by rounding,
-which another token follows from where two are as likely to the last digits.
+which another token follows from where two are as likely to the last digits. The same holds for log-probabilities: those
+of a prompt are computed by the same passes, one token each, as those of drawn tokens, so that a text has the same ones
+whether it is drawn or given.
 """
 
 import codecs
 import heapq
 import math
+import numbers
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -40,6 +43,19 @@ def check_sampling(
     repetition_penalty: float = 1.0,
 ) -> None:
     """Raises ValueError for settings that `sample` does not take."""
+    settings = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    for name, value in settings.items():
+        optional = name in ("top_k", "top_p", "min_p")
+        number = isinstance(value, numbers.Integral if name == "top_k" else numbers.Real)
+        if (not number or isinstance(value, bool)) and not (optional and value is None):
+            kind = "whole number" if name == "top_k" else "number"
+            raise ValueError(f"{name} is {value!r}; it takes a {kind}{', or None' if optional else ''}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it takes a number from 0")
     if top_k is not None and top_k < 1:
@@ -137,6 +153,37 @@ class TextStream:
         return out
 
 
+class Scored(NamedTuple):
+    """A token and its log-probability in nats: the log-softmax of the model's logits as they are, before logit_bias,
+    repetition_penalty, temperature and whatever narrows the choice.
+
+    logprob: None for the first token of a prompt, which nothing predicts. top: (token, logprob) of the likeliest tokens
+    in its place, the likeliest first.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+def score(logits: Tensor, token: int, count: int) -> Scored:
+    """`token` in the place that `logits` (V,) are for, with the `count` likeliest. Computed in float64, on one row
+    alone: neither other rows nor the number of threads change a bit."""
+    logprobs = logits.double().cpu()[None].log_softmax(-1)[0]
+    top = logprobs.topk(min(count, len(logprobs)))
+    return Scored(token, logprobs[token].item(), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+
+def beyond_training(tokens: int, trained: int) -> str:
+    """What is said once of a text that has outgrown the sequences that the model was trained on."""
+    return f"{tokens} tokens, and the model was trained on {trained}: beyond them text gets worse"
+
+
+def too_long(prompt: int, more: int, taken: int) -> str:
+    """What is said of a prompt of so many tokens, and so many more asked for, where the model takes fewer together."""
+    return f"the prompt has {prompt} tokens, and {more} more are asked for; this model takes {taken} together"
+
+
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of text that begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
@@ -146,8 +193,12 @@ def _overlap(text: str, stop: str) -> int:
 class Sampling:
     """How a request is continued; see `sample`. Raises ValueError for settings out of range.
 
-    max_tokens: tokens to add at most. stop: the text ends before the first of these strings. stop_tokens: ids that end
-    it beside <|bos|>, which always does; they are in neither tokens nor text. seed: of this request's draws.
+    max_tokens: tokens to add at most; 0 for none. stop: the text ends before the first of these strings.
+    stop_tokens: ids that end it beside <|bos|>, which always does; they are in neither tokens nor text.
+    seed: of this request's draws.
+    logit_bias: (token, number) pairs; the number is added to the token's logit before everything else.
+    logprobs: each token is scored, with so many of the likeliest beside it; None for no scores.
+    score_prompt: the tokens of the prompt are scored too, which takes a pass of the model for each of them.
     """
 
     max_tokens: int
@@ -159,10 +210,13 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    score_prompt: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.max_tokens) is not int or self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens!r}; it takes a whole number from 1")
+        if type(self.max_tokens) is not int or self.max_tokens < 0:
+            raise ValueError(f"max_tokens is {self.max_tokens!r}; it takes a whole number from 0")
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ValueError(f"stop is {self.stop!r}; it takes a tuple of strings, none empty")
@@ -170,17 +224,25 @@ class Sampling:
             raise ValueError(f"stop_tokens is {self.stop_tokens!r}; it takes a tuple of ids")
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed!r}; it takes a whole number from 0 to 2^63 - 1")
+        if not all(type(token) is int and math.isfinite(number) for token, number in self.logit_bias):
+            raise ValueError(f"logit_bias is {self.logit_bias!r}; it takes pairs of an id and a finite number")
+        if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
+            raise ValueError(f"logprobs is {self.logprobs!r}; it takes a whole number from 0, or None")
+        if self.score_prompt and self.logprobs is None:
+            raise ValueError("score_prompt goes with logprobs, which is None")
 
 
 class Read(NamedTuple):
     tokens: list[int]
     text: str
+    scored: list[Scored]
 
 
 class Request:
     """One prompt and its continuation, made by Engine.submit.
 
     tokens: drawn so far. text: what they certainly say, without a stop string; "" where the engine has no tokenizer.
+    scored: where Sampling asks for it, the prompt's tokens and those drawn, and the stop token that ended them.
     finish_reason: None while it waits or runs, then "stop" (a stop token or string), "length" (max_tokens), "cancelled"
     or "error", with `error` saying why.
     """
@@ -189,11 +251,12 @@ class Request:
         self.prompt, self.sampling = prompt, sampling
         self.tokens: list[int] = []
         self.text = ""
+        self.scored: list[Scored] = [Scored(prompt[0], None, ())] if sampling.score_prompt else []
         self.finish_reason: str | None = None
         self.error: str | None = None
         # Positions in the cache. The token after them is decoded next, once the prompt's others are in.
         self._filled = 0
-        self._read = (0, 0)
+        self._read = (0, 0, 0)
         self._stream = None if tokenizer is None else TextStream(tokenizer, sampling.stop)
         # The generator looks at a seed's low half alone.
         self._generator = torch.Generator().manual_seed((sampling.seed ^ sampling.seed >> 32) & 0xFFFFFFFF)
@@ -203,13 +266,42 @@ class Request:
             self._seen[0, prompt] = True
 
     def read(self) -> Read:
-        """Tokens and text that came since the last call."""
-        tokens, text = self._read
-        self._read = (len(self.tokens), len(self.text))
-        return Read(self.tokens[tokens:], self.text[text:])
+        """Tokens, text and scores that came since the last call."""
+        tokens, text, scored = self._read
+        self._read = (len(self.tokens), len(self.text), len(self.scored))
+        return Read(self.tokens[tokens:], self.text[text:], self.scored[scored:])
+
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing is left to compute: for no tokens, once the prompt is scored."""
+        to_score = len(self.prompt) - 1 if self.sampling.score_prompt else 0
+        return self.sampling.max_tokens == 0 and self._filled >= to_score
+
+    @property
+    def _next(self) -> int | None:
+        """The token that is decoded next; None while more than one of the prompt are still to be put into the cache."""
+        last = len(self.prompt) + len(self.tokens) - 1
+        if self._filled < last and not self.sampling.score_prompt:
+            return None
+        return self.prompt[self._filled] if self._filled < len(self.prompt) else self.tokens[-1]
+
+    def _take(self, logits: Tensor, likeliest: int) -> int | None:
+        """The token that follows the one just decoded, from logits (1, V), scored if asked: the prompt's own, which is
+        None, or a draw."""
+        s = self.sampling
+        given = self.prompt[self._filled] if self._filled < len(self.prompt) else None
+        plain = s.temperature == 0 and self._seen is None and not s.logit_bias
+        token = given if given is not None else likeliest if plain else self._draw(logits)
+        if s.logprobs is not None:
+            self.scored.append(score(logits[0], token, s.logprobs))
+        return token if given is None else None
 
     def _draw(self, logits: Tensor) -> int:
         s = self.sampling
+        if s.logit_bias:
+            tokens, numbers = zip(*s.logit_bias, strict=True)
+            biases = torch.tensor([numbers], dtype=torch.float32)
+            logits = logits.float().cpu().index_add(1, torch.tensor(tokens), biases)
         drawn = sample(
             logits,
             temperature=s.temperature,
@@ -247,6 +339,7 @@ class Engine:
     capacity: prompt and continuation of a request fit in; default: the model's positions. The cache takes 2 n_layer
     slots capacity Hkv D numbers, allocated once.
     tokenizer: None for tokens without text, stop strings or <|bos|>. One thread may use it at a time.
+    trained_positions: length of the sequences that the model was trained on; beyond it text gets worse.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer | None, *, slots: int = 8, capacity: int | None = None) -> None:
@@ -257,6 +350,7 @@ class Engine:
         if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
         self.tokenizer, self.capacity, self.vocab_size = tokenizer, capacity, model.config.vocab_size
+        self.trained_positions = model.config.sequence_len
         self.queue: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # by slot, the oldest first
         self._free = list(range(slots))  # a heap: which slot is taken does not depend on how they came free
@@ -278,10 +372,11 @@ class Engine:
             taken = f"takes at least one, whole numbers from 0 to {self.vocab_size - 1}"
             raise ValueError(f"the prompt has {len(prompt)} tokens; {taken}")
         if len(prompt) + sampling.max_tokens > self.capacity:
-            given = f"{len(prompt)} tokens of prompt and {sampling.max_tokens} more"
-            raise ValueError(f"{given}; a slot has {self.capacity} positions")
+            raise ValueError(too_long(len(prompt), sampling.max_tokens, self.capacity))
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"stop is {sampling.stop!r}; an engine without a tokenizer takes none")
+        if not all(0 <= token < self.vocab_size for token, _ in sampling.logit_bias):
+            raise ValueError(f"logit_bias takes ids from 0 to {self.vocab_size - 1}")
         request = Request(prompt, sampling, self.tokenizer, self.vocab_size)
         self.queue.append(request)
         return request
@@ -297,14 +392,19 @@ class Engine:
         request._finish("cancelled")
 
     def step(self) -> list[Request]:
-        """One token for every request that runs, and less than 2 PREFILL_TOKENS of prompts, the oldest first.
+        """One token for every request that runs, of its prompt where that is scored; and less than 2 PREFILL_TOKENS of
+        the other prompts, the oldest first.
 
         Returns the requests that got a token or ended.
         """
         while self.queue and self._free:
             self.running[heapq.heappop(self._free)] = self.queue.popleft()
+        complete = {slot: request for slot, request in self.running.items() if request._complete}
+        for slot, request in complete.items():
+            request._finish("length")
+            self._release(slot)
         self._prefill()
-        return self._decode()
+        return [*complete.values(), *self._decode()]
 
     def generate(self, requests: Sequence[tuple[Sequence[int], Sampling]]) -> list[Request]:
         """Submits all (prompt_tokens, sampling) and runs them to their ends. Raises what submit does."""
@@ -334,37 +434,41 @@ class Engine:
         return pieces()
 
     def _prefill(self) -> None:
-        """All but the last token of each prompt, which is decoded like those that follow it."""
+        """All but the last token of each prompt, which is decoded like those that follow it. Of a prompt that is scored
+        every token is decoded: a prefill gives no logits."""
         budget = PREFILL_TOKENS
         for slot, request in self.running.items():
-            while budget > 0 and request._filled < len(request.prompt) - 1:
+            while budget > 0 and request._next is None:
                 part = request.prompt[request._filled : -1][:PREFILL_TOKENS]
                 self._decoder.prefill(slot, part, request._filled)
                 request._filled += len(part)
                 budget -= len(part)
 
     def _decode(self) -> list[Request]:
-        ready = {slot: r for slot, r in self.running.items() if r._filled == len(r.prompt) + len(r.tokens) - 1}
+        ready = {slot: token for slot, request in self.running.items() if (token := request._next) is not None}
         if not ready:
             return []
-        tokens = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in ready.values()]
-        logits = self._decoder.decode(list(ready), tokens, [request._filled for request in ready.values()])
+        requests = [self.running[slot] for slot in ready]
+        logits = self._decoder.decode(list(ready), list(ready.values()), [request._filled for request in requests])
         top, likeliest = (found.tolist() for found in logits.max(-1))
-        for row, (slot, request) in enumerate(ready.items()):
+        told = []
+        for row, (slot, request) in enumerate(zip(ready, requests, strict=True)):
             request._filled += 1
             if not math.isfinite(top[row]):
                 request._finish("error", NOT_FINITE)
             else:
-                plain = request.sampling.temperature == 0 and request._seen is None
-                token = likeliest[row] if plain else request._draw(logits[row : row + 1])
+                token = request._take(logits[row : row + 1], likeliest[row])
+                if token is None:
+                    continue
                 ends = self.tokenizer is not None and token == self.tokenizer.bos_id
                 if ends or token in request.sampling.stop_tokens:
                     request._finish("stop")
                 else:
                     request._put(token)
+            told.append(request)
             if request.finish_reason is not None:
                 self._release(slot)
-        return list(ready.values())
+        return told
 
     def _release(self, slot: int) -> None:
         del self.running[slot]

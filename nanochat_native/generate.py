@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from nanochat_native.engine import Engine, Sampling, TextStream, check_sampling, sample
-from nanochat_native.loading import autocast, load_model, pick_device, run_command
+from nanochat_native.engine import Engine, Sampling, TextStream, beyond_training, check_sampling, sample, too_long
+from nanochat_native.loading import autocast, check_text, load_model, pick_device, print_any_text, run_command
 from nanochat_native.model import GPT, KVCache
 from nanochat_native.tokenizer import Tokenizer
 
@@ -39,12 +39,13 @@ def generate_tokens(
     vocab_size = model.config.vocab_size
     if not prompt_tokens or not all(0 <= token < vocab_size for token in prompt_tokens):
         raise ValueError(f"the prompt has {len(prompt_tokens)} tokens; takes at least one, from 0 to {vocab_size - 1}")
-    if max_tokens < 1 or num_samples < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, num_samples {num_samples}; both take a number from 1")
+    if not all(type(count) is int and count > 0 for count in (max_tokens, num_samples)):
+        raise ValueError(f"max_tokens is {max_tokens}, num_samples {num_samples}; both take a whole number from 1")
     if len(prompt_tokens) + max_tokens > model.max_positions:
-        given = f"{len(prompt_tokens)} tokens of prompt and {max_tokens} more"
-        raise ValueError(f"{given}; the model has {model.max_positions} positions")
+        raise ValueError(too_long(len(prompt_tokens), max_tokens, model.max_positions))
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if type(seed) is not int or not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed!r}; it takes a whole number from -2^63 to 2^64 - 1")
     generator = torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
@@ -157,7 +158,16 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the prompt and its continuation as it comes. Raises what load_model and Engine do."""
+    """Prints the prompt and its continuation as it comes, and a note where that has outgrown the model's training.
+
+    Raises ValueError for flags out of range, and what load_model and Engine do.
+    """
+    if options.max_tokens < 1:
+        raise ValueError(f"--max-tokens is {options.max_tokens}; it takes a number from 1")
+    for text in (options.prompt, *options.stop):
+        check_text(text, "--prompt" if text is options.prompt else "--stop")
+    if not all(options.stop):
+        raise ValueError("--stop has an empty text; it takes texts that are not empty")
     check_sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     device = pick_device(options.device)
     model, tokenizer, _ = load_model(
@@ -178,10 +188,15 @@ def run(options: Options) -> None:
     with autocast(device):
         engine = Engine(model, tokenizer, slots=1, capacity=capacity)
     pieces = engine.stream(prompt, sampling)
+    print_any_text()
     print(options.prompt, end="", flush=True)
+    tokens = len(prompt)
     for piece in pieces:
+        tokens += len(piece.tokens)
         print(piece.text, end="", flush=True)
-    print()
+    print(flush=True)
+    if tokens > engine.trained_positions:
+        print(f"note: {beyond_training(tokens, engine.trained_positions)}", file=sys.stderr)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,6 +1,9 @@
 """Reads the model and tokenizer of a run back from its folder, for the command lines that use one."""
 
+import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,6 +86,21 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def check_text(text: str, name: str) -> None:
+    """Raises ValueError, with the name of what it is, for text that UTF-8 cannot hold: from bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a lone surrogate, or bytes that are not UTF-8; it takes text") from None
+
+
+def print_any_text() -> None:
+    """From now on a character that the terminal's encoding lacks is printed as '?' instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """The precision that models run in: bfloat16 on a GPU, float32 on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -127,7 +145,7 @@ def mistake(error: Exception) -> int:
 
 def exit_code(command: Callable[[], int | None]) -> int:
     """Runs a command line's work: what it returns, or 0; 2 after one line on stderr for a mistake of the user's; 1
-    where memory is out; 130 after Ctrl-C."""
+    where memory is out; 130 after Ctrl-C; 141 where the output is read no more."""
     try:
         ops.check_environment()
         ops.use_backend(ops.backend())
@@ -135,6 +153,10 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return mistake(error)
     try:
         return command() or 0
+    except BrokenPipeError:  # what reads the output has ended, as head does: there is nobody to tell
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python would complain when it flushes at its end
+        return 128 + signal.SIGPIPE
     except MISTAKES as error:
         return mistake(error)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -117,7 +117,8 @@ def draw(folder: Path) -> Path | None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ValueError(f"{folder / RESULT} cannot be drawn: it is damaged, or of another version") from None
     if command not in PICTURES:
-        raise ValueError(f"{folder / RESULT} cannot be drawn: it is of command {command!r}; takes {', '.join(PICTURES)}")
+        takes = ", ".join(PICTURES)
+        raise ValueError(f"{folder / RESULT} cannot be drawn: it is of command {command!r}; takes {takes}")
     return save(figure, folder / f"{command}.png")
 
 

@@ -103,6 +103,34 @@ def test_what_no_longer_fits_is_left_out_from_the_oldest_on(talks):
     assert len(talk.turns) == 12
 
 
+def test_what_outgrows_the_training_is_said_once(talks, capsys):
+    talk, said = talks
+    trained = talk.engine.trained_positions
+    while not said:
+        chat.show(talk, "the tensor")
+        last = {"role": "user", "content": "the tensor"}
+        prompt = conversations.prompt_of(talk.tokenizer, [*talk.turns[:-2], last], chat_trained=True)
+        at_most = len(prompt) + talk.options.max_tokens
+        assert len(talk.turns) < 20
+    assert at_most > trained >= len(prompt) - talk.options.max_tokens
+    (tokens,) = [int(word) for word in said[0].split()[1:2]]
+    assert trained < tokens <= at_most
+    assert said == [f"note: {tokens} tokens, and the model was trained on {trained}: beyond them text gets worse"]
+    chat.show(talk, "the tensor")
+    assert [line for line in said if "trained on" in line] == said[:1]
+
+
+def test_what_is_no_text_is_one_line_and_the_chat_goes_on(folder):
+    module = [sys.executable, "-m", "nanochat_native.chat", "--checkpoint", str(folder / "runs/talks")]
+    env = os.environ | {"NANOCHAT_NATIVE_BACKEND": BACKEND, "PYTHONIOENCODING": "ascii"}
+    text = b"b\xffad\nthe tensor\n"
+    process = subprocess.run([*module, "--max-tokens", "3"], input=text, capture_output=True, env=env, timeout=60)
+    assert process.returncode == 0
+    error = b"error: the message has a lone surrogate, or bytes that are not UTF-8; it takes text\n"
+    assert process.stderr == error
+    assert process.stdout
+
+
 def test_a_base_model_continues_the_text(folder):
     model, tokenizer, _ = load_model(folder / "runs/base")
     engine = Engine(model, tokenizer, slots=1)

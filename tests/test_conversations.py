@@ -4,12 +4,14 @@ import pytest
 
 from nanochat_native.conversations import (
     CHAT_TRAINED,
+    as_turns,
     check_messages,
     is_chat_trained,
     prompt_of,
     render,
     special_ids,
     stop_tokens,
+    text_of,
 )
 from nanochat_native.tokenizer import Tokenizer
 
@@ -114,11 +116,11 @@ def test_a_prompt_ends_where_the_answer_begins():
         (None, "a list with at least one"),
         ([], "a list with at least one"),
         ("hello", "a list with at least one"),
-        (["hello"], r"messages\[0\] is str"),
-        ([{"content": "x"}], "role is None"),
+        (["hello"], r"messages\[0\] is a text"),
+        ([{"content": "x"}], "role is null"),
         ([{"role": "tool", "content": "x"}], "role is 'tool'; it takes one of system, user, assistant"),
-        ([{"role": "user"}], r"messages\[0\].content is NoneType"),
-        ([user(3)], "content is int"),
+        ([{"role": "user"}], r"messages\[0\].content is null"),
+        ([user(3)], "content is a number"),
         ([user([{"type": "image", "text": "x"}])], "no part that user messages have"),
         ([user([{"type": "python", "text": "x"}])], "no part that user messages have"),
         ([user("x"), assistant([{"type": "text", "text": 1}])], "no part that assistant messages have"),
@@ -135,6 +137,67 @@ def test_what_is_no_conversation_is_refused(messages, message):
         check_messages(messages)
     with pytest.raises(ValueError, match=message):
         render(TOKENIZER, messages)
+
+
+def system(content, role="system"):
+    return {"role": role, "content": content}
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+PYTHON = [{"type": "python", "text": "1+1"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "turns"),
+    [
+        ([user("a"), user("b")], [("user", "a\n\nb")]),
+        ([user("a"), user(""), user("b")], [("user", "a\n\nb")]),
+        ([assistant("hi"), user("a")], [("assistant", "hi"), ("user", "a")]),
+        ([system("s"), assistant("hi"), user("a")], [("assistant", "hi"), ("user", "s\n\na")]),
+        ([system("s"), user("a"), system("t", "developer"), user("b")], [("user", "s\n\nt\n\na\n\nb")]),
+        ([system("s"), system("")], [("user", "s")]),
+        ([system(""), user("a")], [("user", "a")]),
+        (
+            [user("a"), assistant("b"), assistant("c"), user("d")],
+            [("user", "a"), ("assistant", "b\n\nc"), ("user", "d")],
+        ),
+        (
+            [user("a"), {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}, system("3", "tool")],
+            [("user", "a"), ("assistant", 'add({"a": 1})\nadd({"a": 1})'), ("user", "3")],
+        ),
+        (
+            [user("a"), assistant("so") | {"tool_calls": [CALL]}, system("3", "tool"), user("b")],
+            [("user", "a"), ("assistant", 'so\nadd({"a": 1})'), ("user", "3\n\nb")],
+        ),
+        (
+            [user("a"), {"role": "assistant", "content": "b", "tool_calls": []}, user("c")],
+            [("user", "a"), ("assistant", "b"), ("user", "c")],
+        ),
+        ([user([{"type": "text", "text": "a"}]), user("b")], [("user", "a\n\nb")]),
+    ],
+    ids=str,
+)
+def test_roles_in_any_order_become_turns(messages, turns):
+    expected = [("bos", False)]
+    for role, content in turns:
+        parts = text(content) if "[" not in str(messages[0]["content"]) else text("a") + text("\n\n") + text("b")
+        expected += [ID[f"{role}_start"], *parts, ID[f"{role}_end"]]
+    expected = [ID["bos"], *expected[1:], ID["assistant_start"]]
+    assert prompt_of(TOKENIZER, messages, chat_trained=True) == expected
+    lines = "\n".join(text_of(turn["content"]) for turn in as_turns(messages))
+    assert prompt_of(TOKENIZER, messages, chat_trained=False) == [ID["bos"], *text(lines)]
+
+
+def test_parts_of_an_assistants_neighbouring_messages_stay_parts():
+    messages = [user("a"), assistant(PYTHON), assistant("b"), user("c")]
+    parts = [*PYTHON, {"type": "text", "text": "\n\n"}, {"type": "text", "text": "b"}]
+    assert as_turns(messages) == [user("a"), assistant(parts), user("c")]
+
+
+def test_an_answer_after_the_assistants_is_refused():
+    for messages in ([assistant("x")], [user("x"), assistant("y"), system("s")]):
+        with pytest.raises(ValueError, match=r"messages\[[01]\].role is 'assistant'; the last one takes 'user'"):
+            prompt_of(TOKENIZER, messages, chat_trained=True)
 
 
 def test_a_tokenizer_without_the_tokens_is_refused():

@@ -264,7 +264,7 @@ def test_limits_are_refused_at_the_call():
             ([1, V], greedy(), f"0 to {V - 1}"),
             ([-1], greedy(), "0 to"),
             ([1.0], greedy(), "whole numbers"),
-            (prompt_of(9), greedy(12), "9 tokens of prompt and 12 more; a slot has 20 positions"),
+            (prompt_of(9), greedy(12), "has 9 tokens, and 12 more are asked for; this model takes 20 together"),
         ):
             with pytest.raises(ValueError, match=message):
                 engine.submit(prompt, sampling)
@@ -283,19 +283,127 @@ def test_limits_are_refused_at_the_call():
 def test_sampling_refuses_what_it_does_not_take():
     nan = float("nan")
     for name, values in {
-        "max_tokens": (0, -1, 1.5, True),
-        "temperature": (-0.1, nan, float("inf")),
-        "top_k": (0,),
-        "top_p": (0.0, 1.1, nan),
-        "min_p": (-0.1, 1.1, nan),
-        "repetition_penalty": (0.0, -1.0, nan, float("inf"), 1e31),
+        "max_tokens": (-1, 1.5, True, False, "3", None),
+        "temperature": (-0.1, nan, float("inf"), False, "0", None),
+        "top_k": (0, True, 2.0, "5"),
+        "top_p": (0.0, 1.1, nan, True, "1"),
+        "min_p": (-0.1, 1.1, nan, False, "0"),
+        "repetition_penalty": (0.0, -1.0, nan, float("inf"), 1e31, True, None),
         "stop": ("ab", ("",), (3,)),
         "stop_tokens": ([1], ("a",)),
-        "seed": (-1, 1 << 63, 0.5),
+        "seed": (-1, 1 << 63, 0.5, True, None),
+        "logprobs": (-1, True, False, 1.0),
+        "logit_bias": (((1, nan),), ((1.0, 2.0),)),
     }.items():
         for value in values:
             with pytest.raises(ValueError, match=f"{name} is"):
                 Sampling(**{"max_tokens": 4, name: value})
+
+
+# --- log-probabilities ---
+
+
+def everything(max_tokens, **settings):
+    return Sampling(max_tokens, logprobs=4, score_prompt=True, **settings)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_of_the_models_own_forward(backend, name):
+    """Of the raw logits, whatever narrows or bends the draws."""
+    model, prompt = MODELS[name], prompt_of(40)
+    bent = {"temperature": 0.5, "top_k": 9, "repetition_penalty": 1.3, "logit_bias": ((7, 3.0), (8, -50.0))}
+    request = alone(model, prompt, everything(20, seed=4, **bent))
+    sequence = prompt + request.tokens
+    assert len(request.tokens) == 20
+    assert [one.token for one in request.scored] == sequence
+    assert (request.scored[0].logprob, request.scored[0].top) == (None, ())
+    with torch.no_grad():
+        expected = model(torch.tensor([sequence]))[0, :-1].double().log_softmax(-1)
+    for one, row in zip(request.scored[1:], expected, strict=True):
+        assert abs(one.logprob - row[one.token].item()) < 3e-5
+        ids, values = zip(*one.top, strict=True)
+        assert torch.allclose(torch.tensor(values).double(), row.topk(4).values, atol=3e-5, rtol=0)
+        assert torch.allclose(torch.tensor(values).double(), row[list(ids)], atol=3e-5, rtol=0)
+        assert list(values) == sorted(values, reverse=True)
+        assert dict(one.top).get(one.token, one.logprob) == one.logprob
+    assert max(one.logprob for one in request.scored[1:]) - min(one.logprob for one in request.scored[1:]) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_have_the_same_bits_whatever_runs_beside_and_whether_drawn_or_given(name):
+    model, rng = MODELS[name], random.Random(2)
+    with use("native"):
+        arrivals = []
+        for seed in range(7):
+            sampling = everything(rng.randint(1, 9), seed=seed)
+            arrivals.append((rng.randint(0, 9), prompt_of(rng.choice(LENGTHS), seed), sampling))
+            arrivals.append((rng.randint(0, 9), prompt_of(30, seed), Sampling(8, seed=seed)))
+        expected = [alone(model, prompt, sampling) for _, prompt, sampling in arrivals]
+        for threads, slots in ((1, 3), (2, 9)):
+            torch.set_num_threads(threads)
+            found = drive(Engine(model, TOKENIZER, slots=slots, capacity=80), arrivals)
+            assert [request.scored for request in found] == [request.scored for request in expected]
+        for (_, prompt, _), request in zip(arrivals, expected, strict=True):
+            if request.scored and request.finish_reason == "length":
+                assert alone(model, prompt + request.tokens, everything(0)).scored == request.scored
+        plain = [alone(model, prompt, Sampling(s.max_tokens, seed=s.seed)) for _, prompt, s in arrivals]
+        assert [request.tokens for request in plain] == [request.tokens for request in expected]
+
+
+def test_a_prompt_is_scored_a_row_at_a_time_while_others_go_on(monkeypatch):
+    """No more logits are held than one row a slot, however long the prompt."""
+    rows = []
+    decode = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda *args: (found := decode(*args), rows.append(found.numel() // V))[0])
+    with use("torch"):
+        engine = Engine(MODELS["w"], TOKENIZER, slots=2)
+        long, short = engine.submit(prompt_of(200), everything(0)), engine.submit(prompt_of(5), greedy(100))
+        for step in range(1, 100):
+            assert engine.step() == [short], "a token of the prompt that is scored is no news"
+            assert (len(short.tokens), len(long.scored)) == (step, step + 1)
+        assert long.read().scored == long.scored
+        assert max(rows) == 2
+        while not engine.idle:
+            engine.step()
+        assert (long.finish_reason, len(long.scored), long.tokens, long.text) == ("length", 200, [], "")
+        assert len(rows) == 199
+
+
+def test_no_tokens_are_no_work(monkeypatch):
+    with use("torch"):
+        engine = Engine(MODELS["w"], TOKENIZER, slots=2)
+        monkeypatch.setattr(engine, "_decoder", None)
+        for sampling in (Sampling(0), Sampling(0, logprobs=2), everything(0)):
+            prompt = [5] if sampling.score_prompt else prompt_of(150)
+            request = engine.submit(prompt, sampling)
+            assert engine.step() == [request]
+            assert (request.finish_reason, request.tokens, request.text) == ("length", [], "")
+            assert [one.token for one in request.scored] == ([5] if sampling.score_prompt else [])
+        assert engine.idle
+
+
+def test_what_ends_a_text_is_scored_too():
+    with use("torch"):
+        request = alone(MODELS["w"], prompt_of(9), Sampling(5, stop_tokens=tuple(range(V)), logprobs=0, seed=1))
+        assert (request.finish_reason, request.tokens, len(request.scored)) == ("stop", [], 1)
+        assert request.scored[0].top == ()
+        assert request.scored[0].logprob < 0
+
+
+def test_a_bias_bends_the_draws_and_not_the_scores():
+    with use("torch"):
+        free = alone(MODELS["w"], prompt_of(9), greedy(6, logprobs=0))
+        banned = ((free.tokens[0], -100.0),)
+        for settings in ({"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.01}, {"top_k": 1}):
+            forced = alone(MODELS["w"], prompt_of(9), Sampling(6, logit_bias=((7, 100.0),), logprobs=0, **settings))
+            assert forced.tokens == [7] * 6
+            assert forced.scored[0].logprob < free.scored[0].logprob
+            other = alone(MODELS["w"], prompt_of(9), Sampling(6, logit_bias=banned, **settings))
+            assert free.tokens[0] not in other.tokens
+        with pytest.raises(ValueError, match=f"logit_bias takes ids from 0 to {V - 1}"):
+            alone(MODELS["w"], [1], greedy(1, logit_bias=((V, 1.0),)))
+    with pytest.raises(ValueError, match="score_prompt goes with logprobs"):
+        Sampling(1, score_prompt=True)
 
 
 def test_a_broken_row_fails_alone(backend):

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -140,7 +141,16 @@ def test_bad_arguments_are_refused_at_the_call():
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-        ({"max_tokens": 153}, "8 tokens of prompt and 153 more; the model has 160 positions"),
+        ({"max_tokens": 153}, "the prompt has 8 tokens, and 153 more are asked for; this model takes 160 together"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"temperature": True}, "temperature is True; it takes a number"),
+        ({"temperature": "0"}, "temperature is '0'; it takes a number"),
+        ({"top_k": True}, "top_k is True; it takes a whole number, or None"),
+        ({"top_k": 2.0}, "top_k is 2.0; it takes a whole number, or None"),
+        ({"top_p": False}, "top_p is False; it takes a number, or None"),
+        ({"seed": 1 << 64}, r"seed is \d+; it takes a whole number from -2\^63 to 2\^64 - 1"),
+        ({"seed": -(1 << 63) - 1}, r"seed is -\d+; it takes"),
+        ({"seed": 1.0}, "seed is 1.0; it takes"),
         ({"prompt_tokens": []}, "0 tokens"),
         ({"prompt_tokens": [1, 60]}, "0 to 59"),
         ({"prompt_tokens": [-1]}, "0 to 59"),
@@ -336,15 +346,53 @@ def test_command_line(run_dir, capfd):
     module = [sys.executable, "-m", "nanochat_native.generate", *args, "--step", "1"]
     env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.run(module, capture_output=True, encoding="utf-8", check=True, env=env)
-    assert (process.stdout, process.stderr) == (of_first_step, "")
+    note = r"note: \d+ tokens, and the model was trained on 16: beyond them text gets worse\n"
+    assert process.stdout == of_first_step
+    assert re.fullmatch(note, process.stderr)
     assert of_first_step != printed
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_what_outgrows_the_training_is_said_once(run_dir, tokenizer, capsys, more):
+    tokens = CONFIG.sequence_len - 1 - len(tokenizer.encode("def f")) + more
+    args = ["--checkpoint", str(run_dir), "--prompt", "def f", "--max-tokens", str(tokens), "--seed", "3"]
+    with use("torch"):
+        assert generate.main(args) == 0
+    expected = "note: 17 tokens, and the model was trained on 16: beyond them text gets worse\n" if more else ""
+    assert capsys.readouterr().err == expected
+
+
+def test_a_closed_pipe_ends_it_without_a_word(run_dir):
+    module = [sys.executable, "-m", "nanochat_native.generate", "--checkpoint", str(run_dir), "--max-tokens", "5"]
+    env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch"}
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as nobody:
+        process = subprocess.run([*module, "--prompt", "a"], stdout=nobody, stderr=subprocess.PIPE, env=env)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
+def test_a_terminal_that_lacks_a_character_ends_nothing(run_dir):
+    module = [sys.executable, "-m", "nanochat_native.generate", "--checkpoint", str(run_dir), "--prompt", "é語"]
+    env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    process = subprocess.run([*module, "--max-tokens", "2"], capture_output=True, check=True, env=env)
+    assert process.stdout.startswith(b"??")
+    assert process.stderr == b""
 
 
 def test_command_line_mistakes_are_one_line(run_dir, capsys):
     for args, message in (
         (["--checkpoint", run_dir / "none"], "no such run folder"),
         (["--checkpoint", run_dir, "--temperature", "-1"], "temperature is -1"),
-        (["--checkpoint", run_dir, "--max-tokens", "1000"], "160 positions"),
+        (["--checkpoint", run_dir, "--max-tokens", "1000"], "1000 more are asked for; this model takes 160 together"),
+        (["--checkpoint", run_dir, "--max-tokens", "0"], "--max-tokens is 0; it takes a number from 1"),
+        (["--checkpoint", run_dir, "--seed", str(1 << 70)], "--seed takes a whole number of at most 9223372036854775807"),
+        (
+            ["--checkpoint", run_dir, "--prompt", "a\udcff"],
+            "--prompt has a lone surrogate, or bytes that are",
+        ),
+        (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop has a lone surrogate"),
+        (["--checkpoint", run_dir, "--stop", ""], "--stop has an empty text"),
         (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
     ):
         with use("torch"):

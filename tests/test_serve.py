@@ -29,6 +29,7 @@ from nanochat_native.engine import Engine, Sampling
 from nanochat_native.loading import load_model
 from nanochat_native.serve import __main__ as command
 from nanochat_native.serve.app import Limits, Server
+from nanochat_native.serve.connection import Connection
 from nanochat_native.serve.metrics import Histogram, Metrics
 from nanochat_native.serve.protocol import Served
 from nanochat_native.serve.worker import ClosedError, Worker
@@ -52,7 +53,9 @@ def model(folder):
 class Running:
     """A server on a free port in a thread of this process."""
 
-    def __init__(self, model, *, slots=2, max_waiting=4, key=None, chat=False, slow=0.0, **limits):
+    def __init__(
+        self, model, *, slots=2, max_waiting=14, key=None, chat=False, slow=0.0, connection_timeout=20, **limits
+    ):
         gpt, tokenizer, _ = model
         self.tokenizer = tokenizer
         self.engine = Engine(gpt, tokenizer, slots=slots, capacity=600)
@@ -66,12 +69,27 @@ class Running:
 
         self.engine.step = slow_step
         self.worker = Worker(self.engine, slots, max_waiting)
-        served = Served("tiny", tokenizer, chat_trained=chat, capacity=600, max_tokens=500, created=1)
+        served = Served(
+            "tiny",
+            tokenizer,
+            chat_trained=chat,
+            capacity=600,
+            trained_positions=self.engine.trained_positions,
+            max_tokens=500,
+            choices=slots + max_waiting,
+            created=1,
+        )
         limits = Limits(**{"max_body_bytes": 50_000, "timeout": HANGS} | limits)
         self.server = Server(served, self.worker, limits, api_key=key, loopback=True)
         self.socket = command.bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(self.server.app, log_level="error", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            self.server.app,
+            log_level="error",
+            timeout_graceful_shutdown=1,
+            http=Connection,
+            timeout_keep_alive=connection_timeout,
+        )
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
@@ -280,6 +298,290 @@ def test_errors_are_the_clients_exceptions(server, model):
         assert locked.request(b"", "/metrics", "GET", f"Authorization: Basic {KEY}\r\n")[0] == 401
 
 
+# --- log-probabilities ---
+
+
+def expected_logprobs(model, tokens):
+    """By the model's own forward: of each token but the first the log-softmax of the logits before it (T - 1, V)."""
+    with torch.no_grad():
+        return model[0](torch.tensor([tokens]))[0, :-1].double().log_softmax(-1)
+
+
+def ids_of(tokenizer, names):
+    """Of tokens as completions spell them."""
+    spelled = {}
+    for token in range(tokenizer.vocab_size):
+        content = tokenizer.decode_bytes([token])
+        try:
+            spelled[content.decode()] = token
+        except UnicodeDecodeError:
+            spelled["bytes:" + "".join(f"\\x{byte:02x}" for byte in content)] = token
+    return [spelled[name] for name in names]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_logprobs_of_a_completion(server, model, count):
+    tokenizer = model[1]
+    prompt = [tokenizer.bos_id, *tokenizer.encode("the tensor")]
+    bent = {"temperature": 0.3, "top_p": 0.5, "logit_bias": {"40": 5}, "seed": 3}
+    answer = server.client().completions.create(model="tiny", prompt="the tensor", max_tokens=9, logprobs=count, **bent)
+    (choice,) = answer.choices
+    found = choice.logprobs
+    tokens = ids_of(tokenizer, found.tokens)
+    assert tokenizer.decode(tokens) == choice.text
+    rows = expected_logprobs(model, prompt + tokens)[len(prompt) - 1 :]
+    assert len(found.token_logprobs) == len(tokens) == len(rows) == 9
+    for token, name, logprob, top, row in zip(
+        tokens, found.tokens, found.token_logprobs, found.top_logprobs, rows, strict=True
+    ):
+        assert abs(logprob - row[token].item()) < 3e-5
+        assert top.pop(name) == logprob
+        assert len(top) in ({0} if count == 0 else {count - 1, count})
+        for other, value in zip(ids_of(tokenizer, top), top.values(), strict=True):
+            assert abs(value - row[other].item()) < 3e-5
+            assert value > row.topk(count + 1).values[-1] - 3e-5
+    starts = [len("the tensor")]
+    starts += [starts[0] + len(tokenizer.decode(tokens[:i])) for i in range(1, 9)]
+    assert found.text_offset == starts
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+def test_a_prompt_is_scored_by_echo(server, model, max_tokens):
+    tokenizer, client = model[1], server.client()
+    asked = {"model": "tiny", "max_tokens": max_tokens, "echo": True, "logprobs": max_tokens % 2, "temperature": 0}
+    text = client.completions.create(prompt="the tensor of", **asked)
+    ids = [tokenizer.bos_id, *tokenizer.encode("the tensor of")]
+    given = client.completions.create(prompt=ids, **asked)
+    rows = expected_logprobs(model, ids)
+    for answer, hidden in ((text, 1), (given, 0)):
+        (choice,) = answer.choices
+        found = choice.logprobs
+        assert "".join(found.tokens[: len(ids) - hidden]) == ("the tensor of" if hidden else "<|bos|>the tensor of")
+        assert choice.text == "".join(found.tokens)
+        assert len(found.tokens) == len(found.top_logprobs) == len(ids) - hidden + max_tokens
+        assert answer.usage.completion_tokens == max_tokens
+        assert choice.finish_reason == "length"
+        told = found.token_logprobs[1 - hidden : len(ids) - hidden]
+        assert told == pytest.approx([row[token].item() for row, token in zip(rows, ids[1:], strict=True)], abs=3e-5)
+        assert [choice.text[place:].startswith(t) for t, place in zip(found.tokens, found.text_offset, strict=True)]
+    assert (given.choices[0].logprobs.token_logprobs[0], given.choices[0].logprobs.top_logprobs[0]) == (None, None)
+    assert given.choices[0].logprobs.token_logprobs[1:] == text.choices[0].logprobs.token_logprobs
+
+
+def test_echo_and_no_tokens_without_logprobs(server):
+    for fields, text in (({"echo": True}, "the tensor"), ({}, "")):
+        for stream in (False, True):
+            status, _, body = server.request(completion(max_tokens=0, stream=stream, **fields))
+            assert status == 200
+            chunks = [body] if not stream else [json.loads(e) for e in re.findall(rb"data: ({.*})\n", body)]
+            choices = [choice for chunk in chunks for choice in chunk["choices"]]
+            assert "".join(choice["text"] for choice in choices) == text
+            assert choices[-1]["finish_reason"] == "length"
+            assert {choice["logprobs"] for choice in choices} == {None}
+
+
+def harness_scores(answer, contexts):
+    """What lm-evaluation-harness's local-completions reads of an answer: of each choice the sum behind the context and
+    without the one new token, and whether each was the likeliest."""
+    found = []
+    for choice, context in zip(sorted(answer["choices"], key=lambda one: one["index"]), contexts, strict=True):
+        logprobs = choice["logprobs"]["token_logprobs"][context:-1]
+        tops = choice["logprobs"]["top_logprobs"][context:-1]
+        greedy = all(own == max(top.values()) for own, top in zip(logprobs, tops, strict=True))
+        found.append((sum(logprobs), greedy))
+    return found
+
+
+@pytest.mark.parametrize("form", ["ids", "texts", "one text", "one list"])
+def test_scoring_as_the_harness_asks(server, model, form):
+    """The request of local-completions, for each form that it sends prompts in, also where the model would end the
+    text: there is always exactly one token beyond the prompt."""
+    tokenizer = model[1]
+    texts = [("the tensor", " is the"), ("the kernel of", " a"), ("a", "the tensor")]
+    encoded = [(tokenizer.encode(context), tokenizer.encode(context + more)) for context, more in texts]
+    rows = [ids for _, ids in encoded]
+    contexts = [len(context) for context, _ in encoded]
+    if form in ("one text", "one list"):
+        rows, contexts, texts = rows[:1], contexts[:1], texts[:1]
+    prompts = {"ids": rows, "texts": [a + b for a, b in texts], "one text": "".join(texts[0]), "one list": rows[0]}
+    asked = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    ends = {"logit_bias": {str(tokenizer.bos_id): 100}}
+    for extra in ({}, ends):
+        status, _, answer = server.request(asked | {"prompt": prompts[form]} | extra)
+        assert status == 200
+        found = harness_scores(answer, contexts)
+        begin = [tokenizer.bos_id] if "text" in form else []
+        for (total, greedy), ids, context in zip(found, rows, contexts, strict=True):
+            likely = expected_logprobs(model, begin + ids)[len(begin) + context - 1 :]
+            assert total == pytest.approx(
+                sum(r[t].item() for r, t in zip(likely, ids[context:], strict=True)), abs=1e-4
+            )
+            assert greedy == all(r.argmax().item() == t for r, t in zip(likely, ids[context:], strict=True))
+            assert total < -0.1
+        assert [len(choice["logprobs"]["tokens"]) for choice in answer["choices"]] == [len(ids) + 1 for ids in rows]
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+    assert answer["choices"][0]["logprobs"]["tokens"][-1] == "<|bos|>"
+    likeliest = expected_logprobs(model, [*rows[0], 0])[-1].argmax().item()
+    _, _, answer = server.request(asked | {"prompt": [[*rows[0], likeliest]]})
+    assert harness_scores(answer, [len(rows[0])])[0][1] is True
+
+
+def test_a_stream_has_the_logprobs_of_the_whole_answer(server):
+    client = server.client()
+    for fields in (
+        {"logprobs": 2, "n": 3},
+        {"logprobs": 0, "echo": True, "prompt": ["a", "the kernel", [104, 105]], "max_tokens": 9},
+        {"logprobs": 1, "echo": True, "max_tokens": 0},
+        {"logprobs": 1, "stop": [" "], "max_tokens": 30},
+    ):
+        asked = completion(**fields)
+        whole = client.completions.create(**asked)
+        texts, lists = {}, {}
+        for chunk in client.completions.create(**asked, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] = texts.get(choice.index, "") + choice.text
+                for name, values in (choice.logprobs.model_dump() if choice.logprobs else {}).items():
+                    lists.setdefault(choice.index, {}).setdefault(name, []).extend(values)
+        assert texts == {choice.index: choice.text for choice in whole.choices}
+        assert lists == {choice.index: choice.logprobs.model_dump() for choice in whole.choices}
+
+
+def test_logprobs_have_the_same_bits_beside_others(server):
+    asked = completion(logprobs=5, echo=True, max_tokens=9)
+    alone = server.request(asked)[2]["choices"]
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(server.request(asked)[2]["choices"])) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [alone] * 5
+
+
+def test_parts_of_characters_are_told_by_their_bytes(server, model):
+    tokenizer = model[1]
+    ids = ids_of(tokenizer, ["a", "bytes:\\xc3", "bytes:\\xa9", "z", "bytes:\\xff", "b"])
+    for max_tokens in (0, 2):
+        asked = completion(prompt=ids, logprobs=5, echo=True, max_tokens=max_tokens)
+        (choice,) = server.request(asked)[2]["choices"]
+        assert choice["text"].startswith("aéz\ufffdb")
+        assert choice["logprobs"]["tokens"][:6] == ["a", "bytes:\\xc3", "bytes:\\xa9", "z", "bytes:\\xff", "b"]
+        assert choice["logprobs"]["text_offset"][:6] == [0, 1, 1, 2, 3, 4]
+        assert choice["logprobs"]["text_offset"][6:7] == [5][:max_tokens]
+    lead, follow = ids_of(tokenizer, ["bytes:\\xe8", "bytes:\\xa9"])
+    forced = {"logit_bias": {str(follow): 100}, "max_tokens": 2}
+    (cut,) = server.request(completion(prompt=[ids[0], lead], logprobs=0, echo=True, **forced))[2]["choices"]
+    assert cut["text"] == "a\ufffd" + "\ufffd" * 2, "a prompt's half character is not completed by what follows"
+    assert cut["logprobs"]["text_offset"] == [0, 1, 2, 3]
+    (half,) = server.request(completion(prompt=ids[:2], logprobs=0, max_tokens=1))[2]["choices"]
+    assert half["logprobs"]["text_offset"] == [2], "the prompt's text is a\ufffd"
+
+
+@pytest.mark.parametrize("count", [None, 0, 3, 20])
+def test_logprobs_of_a_chat(model, count):
+    tokenizer = model[1]
+    messages = [{"role": "user", "content": "hi"}]
+    prompt = conversations.prompt_of(tokenizer, messages, chat_trained=True)
+    (byte,) = ids_of(tokenizer, ["bytes:\\xc3"])
+    with started(model, chat=True) as server:
+        asked = {"model": "tiny", "messages": messages, "max_tokens": 6, "seed": 2, "logprobs": True}
+        asked |= {} if count is None else {"top_logprobs": count}
+        for bias in ({}, {str(byte): 100}):
+            answer = server.client().chat.completions.create(**asked, logit_bias=bias)
+            (choice,) = answer.choices
+            content = choice.logprobs.content
+            spelled = [bytes(one.bytes) for one in content]
+            tokens = [token for one in spelled for token in range(300) if tokenizer.decode_bytes([token]) == one]
+            assert b"".join(spelled).decode("utf-8", "replace") == choice.message.content
+            rows = expected_logprobs(model, prompt + tokens)[len(prompt) - 1 :]
+            for one, token, row in zip(content, tokens, rows, strict=True):
+                assert one.token == ("\\xc3" if bias else bytes(one.bytes).decode())
+                assert abs(one.logprob - row[token].item()) < 3e-5
+                values = [top.logprob for top in one.top_logprobs]
+                assert values == pytest.approx(row.topk(count or 0).values.tolist(), abs=3e-5)
+            chunks = list(server.client().chat.completions.create(**asked, logit_bias=bias, stream=True))
+            told = [choice.logprobs.content for chunk in chunks for choice in chunk.choices if choice.logprobs]
+            assert [one for part in told for one in part] == content
+        plain = server.client().chat.completions.create(**asked | {"logprobs": None, "top_logprobs": None})
+        assert plain.choices[0].logprobs is None
+        end = tokenizer.special_tokens["<|assistant_end|>"]
+        ended = server.client().chat.completions.create(**asked, logit_bias={str(end): 100}).choices[0]
+        assert (ended.message.content, ended.finish_reason, ended.logprobs.content) == ("", "stop", [])
+        if count == 20:
+            tops = [top for one in content for top in one.top_logprobs if top.token == "<|user_end|>"]
+            assert all(top.bytes is None for top in tops)
+
+
+def test_the_best_of_several(server):
+    asked = completion(temperature=1.5, max_tokens=6, prompt=["a", "the tensor"])
+    candidates = server.request(asked | {"n": 5, "logprobs": 0, "echo": True})[2]["choices"]
+    expected = []
+    for group, given in ((candidates[:5], "a"), (candidates[5:], "the tensor")):
+
+        def mean(choice, given=given):
+            drawn = [
+                logprob
+                for logprob, place in zip(
+                    *(choice["logprobs"][k] for k in ("token_logprobs", "text_offset")), strict=True
+                )
+                if place >= len(given)
+            ]
+            return sum(drawn) / len(drawn)
+
+        expected += [choice["text"] for choice in sorted(group, key=mean, reverse=True)[:2]]
+    assert len(set(expected)) == 4
+    for fields in ({}, {"logprobs": 1}):
+        answer = server.request(asked | {"n": 2, "best_of": 5, "echo": True} | fields)[2]
+        assert [choice["text"] for choice in answer["choices"]] == expected
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+        assert all((choice["logprobs"] is not None) == bool(fields) for choice in answer["choices"])
+        assert answer["usage"]["completion_tokens"] == 60
+
+
+def test_a_bias_bends_the_draws(server):
+    (choice,) = server.request(completion(logit_bias={"40": 100}, max_tokens=4))[2]["choices"]
+    assert choice["text"] == server.tokenizer.decode([40] * 4)
+
+
+# --- roles ---
+
+
+def test_roles_in_the_orders_of_clients(model):
+    tokenizer = model[1]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    orders = [
+        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+        [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "b"}],
+        [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, {"role": "user", "content": "c"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+            {"role": "tool", "content": "3", "tool_call_id": "1"},
+        ],
+    ]
+    with started(model, chat=True) as server:
+        client = server.client()
+        for messages in orders:
+            answer = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=5)
+            prompt = conversations.prompt_of(tokenizer, messages, chat_trained=True)
+            plain = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=5)
+            assert answer.choices[0].message.content == plain.choices[0].text
+            assert answer.usage.prompt_tokens == len(prompt)
+
+
+# --- beyond the training ---
+
+
+def test_the_trained_length_is_told_and_what_goes_beyond_it(server):
+    assert server.client().models.retrieve("tiny").model_extra["trained_positions"] == 64
+    prompt = [7] * 60
+    for more, warning in ((4, None), (5, "65 tokens, and the model was trained on 64: beyond them text gets worse")):
+        asked = completion(prompt=prompt, max_tokens=more, logit_bias={"7": 100})
+        assert server.request(asked)[2].get("warning") == warning
+        chunks = [json.loads(e) for e in re.findall(rb"data: ({.*})\n", server.request(asked | {"stream": True})[2])]
+        assert [chunk["warning"] for chunk in chunks if "warning" in chunk] == [warning] * (warning is not None)
+
+
 # --- what is refused ---
 
 REFUSED = [
@@ -287,19 +589,28 @@ REFUSED = [
     ({"temperature": True}, "temperature is true or false", "temperature"),
     ({"temperature": -0.1}, "temperature is -0.1; it takes a number from 0 to 2", "temperature"),
     ({"temperature": 10**400}, "temperature is a number too large", "temperature"),
-    ({"max_tokens": 0}, "max_tokens is 0; it takes a number from 1 to 500", "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens is -1; it takes a number from 0 to 500", "max_tokens"),
     ({"max_tokens": 501}, "max_tokens is 501", "max_tokens"),
-    ({"max_tokens": 2.5}, "max_tokens is a number; it takes a whole number", "max_tokens"),
+    ({"max_tokens": 2.5}, "max_tokens is 2.5; it takes a whole number", "max_tokens"),
     ({"max_tokens": True}, "max_tokens is true or false", "max_tokens"),
-    ({"n": 17}, "n is 17", "n"),
-    ({"n": 9, "prompt": ["a", "b"]}, "2 prompts, 9 times each; it takes 16 in all", "n"),
+    ({"n": 0}, "n is 0; it takes a number from 1 to 128", "n"),
+    ({"n": 129}, "n is 129; it takes a number from 1 to 128", "n"),
+    ({"n": True}, "n is true or false", "n"),
+    ({"n": 9, "prompt": ["a", "b"]}, "2 x 9 continuations are asked for; this server takes 16 at once", "n"),
+    ({"best_of": 17}, "1 x 17 continuations are asked for; this server takes 16 at once", "best_of"),
+    ({"prompt": ["a"] * 17}, "17 x 1 continuations are asked for; this server takes 16 at once", "prompt"),
     ({"top_p": 1.1}, "top_p is 1.1", "top_p"),
-    ({"top_k": 1.0}, "top_k is a number; it takes a whole number", "top_k"),
+    ({"top_k": 1.0}, "top_k is 1.0; it takes a whole number", "top_k"),
+    ({"top_p": False}, "top_p is true or false; it takes a number", "top_p"),
+    ({"temperature": "0"}, "temperature is a text; it takes a number", "temperature"),
     ({"seed": 2**63}, "seed is a number too large", "seed"),
     ({"seed": "x"}, "seed is a text", "seed"),
-    ({"stop": ["a"] * 5}, "stop takes a text, or up to 4", "stop"),
+    ({"stop": ["a"] * 5}, "stop takes a text of 1 to 1000 characters, or up to 4 of them", "stop"),
     ({"stop": [""]}, "stop takes a text", "stop"),
+    ({"stop": ""}, "stop takes a text", "stop"),
+    ({"stop": False}, "stop takes a text", "stop"),
     ({"stop": 3}, "stop takes a text", "stop"),
+    ({"stop": ["x" * 1001]}, "stop takes a text of 1 to 1000 characters", "stop"),
     ({"stream": "yes"}, "stream is a text; it takes true or false", "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options goes with stream", "stream_options"),
     ({"stream": True, "stream_options": 3}, "stream_options goes with stream", "stream_options"),
@@ -313,12 +624,30 @@ REFUSED = [
     ({"prompt": "\ud800"}, "prompt has a lone surrogate", "prompt"),
     ({"model": None}, "model is null; it takes a text, 'tiny'", "model"),
     ({"model": 3}, "model is a number", "model"),
-    ({"logprobs": 5}, "logprobs is not supported", "logprobs"),
-    ({"best_of": 2}, "best_of is not supported", "best_of"),
+    ({"seed": True}, "seed is true or false; it takes a whole number", "seed"),
+    ({"stream": 0}, "stream is a number; it takes true or false", "stream"),
+    ({"echo": 1}, "echo is a number; it takes true or false", "echo"),
+    ({"logprobs": 6}, "logprobs is 6; it takes a number from 0 to 5", "logprobs"),
+    ({"logprobs": -1}, "logprobs is -1; it takes a number from 0 to 5", "logprobs"),
+    ({"logprobs": True}, "logprobs is true or false; it takes a whole number", "logprobs"),
+    ({"logprobs": False}, "logprobs is true or false; it takes a whole number", "logprobs"),
+    ({"logprobs": 0.0}, "logprobs is 0.0; it takes a whole number", "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs is not supported here; it takes 0 or null", "top_logprobs"),
+    ({"n": 3, "best_of": 2}, "best_of is 2, and n is 3; it takes n at least", "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of above n goes without stream", "best_of"),
     ({"suffix": "x"}, "suffix is not supported", "suffix"),
-    ({"logit_bias": {"5": 1}}, "logit_bias is not supported", "logit_bias"),
+    ({"logit_bias": []}, "logit_bias is a list; it takes an object", "logit_bias"),
+    ({"logit_bias": {"300": 1}}, "logit_bias has '300'; it takes", "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias has '-1'; it takes", "logit_bias"),
+    ({"logit_bias": {"\u00b2": 1}}, "logit_bias has '\u00b2'; it takes", "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias has '5'; it takes", "logit_bias"),
+    ({"logit_bias": {"5": True}}, "logit_bias has '5'; it takes", "logit_bias"),
+    ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias has '05'; it takes", "logit_bias"),
     ({"presence_penalty": 0.5}, "presence_penalty is not supported", "presence_penalty"),
-    ({"tempratur": 1}, "'tempratur' is no field", "tempratur"),
+    ({"presence_penalty": False}, "presence_penalty is not supported", "presence_penalty"),
+    ({"ignore_eos": True}, "ignore_eos is not supported here; it takes false or null", "ignore_eos"),
+    ({"ignore_eos": 0}, "ignore_eos is not supported here", "ignore_eos"),
+    ({"messages": []}, "messages is not supported here", "messages"),
 ]
 
 
@@ -333,6 +662,7 @@ def test_wrong_fields_are_named(server, fields, message, param):
 
 def test_neutral_and_null_fields_are_taken(server):
     fields = {"best_of": 1, "presence_penalty": 0.0, "frequency_penalty": 0, "logprobs": None, "logit_bias": {}}
+    fields |= {"store": True, "metadata": {"a": "b"}, "suffix": None, "tools": []}
     fields |= {"user": "me", "temperature": None, "max_tokens": None, "stop": None, "n": None, "stream": None}
     status, _, body = server.request(completion(**fields))
     assert status == 200
@@ -345,9 +675,14 @@ def test_neutral_and_null_fields_are_taken(server):
         ({}, "messages takes a list"),
         ({"messages": []}, "messages takes a list"),
         ({"messages": "hi"}, "messages takes a list"),
-        ({"messages": [3]}, "messages[0] is int"),
+        ({"messages": [3]}, "messages[0] is a number"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role is 'wizard'"),
-        ({"messages": [{"role": "user", "content": None}]}, "content is NoneType"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is null"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role is null; it takes one of system, user, assistant, dev"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role is a list"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content is null"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "messages[0].tool_calls[0] is no call"),
+        ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls is an object"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no part that user messages have"),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "lone surrogate"),
         (
@@ -365,21 +700,71 @@ def test_wrong_messages_are_named(server, fields, message):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "message"),
     [
-        {"tools": [{"type": "function"}]},
-        {"response_format": {"type": "json_object"}},
-        {"logprobs": True},
-        {"prompt": "x"},
-        {"echo": True},
+        ({"tools": {}}, "tools is an object; it takes a list"),
+        ({"tool_choice": "required"}, "tool_choice takes 'none' and 'auto': this model calls no tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice takes 'none' and 'auto'"),
+        ({"tool_choice": False}, "tool_choice takes 'none' and 'auto'"),
+        ({"function_call": {"name": "f"}}, "function_call takes 'none' and 'auto'"),
+        ({"response_format": {"type": "json_object"}}, "response_format with type 'json_object' is not supported here"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "with type 'json_schema' is not supported"),
+        ({"response_format": "text"}, "response_format is not supported here"),
+        ({"logprobs": 1}, "logprobs is a number; it takes true or false"),
+        ({"logprobs": 0}, "logprobs is a number; it takes true or false"),
+        ({"top_logprobs": 2}, "top_logprobs goes with logprobs, which is not true"),
+        ({"top_logprobs": 0}, "top_logprobs goes with logprobs, which is not true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21; it takes a number from 0 to 20"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs is true or false; it takes a whole number"),
+        ({"max_tokens": 0}, "max_tokens is 0; it takes a number from 1"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens and max_completion_tokens mean the same"),
+        ({"prompt": "x"}, "prompt is not supported here"),
+        ({"echo": True}, "echo is not supported here"),
+        ({"best_of": 2}, "best_of is not supported here"),
+        ({"modalities": ["text", "audio"]}, "modalities is not supported here"),
     ],
     ids=str,
 )
-def test_what_chat_does_not_have_is_refused(server, fields):
+def test_what_chat_does_not_have_is_refused(server, fields, message):
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], **fields}
-    assert server.request(body, "/v1/chat/completions")[0] == 400
-    body = {"model": "tiny", "messages": body["messages"], "max_tokens": 2, "response_format": {"type": "text"}}
-    assert server.request(body, "/v1/chat/completions")[0] == 200
+    status, _, answer = server.request(body, "/v1/chat/completions")
+    assert status == 400
+    assert message in answer["error"]["message"]
+    assert answer["error"]["param"] in fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "text"}},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
+        {"tool_choice": "none", "parallel_tool_calls": True},
+        {"max_completion_tokens": 2, "max_tokens": 2},
+        {"echo": False, "best_of": 1, "logprobs": False, "modalities": ["text"]},
+    ],
+    ids=str,
+)
+def test_what_changes_no_answer_is_taken(server, fields):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0}
+    plain = server.request(body, "/v1/chat/completions")[2]
+    status, head, answer = server.request(body | fields, "/v1/chat/completions")
+    assert status == 200
+    assert answer["choices"] == plain["choices"]
+    assert "x-ignored-fields" not in head
+
+
+def test_unknown_fields_are_ignored_and_named(server):
+    plain = server.request(completion())[2]["choices"]
+    unknown = {"tempratur": 1, "x\r\ny\u20ac": {}, "z" * 99: None, "w" * 99: 0}
+    status, head, answer = server.request(completion(**unknown))
+    assert (status, answer["choices"]) == (200, plain)
+    assert f"x-ignored-fields: tempratur, x\\r\\ny\\u20ac, {'w' * 40}\r\n" in head + "\r\n"
+    _, head, _ = server.request(completion(stream=True, tempratur=1))
+    assert "x-ignored-fields: tempratur" in head
+    _, head, _ = server.request(completion(**{f"f{i}": 1 for i in range(30)}))
+    assert "f19" in head
+    assert "f20" not in head
 
 
 @pytest.mark.parametrize(
@@ -392,10 +777,10 @@ def test_what_chat_does_not_have_is_refused(server, fields):
         (b'{"model": "tiny", "temperature": NaN}', "NaN is no JSON"),
         (b'{"model": "tiny", "temperature": -Infinity}', "-Infinity is no JSON"),
         (b'{"model": "tiny", "model": "tiny"}', "a name comes twice"),
-        (b'{"model": "\xff"}', "no JSON"),
+        (b'{"model": "\xff"}', "the body is no JSON: byte 11 is not UTF-8"),
         (b"[" * 20000, "nested too deeply"),
         (b'{"a": ' * 5000, "nested too deeply"),
-        (b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}", "the body is no JSON: it has a number of 5000 digits"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -472,6 +857,108 @@ def test_slow_bodies_and_slow_answers(model):
         assert json.loads(events[0])["choices"]
         assert json.loads(events[-1])["error"]["code"] == "timeout"
         assert server.settles()
+
+
+def trickled(server, begin, drip, *, seconds=HANGS):
+    """What comes back where `drip` follows `begin`, again and again, until the server closes."""
+    received, end = b"", time.monotonic() + seconds
+    with socket.create_connection(("127.0.0.1", server.port), timeout=0.05) as connection:
+        connection.sendall(begin)
+        while time.monotonic() < end:
+            with contextlib.suppress(TimeoutError):
+                part = connection.recv(65536)
+                received += part
+                if not part:
+                    return received
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(drip)
+    raise AssertionError(f"still open after {seconds} s: {received}")
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture(scope="module")
+def impatient(model):
+    running = Running(model, connection_timeout=0.3)
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize("begin", [b"", b"P", HEALTH], ids=str)
+def test_headers_that_trickle_are_answered_by_408(impatient, begin):
+    received = trickled(impatient, begin, b"X-A: b\r\n")
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in head.lower()
+    assert json.loads(body)["error"]["message"] == "the request's headers did not arrive within 0.3 s"
+
+
+def test_a_connection_that_says_nothing_is_closed(impatient):
+    assert trickled(impatient, b"", b"") == b""
+    received = trickled(impatient, HEALTH + b"\r\n", b"")
+    assert received.startswith(b"HTTP/1.1 200")
+    assert received.count(b"HTTP/1.1") == 1
+
+
+def test_headers_that_trickle_after_an_answer_are_answered_by_408(impatient):
+    received = trickled(impatient, HEALTH + b"\r\n" + HEALTH, b"X-A: b\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"408"]
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 1000000", b"Transfer-Encoding: chunked"], ids=str)
+def test_a_body_that_trickles_where_none_is_read_is_ended(impatient, length):
+    drip = b"x" if b"Length" in length else b"1\r\nx\r\n"
+    received = trickled(impatient, HEALTH + length + b"\r\n\r\n", drip)
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200"]
+
+
+def test_what_the_server_works_on_is_not_ended(model):
+    """A body within the request's own time, an answer that takes long, and a connection that is used again."""
+    with started(model, connection_timeout=2.0, slow=0.15) as server:
+        content = json.dumps(completion(max_tokens=20)).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=HANGS) as connection:
+            for _ in range(2):
+                connection.sendall(head.encode())
+                time.sleep(2.5)
+                connection.sendall(content)
+                received = b""
+                while not received.endswith(b"}"):
+                    part = connection.recv(65536)
+                    assert part, received
+                    received += part
+                assert received.startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_does_not_read_is_left():
+    ended = threading.Event()
+
+    async def endless(scope, receive, send):
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while not (disconnected := asyncio.ensure_future(receive())).done():
+                await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+                await asyncio.sleep(0)
+                if disconnected.done() and disconnected.result()["type"] == "http.disconnect":
+                    break
+        finally:
+            ended.set()
+
+    listener = command.bind("127.0.0.1", 0)
+    config = uvicorn.Config(endless, log_level="critical", http=Connection, timeout_keep_alive=0.3, lifespan="off")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        with socket.create_connection(listener.getsockname(), timeout=HANGS) as connection:
+            connection.sendall(HEALTH + b"\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            assert ended.wait(HANGS)
+    finally:
+        running.should_exit = True
+        thread.join(HANGS)
+    assert not thread.is_alive()
 
 
 def test_more_than_may_wait_are_told_so(model):
@@ -656,6 +1143,7 @@ def test_the_command_serves_and_ends_with_a_signal(folder, number):
         lines = [process.stdout.readline() for _ in range(3)]
         assert lines[0].startswith("model    base step 6")
         assert "a base model: it was not trained to chat" in lines[1]
+        assert lines[2].endswith("8 slots of 100 tokens (trained on 64; beyond them text gets worse)\n")
         port = int(re.search(r"http://127.0.0.1:(\d+)/", lines[2]).group(1))
         with socket.create_connection(("127.0.0.1", port), timeout=HANGS) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -707,10 +1195,15 @@ def test_a_second_signal_ends_it_at_once(folder):
     [
         (["--slots", "0"], "--slots is 0; it takes a number from 1"),
         (["--timeout", "0"], "--timeout is 0.0"),
+        (["--timeout", "inf"], "--timeout is inf; it takes seconds above 0, up to 1e+06"),
+        (["--connection-timeout", "0"], "--connection-timeout is 0; it takes seconds above 0"),
         (["--port", "70000"], "--port is 70000"),
         (["--api-key", ""], "the API key is empty"),
         (["--api-key", "kü"], "the API key takes visible ASCII"),
-        (["--capacity", "100000"], "capacity 100000"),
+        (["--capacity", "100000"], "--capacity is 100000; it takes a number from 2 to 640"),
+        (["--slots", "10000000000"], "--slots is 10000000000; it takes a number up to 4096"),
+        (["--host", ""], "--host is empty"),
+        (["--model-name", ""], "--model-name is empty"),
         (["--step", "99"], "holds no checkpoint of step 99, but of 4, 6"),
         (["--host", "203.0.113.7", "--port", "0"], "203.0.113.7 port 0"),
     ],
@@ -723,6 +1216,17 @@ def test_mistakes_are_one_line(folder, flags, message, capsys):
     assert message in captured.err
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+
+
+def test_slots_that_do_not_fit_into_memory_are_one_line(folder, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(command, "Engine", full)
+    with ops.use_backend(BACKEND):
+        assert command.main(["--checkpoint", str(folder / "runs/base"), "--port", "0", "--slots", "5"]) == 2
+    error = "error: 5 slots of 640 tokens do not fit into memory; give fewer --slots, or a smaller --capacity\n"
+    assert capsys.readouterr().err == error
 
 
 def test_a_port_in_use_and_a_missing_extra(folder, capsys, monkeypatch):
@@ -741,7 +1245,7 @@ def test_the_readmes_example(server):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI" in block]
     example = example.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}").replace("d4-chat", "tiny")
-    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=HANGS, check=True)
     assert len(result.stdout) > 10
     assert result.stderr == ""
 

@@ -2,6 +2,6 @@
 
     python -m nanochat_native.serve --checkpoint runs/mine
 
-__main__ starts it; app answers; protocol knows OpenAI's requests and answers; worker runs the engine in its own thread;
-metrics counts; page.html is the page, in one file.
+__main__ starts it; connection closes what keeps it waiting; app answers; protocol knows OpenAI's requests and answers;
+worker runs the engine in its own thread; metrics counts; page.html is the page, in one file.
 """

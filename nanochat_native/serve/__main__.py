@@ -15,6 +15,8 @@ from nanochat_native.loading import autocast, load_model, pick_device, run_comma
 EXTRA = "serve needs starlette and uvicorn: pip install 'nanochat-native[serve]'"
 BACKLOG = 1024  # connections that wait to be accepted
 GRACE_SECONDS = 5  # for requests that run when the server is to end
+MOST_SLOTS = 4096
+MOST_SECONDS = 1e6  # of a timeout; asyncio's clock takes no more than some hundred years
 
 
 @dataclass
@@ -46,6 +48,9 @@ class Options:
     """Size of a request; a larger one is answered by 413."""
     timeout: float = 300.0
     """Seconds for a request; then it is answered by 408 or 504."""
+    connection_timeout: int = 30
+    """Seconds that a connection waits for its client: for the headers of a request, the first or the next, or that what
+    was sent is read; then it is closed."""
     device: Literal["cpu", "cuda"] | None = None
     """Default: the GPU where there is one."""
 
@@ -55,8 +60,15 @@ class Options:
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} is {getattr(self, name)}; it takes a number from {least}")
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout is {self.timeout}; it takes seconds above 0")
+        for name in ("timeout", "connection_timeout"):
+            if not 0 < getattr(self, name) <= MOST_SECONDS:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} is {getattr(self, name)}; it takes seconds above 0, up to {MOST_SECONDS:g}")
+        if self.slots > MOST_SLOTS:
+            raise ValueError(f"--slots is {self.slots}; it takes a number up to {MOST_SLOTS}")
+        for name in ("host", "model_name"):
+            if getattr(self, name) == "":
+                raise ValueError(f"--{name.replace('_', '-')} is empty; leave it away, or give one")
         if self.port > 65535:
             raise ValueError(f"--port is {self.port}; it takes a number up to 65535")
         if self.key == "":
@@ -91,7 +103,8 @@ def run(options: Options) -> int:
         import uvicorn
 
         from nanochat_native.serve.app import Limits, Server
-        from nanochat_native.serve.protocol import Served
+        from nanochat_native.serve.connection import Connection
+        from nanochat_native.serve.protocol import MOST_CHOICES, Served
         from nanochat_native.serve.worker import Worker
     except ImportError as error:
         raise ImportError(f"{EXTRA} ({error})") from None
@@ -102,8 +115,14 @@ def run(options: Options) -> int:
     )
     listener = bind(options.host, options.port)
     capacity = min(model.max_positions, 4096) if options.capacity is None else options.capacity
-    with autocast(device):
-        engine = Engine(model, tokenizer, slots=options.slots, capacity=capacity)
+    if not 2 <= capacity <= model.max_positions:
+        raise ValueError(f"--capacity is {capacity}; it takes a number from 2 to {model.max_positions}")
+    try:
+        with autocast(device):
+            engine = Engine(model, tokenizer, slots=options.slots, capacity=capacity)
+    except RuntimeError as error:
+        given = f"{options.slots} slots of {capacity} tokens do not fit into memory"
+        raise ValueError(f"{given}; give fewer --slots, or a smaller --capacity") from error
     name = options.model_name or options.checkpoint.absolute().name
     manifest = options.checkpoint / "config.json"
     served = Served(
@@ -111,6 +130,8 @@ def run(options: Options) -> int:
         tokenizer,
         chat_trained=is_chat_trained(meta),
         capacity=capacity,
+        trained_positions=engine.trained_positions,
+        choices=min(MOST_CHOICES, options.slots + options.max_waiting),
         max_tokens=min(options.max_tokens, capacity - 1),
         created=int(manifest.stat().st_mtime) if manifest.exists() else 0,
     )
@@ -127,13 +148,17 @@ def run(options: Options) -> int:
     if not loopback:
         guard = "with a key" if options.key else "WITHOUT A KEY: whoever reaches it may use it"
         print(f"note     listening beyond this machine, {guard}", flush=True)
-    print(f"serve    http://{shown}:{port}/ | API at /v1, {options.slots} slots of {capacity} tokens", flush=True)
+    trained = served.trained_positions
+    beyond = f" (trained on {trained}; beyond them text gets worse)" if capacity > trained else ""
+    slots = f"{options.slots} slots of {capacity} tokens{beyond}"
+    print(f"serve    http://{shown}:{port}/ | API at /v1, {slots}", flush=True)
     config = uvicorn.Config(
         server.app,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=30,
+        http=Connection,
+        timeout_keep_alive=options.connection_timeout,
         server_header=False,
         lifespan="off",
     )

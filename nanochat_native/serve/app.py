@@ -196,7 +196,7 @@ class Server:
             if call.stream:
                 return EventStream(generation)
             async with watched(request.receive) as gone:
-                return JSONResponse(await generation.whole(gone))
+                return JSONResponse(await generation.whole(gone), headers=call.headers)
 
         return answer
 
@@ -233,9 +233,9 @@ class Generation:
                     self.started = True
                     metrics.first_token.observe(time.monotonic() - self.arrived)
                 metrics.generated_tokens.add(event.tokens)
-                self.answer.tokens += event.tokens
                 if event.finish_reason == "error":
                     raise ApiError(500, str(event.error))
+                self.answer.put(event.choice, event.tokens, event.text, event.scored, event.finish_reason)
                 ended += event.finish_reason is not None
                 yield event
             metrics.duration.observe(time.monotonic() - self.arrived)
@@ -243,12 +243,10 @@ class Generation:
             self.server.worker.cancel(self.jobs)
 
     async def whole(self, gone: "asyncio.Task[None]") -> dict[str, Any]:
-        texts, reasons = ["" for _ in self.jobs], ["" for _ in self.jobs]
         async with contextlib.aclosing(self.events(gone)) as events:
-            async for event in events:
-                texts[event.choice] += event.text
-                reasons[event.choice] = event.finish_reason or ""
-        return self.answer.whole(texts, reasons)
+            async for _ in events:
+                pass
+        return self.answer.whole()
 
     async def chunks(self, gone: "asyncio.Task[None]") -> AsyncGenerator[dict[str, Any], None]:
         for job in self.jobs:
@@ -256,10 +254,10 @@ class Generation:
                 yield first
         async with contextlib.aclosing(self.events(gone)) as events:
             async for event in events:
-                if event.text:
-                    yield self.answer.chunk(event.choice, event.text)
+                if chunk := self.answer.chunk(event.choice, event.text, event.scored):
+                    yield chunk
                 if event.finish_reason is not None:
-                    yield self.answer.last_chunk(event.choice, event.finish_reason)
+                    yield self.answer.last_chunk(event.choice)
         if self.call.include_usage:
             yield self.answer.usage_chunk()
 
@@ -268,7 +266,8 @@ class EventStream(Response):
     """Server-sent events of a generation's chunks. An error after the beginning is an event, and no [DONE] follows."""
 
     def __init__(self, generation: Generation) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache", **generation.call.headers}
+        super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self.generation = generation
 

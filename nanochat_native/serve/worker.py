@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nanochat_native.engine import Engine, Request, Sampling
+from nanochat_native.engine import Engine, Request, Sampling, Scored
 
 
 class BusyError(RuntimeError):
@@ -24,6 +24,7 @@ class Event(NamedTuple):
     choice: int
     tokens: int
     text: str
+    scored: list[Scored]
     finish_reason: str | None
     error: str | None
 
@@ -135,13 +136,13 @@ class Worker:
         self._jobs.clear()
         self._commands.clear()
         for job in jobs:
-            self._post(job, Event(job.choice, 0, "", "error", self.failed))
+            self._post(job, Event(job.choice, 0, "", [], "error", self.failed))
 
     def _tell(self, job: Job, request: Request) -> None:
-        tokens, text = request.read()
+        tokens, text, scored = request.read()
         if request.finish_reason is not None:
             del self._jobs[request]
-        self._post(job, Event(job.choice, len(tokens), text, request.finish_reason, request.error))
+        self._post(job, Event(job.choice, len(tokens), text, scored, request.finish_reason, request.error))
 
     def _post(self, job: Job, event: Event) -> None:
         def arrive() -> None:

@@ -1,0 +1,98 @@
+"""Connections that are closed when the client keeps the server waiting for too long."""
+
+import asyncio
+import json
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+LINGER_SECONDS = 1.0  # after 408, for the client to read it
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1, with a limit of timeout_keep_alive seconds, whatever trickles in meanwhile, in which
+
+    - the head of a request arrives, counted from the beginning of the connection or the end of the last answer: 408, or
+      no word where nothing of it has come;
+    - the rest of a body arrives that was answered before its end;
+    - a client reads what is held for it beyond the buffers.
+
+    A body that the application waits for is the application's to limit.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+    _paused = False  # the client does not read
+    _refused = False  # what still comes is not looked at
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
+            self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._stop()  # what comes now has its own time
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._paused = True
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._paused = False
+        self._watch()
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the server waits for the client."""
+        if self._paused or self.conn.their_state is h11.IDLE:
+            return True
+        return self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete
+
+    def _watch(self) -> None:
+        if not self._waits:
+            self._stop()
+        elif self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(self.timeout_keep_alive, self._expire)
+
+    def _stop(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        if self._paused:
+            self.transport.abort()  # to close would wait for the client
+        elif not self.transport.is_closing():
+            head, _ = self.conn.trailing_data
+            if self.conn.their_state is not h11.IDLE or not head:
+                self.transport.close()
+                return
+            # To close at once would reset the connection where more comes, and the client would lose the answer.
+            self._refused = True
+            self.transport.write(self._too_slow())
+            self.transport.write_eof()
+            self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _too_slow(self) -> bytes:
+        message = f"the request's headers did not arrive within {self.timeout_keep_alive:g} s"
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        body = json.dumps({"error": error}).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        events = (
+            h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        return b"".join(self.conn.send(event) or b"" for event in events)
