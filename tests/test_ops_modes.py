@@ -212,6 +212,7 @@ def model_formula(*weights):
     return (losses * taken).sum() / taken.sum()
 
 
+RECOMPUTED_OTHERWISE = "torch.utils.checkpoint: "
 NOT_IN_AUTOCAST = dict.fromkeys(("autocast", "autocast_gradient"), "skipped: float64 is no type of autocast")
 
 CASES = {
@@ -334,7 +335,8 @@ CASES = {
         [*WEIGHTS.values()],
         model(grad_checkpoint=True),
         logits_formula,
-        ALWAYS_RIGHT | NOT_IN_AUTOCAST,
+        # vmap of torch.autograd.grad computes the blocks again within vmap, where plain torch serves and saves others.
+        ALWAYS_RIGHT | NOT_IN_AUTOCAST | {"vmapped_backward": RECOMPUTED_OTHERWISE},
         1e-5,
     ),
 }
@@ -740,7 +742,9 @@ def test_every_operator_is_in_the_table_and_every_cell_says_what_is_expected():
         for name in MODES:
             for backend in BACKENDS:
                 cell = expected(case, name, backend)
-                assert cell in (RIGHT, NO_WHOLE_GRAPH, NO_SECOND) or cell.startswith((f"{case.op}: ", "skipped: "))
+                assert cell in (RIGHT, NO_WHOLE_GRAPH, NO_SECOND, RECOMPUTED_OTHERWISE) or cell.startswith(
+                    (f"{case.op}: ", "skipped: ")
+                )
 
 
 def flat(result):
