@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from nanochat_native import ops
@@ -96,42 +97,44 @@ class GPTConfig:
 
 # The functions below are written out because they keep less for the backward pass than autograd would, the norms their
 # output, which the next operator keeps anyway, instead of their input, and because they pass over memory less often.
-# The norms compute in float32 or better.
+# The norms compute in float32 or better. Backward passes are made of torch's own calls on inputs and outputs, so that
+# they can be differentiated in turn; for this the norms return r too. torch.func's transforms and forward-mode AD take
+# the plain functions below instead.
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + EPS) over the last dimension."""
+    """y = r x, r = 1 / sqrt(mean(x^2) + EPS) over the last dimension; returns y and r."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         r = _inverse_rms(x)
         y = (x * r).to(x.dtype)
         ctx.save_for_backward(y, r)
-        return y
+        ctx.set_materialize_grads(False)
+        return y, r
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
+    def backward(ctx: Any, dy: Tensor | None, dr: Tensor | None) -> Tensor:
         y, r = ctx.saved_tensors
-        return _rms_norm_backward(dy, y, r).to(y.dtype)
+        return _rms_norm_backward(dy, dr, y, r).to(y.dtype)
 
 
 class _RotaryNorm(torch.autograd.Function):
-    """Rotates x (B, T, heads, D) by cos (1, T, 1, D) and sin (1, T, 1, D / 2), then normalises each head."""
+    """Rotates x (B, T, heads, D) by cos (1, T, 1, D) and sin (1, T, 1, D / 2), then is _RMSNorm of each head."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         y = _rotate(x, cos, sin)
         r = _inverse_rms(y)
         y = y.mul_(r).to(x.dtype)
         ctx.save_for_backward(y, r, cos, sin)
-        return y
+        ctx.set_materialize_grads(False)
+        return y, r
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor | None, dr: Tensor | None) -> tuple[Tensor, None, None]:
         y, r, cos, sin = ctx.saved_tensors
-        return _rotate(_rms_norm_backward(dy, y, r), cos, -sin).to(y.dtype), None, None
+        return _rotate(_rms_norm_backward(dy, dr, y, r), cos, -sin).to(y.dtype), None, None
 
 
 class _MLP(torch.autograd.Function):
@@ -147,12 +150,26 @@ class _MLP(torch.autograd.Function):
         return ops.linear(h * h, proj)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, h, fc, proj = ctx.saved_tensors
+        if torch.is_grad_enabled():  # under create_graph=True: h, neither input nor output, does not lead back to x
+            h = ops.linear(x, fc).relu()
         dh, dproj = ops.linear_backward(dy, h * h, proj)
         dx, dfc = ops.linear_backward(dh.mul_(h), x, fc)
         return dx.mul_(2), dfc.mul_(2), dproj
+
+
+def _plain_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def _plain_rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return _plain_norm(x * cos + torch.cat((x2 * sin, x1 * -sin), dim=-1)).to(x.dtype)
+
+
+def _plain_mlp(x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
+    return ops.linear(ops.linear(x, fc).relu().square(), proj)
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
@@ -161,10 +178,12 @@ def _inverse_rms(x: Tensor) -> Tensor:
     return norm.square_().div_(x.size(-1)).add_(EPS).rsqrt_()
 
 
-def _rms_norm_backward(dy: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """dx = r (dy - y mean(dy y)), in r's dtype."""
-    dy, y = dy.to(r.dtype), y.to(r.dtype)
-    return torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(r)
+def _rms_norm_backward(dy: Tensor | None, dr: Tensor | None, y: Tensor, r: Tensor) -> Tensor:
+    """dx = r (dy - y mean(dy y)) - dr r^2 y / C, in r's dtype. Only a derivative of a derivative has a dr."""
+    y = y.to(r.dtype)
+    dy = torch.zeros_like(y) if dy is None else dy.to(r.dtype)
+    dx = torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(r)
+    return dx if dr is None else dx - dr * r.square() * y / y.size(-1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -179,7 +198,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm of the last dimension, without weights."""
-    return cast(Tensor, _RMSNorm.apply(x))
+    return _plain_norm(x) if ops.beyond_backward(x) else cast(Tensor, _RMSNorm.apply(x)[0])
+
+
+def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, heads, D), rotated by cos (1, T, 1, D) and sin (1, T, 1, D / 2), each head normalised."""
+    if ops.beyond_backward(x):
+        return _plain_rotary_norm(x, cos, sin)
+    return cast(Tensor, _RotaryNorm.apply(x, cos, sin)[0])
 
 
 class KVCache:
@@ -244,8 +270,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, T, H, D), k, v (B, T, Hkv, D), as attention takes them."""
         heads = (-1, self.head_dim)
-        q = _RotaryNorm.apply(self.c_q(x).unflatten(-1, heads), cos, sin)
-        k = _RotaryNorm.apply(self.c_k(x).unflatten(-1, heads), cos, sin)
+        q = rotary_norm(self.c_q(x).unflatten(-1, heads), cos, sin)
+        k = rotary_norm(self.c_k(x).unflatten(-1, heads), cos, sin)
         return q, k, self.c_v(x).unflatten(-1, heads)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
@@ -262,7 +288,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _MLP.apply(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype)))
+        fc, proj = self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype)
+        return _plain_mlp(x, fc, proj) if ops.beyond_backward(x, fc, proj) else cast(Tensor, _MLP.apply(x, fc, proj))
 
 
 class Block(nn.Module):
@@ -355,6 +382,9 @@ class GPT(nn.Module):
         With targets (B, T) int64: the cross-entropy in nats instead, float32, of those that are not -1; "mean" or
         "sum" gives a scalar, "none" (B, T), without a gradient. With kv_cache, idx continues the sequences that it
         holds. Raises TypeError and ValueError for arguments that do not fit.
+
+        torch.func's transforms, forward-mode AD and, on the torch backend, second derivatives work, without kv_cache;
+        they run in plain torch, which keeps more, and without grad_checkpoint.
         """
         if idx.dtype != torch.int64:
             raise TypeError(f"idx is {idx.dtype}; it takes int64")
@@ -364,6 +394,8 @@ class GPT(nn.Module):
             raise ValueError(f"targets has shape {tuple(targets.shape)}, idx {tuple(idx.shape)}; they must agree")
         if targets is not None and (kv_cache is not None or last_only):
             raise ValueError("targets go with neither kv_cache nor last_only: a loss is taken over whole sequences")
+        if kv_cache is not None and (mode := ops.beyond_backward()):
+            raise RuntimeError(f"kv_cache is written in place, which {mode} do not follow; call without it")
         start = 0 if kv_cache is None else kv_cache.length
         end = start + idx.size(1)
         if end > self.max_positions:
@@ -381,8 +413,16 @@ class GPT(nn.Module):
         x = self.wte(idx).to(self.compute_dtype)
         x = norm(x)
         for block in self.blocks:
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, kv_cache, use_reentrant=False, preserve_rng_state=False)
+            if self.grad_checkpoint and torch.is_grad_enabled() and not ops.beyond_backward(x):
+                weights = dict(block.named_parameters())  # those of now, should a functional_call end before backward
+                x = checkpoint(
+                    functional_call,
+                    block,
+                    weights,
+                    (x, cos, sin, kv_cache),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
                 x = block(x, cos, sin, kv_cache)
         if kv_cache is not None:

@@ -1,6 +1,7 @@
 """attention: the native kernels against the plain-torch twin, gradients against finite differences, and properties."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -328,10 +329,28 @@ def test_compiles_as_one_graph(backend):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_second_derivative_is_refused():
-    q, k, v = inputs(1, 4, 4, 1, 1, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(ops.attention(q, k, v).sum(), q, create_graph=True)
+@pytest.mark.filterwarnings("ignore:nanochat_native. .* is served by plain torch")
+def test_no_keys_have_no_derivatives():
+    q, k, v = inputs(2, 3, 0, 2, 1, 8, torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(ops.attention(q, k, v).sum(), q, create_graph=True)
+    assert torch.count_nonzero(first) == 0
+    _, tangent = torch.func.jvp(lambda q: ops.attention(q, k, v), (q,), (q,))
+    assert torch.equal(tangent, torch.zeros_like(q))
+
+
+@pytest.mark.parametrize(("Tq", "Tk"), [(4, 4), (5, 2)])
+@pytest.mark.parametrize("options", [{}, {"window": 1}, {"causal": False, "scale": 0.7}], ids=str)
+def test_second_derivatives_and_forward_mode(Tq, Tk, options):
+    q, k, v = inputs(2, Tq, Tk, 2, 1, 3, torch.float64, requires_grad=True)
+
+    def function(*args):
+        return ops.attention(*args, **options)
+
+    checks = {"check_forward_ad": True, "check_batched_forward_grad": True, "check_batched_grad": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.autograd.gradcheck(function, (q, k, v), **checks)
+        assert torch.autograd.gradgradcheck(function, (q, k, v), check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

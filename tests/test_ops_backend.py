@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat_native import ops
-from nanochat_native.ops import native, reference
+from nanochat_native.ops import modes, native, reference
 
 # Tensors of fewer elements than the 32,768 from which torch uses its own threads: after a fork those would hang.
 CALLS = """
@@ -136,7 +136,7 @@ with ops.use_backend("torch"):
 
 def test_a_device_without_a_kernel_is_served_by_the_twin_with_one_warning(monkeypatch):
     monkeypatch.setitem(native.DEVICES, "attention", ())
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(modes, "warned", set())
     monkeypatch.setattr(native, "attention", None)
     q = torch.randn(1, 5, 2, 4)
     with pytest.warns(UserWarning, match="attention on cpu is served by plain torch: no native kernel for cpu yet"):
@@ -160,7 +160,7 @@ def test_a_device_without_a_kernel_is_served_by_the_twin_with_one_warning(monkey
 def test_what_attention_on_cuda_takes(monkeypatch, dtype, D, words):
     """The choice alone: fake tensors have a device, and no data."""
     monkeypatch.setitem(native.DEVICES, "attention", ("cuda",))
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(modes, "warned", set())
     monkeypatch.setattr(native, "attention", lambda *_: "native")
     monkeypatch.setattr(reference, "attention", lambda *_, **__: "twin")
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
@@ -173,7 +173,7 @@ def test_what_attention_on_cuda_takes(monkeypatch, dtype, D, words):
 
 def test_that_warning_survives_compilation(monkeypatch):
     monkeypatch.setitem(native.DEVICES, "attention", ())
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(modes, "warned", set())
     q = torch.randn(1, 5, 2, 4)
     with pytest.warns(UserWarning, match="attention on cpu is served by plain torch"):
         out = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")(q, q, q)

@@ -269,7 +269,10 @@ def test_bad_arguments_are_refused(name, change, error):
         ops.cached_forward_(**arguments)
 
 
-def test_weights_that_need_gradients_are_taken_and_get_none():
+def test_weights_that_need_gradients_are_taken_under_no_grad_alone():
     s = setting("heads")
-    s.weights["wte"].requires_grad_()
-    assert not s.run([[1]], [0], [0]).requires_grad
+    s.weights["blocks"][-1].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"cached_forward_: has no derivative, and a tensor requires a gradient"):
+        s.run([[1]], [0], [0])
+    with torch.no_grad():
+        assert not s.run([[1]], [0], [0]).requires_grad

@@ -175,7 +175,6 @@ def test_opcheck_and_compile():
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(g), doubled(g))
-    assert not ops.newton_schulz(g.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

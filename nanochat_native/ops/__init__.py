@@ -7,8 +7,9 @@
     NANOCHAT_LINEAR=auto|native|torch            the product of `linear` in float32 on a CPU; auto takes the faster one.
 A value that is not taken is a ValueError of the first call that needs it, and of `check_environment`.
 
-Nothing falls back in silence: on a device that has no native kernel for an operator, the twin serves and
-one warning names the operator; a module that is missing or was built for another torch is a RuntimeError with the mend.
+Nothing falls back in silence: on a device that has no native kernel for an operator, the twin serves and one warning
+names the operator; so it is where a kernel has no rule for what is asked for (second derivatives, forward-mode AD,
+torch.func's transforms). A module that is missing or was built for another torch is a RuntimeError with the mend.
 
 Every call raises ValueError or TypeError, before any work, for arguments that it does not take.
 
@@ -18,7 +19,6 @@ Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads,
 
 import functools
 import os
-import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -26,7 +26,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from nanochat_native.ops import native, reference
+from nanochat_native.ops import modes, native, reference
+from nanochat_native.ops.modes import beyond_backward
 from nanochat_native.ops.native import build_info, cuda_instruction_set, instruction_set
 from nanochat_native.ops.reference import Triple
 
@@ -35,6 +36,7 @@ __all__ = [
     "adamw_",
     "attention",
     "backend",
+    "beyond_backward",
     "build_info",
     "cached_forward_",
     "check_environment",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 
 BACKENDS = ("native", "torch")
-OPERATORS = tuple(native.DEVICES)  # that native kernels or twins serve
+OPERATORS = native.OPERATORS  # that native kernels or twins serve
 
 _backend = os.environ.get("NANOCHAT_NATIVE_BACKEND") or "native"
 
@@ -111,8 +113,12 @@ def serves(op: str, device: torch.device | str) -> tuple[str, str]:
         return "torch", "chosen by use_backend or NANOCHAT_NATIVE_BACKEND"
     if native.problem:
         return "torch", native.problem
+    if op in native.LINEAR_OPERATORS and kind == "cpu" and not native.linear_is_native():
+        return "torch", "the library's product, by NANOCHAT_LINEAR or because it is as fast on this processor"
     if kind in native.DEVICES[op]:
         return "native", "kernel built"
+    if op in native.COMPOSED_OPERATORS:
+        return "torch", f"composed of torch's products on {kind}"
     if kind == "cuda" and not build_info()["cuda"]:
         return "torch", "nanochat_native was built without CUDA"
     return "torch", f"no native kernel for {kind} yet"
@@ -126,19 +132,14 @@ def _runs_native(op: str, tensor: Tensor, not_taken: str = "") -> bool:
     kind = tensor.device.type
     if kind in native.DEVICES[op] and not not_taken:
         return True
-    _warn_twin_serves(op, kind, not_taken)
+    modes.warn_twin_serves(op, kind, not_taken if kind in native.DEVICES[op] else serves(op, kind)[1])
     return False
 
 
-_warned: set[tuple[str, str, str]] = set()
-
-
-@torch.compiler.assume_constant_result  # run while torch.compile traces: the warning survives, the graph is whole
-def _warn_twin_serves(op: str, kind: str, not_taken: str) -> None:
-    if (op, kind, not_taken) not in _warned:
-        _warned.add((op, kind, not_taken))
-        why = serves(op, kind)[1] if kind not in native.DEVICES[op] else not_taken
-        warnings.warn(f"nanochat_native: {op} on {kind} is served by plain torch: {why}", stacklevel=4)
+def _no_rule(*arguments: Tensor) -> str:
+    """Why no kernel serves in the mode that torch is in, as a phrase."""
+    mode = beyond_backward(*arguments)
+    return f"its kernel has no rule for {mode}" if mode else ""
 
 
 def _attention_not_taken(q: Tensor) -> str:
@@ -162,7 +163,7 @@ def attention(
     scale: float | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Exact attention, softmax(scale * q k^T) v, without the matrix of scores. Differentiable once.
+    """Exact attention, softmax(scale * q k^T) v, without the matrix of scores. Differentiable.
 
     Args:
         q: (B, Tq, H, D).
@@ -172,8 +173,8 @@ def attention(
             Implies causal.
         scale: of the scores; 1 / sqrt(D) by default.
         lengths: (B,) int64 on q's device: k and v are caches with room for Tk keys, of which sequence b has the first
-            lengths[b], and the alignment is to those. Without gradients. A length above Tk is a ValueError on a CPU; a
-            GPU's memory is not read to find out, and its kernel takes it for Tk.
+            lengths[b], and the alignment is to those. Without derivatives and torch.func transforms. A length above Tk
+            is a ValueError on a CPU; a GPU's memory is not read to find out, and its kernel takes it for Tk.
 
     Returns:
         (B, Tq, H, D) in q's dtype, contiguous. A query that sees no key gets 0, and gives no gradient.
@@ -183,7 +184,8 @@ def attention(
     of 8 up to 128 (computed as 64, 96 or 128); tensors whose rows do not lie at multiples of 16 bytes are copied first;
     other types and D are served by the twin, with a warning. On compute capability 9.0 kernels with tensor copies and
     wgmma run. Up to 64 rows Tq * H / Hkv, a step of generation, split the keys among the GPU's multiprocessors.
-    The same inputs give the same bits on the same machine, forward and backward. Method: FlashAttention-2,
+    The same inputs give the same bits on the same machine, forward and backward. Second derivatives, forward-mode AD
+    and torch.func transforms are the twin's, with a warning: it keeps the matrix of scores. Method: FlashAttention-2,
     arXiv:2307.08691, and on Hopper FlashAttention-3, arXiv:2407.08608.
     """
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
@@ -206,7 +208,7 @@ def attention(
         raise ValueError(f"attention: window is {window}; takes None or the number of earlier keys, at least 0")
     if lengths is not None:
         _check_lengths(lengths, q, k, v)
-    if _runs_native("attention", q, _attention_not_taken(q)):
+    if _runs_native("attention", q, _no_rule(q, k, v) or _attention_not_taken(q)):
         return native.attention(q, k, v, causal, window, scale, lengths)
     return reference.attention(q, k, v, causal=causal, window=window, scale=scale, lengths=lengths)
 
@@ -217,8 +219,7 @@ def _check_lengths(lengths: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"attention: lengths has shape {tuple(lengths.shape)}; takes ({q.size(0)},), one a sequence")
     if lengths.device != q.device:
         raise ValueError(f"attention: lengths is on {lengths.device}; takes {q.device}, as q")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("attention: lengths is given and a gradient is asked for; takes one of the two")
+    modes.refuse_beside("attention", "lengths", q, k, v)
 
 
 def newton_schulz(
@@ -228,7 +229,7 @@ def newton_schulz(
     coefficients: str | Sequence[Triple] = "quintic",
     norms: Tensor | None = None,
 ) -> Tensor:
-    """Orthogonalise matrices: replace the singular values of g by values near 1. Not differentiable.
+    """Orthogonalise matrices: replace the singular values of g by values near 1.
 
     X0 = g / (f |g|_F); each step with its triple (a, b, c): A = X X^T, X = a X + (b A + c A A) X.
 
@@ -239,6 +240,7 @@ def newton_schulz(
             "polar_express", the five triples of arXiv:2505.16932, with f = 1.01; or a list of triples, with f = 1.
         norms: (...) float64, the Frobenius norms |g|_F where they are known (see muon_momentum_), which saves a pass
             over g. They are believed: wrong ones give a wrong result, and too small ones let it grow without bound.
+            Without derivatives and torch.func transforms.
 
     Returns:
         (..., M, K) in g's dtype, contiguous. A zero matrix gives zero; a NaN makes its matrix NaN.
@@ -246,10 +248,15 @@ def newton_schulz(
     Native on the CPU: computed in float32, or float64 for float64. Native on CUDA: products of float16 (bfloat16 where
     the triples let numbers grow too large) with float32 sums, whatever g's type, on compute capability 9.0 by tensor
     copies and wgmma. Where it is less work, steps are taken on the smaller Gram matrix, three and then two at a time.
-    Errors on CUDA are at most half of those of the same steps in bfloat16.
+    Errors on CUDA are at most half of those of the same steps in bfloat16. The kernels have no derivative: where g
+    requires a gradient and grad mode is on, and under forward-mode AD and torch.func transforms, the twin serves with a
+    warning, differentiable and not in bfloat16; optimizers call this under torch.no_grad().
     """
     triples, norm_factor = _check_newton_schulz("newton_schulz", "g", g, steps, coefficients, norms)
-    if _runs_native("newton_schulz", g):
+    if norms is not None:
+        modes.refuse_beside("newton_schulz", "norms", g, norms)
+    mode = modes.derivative(g)
+    if _runs_native("newton_schulz", g, f"its kernel has no rule for {mode}" if mode else ""):
         return native.newton_schulz(g, triples, norm_factor, norms)
     return reference.newton_schulz(g, steps=steps, coefficients=coefficients, norms=norms)
 
@@ -309,7 +316,11 @@ def adamw_(
     step, lr and weight_decay may each be a 0-d tensor on the params' device, step int64, the others float64: a CUDA
     graph reads what stands there when it is replayed. On the CPU they give the same bits as numbers do. Their values
     are checked on the CPU only, and not while torch.compile traces: on a GPU, reading them would wait for the stream.
+
+    A step has no derivative: a RuntimeError where a tensor requires a gradient and grad mode is on, under forward-mode
+    AD and under torch.func transforms. So have the other operators whose names end in an underscore.
     """
+    modes.refuse("adamw_", params, grads, exp_avgs, exp_avg_sqs, step, lr, weight_decay)
     _check_lists("adamw_", params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     if not params:
         return
@@ -388,6 +399,7 @@ def muon_momentum_(
         norms: (len(grads),) float64, the Frobenius norm of each update, summed in float64 in a fixed order: the same
             bits for every number of threads. Of matrices, they are newton_schulz's norms.
     """
+    modes.refuse("muon_momentum_", grads, momentum_buffers, momentum)
     _check_lists("muon_momentum_", grads=grads, momentum_buffers=momentum_buffers)
     if not grads:
         raise ValueError("muon_momentum_: grads is empty; takes at least one tensor")
@@ -426,6 +438,7 @@ def muon_update_(
 def _check_muon_update(
     op: str, params: Sequence[Tensor], update: Tensor, lr: float | Tensor, weight_decay: float | Tensor
 ) -> None:
+    modes.refuse(op, params, update, lr, weight_decay)
     _check_lists(op, params=params)
     if not params:
         raise ValueError(f"{op}: params is empty; takes at least one tensor")
@@ -468,6 +481,7 @@ def newton_schulz_update_(
     memory, nor the time to write and read it.
     """
     op = "newton_schulz_update_"
+    modes.refuse(op, norms)
     _check_muon_update(op, params, update, lr, weight_decay)
     if params[0].dim() < 2:
         raise ValueError(f"{op}: params has shape {tuple(params[0].shape)}; takes (..., M, K)")
@@ -484,11 +498,11 @@ def _linear_runs_native(x: Tensor, weight: Tensor) -> bool:
     if backend() == "torch":
         return False
     native.require()
-    return native.serves_linear(x, weight)
+    return native.serves_linear(x, weight) and not beyond_backward(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T, as torch.nn.functional.linear without a bias. Differentiable once where the native product serves.
+    """x weight^T, as torch.nn.functional.linear without a bias. Differentiable.
 
     Args:
         x: (..., I).
@@ -500,6 +514,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     The product is the library's (torch's own) except in one case: float32 of at least 64 rows on a CPU that is not
     Intel's and has AVX2, where torch's MKL takes a slower path and the register tile of the other operators serves.
     NANOCHAT_LINEAR=native takes that tile for such products on every CPU, NANOCHAT_LINEAR=torch on none.
+    Second derivatives, forward-mode AD and torch.func transforms are always torch's own.
     """
     if x.dim() < 1 or weight.dim() != 2 or x.size(-1) != weight.size(1):
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; takes (..., I), (O, I)")
@@ -517,7 +532,7 @@ def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
         weight: (O, I).
 
     Returns:
-        dx of x's shape and dweight of weight's, by the same products as linear.
+        dx of x's shape and dweight of weight's, by the same products as linear. Differentiable, by torch's own.
     """
     if dy.shape[:-1] != x.shape[:-1] or (dy.size(-1), x.size(-1)) != tuple(weight.shape):
         raise ValueError(
@@ -525,7 +540,7 @@ def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
             "takes (..., O), (..., I), (O, I)"
         )
     dy_rows, rows = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
-    if _linear_runs_native(x, weight):
+    if _linear_runs_native(x, weight) and not modes.derivative(dy, x, weight):
         dx, dweight = torch.ops.nanochat_native.linear_backward(dy_rows, rows, weight, True, True)
     else:
         dx, dweight = dy_rows @ weight, dy_rows.mT @ rows
@@ -556,6 +571,9 @@ def linear_cross_entropy(
         Nats, float32 (float64 for float64), 0 for an ignored target: a scalar, differentiable once, for "mean" and
         "sum"; the shape of targets, without gradient, for "none". The mean of no target is NaN, its gradients zero.
 
+    Forward-mode AD and torch.func transforms, second derivatives among them, are the twin's, with a warning: it keeps
+    the logits. A backward pass with create_graph=True is a RuntimeError, except on the torch backend.
+
     Native on the CPU, and on CUDA for float32 and bfloat16, with the products by torch's library. On CUDA the targets'
     range is not checked, which would wait for the stream: one that is out of range makes its own loss and gradient NaN.
     """
@@ -578,9 +596,9 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: softcap is {softcap}; takes at least 0")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}; takes 'mean', 'sum' or 'none'")
-    if reduction == "none" and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if reduction == "none" and modes.derivative(x, weight) == modes.GRADIENT:
         raise ValueError("linear_cross_entropy: reduction 'none' gives no gradient; call it under torch.no_grad()")
-    if _runs_native("linear_cross_entropy", x):
+    if _runs_native("linear_cross_entropy", x, _no_rule(x, weight)):
         return native.linear_cross_entropy(x, weight, targets, softcap, ignore_index, reduction)
     return reference.linear_cross_entropy(
         x, weight, targets, softcap=softcap, ignore_index=ignore_index, reduction=reduction
@@ -603,7 +621,7 @@ def cached_forward_(
     with_logits: bool = True,
 ) -> Tensor:
     """The transformer of nanochat_native.model on a KV cache, for generation: T tokens of each of B sequences, which go
-    on where the sequences stand. Without gradients.
+    on where the sequences stand. Without derivatives and torch.func transforms: a RuntimeError, as adamw_'s.
 
     Args:
         tokens: (B, T) int64, T from 1. Token (b, t) stands at position starts[b] + t of slot slots[b], where its key
@@ -628,6 +646,7 @@ def cached_forward_(
     with, however its prompt was cut, and for every number of threads. Elsewhere it is composed of torch's products and
     of `attention`.
     """
+    modes.refuse("cached_forward_", tokens, wte, blocks, lm_head, cos, sin, cache)
     if tokens.device.type == "cpu" and wte.dtype == torch.float32 and backend() == "native":
         native.require()
         run = native.cached_forward_

@@ -1,5 +1,6 @@
 """The native operators: loads `_C`, which registers them with torch, and gives them fakes and gradients."""
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat_native.ops import modes, reference
 from nanochat_native.ops.reference import Triple, compute_dtype
 
 MEND = "run `pip install --no-build-isolation .` in nanochat-native's folder, or choose NANOCHAT_NATIVE_BACKEND=torch"
@@ -21,6 +23,11 @@ OPERATORS = (
     "newton_schulz_update_",
     "linear_cross_entropy",
 )
+LINEAR_OPERATORS = ("linear", "linear_backward")
+COMPOSED_OPERATORS = (
+    *LINEAR_OPERATORS,
+    "cached_forward_",
+)  # with kernels for float32 on the CPU, else of torch's calls
 # Those with a CUDA kernel, when the module was built with CUDA: all. Every operator has CPU kernels.
 CUDA_OPERATORS = frozenset(OPERATORS)
 CUDA_ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
@@ -96,14 +103,14 @@ def cuda_instruction_set() -> str:
 # Types of device that have a native kernel, for each operator. "meta" stands for shapes without data.
 DEVICES: dict[str, tuple[str, ...]] = {
     op: ("cpu", "meta", "cuda") if op in CUDA_OPERATORS and not problem and build_info()["cuda"] else ("cpu", "meta")
-    for op in OPERATORS
+    for op in (*OPERATORS, *COMPOSED_OPERATORS)
 }
 
 
-def _refuse_second_derivative(op: str) -> None:
+def _beyond_first_derivative(*grads: Tensor) -> str:
+    """What is asked for of a backward pass beyond its result, given the gradients that come into it."""
     # Grad mode is on during a backward pass only under create_graph=True.
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: has no second derivative; takes create_graph=False")
+    return modes.beyond_backward(*grads) or ("second derivatives" if torch.is_grad_enabled() else "")
 
 
 # --- attention ---
@@ -148,8 +155,14 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 def _attention_grad(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 7
-    _refuse_second_derivative("attention")
-    dq, dk, dv = torch.ops.nanochat_native.attention_backward(dout, *ctx.saved_tensors, *ctx.shape)
+    if mode := _beyond_first_derivative(dout):
+        q, k, v, _, _ = ctx.saved_tensors
+        causal, window, scale = ctx.shape
+        modes.warn_twin_serves("attention", q.device.type, f"its kernel has no rule for {mode}")
+        twin = functools.partial(reference.attention, causal=causal, window=None if window < 0 else window, scale=scale)
+        dq, dk, dv = torch.func.vjp(twin, q, k, v)[1](dout)
+    else:
+        dq, dk, dv = torch.ops.nanochat_native.attention_backward(dout, *ctx.saved_tensors, *ctx.shape)
     return dq, dk, dv, None, None, None, None
 
 
@@ -382,9 +395,12 @@ def _linear_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tenso
 
 
 def _linear_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative("linear")
     needed = ctx.needs_input_grad
-    grads = torch.ops.nanochat_native.linear_backward(dy, *ctx.saved_tensors, *needed)
+    x, weight = ctx.saved_tensors
+    if _beyond_first_derivative(dy):
+        grads = dy @ weight, dy.mT @ x
+    else:
+        grads = torch.ops.nanochat_native.linear_backward(dy, x, weight, *needed)
     return tuple(grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=True))
 
 
@@ -463,7 +479,11 @@ def _linear_cross_entropy_setup_context(
 def _linear_cross_entropy_grad(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 8
-    _refuse_second_derivative("linear_cross_entropy")
+    if torch.is_grad_enabled():  # under create_graph=True; what would be differentiated is not kept
+        raise RuntimeError(
+            "linear_cross_entropy: its kernel has no second derivative; takes create_graph=False, "
+            "or its call under ops.use_backend('torch')"
+        )
     grads = [grad * dloss if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
     return (*grads, None, None, None, None, None, None)
 

@@ -1,18 +1,21 @@
 """Every operator in plain torch: the `torch` backend, and the oracle that the native kernels are tested against.
 
-Same signatures and semantics as `nanochat_native.ops`, without its argument checks. attention and linear_cross_entropy
-are differentiable by autograd. bfloat16 and float16 are computed in float32 and rounded once at the end.
+Same signatures and semantics as `nanochat_native.ops`, without its argument checks. attention, linear_cross_entropy and
+newton_schulz are differentiable by autograd in all of its modes. bfloat16 and float16 are computed in float32 and
+rounded once at the end; within torch.autocast products have its type.
 
 Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, D head size,
                N rows (tokens), C channels, V vocabulary, (M, K) one matrix.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanochat_native.ops import modes
 
 Triple = tuple[float, float, float]
 
@@ -49,6 +52,20 @@ def attention_mask(Tq: int, Tk: int, causal: bool, window: int | None, device: t
     return mask
 
 
+def logsumexp(x: Tensor) -> Tensor:
+    """Over the last dimension, of rows with a finite number."""
+    if modes.beyond_backward(x) != modes.FORWARD:
+        return x.logsumexp(-1)
+    # torch's own rule for forward-mode AD writes over what a backward pass through it needs (pytorch's issue 162350).
+    near = x.detach().logsumexp(-1, keepdim=True)
+    return (x - near).exp().sum(-1).log() + near[..., 0]
+
+
+def softmax(x: Tensor) -> Tensor:
+    """As logsumexp."""
+    return x.softmax(-1) if modes.beyond_backward(x) != modes.FORWARD else (x - logsumexp(x)[..., None]).exp()
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -63,7 +80,7 @@ def attention_forward(
     scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores.detach(), dim=-1).reshape(B, H, Tq)
     # softmax of a row of -inf is NaN, and so is its gradient: give such a row any finite scores, then no weight at all.
-    weights = scores.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0).softmax(dim=-1).masked_fill(hidden, 0.0)
+    weights = softmax(scores.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)).masked_fill(hidden, 0.0)
     out = torch.einsum("bhgij,bjhd->bihgd", weights, v.to(dtype)).reshape(B, Tq, H, D)
     return out.to(q.dtype), lse
 
@@ -80,12 +97,16 @@ def attention(
 ) -> Tensor:
     if lengths is None:
         return attention_forward(q, k, v, causal=causal, window=window, scale=scale)[0]
+    return attention_by_length(q, k, v, lengths, causal=causal, window=window, scale=scale)
+
+
+@torch.compiler.disable(reason="attention: lengths makes no whole graph on the torch backend; takes fullgraph=False")
+def attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, **options: Any) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b, length in enumerate(lengths.tolist()):
         if not 0 <= length <= k.size(1):
             raise ValueError(f"attention: lengths holds {length}; takes 0 to {k.size(1)}")
-        own = (q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length])
-        out[b] = attention(*own, causal=causal, window=window, scale=scale)[0]
+        out[b] = attention(q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length], **options)[0]
     return out
 
 
@@ -160,7 +181,6 @@ def newton_schulz_schedule(steps: int, coefficients: str | Sequence[Sequence[flo
     return triples[:steps] + [triples[-1]] * (steps - len(triples)), norm_factor
 
 
-@torch.no_grad()
 def newton_schulz(
     g: Tensor,
     *,
@@ -169,7 +189,8 @@ def newton_schulz(
     norms: Tensor | None = None,
 ) -> Tensor:
     triples, norm_factor = newton_schulz_schedule(steps, coefficients)
-    dtype = torch.bfloat16 if g.device.type == "cuda" else compute_dtype(g.dtype)
+    in_bfloat16 = g.device.type == "cuda" and not modes.derivative(g)
+    dtype = torch.bfloat16 if in_bfloat16 else compute_dtype(g.dtype)
     if norms is None:
         norms = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64)
     norm = norms[..., None, None]
@@ -296,6 +317,7 @@ def muon_update_(
         param.copy_(decayed(param, decay, change, cautious) - lr * scale * change)
 
 
+@torch.no_grad()
 def newton_schulz_update_(
     params: Sequence[Tensor],
     update: Tensor,
@@ -329,14 +351,15 @@ def linear_cross_entropy(
     ignored = flat == ignore_index
     # gather checks the range itself on every device, but as an IndexError or a device-side assert.
     if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ~ignored & ((flat < 0) | (flat >= weight.size(0)))
-        if outside.any():
+        every = torch.func.debug_unwrap(targets)  # those of all mapped calls within vmap, where `if` takes none of one
+        outside = every[(every != ignore_index) & ((every < 0) | (every >= weight.size(0)))]
+        if outside.numel():
             raise ValueError(
-                f"linear_cross_entropy: targets holds {int(flat[outside][0])}; "
+                f"linear_cross_entropy: targets holds {int(outside[0])}; "
                 f"takes 0 to {weight.size(0) - 1}, or ignore_index {ignore_index}"
             )
     chosen = logits.gather(1, flat.masked_fill(ignored, 0)[:, None])[:, 0]
-    losses = (logits.logsumexp(dim=-1) - chosen).masked_fill(ignored, 0.0)
+    losses = (logsumexp(logits) - chosen).masked_fill(ignored, 0.0)
     if reduction == "none":
         return losses.reshape(targets.shape)
     total = losses.sum(dtype=torch.float64)
