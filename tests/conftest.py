@@ -1,4 +1,5 @@
 import os
+import signal
 import site
 import subprocess
 import tempfile
@@ -33,6 +34,8 @@ def pytest_sessionstart(session):
         place.mkdir()
         os.environ[name] = str(place)
     tempfile.tempdir = None  # it is asked for again
+    # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
