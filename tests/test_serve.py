@@ -29,7 +29,7 @@ from nanochat_native.engine import Engine, Sampling
 from nanochat_native.loading import load_model
 from nanochat_native.serve import __main__ as command
 from nanochat_native.serve.app import Limits, Server
-from nanochat_native.serve.connection import Connection
+from nanochat_native.serve.connection import configured
 from nanochat_native.serve.metrics import Histogram, Metrics
 from nanochat_native.serve.protocol import Served
 from nanochat_native.serve.worker import ClosedError, Worker
@@ -83,13 +83,7 @@ class Running:
         self.server = Server(served, self.worker, limits, api_key=key, loopback=True)
         self.socket = command.bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(
-            self.server.app,
-            log_level="error",
-            timeout_graceful_shutdown=1,
-            http=Connection,
-            timeout_keep_alive=connection_timeout,
-        )
+        config = configured(self.server.app, timeout=connection_timeout, grace=1, log_level="error")
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
@@ -859,11 +853,24 @@ def test_slow_bodies_and_slow_answers(model):
         assert server.settles()
 
 
+@contextlib.contextmanager
+def standing_still(server):
+    """The server's event loop does nothing within the block: what is sent there arrives before its clocks run."""
+    go = threading.Event()
+    server.uvicorn.servers[0].get_loop().call_soon_threadsafe(go.wait, HANGS)
+    try:
+        yield
+    finally:
+        go.set()
+
+
 def trickled(server, begin, drip, *, seconds=HANGS):
     """What comes back where `drip` follows `begin`, again and again, until the server closes."""
     received, end = b"", time.monotonic() + seconds
-    with socket.create_connection(("127.0.0.1", server.port), timeout=0.05) as connection:
-        connection.sendall(begin)
+    with contextlib.ExitStack() as stack:
+        with standing_still(server):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=0.05))
+            connection.sendall(begin + drip)
         while time.monotonic() < end:
             with contextlib.suppress(TimeoutError):
                 part = connection.recv(65536)
@@ -913,15 +920,67 @@ def test_a_body_that_trickles_where_none_is_read_is_ended(impatient, length):
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200"]
 
 
+NO_HTTP = (
+    b"no request\r\n\r\n",
+    b"GET /health HTTP/1.1\r\n\r\n",
+    HEALTH + b"Content-Length: -1\r\n\r\n",
+    HEALTH + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+    HEALTH + b"X: " + b"x" * 200_000 + b"\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n",
+)
+
+
+@pytest.mark.parametrize("content", NO_HTTP, ids=lambda value: str(value)[:40])
+def test_what_is_no_http_is_answered_in_the_form_of_the_api(server, content):
+    head, _, body = server.send(content).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request")
+    assert json.loads(body)["error"]["message"] == "the request is not valid HTTP/1.1, or its headers are too long"
+    assert server.settles()
+
+
+def test_a_wrong_body_behind_an_answer_closes_the_connection(server, capfd):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=HANGS) as connection:
+        connection.sendall(HEALTH + b"Transfer-Encoding: chunked\r\n\r\n")
+        received = connection.recv(65536)
+        assert received.startswith(b"HTTP/1.1 200")
+        connection.sendall(b"no chunk\r\n")
+        while part := connection.recv(65536):
+            received += part
+    assert received.count(b"HTTP/1.1") == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_upgrade_is_not_made(server, capfd):
+    keys = b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    for name in (b"websocket", b"h2c"):
+        asked = HEALTH + b"Connection: Upgrade, close\r\nUpgrade: " + name + b"\r\n" + keys + b"\r\n"
+        assert server.send(asked).startswith(b"HTTP/1.1 200"), name
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_requests_in_one_piece_are_answered_in_their_order(server):
+    content = json.dumps(completion()).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    last = HEALTH + b"Connection: close\r\n\r\n"
+    received = server.send((head + content) * 2 + HEALTH + b"\r\n" + last)
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200"] * 4
+    assert re.findall(rb'"object":"text_completion"|"status":"ok"', received.replace(b'": "', b'":"')) == [
+        b'"object":"text_completion"',
+        b'"object":"text_completion"',
+        b'"status":"ok"',
+        b'"status":"ok"',
+    ]
+
+
 def test_what_the_server_works_on_is_not_ended(model):
     """A body within the request's own time, an answer that takes long, and a connection that is used again."""
-    with started(model, connection_timeout=2.0, slow=0.15) as server:
+    with started(model, connection_timeout=1.0, slow=0.07) as server:
         content = json.dumps(completion(max_tokens=20)).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", server.port), timeout=HANGS) as connection:
             for _ in range(2):
                 connection.sendall(head.encode())
-                time.sleep(2.5)
+                time.sleep(1.3)
                 connection.sendall(content)
                 received = b""
                 while not received.endswith(b"}"):
@@ -946,7 +1005,7 @@ def test_a_client_that_does_not_read_is_left():
             ended.set()
 
     listener = command.bind("127.0.0.1", 0)
-    config = uvicorn.Config(endless, log_level="critical", http=Connection, timeout_keep_alive=0.3, lifespan="off")
+    config = configured(endless, timeout=0.3, grace=1, log_level="critical")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
