@@ -552,6 +552,16 @@ def test_roles_in_the_orders_of_clients(model):
             {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
             {"role": "tool", "content": "3", "tool_call_id": "1"},
         ],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "function_call": call["function"]},
+            {"role": "function", "name": "f", "content": "3"},
+        ],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "refusal": "no"},
+            {"role": "user", "content": "b", "name": "bob"},
+        ],
     ]
     with started(model, chat=True) as server:
         client = server.client()
@@ -675,9 +685,9 @@ def test_neutral_and_null_fields_are_taken(server):
         ({"messages": [{"content": "x"}]}, "messages[0].role is null; it takes one of system, user, assistant, dev"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role is a list"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content is null"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "messages[0].tool_calls[0] is no call"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "messages[0].tool_calls[0] is not a call"),
         ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls is an object"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no part that user messages have"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not a part that user messages have"),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "lone surrogate"),
         (
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
