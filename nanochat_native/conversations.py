@@ -46,6 +46,8 @@ _TEMPLATE = """\
 {%- endmacro -%}
 {{- bos_token -}}
 {%- set system = messages[0]['role'] == 'system' -%}
+{%- if system and messages | length == 1 -%}{{- raise_exception('no message of the user follows the system message') -}}
+{%- endif -%}
 {%- for message in (messages[1:] if system else messages) -%}
     {%- set role = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
     {%- if message['role'] != role -%}
