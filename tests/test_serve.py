@@ -507,9 +507,11 @@ def test_logprobs_of_a_chat(model, count):
 
 
 def test_the_best_of_several(server):
-    asked = completion(temperature=1.5, max_tokens=6, prompt=["a", "the tensor"])
-    candidates = server.request(asked | {"n": 5, "logprobs": 0, "echo": True})[2]["choices"]
-    expected = []
+    ends = {str(server.tokenizer.bos_id): 8}  # so that candidates have different lengths
+    asked = completion(temperature=2, max_tokens=6, prompt=["a", "the tensor"], logit_bias=ends)
+    whole = server.request(asked | {"n": 5, "logprobs": 0, "echo": True})[2]
+    candidates, expected = whole["choices"], []
+    assert len({len(choice["logprobs"]["tokens"]) for choice in candidates}) > 2
     for group, given in ((candidates[:5], "a"), (candidates[5:], "the tensor")):
 
         def mean(choice, given=given):
@@ -529,7 +531,7 @@ def test_the_best_of_several(server):
         assert [choice["text"] for choice in answer["choices"]] == expected
         assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
         assert all((choice["logprobs"] is not None) == bool(fields) for choice in answer["choices"])
-        assert answer["usage"]["completion_tokens"] == 60
+        assert answer["usage"] == whole["usage"]
 
 
 def test_a_bias_bends_the_draws(server):
@@ -614,6 +616,7 @@ REFUSED = [
     ({"stop": ""}, "stop takes a text", "stop"),
     ({"stop": False}, "stop takes a text", "stop"),
     ({"stop": 3}, "stop takes a text", "stop"),
+    ({"stop": ["a", "\ud800"]}, "stop takes a text", "stop"),
     ({"stop": ["x" * 1001]}, "stop takes a text of 1 to 1000 characters", "stop"),
     ({"stream": "yes"}, "stream is a text; it takes true or false", "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options goes with stream", "stream_options"),
@@ -774,17 +777,17 @@ def test_unknown_fields_are_ignored_and_named(server):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no JSON"),
-        (b"{", "no JSON"),
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
         (b"null", "the body is null; it takes an object"),
         (b"[]", "the body is a list"),
-        (b'{"model": "tiny", "temperature": NaN}', "NaN is no JSON"),
-        (b'{"model": "tiny", "temperature": -Infinity}', "-Infinity is no JSON"),
+        (b'{"model": "tiny", "temperature": NaN}', "JSON has no NaN"),
+        (b'{"model": "tiny", "temperature": -Infinity}', "JSON has no -Infinity"),
         (b'{"model": "tiny", "model": "tiny"}', "a name comes twice"),
-        (b'{"model": "\xff"}', "the body is no JSON: byte 11 is not UTF-8"),
+        (b'{"model": "\xff"}', "the body is not JSON: byte 11 is not UTF-8"),
         (b"[" * 20000, "nested too deeply"),
         (b'{"a": ' * 5000, "nested too deeply"),
-        (b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}", "the body is no JSON: it has a number of 5000 digits"),
+        (b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}", "the body is not JSON: it has a number of 5000 digits"),
     ],
     ids=lambda value: str(value)[:40],
 )
