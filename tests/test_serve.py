@@ -87,6 +87,7 @@ class Running:
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
+        wait_until(lambda: self.uvicorn.started)
 
     def close(self):
         self.uvicorn.should_exit = True
@@ -207,9 +208,10 @@ def test_stop_strings_and_extensions(server):
     client = server.client()
     free = client.completions.create(model="tiny", prompt="the tensor", max_tokens=40, temperature=0).choices[0].text
     stop = free[12:15]
-    cut = client.completions.create(model="tiny", prompt="the tensor", max_tokens=40, temperature=0, stop=[stop])
-    assert cut.choices[0].text == free[: free.index(stop)]
-    assert cut.choices[0].finish_reason == "stop"
+    for stops in ([stop], ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "<|bos|>", stop]):
+        cut = client.completions.create(model="tiny", prompt="the tensor", max_tokens=40, temperature=0, stop=stops)
+        assert cut.choices[0].text == free[: free.index(stop)]
+        assert cut.choices[0].finish_reason == "stop"
     extra = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.0}
     same = client.completions.create(model="tiny", prompt="the tensor", max_tokens=40, extra_body=extra)
     assert same.choices[0].text == free
@@ -611,7 +613,7 @@ REFUSED = [
     ({"temperature": "0"}, "temperature is a text; it takes a number", "temperature"),
     ({"seed": 2**63}, "seed is a number too large", "seed"),
     ({"seed": "x"}, "seed is a text", "seed"),
-    ({"stop": ["a"] * 5}, "stop takes a text of 1 to 1000 characters, or up to 4 of them", "stop"),
+    ({"stop": ["a"] * 17}, "stop takes a text of 1 to 1000 characters, or up to 16 of them", "stop"),
     ({"stop": [""]}, "stop takes a text", "stop"),
     ({"stop": ""}, "stop takes a text", "stop"),
     ({"stop": False}, "stop takes a text", "stop"),

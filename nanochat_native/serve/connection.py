@@ -30,14 +30,16 @@ def configured(app: Any, *, timeout: int, grace: int, log_level: str = "warning"
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1, with a limit of timeout_keep_alive seconds, whatever trickles in meanwhile, in which
+    """uvicorn's HTTP/1.1. What is not HTTP/1.1 is answered by 400.
 
-    - the head of a request arrives, counted from the beginning of the connection or the end of the last answer: 408, or
-      no word where nothing of it has come;
-    - the rest of a body arrives that was answered before its end;
-    - a client reads what is held for it beyond the buffers.
+    A client has timeout_keep_alive seconds for each of these, whatever trickles in meanwhile:
 
-    A body that the application waits for is the application's to limit.
+    - to send the head of a request, from the beginning of the connection or the end of the last answer. Part of a head
+      is answered by 408; where nothing has come, the connection is closed without an answer;
+    - to send the rest of a body that was answered before its end;
+    - to read what is held for it beyond the buffers.
+
+    The application limits the time for a body that it waits for. A client that closes its sending side has gone away.
     """
 
     _deadline: asyncio.TimerHandle | None = None
