@@ -46,6 +46,8 @@ _TEMPLATE = """\
 {%- endmacro -%}
 {{- bos_token -}}
 {%- set system = messages[0]['role'] == 'system' -%}
+{%- if system and messages | length == 1 -%}{{- raise_exception('no message of the user follows the system message') -}}
+{%- endif -%}
 {%- for message in (messages[1:] if system else messages) -%}
     {%- set role = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
     {%- if message['role'] != role -%}
@@ -144,8 +146,9 @@ def _check_content(content: Any, role: str, where: str) -> None:
     kinds = tuple(_PARTS) if role == "assistant" else ("text",)
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
-            taken = f'it takes {{"type": {" | ".join(map(repr, kinds))}, "text": text}}'
-            raise ValueError(f"{where}[{i}] is no part that {role} messages have; {taken}")
+            types = " or ".join(map(json.dumps, kinds))
+            taken = f'it takes {{"type": TYPE, "text": TEXT}} with {types} as TYPE'
+            raise ValueError(f"{where}[{i}] is not a part that {role} messages have; {taken}")
         _check_text(part["text"], f"{where}[{i}].text")
 
 
@@ -232,7 +235,8 @@ def as_turns(messages: Any) -> list[dict[str, Any]]:
     - developer is the system; tool and function, whose results come from outside as the user's words do, are the user.
     - The messages of the system are one, wherever they stand, and so are messages of one role that follow each other:
       joined by a blank line. An assistant may begin. Where only the system speaks, its text is the user's message.
-    - An assistant's content may be null beside tool_calls. They are text after it, a line each: name(arguments).
+    - An assistant's content may be null beside tool_calls, function_call or refusal. Calls become text after the
+      content, a line each: name(arguments). A refusal becomes text.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages takes a list with at least one message")
@@ -257,25 +261,50 @@ def _role_and_content(message: Any, where: str) -> tuple[str, Any]:
         raise ValueError(f"{where} is {json_kind(message)}; it takes an object with role and content")
     role = _role(message, (*ROLES, *_OTHER_ROLES), where)
     role = _OTHER_ROLES.get(role, role)
-    content, calls = message.get("content"), message.get("tool_calls")
-    if role != "assistant" or calls is None:
+    content = message.get("content")
+    if role != "assistant":
         _check_content(content, role, f"{where}.content")
         return role, content
-    if not isinstance(calls, list):
-        raise ValueError(f"{where}.tool_calls is {json_kind(calls)}; it takes a list")
-    lines = []
-    for i, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        named = [function.get(key) for key in ("name", "arguments")] if isinstance(function, dict) else []
-        if not named or not all(isinstance(text, str) for text in named):
-            taken = 'it takes {"type": "function", "function": {"name": text, "arguments": text}}'
-            raise ValueError(f"{where}.tool_calls[{i}] is no call of a function; {taken}")
-        lines.append("{}({})".format(*named))
-    called = "\n".join(lines)
-    _check_content(called, role, f"{where}.tool_calls")
-    if content is not None:
+    if isinstance(content, list):
+        content = [_without_refusal(part) for part in content]
+    elif content is None:
+        content = message.get("refusal")
+    calls = _calls(message, where)
+    if content is not None or calls is None:
         _check_content(content, role, f"{where}.content")
-    return role, _joined(content or "", called, "\n")
+    return role, _joined(content or "", calls or "", "\n")
+
+
+def _without_refusal(part: Any) -> Any:
+    """A part of an assistant's message; a refusal as text."""
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
+
+
+def _calls(message: Message, where: str) -> str | None:
+    """The calls in an assistant's message as text, a line each; None where the message has no field for them."""
+    calls, single = message.get("tool_calls"), message.get("function_call")
+    if calls is None and single is None:
+        return None
+    if calls is not None and not isinstance(calls, list):
+        raise ValueError(f"{where}.tool_calls is {json_kind(calls)}; it takes a list")
+    given = [(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls or [])]
+    if single is not None:
+        given.append((f"{where}.function_call", {"function": single}))
+    lines = []
+    for place, call in given:
+        called = [
+            (call[kind].get("name"), call[kind].get(told))
+            for kind, told in (("function", "arguments"), ("custom", "input"))
+            if isinstance(call, dict) and isinstance(call.get(kind), dict)
+        ]
+        if not called or not all(isinstance(text, str) for text in called[0]):
+            taken = 'it takes {"type": "function", "function": {"name": TEXT, "arguments": TEXT}}'
+            raise ValueError(f"{place} is not a call of a function; {taken}")
+        lines.append("{}({})".format(*called[0]))
+        _check_text(lines[-1], place)
+    return "\n".join(lines)
 
 
 def _joined(first: Any, second: Any, between: str = "\n\n") -> Any:

@@ -87,6 +87,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def check_sizes(path: Path, sizes: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the path, for a size of a model that is not a whole number in its range."""
+    for name, size in sizes.items():
+        least = 2 if SIZES.get(name, name) == "sequence_len" else 1
+        if type(size) is not int or not least <= size <= LARGEST:
+            taken = f"it takes a whole number from {least} to {LARGEST}"
+            raise ValueError(f"{path}: {name} is {json.dumps(size)}; {taken}")
+
+
 def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
     """The model that a folder's config.json describes, and the eps of its norms, which this model cannot take over.
 
@@ -98,9 +107,7 @@ def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
         raise ValueError(f'{path}: model_type is {json.dumps(found.get("model_type"))}; it takes "{MODEL_TYPE}"')
     sizes: dict[str, Any] = {name: found.get(name) for name in SIZES}
     sizes["num_key_value_heads"] = found.get("num_key_value_heads", found.get("num_attention_heads"))
-    for name, size in sizes.items():
-        if type(size) is not int or not 0 < size <= LARGEST:
-            raise ValueError(f"{path}: {name} is {json.dumps(size)}; it takes a whole number from 1 to {LARGEST}")
+    check_sizes(path, sizes)
     try:
         config = GPTConfig(**{own: sizes[theirs] for theirs, own in SIZES.items()})
     except ValueError as error:
@@ -109,6 +116,10 @@ def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
     scaling = found.get("rope_scaling") or {}
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
         raise ValueError(f"{path}: rope_parameters and rope_scaling take an object")
+    nested = sorted(name for name, value in rope.items() if isinstance(value, dict))
+    layers = found.get("layer_types") or ["full_attention"]
+    if isinstance(layers, list) and all(layer == layers[0] for layer in layers):
+        layers = layers[:1]
     # What the model computes with: (the folder's, as transformers takes it where it is not given; ours).
     settings = {
         "intermediate_size": (found.get("intermediate_size", 8192), 4 * config.n_embd),
@@ -121,8 +132,9 @@ def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "rope_scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1)), 1),
+        "rope_parameters by type of layer": (nested, []),
         "sliding_window": (found.get("sliding_window"), None),
-        "layer_types": (sorted(set(found.get("layer_types") or ["full_attention"])), ["full_attention"]),
+        "layer_types": (layers, ["full_attention"]),
         "quantization_config": (found.get("quantization_config"), None),
     }
     for name, (value, takes) in settings.items():

@@ -146,10 +146,7 @@ def read_nanochat(folder: Path, step: int | None, tokenizer: Path | None) -> Sou
     missing = [name for name in sizes if name not in shape] if isinstance(shape, dict) else ["model_config"]
     if missing:
         raise ValueError(f"{meta_path}: no model_config of nanochat's: {', '.join(missing)} is missing")
-    for name in sizes:
-        if type(shape[name]) is not int or not 0 < shape[name] <= hugging_face.LARGEST:
-            takes = f"it takes a whole number from 1 to {hugging_face.LARGEST}"
-            raise ValueError(f"{meta_path}: {name} is {json.dumps(shape[name])}; {takes}")
+    hugging_face.check_sizes(meta_path, {name: shape[name] for name in sizes})
     try:
         config = GPTConfig(**{name: shape[name] for name in sizes})
     except ValueError as error:
@@ -422,7 +419,7 @@ def run(options: Options) -> None:
         moved = moved_by_eps(source, tokens)
         told = f"its rms_norm_eps of {source.eps:g} becomes {EPS:g}, which moves its logits by up to {moved:.1e}"
         if not moved <= EPS_MOVES:
-            raise ValueError(f"{options.source}: {told}, too much for the same model; it takes {EPS_MOVES:g}")
+            raise ValueError(f"{options.source}: {told}; it may move them by at most {EPS_MOVES:g}")
         notes.append(f"{told} (measured on {tokens.numel()} random tokens)")
     write(source, options.out)
     shape = source.config

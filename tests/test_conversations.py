@@ -121,9 +121,9 @@ def test_a_prompt_ends_where_the_answer_begins():
         ([{"role": "tool", "content": "x"}], "role is 'tool'; it takes one of system, user, assistant"),
         ([{"role": "user"}], r"messages\[0\].content is null"),
         ([user(3)], "content is a number"),
-        ([user([{"type": "image", "text": "x"}])], "no part that user messages have"),
-        ([user([{"type": "python", "text": "x"}])], "no part that user messages have"),
-        ([user("x"), assistant([{"type": "text", "text": 1}])], "no part that assistant messages have"),
+        ([user([{"type": "image", "text": "x"}])], "not a part that user messages have"),
+        ([user([{"type": "python", "text": "x"}])], "not a part that user messages have"),
+        ([user("x"), assistant([{"type": "text", "text": 1}])], "not a part that assistant messages have"),
         ([assistant("x")], r"messages\[0\].role is 'assistant' where 'user' comes"),
         ([user("x"), user("y")], r"messages\[1\].role is 'user' where 'assistant' comes"),
         ([{"role": "system", "content": "x"}], "a message of the user after that of the system"),
@@ -144,6 +144,7 @@ def system(content, role="system"):
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+CUSTOM = {"id": "2", "type": "custom", "custom": {"name": "add", "input": "1 2"}}
 PYTHON = [{"type": "python", "text": "1+1"}]
 
 
@@ -173,6 +174,22 @@ PYTHON = [{"type": "python", "text": "1+1"}]
             [user("a"), {"role": "assistant", "content": "b", "tool_calls": []}, user("c")],
             [("user", "a"), ("assistant", "b"), ("user", "c")],
         ),
+        (
+            [user("a"), assistant(None) | {"function_call": CALL["function"]}, system("3", "function")],
+            [("user", "a"), ("assistant", 'add({"a": 1})'), ("user", "3")],
+        ),
+        (
+            [user("a"), assistant(None) | {"tool_calls": [CUSTOM], "function_call": None}, system("3", "tool")],
+            [("user", "a"), ("assistant", "add(1 2)"), ("user", "3")],
+        ),
+        (
+            [user("a"), assistant(None) | {"refusal": "no"}, user("b")],
+            [("user", "a"), ("assistant", "no"), ("user", "b")],
+        ),
+        (
+            [user("a"), assistant([{"type": "refusal", "refusal": "no"}]), user("b")],
+            [("user", "a"), ("assistant", "no"), ("user", "b")],
+        ),
         ([user([{"type": "text", "text": "a"}]), user("b")], [("user", "a\n\nb")]),
     ],
     ids=str,
@@ -192,6 +209,26 @@ def test_parts_of_an_assistants_neighbouring_messages_stay_parts():
     messages = [user("a"), assistant(PYTHON), assistant("b"), user("c")]
     parts = [*PYTHON, {"type": "text", "text": "\n\n"}, {"type": "text", "text": "b"}]
     assert as_turns(messages) == [user("a"), assistant(parts), user("c")]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({}, r"messages\[1\].content is null; it takes a text, or a list of parts"),
+        ({"refusal": 3}, r"messages\[1\].content is a number"),
+        ({"content": [{"type": "refusal"}]}, r"content\[0\] is not a part that assistant messages have"),
+        ({"tool_calls": {}}, r"tool_calls is an object; it takes a list"),
+        ({"tool_calls": [CALL, 3]}, r"tool_calls\[1\] is not a call of a function"),
+        ({"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}, r"tool_calls\[0\] is not a call"),
+        ({"function_call": "auto"}, r"messages\[1\].function_call is not a call of a function"),
+        ({"function_call": {"name": "f", "arguments": "\ud800"}}, r"function_call has a lone surrogate"),
+        ({"content": "\ud800", "tool_calls": [CALL]}, r"messages\[1\].content has a lone surrogate"),
+    ],
+    ids=str,
+)
+def test_an_assistant_who_says_nothing_is_refused(said, message):
+    with pytest.raises(ValueError, match=message):
+        as_turns([user("a"), {"role": "assistant", **said}, user("b")])
 
 
 def test_an_answer_after_the_assistants_is_refused():

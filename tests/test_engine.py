@@ -382,6 +382,13 @@ def test_no_tokens_are_no_work(monkeypatch):
         assert engine.idle
 
 
+def test_scores_are_computed_in_float64():
+    request = alone(MODELS["w"], prompt_of(9), Sampling(3, logprobs=V, score_prompt=True))
+    for one in request.scored[1:]:
+        assert len(one.top) == V
+        assert math.fsum(math.exp(value) for _, value in one.top) == pytest.approx(1, abs=1e-12)
+
+
 def test_what_ends_a_text_is_scored_too():
     with use("torch"):
         request = alone(MODELS["w"], prompt_of(9), Sampling(5, stop_tokens=tuple(range(V)), logprobs=0, seed=1))

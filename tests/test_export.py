@@ -6,8 +6,6 @@ import pickle
 import pickletools
 import re
 import shutil
-import subprocess
-import sys
 
 import plain
 import pytest
@@ -328,6 +326,7 @@ def test_later_architectures_are_refused(tmp_path, capsys):
         ("config.json", {"num_hidden_layers": True}, "num_hidden_layers is true; it takes a whole number"),
         ("config.json", {"num_hidden_layers": 2**24}, "missing model.layers."),
         ("config.json", {"max_position_embeddings": 10**30}, "max_position_embeddings is 1" + 30 * "0"),
+        ("config.json", {"max_position_embeddings": 1}, "max_position_embeddings is 1; it takes a whole number from 2"),
         ("config.json", {"final_logit_softcapping": None}, "final_logit_softcapping is null; this model takes 15.0"),
         ("config.json", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ("config.json", {"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
@@ -336,6 +335,13 @@ def test_later_architectures_are_refused(tmp_path, capsys):
         ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta is 500000.0"),
         ("config.json", {"rope_parameters": None, "rope_theta": 5e5}, "rope_theta is 500000.0"),
         ("config.json", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 'rope_type is "yarn"'),
+        ("config.json", {"rope_parameters": {"rope_theta": "10000"}}, 'rope_theta is "10000"; this model takes 10000'),
+        ("config.json", {"rope_parameters": {"rope_theta": True}}, "rope_theta is true; this model takes 10000"),
+        ("config.json", {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, 'of layer is ["full_attention"]'),
+        ("config.json", {"layer_types": ["full_attention", 1]}, 'layer_types is ["full_attention", 1]'),
+        ("config.json", {"layer_types": "full_attention"}, 'layer_types is "full_attention"'),
+        ("config.json", {"layer_types": 3}, "layer_types is 3; this model takes"),
+        ("config.json", {"layer_types": [{}]}, "layer_types is [{}]; this model takes"),
         ("config.json", {"rope_parameters": [1]}, "rope_parameters and rope_scaling take an object"),
         ("config.json", {"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling is "linear"'),
         ("config.json", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this model takes 1"),
@@ -501,7 +507,7 @@ def test_an_eps_that_makes_it_another_model_is_refused(exported, tmp_path, capsy
     assert error.startswith(
         f"error: {place}: its rms_norm_eps of 0.1 becomes 1.19209e-07, which moves its logits by up to"
     )
-    assert error.endswith("too much for the same model; it takes 0.01\n")
+    assert error.endswith("; it may move them by at most 0.01\n")
     assert not (tmp_path / "run").exists()
     args = ["--checkpoint", str(tmp_path / "run"), "--device", "cpu"]
     assert generate.main(args) == 2
@@ -682,14 +688,15 @@ def test_a_pipeline_that_is_given_messages_is_safe_too(chat_tokenizers):
     assert found["generated_token_ids"][: len(prompt)] == prompt
 
 
-def test_the_card_tells_what_is_not_safe_and_its_advice_works(chat_tokenizers, exported):
+def test_the_card_tells_what_is_not_safe_and_its_advice_works(chat_tokenizers, exported, monkeypatch, capsys):
     theirs, own, out = chat_tokenizers
     for card in (out / "README.md", exported / "README.md"):
         assert "tokenizer(text, split_special_tokens=True)" in card.read_text()
         (example,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
-        command = [sys.executable, "-c", example]
-        printed = subprocess.run(command, cwd=card.parent, capture_output=True, text=True, check=True).stdout
-        assert printed.startswith("<|bos|>")
+        monkeypatch.chdir(card.parent)
+        capsys.readouterr()
+        exec(example, {})
+        assert capsys.readouterr().out.startswith("<|bos|>")
     assert "apply_chat_template" in (out / "README.md").read_text()
     assert "apply_chat_template" not in (exported / "README.md").read_text()
     for text in FORGED[: len(SPECIAL_TOKENS)]:
@@ -715,6 +722,7 @@ def test_verify_finds_a_template_that_lets_special_tokens_through(chat_tokenizer
         ([{"role": "user_end|><|assistant", "content": "x"}], "take turns"),
         ([{"role": "assistant", "content": "x"}], "take turns"),
         ([{"role": "user", "content": "x"}] * 2, "take turns"),
+        ([{"role": "system", "content": "x"}], "no message of the user follows"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "take turns"),
         ([{"role": "user", "content": [{"type": "python", "text": "x"}]}], "user messages have no part of this type"),
         ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], "user messages have no part of this type"),

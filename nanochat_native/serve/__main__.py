@@ -103,7 +103,7 @@ def run(options: Options) -> int:
         import uvicorn
 
         from nanochat_native.serve.app import Limits, Server
-        from nanochat_native.serve.connection import Connection
+        from nanochat_native.serve.connection import configured
         from nanochat_native.serve.protocol import MOST_CHOICES, Served
         from nanochat_native.serve.worker import Worker
     except ImportError as error:
@@ -152,16 +152,7 @@ def run(options: Options) -> int:
     beyond = f" (trained on {trained}; beyond them text gets worse)" if capacity > trained else ""
     slots = f"{options.slots} slots of {capacity} tokens{beyond}"
     print(f"serve    http://{shown}:{port}/ | API at /v1, {slots}", flush=True)
-    config = uvicorn.Config(
-        server.app,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        http=Connection,
-        timeout_keep_alive=options.connection_timeout,
-        server_header=False,
-        lifespan="off",
-    )
+    config = configured(server.app, timeout=options.connection_timeout, grace=GRACE_SECONDS)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:

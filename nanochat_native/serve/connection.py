@@ -1,24 +1,45 @@
-"""Connections that are closed when the client keeps the server waiting for too long."""
+"""Connections: those on which the client keeps the server waiting for too long are closed, and what is not HTTP is
+answered in OpenAI's form."""
 
 import asyncio
 import json
+from http import HTTPStatus
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-LINGER_SECONDS = 1.0  # after 408, for the client to read it
+LINGER_SECONDS = 1.0  # after an error that closes the connection, for the client to read it
+
+
+def configured(app: Any, *, timeout: int, grace: int, log_level: str = "warning") -> uvicorn.Config:
+    """uvicorn's settings for an application. timeout: Connection's, in seconds. grace: seconds that running requests
+    have when the server ends."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        timeout_keep_alive=timeout,
+        timeout_graceful_shutdown=grace,
+        log_level=log_level,
+        access_log=False,
+        server_header=False,
+    )
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1, with a limit of timeout_keep_alive seconds, whatever trickles in meanwhile, in which
+    """uvicorn's HTTP/1.1. What is not HTTP/1.1 is answered by 400.
 
-    - the head of a request arrives, counted from the beginning of the connection or the end of the last answer: 408, or
-      no word where nothing of it has come;
-    - the rest of a body arrives that was answered before its end;
-    - a client reads what is held for it beyond the buffers.
+    A client has timeout_keep_alive seconds for each of these, whatever trickles in meanwhile:
 
-    A body that the application waits for is the application's to limit.
+    - to send the head of a request, from the beginning of the connection or the end of the last answer. Part of a head
+      is answered by 408; where nothing has come, the connection is closed without an answer;
+    - to send the rest of a body that was answered before its end;
+    - to read what is held for it beyond the buffers.
+
+    The application limits the time for a body that it waits for. A client that closes its sending side has gone away.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -37,6 +58,9 @@ class Connection(H11Protocol):
         if not self._refused:
             super().data_received(data)
             self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, "the request is not valid HTTP/1.1, or its headers are too long")
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -79,20 +103,25 @@ class Connection(H11Protocol):
             if self.conn.their_state is not h11.IDLE or not head:
                 self.transport.close()
                 return
-            # To close at once would reset the connection where more comes, and the client would lose the answer.
-            self._refused = True
-            self.transport.write(self._too_slow())
-            self.transport.write_eof()
-            self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+            message = f"the request's headers did not arrive within {self.timeout_keep_alive:g} s"
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, message)
 
-    def _too_slow(self) -> bytes:
-        message = f"the request's headers did not arrive within {self.timeout_keep_alive:g} s"
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        """Answers where the application has not, and closes the connection."""
+        self._stop()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun
+            self.transport.close()
+            return
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
         body = json.dumps({"error": error}).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         events = (
-            h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+            h11.Response(status_code=status, headers=headers, reason=status.phrase.encode()),
             h11.Data(data=body),
             h11.EndOfMessage(),
         )
-        return b"".join(self.conn.send(event) or b"" for event in events)
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        # To close at once would reset the connection where more comes, and the client would lose the answer.
+        self._refused = True
+        self.transport.write_eof()
+        self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
