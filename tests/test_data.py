@@ -1069,7 +1069,18 @@ def test_a_file_that_is_no_shard_does_not_end_a_folder_of_text(build, folder):
     (folder / "ASCII.BIN").write_text("words")
     corpus = build(folder)
     assert corpus.hash == before
-    assert corpus.notes == (f"skipped: 2 .bin files that are no token shards (first: {folder / 'ASCII.BIN'})",)
+    assert corpus.notes == (
+        f"skipped: 2 .bin files that are no token shards, such as nanoGPT's, which have no header "
+        f"(first: {folder / 'ASCII.BIN'})",
+    )
+
+
+def test_a_folder_of_shards_without_headers_is_told_what_it_is(build, tmp_path):
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "train.bin").write_bytes(np.arange(1000, dtype="<u2").tobytes())
+    (tmp_path / "nano" / "meta.pkl").write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match=r"no text in nano; .*1 \.bin files .* nanoGPT's, which have no header .*meta"):
+        build(tmp_path / "nano")
 
 
 def test_files_beside_shards_are_said(build, tmp_path):
@@ -1091,6 +1102,32 @@ def test_folders_that_a_glob_matches_are_said(folder):
         f"skipped: 1 folders that the glob matches, whose files it does not match (first: {folder / 'sub'})",
     )
     assert found(folder / "**") == ([*paths, str(folder / "sub" / "t.md")], ())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("**", ["a/b/c.txt", "a/t.txt", "a.md", "t.txt"]),
+        ("**/*.txt", ["a/b/c.txt", "a/t.txt", "t.txt"]),
+        ("**/t.txt", ["a/t.txt", "t.txt"]),
+        ("**/b/**", ["a/b/c.txt"]),
+        ("**/a/*/**/c.*", ["a/b/c.txt"]),
+        ("*/**/*.txt", ["a/b/c.txt", "a/t.txt"]),
+        ("a*/**", ["a/b/c.txt", "a/t.txt"]),
+        ("**/[!a]*.txt", ["a/b/c.txt", "a/t.txt", "t.txt"]),
+    ],
+)
+def test_any_depth_of_a_glob(tmp_path, monkeypatch, pattern, wanted):
+    """Among links that lead back, whose paths have no end."""
+    folder = tmp_path / "folder"
+    (folder / "a" / "b").mkdir(parents=True)
+    for name in ("t.txt", "a.md", "a/t.txt", "a/b/c.txt", ".hidden.txt"):
+        (folder / name).write_text(name)
+    for i in range(9):
+        (folder / "a" / f"loop{i}").symlink_to("..")
+    assert found(folder / pattern)[0] == [str(folder / name) for name in wanted]
+    monkeypatch.chdir(folder)
+    assert found(pattern)[0] == wanted
 
 
 def test_a_folder_that_may_not_be_read_is_an_error(folder, monkeypatch):
@@ -1147,6 +1184,13 @@ def test_a_headerless_bin_is_told_what_it_is(build, tmp_path):
         ("device_0.bin", False),
         ("testament.bin", False),
         ("éval.bin", False),
+        ("valSet.bin", True),
+        ("trainVal_0.bin", True),
+        ("heldout_0.bin", True),
+        ("x-holdout.bin", True),
+        ("tests/0.bin", True),
+        ("evals.bin", True),
+        ("validationset.bin", False),
         ("000.bin", False),
     ],
 )
@@ -1220,8 +1264,10 @@ def test_a_shard_whose_digest_is_remembered_as_text_is_looked_into(build, tmp_pa
 
 def test_text_named_for_validation_is_said_to_be_split_like_the_rest(build, folder):
     (folder / "000.txt").rename(folder / "valid.txt")
+    (folder / "val").mkdir()
+    (folder / "001.txt").rename(folder / "val" / "1.txt")
     corpus = build(folder)
-    assert "a part of those named for validation is trained on (valid.txt)" in corpus.notes[0]
+    assert "a part of those named for validation is trained on (1.txt and 1 more)" in corpus.notes[0]
     assert sorted(all_documents(corpus)) == sorted(stories())
 
 

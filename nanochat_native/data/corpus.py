@@ -207,7 +207,7 @@ class _Builder:
         else:
             deque(self._scan("reading"), maxlen=0)
         if self.documents == 0:
-            found = [f"no text in {self.source.name}", *self.skipped.lines()]
+            found = [f"no text in {self.source.name}", *self.source.notes, *self.skipped.lines()]
             raise ValueError(
                 "; ".join([*found, "text is read in UTF-8, or with a byte order mark in UTF-16 and UTF-32"])
             )
