@@ -154,7 +154,7 @@ def test_parquet(build, tmp_path):
     corpus = build(path)
     assert sorted(all_documents(corpus)) == sorted(stories())
     assert any("1 records without text" in note and "row 101" in note for note in corpus.notes)
-    with pytest.raises(ValueError, match="column 'id' is int64, not text"):
+    with pytest.raises(ValueError, match=r"column 'id' holds no text; it has id \(int64\)"):
         build(path, text_column="id")
 
 
@@ -627,6 +627,40 @@ def test_the_sample_goes_on_to_the_first_text_and_is_bounded(tmp_path, monkeypat
     assert documents.decide([long]).notes == ["text column: 'text' (text in 100 of 100 records looked at)"]
 
 
+def write_records(path: Path, records: list[dict]) -> None:
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+        write_parquet(path, {name: [record.get(name) for record in records] for name in records[-1]})
+    else:
+        write_lines(path, records)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_better_column_behind_the_sample_is_told(build, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents, "SAMPLE_RECORDS", 10)
+    path = tmp_path / name
+    first = [{"meta": "m", "content": None, "text": " "}] * 80
+    for column, later, told in (
+        ("text", 81, True),
+        ("content", 81, True),
+        ("text", 80, False),
+        ("meta", 81, False),
+    ):
+        write_records(path, first + [{"meta": "m", "content": None, "text": "\n"} | {column: "words"}] * later)
+        assert column_of(path) == ["meta"]
+        if told:
+            message = f"field '{column}' has text in 81 of 161 records, but not .* told 'meta'; name .*--text-column"
+            with pytest.raises(ValueError, match=message):
+                build(path)
+            assert texts_of(path, column).count("words") == 81
+        assert len(texts_of(path, "meta" if told else None)) == 80 + later
+    write_lines(tmp_path / "b.jsonl", [{"meta": "m"}] * 200)
+    write_records(path, [{"meta": "m", "text": "label"}] * 4)
+    assert column_of(path, tmp_path / "b.jsonl") == ["meta", "meta"]
+    corpus = build(tmp_path / "[ab].*")
+    assert set(all_documents(corpus)) == {"m"}, "one column serves all files, which is no doubt"
+
+
 @pytest.mark.parametrize(("without", "refused"), [(50, False), (51, True)])
 def test_more_than_half_of_the_records_without_text_are_an_error(build, tmp_path, without, refused):
     records = [{"text": s} for s in stories(50)] + [{"text": None}] * without
@@ -682,7 +716,7 @@ def test_the_text_column_that_is_named(build, tmp_path):
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1
     build(path)
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2, "the column is a part of the cache's key"
-    with pytest.raises(ValueError, match=r"a\.jsonl: column 'n' is number, not text; it has n .*, b \(text\)$"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: column 'n' holds no text; it has n \(number\), .*b \(text\)$"):
         build(path, text_column="n")
     late = write_lines(tmp_path / "late.jsonl", [{"text": "x"}] * 1500 + [{"b": s} for s in stories()])
     assert texts_of(late, "b") == stories()
@@ -751,10 +785,23 @@ def test_columns_of_parquet_that_are_no_text_are_refused_by_name(tmp_path):
     ):
         column_of(path)
     for name, kind in {"text": "struct<a: string>", "items": "list<", "raw": "binary", "none": "null"}.items():
-        with pytest.raises(ValueError, match=f"column '{name}' is {kind}.*, not text"):
+        with pytest.raises(ValueError, match=rf"column '{name}' holds no text; it has .*{name} \({kind}"):
             documents.decide([path], name)
     with pytest.raises(ValueError, match="no column 'a'; it has"):
         documents.decide([path], "a")
+
+
+def test_columns_of_parquet_of_one_name_are_told_apart(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    write_parquet(path, {"a": [{"b": "other"}] * 9, "a.b": stories(9)})
+    assert texts_of(path) == texts_of(path, "a.b") == stories(9)
+    pq.write_table(pa.Table.from_arrays([pa.array(stories(9))] * 2, names=["text", "text"]), path)
+    for asked in (None, "text"):
+        with pytest.raises(ValueError, match=r"it has text \(the name of several columns\)$"):
+            documents.decide([path], asked)
 
 
 def test_labels_and_bytes_of_parquet_are_taken_where_no_column_of_strings_is(tmp_path):
@@ -932,9 +979,14 @@ def test_damaged_utf_16_is_told(build, folder, data):
 def test_text_in_another_encoding_is_told_what_is_taken(build, tmp_path):
     (tmp_path / "a.txt").write_bytes("words".encode("utf-16-le") * 9)
     with pytest.raises(
-        ValueError, match=r"1 binary files .*; text is read in UTF-8, or with a byte order mark in UTF-16"
+        ValueError, match=r"1 binary files, or texts in UTF-16 .*; text is read in UTF-8, or with a byte order mark in UTF-16"
     ):
         build(tmp_path / "a.txt")
+    (tmp_path / "a.jsonl").write_bytes(LINES.encode("utf-16-le"))
+    with pytest.raises(
+        DamagedFileError, match=r"jsonl:1: not a line of JSON: .*; UTF-16 is read where the file begins"
+    ):
+        build(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(
