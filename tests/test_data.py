@@ -979,7 +979,8 @@ def test_damaged_utf_16_is_told(build, folder, data):
 def test_text_in_another_encoding_is_told_what_is_taken(build, tmp_path):
     (tmp_path / "a.txt").write_bytes("words".encode("utf-16-le") * 9)
     with pytest.raises(
-        ValueError, match=r"1 binary files, or texts in UTF-16 .*; text is read in UTF-8, or with a byte order mark in UTF-16"
+        ValueError,
+        match=r"1 binary files, or texts in UTF-16 .*; text is read in UTF-8, or with a byte order mark in UTF-16",
     ):
         build(tmp_path / "a.txt")
     (tmp_path / "a.jsonl").write_bytes(LINES.encode("utf-16-le"))
