@@ -1398,7 +1398,8 @@ def test_the_flag_names_the_column_and_belongs_to_the_run(tmp_path, capsys):
     assert train(tmp_path, steps=2, text_column="prose") == 0
     assert load_config(tmp_path / "runs" / "tiny").text_column == "prose"
     assert train(tmp_path, steps=2, resume="auto", text_column="title") == 2
-    assert "--text-column prose -> title" in capsys.readouterr().err
+    given = f"(--data {tmp_path / 'text.jsonl'}, --text-column title)"
+    assert f"the data or the tokenizer is not what this run began with {given}" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path / "runs" / "tiny"), "--num-iterations", "3"]) == 0
 
 
