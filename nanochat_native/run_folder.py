@@ -158,8 +158,10 @@ def require_same_data(config: TrainConfig, data_hash: str) -> None:
 
 
 def other_data(config: TrainConfig) -> ConfigError:
+    values = {name: getattr(config, name, None) for name in BY_CONTENT}
+    given = ", ".join(f"{flag(name)} {value}" for name, value in values.items() if value is not None)
     return ConfigError(
-        f"{config.run_dir}: the data or the tokenizer is not what this run began with (--data {config.data}); "
+        f"{config.run_dir}: the data or the tokenizer is not what this run began with ({given or 'no --data'}); "
         "another run takes another --run NAME"
     )
 

@@ -154,7 +154,7 @@ def test_parquet(build, tmp_path):
     corpus = build(path)
     assert sorted(all_documents(corpus)) == sorted(stories())
     assert any("1 records without text" in note and "row 101" in note for note in corpus.notes)
-    with pytest.raises(ValueError, match="column 'id' is int64, not text"):
+    with pytest.raises(ValueError, match=r"column 'id' holds no text; it has id \(int64\)"):
         build(path, text_column="id")
 
 
@@ -627,6 +627,40 @@ def test_the_sample_goes_on_to_the_first_text_and_is_bounded(tmp_path, monkeypat
     assert documents.decide([long]).notes == ["text column: 'text' (text in 100 of 100 records looked at)"]
 
 
+def write_records(path: Path, records: list[dict]) -> None:
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+        write_parquet(path, {name: [record.get(name) for record in records] for name in records[-1]})
+    else:
+        write_lines(path, records)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_better_column_behind_the_sample_is_told(build, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents, "SAMPLE_RECORDS", 10)
+    path = tmp_path / name
+    first = [{"meta": "m", "content": None, "text": " "}] * 80
+    for column, later, told in (
+        ("text", 81, True),
+        ("content", 81, True),
+        ("text", 80, False),
+        ("meta", 81, False),
+    ):
+        write_records(path, first + [{"meta": "m", "content": None, "text": "\n"} | {column: "words"}] * later)
+        assert column_of(path) == ["meta"]
+        if told:
+            message = f"field '{column}' has text in 81 of 161 records, but not .* told 'meta'; name .*--text-column"
+            with pytest.raises(ValueError, match=message):
+                build(path)
+            assert texts_of(path, column).count("words") == 81
+        assert len(texts_of(path, "meta" if told else None)) == 80 + later
+    write_lines(tmp_path / "b.jsonl", [{"meta": "m"}] * 200)
+    write_records(path, [{"meta": "m", "text": "label"}] * 4)
+    assert column_of(path, tmp_path / "b.jsonl") == ["meta", "meta"]
+    corpus = build(tmp_path / "[ab].*")
+    assert set(all_documents(corpus)) == {"m"}, "one column serves all files, which is no doubt"
+
+
 @pytest.mark.parametrize(("without", "refused"), [(50, False), (51, True)])
 def test_more_than_half_of_the_records_without_text_are_an_error(build, tmp_path, without, refused):
     records = [{"text": s} for s in stories(50)] + [{"text": None}] * without
@@ -682,7 +716,7 @@ def test_the_text_column_that_is_named(build, tmp_path):
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1
     build(path)
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2, "the column is a part of the cache's key"
-    with pytest.raises(ValueError, match=r"a\.jsonl: column 'n' is number, not text; it has n .*, b \(text\)$"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: column 'n' holds no text; it has n \(number\), .*b \(text\)$"):
         build(path, text_column="n")
     late = write_lines(tmp_path / "late.jsonl", [{"text": "x"}] * 1500 + [{"b": s} for s in stories()])
     assert texts_of(late, "b") == stories()
@@ -751,10 +785,23 @@ def test_columns_of_parquet_that_are_no_text_are_refused_by_name(tmp_path):
     ):
         column_of(path)
     for name, kind in {"text": "struct<a: string>", "items": "list<", "raw": "binary", "none": "null"}.items():
-        with pytest.raises(ValueError, match=f"column '{name}' is {kind}.*, not text"):
+        with pytest.raises(ValueError, match=rf"column '{name}' holds no text; it has .*{name} \({kind}"):
             documents.decide([path], name)
     with pytest.raises(ValueError, match="no column 'a'; it has"):
         documents.decide([path], "a")
+
+
+def test_columns_of_parquet_of_one_name_are_told_apart(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    write_parquet(path, {"a": [{"b": "other"}] * 9, "a.b": stories(9)})
+    assert texts_of(path) == texts_of(path, "a.b") == stories(9)
+    pq.write_table(pa.Table.from_arrays([pa.array(stories(9))] * 2, names=["text", "text"]), path)
+    for asked in (None, "text"):
+        with pytest.raises(ValueError, match=r"it has text \(the name of several columns\)$"):
+            documents.decide([path], asked)
 
 
 def test_labels_and_bytes_of_parquet_are_taken_where_no_column_of_strings_is(tmp_path):
@@ -932,9 +979,15 @@ def test_damaged_utf_16_is_told(build, folder, data):
 def test_text_in_another_encoding_is_told_what_is_taken(build, tmp_path):
     (tmp_path / "a.txt").write_bytes("words".encode("utf-16-le") * 9)
     with pytest.raises(
-        ValueError, match=r"1 binary files .*; text is read in UTF-8, or with a byte order mark in UTF-16"
+        ValueError,
+        match=r"1 binary files, or texts in UTF-16 .*; text is read in UTF-8, or with a byte order mark in UTF-16",
     ):
         build(tmp_path / "a.txt")
+    (tmp_path / "a.jsonl").write_bytes(LINES.encode("utf-16-le"))
+    with pytest.raises(
+        DamagedFileError, match=r"jsonl:1: not a line of JSON: .*; UTF-16 is read where the file begins"
+    ):
+        build(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -1069,7 +1122,18 @@ def test_a_file_that_is_no_shard_does_not_end_a_folder_of_text(build, folder):
     (folder / "ASCII.BIN").write_text("words")
     corpus = build(folder)
     assert corpus.hash == before
-    assert corpus.notes == (f"skipped: 2 .bin files that are no token shards (first: {folder / 'ASCII.BIN'})",)
+    assert corpus.notes == (
+        f"skipped: 2 .bin files that are no token shards, such as nanoGPT's, which have no header "
+        f"(first: {folder / 'ASCII.BIN'})",
+    )
+
+
+def test_a_folder_of_shards_without_headers_is_told_what_it_is(build, tmp_path):
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "train.bin").write_bytes(np.arange(1000, dtype="<u2").tobytes())
+    (tmp_path / "nano" / "meta.pkl").write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match=r"no text in nano; .*1 \.bin files .* nanoGPT's, which have no header .*meta"):
+        build(tmp_path / "nano")
 
 
 def test_files_beside_shards_are_said(build, tmp_path):
@@ -1091,6 +1155,32 @@ def test_folders_that_a_glob_matches_are_said(folder):
         f"skipped: 1 folders that the glob matches, whose files it does not match (first: {folder / 'sub'})",
     )
     assert found(folder / "**") == ([*paths, str(folder / "sub" / "t.md")], ())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("**", ["a/b/c.txt", "a/t.txt", "a.md", "t.txt"]),
+        ("**/*.txt", ["a/b/c.txt", "a/t.txt", "t.txt"]),
+        ("**/t.txt", ["a/t.txt", "t.txt"]),
+        ("**/b/**", ["a/b/c.txt"]),
+        ("**/a/*/**/c.*", ["a/b/c.txt"]),
+        ("*/**/*.txt", ["a/b/c.txt", "a/t.txt"]),
+        ("a*/**", ["a/b/c.txt", "a/t.txt"]),
+        ("**/[!a]*.txt", ["a/b/c.txt", "a/t.txt", "t.txt"]),
+    ],
+)
+def test_any_depth_of_a_glob(tmp_path, monkeypatch, pattern, wanted):
+    """Among links that lead back, whose paths have no end."""
+    folder = tmp_path / "folder"
+    (folder / "a" / "b").mkdir(parents=True)
+    for name in ("t.txt", "a.md", "a/t.txt", "a/b/c.txt", ".hidden.txt"):
+        (folder / name).write_text(name)
+    for i in range(9):
+        (folder / "a" / f"loop{i}").symlink_to("..")
+    assert found(folder / pattern)[0] == [str(folder / name) for name in wanted]
+    monkeypatch.chdir(folder)
+    assert found(pattern)[0] == wanted
 
 
 def test_a_folder_that_may_not_be_read_is_an_error(folder, monkeypatch):
@@ -1147,6 +1237,13 @@ def test_a_headerless_bin_is_told_what_it_is(build, tmp_path):
         ("device_0.bin", False),
         ("testament.bin", False),
         ("éval.bin", False),
+        ("valSet.bin", True),
+        ("trainVal_0.bin", True),
+        ("heldout_0.bin", True),
+        ("x-holdout.bin", True),
+        ("tests/0.bin", True),
+        ("evals.bin", True),
+        ("validationset.bin", False),
         ("000.bin", False),
     ],
 )
@@ -1220,8 +1317,10 @@ def test_a_shard_whose_digest_is_remembered_as_text_is_looked_into(build, tmp_pa
 
 def test_text_named_for_validation_is_said_to_be_split_like_the_rest(build, folder):
     (folder / "000.txt").rename(folder / "valid.txt")
+    (folder / "val").mkdir()
+    (folder / "001.txt").rename(folder / "val" / "1.txt")
     corpus = build(folder)
-    assert "a part of those named for validation is trained on (valid.txt)" in corpus.notes[0]
+    assert "a part of those named for validation is trained on (1.txt and 1 more)" in corpus.notes[0]
     assert sorted(all_documents(corpus)) == sorted(stories())
 
 
@@ -1299,7 +1398,8 @@ def test_the_flag_names_the_column_and_belongs_to_the_run(tmp_path, capsys):
     assert train(tmp_path, steps=2, text_column="prose") == 0
     assert load_config(tmp_path / "runs" / "tiny").text_column == "prose"
     assert train(tmp_path, steps=2, resume="auto", text_column="title") == 2
-    assert "--text-column prose -> title" in capsys.readouterr().err
+    given = f"(--data {tmp_path / 'text.jsonl'}, --text-column title)"
+    assert f"the data or the tokenizer is not what this run began with {given}" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path / "runs" / "tiny"), "--num-iterations", "3"]) == 0
 
 

@@ -41,7 +41,7 @@ TAKEN = (
     "instruction and output, prompt and completion, prompt and response, question and answer"
 )
 
-_BLANK = re.compile(r"[ \t\r\n]*")
+_BLANK = re.compile(r"[ \t\r\n\ufeff]*")  # files that were put together have a byte order mark in their middle
 
 
 class Record(NamedTuple):
@@ -99,7 +99,8 @@ def read_records(path: Path) -> Iterator[Record]:
     try:
         yield from _values(text) if suffix_of(path) == ".json" else _line_values(text)
     except _DamageError as damage:
-        raise ValueError(f"{path}, {damage}") from None
+        advice = "; UTF-16 is read where the file begins with a byte order mark" if "\0" in text else ""
+        raise ValueError(f"{path}, {damage}{advice}") from None
 
 
 class _DamageError(Exception):
@@ -108,9 +109,10 @@ class _DamageError(Exception):
 
 def _line_values(text: str) -> Iterator[Record]:
     for number, line in enumerate(io.StringIO(text), 1):
-        line = line.removeprefix("\ufeff").rstrip()  # files that were put together have the mark in their middle
-        if line:
-            value, end = _decoded(line, _after_blanks(line, 0), number)
+        line = line.rstrip()
+        begin = _after_blanks(line, 0)
+        if begin < len(line):
+            value, end = _decoded(line, begin, number)
             if _after_blanks(line, end) < len(line):
                 raise _DamageError(f"line {number}: not JSON (something follows the value at column {end + 1})")
             yield Record(number, value)
@@ -202,16 +204,22 @@ def _is_message(value: Any) -> bool:
 
 
 def _message(message: Any, index: int) -> Any:
-    """The message with role and content, as it is where it has them."""
+    """The message with role and content, as it is where it has them. Raises ValueError where it has no such keys."""
     if not isinstance(message, dict):
         return message
+    if not (message.keys() & {"role", "from"} and message.keys() & {"content", "value"}):
+        found = ", ".join(map(repr, message)) or "none"
+        raise ValueError(f"messages[{index}] has the keys {found}; a message has role and content, or from and value")
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             raise ValueError(f"messages[{index}] has {name}, which cannot be learnt: leave the conversation out")
     if message.get("weight") == 0:
         raise ValueError(f"messages[{index}] has weight 0; every answer of the assistant is learnt: leave it out")
-    if "role" not in message and "from" in message:
-        message = {"role": message["from"], "content": message.get("value")}
+    if not {"role", "content"} <= message.keys():
+        message = {
+            "role": message.get("role", message.get("from")),
+            "content": message.get("content", message.get("value")),
+        }
     role = message.get("role")
     known = ROLES.get(role) if isinstance(role, str) else None
     return message if known is None else {**message, "role": known}

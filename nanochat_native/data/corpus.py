@@ -142,7 +142,7 @@ def prepare(
     digests = [entry["sha256"] for entry in _digests(source, cache_dir, bar)]
     files = [[digest, *path.suffixes[-2:]] for digest, path in zip(digests, source.files, strict=True)]
     for file, reading, as_before in zip(files, decision.readings, decision.as_before, strict=True):
-        file += () if as_before else reading
+        file += () if as_before else reading[:4]
     how = {
         "version": _VERSION,
         "files": files,
@@ -207,7 +207,7 @@ class _Builder:
         else:
             deque(self._scan("reading"), maxlen=0)
         if self.documents == 0:
-            found = [f"no text in {self.source.name}", *self.skipped.lines()]
+            found = [f"no text in {self.source.name}", *self.source.notes, *self.skipped.lines()]
             raise ValueError(
                 "; ".join([*found, "text is read in UTF-8, or with a byte order mark in UTF-16 and UTF-32"])
             )

@@ -58,12 +58,14 @@ class Piece(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How a file is read. column: the field of its records that holds the text; None where they are text themselves."""
+    """How a file is read. column: the field of its records that holds the text; None where they are text themselves.
+    doubted: fields that would be taken before it, had they text in most records, and had it not in the sample's."""
 
     kind: str
     compression: str = ""
     encoding: str = "utf-8"
     column: str | None = None
+    doubted: tuple[str, ...] = ()
 
 
 class Record(NamedTuple):
@@ -106,7 +108,7 @@ class Sample:
         if not self.first:
             self.first = {name: isinstance(v, str) for name, v in value.items()}
         for name, v in value.items():
-            if isinstance(v, str) and v and not v.isspace():
+            if _is_text(v):
                 self.texts[name] += 1
                 self.chars += len(v)
             else:
@@ -121,16 +123,23 @@ class Sample:
         names = self.others | dict.fromkeys(self.texts, "text")
         return ", ".join(f"{shown(name)} ({kind})" for name, kind in names.items())
 
+    def most(self) -> set[str]:
+        """The fields that are text in most of the records that have fields."""
+        return {name for name, count in self.texts.items() if 2 * count > self.records - self.bare}
+
     def column(self) -> str | None:
         """The field that holds the text: of TEXT_COLUMNS the first that is text in most records, else the only one
         that is. None where that does not tell."""
-        most = {name for name, count in self.texts.items() if 2 * count > self.records - self.bare}
-        names = most or set(self.texts)
+        names = self.most() or set(self.texts)
         named = [name for name in TEXT_COLUMNS if name in names]
         if named:
             return named[0]
         plain = names - self.labels or names
         return plain.pop() if len(plain) == 1 else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and not value.isspace()
 
 
 _JSON_TYPES = {str: "blank", dict: "object", list: "list", float: "number", bool: "boolean", type(None): "null"}
@@ -189,7 +198,7 @@ def decide(files: Sequence[Path], text_column: str | None = None, skip_damaged: 
             column = text_column if sample.texts[text_column] else None
         elif _is_single(readings[i], sample):
             column = next((name for name in TEXT_COLUMNS if sample.texts[name]), None)
-        elif common is not None and 2 * sample.texts[common] > objects:
+        elif common in sample.most():
             column = common
         else:
             column = sample.column()
@@ -197,6 +206,8 @@ def decide(files: Sequence[Path], text_column: str | None = None, skip_damaged: 
             untold[i] = _why_untold(sample, text_column)
         readings[i] = readings[i]._replace(column=column or text_column)
         as_before[i] = readings[i] == _version_1(files[i], sample.first, text_column)
+        if column is not None and text_column is None:
+            readings[i] = readings[i]._replace(doubted=_before(column, sample.most()))
     for i, why in untold.items():
         if readings[i].kind != "json" or len(untold) == len(files):
             takes = "; .json takes a list of objects or texts, or one of them a line"
@@ -218,6 +229,12 @@ def _together(samples: Iterable[Sample]) -> Sample:
         total.texts += sample.texts
         total.labels |= sample.labels
     return total
+
+
+def _before(column: str, without: set[str]) -> tuple[str, ...]:
+    """The known names that are taken before a column."""
+    rank = TEXT_COLUMNS.index(column) if column in TEXT_COLUMNS else len(TEXT_COLUMNS)
+    return tuple(name for name in TEXT_COLUMNS[:rank] if name not in without)
 
 
 def _is_single(reading: Reading, sample: Sample) -> bool:
@@ -245,7 +262,7 @@ def _why_untold(sample: Sample, asked: str | None) -> str:
     if asked is not None and asked not in sample.others:
         return f"no column {asked!r}; it has {sample.fields()}"
     if asked is not None:
-        return f"column {asked!r} is {sample.others[asked]}, not text; it has {sample.fields()}"
+        return f"column {asked!r} holds no text; it has {sample.fields()}"
     if not sample.texts:
         return f"no field of its records holds text; it has {sample.fields()}"
     return f"name the text column with --text-column; it has {sample.fields()}"
@@ -317,10 +334,10 @@ def read_pieces(
             yield from _read_text(path, reading, skipped)
             return
         if reading.kind == "parquet":
-            records = _parquet_records(path, reading.column, skipped)
+            records = _parquet_records(path, reading, skipped)
         else:
             records = _json_records(path, reading, skipped, skip_damaged)
-        yield from _read_records(path, records, reading.column, text_column, skipped)
+        yield from _read_records(path, records, reading, text_column, skipped)
     except DamagedFileError as error:
         if not skip_damaged:
             raise
@@ -328,12 +345,18 @@ def read_pieces(
 
 
 def _read_records(
-    path: Path, records: Iterable[Record], column: str | None, asked: str | None, skipped: Skipped
+    path: Path, records: Iterable[Record], reading: Reading, asked: str | None, skipped: Skipped
 ) -> Iterator[Piece]:
+    column, doubted = reading.column, reading.doubted
     count = without_text = 0
+    later = Counter[str]()
     for where, position, value in records:
         count += 1
-        text = value.get(column) if isinstance(value, dict) else value
+        text = value
+        if isinstance(value, dict):
+            text = value.get(column)
+            for name in doubted:
+                later[name] += _is_text(value.get(name))
         if not isinstance(text, str):
             without_text += 1
             skipped.add("records without text", where)
@@ -347,6 +370,12 @@ def _read_records(
             f"{shown(path)}: {without_text:,} of {count:,} records have no text{field_}; name the text column with "
             "--text-column, which takes those that have it"
         )
+    for name, with_text in later.items():
+        if 2 * with_text > count:
+            raise ValueError(
+                f"{shown(path)}: field {name!r} has text in {with_text:,} of {count:,} records, but not in most of the "
+                f"first, which told {column!r}; name the text column with --text-column"
+            )
 
 
 def _is_document(text: str, where: str, skipped: Skipped) -> bool:
@@ -445,7 +474,7 @@ def _read_text(path: Path, reading: Reading, skipped: Skipped) -> Iterator[Piece
     try:
         for block, _ in _utf8_blocks(path, reading):
             if b"\0" in block:
-                skipped.add("binary files", path)
+                skipped.add("binary files, or texts in UTF-16 without a byte order mark", path)
                 return
             decoder.decode(block)
         decoder.decode(b"", final=True)
@@ -500,8 +529,9 @@ def _lines(path: Path, reading: Reading) -> Iterator[tuple[bytes, int]]:
 
 
 def _json_lines(path: Path, reading: Reading, skipped: Skipped, skip_damaged: bool) -> Iterator[Record]:
+    name = shown(path)
     for number, (line, position) in enumerate(_lines(path, reading), 1):
-        where = f"{shown(path)}:{number}"
+        where = f"{name}:{number}"
         line = line.removeprefix(codecs.BOM_UTF8)  # files that were put together have it in their middle
         if not line.strip():
             continue
@@ -512,7 +542,8 @@ def _json_lines(path: Path, reading: Reading, skipped: Skipped, skip_damaged: bo
             continue
         except (json.JSONDecodeError, RecursionError) as error:
             if not skip_damaged:
-                raise DamagedFileError(f"{where}: not a line of JSON: {_reason(error)}") from error
+                advice = "; UTF-16 is read where the file begins with a byte order mark" if b"\0" in line else ""
+                raise DamagedFileError(f"{where}: not a line of JSON: {_reason(error)}{advice}") from error
             skipped.add("lines that are not JSON", where)
             continue
         yield Record(where, position, value)
@@ -602,39 +633,40 @@ class _Values:
 
 def _sample_parquet(path: Path, sample: Sample, asked: str | None) -> None:
     with _parquet_file(path) as (pa, file):
-        types = {field.name: field.type for field in file.schema_arrow}
-        kinds = {name: _text_kind(pa, type_) for name, type_ in types.items()}
+        types, kinds = _columns(pa, file)
         sample.first = {name: kind == "text" for name, kind in kinds.items()}
         sample.labels = frozenset(name for name, kind in kinds.items() if kind == "label")
-        sample.others = {n: f"{type_} without text" if kinds[n] else str(type_) for n, type_ in types.items()}
         names = [name for name, kind in kinds.items() if kind and asked in (None, name)]
+        sample.others = {name: f"{type_} without text" if name in names else type_ for name, type_ in types.items()}
         for batch in file.iter_batches(batch_size=64, columns=names) if names else []:
-            columns = [_bytes_of(pa, batch.column(i)) for i in range(batch.num_columns)]
+            columns = [_bytes_of(pa, batch.column(name)) for name in names]
             for row in zip(*columns, strict=True):
-                sample.add({name: _decoded(value) for name, value in zip(batch.schema.names, row, strict=True)})
+                sample.add({name: _decoded(value) for name, value in zip(names, row, strict=True)})
             if sample.is_enough(asked):
                 break
         else:
             sample.records = sample.records or file.metadata.num_rows
 
 
-def _parquet_records(path: Path, column: str | None, skipped: Skipped) -> Iterator[Record]:
-    size = path.stat().st_size
+def _parquet_records(path: Path, reading: Reading, skipped: Skipped) -> Iterator[Record]:
+    size, shown_path = path.stat().st_size, shown(path)
     row = 0
     with _parquet_file(path) as (pa, file):
-        if column not in file.schema_arrow.names:
+        kinds = _columns(pa, file)[1]
+        names = [name for name in (reading.column, *reading.doubted) if kinds.get(name or "")]
+        if reading.column not in names:
             return
         for group in range(file.num_row_groups):
             position = size * (group + 1) // file.num_row_groups
-            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
-                for value in _bytes_of(pa, batch.column(0)):
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=names):
+                for values in zip(*(_bytes_of(pa, batch.column(name)) for name in names), strict=True):
                     row += 1
-                    where = f"{shown(path)}: row {row}"
-                    text = _decoded(value)
-                    if value is not None and text is None:
+                    where = f"{shown_path}: row {row}"
+                    texts = [_decoded(value) for value in values]
+                    if values[0] is not None and texts[0] is None:
                         skipped.add("documents that are not UTF-8", where)
                     else:
-                        yield Record(where, position, text)
+                        yield Record(where, position, dict(zip(names, texts, strict=True)))
 
 
 @contextlib.contextmanager
@@ -653,6 +685,17 @@ def _parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise DamagedFileError(f"{shown(path)}: damaged parquet file: {reason}") from error
+
+
+def _columns(pa: Any, file: Any) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Of each name of a column the type in words, and the _text_kind; a name of several columns is not read."""
+    types: dict[str, str] = {}
+    kinds: dict[str, str | None] = {}
+    for column in file.schema_arrow:
+        several = column.name in types
+        types[column.name] = "the name of several columns" if several else str(column.type)
+        kinds[column.name] = None if several else _text_kind(pa, column.type)
+    return types, kinds
 
 
 def _text_kind(pa: Any, kind: Any) -> str | None:

@@ -24,7 +24,10 @@ TABLES = (".csv", ".tsv")
 
 TRAIN_WORDS = {"train", "training"}
 # What is held out for a test must not be trained on either.
-VALIDATION_WORDS = {"val", "valid", "validate", "validation", "eval", "evaluation", "dev", "test"}
+VALIDATION_WORDS = {
+    *("val", "vals", "valid", "validate", "validation", "eval", "evals", "evaluation"),
+    *("dev", "test", "tests", "testing", "holdout", "heldout"),
+}
 
 
 def compression_of(path: Path) -> str:
@@ -55,8 +58,9 @@ def refusal_of(path: Path) -> str | None:
 
 
 def words_of(name: str) -> set[str]:
-    """The runs of letters in a name, in lower case: "x_val_001.bin" has x, val and bin."""
-    return set(re.findall(r"[^\W\d_]+", name.lower()))
+    """The runs of letters in a name, in lower case: "x_val_001.bin" has x, val and bin, "valSet" val and set."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    return set(re.findall(r"[^\W\d_]+", parted.lower()))
 
 
 def validates(path: Path) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import glob
 import os
 import platform
 import stat
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,12 +110,12 @@ def find_source(data: str | None, without: Path | None = None) -> Source:
         if refusal_of(p) is not None:
             skipped.add("archives or compressed files, to be unpacked first", p)
         elif p in shards:
-            skipped.add(".bin files that are no token shards", p)
+            skipped.add(".bin files that are no token shards, such as nanoGPT's, which have no header", p)
         else:
             texts.append(p)
     if not texts:
         raise ValueError("; ".join([f"no text in {name}", *skipped.lines()]))
-    return Source(name, tuple(texts), root, notes=(*skipped.lines(), *_named_for_validation(texts)))
+    return Source(name, tuple(texts), root, notes=(*skipped.lines(), *_named_for_validation(texts, root)))
 
 
 def _told(shards: list[Path], sides: tuple[bool, ...]) -> list[str]:
@@ -127,8 +128,8 @@ def _told(shards: list[Path], sides: tuple[bool, ...]) -> list[str]:
     ]
 
 
-def _named_for_validation(files: list[Path]) -> list[str]:
-    named = [p for p in files if words_of(p.name) & {"val", "valid", "validation"}]
+def _named_for_validation(files: list[Path], root: Path) -> list[str]:
+    named = [p for p in files if words_of(str(p.relative_to(root))) & {"val", "valid", "validation"}]
     if not named or len(named) == len(files):
         return []
     return [
@@ -183,13 +184,20 @@ def _walk(root: Path, skipped: Skipped) -> list[Path]:
 
 
 def _expand(pattern: Path, skipped: Skipped) -> tuple[Path, list[Path]]:
-    """The folder before a glob's first wildcard, and the files that match."""
+    """The folder before a glob's first wildcard, and the files that match. Below `**` a link is followed as in a
+    folder, where the glob module would follow a loop of several links without end."""
     literal = pattern.parts
     for i, part in enumerate(pattern.parts):
         if glob.has_magic(part):
             literal = pattern.parts[:i]
             break
-    matches = [Path(p) for p in glob.glob(str(pattern), recursive=True)]
+    if "**" in pattern.parts:
+        at = pattern.parts.index("**")
+        folders = [Path(p) for p in glob.glob(str(Path(*pattern.parts[:at])))] if at else [Path()]
+        below = [(folder, p) for folder in folders if folder.is_dir() for p in _walk(folder, skipped)]
+        found = {p for folder, p in below if _matches(p.relative_to(folder).parts, pattern.parts[at:])}
+        return Path(*literal), list(found)
+    matches = [Path(p) for p in glob.glob(str(pattern))]
     files = [p for p in matches if p.is_file()]
     entered = {folder for p in files for folder in p.parents}
     for p in sorted(set(matches) - set(files)):
@@ -200,6 +208,15 @@ def _expand(pattern: Path, skipped: Skipped) -> tuple[Path, list[Path]]:
         elif p not in entered:
             skipped.add("folders that the glob matches, whose files it does not match", p)
     return Path(*literal), files
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path, in parts, matches a glob, in which ** stands for any number of parts."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _once_each(paths: Iterable[Path], root: Path) -> list[Path]:
