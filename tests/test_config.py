@@ -123,6 +123,13 @@ def test_horizon(target, steps):
     assert horizon(config, num_params=1000, flops_per_token=100).num_iterations == steps
 
 
+@pytest.mark.parametrize("target", ["target_flops", "target_param_data_ratio"])
+def test_a_target_of_too_many_steps_is_refused(target):
+    config = TrainConfig(depth=1, total_batch_size=64, **{target: 1e300})
+    with pytest.raises(ConfigError, match=f"{re.escape(flag(target))} is 1e\\+300; that is more than"):
+        horizon(config, num_params=1000, flops_per_token=100)
+
+
 def test_the_horizon_follows_depth():
     small, large = (
         horizon(with_defaults(TrainConfig(), gpu=False), num_params=n, flops_per_token=6 * n).num_iterations
@@ -171,10 +178,10 @@ def test_a_flag_that_was_sized_by_the_program_is_shown_as_auto(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--seed", str(2**63)], f"--seed is {2**63}; it takes a whole number up to 9223372036854775807"),
-        (["--depth", "1001"], "--depth is 1001; it takes a whole number up to 1000"),
-        (["--vocab-size", "9" * 30], "it takes a whole number up to 16777216"),
-        (["--num-iterations", "9" * 30], "it takes a whole number up to"),
+        (["--seed", str(2**63)], f"--seed takes a whole number of at most {2**63 - 1}, got {2**63}"),
+        (["--depth", "1001"], "--depth is 1001; it takes a whole number from 1 to 1000"),
+        (["--vocab-size", "9" * 30], "it takes a whole number from 265 to 16777216"),
+        (["--num-iterations", "9" * 30], f"--num-iterations takes a whole number of at most {2**63 - 1}"),
     ],
 )
 def test_numbers_that_torch_cannot_take_are_refused(args, message):
