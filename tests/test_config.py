@@ -166,6 +166,14 @@ def test_a_damaged_config_is_told_from_a_missing_one(tmp_path, content, message)
     with pytest.raises(ConfigError, match=re.escape(message)):
         run_folder.load_config(tmp_path)
     assert not run_folder.is_run(tmp_path)
+    if content is None:
+        return
+    (tmp_path / "checkpoints").mkdir()
+    for resume in ("auto", str(tmp_path), str(tmp_path / "checkpoints"), str(tmp_path / "checkpoints" / "step_000004")):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            run_folder.configure(["--resume", resume, "--out-dir", str(tmp_path.parent), "--run", tmp_path.name])
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run_folder.check_free(TrainConfig(out_dir=tmp_path.parent, run=tmp_path.name))
 
 
 def test_a_flag_that_was_sized_by_the_program_is_shown_as_auto(tmp_path):
