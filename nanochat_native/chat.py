@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from nanochat_native import conversations
 from nanochat_native.engine import Engine, Sampling, beyond_training, check_sampling
-from nanochat_native.loading import autocast, check_text, load_model, pick_device, print_any_text, run_command
+from nanochat_native.loading import autocast, check_text, load_model, pick_device, run_command
 from nanochat_native.tokenizer import Tokenizer
 
 HELP = """\
@@ -301,7 +301,6 @@ def run(options: Options) -> None:
     if options.max_tokens < 1:
         raise ValueError(f"--max-tokens is {options.max_tokens}; it takes a number from 1")
     check_text(options.system or "", "--system")
-    print_any_text()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # check_text finds what is no text, a message at a time
     device = pick_device(options.device)

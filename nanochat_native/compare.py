@@ -480,7 +480,7 @@ def run(args: Sequence[str], failures: ReportFailures) -> int:
         shutil.rmtree(comparison.folder / "runs", ignore_errors=True)
     record = keep(not code)
     text = table(record["rows"], baseline=comparison.baseline, unit=record["unit"])
-    (comparison.folder / "table.md").write_text(text)
+    (comparison.folder / "table.md").write_text(text, encoding="utf-8")
     console.say(text)
     lab.finish(comparison.folder, record, console)
     if code:

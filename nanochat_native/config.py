@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 AUTO = -1
-LARGEST = 2**63 - 1  # whole number that a flag takes, and C++ after it
+LARGEST = 2**63 - 1  # whole number that a flag takes: an int64, as torch and C++ take seeds and sizes
 STDLIB = "stdlib"  # --data: the embedded default
 EXAMPLES = "examples"  # --data of finetune: the embedded conversations
 
@@ -166,9 +166,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            most = _MOST.get(name, LARGEST)
-            self._require(name, f"a whole number from {least}", getattr(self, name) >= least)
-            self._require(name, f"a whole number up to {most}", getattr(self, name) <= most)
+            most = _MOST.get(name, math.inf)
+            takes = f"a whole number from {least}" + (f" to {most}" if name in _MOST else "")
+            self._require(name, takes, least <= getattr(self, name) <= most)
         for name in ("target_flops", "target_param_data_ratio"):
             self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
         for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
@@ -286,9 +286,6 @@ _LEAST = {
     "seed": 0,
     "max_skipped_steps": 1,
 }
-
-
-LARGEST = 2**63 - 1  # of an int64, as torch takes seeds and sizes
 _MOST = {"depth": 1000, "head_dim": 4096, "vocab_size": 2**24, "ns_steps": 1000}
 
 
@@ -420,13 +417,17 @@ def with_defaults(config: C, *, gpu: bool) -> C:
 def horizon(config: C, *, num_params: int, flops_per_token: int) -> C:
     """Fill in the number of steps from the target that is set, and the intervals that follow from it.
 
-    num_params: of the model, wte and lm_head included. The config must have been through `with_defaults`.
+    num_params: of the model, wte and lm_head included. The config must have been through `with_defaults`. Raises
+    ConfigError for a target of more than LARGEST steps.
     """
     steps = config.num_iterations
     if config.target_flops != AUTO:
         steps = max(1, round(config.target_flops / (flops_per_token * config.total_batch_size)))
     elif config.target_param_data_ratio != AUTO:
         steps = max(1, round(config.target_param_data_ratio * num_params / config.total_batch_size))
+    if steps > LARGEST:
+        name = "target_flops" if config.target_flops != AUTO else "target_param_data_ratio"
+        raise ConfigError(f"{flag(name)} is {getattr(config, name)}; that is more than {LARGEST} steps")
     sized = {
         "eval_every": min(250, math.ceil(steps / 5)),
         "sample_every": min(1000, math.ceil(steps / 4)),

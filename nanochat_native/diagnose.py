@@ -59,13 +59,15 @@ class Diagnosis:
         start = self._now()
         unclipped = max(1.0, norm / max_norm)
         self._found = {}
-        own = self.world.together(self._own_gradient_squares, Exception)
+        try:
+            own = self.world.together(self._look_at_gradients, Exception)
+        except Exception:
+            self._before = {}
+            raise
         everyone = self.world.gather(own)
         for layer in dict.fromkeys(layer_of(name) for name, _ in self.model.named_parameters()):
             square = sum(squares.get(layer, 0.0) for squares in everyone)
             self._found[f"gradient_norm/{layer}"] = math.sqrt(square) * unclipped
-        if self.world.first:
-            self._before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
@@ -88,8 +90,10 @@ class Diagnosis:
             torch.cuda.synchronize(self.model.wte.weight.device)
         return time.perf_counter()
 
-    def _own_gradient_squares(self) -> dict[str, float]:
-        """Squared norms by layer, of the gradients that this rank updates with."""
+    def _look_at_gradients(self) -> dict[str, float]:
+        """Squared norms by layer, of the gradients that this rank updates with. The first rank keeps the weights."""
+        if self.world.first:
+            self._before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         own: dict[str, Any] = defaultdict(float)
         for optimizer in self.optimizers:

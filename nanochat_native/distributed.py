@@ -79,7 +79,7 @@ class World:
         try:
             result = action()
         except expected as error:
-            message = str(error)
+            message = str(error) or type(error).__name__  # MemoryError() has no message
         if patient and self.background is not None:
             dist.monitored_barrier(self.background, timeout=timedelta(days=1))
         messages = self.gather(message)

@@ -1,6 +1,7 @@
 """Bits per byte, and `python -m nanochat_native.evaluate`: those and CORE, of one checkpoint or of two side by side."""
 
 import functools
+import json
 import math
 import sys
 import traceback
@@ -337,11 +338,11 @@ def run(options: Options, world: World | None = None) -> int:
         interrupted = True
     keep(finished=not interrupted)
     console.end_line()
-    console.record(report(records))
-    if not options.json:
-        console.say(describe(records, len(session.tasks)))
-        if session.folder is not None:
-            console.say(f"result   {session.folder / plot.RESULT}")
+    if world.first:  # not by the console: what was measured is to arrive, or the exit code tells
+        print(json.dumps(report(records)) if options.json else describe(records, len(session.tasks)))
+        if session.folder is not None and not options.json:
+            print(f"result   {session.folder / plot.RESULT}")
+        sys.stdout.flush()
     if interrupted:
         print("interrupted", file=sys.stderr)
     return distributed.leave(130) if interrupted else 0

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from nanochat_native.engine import Engine, Sampling, TextStream, beyond_training, check_sampling, sample, too_long
-from nanochat_native.loading import autocast, check_text, load_model, pick_device, print_any_text, run_command
+from nanochat_native.loading import autocast, check_text, load_model, pick_device, run_command
 from nanochat_native.model import GPT, KVCache
 from nanochat_native.tokenizer import Tokenizer
 
@@ -188,7 +188,6 @@ def run(options: Options) -> None:
     with autocast(device):
         engine = Engine(model, tokenizer, slots=1, capacity=capacity)
     pieces = engine.stream(prompt, sampling)
-    print_any_text()
     print(options.prompt, end="", flush=True)
     tokens = len(prompt)
     for piece in pieces:

@@ -4,6 +4,7 @@ A failure is named once, on the console, and counted; the exit code of the progr
 """
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,13 +38,20 @@ def describe(error: BaseException) -> str:
     return message if isinstance(error, (OSError, ValueError)) and message else f"{type(error).__name__}: {message}"
 
 
+def take_any_text(stream: TextIO | None) -> None:
+    """From now on the stream writes characters that its encoding lacks as escapes, instead of raising."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
 class GuardedStream:
-    """A text stream whose write and flush never raise: a full disk, a closed pipe or a closed file is counted in
-    `failures`, and told once on `fallback`. Characters that the stream's encoding lacks are written as escapes."""
+    """A text stream that takes any text, and whose write and flush never raise: a full disk, a closed pipe or a closed
+    file is counted in `failures`, and told once on `fallback`."""
 
     def __init__(self, stream: TextIO | None, name: str, failures: ReportFailures) -> None:
         """stream: None where the process was started without one, as Python's sys.stdout is then."""
         self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the process)
+        take_any_text(self._stream)
         self._name, self._failures = name, failures
         self.fallback: GuardedStream | None = None
 
@@ -51,11 +59,17 @@ class GuardedStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self._write(text))
+        self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         self._attempt(self._stream.flush)
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (AttributeError, OSError, ValueError):  # an object with write and flush alone; a closed file
+            return False
 
     def release(self) -> None:
         """Flush for the last time. What cannot be written is dropped, since Python's own flush at exit would fail."""
@@ -66,13 +80,6 @@ class GuardedStream:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
-
-    def _write(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-        except UnicodeEncodeError:
-            encoding = self._stream.encoding or "ascii"
-            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def _attempt(self, action: Callable[[], Any]) -> None:
         try:

@@ -14,9 +14,10 @@ import torch
 import nanochat_native
 from nanochat_native import distributed, ops
 from nanochat_native.checkpoint import CheckpointError
-from nanochat_native.config import ConfigError, TrainConfig, flag, to_json
+from nanochat_native.config import AUTO, ConfigError, TrainConfig, flag, to_json
 from nanochat_native.distributed import World
-from nanochat_native.isolation import ReportFailures, guarded
+from nanochat_native.isolation import ReportFailures, describe, guarded
+from nanochat_native.loading import is_out_of_memory
 from nanochat_native.metrics import Console, SilentConsole
 from nanochat_native.report import announce
 from nanochat_native.run_folder import check_free
@@ -57,6 +58,7 @@ def _launch(args: Sequence[str], configure: Configure, make: Make, failures: Rep
 
 def _run(world: World, args: Sequence[str], configure: Configure, make: Make, failures: ReportFailures) -> int:
     trainer: Trainer | None = None
+    config: TrainConfig | None = None
     try:
         config, notes = world.together(lambda: configure(args), ConfigError)
         if config.print_config:
@@ -66,7 +68,8 @@ def _run(world: World, args: Sequence[str], configure: Configure, make: Make, fa
         if world.size > 1:
             versions = {"version": nanochat_native.__version__, "torch": torch.__version__}
             world.require_same(versions | {flag(name): value for name, value in to_json(config).items()})
-        console = Console(as_json=config.json, failures=failures) if world.first else SilentConsole(failures=failures)
+        # What fails on the other ranks the first one knows too: it alone tells, and its exit code does.
+        console = Console(as_json=config.json, failures=failures) if world.first else SilentConsole()
 
         def begin() -> Trainer:
             ops.check_environment()
@@ -83,10 +86,14 @@ def _run(world: World, args: Sequence[str], configure: Configure, make: Make, fa
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        rows = trainer.config.device_batch_size if trainer else config.device_batch_size
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        used = trainer.config if trainer else config
+        rows = used.device_batch_size if used else AUTO
         advice = f"--device-batch-size {rows // 2}" if rows > 1 else "a shorter --max-seq-len or --grad-checkpoint"
-        print(f"error: out of memory with --device-batch-size {rows}; try {advice} ({error})", file=sys.stderr)
+        size = "" if rows == AUTO else f" with --device-batch-size {rows}"
+        print(f"error: out of memory{size}; try {advice} ({describe(error)})", file=sys.stderr)
         return distributed.leave(1)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """Reads the model and tokenizer of a run back from its folder, for the command lines that use one."""
 
-import io
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from nanochat_native import checkpoint, ops
 from nanochat_native.config import ConfigError, check_values, one_line_errors
+from nanochat_native.isolation import describe, take_any_text
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.tokenizer import Tokenizer
 
@@ -94,13 +94,6 @@ def check_text(text: str, name: str) -> None:
         raise ValueError(f"{name} has a lone surrogate, or bytes that are not UTF-8; it takes text") from None
 
 
-def print_any_text() -> None:
-    """From now on a character that the terminal's encoding lacks is printed as '?' instead of ending the program."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
 def autocast(device: torch.device) -> torch.autocast:
     """The precision that models run in: bfloat16 on a GPU, float32 on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -143,9 +136,16 @@ def mistake(error: Exception) -> int:
     return 2
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """On a CPU torch raises a RuntimeError of no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def exit_code(command: Callable[[], int | None]) -> int:
     """Runs a command line's work: what it returns, or 0; 2 after one line on stderr for a mistake of the user's; 1
     where memory is out; 130 after Ctrl-C; 141 where the output is read no more."""
+    for stream in (sys.stdout, sys.stderr):
+        take_any_text(stream)
     try:
         ops.check_environment()
         ops.use_backend(ops.backend())
@@ -160,11 +160,9 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except MISTAKES as error:
         return mistake(error)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        # On a CPU torch raises a RuntimeError of no own type where memory is out.
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in reason:
+        if not is_out_of_memory(error):
             raise
-        print(f"error: out of memory; try a smaller --device-batch-size ({reason})", file=sys.stderr)
+        print(f"error: out of memory; try a smaller --device-batch-size ({describe(error)})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

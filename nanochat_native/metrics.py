@@ -29,7 +29,7 @@ class MetricsLog:
     A record is one write, so a killed run leaves whole lines, and at most one torn one at the end. Nothing raises: a
     log that cannot be opened or written is a failed report of `console`.
 
-    recorded: the kinds of record of `last_step` that the log holds already.
+    recorded: the records of `last_step` that the log holds already, by their kind.
     """
 
     def __init__(self, run_dir: Path, last_step: int = -1, console: "Console | None" = None) -> None:
@@ -37,11 +37,11 @@ class MetricsLog:
         self._console = console or SilentConsole()
         self._descriptor = -1
         self._writer: Any = None
-        self.recorded: set[str] = set()
+        self.recorded: dict[str, dict[str, Any]] = {}
         path = run_dir / "metrics.jsonl"
         with self._console.isolated("metrics.jsonl"):
             kept = keep_until(path, last_step, warn=lambda message: self._console.say(f"warning: {message}"))
-            self.recorded = {record["kind"] for record in kept if record["step"] == last_step}
+            self.recorded = {record["kind"]: record for record in kept if record["step"] == last_step}
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         with self._console.isolated("TensorBoard"):
             self._writer = _tensorboard_writer(run_dir / "tensorboard", last_step)
@@ -89,7 +89,7 @@ class SilentLog(MetricsLog):
     """The log of a rank that does not write."""
 
     def __init__(self) -> None:
-        self.recorded = set()
+        self.recorded = {}
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         return {"kind": kind, "step": step, **values}
@@ -153,14 +153,18 @@ def keep_until(path: Path, step: int, warn: Callable[[str], None] = lambda messa
     if in_order and not damaged:
         os.truncate(path, kept_bytes)
         return kept
+    path = path.resolve()  # of a link, what it leads to is replaced
     temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_bytes(b"".join(lines))
-    if damaged:
-        names = (path.with_name(f"{path.stem}.damaged{n or ''}{path.suffix}") for n in itertools.count())
-        aside = next(name for name in names if not name.exists())
-        shutil.copyfile(path, aside)
-        warn(f"{path}: {_not_records(damaged)}: the old file is kept as {aside.name}")
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(b"".join(lines))
+        if damaged:
+            names = (path.with_name(f"{path.stem}.damaged{n or ''}{path.suffix}") for n in itertools.count())
+            aside = next(name for name in names if not name.exists())
+            shutil.copyfile(path, aside)
+            warn(f"{path}: {_not_records(damaged)}: the old file is kept as {aside.name}")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return kept
 
 

@@ -36,8 +36,11 @@ def new_figure(width: float = 8, height: float = 4.5) -> Any:
 def save(figure: Any, path: Path) -> Path:
     """Write a PNG, replacing it atomically."""
     temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=110)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -34,6 +34,7 @@ from nanochat_native.config import (
 
 FORMAT = "nanochat-native run"
 ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "diagnosis.png", "tokenizer", "checkpoints")
+DAMAGED_LOGS = "metrics.damaged*.jsonl"  # put aside by metrics.keep_until
 
 # What may differ when a run goes on. Anything else would make it another run, but for a longer horizon.
 OF_ONE_CALL = ("resume", "overwrite", "dry_run", "print_config", "json", "out_dir", "run")
@@ -71,7 +72,7 @@ def configure(
         config = complete(config)
         if config.resume is None:
             return config, []
-        if not is_run(config.run_dir):
+        if not (config.run_dir / "config.json").exists():
             return dataclasses.replace(config, resume=None), []
     folder = config.run_dir if config.resume == "auto" else _folder_of(Path(str(config.resume)))
     saved = load_config(folder)
@@ -95,7 +96,9 @@ def _folder_of(path: Path) -> Path:
     """The run's folder, given that, its `checkpoints`, or the newest checkpoint in there."""
     if is_run(path.parent.parent) and path.name != max(os.listdir(path.parent)):
         raise ConfigError(f"--resume {path}: there are newer checkpoints; a run goes on from its newest")
-    return next((folder for folder in (path, path.parent, path.parent.parent) if is_run(folder)), path)
+    places = (path, path.parent, path.parent.parent)
+    named = (path, *(folder.parent for folder in places[:2] if folder.name == "checkpoints"))
+    return next((folder for folder in places if is_run(folder)), named[-1])
 
 
 def is_run(folder: Path) -> bool:
@@ -201,13 +204,16 @@ def check_free(config: TrainConfig) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give another --run NAME or --out-dir PATH")
-    if is_run(folder):
-        if not config.overwrite:
-            raise ConfigError(
-                f"{folder} holds a run: --resume auto goes on with it, --run NAME starts another, --overwrite deletes"
-            )
-    elif any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds something that is no run; give another --run NAME or --out-dir PATH")
+    if not any(folder.iterdir()):
+        return
+    try:
+        _read_config(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; give another --run NAME or --out-dir PATH") from None
+    if not config.overwrite:
+        raise ConfigError(
+            f"{folder} holds a run: --resume auto goes on with it, --run NAME starts another, --overwrite deletes"
+        )
 
 
 def claim(config: TrainConfig) -> int:
@@ -231,8 +237,7 @@ def claim(config: TrainConfig) -> int:
     if config.overwrite and is_run(folder):
         # config.json marks the folder as a run: it goes last, so that a deletion that was cut short can be taken up
         # again.
-        for name in reversed(ENTRIES):
-            path = folder / name
+        for path in (*folder.glob(DAMAGED_LOGS), *(folder / name for name in reversed(ENTRIES))):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

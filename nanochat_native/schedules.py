@@ -151,7 +151,7 @@ def run(args: Sequence[str]) -> None:
     if any(argument.startswith("--target") for argument in args):
         raise ConfigError("schedules knows no model, whose steps a target could give; it takes --num-iterations")
     options, config, _ = lab.configure(Options, "schedules", args, base=TrainConfig(num_iterations=1000))
-    total, console = config.num_iterations, Console()
+    total = config.num_iterations
     multipliers: dict[str, list[float]] = {}
     for shape in SHAPES:
         end = config.final_lr_frac or (LEAST_END if shape in ("exponential", "step") else 0.0)
@@ -160,12 +160,12 @@ def run(args: Sequence[str]) -> None:
         multipliers[shape] = [lr_at(step, shaped) for step in range(total)]
     momentum = [momentum_at(step, config) for step in range(total)]
     columns = {**multipliers, "momentum": momentum}
-    console.say(f"{'step':>8}" + "".join(f"{name:>13}" for name in columns))
+    print(f"{'step':>8}" + "".join(f"{name:>13}" for name in columns))
     for step in sorted({round(i * (total - 1) / 10) for i in range(11)}):
-        console.say(f"{step:>8}" + "".join(f"{values[step]:>13.4f}" for values in columns.values()))
+        print(f"{step:>8}" + "".join(f"{values[step]:>13.4f}" for values in columns.values()))
     if options.plot:
         record = lab.result("schedules", options, config, finished=True, multipliers=multipliers, momentum=momentum)
-        lab.finish(lab.open_folder(options.out, "schedules"), record, console)
+        lab.finish(lab.open_folder(options.out, "schedules"), record, Console())
 
 
 def main(args: Sequence[str] | None = None) -> int:

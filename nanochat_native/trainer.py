@@ -28,7 +28,7 @@ from nanochat_native.diagnose import ROWS, Diagnosis
 from nanochat_native.distributed import RankError, World, require_same_bits
 from nanochat_native.evaluate import Evaluation, evaluate
 from nanochat_native.generate import generate_text
-from nanochat_native.metrics import Console, MetricsLog, SilentLog
+from nanochat_native.metrics import Console, MetricsLog, SilentLog, value_of
 from nanochat_native.model import GPT, GPTConfig
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
 from nanochat_native.schedules import lr_at, momentum_at
@@ -203,17 +203,20 @@ class Trainer:
                 self.save()
             self.finish_save()
             self.log.sync()
-        if not self.world.first:
-            return self._exit_code()
-        with self.console.isolated("summary"):
-            self.console.record(report.summarize(self, time.perf_counter() - began, self.step - first_step))
+        if self.world.first:
+            with self.console.isolated("summary"):
+                self.console.record(report.summarize(self, time.perf_counter() - began, self.step - first_step))
+        self.world.wait()  # torchrun ends all ranks once one of them leaves with another code than 0
         return self._exit_code()
 
     def _catch_up(self) -> None:
-        """Measure and sample at the step that the run begins or goes on with, where its log has not got that: a run may
-        have been killed after its checkpoint and before its reports."""
+        """Measure and sample at the step that the run begins or goes on with, where its log lacks that: a run may have
+        been killed after its checkpoint and before its reports."""
         recorded = self.world.gather(self.log.recorded)[0]
-        if self.step == 0 or (self._due(self.config.eval_every) and "val" not in recorded):
+        if "val" in recorded:
+            self.last_bpb, self.measured_step = value_of(recorded["val"], "bpb"), self.step
+            self._add_to_checkpoint()
+        elif self.step == 0 or self._due(self.config.eval_every):
             self.evaluate()
         if self.step > 0 and self._due(self.config.sample_every) and "sample" not in recorded:
             self._sample()
@@ -343,6 +346,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Measure bits per byte on the validation text; nats a token where the tokenizer is not known."""
+        if self.saving is not None and self.saving.step == self.measured_step:
+            self.finish_save()  # which adds what was measured on it
         self.last_bpb, self.measured_step = None, self.step
         result = None
         with self._isolated("evaluation"):

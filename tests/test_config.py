@@ -123,6 +123,13 @@ def test_horizon(target, steps):
     assert horizon(config, num_params=1000, flops_per_token=100).num_iterations == steps
 
 
+@pytest.mark.parametrize("target", ["target_flops", "target_param_data_ratio"])
+def test_a_target_of_too_many_steps_is_refused(target):
+    config = TrainConfig(depth=1, total_batch_size=64, **{target: 1e300})
+    with pytest.raises(ConfigError, match=f"{re.escape(flag(target))} is 1e\\+300; that is more than"):
+        horizon(config, num_params=1000, flops_per_token=100)
+
+
 def test_the_horizon_follows_depth():
     small, large = (
         horizon(with_defaults(TrainConfig(), gpu=False), num_params=n, flops_per_token=6 * n).num_iterations
@@ -159,6 +166,14 @@ def test_a_damaged_config_is_told_from_a_missing_one(tmp_path, content, message)
     with pytest.raises(ConfigError, match=re.escape(message)):
         run_folder.load_config(tmp_path)
     assert not run_folder.is_run(tmp_path)
+    if content is None:
+        return
+    (tmp_path / "checkpoints").mkdir()
+    for resume in ("auto", str(tmp_path), str(tmp_path / "checkpoints"), str(tmp_path / "checkpoints" / "step_000004")):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            run_folder.configure(["--resume", resume, "--out-dir", str(tmp_path.parent), "--run", tmp_path.name])
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run_folder.check_free(TrainConfig(out_dir=tmp_path.parent, run=tmp_path.name))
 
 
 def test_a_flag_that_was_sized_by_the_program_is_shown_as_auto(tmp_path):
@@ -171,10 +186,10 @@ def test_a_flag_that_was_sized_by_the_program_is_shown_as_auto(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--seed", str(2**63)], f"--seed is {2**63}; it takes a whole number up to 9223372036854775807"),
-        (["--depth", "1001"], "--depth is 1001; it takes a whole number up to 1000"),
-        (["--vocab-size", "9" * 30], "it takes a whole number up to 16777216"),
-        (["--num-iterations", "9" * 30], "it takes a whole number up to"),
+        (["--seed", str(2**63)], f"--seed takes a whole number of at most {2**63 - 1}, got {2**63}"),
+        (["--depth", "1001"], "--depth is 1001; it takes a whole number from 1 to 1000"),
+        (["--vocab-size", "9" * 30], "it takes a whole number from 265 to 16777216"),
+        (["--num-iterations", "9" * 30], f"--num-iterations takes a whole number of at most {2**63 - 1}"),
     ],
 )
 def test_numbers_that_torch_cannot_take_are_refused(args, message):

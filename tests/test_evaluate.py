@@ -183,6 +183,30 @@ def expected_tasks(run_dir, bundle, step=None, **limit):
         return [core.evaluate_task(model, tokenizer, t, batch_tokens=100) for t in core.read_bundle(bundle, **limit)]
 
 
+@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 2), (BrokenPipeError(), 141)])
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_a_result_that_cannot_be_printed_is_no_success(run_dir, monkeypatch, error, code, form):
+    class Dead:
+        def __init__(self, descriptor):
+            self.descriptor = descriptor
+
+        def write(self, text):
+            raise error
+
+        def flush(self):
+            raise error
+
+        def fileno(self):
+            return self.descriptor
+
+        def isatty(self):
+            return False
+
+    with open(os.devnull, "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", Dead(nowhere.fileno()))
+        assert evaluate.main(["--checkpoint", str(run_dir), *form]) == code
+
+
 def test_core(run_dir, bundle, capsys):
     code, out, _ = command(capsys, "--checkpoint", run_dir, "--core", bundle, "--json")
     assert code == 0

@@ -16,7 +16,7 @@ from training import losses, records, tiny_flags, train, write_text
 
 from nanochat_native import checkpoint, evaluate, metrics, plot, report, trainer
 from nanochat_native.config import parse
-from nanochat_native.distributed import World
+from nanochat_native.distributed import RankError, World
 from nanochat_native.isolation import EXIT_CODE, GuardedStream, ReportFailures, guarded_streams
 from nanochat_native.loading import load_model
 from nanochat_native.metrics import Console, SilentConsole
@@ -91,10 +91,26 @@ def test_characters_that_a_terminal_lacks_are_escaped(encoding, written):
     failures, raw = ReportFailures(), io.BytesIO()
     stream = GuardedStream(io.TextIOWrapper(raw, encoding=encoding, errors="strict"), "out", failures)
     stream.write("数 ü")
-    stream.write("\ud800" if encoding != "utf-8" else "")
+    stream.write("\ud800")
     stream.flush()
     assert raw.getvalue().decode(encoding).startswith(written)
     assert not failures
+
+
+def test_an_object_with_write_and_flush_alone_is_a_stream():
+    class Tee:
+        def __init__(self):
+            self.seen = []
+
+        def write(self, text):
+            self.seen.append(text)
+
+        def flush(self):
+            pass
+
+    tee = Tee()
+    Console(tee).say("message")
+    assert "".join(tee.seen) == "message\n"
 
 
 def test_the_process_streams_are_guarded_and_given_back(monkeypatch):
@@ -327,13 +343,14 @@ def rank_with_a_failing_evaluation(folder, failing_rank):
     if world.rank == failing_rank:
         evaluate._sums = failing
     code = run.train()
-    return code, run.console.failures.counts, run.step, run.saved_step
+    summarized = (run.config.run_dir / "loss.png").exists()  # before any rank leaves
+    return code, run.console.failures.counts, run.step, run.saved_step, summarized
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_an_evaluation_that_fails_on_one_rank_is_skipped_on_all(folder, failing_rank):
     found = ranks.run(2, rank_with_a_failing_evaluation, folder, failing_rank)
-    assert found == [(0, {"evaluation": 3}, 4, 4)] * 2
+    assert found == [(0, {"evaluation": 3}, 4, 4, True)] * 2
     assert checkpoint.latest(folder / f"runs/ranks-{failing_rank}/checkpoints") == 4
 
 
@@ -438,3 +455,92 @@ def test_a_run_whose_last_save_failed_names_what_there_is(folder, monkeypatch, c
     out = capsys.readouterr().out
     assert "unsaved  step 8 could not be saved: the last checkpoint is of step 4\n" in out
     assert f"resume   python -m nanochat_native.train --resume {folder / 'runs/half'}\n" in out
+
+
+def test_a_log_that_is_a_link_is_mended_where_it_leads(tmp_path):
+    log, target = tmp_path / "metrics.jsonl", tmp_path / "elsewhere.jsonl"
+    target.write_text(line("train", 1) + "x\n" + line("train", 2))
+    log.symlink_to(target)
+    metrics.keep_until(log, 2)
+    assert log.is_symlink()
+    assert target.read_text() == line("train", 1) + line("train", 2)
+
+
+def test_what_cannot_be_replaced_leaves_no_temporary_file(tmp_path, monkeypatch):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(line("train", 1) + "x\n")
+    before = log.read_bytes()
+    monkeypatch.setattr(metrics.shutil, "copyfile", failing)
+    with pytest.raises(RuntimeError, match="it broke"):
+        metrics.keep_until(log, 2)
+
+    class Figure:
+        def savefig(self, path, **settings):
+            path.write_bytes(b"half")
+            failing()
+
+    with pytest.raises(RuntimeError, match="it broke"):
+        plot.save(Figure(), tmp_path / "loss.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert log.read_bytes() == before
+
+
+def test_overwriting_a_run_clears_its_damaged_logs_too(folder):
+    run = folder / "runs/cleared"
+    assert train(folder, run=run.name, steps=1) == 0
+    (run / "metrics.damaged.jsonl").write_text("x\n")
+    assert train(folder, run=run.name, steps=1, overwrite=True) == 0
+    assert not (run / "metrics.damaged.jsonl").exists()
+
+
+def test_a_measurement_that_was_only_logged_is_taken_from_the_log(folder, capsys):
+    """Killed behind the record and before measurement.json."""
+    killed(folder, 2, "checkpoint", "add_measurement", run="logged", sample_every=4)
+    checkpoints = folder / "runs/logged/checkpoints"
+    assert "measured_step" not in checkpoint.load(checkpoints)[1]
+    logged = records(folder / "runs/logged", "val")[-1]
+    assert train(folder, run="logged", steps=STEPS, sample_every=4, resume="auto") == 0
+    assert logged["step"] == 8
+    assert checkpoint.load(checkpoints, 8)[1]["validation_bpb"] == logged["bpb"]
+    assert checkpoint.load(checkpoints, 8)[1]["measured_step"] == 8
+    assert_same_run(folder / "runs/logged", folder / "runs/whole")
+
+
+def test_the_look_at_the_layers_keeps_nothing_of_a_step_that_it_failed_on(folder, monkeypatch):
+    run = trainer.Trainer(sized(parse(tiny_flags(folder, diagnose=True))), SilentConsole())
+    monkeypatch.setattr(run.diagnosis, "_look_at_gradients", failing)
+    run.diagnosis._before = {"of an earlier step": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match="it broke"):
+        run.diagnosis.begin(1.0, 1.0)
+    assert run.diagnosis._before == {}
+
+
+def test_memory_that_is_out_is_one_line(folder, monkeypatch, capsys):
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't\nallocate memory")
+
+    def out_of_memory(*args):
+        raise error
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", out_of_memory)
+    assert train(folder, run="memory", steps=1) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory with --device-batch-size 2; try --device-batch-size 1 (")
+    assert err.count("\n") == 1
+
+
+def rank_without_memory():
+    group = dist.group.WORLD
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), group)
+
+    def action():
+        if world.rank == 1:
+            raise MemoryError
+
+    try:
+        world.together(action, MemoryError)
+    except RankError as error:
+        return str(error)
+
+
+def test_an_error_without_a_message_is_told_to_all_ranks():
+    assert ranks.run(2, rank_without_memory) == ["rank 1: MemoryError"] * 2
