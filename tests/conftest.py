@@ -30,7 +30,8 @@ def pytest_sessionstart(session):
     os.environ["PYTHONUSERBASE"] = site.getuserbase()  # packages below the real home are still found
     for name in HOMES:
         os.environ.pop(name, None)
-    for name, place in {"HOME": folder / "h", "TMPDIR": folder / "t"}.items():  # short: names of sockets have limits
+    places = {"HOME": folder / "h", "TMPDIR": folder / "t", "HYPOTHESIS_STORAGE_DIRECTORY": folder / "e"}
+    for name, place in places.items():  # short: names of sockets have limits
         place.mkdir()
         os.environ[name] = str(place)
     tempfile.tempdir = None  # it is asked for again

@@ -767,6 +767,63 @@ def test_state_of_other_shapes_is_refused_before_anything_is_loaded(kind):
             assert torch.equal(value, other.state[q][key])
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "error", "message"),
+    [
+        (AdamW, "step", ..., ValueError, "the state of parameter 1 of its group has no step; it takes all or nothing"),
+        (AdamW, "exp_avg", ..., ValueError, "has no exp_avg; it takes all or nothing"),
+        (AdamW, "exp_avg_sq", [1.0], TypeError, "exp_avg_sq of parameter 1 of its group is list; it takes a tensor"),
+        (Muon, "momentum_buffer", None, TypeError, "momentum_buffer of .* is NoneType; it takes a tensor"),
+    ],
+)
+def test_broken_state_is_refused_before_anything_is_loaded(kind, key, value, error, message):
+    """A state without its number of steps would begin anew, in silence. Muon's None is what torch's SGD keeps without
+    momentum."""
+    optimizer, other = (train(kind(parameters(), **SETTINGS), seed=seed) for seed in range(2))
+    before, saved = copy.deepcopy(other), copy.deepcopy(optimizer.state_dict())
+    if value is ...:
+        del saved["state"][1][key]
+    else:
+        saved["state"][1][key] = value
+    with pytest.raises(error, match=message):
+        other.load_state_dict(saved)
+    assert_same(before, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_state_that_was_saved_in_another_type_is_float32(kind, dtype):
+    optimizer, other = train(kind(parameters(), **SETTINGS)), kind(parameters(), **SETTINGS)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state |= {key: state[key].to(dtype) for key in kind.elementwise}
+    other.load_state_dict(saved)
+    for index, p in enumerate(all_of(other)):
+        for key in kind.elementwise:
+            assert other.state[p][key].dtype == torch.float32
+            assert torch.equal(other.state[p][key], saved["state"][index][key].float())
+    train(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_of_another_type_is_refused_when_nothing_has_changed(kind, dtype):
+    """Although it is of the last group; and bfloat16 goes on, with state in float32."""
+    first, last = parameters([(4, 4), (4, 4)])
+    optimizer = train(kind([{"params": [("a", first)]}, {"params": [("b", last)]}], **SETTINGS))
+    last.data = last.data.to(dtype)
+    for p in (first, last):
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(optimizer)
+    with pytest.raises(TypeError, match=f"b is {dtype}; {kind.__name__} takes torch.float32 or torch.bfloat16"):
+        optimizer.step()
+    assert_same(before, optimizer)
+    last.grad = None
+    last.data = last.data.bfloat16()
+    train(optimizer)
+    assert optimizer.state[last][kind.elementwise[0]].dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_of_state_dict_and_load_state_dict(kind):
     """What they return is what is saved and loaded; and those that come after loading see what was loaded."""

@@ -1,6 +1,5 @@
 """The native operators: loads `_C`, which registers them with torch, and gives them fakes and gradients."""
 
-import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -159,8 +158,12 @@ def _attention_grad(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor |
         q, k, v, _, _ = ctx.saved_tensors
         causal, window, scale = ctx.shape
         modes.warn_twin_serves("attention", q.device.type, f"its kernel has no rule for {mode}")
-        twin = functools.partial(reference.attention, causal=causal, window=None if window < 0 else window, scale=scale)
-        dq, dk, dv = torch.func.vjp(twin, q, k, v)[1](dout)
+        with torch.enable_grad():
+            inputs = [x.view_as(x) for x in (q, k, v)]  # one may have been computed from another
+            out = reference.attention(*inputs, causal=causal, window=None if window < 0 else window, scale=scale)
+        needed = [x for x in inputs if x.requires_grad]
+        found = iter(torch.autograd.grad(out, needed, dout, create_graph=torch.is_grad_enabled()))
+        dq, dk, dv = (next(found) if x.requires_grad else None for x in inputs)
     else:
         dq, dk, dv = torch.ops.nanochat_native.attention_backward(dout, *ctx.saved_tensors, *ctx.shape)
     return dq, dk, dv, None, None, None, None

@@ -29,6 +29,7 @@ class AdamW(Optimizer):
 
     whole = False
     elementwise = ("exp_avg", "exp_avg_sq")
+    own_state = ("step", *elementwise)
 
     def __init__(
         self,

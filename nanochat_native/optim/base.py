@@ -44,6 +44,7 @@ class Optimizer(torch.optim.Optimizer):
 
     whole: ClassVar[bool]  # whether a parameter has one owner, or is cut by rows
     elementwise: ClassVar[tuple[str, ...]]  # state of the parameter's shape
+    own_state: ClassVar[tuple[str, ...]]  # all that comes together, in the first step
     # Options of torch's optimizers that change the update, and that this one does not have.
     not_taken: ClassVar[tuple[str, ...]] = ("amsgrad", "capturable", "differentiable", "maximize")
 
@@ -122,13 +123,16 @@ class Optimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"{name} is a DTensor; {type(self).__name__} takes whole tensors and shards them itself"
                 )
-            if parameter.dtype not in DTYPES:
-                taken = " or ".join(map(str, DTYPES))
-                raise TypeError(f"{name} is {parameter.dtype}; {type(self).__name__} takes {taken}")
+            self._check_dtype(name, parameter)
             if parameter in seen:
                 raise ValueError(f"{name} is in its group twice; an optimizer takes each parameter once")
             seen.add(parameter)
             check_strides(name, parameter)
+
+    def _check_dtype(self, name: str, parameter: Tensor) -> None:
+        if parameter.dtype not in DTYPES:
+            taken = " or ".join(map(str, DTYPES))
+            raise TypeError(f"{name} is {parameter.dtype}; {type(self).__name__} takes {taken}")
 
     def _check_options(self, group: dict[str, Any]) -> None:
         for option in self.not_taken:
@@ -142,7 +146,8 @@ class Optimizer(torch.optim.Optimizer):
     def pieces(self, group: dict[str, Any], bucket: Bucket | None = None) -> list[Piece]:
         """What this rank updates of a group's parameters, of one bucket alone or of all.
 
-        Without buckets: those with a gradient, as in torch; one without is left alone. ValueError for a sparse one.
+        Without buckets: those with a gradient, as in torch; one without is left alone. ValueError for a sparse one,
+        TypeError for a parameter that has another type by now.
         """
         if self.buckets:
             chosen = self.buckets if bucket is None else [bucket]
@@ -153,10 +158,12 @@ class Optimizer(torch.optim.Optimizer):
             gradient = parameter.grad
             if gradient is None:
                 continue
+            name = self.name_of(group, index)
             if gradient.is_sparse:
-                raise ValueError(f"the gradient of {self.name_of(group, index)} is sparse; it takes a dense one")
+                raise ValueError(f"the gradient of {name} is sparse; it takes a dense one")
+            self._check_dtype(name, parameter)  # its module may have changed it since
             if not parameter.is_contiguous():
-                check_strides(self.name_of(group, index), parameter)
+                check_strides(name, parameter)
             found.append(Piece(parameter, parameter, gradient))
         return found
 
@@ -191,7 +198,8 @@ class Optimizer(torch.optim.Optimizer):
         for key, value in state.items():
             if isinstance(value, Tensor):
                 device = "cpu" if key == "step" else parameter.device
-                value = value.to(device, copy=True, memory_format=torch.contiguous_format)
+                dtype = torch.float32 if key in self.elementwise else value.dtype
+                value = value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             if key != MASTER:
                 self.state[parameter][key] = value
 
@@ -271,10 +279,11 @@ class Optimizer(torch.optim.Optimizer):
             group.setdefault("cautious", False)  # a state saved before there was the option
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; but the state keeps its dtype, and is a copy. Of a sharded optimizer: this rank's part.
+        """As torch's; but the state is a copy that keeps its dtype, or is float32. Of a sharded optimizer: this rank's
+        part.
 
         Raises ValueError or TypeError, before anything is loaded, for settings that the optimizer does not take and for
-        state that does not have its parameter's shape.
+        state that is incomplete or does not have its parameter's shape.
         """
         loaded: dict[str, Any] = {}
 
@@ -317,13 +326,19 @@ class Optimizer(torch.optim.Optimizer):
             for index, parameter in enumerate(group["params"]):
                 if parameter not in pieces:
                     continue
-                shape = pieces[parameter].values.shape
-                for key, value in state[parameter].items():
-                    if key in self.elementwise and value.shape != shape:
-                        raise ValueError(
-                            f"{key} of {self.name_of(group, index)} has shape {tuple(value.shape)}; "
-                            f"it takes {tuple(shape)}"
-                        )
+                self._check_state(self.name_of(group, index), state[parameter], pieces[parameter].values.shape)
+
+    def _check_state(self, name: str, state: dict[str, Any], shape: torch.Size) -> None:
+        missing = [key for key in self.own_state if key not in state]
+        if 0 < len(missing) < len(self.own_state):
+            raise ValueError(f"the state of {name} has no {' and no '.join(missing)}; it takes all or nothing")
+        for key in self.elementwise:
+            if key not in state:
+                continue
+            if not isinstance(state[key], Tensor):
+                raise TypeError(f"{key} of {name} is {type(state[key]).__name__}; it takes a tensor")
+            if state[key].shape != shape:
+                raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}; it takes {tuple(shape)}")
 
 
 def _alone(value: Any) -> Any:

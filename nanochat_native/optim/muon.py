@@ -52,6 +52,7 @@ class Muon(Optimizer):
 
     whole = True
     elementwise = ("momentum_buffer",)
+    own_state = elementwise
     not_taken = (*Optimizer.not_taken, "adjust_lr_fn", "ns_coefficients")  # the last two are torch.optim.Muon's
 
     def __init__(
