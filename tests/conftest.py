@@ -1,4 +1,6 @@
+import multiprocessing.util
 import os
+import shutil
 import signal
 import site
 import subprocess
@@ -24,9 +26,11 @@ HOMES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
 
 
 def pytest_sessionstart(session):
-    """Home and temporary directory of the tests and of all processes that they start are folders of pytest's, and go
-    with them. Before the tests are imported: some libraries ask when they are."""
-    folder = session.config._tmp_path_factory.getbasetemp()
+    """Give the tests, and all processes that they start, a home and a temporary directory that are removed at the end.
+    This is done before the tests are imported: some libraries ask at their import."""
+    folder = Path(tempfile.mkdtemp(prefix="nanochat-"))
+    # Behind multiprocessing's own removal of its folder in there, which has priority -100.
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
     os.environ["PYTHONUSERBASE"] = site.getuserbase()  # packages below the real home are still found
     for name in HOMES:
         os.environ.pop(name, None)
