@@ -303,6 +303,11 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def _call_with(block: Block, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
+    """functional_call for checkpoint, which gives saved-tensor hooks only what it finds among its own arguments."""
+    return cast(Tensor, functional_call(block, weights, inputs))
+
+
 class GPT(nn.Module):
     """The model. Parameters are float32; under torch.autocast the blocks run in autocast's dtype.
 
@@ -416,12 +421,7 @@ class GPT(nn.Module):
             if self.grad_checkpoint and torch.is_grad_enabled() and not ops.beyond_backward(x):
                 weights = dict(block.named_parameters())  # those of now, should a functional_call end before backward
                 x = checkpoint(
-                    functional_call,
-                    block,
-                    weights,
-                    (x, cos, sin, kv_cache),
-                    use_reentrant=False,
-                    preserve_rng_state=False,
+                    _call_with, block, weights, x, cos, sin, kv_cache, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 x = block(x, cos, sin, kv_cache)
