@@ -726,12 +726,18 @@ def test_options_that_only_torch_has(kind, option):
 
 @pytest.mark.parametrize("option", ["foreach", "fused", "differentiable", "amsgrad"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_options_of_torch_that_change_nothing_are_left_in_a_group(kind, option):
-    value = option in ("foreach", "fused")  # how torch steps, not what
+def test_options_of_torch_that_change_nothing(kind, option):
+    """In a group all of them; as an argument, those that say how torch steps."""
+    value = option in ("foreach", "fused")
     ours, theirs = kind([{"params": parameters(), option: value}], **SETTINGS), kind(parameters(), **SETTINGS)
     assert all(map(torch.equal, all_of(train(ours)), all_of(train(theirs))))
-    with pytest.raises(TypeError, match=option):
-        kind(parameters(), **{option: value})
+    if value:
+        ours = kind(parameters(), **SETTINGS, **{option: value})
+        assert all(map(torch.equal, all_of(train(ours)), all_of(theirs)))
+        assert option not in ours.param_groups[0]
+    else:
+        with pytest.raises(TypeError, match=option):
+            kind(parameters(), **{option: value})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -60,7 +60,10 @@ class Optimizer(torch.optim.Optimizer):
         reduce_dtype: torch.dtype | None = None,
         gather_dtype: torch.dtype | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
+        """foreach, fused: taken as torch's optimizers take them, and without effect: every step is fused."""
         super().__init__(params, defaults)
         if process_group is not None:
             self._sharding = Sharding(process_group, reduce_dtype, gather_dtype, bucket_bytes)
