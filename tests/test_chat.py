@@ -13,7 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from training import BACKEND, HANGS, train, write_text
+from training import BACKEND, HANGS, train, wait_until, write_text
 
 from nanochat_native import chat, checkpoint, conversations, finetune
 from nanochat_native.chat import Chat, Options, obey, printable, read_message
@@ -280,6 +280,11 @@ class Screen:
         before, _, self.seen = self.seen.partition(text)
         return before + text
 
+    def waits(self):
+        """Returns when the program sleeps. input() loses a Ctrl-C that comes between its prompt and its first wait."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
+
     def type(self, text):
         os.write(self.master, text.encode())
 
@@ -315,6 +320,7 @@ def test_on_a_terminal_answers_stream_and_ctrl_c_stops_them_alone(folder, tmp_pa
         screen.type("\x03")
         screen.until("stopped")
         screen.until("> ")
+        screen.waits()
         screen.type("\x03")
         screen.until("Ctrl-D or /quit leaves")
         screen.until("> ")
