@@ -1,137 +1,14 @@
-"""A trained model for EleutherAI's lm-evaluation-harness, https://github.com/EleutherAI/lm-evaluation-harness.
+"""python -m nanochat_native.lm_eval_adapter: EleutherAI's lm-evaluation-harness on a trained model.
 
     python -m nanochat_native.lm_eval_adapter run --model nanochat_native --model_args checkpoint=runs/d4 --tasks piqa
 
-is the harness's own command with this model in it. Needs the extra: pip install 'nanochat-native[eval]'.
+This is the harness's own command; importing this module adds the model to it. Needs the extra:
+pip install 'nanochat-native[eval]'.
 """
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from nanochat_native.evaluation.lm_eval_model import NanochatLM
 
-import numpy as np
-
-from nanochat_native import core
-from nanochat_native.generate import generate_tokens
-from nanochat_native.loading import autocast, load_model, pick_device
-
-try:
-    from lm_eval.api.model import LM
-    from lm_eval.api.registry import register_model
-except ImportError as error:
-    raise ImportError(f"lm_eval is not installed ({error}): pip install 'nanochat-native[eval]'") from error
-
-NEW_TOKENS = 256  # of generate_until, where the task does not say
-TAKEN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
-
-
-@register_model("nanochat_native")
-class NanochatLM(LM):
-    """A run's model. Requests are the harness's `Instance`s: `args` is (context, continuation), (text,) or (context,
-    settings). Every text is taken for the beginning of a document, after <|bos|>."""
-
-    def __init__(
-        self,
-        checkpoint: str,
-        step: int | None = None,
-        device: str | None = None,
-        batch_size: int | str = 8,
-        max_batch_size: int | None = None,
-    ) -> None:
-        """checkpoint: a run's folder. batch_size: sequences of the model's length that go through it at once;
-        max_batch_size is not looked at.
-
-        Raises ValueError for a batch_size that is no number from 1, and what load_model and pick_device raise.
-        """
-        super().__init__()
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; it takes a number from 1")
-        self.torch_device = pick_device(None if device is None else device)
-        self.model, self.tokenizer, _ = load_model(
-            Path(checkpoint), step, self.torch_device, warn=lambda message: print(message, file=sys.stderr)
-        )
-        self.length = self.model.config.sequence_len
-        self.batch_tokens = int(batch_size) * self.length
-
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each continuation the log-probability in nats, and whether it is what the likeliest tokens give.
-
-        Spaces at the end of a context count for the continuation, whose tokens are those beyond the context's number.
-        A context is cropped from the left. Raises ValueError for a continuation that is longer than the model's
-        sequence.
-        """
-        spans = []
-        for context, continuation in (request.args for request in requests):
-            whole = self._tokens(context + continuation)
-            start = min(len(self._tokens(context.rstrip())), len(whole) - (1 if continuation else 0))
-            span = core.crop(whole, start, self.length + 1)
-            if span.cut:
-                given = f"a continuation of {len(whole) - start} tokens, {continuation!r:.40}"
-                raise ValueError(f"{given}; the model takes {self.length}")
-            spans.append(span)
-        with autocast(self.torch_device):
-            found = core.settled_greedy(self.model, spans, self.batch_tokens)
-        return [(-one.nats, one.right) for one in found]
-
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of each text the log-probability in nats. One that is longer than the model's sequence is cut: every token is
-        predicted once, and those of the last part after a whole sequence."""
-        spans, owners = [], []
-        for number, (text,) in enumerate(request.args for request in requests):
-            tokens = self._tokens(text)
-            for first in range(1, len(tokens), self.length):
-                end = min(first + self.length, len(tokens))
-                start = max(0, end - self.length - 1)
-                spans.append(core.Span(tokens[start:end], first - start, end - start))
-                owners.append(number)
-        with autocast(self.torch_device):
-            found = core.nats(self.model, spans, self.batch_tokens)
-        totals = [0.0] * len(requests)
-        for number, nats in zip(owners, found, strict=True):
-            totals[number] -= nats
-        return totals
-
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Each context continued, the likeliest token each time unless the settings say do_sample, until one of the
-        texts `until`, which is left out, the end of the document, or max_gen_toks.
-
-        A context is cropped from the left to leave room in the model's sequence. Raises ValueError for settings that
-        are not in TAKEN.
-        """
-        return [self._generate(*request.args) for request in requests]
-
-    def _generate(self, context: str, settings: dict[str, Any]) -> str:
-        unknown = sorted(set(settings) - set(TAKEN))
-        if unknown:
-            raise ValueError(f"generate_until has {', '.join(unknown)}; it takes {', '.join(TAKEN)}")
-        until = settings.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        count = int(settings.get("max_gen_toks", NEW_TOKENS))
-        sampled = settings.get("do_sample", False)
-        prompt = self._tokens(context)[-max(1, self.length - count) :].tolist()
-        written: list[int] = []
-        with autocast(self.torch_device):
-            for (token,) in generate_tokens(
-                self.model,
-                prompt,
-                max_tokens=count,
-                temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
-                top_k=settings.get("top_k"),
-                top_p=settings.get("top_p"),
-                stop_tokens=[self.tokenizer.bos_id],
-            ):
-                assert token is not None, "a single sample ends the iterator when it is over"
-                written.append(token)
-                text = self.tokenizer.decode(written)
-                places = [text.find(stop) for stop in stops if stop in text]
-                if places:
-                    return text[: min(places)]
-        return self.tokenizer.decode(written)
-
-    def _tokens(self, text: str) -> np.ndarray:
-        return np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode_to_numpy(text)]).astype(np.uint32)
-
+__all__ = ["NanochatLM"]
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate

@@ -2,6 +2,9 @@
 operators that there are."""
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -18,6 +21,17 @@ def use(name):
         return ops.use_backend(name)
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+def usable_instruction_sets():
+    """The instruction sets that the module was built for and this processor has."""
+    command = [sys.executable, "-c", "from nanochat_native import ops; print(ops.instruction_set())"]
+
+    def served(isa):
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NANOCHAT_CPU_ISA": isa})
+        return result.stdout.strip()
+
+    return [isa for isa in ops.build_info()["instruction_sets"].split() if served(isa) == isa]
 
 
 def operators():

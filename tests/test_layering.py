@@ -1,12 +1,14 @@
-"""Who may know whom: includes of the native code, imports of the package, symbols of the instruction sets' copies."""
+"""Layers: includes of the native code, imports of the package, symbols of the copies for each instruction set."""
 
 import ast
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import import_graph
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,80 +119,95 @@ def test_copies_of_the_kernels_use_their_instruction_set_only(isa, registers):
 
 # --- the package ---
 
-
-def room(module):
-    """nanochat_native.optim.muon -> optim."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
-
-
-def imports(path):
-    """Names of the package's modules that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
-            top = node.module == "nanochat_native"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if top else {node.module}
-    return {name for name in found if name.split(".")[0] == "nanochat_native"}
-
-
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-
-def rooms_known():
-    known = {}
-    for path in FILES:
-        here = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        known.setdefault(here, set()).update(map(room, imports(path)))
-    return {here: rooms - {here, ""} for here, rooms in known.items()}
-
-
-# The rooms that a room may know. One that is not named here may know any but train, and not all of them.
-ALLOWED = {
-    "ops": set(),
-    "model": {"ops"},
-    "optim": {"ops"},
-    "schedules": {"config", "lab", "loading", "metrics"},  # its command
-    "tokenizer": set(),
-    "data": {"tokenizer"},
-    "checkpoint": set(),
+# Each package of nanochat_native with the packages that it may depend on, directly or through others. The modules at
+# the top of nanochat_native are the commands: they may depend on every package, and nothing depends on them.
+MAY_DEPEND_ON = {
+    "ops": "",
+    "runtime": "ops",
+    "model": "ops",
+    "optim": "ops",
+    "data": "ops runtime",
+    "runs": "ops runtime model data",
+    "inference": "ops runtime model data",
+    "evaluation": "ops runtime model data runs inference",
+    "training": "ops runtime model optim data runs inference evaluation",
+    "interop": "ops runtime model data runs inference",
+    "lab": "ops runtime model optim data runs inference evaluation training",
+    "bench": "ops runtime model optim data inference interop runs",
 }
-WITHOUT_TRAINING = {"core", "evaluate", "export", "generate"}
+ALLOWED = {name: set(others.split()) for name, others in MAY_DEPEND_ON.items()}
+GRAPH = import_graph.modules()
+COMMANDS = {module for module in GRAPH if import_graph.package_of(module) == import_graph.COMMANDS}
 
 
-def test_each_room_knows_only_what_it_may():
-    known = rooms_known()
-    assert set(ALLOWED) <= set(known)
-    for name, allowed in ALLOWED.items():
-        assert known[name] <= allowed, f"{name} imports {known[name] - allowed}"
-    for name in WITHOUT_TRAINING & set(known):
-        assert not known[name] & {"optim", "trainer"}, name
+def test_the_table_of_dependencies_has_an_order_and_is_complete():
+    assert set(ALLOWED) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert import_graph.circles(ALLOWED) == []
+    for name, others in ALLOWED.items():
+        assert import_graph.reachable(ALLOWED, name) == others, f"{name}: the table leaves out what its packages need"
 
 
-def test_nothing_imports_train():
-    for name, rooms in rooms_known().items():
-        assert "train" not in rooms, name
+def test_modules_import_only_what_their_package_may_depend_on():
+    """Imports in functions and for type checkers count too, and so do imports of imports."""
+    for module in GRAPH.keys() - COMMANDS - {"nanochat_native"}:
+        package = import_graph.package_of(module)
+        found = {import_graph.package_of(other) for other in import_graph.reachable(GRAPH, module)} - {package}
+        assert found <= ALLOWED[package], f"{module} depends on {sorted(found - ALLOWED[package])}"
 
 
-def test_only_the_trainer_knows_all_rooms():
-    everything = {"model", "optim", "data", "checkpoint"}
-    assert {name for name, rooms in rooms_known().items() if everything <= rooms} <= {"trainer"}
+def test_the_top_of_the_package_holds_commands_alone():
+    for module in COMMANDS - {"nanochat_native"}:
+        text = import_graph.MODULES[module].read_text()
+        assert '\nif __name__ == "__main__":\n' in text, module
+        assert len(text.splitlines()) <= 200, f"{module} is long for a command"
+
+
+def test_the_documents_show_the_dependencies():
+    rows = [
+        f"| `{name}` | {', '.join(f'`{other}`' for other in others.split()) or 'nothing'} |"
+        for name, others in MAY_DEPEND_ON.items()
+    ]
+    table = "\n".join(["| package | may depend on |", "|---|---|", *rows, ""])
+    assert table in (ROOT / "HACKING.md").read_text(), f"HACKING.md should hold:\n{table}"
+    picture = import_graph.svg(import_graph.packages(GRAPH))
+    assert picture == (ROOT / "docs/import-graph.svg").read_text(), (
+        "run python tests/import_graph.py docs/import-graph.svg"
+    )
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [({"a": {"b"}, "b": {"c"}, "c": set()}, []), ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c"])],
+)
+def test_circles_are_found(graph, found):
+    assert import_graph.circles(graph) == found
+
+
+def test_imports_are_found_wherever_they_are():
+    lines = """
+        from nanochat_native import ops
+        import nanochat_native.runtime.openmp
+        def lazily():
+            from nanochat_native.model.gpt import GPT
+        if TYPE_CHECKING:
+            from nanochat_native.optim import Muon
+    """
+    found = import_graph.imports(ast.parse(textwrap.dedent(lines)))
+    names = ("ops", "runtime.openmp", "model.gpt", "optim")
+    assert found == {f"nanochat_native.{name}" for name in names}
 
 
 def test_only_ops_touches_the_native_module():
-    for path in FILES:
+    for path in import_graph.MODULES.values():
         if PACKAGE / "ops" not in path.parents:
             assert not re.search(r"(?<!torch\.)\b_C\b|torch\.ops\.nanochat_native", path.read_text()), path.name
 
 
 def test_importing_any_module_prints_nothing_and_writes_nothing(tmp_path):
     modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for path in FILES
-        if path.name not in ("__main__.py", "lm_eval_adapter.py")  # which needs what it adapts to
+        module
+        for module, path in import_graph.MODULES.items()
+        if path.name not in ("__main__.py", "lm_eval_adapter.py", "lm_eval_model.py")  # which needs what it adapts to
     ]
     script = f"""
 import importlib, torch

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from nanochat_native.bench import generation, measure, operators, ranks, record, step
-from nanochat_native.loading import run_command
+from nanochat_native.runtime.command import run_command
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 
 from nanochat_native.bench import measure, record
 from nanochat_native.bench.measure import Case
+from nanochat_native.runtime import timing
 
 Function = Callable[[], Any]
 
@@ -53,7 +54,7 @@ def host_milliseconds(function: Function, repeats: int = 5) -> float:
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
-        times.append(measure.milliseconds(function))
+        times.append(timing.milliseconds(function))
     torch.cuda.synchronize()
     return statistics.median(times)
 
@@ -90,8 +91,8 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     count, size = (1 << 29, 8192) if on_cuda else (1 << 20, 256)
     source, target = torch.randn(count, device=device), torch.zeros(count, device=device)
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    clock = CudaClock(device, host_ms=0.1) if on_cuda else measure.milliseconds
-    copy, product = measure.turns(
+    clock = CudaClock(device, host_ms=0.1) if on_cuda else timing.milliseconds
+    copy, product = timing.turns(
         [lambda: target.copy_(source), lambda: torch.mm(a, b)], seconds=0, repeats=15, clock=clock
     )
     return Ceilings(
@@ -128,12 +129,12 @@ def run(case: Case, ceilings: Ceilings, device: torch.device, *, seconds: float,
         note.append("the opponent ran out of memory")
         functions = [case.ours]
     started = time.perf_counter()
-    clock: Callable[[Function], float] = measure.milliseconds
+    clock: Callable[[Function], float] = timing.milliseconds
     host: list[float] = []
     if device.type == "cuda":
         host = [host_milliseconds(function) for function in functions]
         clock = CudaClock(device, max(host))
-    times = measure.turns(functions, seconds=seconds, repeats=repeats, clock=clock)
+    times = timing.turns(functions, seconds=seconds, repeats=repeats, clock=clock)
     medians = [statistics.median(taken) for taken in times]
 
     row = measure.figures(case, medians[0], medians[1] if len(medians) == 2 else None)

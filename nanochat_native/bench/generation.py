@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
-from nanochat_native import hugging_face
-from nanochat_native.bench.measure import UnavailableError, side_by_side
-from nanochat_native.engine import Engine, Sampling
-from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.bench.measure import UnavailableError
+from nanochat_native.inference.engine import Engine
+from nanochat_native.inference.sampling import Sampling
+from nanochat_native.interop import transformers_config
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.gpt import GPT
+from nanochat_native.runtime.timing import side_by_side
 
 V, PROMPT, NEW = 8192, 32, 128
 FLOORS = {(4, 1): 3.0, (5, 1): 3.0, (6, 1): 3.0, (4, 8): 1.0, (6, 8): 1.0}  # by depth and batch
@@ -29,11 +32,11 @@ def their_model(model: GPT) -> Any:
         from transformers import NanoChatConfig, NanoChatForCausalLM
     except ImportError as error:
         raise UnavailableError(f"transformers with NanoChat is not installed ({error})") from None
-    config = hugging_face.config_of(model.config, bos_id=None, dtype="float32")
+    config = transformers_config.config_of(model.config, bos_id=None, dtype="float32")
     del config["architectures"], config["model_type"]
     theirs = NanoChatForCausalLM(NanoChatConfig(**config)).eval()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    theirs.load_state_dict(hugging_face.renamed(weights, hugging_face.names(model.config.n_layer)))
+    theirs.load_state_dict(transformers_config.renamed(weights, transformers_config.names(model.config.n_layer)))
     return theirs
 
 

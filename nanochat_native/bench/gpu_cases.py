@@ -21,7 +21,8 @@ from nanochat_native.bench.operators import (
 )
 from nanochat_native.bench.plain import PlainGPT
 from nanochat_native.bench.step import OPPONENTS
-from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import setup_optimizers
 
 

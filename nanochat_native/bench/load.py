@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat_native.loading import run_command
+from nanochat_native.runtime.command import run_command
 
 PROMPTS = (
     "def __init__(self",

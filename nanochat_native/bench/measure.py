@@ -1,10 +1,7 @@
 """Timing side by side, and the machine's limits."""
 
-import gc
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 
 from nanochat_native import ops
 from nanochat_native.bench import record
+from nanochat_native.runtime.timing import milliseconds, side_by_side
 
 
 class UnavailableError(RuntimeError):
@@ -44,39 +42,6 @@ class Limits:
 
     sgemm: float
     copy: float
-
-
-def milliseconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
-
-
-def turns(
-    functions: list[Callable[[], Any]],
-    *,
-    seconds: float,
-    repeats: int,
-    clock: Callable[[Callable[[], Any]], float] = milliseconds,
-) -> list[list[float]]:
-    """Milliseconds of each function by `clock`. They take turns, so that a slow spell of the machine meets all of them.
-
-    At least `repeats` turns, and more until `seconds` have passed.
-    """
-    for function in functions:
-        function()
-    times: list[list[float]] = [[] for _ in functions]
-    gc.collect()
-    start = time.perf_counter()
-    while len(times[0]) < repeats or time.perf_counter() - start < seconds:
-        for function, taken in zip(functions, times, strict=True):
-            taken.append(clock(function))
-    return times
-
-
-def side_by_side(functions: list[Callable[[], Any]], *, seconds: float, repeats: int) -> list[float]:
-    """Median milliseconds of each function, by turns."""
-    return [statistics.median(taken) for taken in turns(functions, seconds=seconds, repeats=repeats)]
 
 
 def measure_limits() -> Limits:

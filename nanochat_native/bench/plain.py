@@ -5,7 +5,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_native.model import EPS, GPTConfig
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.functional import EPS
 
 
 def norm(x: Tensor) -> Tensor:

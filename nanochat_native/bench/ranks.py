@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from nanochat_native import distributed
-from nanochat_native.distributed import World
-from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import buckets_of, clip_reduced_, overlap_backward, setup_optimizers
+from nanochat_native.runtime import distributed
+from nanochat_native.runtime.distributed import World
 
 DEPTH, T, B, VOCABULARY = 4, 256, 8, 8192  # B x T tokens in all, whatever the number of ranks
 
@@ -40,7 +41,7 @@ def measure(world: World, repeats: int) -> dict[str, Any]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        world.wait()
+        world.barrier()
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[2:])
     return {
@@ -78,9 +79,9 @@ def describe(row: dict[str, Any], alone: dict[str, Any]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with distributed.joined() as world:
+    with distributed.init_process_group() as world:
         row = measure(world, int(sys.argv[1]))
-    if world.first:
+    if world.is_rank0:
         print(json.dumps(row))
 
 

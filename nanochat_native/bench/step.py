@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nanochat_native import ops
-from nanochat_native.bench.measure import assert_close, side_by_side
+from nanochat_native.bench.measure import assert_close
 from nanochat_native.bench.plain import PlainGPT, plain_optimizers
-from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import setup_optimizers
+from nanochat_native.runtime.timing import side_by_side
 
 DEPTH, T, B = 4, 512, 8
 OPPONENTS = {"plain": "model in torch's calls", "twins": "ours, backend torch"}

@@ -32,7 +32,7 @@ from nanochat_native.data.documents import Decision, Piece, decide, read_pieces
 from nanochat_native.data.names import shown
 from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, sha256_file, token_dtype
 from nanochat_native.data.sources import Skipped, Source, find_source
-from nanochat_native.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, write_file_atomically
+from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, write_file_atomically
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[str], None]

@@ -24,7 +24,7 @@ class Rates(NamedTuple):
 
 # Where none are given. Muon's, and Adam's of the ends, are nanochat's; Adam's of the matrices are of GPT-2's order.
 # SGD's are stable without clipping; with it, about 10 times as much is best (`compare`).
-RATES = {
+DEFAULT_LEARNING_RATES = {
     "hybrid": Rates(0.2, 0.004, 0.02),
     "muon_sgd": Rates(0.3, 0.3, 0.02),
     "adamw": Rates(0.2, 0.004, 0.002),
@@ -55,23 +55,25 @@ def setup_optimizers(
     optimizer "hybrid": [AdamW of wte and lm_head, Muon of every matrix of the blocks], with nanochat's rates. For
     comparison: "muon_sgd", [torch's SGD of wte and lm_head, Muon]; and one optimizer for everything: "adamw" (ours),
     "adam", "sgd_momentum" (0.9) and "sgd" (torch's). All have three groups, lm_head, wte and the matrices, whose rates
-    are those of RATES where they are not given. Adam's are those of a model 768 wide and are multiplied by
-    (dim / 768)^-0.5; their betas are (0.8, 0.95), eps 1e-10. weight_decay: of AdamW alone; torch's Adam and SGD take it
-    as their L2 penalty. matrix_weight_decay: of Muon. per_head: Muon orthogonalises c_q, c_k and c_v by blocks of rows
-    and c_proj by blocks of columns, one for each of the heads that model.config counts. muon_options: cautious,
-    row_equilibration, frobenius_renormalisation, normuon, ns_steps and coefficients of Muon. process_group: AdamW and
-    Muon are sharded over its ranks, with reduce_dtype and gather_dtype as they take them; torch's Adam and SGD cannot
-    be.
+    are those of DEFAULT_LEARNING_RATES where they are not given. Adam's are those of a model 768 wide and are
+    multiplied by (dim / 768)^-0.5; their betas are (0.8, 0.95), eps 1e-10. weight_decay: of AdamW alone; torch's Adam
+    and SGD take it as their L2 penalty. matrix_weight_decay: of Muon. per_head: Muon orthogonalises c_q, c_k and c_v by
+    blocks of rows and c_proj by blocks of columns, one for each of the heads that model.config counts. muon_options:
+    cautious, row_equilibration, frobenius_renormalisation, normuon, ns_steps and coefficients of Muon. process_group:
+    AdamW and Muon are sharded over its ranks, with reduce_dtype and gather_dtype as they take them; torch's Adam and
+    SGD cannot be.
 
     Raises ValueError for an unknown optimizer, and for a parameter that belongs to no group or that two names share.
     """
-    if optimizer not in RATES:
-        raise ValueError(f"optimizer is {optimizer!r}; it takes {', '.join(RATES)}")
+    if optimizer not in DEFAULT_LEARNING_RATES:
+        raise ValueError(f"optimizer is {optimizer!r}; it takes {', '.join(DEFAULT_LEARNING_RATES)}")
     if process_group is not None and optimizer not in ("hybrid", "adamw"):
         raise ValueError(f"optimizer is {optimizer!r}, which runs on one rank; on many take hybrid or adamw")
     wte, lm_head, matrices = _route(model)
     given = {"embedding": embedding_lr, "unembedding": unembedding_lr, "matrix": matrix_lr}
-    rates = RATES[optimizer]._replace(**{name: rate for name, rate in given.items() if rate is not None})
+    rates = DEFAULT_LEARNING_RATES[optimizer]._replace(
+        **{name: rate for name, rate in given.items() if rate is not None}
+    )
     sharding: dict[str, Any] = {}
     if process_group is not None:
         sharding = {"process_group": process_group, "reduce_dtype": reduce_dtype, "gather_dtype": gather_dtype}

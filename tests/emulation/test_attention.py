@@ -59,7 +59,7 @@ def by_twin(dtype, q, k, v, dout, **options):
 
 
 def check(attention, q, k, v, dout, *, schedule=0, multiprocessors=2, **options):
-    """The bound of the FlashAttention papers, as in tests/test_ops_attention.py; and the log-sum-exp."""
+    """The bound of the FlashAttention papers, as in tests/ops/test_ops_attention.py; and the log-sum-exp."""
     out, lse = attention.forward(q, k, v, schedule=schedule, multiprocessors=multiprocessors, **options)
     places = {"schedule": schedule, "multiprocessors": multiprocessors}
     grads = attention.backward(dout, q, k, v, out, lse, **places, **options)

@@ -1,9 +1,9 @@
 """The CUDA kernels of Newton-Schulz against float64: emulated, under sanitizers, on a GPU; both paths, both forms."""
 
 import operator_calls as operators
-import plain
 import pytest
 import torch
+import torch_reference
 
 from nanochat_native.ops import reference
 
@@ -56,7 +56,7 @@ def check(newton_schulz, g, form, *, steps=5, coefficients="quintic", share=None
     out = newton_schulz(g, form=form, steps=steps, coefficients=coefficients, **options)
     exact = reference.newton_schulz(g.double().cpu(), steps=steps, coefficients=coefficients)
     triples, norm_factor = reference.newton_schulz_schedule(steps, coefficients)
-    in_bfloat16 = relative_error(plain.newton_schulz_in(BF16, g.cpu(), triples, norm_factor), exact)
+    in_bfloat16 = relative_error(torch_reference.newton_schulz_in(BF16, g.cpu(), triples, norm_factor), exact)
     least = LEAST[form] if least is None else least
     assert relative_error(out.cpu(), exact) <= max((share or SHARE[form]) * in_bfloat16, least)
     return out
@@ -111,7 +111,7 @@ def test_sixteen_bits_round_as_the_formula_says(unwatched, form):
     """Against the same products rounded to float16, in the plain form: nothing else is lost."""
     g = torch.randn(2, 140, 90, device=unwatched.device)
     triples, _ = reference.newton_schulz_schedule(5, "quintic")
-    rounded = plain.newton_schulz_in(F16, g.cpu(), triples)
+    rounded = torch_reference.newton_schulz_in(F16, g.cpu(), triples)
     exact = reference.newton_schulz(g.double().cpu())
     mine = relative_error(unwatched(g, form=form).cpu(), exact)
     assert mine <= {"plain": 1.15, "gram": 4.0}[form] * relative_error(rounded, exact)

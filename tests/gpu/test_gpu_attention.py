@@ -49,7 +49,7 @@ def both(attention, q, k, v, dout, **options):
 
 
 def exact_and_bounds(q, k, v, dout, **options):
-    """Results in float64, and for each the bound of the FlashAttention papers, as in tests/test_ops_attention.py."""
+    """Results in float64, and for each the bound of the FlashAttention papers, as in test_ops_attention.py."""
     twin = both(reference.attention, q, k, v, dout, **options)
     exact = both(reference.attention, q.double(), k.double(), v.double(), dout.double(), **options)
     cancellation = 16 * torch.finfo(torch.float32).eps * max(q.size(1), k.size(1)) ** 0.5

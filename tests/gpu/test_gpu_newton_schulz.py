@@ -1,9 +1,9 @@
 """newton_schulz and newton_schulz_update_ on the GPU: errors against float64 on both instruction sets, hard spectra,
 matrices of nanochat's sizes, and what stays in its matrix."""
 
-import plain
 import pytest
 import torch
+import torch_reference
 
 from nanochat_native import ops
 from nanochat_native.bench.attention import instruction_set
@@ -32,7 +32,7 @@ def isa(request, device):
 
 def exact_of(g, coefficients="quintic"):
     """In float64, whatever the device."""
-    return plain.newton_schulz_in(F64, g, *reference.newton_schulz_schedule(5, coefficients))
+    return torch_reference.newton_schulz_in(F64, g, *reference.newton_schulz_schedule(5, coefficients))
 
 
 def relative_error(mine, exact):

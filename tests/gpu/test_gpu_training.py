@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanochat_native import ops
-from nanochat_native.model import GPT, GPTConfig
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import setup_optimizers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:nanochat_native.*served by plain torch")]
@@ -47,7 +48,7 @@ def test_the_model_learns_alike_on_both_backends(device, require_native, autocas
 def test_a_run(device, tmp_path):
     for package in RUN_PACKAGES:
         pytest.importorskip(package)
-    from training import tiny_flags, write_text
+    from tiny_run import tiny_flags, write_text
 
     from nanochat_native.train import main
 

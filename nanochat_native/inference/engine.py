@@ -1,0 +1,285 @@
+"""Generation for many requests at once: slots of a preallocated KV cache, a new request joins a running batch.
+
+    engine = Engine(model, tokenizer, slots=8)
+    request = engine.submit(prompt_tokens, Sampling(max_tokens=100, seed=1))
+    while not request.finish_reason:
+        engine.step()
+        print(request.read().text, end="")
+
+The tokens of a request depend on its prompt, its Sampling and the model alone: not on what runs beside it, when it
+came, on `slots`, `capacity` or the number of threads. Each request draws from its own generator, and the logits of a
+row do not depend on other rows (model.Decoder, on the CPU). On a GPU, and on the torch backend, they do by rounding,
+which another token follows from where two are as likely to the last digits. The same holds for log-probabilities: those
+of a prompt are computed by the same passes, one token each, as those of drawn tokens, so that a text has the same ones
+whether it is drawn or given.
+"""
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanochat_native.data.tokenizer import Tokenizer
+from nanochat_native.inference.sampling import NONFINITE_LOGITS, Sampling, Scored, sample, score
+from nanochat_native.inference.text_stream import TextStream
+from nanochat_native.model.decoder import Decoder
+from nanochat_native.model.gpt import GPT
+
+PREFILL_TOKENS = 128  # of prompts, a step; more would let the running requests wait for longer than some ten steps
+
+
+def beyond_training(tokens: int, trained: int) -> str:
+    """What is said once of a text that has outgrown the sequences that the model was trained on."""
+    return f"{tokens} tokens, and the model was trained on {trained}: beyond them text gets worse"
+
+
+def too_long(prompt: int, more: int, taken: int) -> str:
+    """What is said of a prompt of so many tokens, and so many more asked for, where the model takes fewer together."""
+    return f"the prompt has {prompt} tokens, and {more} more are asked for; this model takes {taken} together"
+
+
+class Read(NamedTuple):
+    tokens: list[int]
+    text: str
+    scored: list[Scored]
+
+
+class Request:
+    """One prompt and its continuation, made by Engine.submit.
+
+    tokens: drawn so far. text: what they certainly say, without a stop string; "" where the engine has no tokenizer.
+    scored: where Sampling asks for it, the prompt's tokens and those drawn, and the stop token that ended them.
+    finish_reason: None while it waits or runs, then "stop" (a stop token or string), "length" (max_tokens), "cancelled"
+    or "error", with `error` saying why.
+    """
+
+    def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self.prompt, self.sampling = prompt, sampling
+        self.tokens: list[int] = []
+        self.text = ""
+        self.scored: list[Scored] = [Scored(prompt[0], None, ())] if sampling.score_prompt else []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        # Positions in the cache. The token after them is decoded next, once the prompt's others are in.
+        self._filled = 0
+        self._read = (0, 0, 0)
+        self._stream = None if tokenizer is None else TextStream(tokenizer, sampling.stop)
+        # The generator looks at a seed's low half alone.
+        self._generator = torch.Generator().manual_seed((sampling.seed ^ sampling.seed >> 32) & 0xFFFFFFFF)
+        self._seen = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(1, vocab_size, dtype=torch.bool)
+            self._seen[0, prompt] = True
+
+    def read(self) -> Read:
+        """Tokens, text and scores that came since the last call."""
+        tokens, text, scored = self._read
+        self._read = (len(self.tokens), len(self.text), len(self.scored))
+        return Read(self.tokens[tokens:], self.text[text:], self.scored[scored:])
+
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing is left to compute: for no tokens, once the prompt is scored."""
+        to_score = len(self.prompt) - 1 if self.sampling.score_prompt else 0
+        return self.sampling.max_tokens == 0 and self._filled >= to_score
+
+    @property
+    def _next(self) -> int | None:
+        """The token that is decoded next; None while more than one of the prompt are still to be put into the cache."""
+        last = len(self.prompt) + len(self.tokens) - 1
+        if self._filled < last and not self.sampling.score_prompt:
+            return None
+        return self.prompt[self._filled] if self._filled < len(self.prompt) else self.tokens[-1]
+
+    def _take(self, logits: Tensor, likeliest: int) -> int | None:
+        """The token that follows the one just decoded, from logits (1, V), scored if asked: the prompt's own, which is
+        None, or a draw."""
+        s = self.sampling
+        given = self.prompt[self._filled] if self._filled < len(self.prompt) else None
+        plain = s.temperature == 0 and self._seen is None and not s.logit_bias
+        token = given if given is not None else likeliest if plain else self._draw(logits)
+        if s.logprobs is not None:
+            self.scored.append(score(logits[0], token, s.logprobs))
+        return token if given is None else None
+
+    def _draw(self, logits: Tensor) -> int:
+        s = self.sampling
+        if s.logit_bias:
+            tokens, numbers = zip(*s.logit_bias, strict=True)
+            biases = torch.tensor([numbers], dtype=torch.float32)
+            logits = logits.float().cpu().index_add(1, torch.tensor(tokens), biases)
+        drawn = sample(
+            logits,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            repetition_penalty=s.repetition_penalty,
+            seen=self._seen,
+            generator=self._generator,
+        )
+        return int(drawn)
+
+    def _put(self, token: int) -> None:
+        self.tokens.append(token)
+        if self._seen is not None:
+            self._seen[0, token] = True
+        if self._stream is not None:
+            self.text += self._stream.put([token])
+            if self._stream.stopped:
+                self.finish_reason = "stop"
+        if len(self.tokens) == self.sampling.max_tokens and not self.finish_reason:
+            self._finish("length")
+
+    def _finish(self, reason: str, error: str | None = None) -> None:
+        if self._stream is not None:
+            self.text += self._stream.put([], final=True)
+            if self._stream.stopped and reason == "length":
+                reason = "stop"
+        self.finish_reason, self.error = reason, error
+
+
+class Engine:
+    """Runs requests in `slots` slots of `capacity` positions each; more of them wait, first come, first served.
+
+    capacity: prompt and continuation of a request fit in; default: the model's positions. The cache takes 2 n_layer
+    slots capacity Hkv D numbers, allocated once.
+    tokenizer: None for tokens without text, stop strings or <|bos|>. One thread may use it at a time.
+    trained_positions: length of the sequences that the model was trained on; beyond it text gets worse.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer | None, *, slots: int = 8, capacity: int | None = None) -> None:
+        capacity = model.max_positions if capacity is None else capacity
+        if slots < 1 or not 2 <= capacity <= model.max_positions:
+            given = f"slots is {slots}, capacity {capacity}"
+            raise ValueError(f"{given}; they take a number from 1, and one from 2 to {model.max_positions}")
+        if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+        self.tokenizer, self.capacity, self.vocab_size = tokenizer, capacity, model.config.vocab_size
+        self.trained_positions = model.config.sequence_len
+        self.queue: deque[Request] = deque()
+        self.running: dict[int, Request] = {}  # by slot, the oldest first
+        self._free = list(range(slots))  # a heap: which slot is taken does not depend on how they came free
+        self._decoder = Decoder(model, slots, capacity)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self.queue and not self.running
+
+    def submit(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Request:
+        """Takes a request; it starts in the next step that has a free slot.
+
+        Raises ValueError for an empty prompt, ids out of range, more tokens than `capacity`, and stop strings without
+        a tokenizer.
+        """
+        prompt = list(prompt_tokens)
+        if not prompt or not all(type(token) is int and 0 <= token < self.vocab_size for token in prompt):
+            taken = f"takes at least one, whole numbers from 0 to {self.vocab_size - 1}"
+            raise ValueError(f"the prompt has {len(prompt)} tokens; {taken}")
+        if len(prompt) + sampling.max_tokens > self.capacity:
+            raise ValueError(too_long(len(prompt), sampling.max_tokens, self.capacity))
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop is {sampling.stop!r}; an engine without a tokenizer takes none")
+        if not all(0 <= token < self.vocab_size for token, _ in sampling.logit_bias):
+            raise ValueError(f"logit_bias takes ids from 0 to {self.vocab_size - 1}")
+        request = Request(prompt, sampling, self.tokenizer, self.vocab_size)
+        self.queue.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request that waits or runs, and frees its slot; nothing for one that has ended."""
+        if request in self.queue:
+            self.queue.remove(request)
+        elif slot := [slot for slot, running in self.running.items() if running is request]:
+            self._release(*slot)
+        else:
+            return
+        request._finish("cancelled")
+
+    def step(self) -> list[Request]:
+        """One token for every request that runs, of its prompt where that is scored; and less than 2 PREFILL_TOKENS of
+        the other prompts, the oldest first.
+
+        Returns the requests that got a token or ended.
+        """
+        while self.queue and self._free:
+            self.running[heapq.heappop(self._free)] = self.queue.popleft()
+        complete = {slot: request for slot, request in self.running.items() if request._complete}
+        for slot, request in complete.items():
+            request._finish("length")
+            self._release(slot)
+        self._prefill()
+        return [*complete.values(), *self._decode()]
+
+    def generate(self, requests: Sequence[tuple[Sequence[int], Sampling]]) -> list[Request]:
+        """Submits all (prompt_tokens, sampling) and runs them to their ends. Raises what submit does."""
+        submitted = [self.submit(prompt, sampling) for prompt, sampling in requests]
+        while any(request.finish_reason is None for request in submitted):
+            self.step()
+        return submitted
+
+    def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generator[Read, None, None]:
+        """Submits a request at the call; its tokens and text as they come. One that is left early is cancelled.
+
+        Raises what submit does at the call, and ValueError, after what came before, where the request ends in an error.
+        """
+        request = self.submit(prompt_tokens, sampling)
+
+        def pieces() -> Generator[Read, None, None]:
+            try:
+                while request.finish_reason is None:
+                    self.step()
+                    if any(piece := request.read()):
+                        yield piece
+                if request.error is not None:
+                    raise ValueError(request.error)
+            finally:
+                self.cancel(request)
+
+        return pieces()
+
+    def _prefill(self) -> None:
+        """All but the last token of each prompt, which is decoded like those that follow it. Of a prompt that is scored
+        every token is decoded: a prefill gives no logits."""
+        budget = PREFILL_TOKENS
+        for slot, request in self.running.items():
+            while budget > 0 and request._next is None:
+                part = request.prompt[request._filled : -1][:PREFILL_TOKENS]
+                self._decoder.prefill(slot, part, request._filled)
+                request._filled += len(part)
+                budget -= len(part)
+
+    def _decode(self) -> list[Request]:
+        ready = {slot: token for slot, request in self.running.items() if (token := request._next) is not None}
+        if not ready:
+            return []
+        requests = [self.running[slot] for slot in ready]
+        logits = self._decoder.decode(list(ready), list(ready.values()), [request._filled for request in requests])
+        top, likeliest = (found.tolist() for found in logits.max(-1))
+        told = []
+        for row, (slot, request) in enumerate(zip(ready, requests, strict=True)):
+            request._filled += 1
+            if not math.isfinite(top[row]):
+                request._finish("error", NONFINITE_LOGITS)
+            else:
+                token = request._take(logits[row : row + 1], likeliest[row])
+                if token is None:
+                    continue
+                ends = self.tokenizer is not None and token == self.tokenizer.bos_id
+                if ends or token in request.sampling.stop_tokens:
+                    request._finish("stop")
+                else:
+                    request._put(token)
+            told.append(request)
+            if request.finish_reason is not None:
+                self._release(slot)
+        return told
+
+    def _release(self, slot: int) -> None:
+        del self.running[slot]
+        heapq.heappush(self._free, slot)

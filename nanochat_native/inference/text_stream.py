@@ -1,0 +1,36 @@
+"""Tokens to text, as far as it is certain."""
+
+import codecs
+from collections.abc import Sequence
+
+from nanochat_native.data.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Text of tokens as they come: whole characters, and never a part of a stop string. Not UTF-8 becomes U+FFFD."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped = False
+
+    def put(self, tokens: Sequence[int], *, final: bool = False) -> str:
+        """The text that `tokens` make certain. What may begin a stop string is held back, until `final`; of the stop
+        strings the one that ends first counts, the text ends before it, and `stopped` is set."""
+        self._held += self._decoder.decode(self._tokenizer.decode_bytes(tokens), final)
+        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
+        if found:
+            end, length = min(found)
+            self.stopped = True
+            out, self._held = self._held[: end + length], ""
+            return out
+        keep = 0 if final else max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        split = len(self._held) - keep
+        out, self._held = self._held[:split], self._held[split:]
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of text that begin `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,262 @@
+"""Writes a trained model as a folder that transformers opens."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import nanochat_native
+from nanochat_native.data.conversations import chat_template, is_chat_trained, prompt_of, stop_tokens, without_marks
+from nanochat_native.data.tokenizer import Tokenizer
+from nanochat_native.inference.generation import generate_tokens
+from nanochat_native.interop import transformers_config
+from nanochat_native.model.gpt import GPT
+from nanochat_native.runs.config import EXAMPLES, STDLIB
+from nanochat_native.runs.run_folder import load_config
+from nanochat_native.runs.saved_model import load_model
+
+SHARD_BYTES = 4 * 10**9  # of a file of weights, at most, as transformers writes them
+TOLERANCE = 1e-4  # of float32 logits between transformers and this model
+PROMPTS = ("def __init__(self", "Once upon a time", "import os\n\n")
+VERIFIED_TOKENS = 24  # greedy ones after each prompt
+
+
+@dataclass
+class Options:
+    """Write a trained model in the form that transformers, vLLM and others read."""
+
+    checkpoint: Path
+    """Run folder, as `python -m nanochat_native.train` leaves it."""
+    out: Path
+    """Folder to write; it must not be there, or be empty."""
+    step: int | None = None
+    """Checkpoint to use; default: the newest."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are written; bfloat16 halves them and rounds."""
+    format: Literal["transformers", "safetensors"] = "transformers"
+    """transformers: for AutoModelForCausalLM and AutoTokenizer. safetensors: the weights by nanochat's names."""
+    verify: bool = False
+    """Open the folder with transformers, which must be installed, and compare logits and greedy tokens."""
+
+
+def export(options: Options) -> None:
+    """Writes the folder: whole, or not at all.
+
+    Raises ValueError for a folder that holds something and for a model that the format cannot express, and what
+    load_model raises.
+    """
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} holds something; give another --out")
+    model, tokenizer, meta = load_model(options.checkpoint, options.step, warn=_warn)
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    state = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if options.format == "transformers":
+            config = transformers_config.config_of(model.config, bos_id=tokenizer.bos_id, dtype=options.dtype)
+            _write_json(temporary / "config.json", config)
+            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends_of(tokenizer, meta), "do_sample": False}
+            _write_json(temporary / "generation_config.json", ends)
+            write_weights(
+                temporary, transformers_config.renamed(state, transformers_config.names(model.config.n_layer))
+            )
+            write_tokenizer(temporary, tokenizer, chat=is_chat_trained(meta))
+        else:
+            _write_json(temporary / "model_config.json", dataclasses.asdict(model.config))
+            write_weights(temporary, state)
+            tokenizer.save(temporary / "tokenizer")
+        (temporary / "README.md").write_text(card(options, model, tokenizer, meta), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        temporary.replace(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """model.safetensors; above shard_bytes, model-00001-of-00002.safetensors, ... and model.safetensors.index.json."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def ends_of(tokenizer: Tokenizer, meta: Mapping[str, Any]) -> list[int]:
+    """Ids that end a text, or an answer."""
+    return [tokenizer.bos_id, *(stop_tokens(tokenizer) if is_chat_trained(meta) else ())]
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat: bool) -> None:
+    """tokenizer.json and tokenizer_config.json, for a chat model with its template; unlike those of a run, a text
+    begins with <|bos|>, as in training."""
+    tokenizer.save(folder)
+    (folder / "bpe.json").unlink()
+    bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, bos, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [tokenizer.bos_id], "tokens": ["<|bos|>"]}},
+    }
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|bos|>"}
+    if chat:
+        described["normalizer"] = without_marks()
+        settings |= {"eos_token": "<|assistant_end|>", "chat_template": chat_template(tokenizer.special_tokens)}
+    (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def card(options: Options, model: GPT, tokenizer: Tokenizer, meta: Mapping[str, Any]) -> str:
+    """The model card: what the model is, what it was trained on, and how well it does."""
+    trained = load_config(options.checkpoint)
+    bpb = meta.get("validation_bpb")
+    quality = "not measured" if bpb is None else f"{bpb:.4f} bits per byte on held-out text of the same data"
+    shape = model.config
+    ours = f"nanochat-native {meta['nanochat_native']}"
+    if meta.get("imported"):
+        training = (
+            "by another program" + (f", {meta['step']:,} steps" if meta["step"] else "") + f"; imported by {ours}"
+        )
+        data = "not known"
+    else:
+        tokens = meta["step"] * trained.total_batch_size
+        training = (
+            f"{meta['step']:,} steps of {trained.total_batch_size:,} tokens, {tokens:,} in all, seed {trained.seed}, "
+            f"by {ours} (optimizer {trained.optimizer})"
+        )
+        embedded = {STDLIB: "the sources of Python's standard library", EXAMPLES: "conversations made up by rules"}
+        name = embedded.get(trained.data, f"`{Path(trained.data).name}`")
+        data = f"{name}, SHA-256 of the tokens {meta['data_hash']}"
+    kind = "It continues text. It was not trained to chat, nor made safe."
+    if is_chat_trained(meta):
+        kind = "It was fine-tuned on conversations, and its tokenizer has their template. It was not made safe."
+    use = _use(options, chat=is_chat_trained(meta))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanochat]
+---
+# A nanochat model of depth {shape.n_layer}
+
+{model.num_params():,} parameters: {shape.n_layer} layers, width {shape.n_embd}, {shape.n_head} query and
+{shape.n_kv_head} key/value heads, {shape.sequence_len} tokens of context, a vocabulary of {shape.vocab_size:,}.
+
+- Training: {training}. Exported in {options.dtype} by {nanochat_native.__version__}.
+- Data: {data}; tokenizer {tokenizer.hash[:16]}.
+- Validation: {quality}.
+- {kind}
+
+{use}"""
+
+
+def _use(options: Options, *, chat: bool) -> str:
+    """What the model card says of how to open the folder, and of texts that could hold special tokens."""
+    opened = "The weights have nanochat's names; model_config.json holds the shape, tokenizer/ the tokenizer.\n"
+    protected = ""
+    if options.format == "transformers":
+        prompt = 'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids'
+        if chat:
+            prompt = """messages = [{"role": "user", "content": "Who are you?"}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)"""
+            protected = """\
+`apply_chat_template`, and a pipeline that is given messages, never turn the text of a message into a special token:
+the template splits the names of special tokens by two invisible characters (U+FDD0 U+FDD1), and the normalizer of
+tokenizer.json removes these. A program that builds its prompt in another way, or whose tokenizer does not apply that
+normalizer, has no such protection.
+
+"""
+        opened = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+{prompt}
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+"""
+    return f"""{opened}
+## Texts that others wrote
+
+{protected}The call `tokenizer(text)` of transformers reads the name of a special token in a text, e.g. `<|bos|>`, as
+that token. For a text that you did not write yourself use `tokenizer(text, split_special_tokens=True)`: it reads such a
+name as ordinary characters.
+"""
+
+
+def verify(options: Options) -> str:
+    """Compares the folder, opened by transformers, with the run: float32 logits and greedy tokens of some prompts, and
+    of a chat model a prompt by its template.
+
+    Returns what was found, in a line. Raises ImportError without transformers, and ValueError where they differ.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("--verify compares with transformers, which is not installed: pip install 'transformers>=5'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer, meta = load_model(options.checkpoint, options.step, warn=_warn)
+    ends = ends_of(tokenizer, meta)
+    if options.dtype == "bfloat16":  # what was written is rounded: compare with that
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    theirs = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(options.out)
+    worst = 0.0
+    for prompt in PROMPTS:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        found = their_tokenizer(prompt).input_ids
+        if found != ids:
+            raise ValueError(f"transformers reads {prompt!r} as {found}, this tokenizer as {ids}")
+        with torch.inference_mode():
+            difference = (theirs(torch.tensor([ids])).logits - model(torch.tensor([ids]))).abs().max().item()
+        worst = max(worst, difference)
+        if not difference <= TOLERANCE:
+            raise ValueError(f"logits after {prompt!r} differ by {difference:.1e}; takes at most {TOLERANCE:.0e}")
+        rows = generate_tokens(model, ids, max_tokens=VERIFIED_TOKENS, temperature=0, stop_tokens=ends)
+        own = [token for row in rows for token in row]
+        drawn = theirs.generate(torch.tensor([ids]), max_new_tokens=VERIFIED_TOKENS, do_sample=False)[0, len(ids) :]
+        continued = [token for token in drawn.tolist() if token not in ends]
+        if continued != own:
+            raise ValueError(f"greedy tokens after {prompt!r} differ: {continued} by transformers, {own} here")
+    if is_chat_trained(meta):
+        messages = [{"role": "user", "content": f"a < b, {''.join(tokenizer.special_tokens)}"}]
+        found = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if found != (ids := prompt_of(tokenizer, messages, chat_trained=True)):
+            raise ValueError(f"the chat template spells {messages} as {found}; this program as {ids}")
+    return f"{len(PROMPTS)} prompts: logits within {worst:.1e}, the same {VERIFIED_TOKENS} greedy tokens"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)

@@ -1,0 +1,20 @@
+"""`python -m nanochat_native.memory`: predict and measure what a training step holds in memory."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+import nanochat_native.runtime.openmp  # noqa: F401  before torch
+from nanochat_native.lab.memory.options import Options
+from nanochat_native.lab.memory.report import run
+from nanochat_native.runtime.command import run_command
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Does what `args` say, sys.argv's by default. Returns the exit code."""
+    return run_command(Options, "memory", args, run, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

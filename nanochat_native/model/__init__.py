@@ -1,0 +1,10 @@
+"""The transformer: its shape, its forward pass, and its decoder for generation.
+
+It depends on `ops` alone.
+"""
+
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.decoder import Decoder
+from nanochat_native.model.gpt import GPT
+
+__all__ = ["GPT", "Decoder", "GPTConfig"]

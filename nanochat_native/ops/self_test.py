@@ -1,0 +1,187 @@
+"""Compares every native CPU operator with its reference."""
+
+import functools
+import itertools
+import math
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat_native import ops
+from nanochat_native.ops import native, reference
+
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"broken: torch cannot be imported ({error}); install torch >= 2.11")
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for `architectures` ("8.0+PTX 9.0a") run on a GPU of this compute capability."""
+    for entry in architectures.split():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match:
+            continue
+        built = (int(match[1]), int(match[2]))
+        if built == capability or (match[4] and built <= capability):
+            return True
+        if not match[3] and built[0] == capability[0] and built <= capability:
+            return True
+    return False
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown processor"
+
+
+def openmp_libraries() -> set[str]:
+    """Paths of the libgomp copies that this process has loaded. Two would each keep threads of their own."""
+    maps = Path("/proc/self/maps").read_text()
+    return {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+
+
+Results = Sequence[torch.Tensor]
+
+
+def _attention() -> tuple[Results, Results]:
+    q, k, v, dout = (torch.randn(2, 70, heads, 16) for heads in (4, 2, 2, 4))
+    if q.is_cuda:  # whose kernels take 16 bits
+        q, k, v, dout = q.half(), k.half(), v.half(), dout.half()
+    lengths = torch.tensor([70, 33])
+    ours, theirs = (
+        (
+            *_with_gradients(functools.partial(attention, window=9), (q, k, v), dout),
+            attention(q[:, :3], k, v, lengths=lengths),  # a step of generation
+        )
+        for attention in (ops.attention, reference.attention)
+    )
+    return ours, theirs
+
+
+def _with_gradients(
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], dout: torch.Tensor
+) -> Results:
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    return (out.detach(), *torch.autograd.grad(out, inputs, dout))
+
+
+def _newton_schulz() -> tuple[Results, Results]:
+    g = torch.randn(2, 400, 240)
+    return [ops.newton_schulz(g)], [_newton_schulz_twin(g)]
+
+
+def _newton_schulz_twin(g: torch.Tensor) -> torch.Tensor:
+    """In float32, which on a GPU the twin itself is not."""
+    return reference.newton_schulz(g.cpu()).to(g.device)
+
+
+def _adamw() -> tuple[Results, Results]:
+    state = [[torch.randn(999)], [torch.randn(999)], [torch.randn(999)], [torch.rand(999)]]
+    twin = [[tensor.clone() for tensor in tensors] for tensors in state]
+    settings: dict[str, Any] = {"step": 3, "lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
+    ops.adamw_(*state, **settings)
+    reference.adamw_(*twin, **settings)
+    return [*itertools.chain(*state)], [*itertools.chain(*twin)]
+
+
+def _muon_momentum() -> tuple[Results, Results]:
+    grads, buffers = [torch.randn(33, 7)], [torch.randn(33, 7)]
+    twin = [buffers[0].clone()]
+    ours = ops.muon_momentum_(grads, buffers, momentum=0.9, return_norm=True)
+    theirs = reference.muon_momentum_(grads, twin, momentum=0.9, return_norm=True)
+    return (*ours, *buffers), (*theirs, *twin)
+
+
+def _muon_update() -> tuple[Results, Results]:
+    params, update = [torch.randn(33, 7)], torch.randn(1, 33, 7)
+    twin = [params[0].clone()]
+    ops.muon_update_(params, update, lr=0.1, weight_decay=0.1)
+    reference.muon_update_(twin, update, lr=0.1, weight_decay=0.1)
+    return params, twin
+
+
+def _newton_schulz_update() -> tuple[Results, Results]:
+    params, update = [torch.randn(133, 70)], torch.randn(1, 133, 70)
+    twin = [params[0].clone()]
+    ops.newton_schulz_update_(params, update, lr=1.0, weight_decay=0.1)
+    reference.muon_update_(twin, _newton_schulz_twin(update), lr=1.0, weight_decay=0.1)
+    return params, twin
+
+
+def _linear_cross_entropy() -> tuple[Results, Results]:
+    x, weight, targets = torch.randn(50, 24), torch.randn(99, 24), torch.randint(0, 99, (50,))
+    ours, theirs = (
+        _with_gradients(functools.partial(loss, targets=targets), (x, weight), torch.tensor(1.0))
+        for loss in (ops.linear_cross_entropy, reference.linear_cross_entropy)
+    )
+    return ours, theirs
+
+
+def _linear_with_gradients() -> tuple[Results, Results]:
+    """By the kernel, whatever product this processor prefers."""
+    x, weight, dout = torch.randn(70, 24), torch.randn(33, 24), torch.randn(70, 33)
+    ours, theirs = (
+        _with_gradients(linear, (x, weight), dout) for linear in (native.linear, torch.nn.functional.linear)
+    )
+    return ours, theirs
+
+
+def _linear() -> tuple[Results, Results]:
+    ours, theirs = _linear_with_gradients()
+    return ours[:1], theirs[:1]
+
+
+def _linear_backward() -> tuple[Results, Results]:
+    ours, theirs = _linear_with_gradients()
+    return ours[1:], theirs[1:]
+
+
+def _cached_forward() -> tuple[Results, Results]:
+    C, V, D = 32, 50, 16
+    wte, lm_head = torch.randn(V, C), torch.randn(V, C)
+    shapes = ((C, C), (D, C), (D, C), (C, C), (2 * C, C), (C, 2 * C))
+    blocks = [torch.randn(shape) * shape[1] ** -0.5 for shape in 2 * shapes]
+    angles = torch.rand(9, D // 2)
+    cache = torch.randn(2, 3, 9, 2, D)
+    settings: dict[str, Any] = {
+        "wte": wte,
+        "blocks": blocks,
+        "lm_head": lm_head,
+        "windows": [2, None],
+        "cos": torch.cat((angles, angles), -1).cos(),
+        "sin": angles.sin(),
+        "softcap": 15.0,
+    }
+    tokens, twin = torch.randint(0, V, (2, 4)), cache.clone()
+    ours = ops.cached_forward_(tokens, [2, 0], [0, 5], cache=cache, **settings)
+    theirs = reference.cached_forward_(tokens, [2, 0], [0, 5], cache=twin, **settings)
+    return (ours, cache), (theirs, twin)
+
+
+def difference(ours: Results, theirs: Results) -> float:
+    """The largest, each relative to the largest number of the twin's tensor; NaN where there is one."""
+    offs = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)]
+    return math.nan if any(map(math.isnan, offs)) else max(offs)
+
+
+# What a kernel gives and what its twin gives: values, what is updated in place, and gradients.
+CHECKS: dict[str, Callable[[], tuple[Results, Results]]] = {
+    "attention": _attention,
+    "newton_schulz": _newton_schulz,
+    "adamw_": _adamw,
+    "muon_momentum_": _muon_momentum,
+    "muon_update_": _muon_update,
+    "newton_schulz_update_": _newton_schulz_update,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear": _linear,
+    "linear_backward": _linear_backward,
+    "cached_forward_": _cached_forward,
+}
+TOLERANCE = 1e-2  # kernels of 16 bits are off by some 1e-3, those of float32 by 1e-6, a wrong one by far more

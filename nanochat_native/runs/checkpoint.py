@@ -1,0 +1,390 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
+
+One checkpoint is one folder, `step_000100`, that appears whole or not at all: its files are written into a hidden
+temporary folder, flushed to the disk, and renamed into place. Tensors are safetensors, everything else is JSON, and
+`manifest.json` holds the size and SHA-256 of every file; nothing is ever unpickled.
+
+    step_000100/model.safetensors  optimizer.safetensors  meta.json  manifest.json  measurement.json
+
+measurement.json is not in the manifest: it comes later, with the validation of that step, and may be missing.
+
+On many ranks the optimizers' state lies in a folder instead, `optimizer/`, a file a rank: torch.distributed.checkpoint
+writes it, as safetensors, while training goes on.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from nanochat_native.runtime.errors import UserError
+
+FORMAT = "nanochat-native checkpoint"
+VERSION = 1
+OPTIMIZER = "optimizer"
+MEASUREMENT = "measurement.json"
+SPACE_MARGIN = 1 << 20  # bytes beside the tensors: headers, JSON, folder entries
+
+_NAME = re.compile(r"step_(\d{6,})")
+_TEMPORARY = ".tmp-"
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that is missing, incomplete or damaged; the message names the file."""
+
+
+def path_of(folder: Path | str, step: int) -> Path:
+    """Where the checkpoint of `step` lies inside `folder`."""
+    return Path(folder) / f"step_{step:06d}"
+
+
+def steps(folder: Path | str) -> list[int]:
+    """Steps of the checkpoints in `folder`, oldest first; whether they are intact is not looked at."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def save(
+    folder: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write the checkpoint of `step` and then remove all but the `keep` newest that are not newer than it.
+
+    tensors: file stem -> name -> tensor of any shape, dtype and device, e.g. {"model": {...}, "optimizer": {...}}.
+    meta: anything JSON holds. Returns the checkpoint's folder.
+
+    Raises ValueError for a bad argument, and OSError, naming the folder and the space it takes, when the disk is too
+    full or a write fails; the checkpoints that were there before are then still there, and nothing else is.
+    """
+    if step < 0:
+        raise ValueError(f"step is {step}; it takes a number from 0")
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; it takes a number from 1")
+    meta_bytes = _meta_bytes(step, meta)
+    folder = Path(folder)
+    tensor_bytes = sum(t.nbytes for group in tensors.values() for t in group.values())
+    _require_space(folder, step, tensor_bytes + len(meta_bytes))
+    target = path_of(folder, step)
+    temporary = folder / f"{_TEMPORARY}{target.name}"
+    try:
+        temporary.mkdir()
+        for stem, group in tensors.items():
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
+            save_file(plain, temporary / f"{stem}.safetensors")
+        _seal(temporary, target, step, meta_bytes, keep)
+    except Exception as error:
+        _remove_leftovers(folder)
+        if isinstance(error, ValueError):
+            raise
+        raise _not_written(folder, step, error) from error
+    return target
+
+
+def _meta_bytes(step: int, meta: Mapping[str, Any]) -> bytes:
+    return json.dumps({**meta, "step": step}, indent=1).encode()
+
+
+def _require_space(folder: Path, step: int, content_bytes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    needed, free = content_bytes + SPACE_MARGIN, shutil.disk_usage(folder).free
+    if free < needed:
+        message = f"checkpoint of step {step} takes {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
+        raise OSError(errno.ENOSPC, message, str(folder))
+
+
+def _not_written(folder: Path, step: int, error: BaseException) -> OSError:
+    message = f"checkpoint of step {step} could not be written ({error}); the earlier ones are untouched"
+    return OSError(getattr(error, "errno", None) or errno.EIO, message, str(folder))
+
+
+def _seal(temporary: Path, target: Path, step: int, meta_bytes: bytes, keep: int) -> None:
+    """Adds meta.json and the manifest to the written tensors, moves all of it into place, and removes what is old."""
+    (temporary / "meta.json").write_bytes(meta_bytes)
+    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+    files = {
+        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+    }
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in temporary.rglob("*"):
+        _fsync(path)
+    _fsync(temporary)
+    _move_into_place(temporary, target)
+    for old in [s for s in steps(target.parent) if s <= step][:-keep]:
+        _remove(path_of(target.parent, old))
+
+
+class ShardedSave:
+    """A checkpoint that all ranks write together in the background, of the values that tensors have now.
+
+    Its calls come in one order on all ranks; where one fails, `failed` says so, and who calls tells the others.
+    Rank 0 writes the weights and puts everything in place: `folder` is one that all ranks see.
+
+        prepare() on rank 0; start() on all ranks; once it is done on all, seal() on rank 0; once that is done, close().
+    """
+
+    def __init__(self, folder: Path | str, step: int, *, rank: int, keep: int = 2) -> None:
+        self.folder, self.step, self.rank, self.keep = Path(folder), step, rank, keep
+        self.target = path_of(self.folder, step)
+        self.temporary = self.folder / f"{_TEMPORARY}{self.target.name}"
+        self._jobs: list[Future[Any]] = []
+        self._pool = ThreadPoolExecutor(1)
+
+    def prepare(self, tensor_bytes: int) -> None:
+        """On rank 0, before the others start. tensor_bytes: of all ranks. Raises OSError where the disk is too full."""
+        _require_space(self.folder, self.step, tensor_bytes)
+        (self.temporary / OPTIMIZER).mkdir(parents=True)
+
+    def start(
+        self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor | DTensor], group: dist.ProcessGroup
+    ) -> None:
+        """weights: rank 0's count. state, on the CPU: this rank's whole tensors, and its rows of DTensors that all
+        ranks have. Both are copied before this returns: the next step may update them in place."""
+        if self.rank == 0:
+            plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+            self._jobs.append(self._pool.submit(save_file, plain, self.temporary / "model.safetensors"))
+        writer = dcp.HuggingFaceStorageWriter(str(self.temporary / OPTIMIZER), save_distributed=True)
+        job = dcp.async_save(dict(state), storage_writer=writer, process_group=group)
+        self._jobs.append(cast("Future[Any]", job))
+
+    @property
+    def done(self) -> bool:
+        """Whether what was started here has ended."""
+        return all(job.done() for job in self._jobs)
+
+    @property
+    def failed(self) -> str:
+        """What went wrong with what has ended; an empty string if nothing did."""
+        errors = [error for job in self._jobs if job.done() and (error := job.exception())]
+        return str(_not_written(self.folder, self.step, errors[0])) if errors else ""
+
+    def seal(self, meta: Mapping[str, Any]) -> None:
+        """On rank 0, once all ranks are done."""
+        self._jobs = [
+            self._pool.submit(_seal, self.temporary, self.target, self.step, _meta_bytes(self.step, meta), self.keep)
+        ]
+
+    def close(self) -> None:
+        """Ends the thread; what was not sealed goes."""
+        self._pool.shutdown()
+        if self.rank == 0:
+            _remove_leftovers(self.folder)
+
+
+def add_measurement(folder: Path | str, step: int, validation_bpb: float) -> None:
+    """Put the bits per byte beside the checkpoint of `step` that they were measured on; `load` adds them to its meta.
+    Raises OSError."""
+    path = path_of(folder, step) / MEASUREMENT
+    temporary = path.with_name(f"{_TEMPORARY}{MEASUREMENT}")
+    temporary.write_text(json.dumps({"validation_bpb": validation_bpb, "measured_step": step}))
+    temporary.replace(path)
+
+
+def _measurement(path: Path) -> dict[str, Any]:
+    """What add_measurement left in the checkpoint at `path`; nothing where that is missing or damaged."""
+    try:
+        found = json.loads((path / MEASUREMENT).read_bytes())
+        return {"validation_bpb": float(found["validation_bpb"]), "measured_step": int(found["measured_step"])}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return {}
+
+
+def load(
+    folder: Path | str, step: int | None = None, *, warn: Callable[[str], None] = warnings.warn
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read a checkpoint: (tensors by file stem and name, on the CPU; meta, with "step").
+
+    Every file is checked against the manifest first. With `step=None` the newest is read; if it is damaged, `warn` is
+    told so and the one before it is read. With a step, exactly that one is read. Raises CheckpointError, naming the
+    files, when none is intact, and the steps that there are when it is another one.
+    """
+    there = steps(folder)
+    if step is not None and there and step not in there:
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}, but of {', '.join(map(str, there))}")
+    candidates = there if step is None else [step] if there else []
+    damage: list[str] = []
+    for candidate in reversed(candidates):
+        try:
+            content = _read(path_of(folder, candidate))
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        for message in damage:
+            warn(f"{message}: using the checkpoint of step {candidate} instead")
+        return content
+    if not damage:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    raise CheckpointError("no intact checkpoint: " + "; ".join(damage))
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    names = verify(path)
+    try:
+        tensors = {Path(n).stem: load_file(path / n) for n in names if n.endswith(".safetensors") and "/" not in n}
+        if (path / OPTIMIZER).is_dir():
+            tensors[OPTIMIZER] = _read_shards(path / OPTIMIZER)
+        return tensors, json.loads((path / "meta.json").read_bytes()) | _measurement(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """The whole tensors of what ranks wrote together."""
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    described = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def latest(folder: Path | str) -> int | None:
+    """Step of the newest checkpoint in `folder` that is intact; None when there is none."""
+    for step in reversed(steps(folder)):
+        try:
+            verify(path_of(folder, step))
+        except CheckpointError:
+            continue
+        return step
+    return None
+
+
+def verify(path: Path) -> list[str]:
+    """Names of the files of the checkpoint at `path`, each checked by size and SHA-256; CheckpointError names the bad
+    one."""
+    manifest_path = path / "manifest.json"
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        described, version, step, files = (manifest[key] for key in ("format", "version", "step", "files"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{manifest_path} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{manifest_path} is damaged ({type(error).__name__}: {error})") from None
+    if described != FORMAT or path_of(path.parent, step) != path or "meta.json" not in expected:
+        raise CheckpointError(f"{manifest_path} is damaged (it describes {described!r} of step {step})")
+    if version != VERSION:
+        raise CheckpointError(f"{manifest_path} has version {version}; this program reads version {VERSION}")
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is damaged ({file.stat().st_size} bytes, {size} were written)")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file} is damaged (its SHA-256 is not the one that was written)")
+    return list(expected)
+
+
+def weights_hash(folder: Path | str, step: int) -> str:
+    """SHA-256 of the weights of the checkpoint of `step`, by its manifest. Raises CheckpointError where that is missing
+    or damaged."""
+    path = path_of(folder, step) / "manifest.json"
+    try:
+        return str(json.loads(path.read_bytes())["files"]["model.safetensors"]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({type(error).__name__}: {error})") from None
+
+
+def flatten_optimizers(
+    named_parameters: Iterable[tuple[str, Tensor]], optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of the optimizers by parameter name, so that it does not depend on groups, their order or the number of
+    ranks. Of a sharded optimizer, this rank's part.
+
+    Returns (tensors "<parameter>.<key>", scalars "<parameter>.<key>").
+    """
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, parameter in named_parameters:
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                (tensors if isinstance(value, Tensor) else scalars)[f"{name}.{key}"] = value
+    return tensors, scalars
+
+
+def restore_optimizers(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    optimizers: Sequence[torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+) -> None:
+    """Inverse of `flatten_optimizers`, of the whole state, once the weights are loaded. An optimizer with `restore`, as
+    ours, takes its part by that. Tensors go to their parameter's device, except 0-d ones, which stay on the CPU.
+
+    Raises CheckpointError when a value belongs to no parameter of the optimizers.
+    """
+    left = {**tensors, **scalars}
+    owner = {id(p): opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    for name, parameter in named_parameters:
+        prefix = f"{name}."
+        state = {full.removeprefix(prefix): left.pop(full) for full in list(left) if full.startswith(prefix)}
+        optimizer = owner[id(parameter)]
+        if hasattr(optimizer, "restore"):
+            optimizer.restore(parameter, state)
+            continue
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value = value.to(parameter.device if value.ndim else "cpu", copy=True)
+            optimizer.state[parameter][key] = value
+    if left:
+        raise CheckpointError(f"optimizer state of unknown parameters: {', '.join(sorted(left))}")
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    """Rename, putting aside a damaged or repeated checkpoint of the same step; the folder entry is on the disk on
+    return."""
+    if target.exists():
+        target.rename(target.with_name(f"{_TEMPORARY}replaced-{target.name}"))
+    temporary.rename(target)
+    _fsync(target.parent)
+    _remove_leftovers(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves a leftover, not something that looks like a checkpoint."""
+    doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""The result of an experiment: a folder with result.json and the picture that is drawn from it.
+
+result.json holds the command's flags, those of train, the seed, versions and raw data.
+`python -m nanochat_native.plot FOLDER` draws the picture again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nanochat_native
+from nanochat_native.runs import pictures
+from nanochat_native.runs.config import TrainConfig, to_json
+from nanochat_native.runtime import hardware
+from nanochat_native.runtime.console import Console
+from nanochat_native.runtime.errors import ConfigError
+
+FORMAT = "nanochat-native result"
+OUT = Path("lab")
+
+
+def open_folder(out: Path | None, command: str) -> Path:
+    """An empty folder for a result: `out`, or the first of lab/COMMAND, lab/COMMAND-2, ... that is free.
+
+    Raises ConfigError when `out` holds something.
+    """
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} holds something; give another --out PATH")
+        folder = out
+    else:
+        number = 1
+        while (folder := OUT / (command if number == 1 else f"{command}-{number}")).exists():
+            number += 1
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def result(
+    command: str, options: Any, config: TrainConfig | None, *, finished: bool, device: str | None = None, **data: Any
+) -> dict[str, Any]:
+    """What is written as result.json: how `data` came to be, and `data`. device: where there is no config of train."""
+    own = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
+    how: dict[str, Any] = {"format": FORMAT, "command": command, "finished": finished, "options": own}
+    if config is not None:
+        how |= {"config": to_json(config), "seed": config.seed}
+        device = config.device
+    how["versions"] = {
+        "nanochat_native": nanochat_native.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": "none" if device is None else hardware.describe(torch.device(device)),
+    }
+    return how | data
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """result.json, replaced atomically."""
+    path = folder / pictures.RESULT
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def finish(folder: Path, record: dict[str, Any], console: Console) -> None:
+    """Write the result, draw its picture, and say where they are."""
+    write(folder, record)
+    console.say(f"result   {folder / pictures.RESULT}")
+    with console.isolated("picture"):
+        console.say(f"picture  {pictures.draw(folder) or pictures.MISSING}")
+    console.say(f"again    python -m nanochat_native.plot {shlex.quote(str(folder))}")

@@ -1,0 +1,245 @@
+"""What a run leaves on the disk, and how a later call finds it, goes on with it, or clears it away.
+
+OUT_DIR/RUN/  config.json  metrics.jsonl  tensorboard/  loss.png  diagnosis.png  tokenizer/  checkpoints/step_000100/
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_native.runs import checkpoint
+from nanochat_native.runs.config import (
+    EXAMPLES,
+    LEARNING_RATE_FLAGS,
+    STDLIB,
+    C,
+    FinetuneConfig,
+    TrainConfig,
+    command_of,
+    parse,
+    shown,
+    to_json,
+    with_defaults,
+)
+from nanochat_native.runtime.errors import ConfigError
+from nanochat_native.runtime.flags import UNSET, flag
+
+FORMAT = "nanochat-native run"
+ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "diagnosis.png", "tokenizer", "checkpoints")
+DAMAGED_LOGS = "metrics.damaged*.jsonl"  # put aside by metrics.keep_until
+# What may differ when a run goes on. Anything else would make it another run, but for a longer horizon.
+PER_CALL_FLAGS = ("resume", "overwrite", "dry_run", "print_config", "json", "out_dir", "run")
+MAY_CHANGE_ON_RESUME = (
+    *PER_CALL_FLAGS,
+    "cache_dir",
+    "eval_every",
+    "eval_tokens",
+    "sample_every",
+    "save_every",
+    "keep",
+    "diagnose",
+    "diagnose_every",
+    "max_skipped_steps",
+    "check_replicas_every",
+)
+# What is compared by its content, by the hash that the run keeps, and not by its path.
+COMPARED_BY_CONTENT = ("data", "text_column", "val_data")
+CHANGES_ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
+
+
+def configure(
+    args: Sequence[str],
+    kind: type[C] = TrainConfig,  # type: ignore[assignment]
+    complete: Callable[[C], C] | None = None,
+) -> tuple[C, list[str]]:
+    """The config that `args` ask for, sized but for its horizon, and what it changes in the rounding of a resumed run.
+
+    With --resume the flags that are not given are the run's own, and --resume becomes None where "auto" finds no run.
+    kind: of the config; complete: what fills in the rest of a new one, `sized` by default. Raises ConfigError.
+    """
+    complete = complete or sized
+    config = parse(args, kind=kind)
+    if config.resume in (None, "auto"):
+        config = complete(config)
+        if config.resume is None:
+            return config, []
+        if not (config.run_dir / "config.json").exists():
+            return dataclasses.replace(config, resume=None), []
+    folder = config.run_dir if config.resume == "auto" else _folder_of(Path(str(config.resume)))
+    saved = load_config(folder)
+    if not isinstance(saved, kind) or type(saved) is not kind:
+        raise ConfigError(f"{folder} is a run of nanochat_native.{command_of(saved)}: that goes on with it")
+    wanted = dataclasses.replace(complete(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
+    return wanted, changes(saved, wanted)
+
+
+def sized(config: C) -> C:
+    """The config with device, data and what follows from them filled in. Raises ConfigError for a GPU that is not
+    there."""
+    gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch sees no GPU; take --device cpu")
+    data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
+    return with_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
+
+
+def _folder_of(path: Path) -> Path:
+    """The run's folder, given that, its `checkpoints`, or the newest checkpoint in there."""
+    if is_run(path.parent.parent) and path.name != max(os.listdir(path.parent)):
+        raise ConfigError(f"--resume {path}: there are newer checkpoints; a run goes on from its newest")
+    places = (path, path.parent, path.parent.parent)
+    named = (path, *(folder.parent for folder in places[:2] if folder.name == "checkpoints"))
+    return next((folder for folder in places if is_run(folder)), named[-1])
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds the config.json of a run."""
+    try:
+        _read_config(folder)
+    except ConfigError:
+        return False
+    return True
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What the config.json of a run holds. Raises ConfigError that tells a missing one from a damaged one."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise ConfigError(f"{folder} is no run of this program: {path.name} is of another one")
+        if not isinstance(content["config"], dict):
+            raise TypeError("config is no object")
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} is no run of this program: it has no {path.name}") from None
+    except NotADirectoryError:
+        raise ConfigError(f"{folder} is no folder") from None
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    return content
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """The config of the run in `folder`. Raises ConfigError when there is none, or one of another version."""
+    flags = _read_config(folder)["config"]
+    if flags.get("optimizer") == "sgd" and "ns_steps" not in flags:  # sgd once had one rate for everything
+        flags |= dict.fromkeys(LEARNING_RATE_FLAGS, 0.1 if flags["matrix_lr"] == UNSET else flags["matrix_lr"])
+    place = folder if folder.name not in ("", "..") else folder.resolve()
+    flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
+    try:
+        if "rate_scale" in flags:
+            flags["checkpoint"] = Path(flags["checkpoint"])
+            return FinetuneConfig(**flags)
+        return TrainConfig(**flags)
+    except TypeError as error:
+        raise ConfigError(f"{folder / 'config.json'} was written by another version ({error})") from None
+
+
+def require_same_data(config: TrainConfig, data_hash: str) -> None:
+    """Raises ConfigError where the run in the config's folder began with other data: another hash or, where none was
+    kept, another path."""
+    kept = _read_config(config.run_dir)
+    if "data_hash" in kept:
+        same = kept["data_hash"] == data_hash
+    else:
+        same = all(kept["config"].get(name) == getattr(config, name, None) for name in COMPARED_BY_CONTENT)
+    if not same:
+        raise other_data(config)
+
+
+def other_data(config: TrainConfig) -> ConfigError:
+    values = {name: getattr(config, name, None) for name in COMPARED_BY_CONTENT}
+    given = ", ".join(f"{flag(name)} {value}" for name, value in values.items() if value is not None)
+    return ConfigError(
+        f"{config.run_dir}: the data or the tokenizer is not what this run began with ({given or 'no --data'}); "
+        "another run takes another --run NAME"
+    )
+
+
+def save_config(config: TrainConfig, data_hash: str | None = None) -> None:
+    """Write the run's config.json, atomically; it also marks the folder as a run. data_hash: the corpus's, if known."""
+    path = config.run_dir / "config.json"
+    flags: dict[str, Any] = {name: value for name, value in to_json(config).items() if name not in PER_CALL_FLAGS}
+    temporary = path.with_suffix(".tmp")
+    content = {"format": FORMAT, "config": flags} | ({} if data_hash is None else {"data_hash": data_hash})
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def changes(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
+    """What `wanted` changes that alters the rounding of the run that goes on, flag by flag.
+
+    Raises ConfigError, naming the flags, for changes that would make it another run.
+    """
+    allowed = {*MAY_CHANGE_ON_RESUME, *COMPARED_BY_CONTENT, *CHANGES_ROUNDING, "num_iterations"}
+    if checkpoint.steps(saved.run_dir / "checkpoints"):
+        allowed.add("checkpoint")  # of fine-tuning; compared by its weights
+    differing = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(wanted, f.name)]
+    refused = [name for name in differing if name not in allowed]
+    if wanted.num_iterations < saved.num_iterations:
+        refused.append("num_iterations")
+    if refused:
+        listed = ", ".join(f"{flag(name)} {shown(saved, name)} -> {shown(wanted, name)}" for name in refused)
+        raise ConfigError(f"the run in {saved.run_dir} keeps its flags: {listed}; another run takes another --run NAME")
+    return [
+        f"{flag(name)} {shown(saved, name)} -> {shown(wanted, name)}" for name in differing if name in CHANGES_ROUNDING
+    ]
+
+
+def check_free(config: TrainConfig) -> None:
+    """Raises ConfigError when a new run would overwrite something that --overwrite does not allow it to."""
+    folder = config.run_dir
+    if not folder.exists() or config.resume is not None:
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give another --run NAME or --out-dir PATH")
+    if not any(folder.iterdir()):
+        return
+    try:
+        _read_config(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; give another --run NAME or --out-dir PATH") from None
+    if not config.overwrite:
+        raise ConfigError(
+            f"{folder} holds a run: --resume auto goes on with it, --run NAME starts another, --overwrite deletes"
+        )
+
+
+def claim(config: TrainConfig) -> int:
+    """Make the run's folder and lock it against a second process; clear it first with --overwrite.
+
+    Of an old run only its own entries are deleted. Returns the descriptor that holds the lock: closing it, or the end
+    of the process, however it ends, gives it up. Raises ConfigError when the folder is taken.
+    """
+    check_free(config)
+    folder = config.run_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"the folder of the run cannot be made ({error}); give another --out-dir PATH") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"another process is training in {folder}") from None
+    if config.overwrite and is_run(folder):
+        # config.json marks the folder as a run: it goes last, so that a deletion that was cut short can be taken up
+        # again.
+        for path in (*folder.glob(DAMAGED_LOGS), *(folder / name for name in reversed(ENTRIES))):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    return descriptor

@@ -1,0 +1,71 @@
+"""Loads the model and the tokenizer of a run from its folder."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_native.data.tokenizer import Tokenizer
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.gpt import GPT
+from nanochat_native.runs import checkpoint
+
+
+def load_model(
+    run_folder: Path | str,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    warn: Callable[[str], None] = print,
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """(model, tokenizer, the checkpoint's meta) of RUN/checkpoints/step_* and RUN/tokenizer, on `device`.
+
+    step: which checkpoint; None for the newest that is intact, and `warn` is told of newer ones that are damaged.
+
+    Raises FileNotFoundError when there is no such folder, checkpoint.CheckpointError when no checkpoint is intact or
+    there is none of that step, and ValueError when its weights, its model_config and the tokenizer do not belong
+    together, or there is no tokenizer.
+    """
+    run_folder = Path(run_folder)
+    if run_folder.is_file():
+        raise FileNotFoundError(f"{run_folder} is a file; a model is the folder of a run")
+    if not run_folder.is_dir():
+        raise FileNotFoundError(f"{run_folder}: no such run folder")
+    tensors, meta = checkpoint.load(run_folder / "checkpoints", step, warn=warn)
+    missing = [name for name in ("tokenizer_hash", "model_config", "step") if name not in meta]
+    if missing or "model" not in tensors:
+        raise ValueError(f"{run_folder}: its checkpoint has no {', '.join(missing) or 'weights of a model'}")
+    if meta["tokenizer_hash"] is None:
+        raise ValueError(f"{run_folder} was trained on tokens without a tokenizer: it has no text")
+    tokenizer = Tokenizer.load(run_folder / "tokenizer")
+    if meta["tokenizer_hash"] != tokenizer.hash:
+        raise ValueError(f"{run_folder / 'tokenizer'} is not the tokenizer that the model was trained with")
+    try:
+        config = GPTConfig(**meta["model_config"])
+    except (TypeError, ValueError) as error:
+        reason = re.sub(r"^\S*__init__\(\) ", "", str(error))
+        raise ValueError(f"{run_folder}: its model_config is not one of this version ({reason})") from None
+    with torch.device("meta"):
+        model = GPT(config)
+    check_weights(run_folder, tensors["model"], model)
+    model.to_empty(device=device)
+    model.init_rotary()
+    model.load_state_dict(tensors["model"])
+    return model, tokenizer, meta
+
+
+def check_weights(source: Path, tensors: Mapping[str, Tensor], model: GPT) -> None:
+    """Raises ValueError, naming up to three, for tensors that are missing, unknown, or of another shape than the
+    model's. source: for the message."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    wrong += [f"{name} is unknown" for name in tensors if name not in expected]
+    for name, shape in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            wrong.append(f"{name} has shape {tuple(tensors[name].shape)}; it takes {shape}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{source}: the weights do not fit model_config: {', '.join(wrong[:3])}{more}")

@@ -1,0 +1,168 @@
+"""Ranks: who this process is among those that torchrun started, and what all of them agree on."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+TIMEOUT_SECONDS = 600  # that a rank waits for another, unless NANOCHAT_RANK_TIMEOUT says otherwise
+
+
+class RankError(RuntimeError):
+    """Something went wrong on one rank, or the ranks differ: all of them stop with this one message."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank has ended or stalled."""
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of size processes; local_rank of those on this machine. One process alone needs no group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: dist.ProcessGroup | None = None
+    background: dist.ProcessGroup | None = None  # of the CPU, for what goes on beside the training
+
+    @property
+    def is_rank0(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks. Values that pickle."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Adds up over the ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def all_reduce_max(self, number: int) -> int:
+        """The largest of every rank's number."""
+        if self.group is None:
+            return number
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+    def barrier(self) -> None:
+        """Wait until all ranks have called this."""
+        self.all_gather_object(None)
+
+    def run_collectively(self, action: Callable[[], T], *expected: type[Exception], long_running: bool = False) -> T:
+        """action(), on every rank. Where it raised one of `expected` on some, all raise RankError with that message;
+        one process alone raises what the action does.
+
+        long_running: on some ranks it may take hours.
+        """
+        if self.group is None:
+            return action()
+        result, message = None, ""
+        try:
+            result = action()
+        except expected as error:
+            message = str(error) or type(error).__name__  # MemoryError() has no message
+        if long_running and self.background is not None:
+            dist.monitored_barrier(self.background, timeout=timedelta(days=1))
+        messages = self.all_gather_object(message)
+        failed = [rank for rank, text in enumerate(messages) if text]
+        if failed:
+            same = len({messages[rank] for rank in failed}) == 1 and len(failed) == self.size
+            raise RankError(messages[failed[0]] if same else f"rank {failed[0]}: {messages[failed[0]]}")
+        return result  # type: ignore[return-value]
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Raises RankError, on all ranks, naming the first fact that differs between two of them."""
+        everyone = self.all_gather_object(facts)
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs.get(name) != value:
+                    raise RankError(f"the ranks differ in {name}: {value!r} on rank 0, {theirs.get(name)!r} on {rank}")
+
+
+def launched_by_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def environment_rank() -> int:
+    """Return the rank of this process from the environment; it needs no process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def init_process_group() -> Iterator[World]:
+    """The world that torchrun's environment describes: gloo for tensors of the CPU, NCCL for those of GPUs.
+
+    Raises RankError where a machine has more ranks than GPUs, or where another rank does not answer in time.
+    """
+    if not launched_by_torchrun():
+        yield World()
+        return
+    local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    gpus = torch.cuda.device_count()
+    if gpus:
+        if local_size > gpus:
+            raise RankError(f"{local_size} ranks on a machine with {gpus} GPUs: take --nproc_per_node {gpus}")
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    seconds = float(os.environ.get("NANOCHAT_RANK_TIMEOUT", TIMEOUT_SECONDS))
+    timeout = timedelta(seconds=seconds)
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+        background = dist.new_group(backend="gloo", timeout=timeout)
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, dist.group.WORLD, background)
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, RankError) or not re.search(r"[Tt]imed? ?out|[Cc]onnection", str(error)):
+            raise
+        what = "does not answer" if re.search(r"[Tt]imed? ?out", str(error)) else "is gone"
+        reason = str(error).splitlines()[0]
+        raise LostRankError(f"another rank {what}, after at most {seconds:.0f} s ({reason})") from None
+    # After an error the group is left as it is: to take it down, a rank would wait for the others.
+    dist.destroy_process_group()
+
+
+def exit_rank(code: int) -> int:
+    """For a rank that ends by itself: the exit code; under torchrun, the end of the process, which waits for nobody."""
+    if launched_by_torchrun():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def checksums(tensors: list[Tensor]) -> Tensor:
+    """One number for the bits of each tensor, int64 (n,), on the CPU: a sum in which places have weights."""
+    found = []
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(torch.uint8).flatten()
+        bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 4)).view(torch.int32).to(torch.int64)
+        weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x9E3779B97F4A7C1 | 1
+        found.append((bits * weights).sum())
+    return torch.stack(found).cpu()
+
+
+def require_same_bits(world: World, named: list[tuple[str, Tensor]]) -> None:
+    """Raises RankError, on all ranks, naming the first tensor that differs between rank 0 and another."""
+    everyone = world.all_gather_object(checksums([tensor for _, tensor in named]).tolist())
+    for rank, theirs in enumerate(everyone):
+        for (name, _), mine, other in zip(named, everyone[0], theirs, strict=True):
+            if mine != other:
+                raise RankError(f"{name} of rank {rank} is not that of rank 0: the replicas have come apart")

@@ -1,0 +1,123 @@
+"""What the machine can do: its peak rate, against which a run is measured, and its memory."""
+
+import os
+import platform
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Dense bfloat16 tensor-core rate, FLOP/s, with float32 accumulation and without sparsity, from NVIDIA's data sheets and
+# architecture whitepapers. The first row whose words all occur in the device's name counts.
+GPU_PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("gb200",), 2.5e15),
+    (("b200",), 2.25e15),
+    (("b100",), 1.8e15),
+    (("h200", "nvl"), 835e12),
+    (("h200",), 989e12),
+    (("gh200",), 989e12),
+    (("h100", "nvl"), 835e12),
+    (("h100", "pcie"), 756e12),
+    (("h100",), 989e12),
+    (("h800", "pcie"), 756e12),
+    (("h800",), 989e12),
+    (("h20",), 148e12),
+    (("a100",), 312e12),
+    (("a800",), 312e12),
+    (("a40",), 149.7e12),
+    (("a30",), 165e12),
+    (("l40s",), 362e12),
+    (("l4",), 121e12),
+    (("rtx", "pro", "6000"), 503.8e12),
+    (("6000", "ada"), 364.2e12),
+    (("a6000",), 154.8e12),
+    (("5090",), 209.5e12),
+    (("4090",), 165.2e12),
+    (("3090",), 71e12),
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Highest rate in FLOP/s, and where the figure comes from; None when it is not known."""
+
+    flops: float | None
+    source: str
+
+
+def gpu_peak(name: str, dtype: torch.dtype) -> Peak:
+    """Peak of a GPU by its device name, such as "NVIDIA H100 80GB HBM3"; known for bfloat16."""
+    if dtype != torch.bfloat16:
+        return Peak(None, f"the table holds bfloat16 rates, not {dtype}")
+    words = name.lower().replace("-", " ").split()
+    if "laptop" in words:
+        return Peak(None, f"{name}: laptop GPUs keep the name of faster ones")
+    for needed, flops in GPU_PEAKS:
+        if all(word in words for word in needed):
+            return Peak(flops, f"{name}, dense bfloat16")
+    return Peak(None, f"{name} is not in the table")
+
+
+def cpu_peak(seconds: float = 0.1) -> Peak:
+    """The best rate of torch's float32 sgemm, 1536 x 1536, within about `seconds`, with torch's threads.
+
+    A run can pass it: kernels of our own may be faster than torch's, and the FLOPs of a token count attention in full.
+    """
+    n = 1536
+    a, b = torch.ones(n, n), torch.ones(n, n)
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return Peak(2 * n**3 / best, f"torch's sgemm, measured, {torch.get_num_threads()} threads")
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """Peak rate of `device`: from the table for a GPU, measured on a CPU (whose bfloat16 is compared with float32's
+    too)."""
+    if device.type == "cuda":
+        return gpu_peak(torch.cuda.get_device_name(device), dtype)
+    return cpu_peak()
+
+
+def describe(device: torch.device) -> str:
+    """One phrase: "H200 sm_90" or "AMD EPYC 7B13, 2 threads"."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device).removeprefix('NVIDIA ')} sm_{major}{minor}"
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(highest use so far by this process, all there is) of the device's memory, bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return used, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; None: the GPU where torch sees one, else the CPU. ValueError for a missing GPU."""
+    gpu = torch.cuda.is_available()
+    if name is None:
+        return torch.device("cuda" if gpu else "cpu")
+    if torch.device(name).type == "cuda" and not gpu:
+        raise ValueError(f"--device is {name}, but torch sees no GPU; take cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The precision that models run in: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -1,0 +1,192 @@
+"""Numerical health of a run, layer by layer, for train --diagnose: what gradients, updates and activations look like.
+
+A layer is a block of the transformer ("h.0"), wte or lm_head. Quantities, as "<quantity>/<layer>":
+
+    gradient_norm         Euclidean norm of the layer's gradient, averaged over the ranks, before clipping
+    update_norm           of what the step added to its weights
+    update_to_weight      that over the norm of its weights
+    orthogonality_error   |O O^T - 1| / sqrt(r), Frobenius, on the shorter side r of what Muon orthogonalised; the worst
+                          matrix. Newton-Schulz's quintic takes singular values to 0.7 to 1.2, the smallest not so
+                          far: 0.3 is good, and 0.5 usual of square matrices. NorMuon's updates are not meant to
+                          be orthogonal; where weights travel in bfloat16, rounding is in it
+    attention_logit       largest |q . k| scale that a query sees; QK-norm bounds it by sqrt(head_dim)
+    dead_units            share of the MLP's hidden units that are 0 on every token
+
+The last two are taken on a fixed piece of the validation text.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_native import ops
+from nanochat_native.model.gpt import GPT, MLP, Attention
+from nanochat_native.optim import Muon
+from nanochat_native.optim.base import Optimizer
+from nanochat_native.optim.muon import split_heads
+from nanochat_native.runtime.distributed import World
+
+ROWS = 2  # sequences of the validation text that the activations are taken from
+
+
+def layer_of(name: str) -> str:
+    """transformer.h.0.attn.c_q.weight -> h.0; transformer.wte.weight -> wte."""
+    parts = name.removeprefix("transformer.").split(".")
+    return ".".join(parts[:2]) if parts[0] == "h" else parts[0]
+
+
+class Diagnosis:
+    """Looks at a step of training: begin() before the update, finish() after it. It changes nothing.
+
+    seconds, count: spent so far, and on how many steps. Between the two calls it holds a copy of the weights.
+    """
+
+    def __init__(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer], world: World) -> None:
+        self.model, self.optimizers, self.world = model, optimizers, world
+        self.seconds, self.count = 0.0, 0
+        self._before: dict[str, Tensor] = {}
+        self._found: dict[str, float] = {}
+
+    @torch.no_grad()
+    def begin(self, norm: float, max_norm: float) -> None:
+        """norm: of all gradients before they were clipped to max_norm. Every rank takes part; what raises on one is a
+        RankError on all."""
+        start = self._now()
+        unclipped = max(1.0, norm / max_norm)
+        self._found = {}
+        try:
+            own = self.world.run_collectively(self._look_at_gradients, Exception)
+        except Exception:
+            self._before = {}
+            raise
+        everyone = self.world.all_gather_object(own)
+        for layer in dict.fromkeys(layer_of(name) for name, _ in self.model.named_parameters()):
+            square = sum(squares.get(layer, 0.0) for squares in everyone)
+            self._found[f"gradient_norm/{layer}"] = math.sqrt(square) * unclipped
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def finish(self, probe: Tensor) -> dict[str, float]:
+        """All quantities of the step; of the first rank alone. probe: (rows, T) int64, for the activations."""
+        start = self._now()
+        try:
+            if self.world.is_rank0:
+                self._found |= self._updates()
+                self._found |= activations(self.model, probe)
+        finally:
+            self._before = {}
+        self.seconds += time.perf_counter() - start
+        self.count += 1
+        return self._found
+
+    def _now(self) -> float:
+        """When what the device was told before is done."""
+        if self.model.wte.weight.is_cuda:
+            torch.cuda.synchronize(self.model.wte.weight.device)
+        return time.perf_counter()
+
+    def _look_at_gradients(self) -> dict[str, float]:
+        """Squared norms by layer, of the gradients that this rank updates with. The first rank keeps the weights."""
+        if self.world.is_rank0:
+            self._before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        own: dict[str, Any] = defaultdict(float)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if isinstance(optimizer, Optimizer):
+                    pairs = [(piece.parameter, piece.gradient) for piece in optimizer.pieces(group)]
+                else:
+                    pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
+                for parameter, gradient in pairs:
+                    own[layer_of(names[parameter])] += _square(gradient)
+        return {layer: float(square) for layer, square in own.items()}
+
+    def _updates(self) -> dict[str, float]:
+        moved: dict[str, Any] = defaultdict(float)
+        weights: dict[str, Any] = defaultdict(float)
+        for name, parameter in self.model.named_parameters():
+            before = self._before[name]
+            moved[layer_of(name)] += _square(parameter - before)
+            weights[layer_of(name)] += _square(before)
+        found = {}
+        for layer in moved:
+            update, weight = math.sqrt(moved[layer]), math.sqrt(weights[layer])
+            found[f"update_norm/{layer}"] = update
+            found[f"update_to_weight/{layer}"] = update / weight if weight else 0.0
+        for name, error in self._orthogonality():
+            key = f"orthogonality_error/{layer_of(name)}"
+            found[key] = max(error, found.get(key, 0.0))
+        return found
+
+    def _orthogonality(self) -> Iterable[tuple[str, float]]:
+        parameters = dict(self.model.named_parameters())
+        groups = [group for each in self.optimizers if isinstance(each, Muon) for group in each.param_groups]
+        for group in groups:
+            if not group["lr"]:
+                continue
+            for name in group["param_names"]:
+                before = self._before[name]
+                update = (before - parameters[name]) / group["lr"]
+                decay = before * group["weight_decay"]
+                if group["cautious"]:  # it decayed just where the update has the weight's sign, and so has the sum
+                    decay = decay * (update * before > 0)
+                blocks = split_heads((update - decay)[None], group["heads"], group["head_axis"])
+                yield name, orthogonality_error(blocks / max(1.0, blocks.size(-2) / blocks.size(-1)) ** 0.5)
+
+
+def orthogonality_error(matrices: Tensor) -> float:
+    """|O O^T - 1| / sqrt(r), Frobenius, of the worst of (..., rows, columns), r the shorter side."""
+    if matrices.size(-2) > matrices.size(-1):
+        matrices = matrices.mT
+    gram = matrices @ matrices.mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return float(torch.linalg.matrix_norm(gram).max()) / matrices.size(-2) ** 0.5
+
+
+@torch.no_grad()
+def activations(model: GPT, idx: Tensor) -> dict[str, float]:
+    """attention_logit and dead_units of every block, from a forward pass of idx (rows, T) int64."""
+    found: dict[str, float] = {}
+    hooks = []
+    for number, block in enumerate(model.blocks):
+
+        def look_at_attention(module: Attention, inputs: Any, layer: str = f"h.{number}") -> None:
+            found[f"attention_logit/{layer}"] = largest_logit(module, *inputs[:3])
+
+        def look_at_mlp(module: MLP, inputs: Any, layer: str = f"h.{number}") -> None:
+            hidden = ops.linear(inputs[0], module.c_fc.weight)
+            found[f"dead_units/{layer}"] = 1 - float((hidden > 0).flatten(0, -2).any(0).float().mean())
+
+        hooks += [block.attn.register_forward_pre_hook(look_at_attention)]
+        hooks += [block.mlp.register_forward_pre_hook(look_at_mlp)]
+    try:
+        model(idx, last_only=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@torch.no_grad()
+def largest_logit(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> float:
+    """max |q . k| / sqrt(head_dim) over all pairs that a query sees, of x (B, T, C)."""
+    q, k, _ = attention.project(x, cos, sin)
+    distance = torch.arange(q.size(1), device=q.device)[:, None] - torch.arange(k.size(1), device=q.device)
+    seen = distance >= 0 if attention.window is None else (distance >= 0) & (distance <= attention.window)
+    group = q.size(2) // k.size(2)
+    largest = torch.zeros((), device=q.device)
+    for row in range(q.size(0)):
+        for head in range(q.size(2)):  # one (T, T) at a time
+            logits = q[row, :, head].float() @ k[row, :, head // group].float().mT
+            largest = torch.maximum(largest, (logits.abs_() * seen).max())
+    return float(largest) / math.sqrt(attention.head_dim)
+
+
+def _square(tensor: Tensor) -> float:
+    """Squared norm. By rows, because torch's float32 norm of a whole tensor errs by 1e-4 on a CPU."""
+    return float(torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).double().square().sum())

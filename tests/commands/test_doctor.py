@@ -1,0 +1,206 @@
+"""python -m nanochat_native.doctor: what it prints, and that it finds what is broken."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from backends import operators
+
+from nanochat_native import doctor, ops
+from nanochat_native.ops import native, self_test
+
+OPERATORS = list(self_test.CHECKS)
+
+
+def run(before="", **environment):
+    script = f"{before}\nimport runpy; runpy.run_module('nanochat_native.doctor', run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | environment, timeout=120
+    )
+
+
+def test_a_healthy_machine():
+    command = [sys.executable, "-m", "nanochat_native.doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert torch.__version__ in lines["versions"]
+    assert ops.build_info()["compiler"] in lines["built"]
+    assert ops.instruction_set() in lines["machine"]
+    assert "native" in lines["backend"]
+    for op in OPERATORS:
+        assert re.search(r"cpu: (native,|torch \(.*\), its kernel) off its twin by \d", lines[op])
+
+
+def test_the_torch_backend_is_reported():
+    result = run(NANOCHAT_NATIVE_BACKEND="torch")
+    assert result.returncode == 0
+    assert result.stdout.count("cpu: torch (chosen by") == len(OPERATORS)
+
+
+def test_a_missing_module_is_broken():
+    result = run("import sys; sys.modules['nanochat_native._C'] = None")
+    assert result.returncode == 1
+    assert "is not built for this Python: run `pip install --no-build-isolation .`" in result.stderr
+
+
+def test_a_missing_torch_is_broken():
+    result = run("import sys; sys.modules['torch'] = None")
+    assert result.returncode == 1
+    assert "torch cannot be imported" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_impossible_instruction_set_is_broken():
+    result = run(NANOCHAT_CPU_ISA="mmx")
+    assert result.returncode == 1
+    assert "broken: NANOCHAT_CPU_ISA=mmx" in result.stderr
+
+
+def test_every_operator_is_checked():
+    """Each one that the package has, and nothing else."""
+    assert set(self_test.CHECKS) == operators()
+
+
+def broken_by(monkeypatch, capsys, name, wrong):
+    """What doctor says with the native function `name` replaced by wrong(original)."""
+    monkeypatch.setattr(native, name, wrong(getattr(native, name)))
+    code = doctor.main()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("broken: ")]
+    assert code == (1 if said else 0)
+    return said
+
+
+@pytest.mark.parametrize("wrong", [0.0, torch.nan])
+def test_a_wrong_kernel_is_broken(monkeypatch, capsys, wrong):
+    (said,) = broken_by(monkeypatch, capsys, "newton_schulz", lambda _: lambda g, *_: torch.full_like(g, wrong))
+    assert said.startswith(f"broken: newton_schulz on the CPU ({ops.instruction_set()}) is off its twin by ")
+
+
+VALUES = ["attention", "newton_schulz", "muon_momentum_", "linear_cross_entropy", "linear", "cached_forward_"]
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("factor", [1.05, torch.nan])
+def test_a_wrong_value_is_noticed(monkeypatch, capsys, name, factor):
+    def wrong(function):
+        def call(*args, **options):
+            out = function(*args, **options)
+            return tuple(factor * x for x in out) if isinstance(out, tuple) else factor * out
+
+        return call
+
+    said, *_ = broken_by(monkeypatch, capsys, name, wrong)  # linear's gradients are scaled with it
+    assert said.startswith(f"broken: {name} on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *(("attention", i) for i in range(3)),
+        *((name, i) for name in ("linear_cross_entropy", "linear") for i in range(2)),
+    ],
+)
+@pytest.mark.parametrize("factor", [0.0, 1.05])
+def test_a_wrong_gradient_is_noticed(monkeypatch, capsys, name, argument, factor):
+    """The value is right, the gradient of one argument is `factor` times what it is."""
+
+    def wrong(function):
+        def call(*args):
+            args = list(args)
+            x = args[argument]
+            if x.requires_grad:
+                x = x.view_as(x)
+                x.register_hook(lambda grad: factor * grad)
+                args[argument] = x
+            return function(*args)
+
+        return call
+
+    (said,) = broken_by(monkeypatch, capsys, name, wrong)
+    assert said.startswith(f"broken: {'linear_backward' if name == 'linear' else name} on the CPU")
+
+
+UPDATED = {
+    "adamw_": lambda args, options: [args[0][0], args[2][0], args[3][0]],
+    "muon_momentum_": lambda args, options: [args[1][0]],
+    "muon_update_": lambda args, options: [args[0][0]],
+    "newton_schulz_update_": lambda args, options: [args[0][0]],
+    "cached_forward_": lambda args, options: [options["cache"]],
+}
+WHAT = [(name, index) for name, count in zip(UPDATED, (3, 1, 1, 1, 1), strict=True) for index in range(count)]
+
+
+@pytest.mark.parametrize(("name", "index"), WHAT)
+def test_what_is_updated_wrongly_is_noticed(monkeypatch, capsys, name, index):
+    def wrong(function):
+        def call(*args, **options):
+            tensor = UPDATED[name](args, options)[index]
+            before = tensor.clone()
+            out = function(*args, **options)
+            tensor.lerp_(before, 0.5)  # half of the update is missing
+            return out
+
+        return call
+
+    (said,) = broken_by(monkeypatch, capsys, name, wrong)
+    assert said.startswith(f"broken: {name} on the CPU")
+
+
+def test_one_of_several_results_is_noticed(monkeypatch, capsys):
+    """The norms of muon_momentum_, beside a right update."""
+
+    def wrong(function):
+        def call(*args, **options):
+            update, norms = function(*args, **options)
+            return update, 1.05 * norms
+
+        return call
+
+    assert len(broken_by(monkeypatch, capsys, "muon_momentum_", wrong)) == 1
+
+
+def test_a_step_of_generation_is_checked(monkeypatch, capsys):
+    def wrong(function):
+        return lambda *args: function(*args) if args[-1] is None else 1.05 * function(*args)
+
+    assert len(broken_by(monkeypatch, capsys, "attention", wrong)) == 1
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_kernel_of_linear_is_checked_on_every_processor(monkeypatch, capsys, pays):
+    monkeypatch.setattr(native, "_linear", "native" if pays else "torch")
+    assert doctor.main() == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    start = "cpu: native, off" if pays else "cpu: torch (the library's product, by NANOCHAT_LINEAR or because"
+    assert start in lines["linear"]
+    assert start in lines["linear_backward"]
+
+
+def test_a_stale_module_is_broken(monkeypatch, capsys):
+    monkeypatch.setattr("nanochat_native.__version__", "9.9.9")
+    assert doctor.main() == 1
+    assert "install again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        ("8.0+PTX 9.0a", (8, 0), True),
+        ("8.0+PTX 9.0a", (8, 6), True),
+        ("8.0+PTX 9.0a", (9, 0), True),
+        ("8.0+PTX 9.0a", (12, 0), True),
+        ("8.0+PTX 9.0a", (7, 5), False),
+        ("8.0 9.0a", (8, 9), True),
+        ("8.0 9.0a", (10, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("8.6", (8, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_architectures_cover_a_gpu(architectures, capability, expected):
+    assert self_test.covers(architectures, capability) is expected

@@ -1,0 +1,406 @@
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from backends import BACKENDS, use
+
+from nanochat_native import generate
+from nanochat_native.data.tokenizer import Tokenizer
+from nanochat_native.inference.generation import generate_text, generate_tokens, sample
+from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.gpt import GPT
+from nanochat_native.runs import checkpoint
+from nanochat_native.runs.saved_model import load_model
+
+CONFIG = GPTConfig(sequence_len=16, vocab_size=60, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use(request.param):
+        yield request.param
+
+
+def build(config=CONFIG, seed=0):
+    model = GPT(config)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "c_proj" in name or "lm_head" in name:
+                parameter.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def first_of(rows):
+    return [row[0] for row in rows]
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, n_kv_head=1, window_pattern="SSSL", n_layer=5)])
+def test_greedy_equals_the_whole_forward(backend, config):
+    model, tokens = build(config), list(PROMPT)
+    with torch.no_grad():
+        for _ in range(30):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert first_of(generate_tokens(model, PROMPT, max_tokens=30, temperature=0)) == tokens[len(PROMPT) :]
+    assert len(set(tokens)) > 5, "a sequence that repeats one token shows little"
+
+
+def test_same_seed_same_tokens(backend):
+    model = build()
+
+    def draw(seed):
+        return first_of(generate_tokens(model, PROMPT, max_tokens=20, temperature=1.0, seed=seed))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_global_random_state_is_neither_read_nor_changed():
+    model = build()
+    with use("torch"):
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        first = list(generate_tokens(model, PROMPT, max_tokens=5))
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(6)
+        assert list(generate_tokens(model, PROMPT, max_tokens=5)) == first
+
+
+def test_samples_of_one_prompt_differ_and_are_as_likely_as_alone(backend):
+    model = build()
+    rows = list(generate_tokens(model, PROMPT, max_tokens=12, temperature=1.0, num_samples=4))
+    samples = [list(column) for column in zip(*rows, strict=True)]
+    assert len({tuple(s) for s in samples}) == 4
+    greedy = list(generate_tokens(model, PROMPT, max_tokens=12, temperature=0, num_samples=3))
+    assert all(len(set(row)) == 1 for row in greedy)
+    assert first_of(greedy) == first_of(generate_tokens(model, PROMPT, max_tokens=12, temperature=0))
+
+
+def test_a_stop_token_ends_a_sample(backend):
+    model = build()
+    free = list(generate_tokens(model, PROMPT, max_tokens=40, num_samples=3, seed=1))
+    stop = free[4][0]
+    columns = [list(column) for column in zip(*free, strict=True)]
+    stopped = list(generate_tokens(model, PROMPT, max_tokens=40, num_samples=3, seed=1, stop_tokens=[stop]))
+    lengths = []
+    for column, whole in zip(zip(*stopped, strict=True), columns, strict=True):
+        length = whole.index(stop) if stop in whole else len(whole)
+        lengths.append(length)
+        assert list(column)[:length] == whole[:length]
+        assert all(token is None for token in column[length:])
+    assert lengths[0] <= 4
+    assert len(stopped) == max(lengths)
+
+
+def draws(logits, **settings):
+    generator = torch.Generator().manual_seed(0)
+    settings = {"temperature": 1.0, "top_k": None, "top_p": None, **settings}
+    drawn = sample(torch.tensor([logits]).expand(20000, -1), generator=generator, **settings)
+    return torch.bincount(drawn, minlength=len(logits)) / 20000
+
+
+def test_frequencies_of_the_draws():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probabilities.log().tolist()
+
+    def expect(found, weights):
+        expected = torch.tensor(weights) / sum(weights)
+        assert torch.allclose(found, expected, atol=0.015)
+        assert (found[expected == 0] == 0).all()
+
+    expect(draws(logits), [0.5, 0.3, 0.15, 0.05])
+    expect(draws(logits, temperature=0.5), [0.25, 0.09, 0.0225, 0.0025])
+    expect(draws(logits, top_k=2), [0.5, 0.3, 0.0, 0.0])
+    expect(draws(logits, top_k=9), [0.5, 0.3, 0.15, 0.05])
+    expect(draws(logits, top_p=0.4), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, top_p=0.7), [0.5, 0.3, 0.0, 0.0])
+    expect(draws(logits, top_p=0.9), [0.5, 0.3, 0.15, 0.0])
+    expect(draws(logits, top_p=1.0), [0.5, 0.3, 0.15, 0.05])
+    expect(draws(list(reversed(logits)), top_p=0.7), [0.0, 0.0, 0.3, 0.5])
+    expect(draws(logits, top_k=3, top_p=0.6), [0.5, 0.3, 0.0, 0.0])
+    expect(draws(logits, temperature=0), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, temperature=1e-38), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, temperature=5e-324), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, top_p=5e-324), [1.0, 0.0, 0.0, 0.0])
+    expect(draws(logits, min_p=5e-324), [0.5, 0.3, 0.15, 0.05])
+
+
+def test_bad_arguments_are_refused_at_the_call():
+    model = build()
+    for bad, message in (
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"num_samples": 0}, "num_samples 0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"max_tokens": 153}, "the prompt has 8 tokens, and 153 more are asked for; this model takes 160 together"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"temperature": True}, "temperature is True; it takes a number"),
+        ({"temperature": "0"}, "temperature is '0'; it takes a number"),
+        ({"top_k": True}, "top_k is True; it takes a whole number, or None"),
+        ({"top_k": 2.0}, "top_k is 2.0; it takes a whole number, or None"),
+        ({"top_p": False}, "top_p is False; it takes a number, or None"),
+        ({"seed": 1 << 64}, r"seed is \d+; it takes a whole number from -2\^63 to 2\^64 - 1"),
+        ({"seed": -(1 << 63) - 1}, r"seed is -\d+; it takes"),
+        ({"seed": 1.0}, "seed is 1.0; it takes"),
+        ({"prompt_tokens": []}, "0 tokens"),
+        ({"prompt_tokens": [1, 60]}, "0 to 59"),
+        ({"prompt_tokens": [-1]}, "0 to 59"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate_tokens(**{"model": model, "prompt_tokens": PROMPT, "max_tokens": 4, **bad})
+
+
+def test_as_many_tokens_as_there_are_positions():
+    with use("torch"):
+        assert len(list(generate_tokens(build(), PROMPT, max_tokens=152, temperature=0))) == 152
+
+
+def test_a_diverged_model_is_said_to_be_one():
+    model = build()
+    with use("torch"), torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+        with pytest.raises(ValueError, match="diverged"):
+            list(generate_tokens(model, PROMPT, max_tokens=4))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["def f(x): return x + 1\n" * 50], 280)
+
+
+class Scripted(GPT):
+    """Gives the tokens of a script, whatever it is asked."""
+
+    def __init__(self, config, script):
+        super().__init__(config)
+        self.script = script
+
+    def forward(self, idx, *, kv_cache, last_only=False):
+        position = kv_cache.length
+        kv_cache.length += idx.size(1)
+        step = 0 if position == 0 else kv_cache.length - self.prompt_length
+        if position == 0:
+            self.prompt_length = idx.size(1)
+            self.prompt = idx[0].tolist()
+        logits = torch.zeros(1, 1, self.config.vocab_size)
+        logits[..., self.script[step]] = 10.0
+        return logits
+
+
+def spoken(tokenizer, script, prompt="", max_tokens=None, stop=()):
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    model = Scripted(config, script)
+    pieces = list(
+        generate_text(model, tokenizer, prompt, max_tokens=max_tokens or len(script), temperature=0, stop=stop)
+    )
+    return pieces, model
+
+
+def single_bytes(tokenizer, data):
+    ids = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.vocab_size)}
+    return [ids[bytes([byte])] for byte in data]
+
+
+def test_characters_are_never_cut(tokenizer):
+    text = "aé語🎲z"
+    pieces, model = spoken(tokenizer, single_bytes(tokenizer, text.encode()), prompt="def f")
+    assert pieces == ["a", "é", "語", "🎲", "z"]
+    assert model.prompt == [tokenizer.bos_id, *tokenizer.encode("def f")]
+
+
+def test_bytes_that_are_no_text_are_replaced(tokenizer):
+    pieces, _ = spoken(tokenizer, single_bytes(tokenizer, b"a\xffb" + "語".encode()[:2]))
+    assert "".join(pieces) == "a\ufffdb\ufffd"
+
+
+def test_text_ends_before_a_stop_string(tokenizer):
+    script = single_bytes(tokenizer, b"one END two")
+    assert "".join(spoken(tokenizer, script, stop=("END", "two"))[0]) == "one "
+    assert "".join(spoken(tokenizer, script, stop=("two!",))[0]) == "one END two"
+    with pytest.raises(ValueError, match="stop is"):
+        spoken(tokenizer, script, stop=("",))
+
+
+def test_a_penalty_and_a_share_of_the_likeliest():
+    model = build()
+    with use("torch"):
+        kept = first_of(generate_tokens(model, PROMPT, max_tokens=30, temperature=0, repetition_penalty=1e6))
+        assert len({*kept, *PROMPT}) == len(kept) + len(set(PROMPT)), "no token comes twice"
+        greedy = first_of(generate_tokens(model, PROMPT, max_tokens=12, temperature=0))
+        assert first_of(generate_tokens(model, PROMPT, max_tokens=12, min_p=1.0)) == greedy
+        rows = generate_tokens(model, PROMPT, max_tokens=30, temperature=0, repetition_penalty=1e6, num_samples=3)
+        assert list(rows) == [[token] * 3 for token in kept]
+
+
+def test_text_ends_where_the_model_ends_the_document(tokenizer):
+    script = [*single_bytes(tokenizer, b"ab"), tokenizer.bos_id, *single_bytes(tokenizer, b"cd")]
+    assert spoken(tokenizer, script)[0] == ["a", "b"]
+    assert spoken(tokenizer, script, max_tokens=1)[0] == ["a"]
+
+
+@pytest.fixture
+def run_dir(tmp_path, tokenizer):
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    meta = {"model_config": vars(config), "tokenizer_hash": tokenizer.hash}
+    for step in (1, 2):
+        weights = {name: p.detach() for name, p in build(config, seed=step).named_parameters()}
+        checkpoint.save(tmp_path / "run" / "checkpoints", step, {"model": weights}, meta)
+    return tmp_path / "run"
+
+
+def test_load_model(run_dir, tokenizer):
+    for step, expected_step in ((None, 2), (1, 1)):
+        model, loaded, meta = load_model(run_dir, step)
+        expected = build(model.config, seed=expected_step)
+        assert meta["step"] == expected_step
+        assert loaded.hash == tokenizer.hash
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+        with use("torch"), torch.no_grad():
+            idx = torch.tensor([PROMPT])
+            assert torch.equal(model(idx), expected(idx)), "the rotary tables are not in the checkpoint"
+
+
+def test_load_model_goes_back_to_an_intact_checkpoint_and_says_so(run_dir):
+    damaged = checkpoint.path_of(run_dir / "checkpoints", 2) / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    told = []
+    assert load_model(run_dir, warn=told.append)[2]["step"] == 1
+    assert len(told) == 1
+    assert "step_000002" in told[0]
+
+
+def test_load_model_refuses_what_does_not_belong_together(run_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none: no such run folder"):
+        load_model(tmp_path / "none")
+    folder = run_dir / "checkpoints"
+    tensors, meta = checkpoint.load(folder, 2)
+
+    def saved(**changes):
+        checkpoint.save(folder, 3, {"model": changes.pop("model", tensors["model"])}, {**meta, **changes})
+        return run_dir
+
+    shape = {**meta["model_config"], "n_layer": 2}
+    with pytest.raises(ValueError, match=r"do not fit model_config.*transformer\.h\.2"):
+        load_model(saved(model_config=shape))
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        load_model(saved(tokenizer_hash=None))
+    weights = tensors["model"]
+    first, *others = weights
+    changed = [
+        ({name: weights[name] for name in others}, f"{first} is missing$"),
+        (weights | {"extra": torch.ones(2)}, "extra is unknown$"),
+        (weights | {first: torch.ones(2, 3)}, rf"{first} has shape \(2, 3\); it takes \("),
+        ({"extra": torch.ones(2)}, r"transformer.wte.weight is missing, .* and \d+ more$"),
+    ]
+    for model, message in changed:
+        with pytest.raises(ValueError, match=f"{run_dir}: the weights do not fit model_config: .*{message}"):
+            load_model(saved(model=model))
+    for other, message in (
+        ({**meta["model_config"], "width": 3}, "got an unexpected keyword argument 'width'"),
+        ({**meta["model_config"], "n_head": 0}, "n_head is 0; it takes a whole number from 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{run_dir}: its model_config is not one of this version .{message}"):
+            load_model(saved(model_config=other))
+    for name in ("tokenizer_hash", "model_config"):
+        checkpoint.save(folder, 3, tensors, {key: value for key, value in meta.items() if key != name})
+        with pytest.raises(ValueError, match=f"{run_dir}: its checkpoint has no {name}$"):
+            load_model(run_dir)
+    checkpoint.save(folder, 3, {"optimizer": {"x": torch.ones(2)}}, meta)
+    with pytest.raises(ValueError, match=r"its checkpoint has no weights of a model$"):
+        load_model(run_dir)
+    saved()
+    Tokenizer.train(["other text " * 99], 280).save(run_dir / "tokenizer")
+    with pytest.raises(ValueError, match="not the tokenizer"):
+        load_model(run_dir)
+
+
+def test_command_line(run_dir, capfd):
+    args = ["--checkpoint", str(run_dir), "--prompt", "def f", "--max-tokens", "20", "--seed", "3", "--top-k", "5"]
+    with use("torch"):
+        assert generate.main([*args, "--temperature", "0.9", "--top-p", "0.95"]) == 0
+        printed = capfd.readouterr().out
+        model, tokenizer, _ = load_model(run_dir)
+        settings = {"max_tokens": 20, "temperature": 0.9, "top_k": 5, "top_p": 0.95, "seed": 3}
+        assert printed == "def f" + "".join(generate_text(model, tokenizer, "def f", **settings)) + "\n"
+        flags = ["--min-p", "0.05", "--repetition-penalty", "1.2", "--stop", "x", "yz"]
+        assert generate.main([*args, *flags]) == 0
+        settings = {"max_tokens": 20, "temperature": 0.8, "top_k": 5, "seed": 3, "min_p": 0.05}
+        settings |= {"repetition_penalty": 1.2, "stop": ("x", "yz")}
+        text = "".join(generate_text(model, tokenizer, "def f", **settings))
+        assert capfd.readouterr().out == f"def f{text}\n"
+        generate.main([*args, "--step", "1"])
+        of_first_step = capfd.readouterr().out
+    # The same in a process of its own, as the README calls it.
+    module = [sys.executable, "-m", "nanochat_native.generate", *args, "--step", "1"]
+    env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.run(module, capture_output=True, encoding="utf-8", check=True, env=env)
+    note = r"note: \d+ tokens, and the model was trained on 16: beyond them text gets worse\n"
+    assert process.stdout == of_first_step
+    assert re.fullmatch(note, process.stderr)
+    assert of_first_step != printed
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_what_outgrows_the_training_is_said_once(run_dir, tokenizer, capsys, more):
+    tokens = CONFIG.sequence_len - 1 - len(tokenizer.encode("def f")) + more
+    args = ["--checkpoint", str(run_dir), "--prompt", "def f", "--max-tokens", str(tokens), "--seed", "3"]
+    with use("torch"):
+        assert generate.main(args) == 0
+    expected = "note: 17 tokens, and the model was trained on 16: beyond them text gets worse\n" if more else ""
+    assert capsys.readouterr().err == expected
+
+
+def test_a_closed_pipe_ends_it_without_a_word(run_dir):
+    module = [sys.executable, "-m", "nanochat_native.generate", "--checkpoint", str(run_dir), "--max-tokens", "5"]
+    env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch"}
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as nobody:
+        process = subprocess.run([*module, "--prompt", "a"], stdout=nobody, stderr=subprocess.PIPE, env=env)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
+def test_a_terminal_that_lacks_a_character_ends_nothing(run_dir):
+    module = [sys.executable, "-m", "nanochat_native.generate", "--checkpoint", str(run_dir), "--prompt", "é語"]
+    env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    process = subprocess.run([*module, "--max-tokens", "2"], capture_output=True, check=True, env=env)
+    assert process.stdout.startswith(rb"\xe9\u8a9e")
+    assert process.stderr == b""
+
+
+def test_command_line_mistakes_are_one_line(run_dir, capsys):
+    for args, message in (
+        (["--checkpoint", run_dir / "none"], "no such run folder"),
+        (["--checkpoint", run_dir, "--temperature", "-1"], "temperature is -1"),
+        (["--checkpoint", run_dir, "--max-tokens", "1000"], "1000 more are asked for; this model takes 160 together"),
+        (["--checkpoint", run_dir, "--max-tokens", "0"], "--max-tokens is 0; it takes a number from 1"),
+        (["--checkpoint", run_dir, "--seed", str(1 << 70)], "--seed takes a whole number of at most 9223372036854"),
+        (
+            ["--checkpoint", run_dir, "--prompt", "a\udcff"],
+            "--prompt has a lone surrogate, or bytes that are",
+        ),
+        (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop has a lone surrogate"),
+        (["--checkpoint", run_dir, "--stop", ""], "--stop has an empty text"),
+        (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
+    ):
+        with use("torch"):
+            assert generate.main([str(arg) for arg in args]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        assert message in captured.err

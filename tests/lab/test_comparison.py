@@ -1,0 +1,383 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_range_test import of_train
+from tiny_run import train, wait_until, write_text
+
+from nanochat_native import compare
+from nanochat_native.lab import comparison
+from nanochat_native.lab.comparison import RATIO, SUITES, Comparison, Options, final, reached, summarize, table
+from nanochat_native.runs import checkpoint
+from nanochat_native.runs.config import TrainConfig, parse
+from nanochat_native.runtime.errors import ConfigError
+from nanochat_native.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    write_text(folder / "text.jsonl")
+    return folder
+
+
+def curve(*points):
+    return [{"step": step, "seconds": 2.0 * step, "value": value} for step, value in points]
+
+
+def run_of(case, factor, seed, *points, diverged=False):
+    return {
+        "case": case,
+        "factor": factor,
+        "seed": seed,
+        "curve": curve(*points),
+        "diverged": diverged,
+        "skipped": 0,
+        "unit": "bits per byte",
+    }
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_suites_flags_are_trains(suite):
+    configs = {name: parse(flags.split(), base=TrainConfig()) for name, flags in SUITES[suite].items()}
+    assert len(set(configs.values())) == len(configs)
+    assert all(flag in SUITES["optimizers"] for flag in ("SGD", "Adam", "AdamW", "Muon + SGD", "Muon + AdamW"))
+
+
+def test_reached_lies_between_two_measurements():
+    points = curve((0, 8.0), (10, 6.0), (20, 4.0), (30, 4.5))
+    assert reached(points, 5.0) == (15.0, 30.0)
+    assert reached(points, 4.0) == (20.0, 40.0)
+    assert reached(points, 9.0) == (0, 0.0)
+    assert reached(points, 3.9) is None
+    assert reached(curve((0, None), (10, 3.0)), 4.0) == (10, 20.0)
+
+
+def searched(losses_at, rates=3, seeds=1):
+    """Factors in the order in which they are tried, of a case whose final loss is losses_at(factor)."""
+    comparison = Comparison({"one": TrainConfig(seed=5)}, "one", seeds, rates, None, None, None, [], {})
+    order = []
+    while todo := comparison.todo("one"):
+        order.append(todo)
+        factor, seed = todo
+        comparison.runs.append(run_of("one", factor, seed, (0, 9.0), (10, losses_at(factor))))
+        assert len(order) < 30
+    return comparison, order
+
+
+@pytest.mark.parametrize("optimum", [-3.2, -2, -1, -0.4, 0, 1, 2.3, 3])
+def test_the_search_goes_on_until_the_best_rate_lies_between_two_others(optimum):
+    comparison, order = searched(lambda factor: (math.log(factor, RATIO) - optimum) ** 2)
+    assert [factor for factor, _ in order[:3]] == pytest.approx([1, 1 / RATIO, RATIO])
+    assert math.log(comparison.best_factor("one"), RATIO) == pytest.approx(round(optimum))
+    assert len(order) <= comparison.MOST_RATES
+
+
+def test_the_search_ends_where_nothing_is_best():
+    _, order = searched(lambda factor: -factor)
+    assert len(order) == comparison.MOST_RATES
+
+
+def test_one_rate_is_no_search_and_seeds_follow_the_best():
+    _, order = searched(lambda factor: factor, rates=1, seeds=3)
+    assert order == [(1, 5), (1, 6), (1, 7)]
+    _, order = searched(lambda factor: abs(math.log(factor)), seeds=3)
+    assert order[3:] == [(1, 6), (1, 7)]
+
+
+def test_a_search_in_which_all_diverges_goes_on_to_lower_rates():
+    _, order = searched(lambda factor: 3.0 if factor < 0.1 else None)
+    assert [round(math.log(factor, RATIO)) for factor, _ in order] == [0, -1, 1, -2, -3, -4]
+    comparison, order = searched(lambda factor: None)
+    assert len(order) == comparison.MOST_RATES
+    assert summarize(comparison)[0]["value"] is None
+
+
+def test_a_baseline_that_diverged_is_no_mark():
+    runs = [run_of("a", 1, 0, (0, 8.0), (5, None), diverged=True), run_of("b", 1, 0, (0, 8.0), (5, 2.0))]
+    assert [(row["case"], row["steps_to_baseline"]) for row in summarize(comparison_of(runs))] == [
+        ("b", None),
+        ("a", None),
+    ]
+
+
+def test_a_diverged_run_is_the_worst():
+    assert final(run_of("a", 1, 0, (0, 8.0), (5, 1.0), diverged=True)) == math.inf
+    assert final(run_of("a", 1, 0, (0, 8.0), (5, None))) == math.inf
+    assert final(run_of("a", 1, 0, (0, 8.0), (5, 2.0))) == 2.0
+
+
+def comparison_of(runs, costs=None):
+    cases = {"a": parse(["--optimizer", "adamw"]), "b": parse([]), "c": parse(["--optimizer", "sgd"])}
+    return Comparison(cases, "a", 2, 3, None, None, None, runs, costs or {})
+
+
+def test_the_table_by_hand():
+    runs = [
+        run_of("a", 1.0, 0, (0, 8.0), (10, 5.0), (20, 4.0)),
+        run_of("a", 1.0, 1, (0, 8.0), (10, 6.0), (20, 4.4)),
+        run_of("a", 3.0, 0, (0, 8.0), (10, 7.0), (20, 6.0)),
+        run_of("b", 3.0, 0, (0, 8.0), (10, 4.2), (20, 3.0)),
+        run_of("b", 3.0, 1, (0, 8.0), (10, 5.2), (20, 3.2)),
+        run_of("b", 1.0, 0, (0, 8.0), (10, 5.0), (20, 4.0)),
+        run_of("c", 1.0, 0, (0, 8.0), (10, None), diverged=True),
+    ]
+    rows = summarize(comparison_of(runs, {"b": {"optimizer_ms": 1.5, "state_bytes": 6.0}}))
+    assert [row["case"] for row in rows] == ["b", "a", "c"]
+    b, a, c = rows
+    # a's final loss is 4.2; b's mean is 4.7 at step 10 and 3.1 at 20: there after 10 + (4.7 - 4.2) / 1.6 * 10 = 13.125
+    assert (b["value"], b["spread"]) == (pytest.approx(3.1), pytest.approx(math.sqrt(0.02)))
+    assert (b["factor"], b["tried"], b["seeds"], b["diverged"]) == (3.0, [1.0, 3.0], 2, 0)
+    assert b["steps_to_baseline"] == pytest.approx(13.125)
+    assert b["seconds_to_baseline"] == pytest.approx(26.25)
+    assert b["rates"]["matrix_lr"] == pytest.approx(0.06)
+    assert (a["value"], a["steps_to_baseline"]) == (pytest.approx(4.2), pytest.approx(20.0))
+    assert (c["value"], c["diverged"], c["steps_to_baseline"]) == (None, 1, None)
+
+    lines = table(rows, baseline="a", unit="bits per byte").splitlines()
+    assert lines[2] == "| b | x3 of 2 | 3.1000 ± 0.1414 | 2 | 13 | 26.2 | 40.0 | 1.50 | 6.00 |"
+    assert "| 4.2000 ± 0.2828 | 2 | 20 | 40.0 |" in lines[3]
+    assert "| c | x1 of 1 | 1 diverged | 1 | never | never |" in lines[4]
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "- b: --embedding-lr 0.6 --unembedding-lr 0.012 --matrix-lr 0.06" in lines
+
+
+CASES = ("plain:", "adamw: --optimizer adamw")
+
+
+def command(folder, out, *, steps=6, cases=CASES, **flags):
+    return ["--cases", *cases, "--rates", "1", "--out", str(out), *of_train(folder, steps=steps, **flags)]
+
+
+def test_a_comparison_is_runs_of_train(folder, tmp_path, capsys):
+    """The curve of a case is that of the very same run by train."""
+    torch.set_num_threads(1)
+    out = tmp_path / "out"
+    assert compare.main(command(folder, out, eval_every=2)) == 0
+    record = json.loads((out / "result.json").read_text())
+    assert record["finished"]
+    assert [(run["case"], run["seed"]) for run in record["runs"]] == [
+        (c, s) for c in ("plain", "adamw") for s in (0, 1)
+    ]
+    assert [point["step"] for point in record["runs"][0]["curve"]] == [0, 2, 4, 6]
+    assert train(folder, steps=6, run="same", eval_every=2, seed=1) == 0
+    lines = (folder / "runs" / "same" / "metrics.jsonl").read_text().splitlines()
+    measured = [r["bpb"] for r in map(json.loads, lines) if r["kind"] == "val"]
+    assert [point["value"] for point in record["runs"][1]["curve"]] == measured
+    assert not (out / "runs").exists(), "what is kept is the result"
+
+    costs = record["costs"]
+    matrices, ends = 2 * 12 * 128**2, 2 * 300 * 128
+    assert costs["plain"]["state_bytes"] == pytest.approx((4 * matrices + 8 * ends) / (matrices + ends), rel=1e-3)
+    assert costs["adamw"]["state_bytes"] == pytest.approx(8, rel=1e-3)
+    assert all(cost["optimizer_ms"] > 0 for cost in costs.values())
+    printed = capsys.readouterr().out
+    assert (out / "table.md").read_text() in printed
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def figures(out):
+    record = json.loads((out / "result.json").read_text())
+    return [(r["case"], r["seed"], [(p["step"], p["value"]) for p in r["curve"]]) for r in record["runs"]]
+
+
+def test_a_killed_comparison_goes_on(folder, tmp_path):
+    torch.set_num_threads(1)
+    assert compare.main(command(folder, tmp_path / "whole", steps=40, save_every=5)) == 0
+    out = tmp_path / "killed"
+    args = command(folder, out, steps=40, save_every=5)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "nanochat_native.compare", *args], env=environment)
+    second_case = "runs/adamw-*-x1-*/checkpoints/step_*"
+    wait_until(lambda: process.poll() is not None or list(out.glob(second_case)))
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    done = json.loads((out / "result.json").read_text())["runs"]
+    assert 0 < len(done) < 4
+    assert compare.main(args) == 0
+    assert figures(out) == figures(tmp_path / "whole")
+
+
+def test_ctrl_c_keeps_what_was_computed_and_goes_on(folder, tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    count = iter(range(1000))
+
+    def step(self, batches, real=Trainer.train_step):
+        real(self, batches)
+        if next(count) == 8:  # in the second run
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        assert compare.main(command(folder, tmp_path / "cut")) == 130
+    record = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert (record["finished"], len(record["runs"])) == (False, 1)
+    assert (tmp_path / "cut" / "compare.png").exists()
+    assert "the same command again" in capsys.readouterr().out
+    assert compare.main(command(folder, tmp_path / "cut")) == 0
+    assert compare.main(command(folder, tmp_path / "whole")) == 0
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+
+
+def test_a_run_that_was_cut_is_never_taken_for_a_whole_one(folder, tmp_path, monkeypatch):
+    """Ctrl-C where the checkpoint cannot be written."""
+    torch.set_num_threads(1)
+
+    def step(self, batches, real=Trainer.train_step):
+        real(self, batches)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        patch.setattr(checkpoint, "save", full)
+        assert compare.main(command(folder, tmp_path / "cut")) == 130
+    assert figures(tmp_path / "cut") == []
+    assert compare.main(command(folder, tmp_path / "cut")) == 0
+    assert [[step for step, _ in points][-1] for _, _, points in figures(tmp_path / "cut")] == [6, 6, 6, 6]
+
+
+def test_what_a_kill_leaves_is_cleared(folder, tmp_path, monkeypatch):
+    """A run's folder without its config, from before it began; and one that is in the result already."""
+    torch.set_num_threads(1)
+    out = tmp_path / "out"
+    assert compare.main([*command(folder, out), "--seeds", "1"]) == 0
+    before = figures(out)
+    made = []
+
+    def remember(self, case, factor, seed, real=Comparison.folder_of):
+        made.append(real(self, case, factor, seed))
+        made[-1].mkdir(parents=True, exist_ok=True)
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "folder_of", remember)
+        assert compare.main([*command(folder, out), "--seeds", "2"]) == 0
+    assert made
+    assert len(figures(out)) == 4
+    for place in {path.with_name(path.name[:-1] + seed) for path in made for seed in "12"}:
+        place.mkdir(parents=True)
+        (place / "metrics.jsonl").write_text("torn")
+    assert compare.main([*command(folder, out), "--seeds", "3"]) == 0
+    assert all(run in figures(out) for run in before)
+    assert len(figures(out)) == 6
+    assert not (out / "runs").exists()
+
+
+def test_cases_in_another_order_are_not_taken_for_each_other(folder, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+
+    def step(self, batches, real=Trainer.train_step):
+        real(self, batches)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    args = [*command(folder, tmp_path / "cut"), "--baseline", "plain", "--seeds", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        assert compare.main(args) == 130
+    turned = [*command(folder, tmp_path / "cut", cases=CASES[::-1]), "--baseline", "plain", "--seeds", "1"]
+    assert compare.main(turned) == 0
+    assert compare.main([*command(folder, tmp_path / "whole"), "--seeds", "1"]) == 0
+    assert sorted(figures(tmp_path / "cut")) == sorted(figures(tmp_path / "whole"))
+
+
+def test_ctrl_c_while_costs_are_measured_loses_no_run(folder, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "measure_costs", interrupted)
+        assert compare.main(command(folder, tmp_path / "out")) == 130
+    assert len(figures(tmp_path / "out")) == 4
+    assert compare.main(command(folder, tmp_path / "out")) == 0
+
+
+def test_a_case_with_other_data_trains_on_it(folder, tmp_path):
+    torch.set_num_threads(1)
+    cases = ("plain:", "small: --vocab-size 280")
+    assert compare.main([*command(folder, tmp_path / "out", cases=cases), "--seeds", "1"]) == 0
+    plain, small = (points for _, _, points in figures(tmp_path / "out"))
+    assert plain[0][1] != small[0][1], "at step 0 the loss is ln V of the case's own vocabulary"
+
+
+def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
+    torch.set_num_threads(1)
+    out = tmp_path / "out"
+    assert compare.main([*command(folder, out), "--seeds", "1"]) == 0
+    before = figures(out)
+    assert compare.main([*command(folder, out), "--seeds", "2"]) == 0
+    assert len(before) == 2
+    assert len(figures(out)) == 4
+    assert all(run in figures(out) for run in before)
+    assert compare.main(command(folder, out, steps=7)) == 2
+    assert "holds another comparison (--num-iterations" in capsys.readouterr().err
+    text = (folder / "text.jsonl").read_text()
+    other = tmp_path / "other.jsonl"
+    other.write_text(text)
+    same = [*command(folder, tmp_path / "data", data=other), "--seeds", "1"]
+    assert compare.main(same) == 0
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(text)
+    path = tmp_path / "data" / "result.json"
+    old = json.loads(path.read_text())
+    for flags in old["what"]["cases"].values():
+        del flags["cautious"]  # as a version would have left it that had no such flag
+        flags["data"] = str(other)
+    path.write_text(json.dumps(old))
+    capsys.readouterr()
+    assert compare.main([*command(folder, tmp_path / "data", data=moved), "--seeds", "1"]) == 0
+    assert "resume   " in capsys.readouterr().out
+    other.write_text(text + text.replace("document", "paper"))
+    assert compare.main([*same, "--seeds", "2"]) == 2
+    assert "holds another comparison (data)" in capsys.readouterr().err
+    for damaged in ("", "[]", "{}"):
+        (tmp_path / "data" / "result.json").write_text(damaged)
+        assert compare.main(same) == 2
+        assert "is no comparison" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    assert compare.main(command(folder, tmp_path / "mine")) == 2
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--cases", "no colon"], "'name: flags'"),
+        (["--cases", "a: --depth 2", "a : --depth 3"], "names once"),
+        (["--cases", "a: --run 'x"], "case 'a': No closing quotation"),
+        (["--cases", "a: --run x"], "--run is train's alone; case 'a' takes --out"),
+        (["--cases", "a: --dephts 2"], "case 'a': "),
+        (["--cases", "a: --optimizer adamw --normuon"], "case 'a': --normuon is Muon's"),
+        (["--cases", "a: --matrix-lr 0"], "a learning rate of 0"),
+        (["--baseline", "Lion"], "--baseline is 'Lion'"),
+        (["--rates", "2"], "--rates 2"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--run", "x"], "--run is train's alone"),
+    ],
+)
+def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main([*args, *of_train(folder)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_cases_are_named():
+    with pytest.raises(ConfigError, match="'name: flags'"):
+        Options(cases=("",)).chosen()

@@ -1,0 +1,278 @@
+"""cached_forward_: against its twin and the model; the same bits in any company; what a cache holds; bad input."""
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from nanochat_native import ops
+from nanochat_native.model.gpt import SOFTCAP
+from nanochat_native.ops import reference
+
+OPERATOR = torch.ops.nanochat_native.cached_forward_.default
+
+
+class Shape(NamedTuple):
+    """C = H D. Sizes that fill whole vectors and such that do not."""
+
+    H: int
+    Hkv: int
+    D: int
+    F: int
+    V: int
+    windows: tuple = (None, None)
+    slots: int = 5
+    capacity: int = 300
+
+
+SHAPES = {
+    "heads": Shape(2, 2, 64, 512, 1000),
+    "wide": Shape(3, 3, 128, 1536, 777, (None,)),
+    "grouped": Shape(4, 2, 32, 320, 130, (3, None, 130)),
+    "one_kv_head": Shape(6, 1, 16, 96, 50),
+    "odd": Shape(3, 1, 10, 37, 11, (7, None)),
+    "depth5": Shape(4, 2, 80, 160, 70),
+    "tiny": Shape(1, 1, 2, 1, 1, (0, None, 1)),
+    "no_blocks": Shape(2, 1, 8, 16, 20, ()),
+}
+
+
+@dataclasses.dataclass
+class Setting:
+    shape: Shape
+    weights: dict
+    cache: torch.Tensor
+
+    def run(self, tokens, slots, starts, run=ops.cached_forward_, **others):
+        arguments = {**self.weights, "cache": self.cache, "softcap": SOFTCAP} | others
+        return run(torch.tensor(tokens), slots, starts, **arguments)
+
+    def fresh(self, fill=0.0):
+        return dataclasses.replace(self, cache=torch.full_like(self.cache, fill))
+
+
+def setting(name, dtype=torch.float32):
+    s = SHAPES[name]
+    C, layers = s.H * s.D, len(s.windows)
+
+    def matrix(*size):
+        return (torch.randn(size, dtype=torch.float64) * size[-1] ** -0.5).to(dtype)
+
+    blocks = []
+    for _ in range(layers):
+        blocks += [matrix(C, C), matrix(s.Hkv * s.D, C), matrix(s.Hkv * s.D, C)]
+        blocks += [matrix(C, C), matrix(s.F, C), matrix(C, s.F)]
+    angles = torch.rand(s.capacity, s.D // 2, dtype=torch.float64) * 6
+    weights = {
+        "wte": matrix(s.V, C),
+        "blocks": blocks,
+        "lm_head": 4 * matrix(s.V, C),
+        "windows": list(s.windows),
+        "cos": torch.cat((angles, angles), -1).cos().to(dtype),
+        "sin": angles.sin().to(dtype),
+    }
+    cache = torch.zeros(layers, s.slots, s.capacity, 2 * s.Hkv, s.D, dtype=dtype)
+    return Setting(s, weights, cache)
+
+
+def tokens_of(shape, *size):
+    return torch.randint(0, shape.V, size).tolist()
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 33, 140])
+@pytest.mark.parametrize("name", SHAPES)
+def test_matches_the_twin_in_float64(name, T):
+    mine = setting(name)
+    exact = setting(name).fresh()
+    exact.weights = {
+        key: [t.double() for t in value] if key == "blocks" else value.double() if key != "windows" else value
+        for key, value in mine.weights.items()
+    }
+    exact.cache = mine.cache.double()
+    prompts, next_tokens = tokens_of(mine.shape, 3, T), tokens_of(mine.shape, 3, 1)
+    slots = [4, 0, 2]
+    for run, s in ((ops.cached_forward_, mine), (reference.cached_forward_, exact)):
+        s.run(prompts[:1], [4], [0], run, with_logits=False)
+        s.run([prompts[0]], [0], [5], run)
+        s.run([prompts[0]], [2], [0], run)
+    starts = [T, 5 + T, T]
+    found = mine.run(next_tokens, slots, starts)
+    expected = exact.run(next_tokens, slots, starts, reference.cached_forward_)
+    assert found.dtype == torch.float32
+    assert found.shape == (3, mine.shape.V)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine.cache.double(), exact.cache, atol=1e-4, rtol=1e-4)
+    if mine.shape.V > 1:
+        assert expected.std() > 0.1, "the weights do not show in the logits"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_same_bits_however_a_sequence_is_cut_batched_and_threaded(name):
+    s = setting(name)
+    length = 200 if name != "wide" else 140
+    sequence = tokens_of(s.shape, length)
+    whole = s.fresh()
+    expected = whole.run([sequence], [0], [0])
+    cell = whole.cache[:, 0, :length]
+    for cuts in ([1, 2, 128, 131], [length - 1], [64, 65, 66, 67, 68], list(range(1, 40))):
+        cut = s.fresh()
+        for begin, end in zip([0, *cuts], [*cuts, length], strict=True):
+            logits = cut.run([sequence[begin:end]], [3], [begin])
+        assert torch.equal(logits, expected), cuts
+        assert torch.equal(cut.cache[:, 3, :length], cell), cuts
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(s.fresh().run([sequence], [0], [0]), expected), threads
+        beside = s.fresh()
+        for slot in (1, 3, 4):
+            beside.run([sequence[:-1]], [slot], [0])
+        others = tokens_of(s.shape, 2, 1)
+        for slots in ([1], [1, 0], [3, 2, 1], [0, 3, 2, 1], [2, 0, 1, 4, 3]):
+            rows = {1: sequence[-1:], 3: sequence[-1:], 4: sequence[-1:], 0: others[0], 2: others[1]}
+            starts = {1: length - 1, 3: length - 1, 4: length - 1, 0: 0, 2: 7}
+            found = beside.run([rows[slot] for slot in slots], slots, [starts[slot] for slot in slots])
+            assert torch.equal(found[slots.index(1)], expected[0]), (threads, slots)
+
+
+@pytest.mark.parametrize("name", ["heads", "grouped", "odd"])
+def test_cells_that_were_not_filled_are_not_read_and_others_not_written(name):
+    s = setting(name)
+    sequence = tokens_of(s.shape, 130)
+    clean, dirty = s.fresh(), s.fresh(torch.nan)
+    for setting_ in (clean, dirty):
+        setting_.run([sequence[:77]], [2], [0])
+    assert torch.equal(clean.run([sequence[77:]], [2], [77]), dirty.run([sequence[77:]], [2], [77]))
+    assert dirty.cache[:, 2, :130].isfinite().all()
+    dirty.cache[:, 2, :130] = torch.nan
+    assert dirty.cache.isnan().all()
+
+
+def test_without_logits_only_the_cache_is_written():
+    s = setting("heads")
+    tokens = tokens_of(s.shape, 1, 9)
+    a, b = s.fresh(), s.fresh()
+    assert a.run(tokens, [1], [3], with_logits=False).shape == (0, s.shape.V)
+    b.run(tokens, [1], [3])
+    assert torch.equal(a.cache, b.cache)
+    assert a.run(
+        [], [], [], run=lambda tokens, *rest, **kw: ops.cached_forward_(tokens.long().view(0, 1), *rest, **kw)
+    ).shape == (0, s.shape.V)
+
+
+def test_logits_without_a_softcap():
+    s = setting("grouped")
+    tokens = tokens_of(s.shape, 2, 4)
+    plain = s.fresh().run(tokens, [0, 1], [0, 0], softcap=0.0)
+    capped = s.fresh().run(tokens, [0, 1], [0, 0], softcap=2.0)
+    torch.testing.assert_close(capped, 2 * torch.tanh(plain / 2), atol=1e-5, rtol=1e-5)
+    with ops.use_backend("torch"):
+        torch.testing.assert_close(s.fresh().run(tokens, [0, 1], [0, 0], softcap=0.0), plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_matches_where_it_is_composed_of_other_operators(dtype):
+    s, exact = setting("grouped", dtype), setting("grouped", dtype)
+    exact.weights = {
+        key: [t.double() for t in value] if key == "blocks" else value.double() if key != "windows" else value
+        for key, value in s.weights.items()
+    }
+    exact.cache = s.cache.double()
+    tokens = tokens_of(s.shape, 2, 40)
+    found = s.run(tokens, [3, 1], [0, 9])
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = exact.run(tokens, [3, 1], [0, 9], reference.cached_forward_)
+    torch.testing.assert_close(found.double(), expected, atol=1e-9 if dtype == torch.float64 else 0.5, rtol=0.02)
+
+
+def test_not_a_number_stays_in_its_sequence():
+    s = setting("heads")
+    s.weights["wte"][5] = torch.nan
+    found = s.run([[1, 2], [1, 5], [1, 2]], [0, 1, 2], [0, 0, 0])
+    assert found[1].isnan().all()
+    assert torch.equal(found[0], found[2])
+    assert found[0].isfinite().all()
+
+
+def test_torch_knows_what_it_writes():
+    s = setting("grouped")
+    w = s.weights
+    windows = [-1 if window is None else window for window in s.shape.windows]
+    arguments = (torch.tensor([[1, 2]]), [0], [0], w["wte"], w["blocks"], w["lm_head"], windows, w["cos"], w["sin"])
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPERATOR, (*arguments, s.cache, SOFTCAP, True), test_utils=utils)
+    version = s.cache._version
+    s.run([[1]], [0], [0])
+    assert s.cache._version > version
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [[1, 2]], "slots": [5]}, "slot 5"),
+        ({"slots": [-1]}, "slot -1"),
+        ({"starts": [-1]}, "position -1"),
+        ({"starts": [299]}, "from position 299"),
+        ({"tokens": [[1], [2]], "slots": [1, 1], "starts": [0, 0]}, "twice|distinct"),
+        ({"slots": [1, 2]}, "slots"),
+        ({"starts": []}, "starts"),
+        ({"tokens": [1, 2]}, "tokens has shape"),
+        ({"tokens": [[]]}, "T from 1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_places_are_refused_and_nothing_is_written(backend, change, message):
+    s = setting("heads")
+    arguments = {"tokens": [[1, 2]], "slots": [1], "starts": [0]} | change
+    before = s.cache.clone()
+    with ops.use_backend(backend), pytest.raises(ValueError, match=message):
+        ops.cached_forward_(
+            torch.tensor(arguments["tokens"], dtype=torch.int64),
+            arguments["slots"],
+            arguments["starts"],
+            **s.weights,
+            cache=s.cache,
+            softcap=SOFTCAP,
+        )
+    assert torch.equal(s.cache, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("tokens", lambda t: t.int(), TypeError),
+        ("tokens", lambda t: t + 2000, ValueError),
+        ("tokens", lambda t: t - 2000, ValueError),
+        ("wte", lambda t: t[:, :-1], ValueError),
+        ("wte", lambda t: t.t().contiguous().t(), ValueError),
+        ("lm_head", lambda t: t[:-1], ValueError),
+        ("lm_head", lambda t: t.double(), TypeError),
+        ("cos", lambda t: t[:-1], ValueError),
+        ("cos", lambda t: t[:, :-1], ValueError),
+        ("sin", lambda t: t[:100], ValueError),
+        ("cache", lambda t: t[..., :-2], ValueError),
+        ("cache", lambda t: t[:, :, :, 1:], ValueError),
+        ("cache", lambda t: t[:1], ValueError),
+        ("cache", lambda t: t.double(), TypeError),
+        ("blocks", lambda t: t[:-1], ValueError),
+        ("blocks", lambda t: [*t[:-1], t[-1][:-1]], ValueError),
+        ("windows", lambda t: t[:-1], ValueError),
+    ],
+)
+def test_bad_arguments_are_refused(name, change, error):
+    s = setting("heads")
+    arguments = {"tokens": torch.ones(1, 150, dtype=torch.int64), "slots": [0], "starts": [0]}
+    arguments |= {**s.weights, "cache": s.cache, "softcap": SOFTCAP}
+    arguments[name] = change(arguments[name])
+    with pytest.raises(error, match="cached_forward_"):
+        ops.cached_forward_(**arguments)
+
+
+def test_weights_that_need_gradients_are_taken_under_no_grad_alone():
+    s = setting("heads")
+    s.weights["blocks"][-1].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"cached_forward_: has no derivative, and a tensor requires a gradient"):
+        s.run([[1]], [0], [0])
+    with torch.no_grad():
+        assert not s.run([[1]], [0], [0]).requires_grad
