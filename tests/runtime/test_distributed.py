@@ -142,7 +142,7 @@ def test_exact_values_follow_a_change_of_ranks(folder, sizes):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"total_batch_size": 96}, "--total-batch-size 96 is no multiple of"),
+        ({"total_batch_size": 96}, "--total-batch-size must be a multiple of"),
         ({"depth": 0}, "--depth is 0; it takes a whole number from 1"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd', which runs on one rank"),
@@ -219,7 +219,7 @@ def test_a_stalled_rank_ends_the_job_in_time(folder):
 
 def test_an_error_is_shown_with_its_rank(folder):
     script = (
-        "import os, sys; from nanochat_native import trainer; from nanochat_native.train import main\n"
+        "import os, sys; from nanochat_native.training import trainer; from nanochat_native.train import main\n"
         "def fail(*_): raise ZeroDivisionError('of this rank')\n"
         "if os.environ['RANK'] == '1': trainer.Trainer.train_step = fail\n"
         "sys.exit(main(sys.argv[1:]))"
@@ -233,7 +233,8 @@ def test_an_error_is_shown_with_its_rank(folder):
 
 SABOTAGE = """
 import itertools, os, signal, sys
-from nanochat_native import checkpoint, trainer
+from nanochat_native.runs import checkpoint
+from nanochat_native.training import trainer
 from nanochat_native.train import main
 
 calls = itertools.count(1)
@@ -339,7 +340,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
-        pytest.raises(RankError, match="4 ranks on a machine with 2 GPUs: take --nproc_per_node 2"),
+        pytest.raises(RankError, match="--nproc_per_node must be <= 2, the GPUs of this machine, got 4"),
         distributed.init_process_group(),
     ):
         pass
@@ -458,7 +459,7 @@ def differing():
 def test_replicas_that_came_apart_are_named():
     for messages in run(3, differing):
         assert messages == [
-            "b.weight of rank 2 is not that of rank 0: the replicas have come apart",
+            "b.weight differs between rank 2 and rank 0: the replicas have diverged",
             "the ranks differ in --seed: 0 on rank 0, 1 on 2",
         ]
 

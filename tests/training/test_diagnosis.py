@@ -213,7 +213,7 @@ def test_a_diagnosed_run_has_the_same_bits_and_a_report(folder, capsys):
     clipped = math.sqrt(sum(found[0][f"gradient_norm/{layer}"] ** 2 for layer in ("wte", "h.0", "h.1", "lm_head")))
     assert clipped == pytest.approx(trained[2]["grad_norm"], rel=1e-4)
     out = capsys.readouterr().out
-    assert "diagnosis.png | looked 2 times" in out
+    assert "diagnosis.png | measured 2 times" in out
     assert "% of the time" in out
     assert (folder / "runs" / "looked" / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "runs" / "plain" / "diagnosis.png").exists()

@@ -18,6 +18,7 @@ from nanochat_native.runs import checkpoint, run_folder
 from nanochat_native.runs.config import FinetuneConfig
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.console import SilentConsole
+from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.train import main as train_main
 from nanochat_native.training import finetuning
@@ -78,7 +79,7 @@ def run(folder, name="chat", **changes):
 
 
 def config_of(folder, **changes):
-    return run_folder.configure(flags(folder, **changes), FinetuneConfig, finetuning.complete)[0]
+    return run_folder.resolve_config(flags(folder, **changes), FinetuneConfig, finetuning.resolve_finetuning)[0]
 
 
 def answer(run_dir, question, tokens=12):
@@ -107,7 +108,7 @@ def test_rows_hold_a_conversation_each_and_learn_the_answers_alone():
 
 
 def gradients(folder, **changes):
-    trainer = finetuning.FinetuneTrainer(config_of(folder, **changes), SilentConsole())
+    trainer = finetuning.make_trainer(config_of(folder, **changes), SilentConsole(), World())
     loss, _ = trainer.compute_gradients(trainer.loader.batch(0))
     return trainer, loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
@@ -209,7 +210,7 @@ def test_few_conversations_are_measured_on_themselves_and_long_ones_cut(base, ca
     assert run(base, "few", data=base / "few.jsonl", val_data=None, num_iterations=1) == 0
     out = capsys.readouterr().out
     assert "too few conversations with answers (2) to hold some out" in out
-    assert "2 conversations lose what is behind 64 tokens; 1 whose answers all lie there are left out" in out
+    assert "2 conversations are cut after 64 tokens; 1 with no answer before that are left out" in out
 
 
 @pytest.mark.slow
@@ -248,7 +249,7 @@ def test_ranks_learn_what_one_process_does(base):
         ('[{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]', "line 2: messages[0].content is"),
         ('["hello", "hi"]', "line 2: messages[0] is"),
         ('[{"role": ["user"], "content": "x"}]', "line 2: messages[0].role is"),
-        ('[{"role": "user", "content": "x"}]', "line 2: the last message is the user's"),
+        ('[{"role": "user", "content": "x"}]', "line 2: the last message must be the assistant's, got the user's"),
         ('[{"role": "assistant", "content": "x"}]', "line 2: messages[0].role is 'assistant'"),
         ("[" * 5000, "line 2: "),
     ],
@@ -271,11 +272,11 @@ def test_a_line_that_is_no_conversation_is_named(base, capsys, content, message)
         ({"step": 77}, "holds no checkpoint of step 77, but of 4"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl: no file, no folder with files and no glob that matches"),
         ({"val_data": "/nowhere.jsonl"}, "/nowhere.jsonl: no file, no folder with files and no glob that matches"),
-        ({"val_data": ""}, "--val-data is empty; it takes a file, a folder or a glob"),
-        ({"depth": 3}, "--depth is the base model's"),
-        ({"vocab_size": 400}, "--vocab-size is the base model's"),
-        ({"total_batch_size": 64}, "--total-batch-size is pretraining's; fine-tuning takes --batch-rows"),
-        ({"max_seq_len": 65}, "--max-seq-len is 65; the base model takes up to 64"),
+        ({"val_data": ""}, "--val-data must be a file, a folder or a glob, got ''"),
+        ({"depth": 3}, "--depth follows from the base model"),
+        ({"vocab_size": 400}, "--vocab-size follows from the base model"),
+        ({"total_batch_size": 64}, "--total-batch-size is a flag of pretraining; fine-tuning has --batch-rows"),
+        ({"max_seq_len": 65}, "--max-seq-len must be <= 64, the base model's, got 65"),
         ({"epochs": 0}, "--epochs is 0.0"),
         ({"rate_scale": -1}, "--rate-scale is -1.0"),
         ({"batch_rows": 0}, "--batch-rows is 0"),
@@ -360,7 +361,7 @@ def test_conversations_of_a_folder_are_those_of_its_files(base, capsys):
     assert finetuning.read_conversations(f"{folder}/*.jsonl") == [chat("q", "a")]
     assert run(base, "of_a_folder", data=folder, val_data=f"{folder}/*.jsonl", num_iterations=1) == 0
     out = capsys.readouterr().out
-    assert "note     1 of 1 conversations of --val-data are in --data too, and are learnt" in out
+    assert "note     1 of 1 conversations of --val-data are in --data too, and are trained on" in out
 
 
 def test_special_tokens_in_data_are_text(base):
@@ -393,7 +394,7 @@ def test_held_out_answers_that_are_all_empty_are_replaced_by_all(base):
     records = [chat(q, "word") for q in held_out_questions(9, False)("word")]
     records += [chat(q, "") for q in held_out_questions(2, True)("")]
     made, notes = chats_of(base, records, val_data=None)
-    assert "too few conversations with answers (11) to hold some out: validation measures on all" in notes
+    assert "too few conversations with answers (11) to hold some out: validation uses all" in notes
     assert documents(made.val) == documents(made.train)
     assert len(made.train.documents) == 11
     records[9:] = [chat(q, "word") for q in held_out_questions(2, True)("word")]
@@ -408,7 +409,7 @@ def test_answers_that_are_all_empty_are_refused_before_any_work(base, capsys):
         assert run(base, "empty", **changes) == 2
         assert (
             capsys.readouterr().err
-            == f"error: {empty}: every answer is empty: there is nothing to learn or to measure\n"
+            == f"error: {empty}: every answer is empty: there is nothing to train on or to validate on\n"
         )
         assert not (base / "runs" / "empty").exists()
     late = base / "late.jsonl"
@@ -416,8 +417,8 @@ def test_answers_that_are_all_empty_are_refused_before_any_work(base, capsys):
     made, _ = chats_of(base, [chat("q", "a")], val_data=late)
     tokens = 8 * made.val.sequence_len
     assert run(base, "empty", data=base / "made.jsonl", val_data=late, eval_tokens=tokens) == 2
-    advice = f"take an --eval-tokens above {tokens}"
-    assert f"{late}: the first answers to measure on are all empty: {advice}" in capsys.readouterr().err
+    advice = f"use an --eval-tokens above {tokens}"
+    assert f"{late}: the first answers for validation are all empty; {advice}" in capsys.readouterr().err
     assert not (base / "runs" / "empty").exists()
     changes = {"data": base / "made.jsonl", "val_data": late, "eval_tokens": tokens + 1, "num_iterations": 1}
     assert run(base, "late", **changes) == 0
@@ -434,7 +435,7 @@ def test_answers_beyond_the_cut_are_refused_by_file(base, capsys):
     path.write_text(json.dumps(chat("word " * 90, "never reached")) + "\n")
     for changes in ({"data": path, "val_data": None}, {"val_data": path}):
         assert run(base, "long", **changes) == 2
-        expected = f"error: {path}: no answer begins within 64 tokens: take a longer --max-seq-len\n"
+        expected = f"error: {path}: no answer begins within 64 tokens; use a longer --max-seq-len\n"
         assert capsys.readouterr().err == expected
 
 
@@ -445,7 +446,7 @@ def test_defaults_follow_the_base(base):
     assert config_of(base, matrix_lr=0.5).matrix_lr == 0.5
     assert finetuning.steps_of(config, 16, 8) == 6
     with pytest.raises(ConfigError, match="--checkpoint RUN is needed"):
-        finetuning.complete(FinetuneConfig())
+        finetuning.resolve_finetuning(FinetuneConfig())
 
 
 def test_a_base_that_has_moved_is_known_by_its_weights(base, capsys):
@@ -462,7 +463,7 @@ def test_a_base_that_has_moved_is_known_by_its_weights(base, capsys):
     assert run_folder.load_config(kept).data == str(base / "renamed.jsonl")
     assert train(base, run="other-base", steps=4, max_seq_len=64, seed=1) == 0
     capsys.readouterr()
-    for other, message in (("runs/other-base", "is not the model that this run began with"), ("nowhere", "missing")):
+    for other, message in (("runs/other-base", "must be the model that this run began with"), ("nowhere", "missing")):
         assert finetune.main(["--resume", str(kept), "--checkpoint", str(base / other)]) == 2
         assert message in capsys.readouterr().err
 

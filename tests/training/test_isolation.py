@@ -17,13 +17,12 @@ from tiny_run import losses, records, tiny_flags, train, write_text
 from nanochat_native import plot
 from nanochat_native.evaluation import bits_per_byte
 from nanochat_native.runs import checkpoint, metrics_log, pictures
-from nanochat_native.runs.config import parse
-from nanochat_native.runs.run_folder import sized
+from nanochat_native.runs.config import parse, resolve_device
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.distributed import RankError, World
 from nanochat_native.runtime.isolation import EXIT_CODE, GuardedStream, ReportFailures, guarded_streams
-from nanochat_native.training import report, trainer
+from nanochat_native.training import pretraining, report, trainer
 
 STEPS = 12
 
@@ -217,7 +216,7 @@ class BrokenWriter:
 # name of the report: (owner, attribute) that fails from its second call on, and how often that is
 REPORTS = {
     "evaluation": (bits_per_byte, "_sums", 3),
-    "sample": (trainer, "generate_text", 2),
+    "sample": (pretraining, "generate_text", 2),
     "plot": (report, "plot_loss", 1),
     "log of a step": (report, "live_line", STEPS),
     "metrics.jsonl": (metrics_log, "_append", STEPS + 4 + 3),
@@ -299,7 +298,13 @@ def test_the_checkpoint_is_there_before_anything_else_is_done_at_its_step(folder
 
 
 @pytest.mark.parametrize(
-    "where", [(2, "evaluate", "_sums"), (3, "evaluate", "_sums"), (2, "trainer", "generate_text")], ids=str
+    "where",
+    [
+        (2, "evaluation.bits_per_byte", "_sums"),
+        (3, "evaluation.bits_per_byte", "_sums"),
+        (2, "training.pretraining", "generate_text"),
+    ],
+    ids=str,
 )
 def test_killed_between_the_checkpoint_and_its_reports(folder, where):
     """What was not measured or sampled when the run was killed is when it goes on."""
@@ -342,12 +347,12 @@ def rank_with_a_failing_evaluation(folder, failing_rank):
     group, background = dist.group.WORLD, dist.new_group(backend="gloo")
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), group, background)
     flags = tiny_flags(folder, steps=4, run=f"ranks-{failing_rank}", save_every=0, eval_every=2, sample_every=2)
-    run = trainer.Trainer(sized(parse(flags)), SilentConsole(), world)
+    run = trainer.Trainer(resolve_device(parse(flags)), SilentConsole(), world)
     if world.rank == failing_rank:
         bits_per_byte._sums = failing
     code = run.train()
     summarized = (run.config.run_dir / "loss.png").exists()  # before any rank leaves
-    return code, run.console.failures.counts, run.step, run.saved_step, summarized
+    return code, run.console.failures.counts, run.step, run.checkpointer.saved_step, summarized
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
@@ -500,7 +505,7 @@ def test_overwriting_a_run_clears_its_damaged_logs_too(folder):
 
 def test_a_measurement_that_was_only_logged_is_taken_from_the_log(folder, capsys):
     """Killed behind the record and before measurement.json."""
-    killed(folder, 2, "checkpoint", "add_measurement", run="logged", sample_every=4)
+    killed(folder, 2, "runs.checkpoint", "add_measurement", run="logged", sample_every=4)
     checkpoints = folder / "runs/logged/checkpoints"
     assert "measured_step" not in checkpoint.load(checkpoints)[1]
     logged = records(folder / "runs/logged", "val")[-1]
@@ -512,8 +517,8 @@ def test_a_measurement_that_was_only_logged_is_taken_from_the_log(folder, capsys
 
 
 def test_the_look_at_the_layers_keeps_nothing_of_a_step_that_it_failed_on(folder, monkeypatch):
-    run = trainer.Trainer(sized(parse(tiny_flags(folder, diagnose=True))), SilentConsole())
-    monkeypatch.setattr(run.diagnosis, "_look_at_gradients", failing)
+    run = trainer.Trainer(resolve_device(parse(tiny_flags(folder, diagnose=True))), SilentConsole())
+    monkeypatch.setattr(run.diagnosis, "_measure_gradients", failing)
     run.diagnosis._before = {"of an earlier step": torch.zeros(1)}
     with pytest.raises(RuntimeError, match="it broke"):
         run.diagnosis.begin(1.0, 1.0)
