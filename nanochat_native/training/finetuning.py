@@ -97,7 +97,29 @@ class Chats(NamedTuple):
     val: Rows
 
 
-Rendered = tuple[list[int], list[bool]]  # what conversations.render returns
+Rendered = tuple[list[int], list[bool]]  # tokens, and which of them are targets, as conversations.render returns them
+
+
+def render_conversations(
+    config: FinetuneConfig, tokenizer: Tokenizer, notes: list[str]
+) -> tuple[list[Rendered], list[Rendered], list[Rendered]]:
+    """Return the conversations of --data as tokens, and those of them for training and for validation.
+
+    With --val-data, all of --data is for training. notes: as for read_conversations.
+    """
+    found: Sequence[Conversation] = (
+        example_chats() if config.data == EXAMPLES else read_conversations(config.data, notes)
+    )
+    rendered = [conversations.render(tokenizer, chat) for chat in found]
+    if config.val_data is None:
+        held_out = [is_held_out(chat) for chat in found]
+        train, val = ([row for row, held in zip(rendered, held_out, strict=True) if held == side] for side in (0, 1))
+        return rendered, train, val
+    others = read_conversations(config.val_data, notes)
+    trained_on = {identity(chat) for chat in found}
+    if both := sum(identity(chat) in trained_on for chat in others):
+        notes.append(f"{both:,} of {len(others):,} conversations of --val-data are in --data too, and are trained on")
+    return rendered, rendered, [conversations.render(tokenizer, chat) for chat in others]
 
 
 def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) -> Chats:
@@ -107,49 +129,33 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
     tokenizer has no tokens for conversations.
     """
     notes: list[str] = []
-    found: Sequence[Conversation] = (
-        example_chats() if config.data == EXAMPLES else read_conversations(config.data, notes)
-    )
-    rendered = [conversations.render(tokenizer, chat) for chat in found]
-    train: list[Rendered]
-    val: list[Rendered]
-    if config.val_data is None:
-        held_out = [is_held_out(chat) for chat in found]
-        train, val = ([row for row, held in zip(rendered, held_out, strict=True) if held == side] for side in (0, 1))
-    else:
-        others = read_conversations(config.val_data, notes)
-        train, val = rendered, [conversations.render(tokenizer, chat) for chat in others]
-        trained_on = {identity(chat) for chat in found}
-        if both := sum(identity(chat) in trained_on for chat in others):
-            notes.append(
-                f"{both:,} of {len(others):,} conversations of --val-data are in --data too, and are trained on"
-            )
+    everything, train, val = render_conversations(config, tokenizer, notes)
     length = max(len(tokens) for tokens, _ in train + val) - 1
     length = min(config.max_seq_len, math.ceil(length / LENGTHS) * LENGTHS)
     if cut := sum(len(tokens) - 1 > length for tokens, _ in train + val):
-        lost = sum(not any(learnt[1 : length + 1]) for _, learnt in train + val)
+        lost = sum(not any(is_target[1 : length + 1]) for _, is_target in train + val)
         left_out = f"; {lost:,} with no answer before that are left out" if lost else ""
         notes.append(f"{cut:,} conversations are cut after {length} tokens{left_out}")
 
     def kept(part: Sequence[Rendered]) -> list[Rendered]:
-        return [(tokens, learnt) for tokens, learnt in part if any(learnt[1 : length + 1])]
+        return [(tokens, is_target) for tokens, is_target in part if any(is_target[1 : length + 1])]
 
-    def learnt_bytes(rows: Rows, count: int | None = None) -> int:
+    def target_bytes(rows: Rows, count: int | None = None) -> int:
         return sum(
-            int(tokenizer.token_bytes[tokens[1:][learnt[1:]]].sum()) for tokens, learnt in rows.documents[:count]
+            int(tokenizer.token_bytes[tokens[1:][is_target[1:]]].sum()) for tokens, is_target in rows.documents[:count]
         )
 
     parts = kept(train), kept(val)
-    if config.val_data is None and not all(learnt_bytes(Rows(part, length)) for part in parts):
-        parts = kept(rendered), kept(rendered)
+    if config.val_data is None and not all(target_bytes(Rows(part, length)) for part in parts):
+        parts = kept(everything), kept(everything)
         notes.append(f"too few conversations with answers ({len(parts[0])}) to hold some out: validation uses all")
     rows, val_rows = (Rows(part, length) for part in parts)
     for name, part in ((config.data, rows), (config.val_data or config.data, val_rows)):
         if not part.documents:
             raise ValueError(f"{name}: no answer begins within {length} tokens; use a longer --max-seq-len")
-        if not learnt_bytes(part):
+        if not target_bytes(part):
             raise ValueError(f"{name}: every answer is empty: there is nothing to train on or to validate on")
-    if not learnt_bytes(val_rows, math.ceil(config.eval_tokens / length)):
+    if not target_bytes(val_rows, math.ceil(config.eval_tokens / length)):
         raise ValueError(
             f"{config.val_data or config.data}: the first answers for validation are all empty; use an --eval-tokens "
             f"above {config.eval_tokens}"
@@ -167,7 +173,7 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
         f"{rows.learnt:,} tokens to train on, rows of {length}",
         notes=tuple(notes),
         hash=digest.hexdigest(),
-        bytes_per_token=learnt_bytes(rows) / rows.learnt,
+        bytes_per_token=target_bytes(rows) / rows.learnt,
     )
     return Chats(corpus, rows, val_rows)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learnt, in what weight; runs that go on; answers that change; mistakes in one line."""
+"""Fine-tuning: targets and their weights, resumed runs, answers that change, errors in one line."""
 
 import json
 import shutil
@@ -91,10 +91,10 @@ def answer(run_dir, question, tokens=12):
     return request.text, meta
 
 
-# --- what is learnt ---
+# --- what is trained on ---
 
 
-def test_rows_hold_a_conversation_each_and_learn_the_answers_alone():
+def test_each_row_holds_a_conversation_whose_answers_are_the_targets():
     rows = Rows([([1, 2, 3, 4, 5], [False, False, True, True, False]), ([7, 8], [False, True])], 6)
     inputs, targets = rows.pair(0, 6)
     assert inputs.tolist() == [1, 2, 3, 4, 0, 0]
@@ -113,7 +113,7 @@ def gradients(folder, **changes):
     return trainer, loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
 
-def test_the_loss_is_the_mean_over_the_learnt_tokens_however_a_batch_is_cut(base):
+def test_the_loss_is_the_mean_over_the_targets_for_each_micro_batch_size(base):
     (base / "uneven.jsonl").write_text(
         "".join(json.dumps(chat("count", "one " * n)) + "\n" for n in (1, 12, 2, 7, 1, 9, 3, 1))
     )
@@ -150,7 +150,7 @@ def test_answers_change(base):
 # --- runs ---
 
 
-def test_a_run_goes_on_bit_for_bit_also_without_its_base(base):
+def test_a_run_resumes_bit_for_bit_also_without_its_base(base):
     assert run(base, "whole") == 0
     assert run(base, "cut") == 0
     whole, cut = base / "runs" / "whole", base / "runs" / "cut"
@@ -166,6 +166,30 @@ def test_a_run_goes_on_bit_for_bit_also_without_its_base(base):
     for name, tensor in tensors[0][0]["model"].items():
         assert torch.equal(tensor, tensors[1][0]["model"][name]), name
     assert tensors[0][1]["base"] == tensors[1][1]["base"]
+
+
+def test_the_base_is_loaded_once(base, monkeypatch):
+    loaded = []
+
+    def load_file(path, real=checkpoint.load_file):
+        loaded.append(path)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "load_file", load_file)
+    assert run(base, "once", num_iterations=1) == 0
+    folder = checkpoint.path_of(base / "runs" / "base" / "checkpoints", 4)
+    assert sorted(loaded) == [folder / "model.safetensors", folder / "optimizer.safetensors"]
+
+
+def test_a_damaged_base_gives_way_to_the_checkpoint_before(base):
+    damaged = base / "damaged"
+    shutil.copytree(base / "runs" / "base", damaged)
+    tensors, meta = checkpoint.load(damaged / "checkpoints", 4)
+    weights = checkpoint.save(damaged / "checkpoints", 5, tensors, meta) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert run(base, "of_damaged", checkpoint=damaged, num_iterations=1) == 0
+    assert run_folder.load_config(base / "runs" / "of_damaged").step == 4
+    assert load_model(base / "runs" / "of_damaged")[2]["base"]["step"] == 4
 
 
 def test_other_commands_take_the_run(base, capsys):
@@ -204,7 +228,7 @@ def test_the_examples_are_the_same_each_time_and_serve_without_data(base):
     assert "<|user_start|>" in records(folder, "sample")[0]["prompt"]
 
 
-def test_few_conversations_are_measured_on_themselves_and_long_ones_cut(base, capsys):
+def test_few_conversations_are_their_own_validation_and_long_ones_are_cut(base, capsys):
     chats = [chat("count", "one two three " * 40), chat("word " * 90, "never reached"), chat("hi", "yes")]
     (base / "few.jsonl").write_text("".join(json.dumps(messages) + "\n" for messages in chats))
     assert run(base, "few", data=base / "few.jsonl", val_data=None, num_iterations=1) == 0
@@ -214,7 +238,7 @@ def test_few_conversations_are_measured_on_themselves_and_long_ones_cut(base, ca
 
 
 @pytest.mark.slow
-def test_ranks_learn_what_one_process_does(base):
+def test_ranks_have_the_losses_of_one_process(base):
     assert run(base, "one", batch_rows=8) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["nanochat_native.finetune", "--", *flags(base, "two", batch_rows=8)]
@@ -225,7 +249,7 @@ def test_ranks_learn_what_one_process_does(base):
         assert one[2] == pytest.approx(two[2], abs=2e-4)
 
 
-# --- mistakes ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -313,11 +337,11 @@ def test_files_that_are_no_text_or_empty_are_refused(tmp_path):
         finetuning.read_conversations(tmp_path / "latin")
 
 
-# --- what is learnt of other files ---
+# --- conversations of other files ---
 
 
 def chats_of(base, records, name="made.jsonl", **changes):
-    """make_chats of a file of records: (chats, notes)."""
+    """Return (chats, notes) of make_chats for a file of records."""
     (base / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     config = config_of(base, data=base / name, **changes)
     _, tokenizer, _ = load_model(base / "runs" / "base")
@@ -344,7 +368,7 @@ def test_a_file_may_hold_several_forms_and_the_notes_name_them(base):
     assert len(notes) == 3, "two forms, and too few to hold some out"
 
 
-def test_a_fault_after_many_good_records_is_told_by_its_line(base):
+def test_an_error_after_many_good_records_names_its_line(base):
     with pytest.raises(ValueError, match=r"made.jsonl, line 51: the record has the keys 'text'; it takes messages"):
         chats_of(base, [chat("q", "a")] * 50 + [{"text": "x"}])
 
@@ -386,7 +410,7 @@ def test_equal_conversations_are_on_one_side_whatever_else_their_messages_have(b
 
 
 def held_out_questions(count, held):
-    """`count` questions whose conversations with this answer are held out, or not."""
+    """Return a function from an answer to `count` questions whose conversations with it are held out, or not."""
     return lambda answer: [q for q in map(str, range(1000)) if finetuning.is_held_out(chat(q, answer)) == held][:count]
 
 
@@ -449,8 +473,8 @@ def test_defaults_follow_the_base(base):
         finetuning.resolve_finetuning(FinetuneConfig())
 
 
-def test_a_base_that_has_moved_is_known_by_its_weights(base, capsys):
-    """And its conversations by what they say."""
+def test_a_base_that_has_moved_is_recognised_by_its_weights(base, capsys):
+    """Find the base by its weights, and the conversations by their content."""
     assert run(base, "kept") == 0
     kept = base / "runs" / "kept"
     shutil.rmtree(checkpoint.path_of(kept / "checkpoints", 6))
