@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat_native.inference.engine import Engine, beyond_training
+from nanochat_native.inference.engine import beyond_training, complete
 from nanochat_native.inference.sampling import Sampling, check_sampling
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import check_text, run_command
@@ -70,18 +70,17 @@ def run(options: Options) -> None:
         seed=options.seed,
     )
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
-    capacity = min(model.max_positions, len(prompt) + sampling.max_tokens)
     with autocast(device):
-        engine = Engine(model, tokenizer, slots=1, capacity=capacity)
-    pieces = engine.stream(prompt, sampling)
+        pieces = complete(model, tokenizer, prompt, sampling)
     print(options.prompt, end="", flush=True)
     tokens = len(prompt)
     for piece in pieces:
         tokens += len(piece.tokens)
         print(piece.text, end="", flush=True)
     print(flush=True)
-    if tokens > engine.trained_positions:
-        print(f"note: {beyond_training(tokens, engine.trained_positions)}", file=sys.stderr)
+    trained = model.config.sequence_len
+    if tokens > trained:
+        print(f"note: {beyond_training(tokens, trained)}", file=sys.stderr)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 Needs the extra: pip install 'nanochat-native[eval]'.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from nanochat_native.evaluation import core_score
-from nanochat_native.inference.generation import generate_tokens
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.hardware import autocast, pick_device
 
@@ -107,21 +109,22 @@ class NanochatLM(LM):
         until = settings.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         count = int(settings.get("max_gen_toks", NEW_TOKENS))
+        if count < 1:
+            raise ValueError(f"max_gen_toks must be a whole number >= 1, got {count}")
         sampled = settings.get("do_sample", False)
         prompt = self._tokens(context)[-max(1, self.length - count) :].tolist()
+        sampling = Sampling(
+            count,
+            temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
+            top_k=settings.get("top_k"),
+            top_p=settings.get("top_p"),
+        )
         written: list[int] = []
         with autocast(self.torch_device):
-            for (token,) in generate_tokens(
-                self.model,
-                prompt,
-                max_tokens=count,
-                temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
-                top_k=settings.get("top_k"),
-                top_p=settings.get("top_p"),
-                stop_tokens=[self.tokenizer.bos_id],
-            ):
-                assert token is not None, "a single sample ends the iterator when it is over"
-                written.append(token)
+            pieces = complete(self.model, self.tokenizer, prompt, sampling)
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                written += piece.tokens
                 text = self.tokenizer.decode(written)
                 places = [text.find(stop) for stop in stops if stop in text]
                 if places:

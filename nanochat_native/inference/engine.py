@@ -42,7 +42,9 @@ def too_long(prompt: int, more: int, taken: int) -> str:
     return f"the prompt has {prompt} tokens, and {more} more are asked for; this model takes {taken} together"
 
 
-class Read(NamedTuple):
+class Output(NamedTuple):
+    """Tokens, text and scores that a request got since it was last read."""
+
     tokens: list[int]
     text: str
     scored: list[Scored]
@@ -66,7 +68,7 @@ class Request:
         self.error: str | None = None
         # Positions in the cache. The token after them is decoded next, once the prompt's others are in.
         self._filled = 0
-        self._read = (0, 0, 0)
+        self._read_up_to = (0, 0, 0)  # lengths of tokens, text and scored at the last call of read()
         self._stream = None if tokenizer is None else TextStream(tokenizer, sampling.stop)
         # The generator looks at a seed's low half alone.
         self._generator = torch.Generator().manual_seed((sampling.seed ^ sampling.seed >> 32) & 0xFFFFFFFF)
@@ -75,11 +77,11 @@ class Request:
             self._seen = torch.zeros(1, vocab_size, dtype=torch.bool)
             self._seen[0, prompt] = True
 
-    def read(self) -> Read:
-        """Tokens, text and scores that came since the last call."""
-        tokens, text, scored = self._read
-        self._read = (len(self.tokens), len(self.text), len(self.scored))
-        return Read(self.tokens[tokens:], self.text[text:], self.scored[scored:])
+    def read(self) -> Output:
+        """Return the output that came since the last call."""
+        tokens, text, scored = self._read_up_to
+        self._read_up_to = (len(self.tokens), len(self.text), len(self.scored))
+        return Output(self.tokens[tokens:], self.text[text:], self.scored[scored:])
 
     @property
     def _complete(self) -> bool:
@@ -223,14 +225,14 @@ class Engine:
             self.step()
         return submitted
 
-    def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generator[Read, None, None]:
+    def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generator[Output, None, None]:
         """Submits a request at the call; its tokens and text as they come. One that is left early is cancelled.
 
         Raises what submit does at the call, and ValueError, after what came before, where the request ends in an error.
         """
         request = self.submit(prompt_tokens, sampling)
 
-        def pieces() -> Generator[Read, None, None]:
+        def pieces() -> Generator[Output, None, None]:
             try:
                 while request.finish_reason is None:
                     self.step()
@@ -283,3 +285,18 @@ class Engine:
     def _release(self, slot: int) -> None:
         del self.running[slot]
         heapq.heappush(self._free, slot)
+
+
+def complete(
+    model: GPT, tokenizer: Tokenizer | None, prompt_tokens: Sequence[int], sampling: Sampling
+) -> Generator[Output, None, None]:
+    """Continue one prompt, on an engine with a single slot that is made at the call; yield its output as it comes.
+
+    Args:
+        tokenizer: None for a model without one; the output then has tokens and no text.
+        prompt_tokens: Token ids; a text begins with tokenizer.bos_id.
+
+    Raises ValueError as Engine.stream does.
+    """
+    capacity = min(model.max_positions, max(2, len(prompt_tokens) + sampling.max_tokens))
+    return Engine(model, tokenizer, slots=1, capacity=capacity).stream(prompt_tokens, sampling)

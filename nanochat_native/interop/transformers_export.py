@@ -18,7 +18,8 @@ from torch import Tensor
 import nanochat_native
 from nanochat_native.data.conversations import chat_template, is_chat_trained, prompt_of, stop_tokens, without_marks
 from nanochat_native.data.tokenizer import Tokenizer
-from nanochat_native.inference.generation import generate_tokens
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.interop import transformers_config
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import EXAMPLES, STDLIB
@@ -240,8 +241,8 @@ def verify(options: Options) -> str:
         worst = max(worst, difference)
         if not difference <= TOLERANCE:
             raise ValueError(f"logits after {prompt!r} differ by {difference:.1e}; takes at most {TOLERANCE:.0e}")
-        rows = generate_tokens(model, ids, max_tokens=VERIFIED_TOKENS, temperature=0, stop_tokens=ends)
-        own = [token for row in rows for token in row]
+        sampling = Sampling(VERIFIED_TOKENS, temperature=0, stop_tokens=tuple(ends))
+        own = [token for piece in complete(model, tokenizer, ids, sampling) for token in piece.tokens]
         drawn = theirs.generate(torch.tensor([ids]), max_new_tokens=VERIFIED_TOKENS, do_sample=False)[0, len(ids) :]
         continued = [token for token in drawn.tolist() if token not in ends]
         if continued != own:

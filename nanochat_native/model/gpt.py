@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat_native import ops
 from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.flops import flops_per_token
 from nanochat_native.model.functional import SquaredReluMLP, norm, plain_mlp, rotary_norm
-from nanochat_native.model.kv_cache import KVCache
 
 SOFTCAP = 15.0
 ROTARY_BASE = 10000
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.window = layer, config.windows[layer]
+        self.window = config.windows[layer]
         self.head_dim = config.head_dim
         kv_channels = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd, bias=False)
@@ -51,10 +51,8 @@ class Attention(nn.Module):
         k = rotary_norm(self.c_k(x).unflatten(-1, heads), cos, sin)
         return q, k, self.c_v(x).unflatten(-1, heads)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.project(x, cos, sin)
-        if kv_cache is not None:
-            k, v = kv_cache.append(self.layer, k, v)
         return cast(Tensor, self.c_proj(ops.attention(q, k, v, window=self.window).flatten(-2)))
 
 
@@ -79,8 +77,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, kv_cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin)
         return x + self.mlp(norm(x))
 
 
@@ -160,17 +158,16 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         reduction: str = "mean",
-        kv_cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V) float32, or (B, 1, V) of the last position with last_only.
 
         With targets (B, T) int64: the cross-entropy in nats instead, float32, of those that are not -1; "mean" or
-        "sum" gives a scalar, "none" (B, T), without a gradient. With kv_cache, idx continues the sequences that it
-        holds. Raises TypeError and ValueError for arguments that do not fit.
+        "sum" gives a scalar, "none" (B, T), without a gradient. Raises TypeError and ValueError for arguments that do
+        not fit.
 
-        torch.func's transforms, forward-mode AD and, on the torch backend, second derivatives work, without kv_cache;
-        they run in plain torch, which keeps more, and without grad_checkpoint.
+        torch.func's transforms, forward-mode AD and, on the torch backend, second derivatives work; they run in plain
+        torch, which keeps more, and without grad_checkpoint.
         """
         if idx.dtype != torch.int64:
             raise TypeError(f"idx is {idx.dtype}; it takes int64")
@@ -178,36 +175,26 @@ class GPT(nn.Module):
             raise ValueError(f"idx has shape {tuple(idx.shape)}; it takes (B, T), both at least 1")
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets has shape {tuple(targets.shape)}, idx {tuple(idx.shape)}; they must agree")
-        if targets is not None and (kv_cache is not None or last_only):
-            raise ValueError("targets go with neither kv_cache nor last_only: a loss is taken over whole sequences")
-        if kv_cache is not None and (mode := ops.beyond_backward()):
-            raise RuntimeError(f"kv_cache is written in place, which {mode} do not follow; call without it")
-        start = 0 if kv_cache is None else kv_cache.length
-        end = start + idx.size(1)
-        if end > self.max_positions:
+        if targets is not None and last_only:
+            raise ValueError("targets cannot be combined with last_only: the loss covers whole sequences")
+        length = idx.size(1)
+        if length > self.max_positions:
             raise ValueError(
-                f"a sequence of {end} tokens; this model of sequence_len {self.config.sequence_len} "
+                f"a sequence of {length} tokens; this model of sequence_len {self.config.sequence_len} "
                 f"has positions for {self.max_positions}"
             )
-        if kv_cache is not None and (end > kv_cache.capacity or idx.size(0) != kv_cache.batch_size):
-            raise ValueError(
-                f"{idx.size(0)} rows up to position {end}; kv_cache has {kv_cache.batch_size} rows "
-                f"of {kv_cache.capacity} positions"
-            )
 
-        cos, sin = self.cos[:, start:end], self.sin[:, start:end]
+        cos, sin = self.cos[:, :length], self.sin[:, :length]
         x = self.wte(idx).to(self.compute_dtype)
         x = norm(x)
         for block in self.blocks:
             if self.grad_checkpoint and torch.is_grad_enabled() and not ops.beyond_backward(x):
                 weights = dict(block.named_parameters())  # those of now, should a functional_call end before backward
                 x = checkpoint(
-                    _call_with, block, weights, x, cos, sin, kv_cache, use_reentrant=False, preserve_rng_state=False
+                    _call_with, block, weights, x, cos, sin, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x = block(x, cos, sin, kv_cache)
-        if kv_cache is not None:
-            kv_cache.length = end
+                x = block(x, cos, sin)
         x = norm(x[:, -1:] if last_only else x)
 
         if targets is not None:
@@ -229,11 +216,5 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def estimate_flops(self) -> int:
-        """Floating-point operations a token, forward and backward: 6 a parameter outside wte, and 12 H D min(T,
-        window) a layer for attention, which counts its scores in full, not halved by causality.
-
-        nanochat's formula, after appendix B of PaLM, arXiv:2204.02311.
-        """
-        config = self.config
-        spans = [config.sequence_len if window is None else window for window in config.windows]
-        return 6 * (self.num_params() - self.wte.weight.numel()) + 12 * config.n_embd * sum(spans)
+        """Return the floating-point operations of a token, forward and backward; see flops.flops_per_token."""
+        return flops_per_token(self.config, self.num_params())

@@ -22,7 +22,8 @@ import nanochat_native
 from nanochat_native import ops
 from nanochat_native.data import Batch, BatchLoader, Corpus, iterate_val, prepare
 from nanochat_native.evaluation.bits_per_byte import Evaluation, evaluate
-from nanochat_native.inference.generation import generate_text
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
@@ -417,18 +418,12 @@ class Trainer:
         prompt = prompts[self.step // max(1, self.config.sample_every) % len(prompts)]
         while len(tokenizer.encode(prompt)) > positions - 2:  # broken characters take more tokens than were read
             prompt = prompt[: len(prompt) // 2]
-        room = positions - 1 - len(tokenizer.encode(prompt))  # behind <|bos|> and the prompt
+        tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        seed = self.config.seed & 0xFFFFFFFF  # torch's generator takes these bits of a seed, and no other
+        sampling = Sampling(min(SAMPLE_TOKENS, positions - len(tokens)), temperature=0.7, top_k=50, seed=seed)
         with self.autocast():
-            pieces = generate_text(
-                self.model,
-                tokenizer,
-                prompt,
-                max_tokens=min(SAMPLE_TOKENS, room),
-                temperature=0.7,
-                top_k=50,
-                seed=self.config.seed,
-            )
-            text = prompt + "".join(pieces)
+            pieces = complete(self.model, tokenizer, tokens, sampling)
+        text = prompt + "".join(piece.text for piece in pieces)
         self.console.record(self.log.write("sample", self.step, prompt=prompt, text=text))
         self.console.say(f"step {self.step}: sample\n    " + text.rstrip().replace("\n", "\n    "))
 

@@ -25,7 +25,8 @@ from nanochat_native import evaluate
 from nanochat_native.data import prepare
 from nanochat_native.evaluation import bits_per_byte, core_score, session
 from nanochat_native.evaluation.bits_per_byte import evaluate_bpb
-from nanochat_native.inference.generation import generate_text
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint, run_folder
@@ -470,7 +471,8 @@ def test_the_harness_gets_text(run_dir, adapter):
     with use("torch"):
         lm = adapter.NanochatLM(str(run_dir), device="cpu")
         model, tokenizer, _ = load_model(run_dir)
-        whole = "".join(generate_text(model, tokenizer, "line 3", max_tokens=12, temperature=0))
+        prompt = [tokenizer.bos_id, *tokenizer.encode("line 3")]
+        whole = "".join(piece.text for piece in complete(model, tokenizer, prompt, Sampling(12, temperature=0)))
         stop = whole[4:6]
         found = lm.generate_until(
             requests(
@@ -484,6 +486,8 @@ def test_the_harness_gets_text(run_dir, adapter):
         assert found[3]
         with pytest.raises(ValueError, match="generate_until has num_beams; it takes until, max_gen_toks"):
             lm.generate_until(requests(("a", {"num_beams": 3})))
+        with pytest.raises(ValueError, match="max_gen_toks must be a whole number >= 1, got 0"):
+            lm.generate_until(requests(("a", {"max_gen_toks": 0})))
         with pytest.raises(ValueError, match="batch_size is 'auto'; it takes a number from 1"):
             adapter.NanochatLM(str(run_dir), batch_size="auto")
 

@@ -16,7 +16,8 @@ from tiny_run import train, write_text
 from nanochat_native import evaluate, export, generate, import_checkpoint
 from nanochat_native.data import conversations
 from nanochat_native.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat_native.inference.generation import generate_text
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.interop import importing, transformers_config, transformers_export
 from nanochat_native.interop.importing import read_tokenizer_pickle
 from nanochat_native.model import functional
@@ -90,7 +91,7 @@ def test_transformers_opens_it_with_no_code_of_ours(folder, exported):
         with torch.no_grad():
             assert (theirs(idx).logits - model(idx)).abs().max() < 1e-4
         drawn = theirs.generate(idx, max_new_tokens=30)
-        greedy = "".join(generate_text(model, own, text, max_tokens=30, temperature=0))
+        greedy = "".join(piece.text for piece in complete(model, own, ids, Sampling(30, temperature=0)))
         assert tokenizer.decode(drawn[0, len(ids) :], skip_special_tokens=True) == greedy
 
 

@@ -217,7 +217,7 @@ class BrokenWriter:
 # name of the report: (owner, attribute) that fails from its second call on, and how often that is
 REPORTS = {
     "evaluation": (bits_per_byte, "_sums", 3),
-    "sample": (trainer, "generate_text", 2),
+    "sample": (trainer, "complete", 2),
     "plot": (report, "plot_loss", 1),
     "log of a step": (report, "live_line", STEPS),
     "metrics.jsonl": (metrics_log, "_append", STEPS + 4 + 3),
@@ -299,7 +299,7 @@ def test_the_checkpoint_is_there_before_anything_else_is_done_at_its_step(folder
 
 
 @pytest.mark.parametrize(
-    "where", [(2, "evaluate", "_sums"), (3, "evaluate", "_sums"), (2, "trainer", "generate_text")], ids=str
+    "where", [(2, "evaluate", "_sums"), (3, "evaluate", "_sums"), (2, "trainer", "complete")], ids=str
 )
 def test_killed_between_the_checkpoint_and_its_reports(folder, where):
     """What was not measured or sampled when the run was killed is when it goes on."""
