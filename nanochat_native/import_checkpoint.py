@@ -8,7 +8,7 @@ loaded with weights_only, and the tokenizer's pickle is read as data, by the few
 import sys
 from collections.abc import Sequence
 
-from nanochat_native.interop.importing import EPS_MOVES, Options, moved_by_eps, probe, read, write
+from nanochat_native.interop.importing import MAX_LOGIT_CHANGE, Options, largest_logit_change, probe_tokens, read, write
 from nanochat_native.model.functional import EPS
 from nanochat_native.runtime.command import run_command
 
@@ -18,11 +18,11 @@ def run(options: Options) -> None:
     source = read(options)
     notes = list(source.notes)
     if source.eps != EPS:
-        tokens = probe(source.config)
-        moved = moved_by_eps(source, tokens)
+        tokens = probe_tokens(source.config)
+        moved = largest_logit_change(source, tokens)
         told = f"its rms_norm_eps of {source.eps:g} becomes {EPS:g}, which moves its logits by up to {moved:.1e}"
-        if not moved <= EPS_MOVES:
-            raise ValueError(f"{options.source}: {told}; it may move them by at most {EPS_MOVES:g}")
+        if not moved <= MAX_LOGIT_CHANGE:
+            raise ValueError(f"{options.source}: {told}; it may move them by at most {MAX_LOGIT_CHANGE:g}")
         notes.append(f"{told} (measured on {tokens.numel()} random tokens)")
     write(source, options.out)
     shape = source.config

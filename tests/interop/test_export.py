@@ -18,8 +18,8 @@ from nanochat_native.data import conversations
 from nanochat_native.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_native.inference.engine import complete
 from nanochat_native.inference.sampling import Sampling
-from nanochat_native.interop import importing, transformers_config, transformers_export
-from nanochat_native.interop.importing import read_tokenizer_pickle
+from nanochat_native.interop import importing, transformers_config, transformers_export, transformers_import
+from nanochat_native.interop.nanochat_files import read_tokenizer_pickle
 from nanochat_native.model import functional
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
@@ -486,8 +486,8 @@ def test_what_another_eps_does_is_measured(exported, tmp_path, monkeypatch, caps
     source = importing.read(importing.Options(place, tmp_path / "run"))
     tokens = torch.randint(400, (4, 32), generator=torch.Generator().manual_seed(0))
     expected = (logits_with(monkeypatch, source, eps, tokens) - logits_with(monkeypatch, source, 2**-23, tokens)).abs()
-    assert torch.equal(tokens, importing.probe(source.config))
-    moved = importing.moved_by_eps(source, tokens)
+    assert torch.equal(tokens, importing.probe_tokens(source.config))
+    moved = importing.largest_logit_change(source, tokens)
     assert functional.EPS == 2**-23
     assert moved == pytest.approx(expected.max().item(), rel=0.1, abs=5e-6)
     model = GPT(source.config)
@@ -612,7 +612,7 @@ def test_a_chat_model_takes_its_template_along_and_keeps_the_mark(folder, export
     settings = json.loads((out / "tokenizer_config.json").read_text())
     (out / "chat_template.jinja").write_text(settings.pop("chat_template"))
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert importing.has_chat_template(out)
+    assert transformers_import.has_chat_template(out)
     plain = tmp_path / "plain"
     assert import_checkpoint.main([str(exported), "--out", str(plain)]) == 0
     assert not conversations.is_chat_trained(load_model(plain)[2])
