@@ -22,28 +22,32 @@ from nanochat_native.runs import checkpoint, run_folder
 from nanochat_native.runs.config import TrainConfig, with_defaults
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
-MAX_LOGIT_CHANGE = 0.01  # of logits, at most, by another eps; they are from -15 to 15
+MAX_LOGIT_CHANGE = 0.01  # allowed when eps is replaced; logits lie between -15 and 15
 
 
 @dataclass
 class Options:
-    """Read a model that nanochat or transformers wrote, for generate, evaluate and the rest of this program."""
+    """Import a model that nanochat or transformers wrote, so that the commands of this program can use it."""
 
     source: tyro.conf.Positional[Path]
-    """nanochat's checkpoint folder (base_checkpoints/d20), or a folder that transformers' NanoChat is in."""
+    """A checkpoint folder of nanochat (base_checkpoints/d20), or a folder with a NanoChat model of transformers."""
     out: Path
-    """Run folder to write; it must not be there, or be empty."""
+    """Run folder to write; it must not exist, or must be empty."""
     step: int | None = None
-    """Of nanochat's checkpoints; default: the newest."""
+    """Step of the nanochat checkpoint; default: the newest."""
     chat: bool = False
-    """nanochat's checkpoint was trained on conversations, which it does not say; transformers' folders do, by a chat
-    template."""
+    """State that the nanochat checkpoint was trained on conversations, which its files do not record. For a folder of
+    transformers the chat template decides."""
     tokenizer: Path | None = None
-    """nanochat's tokenizer.pkl, or its folder; default: tokenizer/ beside the source or two folders above."""
+    """nanochat's tokenizer.pkl, or its folder; default: tokenizer/ in the source, beside it or one folder higher."""
 
 
 def read(options: Options) -> Source:
-    """Raises FileNotFoundError, naming what is missing, and ValueError for what is not of the first architecture."""
+    """Read the model in options.source.
+
+    Raises FileNotFoundError, naming the missing file, and ValueError for a model that is not of nanochat's first
+    architecture.
+    """
     folder = options.source
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -52,21 +56,23 @@ def read(options: Options) -> Source:
         source = dataclasses.replace(source, chat=options.chat)
     elif (folder / "config.json").is_file():
         if options.step is not None:
-            raise ValueError(f"--step is {options.step}, but {folder} is transformers', which has one checkpoint")
+            raise ValueError(
+                f"--step {options.step} applies to nanochat's checkpoints; {folder} is a folder of transformers"
+            )
         source = read_transformers(folder)
     else:
-        raise FileNotFoundError(f"{folder} has neither nanochat's model_*.pt nor a config.json of transformers")
+        raise FileNotFoundError(f"{folder} has neither a model_*.pt of nanochat nor a config.json of transformers")
     return to_float32(folder, source)
 
 
 def probe_tokens(config: GPTConfig) -> Tensor:
-    """Random tokens."""
+    """Return random tokens (B, T) to compare logits on."""
     shape = (PROBE_ROWS, min(PROBE_TOKENS, config.sequence_len))
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
 def largest_logit_change(source: Source, tokens: Tensor) -> float:
-    """How far the logits of tokens (B, T) are from those with the source's eps, at most."""
+    """Return the largest change of a logit of `tokens` (B, T) when the source's eps is replaced by this program's."""
     model = GPT(source.config)
     model.load_state_dict(source.tensors)
     with torch.inference_mode():
@@ -80,12 +86,12 @@ def largest_logit_change(source: Source, tokens: Tensor) -> float:
 
 
 def write(source: Source, out: Path) -> None:
-    """A run's folder with one checkpoint.
+    """Write a run folder with one checkpoint.
 
-    Raises ValueError where `out` holds something.
+    Raises ValueError if `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} holds something; give another --out")
+        raise ValueError(f"{out} is not empty; choose another --out")
     config = source.config
     flags = TrainConfig(
         depth=config.n_layer,

@@ -20,40 +20,40 @@ from nanochat_native.model.config import GPTConfig
 
 
 def read_nanochat(folder: Path, step: int | None, tokenizer: Path | None) -> Source:
-    """model_STEP.pt and meta_STEP.json, and the tokenizer."""
+    """Read model_STEP.pt, meta_STEP.json and the tokenizer; the newest step if none is given."""
     steps = sorted(
         int(m.group(1)) for p in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)\.pt", p.name))
     )
     if not steps:
-        raise FileNotFoundError(f"{folder} has no model_STEP.pt, with the step in digits")
+        raise FileNotFoundError(f"{folder} has no model_STEP.pt whose STEP is a number")
     if step is not None and step not in steps:
-        raise FileNotFoundError(f"{folder} holds no checkpoint of step {step}, but of {', '.join(map(str, steps))}")
+        raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     meta_path = folder / f"meta_{step:06d}.json"
     if not meta_path.is_file():
-        raise FileNotFoundError(f"{meta_path}: missing; it holds the shape of the model")
+        raise FileNotFoundError(f"{meta_path}: missing; it describes the shape of the model")
     meta = transformers_config.read_json(meta_path)
     shape: Any = meta.get("model_config")
     sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
     missing = [name for name in sizes if name not in shape] if isinstance(shape, dict) else ["model_config"]
     if missing:
-        raise ValueError(f"{meta_path}: no model_config of nanochat's: {', '.join(missing)} is missing")
+        raise ValueError(f"{meta_path}: not a model_config of nanochat: {', '.join(missing)} missing")
     transformers_config.check_sizes(meta_path, {name: shape[name] for name in sizes})
     try:
         config = GPTConfig(**{name: shape[name] for name in sizes})
     except ValueError as error:
         raise ValueError(f"{meta_path}: {error}") from None
     if set(str(shape.get("window_pattern", "L"))) != {"L"}:
-        raise ValueError(f"{meta_path}: window_pattern is {shape['window_pattern']!r}; the first architecture has none")
+        raise ValueError(f"{meta_path}: window_pattern must be absent or 'L', got {shape['window_pattern']!r}")
     path = folder / f"model_{step:06d}.pt"
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
-    except Exception:  # torch raises many, each with an explanation for programmers
-        raise ValueError(f"{path} cannot be read: it is damaged, or holds more than tensors") from None
+    except Exception:  # torch raises many types, with messages for programmers
+        raise ValueError(f"{path} cannot be read: it is damaged, or contains more than tensors") from None
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise ValueError(f"{path} cannot be read: it takes tensors by their names")
+        raise ValueError(f"{path} cannot be read: it must contain a dictionary of tensors")
     bpb: Any = meta.get("val_bpb")
     bpb = bpb if type(bpb) in (int, float) and math.isfinite(bpb) else None
     tensors = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in loaded.items()}
@@ -63,7 +63,7 @@ def read_nanochat(folder: Path, step: int | None, tokenizer: Path | None) -> Sou
 
 
 def without_padding(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """wte and lm_head without the rows that pad the vocabulary."""
+    """Return the tensors, those of wte and lm_head without the rows that pad the vocabulary."""
     return {
         name: t[:vocab_size] if name in transformers_config.ENDS and t.ndim and t.size(0) > vocab_size else t
         for name, t in tensors.items()
@@ -71,7 +71,7 @@ def without_padding(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Te
 
 
 def find_tokenizer(folder: Path, given: Path | None) -> Path:
-    """tokenizer.pkl."""
+    """Return the path of tokenizer.pkl: the given one, or the first in the folders where nanochat puts it."""
     places = (
         [given] if given else [folder / "tokenizer", folder.parent / "tokenizer", folder.parent.parent / "tokenizer"]
     )
@@ -79,13 +79,13 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path:
         path = place / "tokenizer.pkl" if place.is_dir() else place
         if path.is_file():
             return path
-    raise FileNotFoundError(f"no tokenizer.pkl in {', '.join(map(str, places))}; give --tokenizer PATH")
+    raise FileNotFoundError(f"no tokenizer.pkl in {', '.join(map(str, places))}; set --tokenizer PATH")
 
 
 def read_tokenizer_pickle(path: Path) -> Tokenizer:
-    """The tiktoken encoding in nanochat's tokenizer.pkl: a name, a pattern, byte strings by rank, special tokens.
+    """Read the tiktoken encoding in nanochat's tokenizer.pkl: name, pattern, byte strings by rank, special tokens.
 
-    Raises ValueError for a pickle that holds anything else.
+    Raises ValueError for a pickle with any other content.
     """
     try:
         state = _data_of_pickle(path.read_bytes())
@@ -94,13 +94,16 @@ def read_tokenizer_pickle(path: Path) -> Tokenizer:
         names = sorted(specials, key=specials.__getitem__)
         numbers = [*sorted(ranks.values()), *(specials[name] for name in names)]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: not a tiktoken encoding as nanochat saves it ({error})") from None
+        raise ValueError(f"{path}: not a tiktoken encoding saved by nanochat ({error})") from None
     return build_tokenizer(path, numbers, tokens, pattern, names)
 
 
 def _data_of_pickle(content: bytes) -> dict[str, Any]:
-    """The state of a pickled tiktoken.Encoding. The stream is interpreted here, by opcodes that make strings, bytes,
-    numbers, tuples and dicts; the class is compared by its name, and nothing is imported or called."""
+    """Return the state of a pickled tiktoken.Encoding without unpickling it.
+
+    Only opcodes that build strings, bytes, numbers, tuples and dicts are interpreted. The class is compared by name;
+    nothing is imported or called.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -149,15 +152,15 @@ def _data_of_pickle(content: bytes) -> dict[str, Any]:
         elif name == "NEWOBJ":
             arguments = stack.pop()
             if stack.pop() != encoding or arguments:
-                raise ValueError("it holds an object of another class")
+                raise ValueError("it has an object of another class")
             stack.append(encoding)
         elif name == "BUILD":
             state = stack.pop()
             if stack[-1] != encoding or not isinstance(state, dict):
-                raise ValueError("it holds an object of another class")
+                raise ValueError("it has an object of another class")
             stack[-1] = state
         elif name == "STOP":
             return dict(stack[-1])
         else:
-            raise ValueError(f"it holds the pickle opcode {name}")
-    raise ValueError("it ends too early")
+            raise ValueError(f"it has the pickle opcode {name}")
+    raise ValueError("it is truncated")

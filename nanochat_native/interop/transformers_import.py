@@ -15,19 +15,19 @@ from nanochat_native.interop.source import Source, build_tokenizer, tensor_names
 
 
 def read_transformers(folder: Path) -> Source:
-    """config.json, the weights in one file or several, and tokenizer.json."""
+    """Read config.json, the weights in one or several files, and tokenizer.json."""
     config, eps = transformers_config.gpt_config(folder)
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
         places = transformers_config.read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-            raise ValueError(f"{index}: damaged, it has no weight_map of names")
+            raise ValueError(f"{index}: damaged, it has no weight_map from names to files")
         files = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
     for file in files:
         if Path(file).name != file:
-            raise ValueError(f"{index} names {file!r}, which is not beside it")
+            raise ValueError(f"{index} names {file!r}, which is not in its folder")
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: missing")
         try:
@@ -42,14 +42,20 @@ def read_transformers(folder: Path) -> Source:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether transformers' tokenizer in there has one, in a file of its own or in tokenizer_config.json."""
+    """Return whether the tokenizer has a chat template, in a file of its own or in tokenizer_config.json."""
     path = folder / "tokenizer_config.json"
     settings = transformers_config.read_json(path) if path.is_file() else {}
     return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
 
 
 def read_tokenizer_json(path: Path, notes: list[str]) -> Tokenizer:
-    """A byte-level BPE of Hugging Face's, whose special tokens follow the others."""
+    """Read a byte-level BPE in Hugging Face's format, whose special tokens follow the others.
+
+    Args:
+        notes: List that receives remarks for the user.
+
+    Raises ValueError, naming the path, for any other tokenizer.
+    """
     stored = transformers_config.read_json(path)
     try:
         model = stored["model"]
@@ -76,21 +82,21 @@ def read_tokenizer_json(path: Path, notes: list[str]) -> Tokenizer:
             "add_prefix_space": (bytes_["add_prefix_space"], False),
             "use_regex": (bytes_["use_regex"], False),
             "added_tokens that are not special or match in another way": (
-                [t["content"] for t in stored["added_tokens"] if _is_unlike_ours(t)],
+                [t["content"] for t in stored["added_tokens"] if _is_unsupported(t)],
                 [],
             ),
         }
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{path}: not a byte-level BPE with a split pattern") from None
-    for name, (value, takes) in settings.items():
-        if value != takes:
-            raise ValueError(f"{path}: {name} is {json.dumps(value)}; this tokenizer takes {json.dumps(takes)}")
+    for name, (value, supported) in settings.items():
+        if value != supported:
+            raise ValueError(f"{path}: {name} must be {json.dumps(supported)}, got {json.dumps(value)}")
     numbers = [number for number, _ in ordinary] + [number for number, _ in added]
     tokenizer = build_tokenizer(path, numbers, tokens, pattern, [name for _, name in added])
     if pairs != tokenizer.merges():
-        notes.append("its merges are not those of its tokens' order: rare words may be cut in another way")
+        notes.append("its merges do not follow the order of its tokens: rare words may be tokenized differently")
     return tokenizer
 
 
-def _is_unlike_ours(token: dict[str, Any]) -> bool:
+def _is_unsupported(token: dict[str, Any]) -> bool:
     return not token["special"] or any(token.get(name) for name in ("single_word", "lstrip", "rstrip", "normalized"))
