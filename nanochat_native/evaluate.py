@@ -1,4 +1,4 @@
-"""Bits per byte, and `python -m nanochat_native.evaluate`: those and CORE, of one checkpoint or of two side by side."""
+"""python -m nanochat_native.evaluate: measure bits per byte and CORE of one checkpoint, or of two side by side."""
 
 import sys
 import traceback
@@ -11,7 +11,7 @@ from nanochat_native.runtime.distributed import World
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Evaluates as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the command with `args`, by default those of sys.argv; return the exit code."""
 
     def command(world: World) -> int:
         return run(world.run_collectively(lambda: parse_options(Options, "evaluate", args), *MISTAKES), world)

@@ -51,7 +51,7 @@ def config_of(config: GPTConfig, *, bos_id: int | None, dtype: str) -> dict[str,
     """
     if any(window is not None for window in config.windows):
         raise ValueError(
-            f"window_pattern must be L for transformers' NanoChat, which has no windows, got {config.window_pattern}; "
+            f"--window-pattern of the run must be L, got {config.window_pattern}: transformers has no windows; "
             "--format safetensors supports every model"
         )
     return {

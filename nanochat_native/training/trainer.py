@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 import nanochat_native
 from nanochat_native import ops
 from nanochat_native.data import Batch, BatchLoader, Corpus, iterate_val, prepare
-from nanochat_native.evaluation.bits_per_byte import Evaluation, evaluate
+from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
 from nanochat_native.inference.engine import complete
 from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
@@ -389,7 +389,7 @@ class Trainer:
         tokenizer = self.corpus.tokenizer
         lengths = torch.ones(self.corpus.vocab_size) if tokenizer is None else tokenizer.token_bytes
         with self.autocast():
-            return evaluate(self.model, batches, lengths, self.world)
+            return measure_text(self.model, batches, lengths, self.world)
 
     def _measure_peak_again(self) -> None:
         """The best of several moments counts for a CPU, which other programs may have kept busy at the first."""

@@ -133,8 +133,8 @@ def test_bad_arguments_are_refused_at_the_call():
     model = build()
     with use("torch"):
         for settings, prompt, message in (
-            ({"max_tokens": 153}, PROMPT, "has 8 tokens, and 153 more are asked for; this model takes 160 together"),
-            ({"max_tokens": 4}, [0] * 161, "has 161 tokens, and 4 more are asked for; this model takes 160 together"),
+            ({"max_tokens": 153}, PROMPT, r"must have at most 160 tokens together, got 8 \+ 153"),
+            ({"max_tokens": 4}, [0] * 161, r"must have at most 160 tokens together, got 161 \+ 4"),
             ({"max_tokens": 4, "stop": ("a",)}, PROMPT, "without a tokenizer"),
             ({"max_tokens": 4}, [], "0 tokens"),
             ({"max_tokens": 4}, [1, 60], "0 to 59"),
@@ -244,7 +244,7 @@ def test_load_model_refuses_what_does_not_belong_together(run_dir, tmp_path):
             load_model(saved(model=model))
     for other, message in (
         ({**meta["model_config"], "width": 3}, "got an unexpected keyword argument 'width'"),
-        ({**meta["model_config"], "n_head": 0}, "n_head is 0; it takes a whole number from 1"),
+        ({**meta["model_config"], "n_head": 0}, "n_head must be a whole number >= 1, got 0"),
     ):
         with pytest.raises(ValueError, match=f"{run_dir}: its model_config is not one of this version .{message}"):
             load_model(saved(model_config=other))
@@ -281,7 +281,7 @@ def test_command_line(run_dir, capfd):
     module = [sys.executable, "-m", "nanochat_native.generate", *args, "--step", "1"]
     env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.run(module, capture_output=True, encoding="utf-8", check=True, env=env)
-    note = r"note: \d+ tokens, and the model was trained on 16: beyond them text gets worse\n"
+    note = r"note: the text has \d+ tokens, but the model was trained on 16: quality drops beyond that\n"
     assert process.stdout == of_first_step
     assert re.fullmatch(note, process.stderr)
     assert of_first_step != printed
@@ -293,7 +293,9 @@ def test_what_outgrows_the_training_is_said_once(run_dir, tokenizer, capsys, mor
     args = ["--checkpoint", str(run_dir), "--prompt", "def f", "--max-tokens", str(tokens), "--seed", "3"]
     with use("torch"):
         assert generate.main(args) == 0
-    expected = "note: 17 tokens, and the model was trained on 16: beyond them text gets worse\n" if more else ""
+    expected = (
+        "note: the text has 17 tokens, but the model was trained on 16: quality drops beyond that\n" if more else ""
+    )
     assert capsys.readouterr().err == expected
 
 
@@ -318,16 +320,19 @@ def test_a_terminal_that_lacks_a_character_ends_nothing(run_dir):
 def test_command_line_mistakes_are_one_line(run_dir, capsys):
     for args, message in (
         (["--checkpoint", run_dir / "none"], "no such run folder"),
-        (["--checkpoint", run_dir, "--temperature", "-1"], "temperature is -1"),
-        (["--checkpoint", run_dir, "--max-tokens", "1000"], "1000 more are asked for; this model takes 160 together"),
-        (["--checkpoint", run_dir, "--max-tokens", "0"], "--max-tokens is 0; it takes a number from 1"),
+        (["--checkpoint", run_dir, "--temperature", "-1"], "temperature must be a number >= 0, got -1"),
+        (
+            ["--checkpoint", run_dir, "--max-tokens", "1000"],
+            "prompt and max_tokens must have at most 160 tokens together, got 1 + 1000",
+        ),
+        (["--checkpoint", run_dir, "--max-tokens", "0"], "--max-tokens must be a whole number >= 1, got 0"),
         (["--checkpoint", run_dir, "--seed", str(1 << 70)], "--seed takes a whole number of at most 9223372036854"),
         (
             ["--checkpoint", run_dir, "--prompt", "a\udcff"],
             "--prompt has a lone surrogate, or bytes that are",
         ),
         (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop has a lone surrogate"),
-        (["--checkpoint", run_dir, "--stop", ""], "--stop has an empty text"),
+        (["--checkpoint", run_dir, "--stop", ""], "--stop must have strings that are not empty"),
         (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
     ):
         with use("torch"):

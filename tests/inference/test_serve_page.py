@@ -147,7 +147,7 @@ def test_settings_are_sent(browser, server):
     expected = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=1.5, seed=7)
     assert texts[0] == texts[1] == expected.choices[0].message.content.strip()
     shown = browser.find_element(By.CSS_SELECTOR, "article.assistant").text
-    assert ("cut after 12 tokens" in shown) == (expected.choices[0].finish_reason == "length")
+    assert ("stopped after 12 tokens" in shown) == (expected.choices[0].finish_reason == "length")
 
 
 def test_a_phone_has_no_sideways_scrolling(browser, server, tmp_path):

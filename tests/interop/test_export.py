@@ -145,7 +145,7 @@ def test_large_models_come_in_shards(folder, exported, tmp_path):
 def test_what_transformers_cannot_express_is_refused_by_name(folder, tmp_path, capsys):
     args = ["--checkpoint", str(folder / "runs/windows"), "--out", str(tmp_path / "out")]
     assert export.main(args) == 2
-    assert "--window-pattern SL" in capsys.readouterr().err
+    assert "--window-pattern of the run must be L, got SL" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert export.main([*args, "--format", "safetensors"]) == 0
     assert json.loads((tmp_path / "out/model_config.json").read_text())["window_pattern"] == "SL"
@@ -329,7 +329,7 @@ def test_later_architectures_are_refused(tmp_path, capsys):
         ("config.json", {"tie_word_embeddings": True}, "tie_word_embeddings must be false, got true"),
         ("config.json", {"hidden_size": None}, "hidden_size must be a whole number from 1 to 16777216, got null"),
         ("config.json", {"hidden_size": "128"}, 'hidden_size must be a whole number from 1 to 16777216, got "128"'),
-        ("config.json", {"num_attention_heads": 3}, "n_embd 128 over n_head 3"),
+        ("config.json", {"num_attention_heads": 3}, "n_embd / n_head must be an even whole number, got 128 / 3"),
         (
             "config.json",
             {"num_key_value_heads": 0},
@@ -572,8 +572,8 @@ def test_an_imported_model_is_evaluated_and_sampled_but_not_resumed(folder, expo
     assert "was imported" in capsys.readouterr().err
     assert export.main(["--checkpoint", str(out), "--out", str(tmp_path / "again")]) == 0
     card = (tmp_path / "again" / "README.md").read_text()
-    assert "- Training: by another program; imported by nanochat-native" in card
-    assert "- Data: not known;" in card
+    assert "- Training: by another program; imported with nanochat-native" in card
+    assert "- Data: unknown;" in card
     assert checkpoint.steps(out / "checkpoints") == [0]
 
 
@@ -584,7 +584,7 @@ def test_a_step_that_is_not_there_is_told_with_those_that_are(exported, tmp_path
     assert import_checkpoint.main([str(folder), *out, "--step", "7"]) == 2
     assert capsys.readouterr().err == f"error: {folder} has no checkpoint of step 7; it has 100, 650\n"
     assert import_checkpoint.main([str(exported), *out, "--step", "7"]) == 2
-    assert "--step is 7, but" in capsys.readouterr().err
+    assert "--step 7 applies to nanochat's checkpoints" in capsys.readouterr().err
 
 
 def test_an_import_into_the_current_folder(exported, tmp_path, monkeypatch):
@@ -598,7 +598,7 @@ def test_sources_that_are_none(tmp_path, capsys):
     assert import_checkpoint.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert import_checkpoint.main([str(tmp_path), "--out", str(tmp_path / "run")]) == 2
-    assert "neither nanochat's model_*.pt nor a config.json" in capsys.readouterr().err
+    assert "neither a model_*.pt of nanochat nor a config.json" in capsys.readouterr().err
 
 
 # --- models that chat ---
