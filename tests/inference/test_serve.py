@@ -617,7 +617,7 @@ REFUSED = [
     ({"top_p": False}, "top_p must be a number, got true or false", "top_p"),
     ({"temperature": "0"}, "temperature must be a number, got a text", "temperature"),
     ({"seed": 2**63}, "seed must be from -9.22337e+18 to 9.22337e+18, got a number too large", "seed"),
-    ({"seed": "x"}, "seed is a text", "seed"),
+    ({"seed": "x"}, "seed must be a whole number, got a text", "seed"),
     ({"stop": ["a"] * 17}, "stop must be a string of 1 to 1000 characters, or a list of at most 16", "stop"),
     ({"stop": [""]}, "stop must be a string", "stop"),
     ({"stop": ""}, "stop must be a string", "stop"),
@@ -635,13 +635,17 @@ REFUSED = [
     ),
     ({"prompt": []}, "a list of ids that is not empty, or a list of these, got a list", "prompt"),
     ({"prompt": [1, "a"]}, "a list of ids that is not empty, or a list of these, got a list", "prompt"),
-    ({"prompt": [[1], []]}, "prompt[1] is a list", "prompt"),
-    ({"prompt": [1, True]}, "prompt is a list", "prompt"),
+    (
+        {"prompt": [[1], []]},
+        "prompt[1] must be a string, a list of ids that is not empty, or a list of these, got a list",
+        "prompt",
+    ),
+    ({"prompt": [1, True]}, "or a list of these, got a list", "prompt"),
     ({"prompt": [300]}, "prompt must have ids from 0 to 299", "prompt"),
     ({"prompt": [-1]}, "prompt must have ids from 0 to 299", "prompt"),
     ({"prompt": "\ud800"}, "prompt must be text, got a lone surrogate", "prompt"),
     ({"model": None}, "model must be the string 'tiny', got null", "model"),
-    ({"model": 3}, "model is a number", "model"),
+    ({"model": 3}, "model must be the string 'tiny', got a number", "model"),
     ({"seed": True}, "seed must be a whole number, got true or false", "seed"),
     ({"stream": 0}, "stream must be true or false, got a number", "stream"),
     ({"echo": 1}, "echo must be true or false, got a number", "echo"),
@@ -815,9 +819,9 @@ def test_unknown_fields_are_ignored_and_named(server):
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"null", "the body must be an object, got null"),
-        (b"[]", "the body is a list"),
-        (b'{"model": "tiny", "temperature": NaN}', "JSON has no NaN"),
-        (b'{"model": "tiny", "temperature": -Infinity}', "JSON has no -Infinity"),
+        (b"[]", "the body must be an object, got a list"),
+        (b'{"model": "tiny", "temperature": NaN}', "the body is not JSON: NaN is not allowed"),
+        (b'{"model": "tiny", "temperature": -Infinity}', "the body is not JSON: -Infinity is not allowed"),
         (b'{"model": "tiny", "model": "tiny"}', "an object has a name twice"),
         (b'{"model": "\xff"}', "the body is not JSON: byte 11 is not UTF-8"),
         (b"[" * 20000, "nested too deeply"),
@@ -1266,7 +1270,7 @@ def test_the_command_serves_and_ends_with_a_signal(folder, number):
 
 PATIENT = """
 import sys
-from nanochat_native.serve import __main__ as serve
+from nanochat_native import serve
 serve.GRACE_SECONDS = 10_000
 sys.exit(serve.main())
 """
@@ -1335,7 +1339,7 @@ def test_slots_that_do_not_fit_into_memory_are_one_line(folder, capsys, monkeypa
     monkeypatch.setattr(command, "Engine", full)
     with ops.use_backend(BACKEND):
         assert command.main(["--checkpoint", str(folder / "runs/base"), "--port", "0", "--slots", "5"]) == 2
-    error = "error: 5 slots of 640 tokens do not fit into memory; give fewer --slots, or a smaller --capacity\n"
+    error = "error: 5 slots of 640 tokens do not fit into memory; reduce --slots or --capacity\n"
     assert capsys.readouterr().err == error
 
 

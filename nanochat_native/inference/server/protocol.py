@@ -202,7 +202,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     """
 
     def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+        raise ValueError(f"{name} is not allowed")
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
