@@ -19,7 +19,7 @@ from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.functional import EPS
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint, run_folder
-from nanochat_native.runs.config import TrainConfig, with_defaults
+from nanochat_native.runs.config import TrainConfig, resolve_defaults
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
 MAX_LOGIT_CHANGE = 0.01  # allowed when eps is replaced; logits lie between -15 and 15
@@ -119,7 +119,7 @@ def write(source: Source, out: Path) -> None:
     try:
         checkpoint.save(out / "checkpoints", source.step or 0, {"model": source.tensors}, meta)
         source.tokenizer.save(out / "tokenizer")
-        run_folder.save_config(with_defaults(flags, gpu=False))
+        run_folder.save_config(resolve_defaults(flags, gpu=False))
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         if existed:

@@ -326,12 +326,12 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
             "prompt and max_tokens must have at most 160 tokens together, got 1 + 1000",
         ),
         (["--checkpoint", run_dir, "--max-tokens", "0"], "--max-tokens must be a whole number >= 1, got 0"),
-        (["--checkpoint", run_dir, "--seed", str(1 << 70)], "--seed takes a whole number of at most 9223372036854"),
+        (["--checkpoint", run_dir, "--seed", str(1 << 70)], "--seed must be a whole number <= 9223372036854"),
         (
             ["--checkpoint", run_dir, "--prompt", "a\udcff"],
-            "--prompt has a lone surrogate, or bytes that are",
+            "--prompt must be text, got a lone surrogate or bytes that are",
         ),
-        (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop has a lone surrogate"),
+        (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop must be text, got a lone surrogate"),
         (["--checkpoint", run_dir, "--stop", ""], "--stop must have strings that are not empty"),
         (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
     ):

@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment, and resumed must be the run that was never killed, bit for bit."""
+"""A run that is killed at any moment and resumed equals the run that was never killed, bit for bit."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with a text, and "whole": the run that is never killed."""
+    """Return a folder with a text, and "whole": the run that is never killed."""
     folder = tmp_path_factory.mktemp("shared")
     write_text(folder / "text.jsonl")
     assert train(folder, run="whole", steps=STEPS) == 0
@@ -31,12 +31,12 @@ def shared(tmp_path_factory):
 
 
 def killed(folder, number, module, name, **flags):
-    """A run that SIGKILL ends at the number-th call of module.name."""
+    """Run training until SIGKILL ends it at call `number` of module.name."""
     assert exit_code(die_at_call, number, module, name, tiny_flags(folder, steps=STEPS, **flags)) == -signal.SIGKILL
 
 
 def exit_code(target, *args):
-    """Of a new process that calls target(*args)."""
+    """Return the exit code of a new process that calls target(*args)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanochat_native.train"])
     process = context.Process(target=target, args=args)
@@ -87,16 +87,16 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize(
     ("run", "where", "resumed_from"),
     [
-        ("before-the-first-save", (3, "trainer", "clip_reduced_"), 0),
-        ("in-a-step", (7, "trainer", "clip_reduced_"), 4),
-        ("in-an-update", (11, "trainer.Muon", "step"), 8),
-        ("in-the-first-save", (1, "checkpoint", "_fsync"), 0),
-        ("in-a-save", (3, "checkpoint", "save_file"), 4),
-        ("before-the-rename", (2, "checkpoint", "_move_into_place"), 4),
-        ("in-the-last-save", (3, "checkpoint", "_move_into_place"), 8),
+        ("before-the-first-save", (3, "training.trainer", "clip_reduced_"), 0),
+        ("in-a-step", (7, "training.trainer", "clip_reduced_"), 4),
+        ("in-an-update", (11, "training.trainer.Muon", "step"), 8),
+        ("in-the-first-save", (1, "runs.checkpoint", "_fsync"), 0),
+        ("in-a-save", (3, "runs.checkpoint", "save_file"), 4),
+        ("before-the-rename", (2, "runs.checkpoint", "_move_into_place"), 4),
+        ("in-the-last-save", (3, "runs.checkpoint", "_move_into_place"), 8),
     ],
 )
-def test_after_kill_9_the_same_run_goes_on(shared, capsys, run, where, resumed_from):
+def test_a_killed_run_resumes_as_the_same_run(shared, capsys, run, where, resumed_from):
     killed(shared, *where, run=run)
     capsys.readouterr()
     assert train(shared, run=run, steps=STEPS, resume="auto") == 0
@@ -105,7 +105,7 @@ def test_after_kill_9_the_same_run_goes_on(shared, capsys, run, where, resumed_f
 
 
 def test_a_torn_last_line_of_the_log_is_dropped(shared):
-    killed(shared, 7, "trainer", "clip_reduced_", run="torn")
+    killed(shared, 7, "training.trainer", "clip_reduced_", run="torn")
     log = shared / "runs" / "torn" / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-20])
     assert train(shared, run="torn", steps=STEPS, resume="auto") == 0
@@ -115,15 +115,15 @@ def test_a_torn_last_line_of_the_log_is_dropped(shared):
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_the_other_optimizers_resume_too(shared, optimizer):
     assert train(shared, run=f"{optimizer}-whole", steps=STEPS, optimizer=optimizer) == 0
-    killed(shared, 7, "trainer", "clip_reduced_", run=optimizer, optimizer=optimizer)
+    killed(shared, 7, "training.trainer", "clip_reduced_", run=optimizer, optimizer=optimizer)
     assert train(shared, run=optimizer, steps=STEPS, resume="auto", optimizer=optimizer) == 0
     assert_same_run(shared / "runs" / optimizer, shared / "runs" / f"{optimizer}-whole")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shared, capsys, harm):
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_one_before(shared, capsys, harm):
     run = shared / "runs" / harm
-    killed(shared, 11, "trainer", "clip_reduced_", run=harm)
+    killed(shared, 11, "training.trainer", "clip_reduced_", run=harm)
     path = run / "checkpoints" / "step_000008" / "model.safetensors"
     data = bytearray(path.read_bytes())
     if harm == "flipped":
@@ -139,7 +139,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shared, capsys,
 
 def test_without_an_intact_checkpoint_nothing_is_touched(shared, capsys):
     run = shared / "runs" / "lost"
-    killed(shared, 7, "trainer", "clip_reduced_", run="lost")
+    killed(shared, 7, "training.trainer", "clip_reduced_", run="lost")
     (run / "checkpoints" / "step_000004" / "meta.json").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert train(shared, run="lost", steps=STEPS, resume="auto") == 2
@@ -155,7 +155,7 @@ def test_a_finished_run_has_nothing_left_to_do(shared, capsys):
     assert f"--num-iterations {2 * STEPS}" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_to_a_longer_horizon_with_its_own_flags(shared):
+def test_a_run_resumes_to_a_longer_horizon_with_its_own_flags(shared):
     assert train(shared, run="longer", steps=4, seed=3) == 0
     assert main(["--resume", str(shared / "runs" / "longer"), "--num-iterations", "6"]) == 0
     assert [r["step"] for r in records(shared / "runs" / "longer", "train")] == [1, 2, 3, 4, 5, 6]
@@ -174,7 +174,7 @@ def test_another_text_is_not_the_same_run(shared, tmp_path, capsys):
 def test_data_that_has_moved_is_the_same_data(tmp_path, capsys, saved):
     write_text(tmp_path / "text.jsonl")
     assert train(tmp_path, run="whole", steps=STEPS) == 0
-    killed(tmp_path, 7 if saved else 3, "trainer", "clip_reduced_", run="moved")
+    killed(tmp_path, 7 if saved else 3, "training.trainer", "clip_reduced_", run="moved")
     (tmp_path / "text.jsonl").rename(tmp_path / "other-name.jsonl")
     assert train(tmp_path, run="moved", steps=STEPS, resume="auto") == 2
     assert "if the data has moved, give its new path with --data" in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_data_that_has_moved_is_the_same_data(tmp_path, capsys, saved):
 def test_other_data_under_another_path_is_refused_and_nothing_changes(tmp_path, capsys, saved, hashed):
     write_text(tmp_path / "text.jsonl")
     write_text(tmp_path / "other.jsonl", seed=1)
-    killed(tmp_path, 7 if saved else 3, "trainer", "clip_reduced_", run="kept")
+    killed(tmp_path, 7 if saved else 3, "training.trainer", "clip_reduced_", run="kept")
     run = tmp_path / "runs" / "kept"
     if not hashed:
         stored = json.loads((run / "config.json").read_text())
@@ -210,7 +210,7 @@ def test_changed_flags_are_refused_by_name(shared, capsys):
 
 
 def test_a_stopped_run_resumes_to_the_same_end(shared):
-    """SIGTERM in a step, and the rest in another process."""
+    """Send SIGTERM in a step, and do the rest in another process."""
     flags = tiny_flags(shared, steps=STEPS, run="stopped")
     assert exit_code(stop_after_step, 5, signal.SIGTERM, flags) == 143
     assert checkpoint.steps(shared / "runs" / "stopped" / "checkpoints")[-1] == 5
@@ -219,13 +219,13 @@ def test_a_stopped_run_resumes_to_the_same_end(shared):
 
 
 def test_muons_options_and_their_state_are_resumed(tmp_path):
-    """One run of all of them, and the same stopped and resumed."""
+    """Compare one run with all options with the same run killed and resumed."""
     write_text(tmp_path / "text.jsonl")
     options = dict.fromkeys(
         ("normuon", "row_equilibration", "frobenius_renormalisation", "cautious", "per_head"), True
     ) | {"matrix_weight_decay": 0.1}
     assert train(tmp_path, run="whole", steps=STEPS, **options) == 0
-    killed(tmp_path, 7, "trainer.Trainer", "train_step", run="cut", **options)
+    killed(tmp_path, 7, "training.trainer.Trainer", "train_step", run="cut", **options)
     assert train(tmp_path, run="cut", steps=STEPS, resume="auto", **options) == 0
     whole, cut = (losses(tmp_path / "runs" / run) for run in ("whole", "cut"))
     assert cut == whole
