@@ -1,4 +1,4 @@
-"""python -m nanochat_native.evaluate: bits per byte and the CORE score of one checkpoint, or of two side by side."""
+"""python -m nanochat_native.evaluate: measure bits per byte and CORE of one checkpoint, or of two side by side."""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from nanochat_native.runtime.distributed import World
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Evaluate as `args`, by default sys.argv's, say. Return the exit code."""
+    """Run the command with `args`, by default those of sys.argv; return the exit code."""
 
     def command(world: World) -> int:
         return run(world.run_collectively(lambda: parse_options(Options, "evaluate", args), *MISTAKES), world)

@@ -1,8 +1,8 @@
-"""python -m nanochat_native.export: a trained model as a folder that transformers opens with no code of ours.
+"""python -m nanochat_native.export: export a trained model as a folder that transformers opens without extra code.
 
     config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json  README.md
 
-`--format safetensors` writes the weights under nanochat's names instead, with the shape of the model beside them.
+`--format safetensors` writes the weights under nanochat's names instead, and the shape of the model in a JSON file.
 """
 
 import sys
@@ -13,9 +13,9 @@ from nanochat_native.runtime.command import run_command
 
 
 def run(options: Options) -> None:
-    """Exports, and verifies when asked."""
+    """Export the model, and verify the folder with --verify."""
     if options.verify and options.format != "transformers":
-        raise ValueError("--verify opens the folder with transformers; it takes --format transformers")
+        raise ValueError(f"--verify requires --format transformers, got {options.format}")
     export(options)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     print(f"export   {options.out} | {options.format}, {options.dtype}, {size / 1e6:.1f} MB")
@@ -24,7 +24,7 @@ def run(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Exports as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the command with `args`, by default those of sys.argv; return the exit code."""
     return run_command(Options, "export", args, run)
 
 

@@ -1,4 +1,4 @@
-"""Sampling: tokens with a KV cache, text as a stream, and `python -m nanochat_native.generate`."""
+"""python -m nanochat_native.generate: continue a prompt with a trained model."""
 
 import sys
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat_native.inference.engine import Engine, beyond_training
+from nanochat_native.inference.engine import beyond_training, complete
 from nanochat_native.inference.sampling import Sampling, check_sampling
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import check_text, run_command
@@ -18,42 +18,42 @@ class Options:
     """Continue a prompt with a trained model."""
 
     checkpoint: Path
-    """Run folder, as `python -m nanochat_native.train` leaves it."""
+    """Run folder of `python -m nanochat_native.train` or finetune."""
     prompt: str = ""
-    """Text to continue; empty: a document from its beginning."""
+    """Text to continue; if empty, generate a document from the beginning."""
     step: int | None = None
     """Checkpoint to use; default: the newest."""
     max_tokens: int = 256
-    """Tokens to add at most."""
+    """Largest number of tokens to add."""
     temperature: float = 0.8
-    """Of the softmax; 0 takes the likeliest token."""
+    """Temperature of the softmax; 0 takes the likeliest token."""
     top_k: int | None = 50
-    """Tokens to draw from, the likeliest k; None for all."""
+    """Draw from the k likeliest tokens; None for all."""
     top_p: float | None = None
-    """Tokens to draw from, the likeliest that together reach this probability; None for all."""
+    """Draw from the fewest likeliest tokens whose probabilities reach this sum; None for all."""
     min_p: float | None = None
-    """Tokens to draw from, those with at least this share of the likeliest's probability; None for all."""
+    """Draw from tokens with at least this fraction of the likeliest token's probability; None for all."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of the tokens that are already there, and multiplies negative ones; 1 for none."""
+    """Divide positive logits of tokens that are already in the text by this, and multiply negative ones; 1 for none."""
     stop: tuple[str, ...] = ()
-    """Texts to end before."""
+    """Strings that end the text; they are left out."""
     seed: int = 0
-    """Of the draws; the same seed gives the same text."""
+    """Seed of the draws; the same seed gives the same text."""
     device: Literal["cpu", "cuda"] | None = None
-    """Default: the GPU where there is one."""
+    """Device to run on; default: the GPU if there is one."""
 
 
 def run(options: Options) -> None:
-    """Prints the prompt and its continuation as it comes, and a note where that has outgrown the model's training.
+    """Print the prompt and its continuation as it arrives, and a note if that exceeds the sequences of the training.
 
-    Raises ValueError for flags out of range, and what load_model and Engine do.
+    Raises ValueError for flags out of range, and the errors of load_model and complete.
     """
     if options.max_tokens < 1:
-        raise ValueError(f"--max-tokens is {options.max_tokens}; it takes a number from 1")
+        raise ValueError(f"--max-tokens must be a whole number >= 1, got {options.max_tokens}")
     for text in (options.prompt, *options.stop):
         check_text(text, "--prompt" if text is options.prompt else "--stop")
     if not all(options.stop):
-        raise ValueError("--stop has an empty text; it takes texts that are not empty")
+        raise ValueError("--stop must have strings that are not empty, got an empty one")
     check_sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     device = pick_device(options.device)
     model, tokenizer, _ = load_model(
@@ -70,22 +70,21 @@ def run(options: Options) -> None:
         seed=options.seed,
     )
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
-    capacity = min(model.max_positions, len(prompt) + sampling.max_tokens)
     with autocast(device):
-        engine = Engine(model, tokenizer, slots=1, capacity=capacity)
-    pieces = engine.stream(prompt, sampling)
+        pieces = complete(model, tokenizer, prompt, sampling)
     print(options.prompt, end="", flush=True)
     tokens = len(prompt)
     for piece in pieces:
         tokens += len(piece.tokens)
         print(piece.text, end="", flush=True)
     print(flush=True)
-    if tokens > engine.trained_positions:
-        print(f"note: {beyond_training(tokens, engine.trained_positions)}", file=sys.stderr)
+    trained = model.config.sequence_len
+    if tokens > trained:
+        print(f"note: {beyond_training(tokens, trained)}", file=sys.stderr)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Generates as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the command with `args`, by default those of sys.argv; return the exit code."""
     return run_command(Options, "generate", args, run)
 
 

@@ -1,29 +1,29 @@
-"""python -m nanochat_native.import_checkpoint: what nanochat or transformers wrote, as a run's folder of this program.
+"""python -m nanochat_native.import_checkpoint: import a model of nanochat or transformers as a run folder.
 
-Takes a checkpoint folder of nanochat's first architecture (model_000650.pt, meta_000650.json, and its tokenizer.pkl),
+Reads a checkpoint folder of nanochat's first architecture (model_000650.pt, meta_000650.json and its tokenizer.pkl),
 or a folder of transformers' NanoChat (config.json, safetensors, tokenizer.json). Nothing is unpickled: weights are
-loaded with weights_only, and the tokenizer's pickle is read as data, by the few opcodes that it needs.
+loaded with weights_only, and the tokenizer's pickle is read as data.
 """
 
 import sys
 from collections.abc import Sequence
 
-from nanochat_native.interop.importing import EPS_MOVES, Options, moved_by_eps, probe, read, write
+from nanochat_native.interop.importing import MAX_LOGIT_CHANGE, Options, largest_logit_change, probe_tokens, read, write
 from nanochat_native.model.functional import EPS
 from nanochat_native.runtime.command import run_command
 
 
 def run(options: Options) -> None:
-    """Reads and writes, and says what was found."""
+    """Import the model and print what was found."""
     source = read(options)
     notes = list(source.notes)
     if source.eps != EPS:
-        tokens = probe(source.config)
-        moved = moved_by_eps(source, tokens)
-        told = f"its rms_norm_eps of {source.eps:g} becomes {EPS:g}, which moves its logits by up to {moved:.1e}"
-        if not moved <= EPS_MOVES:
-            raise ValueError(f"{options.source}: {told}; it may move them by at most {EPS_MOVES:g}")
-        notes.append(f"{told} (measured on {tokens.numel()} random tokens)")
+        tokens = probe_tokens(source.config)
+        change = largest_logit_change(source, tokens)
+        effect = f"rms_norm_eps changes from {source.eps:g} to {EPS:g}, which changes logits by up to {change:.1e}"
+        if not change <= MAX_LOGIT_CHANGE:
+            raise ValueError(f"{options.source}: {effect}; at most {MAX_LOGIT_CHANGE:g} is allowed")
+        notes.append(f"{effect} (measured on {tokens.numel()} random tokens)")
     write(source, options.out)
     shape = source.config
     print(
@@ -36,7 +36,7 @@ def run(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Imports as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the command with `args`, by default those of sys.argv; return the exit code."""
     return run_command(Options, "import_checkpoint", args, run)
 
 

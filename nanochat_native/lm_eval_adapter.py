@@ -1,8 +1,8 @@
-"""python -m nanochat_native.lm_eval_adapter: EleutherAI's lm-evaluation-harness on a trained model.
+"""python -m nanochat_native.lm_eval_adapter: run EleutherAI's lm-evaluation-harness on a trained model.
 
     python -m nanochat_native.lm_eval_adapter run --model nanochat_native --model_args checkpoint=runs/d4 --tasks piqa
 
-This is the harness's own command; importing this module adds the model to it. Needs the extra:
+This is the harness's own command line; importing this module registers the model. It requires the extra:
 pip install 'nanochat-native[eval]'.
 """
 

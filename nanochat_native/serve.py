@@ -1,4 +1,4 @@
-"""python -m nanochat_native.serve: OpenAI's API and a page for a trained model. --help lists the flags."""
+"""python -m nanochat_native.serve: serve a trained model with OpenAI's API and a chat page."""
 
 import os
 import socket
@@ -14,99 +14,103 @@ from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import run_command
 from nanochat_native.runtime.hardware import autocast, pick_device
 
-EXTRA = "serve needs starlette and uvicorn: pip install 'nanochat-native[serve]'"
+EXTRA = "serve requires starlette and uvicorn: pip install 'nanochat-native[serve]'"
 BACKLOG = 1024  # connections that wait to be accepted
-GRACE_SECONDS = 5  # for requests that run when the server is to end
-MOST_SLOTS = 4096
-MOST_SECONDS = 1e6  # of a timeout; asyncio's clock takes no more than some hundred years
+GRACE_SECONDS = 5  # for running requests when the server shuts down
+MAX_SLOTS = 4096
+MAX_SECONDS = 1e6  # of a timeout; asyncio's clock overflows after some hundred years
 
 
 @dataclass
 class Options:
-    """Serve a trained model: OpenAI's /v1/completions and /v1/chat/completions, and a page to talk to it at /."""
+    """Serve a trained model: OpenAI's /v1/completions and /v1/chat/completions, and a chat page at /."""
 
     checkpoint: Path
-    """Run folder, as `python -m nanochat_native.train` or finetune leaves it."""
+    """Run folder of `python -m nanochat_native.train` or finetune."""
     step: int | None = None
     """Checkpoint to use; default: the newest."""
     model_name: str | None = None
-    """Name that requests give; default: the run folder's."""
+    """Name of the model in requests; default: the name of the run folder."""
     host: str = "127.0.0.1"
-    """Address to listen at; the default is reached from this machine alone."""
+    """Address to listen on; the default is reachable only from this machine."""
     port: int = 8000
-    """Port to listen at; 0: any free one."""
+    """Port to listen on; 0 for any free port."""
     api_key: str | None = None
-    """Key that requests must send. The environment variable NANOCHAT_API_KEY sets it too, and does not show in lists of
-    processes."""
+    """Key that requests must send. The environment variable NANOCHAT_API_KEY sets it too, and stays out of process
+    lists."""
     slots: int = 8
-    """Requests that are generated at once."""
+    """Number of requests that run at once."""
     max_waiting: int = 64
-    """Requests that may wait for a slot; more are answered by 429."""
+    """Number of requests that can wait for a slot; further ones get the answer 429."""
     max_tokens: int = 4096
-    """Tokens that a request may ask for, at most."""
+    """Largest number of tokens that a request can ask for."""
     capacity: int | None = None
-    """Tokens of prompt and continuation, at most; default: the model's positions, at most 4096."""
+    """Largest number of tokens of prompt and continuation; default: the model's positions, at most 4096."""
     max_body_bytes: int = 1 << 20
-    """Size of a request; a larger one is answered by 413."""
+    """Largest size of a request in bytes; a larger one gets the answer 413."""
     timeout: float = 300.0
-    """Seconds for a request; then it is answered by 408 or 504."""
+    """Time limit for a request in seconds; after it the answer is 408 or 504."""
     connection_timeout: int = 30
-    """Seconds that a connection waits for its client: for the headers of a request, the first or the next, or that what
-    was sent is read; then it is closed."""
+    """Seconds that a connection waits for its client to send the headers of a request or to read an answer; then it is
+    closed."""
     device: Literal["cpu", "cuda"] | None = None
-    """Default: the GPU where there is one."""
+    """Device to run on; default: the GPU if there is one."""
 
     def check(self) -> None:
-        """Raises ValueError for a value out of range."""
+        """Raise ValueError for a value out of range."""
         for name, least in (("slots", 1), ("max_waiting", 0), ("max_tokens", 1), ("max_body_bytes", 1), ("port", 0)):
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is {getattr(self, name)}; it takes a number from {least}")
+                raise ValueError(f"{flag} must be a whole number >= {least}, got {getattr(self, name)}")
         for name in ("timeout", "connection_timeout"):
-            if not 0 < getattr(self, name) <= MOST_SECONDS:
+            if not 0 < getattr(self, name) <= MAX_SECONDS:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is {getattr(self, name)}; it takes seconds above 0, up to {MOST_SECONDS:g}")
-        if self.slots > MOST_SLOTS:
-            raise ValueError(f"--slots is {self.slots}; it takes a number up to {MOST_SLOTS}")
+                raise ValueError(f"{flag} must be > 0 and <= {MAX_SECONDS:g} seconds, got {getattr(self, name):g}")
+        if self.slots > MAX_SLOTS:
+            raise ValueError(f"--slots must be <= {MAX_SLOTS}, got {self.slots}")
         for name in ("host", "model_name"):
             if getattr(self, name) == "":
-                raise ValueError(f"--{name.replace('_', '-')} is empty; leave it away, or give one")
+                raise ValueError(f"--{name.replace('_', '-')} is empty; omit it or set a value")
         if self.port > 65535:
-            raise ValueError(f"--port is {self.port}; it takes a number up to 65535")
+            raise ValueError(f"--port must be <= 65535, got {self.port}")
         if self.key == "":
-            raise ValueError("the API key is empty; leave it away, or give one")
+            raise ValueError("the API key is empty; omit it or set a value")
         if self.key is not None and not all("!" <= letter <= "~" for letter in self.key):
-            raise ValueError("the API key takes visible ASCII characters, which a header can hold")
+            raise ValueError("the API key must consist of visible ASCII characters")
 
     @property
     def key(self) -> str | None:
+        """The API key, from --api-key or the environment; None for no key."""
         return self.api_key if self.api_key is not None else os.environ.get("NANOCHAT_API_KEY")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises OSError, naming the address."""
+    """Return a socket that listens on host and port. Raises OSError, naming the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(BACKLOG)  # from the moment that the address is printed
+        listener.listen(BACKLOG)  # before the address is printed
     except OSError as error:
         listener.close()
-        raise OSError(f"{host} port {port}: {error.strerror or error}; give another --port or --host") from None
+        raise OSError(f"{host} port {port}: {error.strerror or error}; choose another --port or --host") from None
     return listener
 
 
 def run(options: Options) -> int:
-    """Serves until SIGINT or SIGTERM. Raises ImportError without the extra, ValueError and OSError for what does not
-    fit or cannot be bound, and what load_model does."""
+    """Serve until SIGINT or SIGTERM; return the exit code.
+
+    Raises ImportError without the extra, ValueError for flags out of range, OSError for an address that is not
+    available, and the errors of load_model.
+    """
     options.check()
     try:
         import uvicorn
 
         from nanochat_native.inference.server.app import Limits, Server
         from nanochat_native.inference.server.connection import configured
-        from nanochat_native.inference.server.protocol import MOST_CHOICES, Served
+        from nanochat_native.inference.server.protocol import MAX_CHOICES, Served
         from nanochat_native.inference.server.worker import Worker
     except ImportError as error:
         raise ImportError(f"{EXTRA} ({error})") from None
@@ -118,13 +122,13 @@ def run(options: Options) -> int:
     listener = bind(options.host, options.port)
     capacity = min(model.max_positions, 4096) if options.capacity is None else options.capacity
     if not 2 <= capacity <= model.max_positions:
-        raise ValueError(f"--capacity is {capacity}; it takes a number from 2 to {model.max_positions}")
+        raise ValueError(f"--capacity must be from 2 to {model.max_positions}, got {capacity}")
     try:
         with autocast(device):
             engine = Engine(model, tokenizer, slots=options.slots, capacity=capacity)
     except RuntimeError as error:
         given = f"{options.slots} slots of {capacity} tokens do not fit into memory"
-        raise ValueError(f"{given}; give fewer --slots, or a smaller --capacity") from error
+        raise ValueError(f"{given}; reduce --slots or --capacity") from error
     name = options.model_name or options.checkpoint.absolute().name
     manifest = options.checkpoint / "config.json"
     served = Served(
@@ -133,7 +137,7 @@ def run(options: Options) -> int:
         chat_trained=is_chat_trained(meta),
         capacity=capacity,
         trained_positions=engine.trained_positions,
-        choices=min(MOST_CHOICES, options.slots + options.max_waiting),
+        choices=min(MAX_CHOICES, options.slots + options.max_waiting),
         max_tokens=min(options.max_tokens, capacity - 1),
         created=int(manifest.stat().st_mtime) if manifest.exists() else 0,
     )
@@ -146,12 +150,12 @@ def run(options: Options) -> int:
     shown = f"[{options.host}]" if ":" in options.host else options.host
     print(f"model    {name} step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters on {device}", flush=True)
     if not served.chat_trained:
-        print("note     a base model: it was not trained to chat, and only continues text", flush=True)
+        print("note     a base model: it was not trained to chat and only continues text", flush=True)
     if not loopback:
-        guard = "with a key" if options.key else "WITHOUT A KEY: whoever reaches it may use it"
-        print(f"note     listening beyond this machine, {guard}", flush=True)
+        guard = "with an API key" if options.key else "WITHOUT AN API KEY: anyone who can reach it can use it"
+        print(f"note     reachable from other machines, {guard}", flush=True)
     trained = served.trained_positions
-    beyond = f" (trained on {trained}; beyond them text gets worse)" if capacity > trained else ""
+    beyond = f" (trained on {trained}; quality drops beyond that)" if capacity > trained else ""
     slots = f"{options.slots} slots of {capacity} tokens{beyond}"
     print(f"serve    http://{shown}:{port}/ | API at /v1, {slots}", flush=True)
     config = configured(server.app, timeout=options.connection_timeout, grace=GRACE_SECONDS)
@@ -163,7 +167,7 @@ def run(options: Options) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Serves as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the command with `args`, by default those of sys.argv; return the exit code."""
     return run_command(Options, "serve", args, run)
 
 

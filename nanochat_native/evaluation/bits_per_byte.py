@@ -1,4 +1,4 @@
-"""Bits per byte, nanochat's measure of a language model that no tokenizer changes."""
+"""Bits per byte: nanochat's measure of a language model, independent of its tokenizer."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,14 @@ from nanochat_native.runtime.distributed import World
 
 
 class Evaluation(NamedTuple):
-    """bpb: bits per byte. loss: mean nats a target. targets, bytes: how many the two are taken over."""
+    """Bits per byte and loss of a model on a text.
+
+    Attributes:
+        bpb: Bits per byte.
+        loss: Mean nats per target.
+        targets: Number of targets.
+        bytes: Number of bytes that the targets stand for.
+    """
 
     bpb: float
     loss: float
@@ -22,26 +29,30 @@ class Evaluation(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(
+def measure_text(
     model: GPT,
     batches: Iterable[tuple[Tensor, Tensor]],
     token_bytes: np.ndarray | Tensor,
     world: World | None = None,
 ) -> Evaluation:
-    """Measures the model on (inputs, targets) int64 (B, T) on its device; targets of -1 count nothing.
+    """Measure bits per byte and loss of the model on a text.
 
-    token_bytes: (V,) integers, the bytes that each token stands for, 0 for special tokens. Bits per byte, nanochat's
-    definition: the nats of all targets that stand for bytes, over ln 2 times their bytes. It does not depend on the
-    tokenizer, as the loss does. world: ranks that each measure a part of the batches.
+    Bits per byte, as nanochat defines it, is the nats of all targets that stand for bytes, divided by ln 2 times the
+    number of those bytes. Unlike the loss it does not depend on the tokenizer.
 
-    Raises ValueError when token_bytes does not fit the model or no target stands for bytes; on many ranks RankError on
-    all of them, whatever one raises.
+    Args:
+        batches: (inputs, targets), int64 (B, T) on the model's device; targets of -1 are ignored.
+        token_bytes: (V,) integers: the number of bytes that each token stands for, 0 for special tokens.
+        world: Ranks that each measure a part of the batches.
+
+    Raises ValueError if token_bytes does not fit the model or no target stands for bytes. On many ranks any error of a
+    rank is a RankError on all of them.
     """
     world = world or World()
     sums = world.all_reduce_sum_(world.run_collectively(lambda: _sums(model, batches, token_bytes), Exception))
     all_nats, byte_nats, targets, targets_bytes = sums.tolist()
     if targets_bytes == 0:
-        raise ValueError("no target stands for bytes: there is nothing to evaluate")
+        raise ValueError("no target stands for bytes: there is nothing to measure")
     return Evaluation(
         bpb=byte_nats / (math.log(2) * targets_bytes),
         loss=all_nats / targets,
@@ -51,9 +62,9 @@ def evaluate(
 
 
 def _sums(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray | Tensor) -> Tensor:
-    """(4,) float64: nats of all targets, nats of those that stand for bytes, targets, their bytes."""
+    """Return (4,) float64: nats of all targets, nats of those that stand for bytes, number of targets, their bytes."""
     if tuple(token_bytes.shape) != (model.config.vocab_size,):
-        raise ValueError(f"token_bytes has shape {tuple(token_bytes.shape)}; it takes ({model.config.vocab_size},)")
+        raise ValueError(f"token_bytes must have shape ({model.config.vocab_size},), got {tuple(token_bytes.shape)}")
     device = model.wte.weight.device
     lengths = torch.as_tensor(token_bytes, dtype=torch.int64, device=device)
     all_nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -69,8 +80,3 @@ def _sums(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.
         targets_seen += counted.sum()
         bytes_seen += length.sum()
     return torch.stack([all_nats, byte_nats, targets_seen.double(), bytes_seen.double()])
-
-
-def evaluate_bpb(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray | Tensor) -> float:
-    """Bits per byte alone, of `evaluate`."""
-    return evaluate(model, batches, token_bytes).bpb

@@ -1,16 +1,16 @@
-"""CORE: the mean of a model's centred accuracy over the tasks of DataComp-LM, 22 as published, arXiv:2406.11794.
+"""The CORE score: mean centered accuracy of a model over the tasks of DataComp-LM (22 in arXiv:2406.11794).
 
-The tasks are read from a folder in nanochat's layout; prompts, few-shot examples, scored spans and tie rules are
-nanochat's too, so that figures compare. `evaluate --core FOLDER` is the command.
+The tasks are read from a folder in nanochat's layout. Prompts, few-shot examples, scored tokens and tie rules are
+nanochat's too, so that scores are comparable. The command is `evaluate --core FOLDER`.
 
     core.yaml            icl_tasks: label, dataset_uri, num_fewshot: [n], icl_task_type, continuation_delimiter
-    eval_data/<uri>      an item a line, JSON
+    eval_data/<uri>      one item per line, JSON
     eval_meta_data.csv   "Eval Task" and "Random baseline", in percent
 
-An item of a task of type `multiple_choice` has query, choices and gold, one of `schema` context_options, continuation
-and gold, one of `language_modeling` context and continuation. gold is the index of the right choice or context.
+An item of a `multiple_choice` task has query, choices and gold; of a `schema` task context_options, continuation and
+gold; of a `language_modeling` task context and continuation. gold is the index of the right choice or context.
 
-What the score depends on: see `grade`.
+`score_items` explains what can change a score.
 """
 
 import csv
@@ -34,12 +34,12 @@ from nanochat_native.runtime.distributed import World
 
 CHOICE, SCHEMA, LANGUAGE = "multiple_choice", "schema", "language_modeling"
 KINDS = (CHOICE, SCHEMA, LANGUAGE)
-SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # nanochat's: of a task's order, and plus the item's number of its examples
-LOGITS = 1 << 27  # that are held at once: 512 MB of float32
+SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # nanochat's; an item's index is added to the second
+MAX_LOGITS = 1 << 27  # in memory at once: 512 MB of float32
 
-# Within so many nats, or so much of a logit, a comparison is decided by sequences that go through the model alone. On a
-# CPU, 8 layers of 256 channels, what is beside a sequence in a batch changed losses and logits by 1e-5 at most in
-# float32, and by 0.08 in bfloat16.
+# A comparison closer than this, in nats or in units of a logit, is decided by sequences that pass the model alone. On a
+# CPU, with 8 layers of 256 channels, the other sequences of a batch changed losses and logits by at most 1e-5 (float32)
+# and 0.08 (bfloat16).
 MARGIN = 1e-3
 MARGIN_16_BIT = 0.25
 
@@ -48,8 +48,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Task:
-    """shots: solved examples before each item. baseline: accuracy of guessing, percent. items in nanochat's order, and
-    the line of the file `data` that each is on."""
+    """A task of the bundle.
+
+    Attributes:
+        shots: Number of solved examples before each item.
+        baseline: Accuracy of guessing, in percent.
+        data: File of the items.
+        items: The items in nanochat's order.
+        lines: Line of each item in `data`.
+    """
 
     label: str
     kind: str
@@ -61,9 +68,16 @@ class Task:
     lines: list[int] = field(repr=False)
 
 
-class Span(NamedTuple):
-    """tokens (n,) of a prompt; those from start to end are scored, start from 1. cropped: how many were taken off the
-    front to fit the model; cut: of those, how many were to be scored."""
+class ScoredSpan(NamedTuple):
+    """A sequence of tokens, of which a span is scored.
+
+    Attributes:
+        tokens: (n,) token ids.
+        start: First scored position, at least 1.
+        end: End of the scored positions.
+        cropped: Number of tokens removed from the front to fit the model.
+        cut: Number of removed tokens that should have been scored.
+    """
 
     tokens: np.ndarray
     start: int
@@ -72,18 +86,28 @@ class Span(NamedTuple):
     cut: int = 0
 
 
-class Greedy(NamedTuple):
-    """nats: of the span's tokens in all. right: whether each has the highest logit, the first of equal ones. gap: the
-    least lead of a token's logit over the best of the others, negative where it has none."""
+class GreedyScore(NamedTuple):
+    """Score of a span under greedy decoding.
 
-    nats: float
+    Attributes:
+        total_nll: Negative log-likelihood of the span, in nats.
+        right: Whether each token has the highest logit; among equal logits the first counts.
+        gap: Smallest lead of a token's logit over the best other logit; negative if one has no lead.
+    """
+
+    total_nll: float
     right: bool
     gap: float
 
 
 class TaskResult(NamedTuple):
-    """centred: 0 for guessing, 1 for all right. cropped: prompts too long for the model, which lost their beginning;
-    cut: those of them that lost a part of what is scored."""
+    """Result of a task.
+
+    Attributes:
+        centred: Accuracy scaled so that guessing gives 0 and no mistake gives 1.
+        cropped: Number of prompts that were too long for the model and lost their beginning.
+        cut: Number of cropped prompts that lost scored tokens.
+    """
 
     task: str
     type: str
@@ -97,19 +121,19 @@ class TaskResult(NamedTuple):
 
 
 def read_bundle(folder: Path, max_per_task: int | None = None) -> list[Task]:
-    """The tasks of a bundle, each shuffled as nanochat does, and then the first max_per_task items of it.
+    """Read the tasks of a bundle: of each, shuffled as in nanochat, the first max_per_task items.
 
-    Raises ValueError, naming file, task and line, for whatever is missing or malformed, and ImportError without PyYAML.
+    Raises ValueError, naming file, task and line, for anything missing or malformed, and ImportError without PyYAML.
     """
     if max_per_task is not None and max_per_task < 1:
-        raise ValueError(f"--max-per-task is {max_per_task}; it takes a number from 1")
+        raise ValueError(f"--max-per-task must be a whole number >= 1, got {max_per_task}")
     path = folder / "core.yaml"
     if not path.is_file():
-        raise ValueError(f"{folder} is no CORE bundle: it has no core.yaml")
+        raise ValueError(f"{folder} is not a CORE bundle: it has no core.yaml")
     found = _yaml(path)
     entries = found.get("icl_tasks") if isinstance(found, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: icl_tasks is {entries!r:.60}; it takes a list of tasks")
+        raise ValueError(f"{path}: icl_tasks must be a list of tasks, got {entries!r:.60}")
     baselines = _baselines(folder / "eval_meta_data.csv")
     tasks: list[Task] = []
     for number, entry in enumerate(entries, 1):
@@ -117,18 +141,17 @@ def read_bundle(folder: Path, max_per_task: int | None = None) -> list[Task]:
         _check_entry(where, entry)
         label = entry["label"]
         if label in (task.label for task in tasks):
-            raise ValueError(f"{where}: the label {label!r} is another task's too")
+            raise ValueError(f"{where}: an earlier task has the label {label!r} too")
         if label not in baselines:
-            raise ValueError(f"{folder / 'eval_meta_data.csv'}: it has no Random baseline of task {label!r}")
+            raise ValueError(f"{folder / 'eval_meta_data.csv'}: no Random baseline for task {label!r}")
         data = folder / "eval_data" / entry["dataset_uri"]
         pairs = list(enumerate(_items(data, label, entry["icl_task_type"]), 1))
         random.Random(SHUFFLE_SEED).shuffle(pairs)
         pairs, shots = pairs[:max_per_task], entry["num_fewshot"][0]
         if shots >= len(pairs):
             limit = "" if max_per_task is None else f" with --max-per-task {max_per_task}"
-            raise ValueError(
-                f"{data}: task {label!r} has {len(pairs)} items{limit}; {shots} shots take {shots + 1} or more"
-            )
+            given = f"{shots} shots, got {len(pairs)}{limit}"
+            raise ValueError(f"{data}: task {label!r} must have at least {shots + 1} items for {given}")
         tasks.append(
             Task(
                 label=label,
@@ -148,7 +171,7 @@ def _yaml(path: Path) -> Any:
     try:
         import yaml
     except ImportError:
-        raise ImportError(f"{path} takes PyYAML to read: pip install 'nanochat-native[eval]'") from None
+        raise ImportError(f"reading {path} requires PyYAML: pip install 'nanochat-native[eval]'") from None
     try:
         return yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -157,28 +180,32 @@ def _yaml(path: Path) -> Any:
 
 def _check_entry(where: str, entry: Any) -> None:
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {entry!r:.60}; it takes label, dataset_uri, num_fewshot, icl_task_type")
+        raise ValueError(f"{where} must have label, dataset_uri, num_fewshot and icl_task_type, got {entry!r:.60}")
     for name in ("label", "dataset_uri"):
         if not isinstance(entry.get(name), str) or not entry[name]:
-            raise ValueError(f"{where}: {name} is {entry.get(name)!r:.60}; it takes text")
+            raise ValueError(f"{where}: {name} must be a string, got {entry.get(name)!r:.60}")
     where += f" ({entry['label']})"
     if entry.get("icl_task_type") not in KINDS:
-        raise ValueError(f"{where}: icl_task_type is {entry.get('icl_task_type')!r:.60}; it takes {', '.join(KINDS)}")
+        raise ValueError(
+            f"{where}: icl_task_type must be one of {', '.join(KINDS)}, got {entry.get('icl_task_type')!r:.60}"
+        )
     shots = entry.get("num_fewshot")
     if not isinstance(shots, list) or not shots or type(shots[0]) is not int or shots[0] < 0:
-        raise ValueError(f"{where}: num_fewshot is {shots!r:.60}; it takes a list of a whole number from 0")
+        raise ValueError(f"{where}: num_fewshot must be a list with a whole number >= 0, got {shots!r:.60}")
     if not isinstance(entry.get("continuation_delimiter", " "), str):
-        raise ValueError(f"{where}: continuation_delimiter is {entry['continuation_delimiter']!r:.60}; it takes text")
+        raise ValueError(
+            f"{where}: continuation_delimiter must be a string, got {entry['continuation_delimiter']!r:.60}"
+        )
 
 
 def _baselines(path: Path) -> dict[str, tuple[int, str]]:
-    """Of each task the line of its baseline, and what is there."""
+    """Return for each task the line of its baseline and the text in it."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
             missing = {"Eval Task", "Random baseline"} - set(rows.fieldnames or ())
             if missing:
-                raise ValueError(f"{path}: it has no column {', '.join(sorted(missing))}")
+                raise ValueError(f"{path}: missing column {', '.join(sorted(missing))}")
             return {row["Eval Task"]: (rows.line_num, row["Random baseline"]) for row in rows}
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
@@ -194,7 +221,7 @@ def _baseline(path: Path, label: str, found: tuple[int, str]) -> float:
         value = math.nan
     if not 0 <= value < 100:
         raise ValueError(
-            f"{path}: line {line}: Random baseline of {label!r} is {text!r}; it takes a percentage below 100"
+            f"{path}: line {line}: Random baseline of {label!r} must be a percentage below 100, got {text!r}"
         )
     return value
 
@@ -211,37 +238,36 @@ def _items(path: Path, label: str, kind: str) -> Iterator[dict[str, Any]]:
                 _check_item(where, item, kind)
                 yield item
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; task {label!r} takes its items from it") from None
+        raise ValueError(f"{path}: {error.strerror}; task {label!r} reads its items from it") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: data of task {label!r} is not UTF-8: {error}") from None
 
 
 def _check_item(where: str, item: Any, kind: str) -> None:
     if not isinstance(item, dict):
-        raise ValueError(f"{where} is {item!r:.60}; it takes an object")
+        raise ValueError(f"{where} must be an object, got {item!r:.60}")
     options = {CHOICE: "choices", SCHEMA: "context_options"}.get(kind)
     texts = {CHOICE: ("query",), SCHEMA: ("continuation",), LANGUAGE: ("context", "continuation")}[kind]
     for name in texts:
         if not isinstance(item.get(name), str):
-            raise ValueError(f"{where}: {name} is {item.get(name)!r:.60}; it takes text")
+            raise ValueError(f"{where}: {name} must be a string, got {item.get(name)!r:.60}")
     if options is None:
         return
     found, gold = item.get(options), item.get("gold")
     if not isinstance(found, list) or not found or not all(isinstance(option, str) for option in found):
-        raise ValueError(f"{where}: {options} is {found!r:.60}; it takes a list of texts")
+        raise ValueError(f"{where}: {options} must be a list of strings, got {found!r:.60}")
     if type(gold) is not int or not 0 <= gold < len(found):
-        raise ValueError(f"{where}: gold is {gold!r:.60}; it takes an index into {len(found)} {options}")
+        raise ValueError(f"{where}: gold must be an index into {len(found)} {options}, got {gold!r:.60}")
 
 
 def shots_of(task: Task, index: int) -> list[int]:
-    """Which items are the solved examples before item `index`."""
+    """Return the indices of the solved examples before item `index`."""
     drawn = random.Random(SHOTS_SEED + index).sample(range(len(task.items) - 1), task.shots)
     return [i + (i >= index) for i in drawn]
 
 
 def prompts(task: Task, index: int) -> list[str]:
-    """The texts of an item: one an option, or of a language_modeling item the one without its continuation and the one
-    with it."""
+    """Return the prompts of an item: one for each option, or for language_modeling without and with continuation."""
     item, delimiter = task.items[index], task.delimiter
     before = "".join(_solved(task, task.items[i]) + "\n\n" for i in shots_of(task, index))
     if task.kind == CHOICE:
@@ -249,7 +275,7 @@ def prompts(task: Task, index: int) -> list[str]:
     if task.kind == SCHEMA:
         return [before + context + delimiter + item["continuation"] for context in item["context_options"]]
     text = before + item["context"].strip() + delimiter
-    # A space at the end would belong to the continuation's first token.
+    # The tokenizer would put a space at the end into the continuation's first token.
     return [text.rstrip(), text + item["continuation"]]
 
 
@@ -260,19 +286,20 @@ def _solved(task: Task, item: dict[str, Any]) -> str:
     return str(context + task.delimiter + item["continuation"])
 
 
-def spans(task: Task, index: int, tokens: Sequence[np.ndarray], longest: int) -> list[Span]:
-    """What is scored of an item, given the tokens of its prompts, cropped from the left to `longest` of them.
+def spans(task: Task, index: int, tokens: Sequence[np.ndarray], longest: int) -> list[ScoredSpan]:
+    """Return the scored spans of an item, given the tokens of its prompts, cropped on the left to `longest` tokens.
 
-    multiple_choice: what follows the tokens that all options begin with. schema: the tokens that all end with.
-    language_modeling: what follows the tokens without the continuation; raises ValueError, naming task and line, where
-    the tokens with it do not begin with those, or add none.
+    multiple_choice: the tokens after the common prefix of all options. schema: the common suffix of all options.
+    language_modeling: the tokens after the prompt without the continuation.
+
+    Raises ValueError, naming task and line, if that prompt is not a proper prefix of the one with the continuation.
     """
     if task.kind == LANGUAGE:
         without, whole = tokens
         if len(without) >= len(whole) or not np.array_equal(without, whole[: len(without)]):
             raise ValueError(
                 f"{task.data}: line {task.lines[index]} of task {task.label!r}: with this tokenizer the tokens of the "
-                "context are no beginning of those with the continuation"
+                "context are not a prefix of those with the continuation"
             )
         return [crop(whole, len(without), longest)]
     if task.kind == CHOICE:
@@ -282,15 +309,15 @@ def spans(task: Task, index: int, tokens: Sequence[np.ndarray], longest: int) ->
     return [crop(option, len(option) - length, longest) for option in tokens]
 
 
-def crop(tokens: np.ndarray, start: int, longest: int) -> Span:
-    """The last `longest` tokens; the first of them is never scored, as nothing predicts it."""
+def crop(tokens: np.ndarray, start: int, longest: int) -> ScoredSpan:
+    """Return the span within the last `longest` tokens; the first of them is not scored, since nothing predicts it."""
     off = max(0, len(tokens) - longest)
     kept = max(1, start - off)
-    return Span(tokens[off:], kept, len(tokens) - off, off, kept - max(1, start) + off)
+    return ScoredSpan(tokens[off:], kept, len(tokens) - off, off, kept - max(1, start) + off)
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:
-    """How many first tokens are the same in all."""
+    """Return the length of the common prefix of all sequences."""
     shortest = min(map(len, sequences))
     same = np.ones(shortest, dtype=bool)
     for other in sequences[1:]:
@@ -299,13 +326,16 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
 
 
 def batches(
-    sequences: Sequence[Span], tokens: int, positions: int | None = None
+    sequences: Sequence[ScoredSpan], tokens: int, positions: int | None = None
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(which of the sequences, inputs, targets) of batches, the longest first; int64 (B, T), at most `tokens` in a
-    batch, padding included, and at most `positions` scored; but one sequence at least.
+    """Yield (indices of the sequences, inputs, targets) of batches, the longest sequences first; int64 (B, T).
 
-    Padding is at the right, where no position before it sees it; its targets are -1, as all that are not scored.
-    Sequences without a scored token are in no batch.
+    Padding is on the right, where no earlier position sees it. Its targets are -1, like all that are not scored.
+    Sequences without a scored token are left out.
+
+    Args:
+        tokens: Largest number of tokens of a batch, padding included; a batch has at least one sequence.
+        positions: Largest number of scored positions of a batch.
     """
     scored = [s.end - s.start for s in sequences]
     order = sorted((i for i, n in enumerate(scored) if n > 0), key=lambda i: (-len(sequences[i].tokens), i))
@@ -330,8 +360,10 @@ def batches(
 
 
 @torch.inference_mode()
-def nats(model: GPT, sequences: Sequence[Span], batch_tokens: int, progress: Progress | None = None) -> list[float]:
-    """Of each sequence the nats of its span in all, 0 for an empty one; summed in float64.
+def total_nll(
+    model: GPT, sequences: Sequence[ScoredSpan], batch_tokens: int, progress: Progress | None = None
+) -> list[float]:
+    """Return the total negative log-likelihood of each span, in nats, summed in float64; 0 for an empty span.
 
     Raises ValueError for a model whose losses are not finite.
     """
@@ -349,17 +381,19 @@ def nats(model: GPT, sequences: Sequence[Span], batch_tokens: int, progress: Pro
 
 
 @torch.inference_mode()
-def greedy(model: GPT, sequences: Sequence[Span], batch_tokens: int, progress: Progress | None = None) -> list[Greedy]:
-    """Of each sequence the nats of its span, and whether the model, always taking the likeliest token, would write it.
+def greedy(
+    model: GPT, sequences: Sequence[ScoredSpan], batch_tokens: int, progress: Progress | None = None
+) -> list[GreedyScore]:
+    """Score each span: its negative log-likelihood, and whether greedy decoding would generate it.
 
-    Only the scored positions go through the last layer, so that memory is bounded: LOGITS.
+    Only the scored positions go through the last layer, so that MAX_LOGITS bounds the memory.
 
     Raises ValueError for a model whose logits are not finite.
     """
     device = model.wte.weight.device
-    found = [Greedy(0.0, True, math.inf)] * len(sequences)
+    found = [GreedyScore(0.0, True, math.inf)] * len(sequences)
     done = 0
-    for chosen, inputs, targets in batches(sequences, batch_tokens, max(1, LOGITS // model.config.vocab_size)):
+    for chosen, inputs, targets in batches(sequences, batch_tokens, max(1, MAX_LOGITS // model.config.vocab_size)):
         rows, columns = (targets >= 0).nonzero(as_tuple=True)
         wanted = targets[rows, columns].to(device)
         selecting = model.lm_head.register_forward_pre_hook(_select(rows.to(device), columns.to(device)))
@@ -375,17 +409,17 @@ def greedy(model: GPT, sequences: Sequence[Span], batch_tokens: int, progress: P
         sizes = [sequences[i].end - sequences[i].start for i in chosen]
         parts = (part.split(sizes) for part in (losses, right.cpu(), gap))
         for i, loss, correct, lead in zip(chosen, *parts, strict=True):
-            found[i] = Greedy(_finite(loss.sum().item()), bool(correct.all()), lead.min().item())
+            found[i] = GreedyScore(_finite(loss.sum().item()), bool(correct.all()), lead.min().item())
         done += len(chosen)
         if progress is not None:
             progress(done, len(sequences))
     return found
 
 
-def settled_greedy(
-    model: GPT, sequences: Sequence[Span], batch_tokens: int, progress: Progress | None = None
-) -> list[Greedy]:
-    """`greedy`, those within the margin again by themselves: `grade` says why."""
+def greedy_with_recheck(
+    model: GPT, sequences: Sequence[ScoredSpan], batch_tokens: int, progress: Progress | None = None
+) -> list[GreedyScore]:
+    """Score as `greedy` does, and score spans within the margin again, alone; see `score_items`."""
     found = greedy(model, sequences, batch_tokens, progress)
     for i, sequence in enumerate(sequences):
         if abs(found[i].gap) <= _margin(model):
@@ -398,7 +432,7 @@ def _margin(model: GPT) -> float:
 
 
 def _select(rows: Tensor, columns: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    """A hook by which a layer gets (N, C) of its input (B, T, C)."""
+    """Return a hook that passes only the rows (N, C) of its input (B, T, C) to a layer."""
     return lambda _, inputs: (inputs[0][rows, columns],)
 
 
@@ -408,42 +442,46 @@ def _finite(number: float) -> float:
     return number
 
 
-def grade(
+def score_items(
     model: GPT,
     kind: str,
-    items: Sequence[tuple[Sequence[Span], int]],
+    items: Sequence[tuple[Sequence[ScoredSpan], int]],
     batch_tokens: int,
     progress: Progress | None = None,
 ) -> list[bool]:
-    """Which items, (spans of the options, gold) each, the model gets right.
+    """Return for each item whether the model gets it right.
 
-    An option is chosen by the lowest mean loss over its span, the first of equal ones; an empty span has the mean NaN,
-    which is chosen as the first option alone, as by Python's `min`. language_modeling: right when every token of the
-    span has the highest logit, the first of equal ones; gold is not looked at.
+    The model chooses the option with the lowest mean loss over its span, the first of equal ones. An empty span has the
+    mean NaN, which is chosen only if it is the first option, as in Python's `min`. A language_modeling item is right if
+    every token of the span has the highest logit, the first of equal ones; gold is ignored.
 
-    What a batch is made of changes the last bits of a loss. Where a comparison is closer than MARGIN (MARGIN_16_BIT in
-    bfloat16), it is made again of sequences that went through the model one by one, without padding. So the result is
-    exactly the same for every batch size and every number of ranks, as long as a batch changes no mean loss and no
-    logit by half that margin or more; and options of the same tokens tie exactly. It may still depend on the
-    machine, the backend and the number of threads, where two options are as close as rounding.
+    The composition of a batch changes the last bits of a loss. A comparison closer than MARGIN (MARGIN_16_BIT in
+    bfloat16) is therefore repeated with sequences that go through the model one by one, without padding. The result is
+    exactly the same for every batch size and every number of ranks, provided that a batch changes no mean loss and no
+    logit by half the margin or more; options with the same tokens tie exactly. If two options differ by no more than
+    rounding, the result can still depend on the machine, the backend and the number of threads.
+
+    Args:
+        items: (spans of the options, gold) of each item.
 
     Raises ValueError for a model whose losses are not finite.
     """
     if kind == LANGUAGE:
-        return [one.right for one in settled_greedy(model, [spans[0] for spans, _ in items], batch_tokens, progress)]
+        first_spans = [spans[0] for spans, _ in items]
+        return [one.right for one in greedy_with_recheck(model, first_spans, batch_tokens, progress)]
     flat = [option for options, _ in items for option in options]
-    totals = iter(nats(model, flat, batch_tokens, progress))
+    totals = iter(total_nll(model, flat, batch_tokens, progress))
     correct = []
     for options, gold in items:
         means = [_mean(next(totals), option) for option in options]
         lowest = _first_lowest(means)
         if any(mean - means[lowest] <= _margin(model) for i, mean in enumerate(means) if i != lowest):
-            lowest = _first_lowest([_mean(nats(model, [option], 1)[0], option) for option in options])
+            lowest = _first_lowest([_mean(total_nll(model, [option], 1)[0], option) for option in options])
         correct.append(lowest == gold)
     return correct
 
 
-def _mean(total: float, span: Span) -> float:
+def _mean(total: float, span: ScoredSpan) -> float:
     return total / (span.end - span.start) if span.end > span.start else math.nan
 
 
@@ -451,9 +489,11 @@ def _first_lowest(means: Sequence[float]) -> int:
     return min(range(len(means)), key=means.__getitem__)
 
 
-def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of `sizes` for each rank, so that every share is about as large: the largest first, each to the rank with
-    the least so far."""
+def balance(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Distribute items of these sizes over the ranks in about equal parts; return the indices of each rank.
+
+    The largest item comes first; each goes to the rank with the smallest sum so far.
+    """
     found: list[list[int]] = [[] for _ in range(ranks)]
     heap = [(0, rank) for rank in range(ranks)]
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -472,32 +512,35 @@ def evaluate_task(
     world: World | None = None,
     progress: Progress | None = None,
 ) -> TaskResult:
-    """The model's accuracy in a task, the items shared out over the ranks of `world`, by the length of their prompts.
+    """Measure the model's accuracy in a task.
 
-    batch_tokens: that go through the model at once, padding included. progress: of this rank's sequences, (done, all).
+    Args:
+        batch_tokens: Number of tokens that go through the model at once, padding included.
+        world: Ranks that share the items, balanced by the length of their prompts.
+        progress: Called with (done, all) of this rank's sequences.
 
-    Raises ValueError for a tokenizer or a model that `spans` or `nats` refuse; RankError on many ranks.
+    Raises the ValueErrors of `spans` and `score_items`; on many ranks RankError.
     """
     world = world or World()
     encode = tokenizer.encode_to_numpy
     bos = np.array([tokenizer.bos_id], dtype=np.uint32)
 
-    def prepare(index: int) -> list[Span]:
+    def prepare(index: int) -> list[ScoredSpan]:
         tokens = [np.concatenate([bos, encode(text)]) for text in prompts(task, index)]
         return spans(task, index, tokens, model.config.sequence_len)
 
-    def grade_own() -> list[int]:
+    def score_own_items() -> list[int]:
         indices: Sequence[int] = range(len(task.items))
         if world.size > 1:
-            indices = shares([sum(map(len, prompts(task, i))) for i in indices], world.size)[world.rank]
+            indices = balance([sum(map(len, prompts(task, i))) for i in indices], world.size)[world.rank]
         with ThreadPoolExecutor() as pool:
             found = list(pool.map(prepare, indices))
         golds = [task.items[i].get("gold", 0) for i in indices]
-        correct = grade(model, task.kind, list(zip(found, golds, strict=True)), batch_tokens, progress)
+        correct = score_items(model, task.kind, list(zip(found, golds, strict=True)), batch_tokens, progress)
         everything = [span for options in found for span in options]
         return [sum(correct), sum(s.cropped > 0 for s in everything), sum(s.cut > 0 for s in everything)]
 
-    counts = world.run_collectively(grade_own, ValueError)
+    counts = world.run_collectively(score_own_items, ValueError)
     right, cropped, cut = world.all_reduce_sum_(torch.tensor(counts)).tolist()
     accuracy = right / len(task.items)
     return TaskResult(
@@ -514,10 +557,10 @@ def evaluate_task(
 
 
 def centre(accuracy: float, baseline: float) -> float:
-    """0 for an accuracy of `baseline` percent, 1 for all right."""
+    """Scale an accuracy so that `baseline` percent gives 0 and no mistake gives 1."""
     return (accuracy - 0.01 * baseline) / (1 - 0.01 * baseline)
 
 
 def score(results: Sequence[TaskResult]) -> float:
-    """CORE, the mean of the centred accuracies."""
+    """Return the CORE score, the mean of the centered accuracies."""
     return sum(result.centred for result in results) / len(results)

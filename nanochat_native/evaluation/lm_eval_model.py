@@ -1,8 +1,9 @@
-"""A trained model for EleutherAI's lm-evaluation-harness, https://github.com/EleutherAI/lm-evaluation-harness.
+"""A trained model as a model of EleutherAI's lm-evaluation-harness, https://github.com/EleutherAI/lm-evaluation-harness.
 
-Needs the extra: pip install 'nanochat-native[eval]'.
+It requires the extra: pip install 'nanochat-native[eval]'.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from nanochat_native.evaluation import core_score
-from nanochat_native.inference.generation import generate_tokens
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.hardware import autocast, pick_device
 
@@ -21,14 +23,16 @@ try:
 except ImportError as error:
     raise ImportError(f"lm_eval is not installed ({error}): pip install 'nanochat-native[eval]'") from error
 
-NEW_TOKENS = 256  # of generate_until, where the task does not say
-TAKEN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+DEFAULT_TOKENS = 256  # of generate_until, if the task does not set max_gen_toks
+SUPPORTED = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
 @register_model("nanochat_native")
 class NanochatLM(LM):
-    """A run's model. Requests are the harness's `Instance`s: `args` is (context, continuation), (text,) or (context,
-    settings). Every text is taken for the beginning of a document, after <|bos|>."""
+    """The model of a run. Every text is the beginning of a document, after <|bos|>.
+
+    Requests are the harness's `Instance`s; `args` is (context, continuation), (text,) or (context, settings).
+    """
 
     def __init__(
         self,
@@ -38,14 +42,18 @@ class NanochatLM(LM):
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
     ) -> None:
-        """checkpoint: a run's folder. batch_size: sequences of the model's length that go through it at once;
-        max_batch_size is not looked at.
+        """Load the model.
 
-        Raises ValueError for a batch_size that is no number from 1, and what load_model and pick_device raise.
+        Args:
+            checkpoint: Run folder.
+            batch_size: Number of sequences of the model's length that go through it at once.
+            max_batch_size: Ignored.
+
+        Raises ValueError for a batch_size below 1, and the errors of load_model and pick_device.
         """
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; it takes a number from 1")
+            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
         self.torch_device = pick_device(None if device is None else device)
         self.model, self.tokenizer, _ = load_model(
             Path(checkpoint), step, self.torch_device, warn=lambda message: print(message, file=sys.stderr)
@@ -54,11 +62,12 @@ class NanochatLM(LM):
         self.batch_tokens = int(batch_size) * self.length
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each continuation the log-probability in nats, and whether it is what the likeliest tokens give.
+        """Return the log-probability of each continuation in nats, and whether greedy decoding would generate it.
 
-        Spaces at the end of a context count for the continuation, whose tokens are those beyond the context's number.
-        A context is cropped from the left. Raises ValueError for a continuation that is longer than the model's
-        sequence.
+        Spaces at the end of a context belong to the continuation, whose tokens are those after the number of tokens
+        that the context has. A context is cropped on the left.
+
+        Raises ValueError for a continuation that is longer than the model's sequence.
         """
         spans = []
         for context, continuation in (request.args for request in requests):
@@ -66,62 +75,69 @@ class NanochatLM(LM):
             start = min(len(self._tokens(context.rstrip())), len(whole) - (1 if continuation else 0))
             span = core_score.crop(whole, start, self.length + 1)
             if span.cut:
-                given = f"a continuation of {len(whole) - start} tokens, {continuation!r:.40}"
-                raise ValueError(f"{given}; the model takes {self.length}")
+                given = f"got {len(whole) - start} in {continuation!r:.40}"
+                raise ValueError(f"a continuation must have at most {self.length} tokens, {given}")
             spans.append(span)
         with autocast(self.torch_device):
-            found = core_score.settled_greedy(self.model, spans, self.batch_tokens)
-        return [(-one.nats, one.right) for one in found]
+            found = core_score.greedy_with_recheck(self.model, spans, self.batch_tokens)
+        return [(-one.total_nll, one.right) for one in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of each text the log-probability in nats. One that is longer than the model's sequence is cut: every token is
-        predicted once, and those of the last part after a whole sequence."""
+        """Return the log-probability of each text in nats.
+
+        A text longer than the model's sequence is split: every token is predicted once, and the last part after as many
+        tokens as fit.
+        """
         spans, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
             tokens = self._tokens(text)
             for first in range(1, len(tokens), self.length):
                 end = min(first + self.length, len(tokens))
                 start = max(0, end - self.length - 1)
-                spans.append(core_score.Span(tokens[start:end], first - start, end - start))
+                spans.append(core_score.ScoredSpan(tokens[start:end], first - start, end - start))
                 owners.append(number)
         with autocast(self.torch_device):
-            found = core_score.nats(self.model, spans, self.batch_tokens)
+            found = core_score.total_nll(self.model, spans, self.batch_tokens)
         totals = [0.0] * len(requests)
-        for number, nats in zip(owners, found, strict=True):
-            totals[number] -= nats
+        for number, total in zip(owners, found, strict=True):
+            totals[number] -= total
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Each context continued, the likeliest token each time unless the settings say do_sample, until one of the
-        texts `until`, which is left out, the end of the document, or max_gen_toks.
+        """Continue each context up to one of the strings `until`, the end of the document, or max_gen_toks.
 
-        A context is cropped from the left to leave room in the model's sequence. Raises ValueError for settings that
-        are not in TAKEN.
+        Decoding is greedy unless the settings have do_sample. The stop string is left out. A context is cropped on the
+        left to leave room in the model's sequence.
+
+        Raises ValueError for settings that are not SUPPORTED.
         """
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
-        unknown = sorted(set(settings) - set(TAKEN))
+        unknown = sorted(set(settings) - set(SUPPORTED))
         if unknown:
-            raise ValueError(f"generate_until has {', '.join(unknown)}; it takes {', '.join(TAKEN)}")
+            raise ValueError(
+                f"settings of generate_until must be among {', '.join(SUPPORTED)}, got {', '.join(unknown)}"
+            )
         until = settings.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        count = int(settings.get("max_gen_toks", NEW_TOKENS))
+        count = int(settings.get("max_gen_toks", DEFAULT_TOKENS))
+        if count < 1:
+            raise ValueError(f"max_gen_toks must be a whole number >= 1, got {count}")
         sampled = settings.get("do_sample", False)
         prompt = self._tokens(context)[-max(1, self.length - count) :].tolist()
+        sampling = Sampling(
+            count,
+            temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
+            top_k=settings.get("top_k"),
+            top_p=settings.get("top_p"),
+        )
         written: list[int] = []
         with autocast(self.torch_device):
-            for (token,) in generate_tokens(
-                self.model,
-                prompt,
-                max_tokens=count,
-                temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
-                top_k=settings.get("top_k"),
-                top_p=settings.get("top_p"),
-                stop_tokens=[self.tokenizer.bos_id],
-            ):
-                assert token is not None, "a single sample ends the iterator when it is over"
-                written.append(token)
+            pieces = complete(self.model, self.tokenizer, prompt, sampling)
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                written += piece.tokens
                 text = self.tokenizer.decode(written)
                 places = [text.find(stop) for stop in stops if stop in text]
                 if places:

@@ -1,4 +1,4 @@
-"""The measurements of one call: bits per byte and CORE, of one checkpoint or two."""
+"""The measurements of one `evaluate` command: bits per byte and CORE of one checkpoint or two."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ import torch
 from nanochat_native import data
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.evaluation import core_score
-from nanochat_native.evaluation.bits_per_byte import evaluate
+from nanochat_native.evaluation.bits_per_byte import measure_text
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import pictures, results, run_folder
 from nanochat_native.runs.config import STDLIB, FinetuneConfig
@@ -27,54 +27,59 @@ from nanochat_native.runtime.hardware import autocast, pick_device
 
 @dataclass
 class Options:
-    """Measure a trained model in bits per byte, and with --core by the CORE score; two of them with --compare.
+    """Measure the bits per byte of a trained model, and with --core its CORE score; with --compare of two models.
 
-    Under torchrun the ranks share the work; the first prints.
+    Under torchrun the ranks share the work, and rank 0 prints.
     """
 
     checkpoint: Path
-    """Run folder, as `python -m nanochat_native.train` leaves it."""
+    """Run folder of `python -m nanochat_native.train` or finetune."""
     step: int | None = None
     """Checkpoint to use; default: the newest."""
     data: str | None = None
-    """Text to measure on, as train's --data takes it, or `stdlib`; default: what the run was trained on."""
+    """Text to measure on, as for train's --data, or `stdlib`; default: the data of the run."""
     text_column: str | None = None
-    """Field of the records that holds the text; default: found, or for the run's own data what the run was given."""
+    """Field of the records that has the text; default: detected, or for the run's own data the run's setting."""
     split: Literal["val", "train"] = "val"
-    """Which part of the data: held out, or trained on."""
+    """Part of the data: val is held out, train was trained on."""
     max_tokens: int | None = None
-    """Tokens to measure on, from the beginning; default: all."""
+    """Number of tokens to measure on, from the beginning; default: all."""
     core: Path | None = None
-    """Folder with the CORE tasks, as nanochat's eval bundle: core.yaml, eval_data/, eval_meta_data.csv."""
+    """Folder with the CORE tasks in the layout of nanochat's eval bundle: core.yaml, eval_data/, eval_meta_data.csv."""
     max_per_task: int | None = None
-    """Items of each CORE task to use, after a shuffle that is always the same; default: all."""
+    """Number of items to use from each CORE task, after a fixed shuffle; default: all."""
     compare: Path | None = None
-    """Run folder of a second model, to be measured on the same text and tasks; may be the same run's."""
+    """Run folder of a second model to measure on the same text and tasks; may be the same folder."""
     compare_step: int | None = None
     """Checkpoint of the second model; default: the newest."""
     device_batch_size: int = 8
-    """Sequences that go through the model at once; of CORE's prompts as many as have so many sequences' tokens."""
+    """Number of sequences that go through the model at once; CORE's batches have as many tokens."""
     device: Literal["cpu", "cuda"] | None = None
-    """Default: the GPU where there is one."""
+    """Device to run on; default: the GPU if there is one."""
     out: Path | None = None
-    """Folder for result.json: flags, versions, and what was measured, kept up after each task."""
+    """Folder for result.json with flags, versions and measurements; updated after each task."""
     json: bool = False
     """Print one line of JSON."""
 
     def check(self) -> None:
-        """Raises ValueError for flags that do not fit."""
-        if self.device_batch_size < 1 or (self.max_tokens is not None and self.max_tokens < 1):
-            given = f"--device-batch-size is {self.device_batch_size}, --max-tokens {self.max_tokens}"
-            raise ValueError(f"{given}; both take a number from 1")
+        """Raise ValueError for flags that are out of range or do not fit together."""
+        for flag, value in (("--device-batch-size", self.device_batch_size), ("--max-tokens", self.max_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} must be a whole number >= 1, got {value}")
         if self.max_per_task is not None and self.core is None:
-            raise ValueError(f"--max-per-task is {self.max_per_task}; it goes with --core FOLDER alone")
+            raise ValueError(f"--max-per-task {self.max_per_task} requires --core FOLDER")
         if self.compare_step is not None and self.compare is None:
-            raise ValueError(f"--compare-step is {self.compare_step}; it goes with --compare RUN alone")
+            raise ValueError(f"--compare-step {self.compare_step} requires --compare RUN")
 
 
 @dataclass
 class Session:
-    """What a call measures with: the tasks of CORE, none without --core; the folder of --out, on the first rank."""
+    """What the command measures with.
+
+    Attributes:
+        tasks: CORE tasks; empty without --core.
+        folder: Folder of --out; None without --out and on ranks other than 0.
+    """
 
     options: Options
     world: World
@@ -84,19 +89,19 @@ class Session:
     folder: Path | None
 
     def load(self, run: Path, step: int | None) -> tuple[GPT, Tokenizer, int]:
-        """The model, its tokenizer and its step, on every rank."""
+        """Return the model, its tokenizer and its step, on every rank."""
         model, tokenizer, meta = self.world.run_collectively(
             lambda: load_model(run, step, self.device, warn=self.warn), *MISTAKES
         )
         return model, tokenizer, meta["step"]
 
     def warn(self, text: str) -> None:
-        """A line on stderr, of the first rank."""
+        """Print a line to stderr on rank 0."""
         if self.world.is_rank0:
             print(text, file=sys.stderr)
 
     def batches(self, run: Path, tokenizer: Tokenizer, sequence_len: int) -> Iterator[data.Batch]:
-        """This rank's part of the text, in the tokens of that run."""
+        """Return this rank's part of the text, tokenized as in `run`."""
         options, world = self.options, self.world
 
         def prepare() -> data.Corpus:
@@ -104,11 +109,11 @@ class Session:
             if source is None:
                 config = run_folder.load_config(options.checkpoint)
                 if isinstance(config, FinetuneConfig):
-                    raise ValueError(f"{options.checkpoint} was fine-tuned on conversations; give text by --data")
+                    raise ValueError(f"{options.checkpoint} was fine-tuned on conversations; set --data to a text")
                 source = config.data
                 text_column = config.text_column if text_column is None else text_column
             cache_dir = run_folder.load_config(run).cache_dir
-            assert cache_dir is not None, "a run's config.json holds every value"
+            assert cache_dir is not None, "config.json of a run has every value"
             return data.prepare(
                 None if source == STDLIB else source,
                 vocab_size=tokenizer.vocab_size,
@@ -119,7 +124,7 @@ class Session:
                 log=None if options.data is None else lambda note: self.warn(f"data     {note}"),
             )
 
-        # One rank of a machine builds the shards, the others find them.
+        # One rank of each machine builds the shards; the others read them.
         corpus = world.run_collectively(
             prepare if world.local_rank == 0 else lambda: None, *MISTAKES, long_running=True
         )
@@ -135,16 +140,16 @@ class Session:
         )
 
     def show(self, what: str, done: int, total: int) -> None:
-        """The live line."""
+        """Update the live line."""
         self.console.live(f"{what} {console.bar(done, total)}")
 
     def measure(self, record: dict[str, Any], keep: Callable[[], None]) -> None:
-        """Adds to a record that has checkpoint and step what is measured of it; `keep` is called after each task."""
+        """Measure the checkpoint of a record and add the results to it; call `keep` after each task."""
         run, world = Path(record["checkpoint"]), self.world
         model, tokenizer, record["step"] = self.load(run, record["step"])
         batches = self.batches(run, tokenizer, model.config.sequence_len)
         with autocast(self.device):
-            result = evaluate(model, batches, tokenizer.token_bytes, world)
+            result = measure_text(model, batches, tokenizer.token_bytes, world)
             record |= result._asdict()
             results: list[core_score.TaskResult] = []
             for number, task in enumerate(self.tasks, 1):
@@ -167,7 +172,7 @@ class Session:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Of two records, the other's figures less the one's, as far as both have them; of CORE's tasks the centred."""
+    """Return the figures of `other` minus those of `one`, if both have them; for CORE's tasks the centered ones."""
     found: dict[str, Any] = {name: other[name] - one[name] for name in ("bpb", "loss") if name in other}
     if "core" in other:
         scores = [record["core"]["score"] for record in (one, other)]
@@ -180,25 +185,27 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is printed as JSON and kept in result.json: the first record, the second as `compare`, the `difference`."""
+    """Return the content of result.json: the first record, the second as `compare`, and the `difference`."""
     if len(records) == 1:
         return records[0]
     return records[0] | {"compare": records[1], "difference": difference(*records)}
 
 
 def describe(records: Sequence[dict[str, Any]], tasks: int) -> str:
-    """The records for the eye: a line, and a table of CORE's tasks; or both side by side, and the difference."""
+    """Return the records as text: a line for each, a table of CORE's tasks, and for two records the difference."""
     lines = []
     for letter, record in zip("AB", records, strict=False):
         size = f"{record['targets']:,} tokens, {record['bytes']:,} bytes" if "bpb" in record else "not measured"
-        figures = f"{record['bpb']:.4f} bits per byte | {record['loss']:.4f} nats a token | " if "bpb" in record else ""
+        figures = (
+            f"{record['bpb']:.4f} bits per byte | {record['loss']:.4f} nats per token | " if "bpb" in record else ""
+        )
         where = f"{letter}  {record['checkpoint']} step {record['step']} | " if len(records) == 2 else ""
         lines.append(where + figures + size)
     changes = difference(*records) if len(records) == 2 else {}
     if "bpb" in changes:
-        lines.append(f"B - A  {changes['bpb']:+.4f} bits per byte | {changes['loss']:+.4f} nats a token")
+        lines.append(f"B - A  {changes['bpb']:+.4f} bits per byte | {changes['loss']:+.4f} nats per token")
         if records[0]["bytes"] != records[1]["bytes"]:
-            lines.append("A and B were measured on texts of different length")
+            lines.append("A and B were measured on texts of different lengths")
     measured = [record["core"] for record in records if "core" in record]
     if not measured:
         return "\n".join(lines)
@@ -207,9 +214,9 @@ def describe(records: Sequence[dict[str, Any]], tasks: int) -> str:
     for letter, one in zip("AB", measured, strict=False):
         name = "CORE" if len(records) == 1 else f"CORE of {letter}"
         done = len(one["tasks"])
-        score = f"not known: {done} of {tasks} tasks done" if one["score"] is None else f"{one['score']:.4f}"
+        score = f"unknown: {done} of {tasks} tasks done" if one["score"] is None else f"{one['score']:.4f}"
         lines.append(f"{name}  {score}")
-        for kind, what in (("cropped", "lost their beginning"), ("cut", "lost a part of what is scored")):
+        for kind, what in (("cropped", "lost their beginning"), ("cut", "lost scored tokens")):
             count = sum(task[kind] for task in one["tasks"])
             if count:
                 lines.append(f"{name}  {count:,} prompts are longer than the model's sequence and {what}")
@@ -219,7 +226,7 @@ def describe(records: Sequence[dict[str, Any]], tasks: int) -> str:
 
 
 def table(measured: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    """Lines with a task each, of one model, or of two with the difference of the centred accuracies."""
+    """Return a table with a line for each task, of one model, or of two with the difference of centered accuracies."""
     marks = [""] if len(measured) == 1 else [" A", " B"]
     rows = [["task", "type", "shots", "items"]]
     rows[0] += [f"{name}{mark}" for name in ("accuracy", "centred") for mark in marks] + ["B - A"] * (len(marks) - 1)
@@ -242,10 +249,10 @@ def table(measured: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
 
 
 def run(options: Options, world: World | None = None) -> int:
-    """Measures and prints. Ctrl-C ends it with what is measured until then. Returns the exit code.
+    """Measure and print; return the exit code. On Ctrl-C print what has been measured so far.
 
-    Raises, before any work, what Options.check, core.read_bundle and lab.open_folder do; then what load_model and
-    data.prepare do.
+    Raises the errors of Options.check, core_score.read_bundle and results.open_folder before any work, later those of
+    load_model and data.prepare.
     """
     world = world or World()
     console = Console(as_json=options.json) if world.is_rank0 else SilentConsole()
@@ -261,7 +268,7 @@ def run(options: Options, world: World | None = None) -> int:
     records: list[dict[str, Any]] = [{"checkpoint": str(options.checkpoint), "step": options.step}]
     if options.compare is not None:
         records.append({"checkpoint": str(options.compare), "step": options.compare_step})
-        session.load(options.compare, options.compare_step)  # what is wrong with it is said before hours of the first
+        session.load(options.compare, options.compare_step)  # report its errors before hours of work on the first
 
     def keep(finished: bool = False) -> None:
         if session.folder is not None:
@@ -278,7 +285,7 @@ def run(options: Options, world: World | None = None) -> int:
         interrupted = True
     keep(finished=not interrupted)
     console.end_line()
-    if world.is_rank0:  # not by the console: what was measured is to arrive, or the exit code tells
+    if world.is_rank0:  # without the console: the result must arrive, or the exit code must tell
         print(json.dumps(report(records)) if options.json else describe(records, len(session.tasks)))
         if session.folder is not None and not options.json:
             print(f"result   {session.folder / pictures.RESULT}")

@@ -1,4 +1,4 @@
-"""Generation: the engine for many requests, sampling, the chat session and the server.
+"""Text generation: the engine for many requests, sampling, the chat session and the server.
 
 It depends on `model`, `data` and `runtime`.
 """

@@ -18,53 +18,54 @@ from nanochat_native.inference.sampling import Sampling
 from nanochat_native.runtime.command import check_text
 
 HELP = """\
-/new            forget the conversation, and begin another
-/retry          another answer to the last message
-/undo           take the last message and its answer back
-/system TEXT    what the model is told before the first message; without TEXT, nothing
-/save FILE      the conversation as a JSON line, which finetune takes; FILE must not be there yet
-/quit           leave; so does Ctrl-D
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next one, as does what lies between lines of \"\"\"."""
+/new            start a new conversation
+/retry          generate another answer to the last message
+/undo           remove the last message and its answer
+/system TEXT    set the system prompt; without TEXT, clear it
+/save FILE      save the conversation as a line of JSON for finetune; FILE must not exist
+/quit           quit; Ctrl-D does the same
+Ctrl-C stops an answer. A line that ends with \\ continues in the next line; \"\"\" begins and ends several lines."""
 QUOTES = '"""'
 HISTORY_LINES = 1000
-# Control characters but newline and tab, which a terminal would obey.
+# Control characters except newline and tab.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass
 class Options:
-    """Talk to a trained model. A model that was not fine-tuned on conversations only continues text."""
+    """Chat with a trained model. A model that was not fine-tuned on conversations only continues text."""
 
     checkpoint: Path
-    """Run folder, as `python -m nanochat_native.train` or finetune leaves it."""
+    """Run folder of `python -m nanochat_native.train` or finetune."""
     prompt: str | None = None
-    """Answer this one message, and end."""
+    """Answer this message and exit."""
     system: str | None = None
-    """What the model is told before the first message."""
+    """System prompt: an instruction before the first message."""
     step: int | None = None
     """Checkpoint to use; default: the newest."""
     max_tokens: int = 256
-    """Tokens of an answer at most."""
+    """Largest number of tokens of an answer."""
     temperature: float = 0.7
-    """Of the softmax; 0 takes the likeliest token."""
+    """Temperature of the softmax; 0 takes the likeliest token."""
     top_k: int | None = 50
-    """Tokens to draw from, the likeliest k; None for all."""
+    """Draw from the k likeliest tokens; None for all."""
     top_p: float | None = None
-    """Tokens to draw from, the likeliest that together reach this probability; None for all."""
+    """Draw from the fewest likeliest tokens whose probabilities reach this sum; None for all."""
     min_p: float | None = None
-    """Tokens to draw from, those with at least this share of the likeliest's probability; None for all."""
+    """Draw from tokens with at least this fraction of the likeliest token's probability; None for all."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of the tokens that are already there, and multiplies negative ones; 1 for none."""
+    """Divide positive logits of tokens that are already in the text by this, and multiply negative ones; 1 for none."""
     seed: int = 0
-    """Of the draws; the same seed and the same messages give the same answers."""
+    """Seed of the draws; the same seed and messages give the same answers."""
     device: Literal["cpu", "cuda"] | None = None
-    """Default: the GPU where there is one."""
+    """Device to run on; default: the GPU if there is one."""
 
 
 class Chat:
-    """A conversation with a model: its messages, and how they are answered.
+    """A conversation with a model: its messages, and the answers to them.
 
-    say: told what the user should know, a line at a time.
+    Args:
+        say: Called with each note to the user.
     """
 
     def __init__(self, engine: Engine, options: Options, *, chat_trained: bool, say: Callable[[str], None]) -> None:
@@ -72,29 +73,29 @@ class Chat:
         self.engine, self.options, self.chat_trained, self.say = engine, options, chat_trained, say
         self.tokenizer: Tokenizer = engine.tokenizer
         self.system, self.turns = options.system, list[dict[str, Any]]()
-        self.draws = 0  # answers so far, each with a seed of its own
-        self._length, self._told_length = 0, False  # tokens of the last prompt and its answer
+        self.draws = 0  # number of answers so far; each has its own seed
+        self._length, self._warned_length = 0, False  # tokens of the last prompt and its answer
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The system's message, where there is one, and the turns."""
+        """The system message, if there is one, and the turns."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def answer(self, text: str) -> Generator[str, None, None]:
-        """The answer to a message, piece by piece; both are then in the history, the answer as far as it came.
+        """Yield the answer to a message piece by piece; add both to the history, the answer as far as it got.
 
-        Raises ValueError, and takes the message back, for one that is too long or is no text.
+        Raises ValueError for a message that is too long or is not valid text; the history then stays as it was.
         """
         check_text(text, "the message")
         self.turns.append({"role": "user", "content": text})
         try:
-            prompt, room = self._fitting_prompt()
+            prompt, max_answer = self._fitting_prompt()
         except ValueError:
             self.turns.pop()
             raise
         options = self.options
         sampling = Sampling(
-            min(options.max_tokens, room),
+            min(options.max_tokens, max_answer),
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -115,14 +116,14 @@ class Chat:
         finally:
             self.turns.append({"role": "assistant", "content": "".join(said)})
 
-    def tell_length(self) -> None:
-        """Says once that what the model has read and answered is more than it was trained on."""
-        if self._length > self.engine.trained_positions and not self._told_length:
-            self._told_length = True
+    def warn_of_length(self) -> None:
+        """Note once that prompt and answer are longer than the sequences of the training."""
+        if self._length > self.engine.trained_positions and not self._warned_length:
+            self._warned_length = True
             self.say(f"note: {beyond_training(self._length, self.engine.trained_positions)}")
 
     def _fitting_prompt(self) -> tuple[list[int], int]:
-        """The prompt, and the tokens that fit behind it; the oldest exchanges are left out where all do not fit."""
+        """Return the prompt, without the oldest exchanges if it is too long, and how many tokens fit after it."""
         least = min(self.options.max_tokens, self.engine.capacity // 4)
         for first in range(0, len(self.turns), 2):
             shown = [*self.messages[: len(self.messages) - len(self.turns)], *self.turns[first:]]
@@ -130,16 +131,13 @@ class Chat:
             room = self.engine.capacity - len(prompt)
             if room >= least:
                 if first:
-                    self.say(
-                        f"the conversation has outgrown the model: it no longer sees the first {first // 2} exchanges"
-                    )
+                    self.say(f"the conversation is too long; the model no longer sees its first {first // 2} exchanges")
                 return prompt, room
-        raise ValueError(
-            f"the message has {len(prompt)} tokens; with an answer it takes {self.engine.capacity - least}"
-        )
+        limit = self.engine.capacity - least
+        raise ValueError(f"the message must have at most {limit} tokens to leave room for an answer, got {len(prompt)}")
 
     def undo(self) -> str | None:
-        """Takes the last message and its answer back; the message, or None where there is none."""
+        """Remove the last message and its answer; return the message, or None if there is none."""
         if not self.turns:
             return None
         message, _ = self.turns[-2:]
@@ -147,9 +145,9 @@ class Chat:
         return str(message["content"])
 
     def save(self, path: Path) -> None:
-        """Writes the conversation to a new file, in one line.
+        """Write the conversation to a new file, in one line.
 
-        Raises FileExistsError or another OSError, and ValueError for a conversation that has not begun.
+        Raises FileExistsError or another OSError, and ValueError for an empty conversation.
         """
         if not self.turns:
             raise ValueError("there is nothing to save yet")
@@ -159,12 +157,12 @@ class Chat:
 
 
 def printable(text: str) -> str:
-    """Without the control characters that a terminal would obey."""
+    """Return the text with U+FFFD in place of control characters, which could control the terminal."""
     return _CONTROL.sub("�", text)
 
 
 def read_message(read_line: Callable[[str], str]) -> str:
-    """A message from one or several lines. Raises EOFError at the end of the input."""
+    """Read a message of one or several lines. Raises EOFError at the end of the input."""
     line = read_line("> ")
     if line.strip() == QUOTES:
         lines = []
@@ -179,7 +177,7 @@ def read_message(read_line: Callable[[str], str]) -> str:
 
 
 class Terminal:
-    """Where the user types and reads: colours and a history of lines on a terminal, plain text elsewhere."""
+    """Standard input and output: with colours and a history of lines on a terminal, otherwise plain text."""
 
     def __init__(self) -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -187,7 +185,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def history(self) -> Iterator[None]:
-        """Within the block the arrow keys go through the lines of this and of earlier sessions."""
+        """Provide the lines of this and earlier sessions on the arrow keys, within the block."""
         if not self.interactive:
             yield
             return
@@ -204,12 +202,13 @@ class Terminal:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # a conversation is not to fail for its history
+            with contextlib.suppress(OSError):  # the conversation must not fail because of its history
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 path.touch(mode=0o600)
                 readline.write_history_file(path)
 
     def read_line(self, prompt: str) -> str:
+        """Read a line; show the prompt only on a terminal. Raises EOFError at the end of the input."""
         if self.interactive:
             return input(prompt)
         line = sys.stdin.readline()
@@ -218,12 +217,13 @@ class Terminal:
         return line.rstrip("\n")
 
     def note(self, text: str) -> None:
-        quiet = ("\x1b[2m", "\x1b[0m") if self.colours else ("", "")
-        print(f"{quiet[0]}{text}{quiet[1]}", file=sys.stderr, flush=True)
+        """Print a note to stderr, dimmed on a terminal."""
+        dim = ("\x1b[2m", "\x1b[0m") if self.colours else ("", "")
+        print(f"{dim[0]}{text}{dim[1]}", file=sys.stderr, flush=True)
 
 
 def show(chat: Chat, text: str) -> None:
-    """Prints the answer as it comes. Ctrl-C ends it, and it alone."""
+    """Print the answer as it arrives. Ctrl-C stops only the answer."""
     pieces = chat.answer(text)
     try:
         for piece in pieces:
@@ -234,11 +234,11 @@ def show(chat: Chat, text: str) -> None:
         chat.say("stopped")
     finally:
         pieces.close()
-    chat.tell_length()
+    chat.warn_of_length()
 
 
-def obey(chat: Chat, line: str) -> bool:
-    """Does what a command says. False to leave. Raises ValueError and OSError for what cannot be done."""
+def run_slash_command(chat: Chat, line: str) -> bool:
+    """Run a command such as /new; return False to quit. Raises ValueError and OSError for a command that fails."""
     name, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if name in ("/quit", "/exit"):
@@ -247,37 +247,37 @@ def obey(chat: Chat, line: str) -> bool:
         chat.say(HELP)
     elif name in ("/new", "/clear"):
         chat.turns.clear()
-        chat.say("a new conversation")
+        chat.say("new conversation")
     elif name == "/undo":
-        gone = chat.undo()
-        chat.say("there is nothing to take back" if gone is None else f"taken back: {printable(gone)[:60]}")
+        removed = chat.undo()
+        chat.say("there is nothing to undo" if removed is None else f"removed: {printable(removed)[:60]}")
     elif name == "/retry":
         message = chat.undo()
         if message is None:
-            chat.say("there is nothing to answer again")
+            chat.say("there is nothing to retry")
         else:
             show(chat, message)
     elif name == "/system":
         chat.system = rest or None
-        chat.say("the model is told nothing before" if not rest else "told before the first message")
+        chat.say("system prompt cleared" if not rest else "system prompt set")
     elif name == "/save":
         if not rest:
-            raise ValueError("/save takes a file's name")
+            raise ValueError("/save requires the name of a file")
         chat.save(Path(rest).expanduser())
         chat.say(f"saved to {rest}")
     else:
-        chat.say(f"{name} is no command; /help lists them")
+        chat.say(f"unknown command {name}; /help lists the commands")
     return True
 
 
-def talk(chat: Chat, terminal: Terminal) -> None:
-    """Reads and answers until the input ends or /quit."""
+def repl(chat: Chat, terminal: Terminal) -> None:
+    """Read messages and print answers until the input ends or /quit."""
     while True:
         try:
             text = read_message(terminal.read_line)
         except KeyboardInterrupt:
             print(flush=True)
-            chat.say("Ctrl-D or /quit leaves")
+            chat.say("use Ctrl-D or /quit to quit")
             continue
         except EOFError:
             if terminal.interactive:
@@ -285,11 +285,11 @@ def talk(chat: Chat, terminal: Terminal) -> None:
             return
         try:
             if terminal.interactive and text.startswith("/"):
-                if not obey(chat, text):
+                if not run_slash_command(chat, text):
                     return
             elif text.strip():
                 show(chat, text)
-        except BrokenPipeError:  # nobody reads the answers any more
+        except BrokenPipeError:  # the reader of the answers is gone
             raise
         except (ValueError, OSError) as error:
             chat.say(f"error: {error}")

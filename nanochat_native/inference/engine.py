@@ -1,4 +1,4 @@
-"""Generation for many requests at once: slots of a preallocated KV cache, a new request joins a running batch.
+"""Generation for many requests at once, with continuous batching: a new request joins the running batch.
 
     engine = Engine(model, tokenizer, slots=8)
     request = engine.submit(prompt_tokens, Sampling(max_tokens=100, seed=1))
@@ -6,12 +6,14 @@
         engine.step()
         print(request.read().text, end="")
 
-The tokens of a request depend on its prompt, its Sampling and the model alone: not on what runs beside it, when it
-came, on `slots`, `capacity` or the number of threads. Each request draws from its own generator, and the logits of a
-row do not depend on other rows (model.Decoder, on the CPU). On a GPU, and on the torch backend, they do by rounding,
-which another token follows from where two are as likely to the last digits. The same holds for log-probabilities: those
-of a prompt are computed by the same passes, one token each, as those of drawn tokens, so that a text has the same ones
-whether it is drawn or given.
+`complete` is the short form for one prompt. Each running request has a slot of a preallocated KV cache.
+
+The tokens of a request depend only on its prompt, its Sampling and the model, not on other requests, the time of its
+arrival, `slots`, `capacity` or the number of threads: each request draws from its own generator, and on the native CPU
+backend the logits of a row do not depend on other rows (see model.Decoder). On a GPU and on the torch backend they do,
+by rounding, which can change a token if two are almost equally likely. The same holds for log-probabilities. Those of a
+prompt are computed one token per pass, like those of drawn tokens, so that a text has the same log-probabilities
+whether it is given or drawn.
 """
 
 import heapq
@@ -29,32 +31,37 @@ from nanochat_native.inference.text_stream import TextStream
 from nanochat_native.model.decoder import Decoder
 from nanochat_native.model.gpt import GPT
 
-PREFILL_TOKENS = 128  # of prompts, a step; more would let the running requests wait for longer than some ten steps
+PREFILL_TOKENS = 128  # prompt tokens per step; with more the running requests would wait longer than about ten steps
 
 
 def beyond_training(tokens: int, trained: int) -> str:
-    """What is said once of a text that has outgrown the sequences that the model was trained on."""
-    return f"{tokens} tokens, and the model was trained on {trained}: beyond them text gets worse"
+    """Return the note on a text that is longer than the sequences of the training."""
+    return f"the text has {tokens} tokens, but the model was trained on {trained}: quality drops beyond that"
 
 
-def too_long(prompt: int, more: int, taken: int) -> str:
-    """What is said of a prompt of so many tokens, and so many more asked for, where the model takes fewer together."""
-    return f"the prompt has {prompt} tokens, and {more} more are asked for; this model takes {taken} together"
+def too_long(prompt: int, more: int, limit: int) -> str:
+    """Return the error text for a prompt and a number of requested tokens that exceed the limit together."""
+    return f"prompt and max_tokens must have at most {limit} tokens together, got {prompt} + {more}"
 
 
-class Read(NamedTuple):
+class Output(NamedTuple):
+    """Tokens, text and scores that a request got since it was last read."""
+
     tokens: list[int]
     text: str
     scored: list[Scored]
 
 
 class Request:
-    """One prompt and its continuation, made by Engine.submit.
+    """A prompt and its continuation. Engine.submit creates it.
 
-    tokens: drawn so far. text: what they certainly say, without a stop string; "" where the engine has no tokenizer.
-    scored: where Sampling asks for it, the prompt's tokens and those drawn, and the stop token that ended them.
-    finish_reason: None while it waits or runs, then "stop" (a stop token or string), "length" (max_tokens), "cancelled"
-    or "error", with `error` saying why.
+    Attributes:
+        tokens: Tokens drawn so far.
+        text: Their text, as far as it can no longer change, without a stop string; "" if the engine has no tokenizer.
+        scored: Scores of the prompt's tokens and of the drawn ones, with the stop token that ended them, if requested.
+        finish_reason: None while the request waits or runs; then "stop" (stop token or string), "length" (max_tokens),
+            "cancelled" or "error".
+        error: Cause of an "error".
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int) -> None:
@@ -64,44 +71,43 @@ class Request:
         self.scored: list[Scored] = [Scored(prompt[0], None, ())] if sampling.score_prompt else []
         self.finish_reason: str | None = None
         self.error: str | None = None
-        # Positions in the cache. The token after them is decoded next, once the prompt's others are in.
+        # Number of filled positions in the cache.
         self._filled = 0
-        self._read = (0, 0, 0)
+        self._read_up_to = (0, 0, 0)  # lengths of tokens, text and scored at the last call of read()
         self._stream = None if tokenizer is None else TextStream(tokenizer, sampling.stop)
-        # The generator looks at a seed's low half alone.
+        # torch's generator uses only the low 32 bits of a seed.
         self._generator = torch.Generator().manual_seed((sampling.seed ^ sampling.seed >> 32) & 0xFFFFFFFF)
         self._seen = None
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros(1, vocab_size, dtype=torch.bool)
             self._seen[0, prompt] = True
 
-    def read(self) -> Read:
-        """Tokens, text and scores that came since the last call."""
-        tokens, text, scored = self._read
-        self._read = (len(self.tokens), len(self.text), len(self.scored))
-        return Read(self.tokens[tokens:], self.text[text:], self.scored[scored:])
+    def read(self) -> Output:
+        """Return the output that came since the last call."""
+        tokens, text, scored = self._read_up_to
+        self._read_up_to = (len(self.tokens), len(self.text), len(self.scored))
+        return Output(self.tokens[tokens:], self.text[text:], self.scored[scored:])
 
     @property
     def _complete(self) -> bool:
-        """Whether nothing is left to compute: for no tokens, once the prompt is scored."""
+        """Whether nothing is left to compute: no tokens are requested and the prompt is scored if needed."""
         to_score = len(self.prompt) - 1 if self.sampling.score_prompt else 0
         return self.sampling.max_tokens == 0 and self._filled >= to_score
 
     @property
     def _next(self) -> int | None:
-        """The token that is decoded next; None while more than one of the prompt are still to be put into the cache."""
+        """The token to decode next; None while more than one token of the prompt is missing in the cache."""
         last = len(self.prompt) + len(self.tokens) - 1
         if self._filled < last and not self.sampling.score_prompt:
             return None
         return self.prompt[self._filled] if self._filled < len(self.prompt) else self.tokens[-1]
 
-    def _take(self, logits: Tensor, likeliest: int) -> int | None:
-        """The token that follows the one just decoded, from logits (1, V), scored if asked: the prompt's own, which is
-        None, or a draw."""
+    def _accept(self, logits: Tensor, likeliest: int) -> int | None:
+        """Return the token drawn from logits (1, V), or None inside the prompt; score the next token if requested."""
         s = self.sampling
         given = self.prompt[self._filled] if self._filled < len(self.prompt) else None
-        plain = s.temperature == 0 and self._seen is None and not s.logit_bias
-        token = given if given is not None else likeliest if plain else self._draw(logits)
+        greedy = s.temperature == 0 and self._seen is None and not s.logit_bias
+        token = given if given is not None else likeliest if greedy else self._draw(logits)
         if s.logprobs is not None:
             self.scored.append(score(logits[0], token, s.logprobs))
         return token if given is None else None
@@ -124,7 +130,7 @@ class Request:
         )
         return int(drawn)
 
-    def _put(self, token: int) -> None:
+    def _append(self, token: int) -> None:
         self.tokens.append(token)
         if self._seen is not None:
             self._seen[0, token] = True
@@ -144,55 +150,67 @@ class Request:
 
 
 class Engine:
-    """Runs requests in `slots` slots of `capacity` positions each; more of them wait, first come, first served.
+    """Runs requests in slots of a KV cache. Further requests wait; they start in the order of their arrival.
 
-    capacity: prompt and continuation of a request fit in; default: the model's positions. The cache takes 2 n_layer
-    slots capacity Hkv D numbers, allocated once.
-    tokenizer: None for tokens without text, stop strings or <|bos|>. One thread may use it at a time.
-    trained_positions: length of the sequences that the model was trained on; beyond it text gets worse.
+    Only one thread at a time may use an engine.
+
+    Args:
+        tokenizer: None for tokens without text, stop strings or <|bos|>.
+        slots: Number of requests that run at once.
+        capacity: Largest number of tokens of a request, prompt included; default: the model's positions. The cache has
+            2 n_layer slots capacity Hkv D numbers, allocated once.
+
+    Attributes:
+        trained_positions: Sequence length of the training; the quality of text drops beyond it.
+
+    Raises ValueError for sizes that are out of range and a tokenizer that does not fit the model.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer | None, *, slots: int = 8, capacity: int | None = None) -> None:
         capacity = model.max_positions if capacity is None else capacity
         if slots < 1 or not 2 <= capacity <= model.max_positions:
-            given = f"slots is {slots}, capacity {capacity}"
-            raise ValueError(f"{given}; they take a number from 1, and one from 2 to {model.max_positions}")
+            allowed = f"slots must be >= 1, and capacity from 2 to {model.max_positions}"
+            raise ValueError(f"{allowed}, got slots {slots} and capacity {capacity}")
         if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+            raise ValueError(
+                f"the tokenizer must have {model.config.vocab_size} ids like the model, got {tokenizer.vocab_size}"
+            )
         self.tokenizer, self.capacity, self.vocab_size = tokenizer, capacity, model.config.vocab_size
         self.trained_positions = model.config.sequence_len
         self.queue: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # by slot, the oldest first
-        self._free = list(range(slots))  # a heap: which slot is taken does not depend on how they came free
+        self._free = list(
+            range(slots)
+        )  # a heap: the choice of a slot does not depend on the order in which slots were freed
         self._decoder = Decoder(model, slots, capacity)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs or waits."""
+        """Whether no request runs or waits."""
         return not self.queue and not self.running
 
     def submit(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Request:
-        """Takes a request; it starts in the next step that has a free slot.
+        """Add a request; it starts at the next step that has a free slot.
 
         Raises ValueError for an empty prompt, ids out of range, more tokens than `capacity`, and stop strings without
         a tokenizer.
         """
         prompt = list(prompt_tokens)
         if not prompt or not all(type(token) is int and 0 <= token < self.vocab_size for token in prompt):
-            taken = f"takes at least one, whole numbers from 0 to {self.vocab_size - 1}"
-            raise ValueError(f"the prompt has {len(prompt)} tokens; {taken}")
+            allowed = f"at least one token, whole numbers from 0 to {self.vocab_size - 1}"
+            raise ValueError(f"the prompt must have {allowed}, got {len(prompt)} tokens")
         if len(prompt) + sampling.max_tokens > self.capacity:
             raise ValueError(too_long(len(prompt), sampling.max_tokens, self.capacity))
         if sampling.stop and self.tokenizer is None:
-            raise ValueError(f"stop is {sampling.stop!r}; an engine without a tokenizer takes none")
+            raise ValueError(f"stop must be empty for an engine without a tokenizer, got {sampling.stop!r}")
         if not all(0 <= token < self.vocab_size for token, _ in sampling.logit_bias):
-            raise ValueError(f"logit_bias takes ids from 0 to {self.vocab_size - 1}")
+            raise ValueError(f"logit_bias must have ids from 0 to {self.vocab_size - 1}")
         request = Request(prompt, sampling, self.tokenizer, self.vocab_size)
         self.queue.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request that waits or runs, and frees its slot; nothing for one that has ended."""
+        """End a request that waits or runs, and free its slot; do nothing if it has ended."""
         if request in self.queue:
             self.queue.remove(request)
         elif slot := [slot for slot, running in self.running.items() if running is request]:
@@ -202,10 +220,10 @@ class Engine:
         request._finish("cancelled")
 
     def step(self) -> list[Request]:
-        """One token for every request that runs, of its prompt where that is scored; and less than 2 PREFILL_TOKENS of
-        the other prompts, the oldest first.
+        """Decode one token of every running request whose prompt is in the cache or is scored; prefill other prompts.
 
-        Returns the requests that got a token or ended.
+        Fewer than 2 PREFILL_TOKENS tokens are prefilled, those of the oldest request first. Returns the requests that
+        got a token or ended.
         """
         while self.queue and self._free:
             self.running[heapq.heappop(self._free)] = self.queue.popleft()
@@ -217,20 +235,20 @@ class Engine:
         return [*complete.values(), *self._decode()]
 
     def generate(self, requests: Sequence[tuple[Sequence[int], Sampling]]) -> list[Request]:
-        """Submits all (prompt_tokens, sampling) and runs them to their ends. Raises what submit does."""
+        """Submit all (prompt_tokens, sampling) and run until they have ended. Raises the errors of submit."""
         submitted = [self.submit(prompt, sampling) for prompt, sampling in requests]
         while any(request.finish_reason is None for request in submitted):
             self.step()
         return submitted
 
-    def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generator[Read, None, None]:
-        """Submits a request at the call; its tokens and text as they come. One that is left early is cancelled.
+    def stream(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Generator[Output, None, None]:
+        """Submit a request at the call; yield its output as it arrives. Closing the generator cancels the request.
 
-        Raises what submit does at the call, and ValueError, after what came before, where the request ends in an error.
+        Raises the errors of submit at the call, and ValueError while iterating if the request ends in an error.
         """
         request = self.submit(prompt_tokens, sampling)
 
-        def pieces() -> Generator[Read, None, None]:
+        def pieces() -> Generator[Output, None, None]:
             try:
                 while request.finish_reason is None:
                     self.step()
@@ -244,8 +262,10 @@ class Engine:
         return pieces()
 
     def _prefill(self) -> None:
-        """All but the last token of each prompt, which is decoded like those that follow it. Of a prompt that is scored
-        every token is decoded: a prefill gives no logits."""
+        """Prefill all but the last token of each prompt, which is decoded like those that follow it.
+
+        A prompt that is scored is not prefilled, since a prefill gives no logits.
+        """
         budget = PREFILL_TOKENS
         for slot, request in self.running.items():
             while budget > 0 and request._next is None:
@@ -261,25 +281,40 @@ class Engine:
         requests = [self.running[slot] for slot in ready]
         logits = self._decoder.decode(list(ready), list(ready.values()), [request._filled for request in requests])
         top, likeliest = (found.tolist() for found in logits.max(-1))
-        told = []
+        changed = []
         for row, (slot, request) in enumerate(zip(ready, requests, strict=True)):
             request._filled += 1
             if not math.isfinite(top[row]):
                 request._finish("error", NONFINITE_LOGITS)
             else:
-                token = request._take(logits[row : row + 1], likeliest[row])
+                token = request._accept(logits[row : row + 1], likeliest[row])
                 if token is None:
                     continue
                 ends = self.tokenizer is not None and token == self.tokenizer.bos_id
                 if ends or token in request.sampling.stop_tokens:
                     request._finish("stop")
                 else:
-                    request._put(token)
-            told.append(request)
+                    request._append(token)
+            changed.append(request)
             if request.finish_reason is not None:
                 self._release(slot)
-        return told
+        return changed
 
     def _release(self, slot: int) -> None:
         del self.running[slot]
         heapq.heappush(self._free, slot)
+
+
+def complete(
+    model: GPT, tokenizer: Tokenizer | None, prompt_tokens: Sequence[int], sampling: Sampling
+) -> Generator[Output, None, None]:
+    """Continue one prompt, on an engine with a single slot that is made at the call; yield its output as it comes.
+
+    Args:
+        tokenizer: None for a model without one; the output then has tokens and no text.
+        prompt_tokens: Token ids; a text begins with tokenizer.bos_id.
+
+    Raises ValueError as Engine.stream does.
+    """
+    capacity = min(model.max_positions, max(2, len(prompt_tokens) + sampling.max_tokens))
+    return Engine(model, tokenizer, slots=1, capacity=capacity).stream(prompt_tokens, sampling)

@@ -1,4 +1,4 @@
-"""Tokens to text, as far as it is certain."""
+"""Converts a stream of tokens to text."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,7 +7,13 @@ from nanochat_native.data.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Text of tokens as they come: whole characters, and never a part of a stop string. Not UTF-8 becomes U+FFFD."""
+    """Text of tokens as they arrive: whole characters, and never a part of a stop string.
+
+    Bytes that are not UTF-8 become U+FFFD.
+
+    Attributes:
+        stopped: Whether a stop string has ended the text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
@@ -16,8 +22,11 @@ class TextStream:
         self.stopped = False
 
     def put(self, tokens: Sequence[int], *, final: bool = False) -> str:
-        """The text that `tokens` make certain. What may begin a stop string is held back, until `final`; of the stop
-        strings the one that ends first counts, the text ends before it, and `stopped` is set."""
+        """Add tokens; return the text that can no longer change.
+
+        The possible beginning of a stop string is held back until `final`. The text ends before the stop string that
+        ends first.
+        """
         self._held += self._decoder.decode(self._tokenizer.decode_bytes(tokens), final)
         found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
         if found:
@@ -32,5 +41,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of text that begin `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Names and settings of transformers' NanoChatForCausalLM, which is nanochat's first architecture, as this model is."""
+"""Names and settings of transformers' NanoChatForCausalLM: nanochat's first architecture, which this model also has."""
 
 import json
 import math
@@ -31,11 +31,11 @@ SIZES = {
     "num_key_value_heads": "n_kv_head",
     "hidden_size": "n_embd",
 }
-LARGEST = 2**24  # of SIZES: far beyond any model, and small enough to compute with
+MAX_SIZE = 2**24  # far beyond any model, and small enough to compute with
 
 
 def names(n_layer: int) -> dict[str, str]:
-    """Ours to transformers', of every tensor; none is transposed."""
+    """Return the name in transformers of every tensor of this model; none is transposed."""
     blocks = {
         f"transformer.h.{layer}.{own}.weight": f"model.layers.{layer}.{theirs}.weight"
         for layer in range(n_layer)
@@ -45,11 +45,14 @@ def names(n_layer: int) -> dict[str, str]:
 
 
 def config_of(config: GPTConfig, *, bos_id: int | None, dtype: str) -> dict[str, Any]:
-    """config.json. Raises ValueError, naming the window pattern, for a model that transformers has no attention for."""
+    """Return the content of config.json.
+
+    Raises ValueError for a model with windows, which transformers does not support.
+    """
     if any(window is not None for window in config.windows):
         raise ValueError(
-            f"train's --window-pattern {config.window_pattern}: transformers' NanoChat attends to all of the past, and "
-            "takes L alone; --format safetensors writes any model"
+            f"--window-pattern of the run must be L, got {config.window_pattern}: transformers has no windows; "
+            "--format safetensors supports every model"
         )
     return {
         "architectures": [ARCHITECTURE],
@@ -76,37 +79,38 @@ def config_of(config: GPTConfig, *, bos_id: int | None, dtype: str) -> dict[str,
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FileNotFoundError, and ValueError for a damaged one."""
+    """Return the object in a JSON file. Raises FileNotFoundError, and ValueError for a damaged file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        where = f"{error.msg} in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "no text in UTF-8"
+        where = f"{error.msg} in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "no UTF-8 text"
         raise ValueError(f"{path}: damaged, not JSON ({where})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: damaged, it holds no JSON object")
+        raise ValueError(f"{path}: damaged, it has no JSON object")
     return found
 
 
 def check_sizes(path: Path, sizes: Mapping[str, Any]) -> None:
-    """Raises ValueError, with the path, for a size of a model that is not a whole number in its range."""
+    """Raise ValueError, naming the path, for a size of a model that is not a whole number in its range."""
     for name, size in sizes.items():
         least = 2 if SIZES.get(name, name) == "sequence_len" else 1
-        if type(size) is not int or not least <= size <= LARGEST:
-            taken = f"it takes a whole number from {least} to {LARGEST}"
-            raise ValueError(f"{path}: {name} is {json.dumps(size)}; {taken}")
+        if type(size) is not int or not least <= size <= MAX_SIZE:
+            raise ValueError(
+                f"{path}: {name} must be a whole number from {least} to {MAX_SIZE}, got {json.dumps(size)}"
+            )
 
 
 def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
-    """The model that a folder's config.json describes, and the eps of its norms, which this model cannot take over.
+    """Return the shape that a folder's config.json describes, and the eps of its norms, which is fixed in this model.
 
-    Raises FileNotFoundError, and ValueError, naming the setting, for one that this model has not.
+    Raises FileNotFoundError, and ValueError, naming the setting, for a model that this program does not support.
     """
     path = folder / "config.json"
     found = read_json(path)
     if found.get("model_type") != MODEL_TYPE:
-        raise ValueError(f'{path}: model_type is {json.dumps(found.get("model_type"))}; it takes "{MODEL_TYPE}"')
+        raise ValueError(f'{path}: model_type must be "{MODEL_TYPE}", got {json.dumps(found.get("model_type"))}')
     sizes: dict[str, Any] = {name: found.get(name) for name in SIZES}
     sizes["num_key_value_heads"] = found.get("num_key_value_heads", found.get("num_attention_heads"))
     check_sizes(path, sizes)
@@ -117,12 +121,12 @@ def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
     rope = found.get("rope_parameters") or {}
     scaling = found.get("rope_scaling") or {}
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
-        raise ValueError(f"{path}: rope_parameters and rope_scaling take an object")
+        raise ValueError(f"{path}: rope_parameters and rope_scaling must be objects")
     nested = sorted(name for name, value in rope.items() if isinstance(value, dict))
     layers = found.get("layer_types") or ["full_attention"]
     if isinstance(layers, list) and all(layer == layers[0] for layer in layers):
         layers = layers[:1]
-    # What the model computes with: (the folder's, as transformers takes it where it is not given; ours).
+    # Name: (value in the folder, or transformers' default; the only value that this model supports).
     settings = {
         "intermediate_size": (found.get("intermediate_size", 8192), 4 * config.n_embd),
         "head_dim": (found.get("head_dim") or config.head_dim, config.head_dim),
@@ -139,17 +143,20 @@ def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
         "layer_types": (layers, ["full_attention"]),
         "quantization_config": (found.get("quantization_config"), None),
     }
-    for name, (value, takes) in settings.items():
-        if value != takes:
-            raise ValueError(f"{path}: {name} is {json.dumps(value)}; this model takes {json.dumps(takes)}")
+    for name, (value, supported) in settings.items():
+        if value != supported:
+            raise ValueError(f"{path}: {name} must be {json.dumps(supported)}, got {json.dumps(value)}")
     eps = found.get("rms_norm_eps", 1e-6)
     if type(eps) not in (int, float) or not 0 < eps < math.inf:
-        raise ValueError(f"{path}: rms_norm_eps is {json.dumps(eps)}; it takes a finite number above 0")
+        raise ValueError(f"{path}: rms_norm_eps must be a finite number > 0, got {json.dumps(eps)}")
     return config, float(eps)
 
 
 def renamed(tensors: Mapping[str, Tensor], mapping: Mapping[str, str]) -> dict[str, Tensor]:
-    """Raises ValueError, naming them, for tensors that are missing or more than the mapping has."""
+    """Return the tensors under the names that `mapping` gives them.
+
+    Raises ValueError, naming them, for tensors that are missing or that the mapping does not have.
+    """
     missing, more = sorted(set(mapping) - set(tensors)), sorted(set(tensors) - set(mapping))
     if missing or more:
         what = [

@@ -1,4 +1,4 @@
-"""Writes a trained model as a folder that transformers opens."""
+"""Exports a trained model as a folder that transformers opens."""
 
 import dataclasses
 import importlib.util
@@ -18,46 +18,47 @@ from torch import Tensor
 import nanochat_native
 from nanochat_native.data.conversations import chat_template, is_chat_trained, prompt_of, stop_tokens, without_marks
 from nanochat_native.data.tokenizer import Tokenizer
-from nanochat_native.inference.generation import generate_tokens
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.interop import transformers_config
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import EXAMPLES, STDLIB
 from nanochat_native.runs.run_folder import load_config
 from nanochat_native.runs.saved_model import load_model
 
-SHARD_BYTES = 4 * 10**9  # of a file of weights, at most, as transformers writes them
-TOLERANCE = 1e-4  # of float32 logits between transformers and this model
+SHARD_BYTES = 4 * 10**9  # largest size of a file of weights
+TOLERANCE = 1e-4  # allowed difference of float32 logits between transformers and this model
 PROMPTS = ("def __init__(self", "Once upon a time", "import os\n\n")
-VERIFIED_TOKENS = 24  # greedy ones after each prompt
+VERIFIED_TOKENS = 24  # greedy tokens compared after each prompt
 
 
 @dataclass
 class Options:
-    """Write a trained model in the form that transformers, vLLM and others read."""
+    """Export a trained model in the format that transformers, vLLM and others read."""
 
     checkpoint: Path
-    """Run folder, as `python -m nanochat_native.train` leaves it."""
+    """Run folder of `python -m nanochat_native.train` or finetune."""
     out: Path
-    """Folder to write; it must not be there, or be empty."""
+    """Folder to write; it must not exist, or must be empty."""
     step: int | None = None
     """Checkpoint to use; default: the newest."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights that are written; bfloat16 halves them and rounds."""
+    """Type of the written weights; bfloat16 halves their size and rounds them."""
     format: Literal["transformers", "safetensors"] = "transformers"
-    """transformers: for AutoModelForCausalLM and AutoTokenizer. safetensors: the weights by nanochat's names."""
+    """transformers: for AutoModelForCausalLM and AutoTokenizer. safetensors: weights under nanochat's names."""
     verify: bool = False
     """Open the folder with transformers, which must be installed, and compare logits and greedy tokens."""
 
 
 def export(options: Options) -> None:
-    """Writes the folder: whole, or not at all.
+    """Write the folder, completely or not at all.
 
-    Raises ValueError for a folder that holds something and for a model that the format cannot express, and what
-    load_model raises.
+    Raises ValueError for a folder that is not empty and for a model that the format cannot express, and the errors of
+    load_model.
     """
     out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} holds something; give another --out")
+        raise ValueError(f"{out} is not empty; choose another --out")
     model, tokenizer, meta = load_model(options.checkpoint, options.step, warn=_warn)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     state = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
@@ -88,7 +89,7 @@ def export(options: Options) -> None:
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-    """model.safetensors; above shard_bytes, model-00001-of-00002.safetensors, ... and model.safetensors.index.json."""
+    """Write model.safetensors, or above shard_bytes model-00001-of-00002.safetensors, ... and the index of them."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -111,13 +112,15 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int 
 
 
 def ends_of(tokenizer: Tokenizer, meta: Mapping[str, Any]) -> list[int]:
-    """Ids that end a text, or an answer."""
+    """Return the ids that end a text, or the answer of a chat model."""
     return [tokenizer.bos_id, *(stop_tokens(tokenizer) if is_chat_trained(meta) else ())]
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat: bool) -> None:
-    """tokenizer.json and tokenizer_config.json, for a chat model with its template; unlike those of a run, a text
-    begins with <|bos|>, as in training."""
+    """Write tokenizer.json and tokenizer_config.json, with the chat template for a chat model.
+
+    Unlike the tokenizer of a run folder, this one puts <|bos|> before a text, as in training.
+    """
     tokenizer.save(folder)
     (folder / "bpe.json").unlink()
     bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
@@ -137,7 +140,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat: bool) -> None:
 
 
 def card(options: Options, model: GPT, tokenizer: Tokenizer, meta: Mapping[str, Any]) -> str:
-    """The model card: what the model is, what it was trained on, and how well it does."""
+    """Return the model card: shape, training, data and quality of the model."""
     trained = load_config(options.checkpoint)
     bpb = meta.get("validation_bpb")
     quality = "not measured" if bpb is None else f"{bpb:.4f} bits per byte on held-out text of the same data"
@@ -145,21 +148,21 @@ def card(options: Options, model: GPT, tokenizer: Tokenizer, meta: Mapping[str, 
     ours = f"nanochat-native {meta['nanochat_native']}"
     if meta.get("imported"):
         training = (
-            "by another program" + (f", {meta['step']:,} steps" if meta["step"] else "") + f"; imported by {ours}"
+            "by another program" + (f", {meta['step']:,} steps" if meta["step"] else "") + f"; imported with {ours}"
         )
-        data = "not known"
+        data = "unknown"
     else:
         tokens = meta["step"] * trained.total_batch_size
         training = (
-            f"{meta['step']:,} steps of {trained.total_batch_size:,} tokens, {tokens:,} in all, seed {trained.seed}, "
-            f"by {ours} (optimizer {trained.optimizer})"
+            f"{meta['step']:,} steps of {trained.total_batch_size:,} tokens, {tokens:,} in total, seed {trained.seed}, "
+            f"with {ours} (optimizer {trained.optimizer})"
         )
-        embedded = {STDLIB: "the sources of Python's standard library", EXAMPLES: "conversations made up by rules"}
+        embedded = {STDLIB: "the sources of Python's standard library", EXAMPLES: "conversations generated by rules"}
         name = embedded.get(trained.data, f"`{Path(trained.data).name}`")
         data = f"{name}, SHA-256 of the tokens {meta['data_hash']}"
-    kind = "It continues text. It was not trained to chat, nor made safe."
+    kind = "It continues text. It was not trained to chat and has had no safety training."
     if is_chat_trained(meta):
-        kind = "It was fine-tuned on conversations, and its tokenizer has their template. It was not made safe."
+        kind = "It was fine-tuned on conversations; its tokenizer has the chat template. It has had no safety training."
     use = _use(options, chat=is_chat_trained(meta))
     return f"""---
 library_name: transformers
@@ -171,7 +174,7 @@ tags: [nanochat]
 {model.num_params():,} parameters: {shape.n_layer} layers, width {shape.n_embd}, {shape.n_head} query and
 {shape.n_kv_head} key/value heads, {shape.sequence_len} tokens of context, a vocabulary of {shape.vocab_size:,}.
 
-- Training: {training}. Exported in {options.dtype} by {nanochat_native.__version__}.
+- Training: {training}. Exported in {options.dtype} with {nanochat_native.__version__}.
 - Data: {data}; tokenizer {tokenizer.hash[:16]}.
 - Validation: {quality}.
 - {kind}
@@ -180,8 +183,8 @@ tags: [nanochat]
 
 
 def _use(options: Options, *, chat: bool) -> str:
-    """What the model card says of how to open the folder, and of texts that could hold special tokens."""
-    opened = "The weights have nanochat's names; model_config.json holds the shape, tokenizer/ the tokenizer.\n"
+    """Return the model card's section on opening the folder, and on texts that may contain special tokens."""
+    opened = "The weights have nanochat's names. model_config.json describes the shape, tokenizer/ is the tokenizer.\n"
     protected = ""
     if options.format == "transformers":
         prompt = 'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids'
@@ -189,10 +192,10 @@ def _use(options: Options, *, chat: bool) -> str:
             prompt = """messages = [{"role": "user", "content": "Who are you?"}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)"""
             protected = """\
-`apply_chat_template`, and a pipeline that is given messages, never turn the text of a message into a special token:
-the template splits the names of special tokens by two invisible characters (U+FDD0 U+FDD1), and the normalizer of
-tokenizer.json removes these. A program that builds its prompt in another way, or whose tokenizer does not apply that
-normalizer, has no such protection.
+`apply_chat_template`, and a pipeline that receives messages, never turn the text of a message into a special token:
+the template splits the names of special tokens with two invisible characters (U+FDD0 U+FDD1), and the normalizer of
+tokenizer.json removes them. This protection is missing in a program that builds its prompt in another way or whose
+tokenizer does not apply that normalizer.
 
 """
         opened = f"""```python
@@ -204,19 +207,19 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 ```
 """
     return f"""{opened}
-## Texts that others wrote
+## Untrusted text
 
-{protected}The call `tokenizer(text)` of transformers reads the name of a special token in a text, e.g. `<|bos|>`, as
-that token. For a text that you did not write yourself use `tokenizer(text, split_special_tokens=True)`: it reads such a
-name as ordinary characters.
+{protected}In transformers, `tokenizer(text)` turns the name of a special token in a text, e.g. `<|bos|>`, into that
+token. For untrusted text use `tokenizer(text, split_special_tokens=True)`, which treats such a name as ordinary
+characters.
 """
 
 
 def verify(options: Options) -> str:
-    """Compares the folder, opened by transformers, with the run: float32 logits and greedy tokens of some prompts, and
-    of a chat model a prompt by its template.
+    """Compare the folder, opened by transformers, with the run; return the result as one line.
 
-    Returns what was found, in a line. Raises ImportError without transformers, and ValueError where they differ.
+    Compares float32 logits and greedy tokens of some prompts, and for a chat model a prompt made by its template.
+    Raises ImportError without transformers, and ValueError if they differ.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("--verify compares with transformers, which is not installed: pip install 'transformers>=5'")
@@ -224,7 +227,7 @@ def verify(options: Options) -> str:
 
     model, tokenizer, meta = load_model(options.checkpoint, options.step, warn=_warn)
     ends = ends_of(tokenizer, meta)
-    if options.dtype == "bfloat16":  # what was written is rounded: compare with that
+    if options.dtype == "bfloat16":  # the written weights are rounded: compare with those
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
     theirs = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
@@ -234,23 +237,25 @@ def verify(options: Options) -> str:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         found = their_tokenizer(prompt).input_ids
         if found != ids:
-            raise ValueError(f"transformers reads {prompt!r} as {found}, this tokenizer as {ids}")
+            raise ValueError(f"transformers tokenizes {prompt!r} as {found}, this program as {ids}")
         with torch.inference_mode():
             difference = (theirs(torch.tensor([ids])).logits - model(torch.tensor([ids]))).abs().max().item()
         worst = max(worst, difference)
         if not difference <= TOLERANCE:
-            raise ValueError(f"logits after {prompt!r} differ by {difference:.1e}; takes at most {TOLERANCE:.0e}")
-        rows = generate_tokens(model, ids, max_tokens=VERIFIED_TOKENS, temperature=0, stop_tokens=ends)
-        own = [token for row in rows for token in row]
+            raise ValueError(f"logits after {prompt!r} must differ by at most {TOLERANCE:.0e}, got {difference:.1e}")
+        sampling = Sampling(VERIFIED_TOKENS, temperature=0, stop_tokens=tuple(ends))
+        own = [token for piece in complete(model, tokenizer, ids, sampling) for token in piece.tokens]
         drawn = theirs.generate(torch.tensor([ids]), max_new_tokens=VERIFIED_TOKENS, do_sample=False)[0, len(ids) :]
         continued = [token for token in drawn.tolist() if token not in ends]
         if continued != own:
-            raise ValueError(f"greedy tokens after {prompt!r} differ: {continued} by transformers, {own} here")
+            raise ValueError(
+                f"greedy tokens after {prompt!r} differ: {continued} in transformers, {own} in this program"
+            )
     if is_chat_trained(meta):
         messages = [{"role": "user", "content": f"a < b, {''.join(tokenizer.special_tokens)}"}]
         found = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if found != (ids := prompt_of(tokenizer, messages, chat_trained=True)):
-            raise ValueError(f"the chat template spells {messages} as {found}; this program as {ids}")
+            raise ValueError(f"the chat template renders {messages} as {found}, this program as {ids}")
     return f"{len(PROMPTS)} prompts: logits within {worst:.1e}, the same {VERIFIED_TOKENS} greedy tokens"
 
 

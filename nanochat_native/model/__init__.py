@@ -1,4 +1,4 @@
-"""The transformer: its shape, its forward pass, and its decoder for generation.
+"""The transformer: its shape, its forward pass, its decoder for generation, and its operation counts.
 
 It depends on `ops` alone.
 """

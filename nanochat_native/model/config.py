@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 class GPTConfig:
     """Shape of the model.
 
-    n_kv_head < n_head shares each key/value head among n_head / n_kv_head query heads (GQA; 1 is MQA).
-    window_pattern holds one letter a layer, repeated over the depth: L sees the whole past, S the last sequence_len //
-    4 positions and itself. The last layer is L whatever the pattern says.
+    If n_kv_head < n_head, each key/value head serves n_head / n_kv_head query heads (GQA; 1 is MQA).
+    window_pattern has one letter per layer and is repeated over the depth: a query of an L layer sees all earlier
+    positions, one of an S layer the last sequence_len // 4 and its own. The last layer is always L.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -27,13 +27,15 @@ class GPTConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "window_pattern" and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} is {value!r}; it takes a whole number from 1")
+                raise ValueError(f"{field.name} must be a whole number >= 1, got {value!r}")
         if self.n_embd % self.n_head or self.head_dim % 2:
-            raise ValueError(f"n_embd {self.n_embd} over n_head {self.n_head} must give a whole, even head size")
+            raise ValueError(f"n_embd / n_head must be an even whole number, got {self.n_embd} / {self.n_head}")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+            raise ValueError(f"n_head must be a multiple of n_kv_head {self.n_kv_head}, got {self.n_head}")
         if not self.window_pattern or set(self.window_pattern) - set("LS"):
-            raise ValueError(f"window_pattern is {self.window_pattern!r}; it takes a word of L and S, such as SSSL")
+            raise ValueError(
+                f"window_pattern must be a word of the letters L and S, such as SSSL, got {self.window_pattern!r}"
+            )
 
     @classmethod
     def from_depth(
@@ -46,9 +48,9 @@ class GPTConfig:
         n_kv_head: int | None = None,
         window_pattern: str = "L",
     ) -> "GPTConfig":
-        """nanochat's one dial: 64 channels a layer, in the fewest equal heads of at most head_dim channels."""
+        """Return nanochat's shape for a depth: 64 channels per layer, in the fewest equal heads of at most head_dim."""
         if depth < 1 or head_dim < 2:
-            raise ValueError(f"depth is {depth} and head_dim {head_dim}; they take numbers from 1 and from 2")
+            raise ValueError(f"depth must be >= 1 and head_dim >= 2, got {depth} and {head_dim}")
         n_embd = 64 * depth
         n_head = next(n for n in range(math.ceil(n_embd / head_dim), n_embd) if n_embd % (2 * n) == 0)
         return cls(
@@ -67,6 +69,6 @@ class GPTConfig:
 
     @property
     def windows(self) -> list[int | None]:
-        """Per layer, how many earlier positions a query sees; None for all."""
+        """For each layer the number of earlier positions that a query sees; None for all."""
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
         return [self.sequence_len // 4 if letter == "S" else None for letter in letters]

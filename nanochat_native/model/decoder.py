@@ -1,4 +1,4 @@
-"""The model on a KV cache, for generation."""
+"""The model with a KV cache, for generation."""
 
 import functools
 
@@ -11,14 +11,15 @@ from nanochat_native.model.gpt import GPT, SOFTCAP
 
 
 class Decoder:
-    """The model for generation: sequences in the slots of a preallocated cache, without gradients; see
-    ops.cached_forward_.
+    """The model for generation, without gradients: each sequence has a slot of a preallocated cache.
 
-    cache: (n_layer, slots, capacity, 2 Hkv, D), keys and then values of each position, zeros at first; a sequence lives
-    in one slot. The weights are the model's own where they have its compute_dtype, else copies.
+    The weights are the model's own if they have its compute_dtype, otherwise copies. See ops.cached_forward_.
 
-    float32 on the CPU, native: the logits of a token have the same bits whatever is decoded beside it, and however its
-    prompt was cut. Elsewhere they may differ by rounding.
+    On the native CPU backend, in float32, the logits of a token have the same bits whatever else is decoded with it and
+    however its prompt was split. Elsewhere they may differ by rounding.
+
+    Attributes:
+        cache: (n_layer, slots, capacity, 2 Hkv, D): keys, followed by values, of each position; zeros at first.
     """
 
     def __init__(self, model: GPT, slots: int, capacity: int) -> None:
@@ -41,16 +42,16 @@ class Decoder:
             blocks=blocks,
             lm_head=lm_head,
             windows=config.windows,
-            cos=model.cos[0, :, 0],  # not in bfloat16: training has them in float32 too
+            cos=model.cos[0, :, 0],  # float32 even if the weights are bfloat16, as in training
             sin=model.sin[0, :, 0],
             cache=self.cache,
             softcap=SOFTCAP,
         )
 
     def prefill(self, slot: int, tokens: list[int], start: int) -> None:
-        """Puts `tokens` at the positions from `start` of a slot, whose earlier positions are filled."""
+        """Fill the positions from `start` of a slot with `tokens`; the earlier positions must be filled."""
         self._forward(torch.tensor([tokens], device=self.device), [slot], [start], with_logits=False)
 
     def decode(self, slots: list[int], tokens: list[int], positions: list[int]) -> Tensor:
-        """One token a slot, each at its position -> logits (len(slots), V), float32 or better."""
+        """Decode one token per slot, each at its position; return logits (len(slots), V), float32 or better."""
         return self._forward(torch.tensor(tokens, device=self.device)[:, None], slots, positions)

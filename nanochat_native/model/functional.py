@@ -1,4 +1,4 @@
-"""Norms, rotary positions and the MLP, with backward passes that keep little memory."""
+"""Norms, rotary positions and the MLP, with backward passes that save little memory."""
 
 from typing import Any, cast
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from nanochat_native import ops
 
-EPS = torch.finfo(torch.float32).eps  # of every RMSNorm; 2^-23, what torch's rms_norm takes for float32 when given none
+EPS = torch.finfo(torch.float32).eps  # of every RMSNorm; 2^-23, the default of torch's rms_norm for float32
 
 
-# The functions below are written out because they keep less for the backward pass than autograd would, the norms their
-# output, which the next operator keeps anyway, instead of their input, and because they pass over memory less often.
-# The norms compute in float32 or better. Backward passes are made of torch's own calls on inputs and outputs, so that
-# they can be differentiated in turn; for this the norms return r too. torch.func's transforms and forward-mode AD take
-# the plain functions below instead.
+# The functions below have backward passes of their own, which save less than autograd would and pass over memory less
+# often: the norms save their output, which the next operator saves anyway, instead of their input. The norms
+# compute in float32 or better. Backward passes consist of torch's own calls on inputs and outputs, so that they can be
+# differentiated in turn; this is why the norms also return r. torch.func's transforms and forward-mode AD use the plain
+# functions further below.
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -54,9 +54,9 @@ class _RotaryNorm(torch.autograd.Function):
 
 
 class SquaredReluMLP(torch.autograd.Function):
-    """y = max(x fc^T, 0)^2 proj^T of x (..., C), fc (4 C, C), proj (C, 4 C).
+    """y = max(x fc^T, 0)^2 proj^T for x (..., C), fc (4 C, C), proj (C, 4 C).
 
-    Keeps max(x fc^T, 0) and squares it again for the backward pass: half the memory of the largest activations.
+    Saves max(x fc^T, 0) and squares it again in the backward pass, which halves the memory of the largest activations.
     """
 
     @staticmethod
@@ -68,7 +68,7 @@ class SquaredReluMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, h, fc, proj = ctx.saved_tensors
-        if torch.is_grad_enabled():  # under create_graph=True: h, neither input nor output, does not lead back to x
+        if torch.is_grad_enabled():  # under create_graph=True: h is neither input nor output, so has no graph back to x
             h = ops.linear(x, fc).relu()
         dh, dproj = ops.linear_backward(dy, h * h, proj)
         dx, dfc = ops.linear_backward(dh.mul_(h), x, fc)
@@ -95,7 +95,7 @@ def _inverse_rms(x: Tensor) -> Tensor:
 
 
 def _rms_norm_backward(dy: Tensor | None, dr: Tensor | None, y: Tensor, r: Tensor) -> Tensor:
-    """dx = r (dy - y mean(dy y)) - dr r^2 y / C, in r's dtype. Only a derivative of a derivative has a dr."""
+    """Return dx = r (dy - y mean(dy y)) - dr r^2 y / C in r's dtype. dr is None in a first derivative."""
     y = y.to(r.dtype)
     dy = torch.zeros_like(y) if dy is None else dy.to(r.dtype)
     dx = torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(r)
@@ -103,7 +103,7 @@ def _rms_norm_backward(dy: Tensor | None, dr: Tensor | None, y: Tensor, r: Tenso
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(x1 cos + x2 sin, x2 cos - x1 sin) of the halves x1, x2 of the last dimension, in float32 or better."""
+    """Return (x1 cos + x2 sin, x2 cos - x1 sin) for the halves x1, x2 of the last dimension, in float32 or better."""
     half = sin.size(-1)
     y = x * cos
     x = x.to(y.dtype)
@@ -113,12 +113,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm of the last dimension, without weights."""
+    """Return the RMSNorm of the last dimension, without weights."""
     return _plain_norm(x) if ops.beyond_backward(x) else cast(Tensor, _RMSNorm.apply(x)[0])
 
 
 def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, heads, D), rotated by cos (1, T, 1, D) and sin (1, T, 1, D / 2), each head normalised."""
+    """Rotate x (B, T, heads, D) by cos (1, T, 1, D) and sin (1, T, 1, D / 2), and normalize each head."""
     if ops.beyond_backward(x):
         return _plain_rotary_norm(x, cos, sin)
     return cast(Tensor, _RotaryNorm.apply(x, cos, sin)[0])

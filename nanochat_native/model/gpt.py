@@ -1,8 +1,10 @@
-"""The transformer: nanochat's first architecture (October 2025), which transformers also ships as NanoChatForCausalLM.
+"""The transformer: nanochat's first architecture (October 2025), NanoChatForCausalLM in transformers.
 
-    x = norm(wte[idx]);  per block: x += attention(norm(x)), x += mlp(norm(x));  logits = 15 tanh(lm_head(norm(x)) / 15)
+    x = norm(wte[idx])
+    x += attention(norm(x)), x += mlp(norm(x))     in each block
+    logits = 15 tanh(lm_head(norm(x)) / 15)
 
-RMSNorm without weights, rotary positions first and QK-norm second, squared ReLU, untied embeddings, no biases.
+RMSNorm without weights, rotary positions followed by QK-norm, squared ReLU, untied embeddings, no biases.
 
 Shape letters: B batch, T tokens, C channels, H query heads, Hkv key/value heads, D head size, V vocabulary.
 """
@@ -18,16 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat_native import ops
 from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.flops import flops_per_token
 from nanochat_native.model.functional import SquaredReluMLP, norm, plain_mlp, rotary_norm
-from nanochat_native.model.kv_cache import KVCache
 
 SOFTCAP = 15.0
 ROTARY_BASE = 10000
-ROTARY_SPAN = 10  # rotary positions exist for this many times sequence_len, so that samples may outgrow it
+ROTARY_SPAN = 10  # rotary positions cover this many times sequence_len, so that samples may exceed it
 
 
 class Linear(nn.Linear):
-    """nn.Linear through ops.linear."""
+    """nn.Linear that calls ops.linear."""
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight)
@@ -36,7 +38,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.window = layer, config.windows[layer]
+        self.window = config.windows[layer]
         self.head_dim = config.head_dim
         kv_channels = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd, bias=False)
@@ -45,16 +47,14 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C) -> q (B, T, H, D), k, v (B, T, Hkv, D), as attention takes them."""
+        """Return q (B, T, H, D) and k, v (B, T, Hkv, D), the arguments of attention, for x (B, T, C)."""
         heads = (-1, self.head_dim)
         q = rotary_norm(self.c_q(x).unflatten(-1, heads), cos, sin)
         k = rotary_norm(self.c_k(x).unflatten(-1, heads), cos, sin)
         return q, k, self.c_v(x).unflatten(-1, heads)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.project(x, cos, sin)
-        if kv_cache is not None:
-            k, v = kv_cache.append(self.layer, k, v)
         return cast(Tensor, self.c_proj(ops.attention(q, k, v, window=self.window).flatten(-2)))
 
 
@@ -79,24 +79,25 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, kv_cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin)
         return x + self.mlp(norm(x))
 
 
 def _call_with(block: Block, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
-    """functional_call for checkpoint, which gives saved-tensor hooks only what it finds among its own arguments."""
+    """Call the block with `weights`: checkpoint passes only its own arguments to saved-tensor hooks."""
     return cast(Tensor, functional_call(block, weights, inputs))
 
 
 class GPT(nn.Module):
     """The model. Parameters are float32; under torch.autocast the blocks run in autocast's dtype.
 
-    Build it directly, or without memory: `with torch.device("meta"): model = GPT(config)`, then
-    `model.to_empty(device=...)`. Call init_weights() before training either way; it gives the same weights for both
-    and on every device.
+    Build it directly, or without allocating memory: `with torch.device("meta"): model = GPT(config)`, then
+    `model.to_empty(device=...)`. Call init_weights() before training in both cases; it gives the same weights, on every
+    device.
 
-    grad_checkpoint: keep only each block's input for the backward pass and compute the block again there; same bits.
+    Args:
+        grad_checkpoint: Save only the input of each block and recompute the block in the backward pass; same bits.
     """
 
     cos: Tensor
@@ -125,11 +126,11 @@ class GPT(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """Tokens that a sequence may hold: sequence_len for training, and what a sample may add to it."""
+        """Largest number of tokens in a sequence: sequence_len in training, and more for generation."""
         return ROTARY_SPAN * self.config.sequence_len
 
     def init_rotary(self) -> None:
-        """Computes the rotary tables in float32; needed after to_empty() where init_weights() is not called."""
+        """Compute the rotary tables in float32; needed after to_empty() unless init_weights() is called."""
         device = self.wte.weight.device
         half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / (ROTARY_BASE ** (half / self.config.head_dim))
@@ -140,9 +141,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """nanochat's initialisation: wte normal; matrices normal of std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in);
-        lm_head and every c_proj zero, so that the first loss is ln V. The same seed gives the same weights on every
-        device.
+        """Initialize as nanochat does; a seed gives the same weights on every device.
+
+        wte is standard normal; matrices are normal with std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in); lm_head and
+        every c_proj are zero, so that the first loss is ln V.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -160,54 +162,45 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         reduction: str = "mean",
-        kv_cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """idx (B, T) int64 -> logits (B, T, V) float32, or (B, 1, V) of the last position with last_only.
+        """Return logits (B, T, V) in float32, or with targets the cross-entropy in nats.
 
-        With targets (B, T) int64: the cross-entropy in nats instead, float32, of those that are not -1; "mean" or
-        "sum" gives a scalar, "none" (B, T), without a gradient. With kv_cache, idx continues the sequences that it
-        holds. Raises TypeError and ValueError for arguments that do not fit.
+        torch.func's transforms, forward-mode AD and, on the torch backend, second derivatives work; they run in plain
+        torch, which saves more, and without grad_checkpoint.
 
-        torch.func's transforms, forward-mode AD and, on the torch backend, second derivatives work, without kv_cache;
-        they run in plain torch, which keeps more, and without grad_checkpoint.
+        Args:
+            idx: (B, T) int64.
+            targets: (B, T) int64; -1 is ignored.
+            reduction: "mean" or "sum" for a scalar loss, "none" for (B, T) without a gradient.
+            last_only: Return logits (B, 1, V) of the last position only.
+
+        Raises TypeError and ValueError for arguments that do not fit.
         """
         if idx.dtype != torch.int64:
-            raise TypeError(f"idx is {idx.dtype}; it takes int64")
+            raise TypeError(f"idx must be int64, got {idx.dtype}")
         if idx.ndim != 2 or idx.numel() == 0:
-            raise ValueError(f"idx has shape {tuple(idx.shape)}; it takes (B, T), both at least 1")
+            raise ValueError(f"idx must have shape (B, T), both >= 1, got {tuple(idx.shape)}")
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets has shape {tuple(targets.shape)}, idx {tuple(idx.shape)}; they must agree")
-        if targets is not None and (kv_cache is not None or last_only):
-            raise ValueError("targets go with neither kv_cache nor last_only: a loss is taken over whole sequences")
-        if kv_cache is not None and (mode := ops.beyond_backward()):
-            raise RuntimeError(f"kv_cache is written in place, which {mode} do not follow; call without it")
-        start = 0 if kv_cache is None else kv_cache.length
-        end = start + idx.size(1)
-        if end > self.max_positions:
+            raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, got {tuple(targets.shape)}")
+        if targets is not None and last_only:
+            raise ValueError("targets cannot be combined with last_only: the loss covers whole sequences")
+        length = idx.size(1)
+        if length > self.max_positions:
             raise ValueError(
-                f"a sequence of {end} tokens; this model of sequence_len {self.config.sequence_len} "
-                f"has positions for {self.max_positions}"
-            )
-        if kv_cache is not None and (end > kv_cache.capacity or idx.size(0) != kv_cache.batch_size):
-            raise ValueError(
-                f"{idx.size(0)} rows up to position {end}; kv_cache has {kv_cache.batch_size} rows "
-                f"of {kv_cache.capacity} positions"
+                f"idx must have at most {self.max_positions} tokens in a sequence, {ROTARY_SPAN} times sequence_len "
+                f"{self.config.sequence_len}, got {length}"
             )
 
-        cos, sin = self.cos[:, start:end], self.sin[:, start:end]
+        cos, sin = self.cos[:, :length], self.sin[:, :length]
         x = self.wte(idx).to(self.compute_dtype)
         x = norm(x)
         for block in self.blocks:
             if self.grad_checkpoint and torch.is_grad_enabled() and not ops.beyond_backward(x):
-                weights = dict(block.named_parameters())  # those of now, should a functional_call end before backward
-                x = checkpoint(
-                    _call_with, block, weights, x, cos, sin, kv_cache, use_reentrant=False, preserve_rng_state=False
-                )
+                weights = dict(block.named_parameters())  # current ones: a functional_call may end before backward
+                x = checkpoint(_call_with, block, weights, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, kv_cache)
-        if kv_cache is not None:
-            kv_cache.length = end
+                x = block(x, cos, sin)
         x = norm(x[:, -1:] if last_only else x)
 
         if targets is not None:
@@ -219,7 +212,7 @@ class GPT(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the activations: autocast's dtype where it is on, else the parameters'."""
+        """Type of the activations: autocast's dtype if it is enabled, otherwise that of the parameters."""
         device_type = self.wte.weight.device.type
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
@@ -229,11 +222,5 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def estimate_flops(self) -> int:
-        """Floating-point operations a token, forward and backward: 6 a parameter outside wte, and 12 H D min(T,
-        window) a layer for attention, which counts its scores in full, not halved by causality.
-
-        nanochat's formula, after appendix B of PaLM, arXiv:2204.02311.
-        """
-        config = self.config
-        spans = [config.sequence_len if window is None else window for window in config.windows]
-        return 6 * (self.num_params() - self.wte.weight.numel()) + 12 * config.n_embd * sum(spans)
+        """Return the floating-point operations of a token, forward and backward; see flops.flops_per_token."""
+        return flops_per_token(self.config, self.num_params())

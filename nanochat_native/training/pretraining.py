@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from nanochat_native.data import Batch, Corpus, prepare
-from nanochat_native.inference.generation import generate_text
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import STDLIB, TrainConfig
@@ -81,16 +82,10 @@ class Pretraining:
         prompt = prompts[step // max(1, config.sample_every) % len(prompts)]
         while len(tokenizer.encode(prompt)) > positions - 2:  # broken characters take more tokens than were read
             prompt = prompt[: len(prompt) // 2]
-        room = positions - 1 - len(tokenizer.encode(prompt))  # after <|bos|> and the prompt
+        tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        seed = config.seed & 0xFFFFFFFF  # torch's generator uses only these bits
+        sampling = Sampling(min(SAMPLE_TOKENS, positions - len(tokens)), temperature=0.7, top_k=50, seed=seed)
         with autocast:
-            pieces = generate_text(
-                model,
-                tokenizer,
-                prompt,
-                max_tokens=min(SAMPLE_TOKENS, room),
-                temperature=0.7,
-                top_k=50,
-                seed=config.seed,
-            )
-            text = prompt + "".join(pieces)
+            pieces = complete(model, tokenizer, tokens, sampling)
+        text = prompt + "".join(piece.text for piece in pieces)
         return Sample(prompt, text, "sample\n    " + text.rstrip().replace("\n", "\n    "))

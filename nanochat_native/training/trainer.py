@@ -17,7 +17,7 @@ import torch
 import nanochat_native
 from nanochat_native import ops
 from nanochat_native.data import Batch, BatchLoader, iterate_val
-from nanochat_native.evaluation.bits_per_byte import Evaluation, evaluate
+from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
 from nanochat_native.optim.schedule import lr_at, momentum_at
@@ -380,7 +380,7 @@ class Trainer:
         tokenizer = self.corpus.tokenizer
         lengths = torch.ones(self.corpus.vocab_size) if tokenizer is None else tokenizer.token_bytes
         with self.autocast():
-            return evaluate(self.model, batches, lengths, self.world)
+            return measure_text(self.model, batches, lengths, self.world)
 
     def sample(self) -> None:
         """Generate and log a sample of text, on rank 0."""

@@ -221,7 +221,7 @@ def per_item(model, tokenizer, task, batch_tokens):
     ]
     spans = [core_score.spans(task, i, t, model.config.sequence_len) for i, t in enumerate(tokens)]
     items = [(s, item.get("gold", 0)) for s, item in zip(spans, task.items, strict=True)]
-    return core_score.grade(model, task.kind, items, batch_tokens)
+    return core_score.score_items(model, task.kind, items, batch_tokens)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -388,7 +388,9 @@ def test_an_empty_span_is_chosen_as_the_first_option_alone():
     for order, chosen in (((0, 1), 0), ((1, 0), 0)):
         options = [core_score.crop(tokens[i], 2, 64) for i in order]
         with use("torch"):
-            assert core_score.grade(model, core_score.CHOICE, [(options, chosen), (options, 1 - chosen)], 100) == [
+            assert core_score.score_items(
+                model, core_score.CHOICE, [(options, chosen), (options, 1 - chosen)], 100
+            ) == [
                 True,
                 False,
             ]
@@ -440,7 +442,7 @@ def test_batches_hold_each_sequence_once_and_keep_their_bounds():
     for _ in range(40):
         size = rng.randint(2, 30)
         start = rng.randint(1, size)
-        sequences.append(core_score.Span(np.array([rng.randrange(300) for _ in range(size)]), start, size))
+        sequences.append(core_score.ScoredSpan(np.array([rng.randrange(300) for _ in range(size)]), start, size))
     for tokens, positions in ((1, None), (64, None), (100, 20), (10**6, 5), (10**6, None)):
         seen = []
         for chosen, inputs, targets in core_score.batches(sequences, tokens, positions):
@@ -473,11 +475,11 @@ def test_few_logits_at_once_give_the_same(bundle, monkeypatch):
     with use("torch"):
         many = core_score.greedy(model, spans, 10**6)
         assert rows == [(sum(s.end - s.start for s in spans), tokenizer.vocab_size)]
-        monkeypatch.setattr(core_score, "LOGITS", 4 * tokenizer.vocab_size)
+        monkeypatch.setattr(core_score, "MAX_LOGITS", 4 * tokenizer.vocab_size)
         few = core_score.greedy(model, spans, 10**6)
         assert len(rows) > 4
         assert max(size for size, _ in rows[1:]) <= max(4, *(s.end - s.start for s in spans))
-        losses = core_score.nats(model, spans, 10**6)
+        losses = core_score.total_nll(model, spans, 10**6)
         for span, found in zip(spans, many, strict=True):
             logits = model(torch.from_numpy(span.tokens.astype(np.int64))[None])[0, span.start - 1 : -1].detach()
             wanted = torch.from_numpy(span.tokens[span.start :].astype(np.int64))
@@ -486,19 +488,19 @@ def test_few_logits_at_once_give_the_same(bundle, monkeypatch):
             assert found.gap == pytest.approx((own - others).min().item(), abs=1e-4)
             assert found.right == (found.gap > 0)
     assert [g.right for g in few] == [g.right for g in many]
-    assert [g.nats for g in few] == pytest.approx([g.nats for g in many], rel=1e-5)
-    assert [g.nats for g in few] == pytest.approx(losses, rel=1e-5)
+    assert [g.total_nll for g in few] == pytest.approx([g.total_nll for g in many], rel=1e-5)
+    assert [g.total_nll for g in few] == pytest.approx(losses, rel=1e-5)
 
 
 def test_shares_are_even_and_whole():
     rng = random.Random(0)
     for ranks in (1, 2, 3, 7):
         sizes = [rng.randint(1, 500) for _ in range(50)]
-        found = core_score.shares(sizes, ranks)
+        found = core_score.balance(sizes, ranks)
         assert sorted(i for share in found for i in share) == list(range(50))
         loads = [sum(sizes[i] for i in share) for share in found]
         assert max(loads) - min(loads) <= max(sizes) / 4
-    assert core_score.shares([5], 3) == [[0], [], []]
+    assert core_score.balance([5], 3) == [[0], [], []]
 
 
 def test_centred_accuracy():
@@ -557,46 +559,55 @@ MALFORMED = [
     (lambda folder: (folder / "core.yaml").unlink(), "it has no core.yaml"),
     (edit("core.yaml", lambda _: b"icl_tasks: [1"), "core.yaml: not YAML: "),
     (edit("core.yaml", lambda _: b"\xff\xfe\xff"), "core.yaml: not YAML: "),
-    (edit("core.yaml", lambda _: b"tasks: []"), "core.yaml: icl_tasks is None; it takes a list"),
-    (edit("core.yaml", lambda _: b"icl_tasks: []"), r"icl_tasks is \[\]; it takes a list of tasks"),
-    (edit("core.yaml", lambda _: b"icl_tasks: [7]"), "core.yaml: task 1 is 7; it takes label"),
-    (edit_entry(label=None), "core.yaml: task 1: label is None; it takes text"),
-    (edit_entry(dataset_uri=3), "core.yaml: task 1: dataset_uri is 3"),
+    (edit("core.yaml", lambda _: b"tasks: []"), "core.yaml: icl_tasks must be a list of tasks, got None"),
+    (edit("core.yaml", lambda _: b"icl_tasks: []"), r"icl_tasks must be a list of tasks, got \[\]"),
+    (
+        edit("core.yaml", lambda _: b"icl_tasks: [7]"),
+        "core.yaml: task 1 must have label, dataset_uri, num_fewshot and icl_task_type, got 7",
+    ),
+    (edit_entry(label=None), "core.yaml: task 1: label must be a string, got None"),
+    (edit_entry(dataset_uri=3), "core.yaml: task 1: dataset_uri must be a string, got 3"),
     (
         edit_entry(icl_task_type="generation"),
-        r"task 1 \(choices\): icl_task_type is 'generation'; it takes multiple_ch",
+        r"task 1 \(choices\): icl_task_type must be one of multiple_choice, .*, got 'generation'",
     ),
-    (edit_entry(num_fewshot=2), "num_fewshot is 2; it takes a list"),
-    (edit_entry(num_fewshot=[]), r"num_fewshot is \[\]; it takes a list"),
-    (edit_entry(num_fewshot=[-1]), r"num_fewshot is \[-1\]"),
-    (edit_entry(num_fewshot=[True]), r"num_fewshot is \[True\]"),
-    (edit_entry(num_fewshot=[13]), "choices.jsonl: task 'choices' has 13 items; 13 shots take 14"),
-    (edit_entry(continuation_delimiter=5), "continuation_delimiter is 5; it takes text"),
-    (edit_entry(label="ties"), "core.yaml: task 3: the label 'ties' is another task's too"),
-    (edit_entry(label="other"), "eval_meta_data.csv: it has no Random baseline of task 'other'"),
+    (edit_entry(num_fewshot=2), "num_fewshot must be a list with a whole number >= 0, got 2"),
+    (edit_entry(num_fewshot=[]), r"num_fewshot must be a list with a whole number >= 0, got \[\]"),
+    (edit_entry(num_fewshot=[-1]), r"num_fewshot must be .*, got \[-1\]"),
+    (edit_entry(num_fewshot=[True]), r"num_fewshot must be .*, got \[True\]"),
+    (edit_entry(num_fewshot=[13]), "choices.jsonl: task 'choices' must have at least 14 items for 13 shots, got 13"),
+    (edit_entry(continuation_delimiter=5), "continuation_delimiter must be a string, got 5"),
+    (edit_entry(label="ties"), "core.yaml: task 3: an earlier task has the label 'ties' too"),
+    (edit_entry(label="other"), "eval_meta_data.csv: no Random baseline for task 'other'"),
     (lambda folder: (folder / "eval_meta_data.csv").unlink(), "eval_meta_data.csv: No such file"),
-    (edit("eval_meta_data.csv", lambda c: c.replace(b"Random", b"random")), "it has no column Random baseline"),
-    (edit("eval_meta_data.csv", lambda _: b""), "it has no column Eval Task, Random baseline"),
+    (edit("eval_meta_data.csv", lambda c: c.replace(b"Random", b"random")), "missing column Random baseline"),
+    (edit("eval_meta_data.csv", lambda _: b""), "missing column Eval Task, Random baseline"),
     (
         edit("eval_meta_data.csv", lambda c: c.replace(b"x,25", b"x,many")),
-        "line 2: Random baseline of 'choices' is 'many'",
+        "line 2: Random baseline of 'choices' must be a percentage below 100, got 'many'",
     ),
-    (edit("eval_meta_data.csv", lambda c: c.replace(b"x,25", b"x,100")), "is '100'; it takes a percentage below 100"),
-    (edit("eval_meta_data.csv", lambda c: c.replace(b",x,25", b"")), "Random baseline of 'choices' is None"),
+    (edit("eval_meta_data.csv", lambda c: c.replace(b"x,25", b"x,100")), "must be a percentage below 100, got '100'"),
+    (
+        edit("eval_meta_data.csv", lambda c: c.replace(b",x,25", b"")),
+        "Random baseline of 'choices' must be a percentage below 100, got None",
+    ),
     (edit("eval_meta_data.csv", lambda c: c + b"\xff"), "eval_meta_data.csv: not a CSV file in UTF-8"),
     (lambda folder: (folder / "eval_data/choices.jsonl").unlink(), "choices.jsonl: No such file .* task 'choices'"),
     (edit("eval_data/choices.jsonl", lambda c: c + b"{"), "line 14 of task 'choices': not JSON"),
-    (edit("eval_data/choices.jsonl", lambda c: c + b"[1]"), r"line 14 of task 'choices' is \[1\]; it takes an object"),
+    (edit("eval_data/choices.jsonl", lambda c: c + b"[1]"), r"line 14 of task 'choices' must be an object, got \[1\]"),
     (edit("eval_data/choices.jsonl", lambda c: c + b"\xff"), "task 'choices' is not UTF-8"),
-    (edit_item("choices", 3, query=1), "choices.jsonl: line 3 of task 'choices': query is 1; it takes text"),
-    (edit_item("choices", 3, choices=[]), r"line 3 of task 'choices': choices is \[\]; it takes a list of texts"),
-    (edit_item("choices", 3, choices=["a", 1]), r"choices is \['a', 1\]; it takes a list of texts"),
-    (edit_item("choices", 3, gold=4), "line 3 of task 'choices': gold is 4; it takes an index into 4 choices"),
-    (edit_item("choices", 3, gold="1"), "gold is '1'"),
-    (edit_item("schemas", 2, continuation=None), "schemas.jsonl: line 2 of task 'schemas': continuation is None"),
-    (edit_item("schemas", 2, context_options="ab"), "context_options is 'ab'; it takes a list of texts"),
-    (edit_item("schemas", 2, gold=-1), "gold is -1; it takes an index into 2 context_options"),
-    (edit_item("language", 12, context=None), "line 12 of task 'language': context is None"),
+    (edit_item("choices", 3, query=1), "choices.jsonl: line 3 of task 'choices': query must be a string, got 1"),
+    (edit_item("choices", 3, choices=[]), r"line 3 of task 'choices': choices must be a list of strings, got \[\]"),
+    (edit_item("choices", 3, choices=["a", 1]), r"choices must be a list of strings, got \['a', 1\]"),
+    (edit_item("choices", 3, gold=4), "line 3 of task 'choices': gold must be an index into 4 choices, got 4"),
+    (edit_item("choices", 3, gold="1"), "gold must be an index into 4 choices, got '1'"),
+    (
+        edit_item("schemas", 2, continuation=None),
+        "schemas.jsonl: line 2 of task 'schemas': continuation must be a string, got None",
+    ),
+    (edit_item("schemas", 2, context_options="ab"), "context_options must be a list of strings, got 'ab'"),
+    (edit_item("schemas", 2, gold=-1), "gold must be an index into 2 context_options, got -1"),
+    (edit_item("language", 12, context=None), "line 12 of task 'language': context must be a string, got None"),
 ]
 
 
@@ -610,15 +621,19 @@ def test_what_is_malformed_is_named(tmp_path, damage, message):
 
 
 def test_limits_that_are_not_taken(bundle):
-    with pytest.raises(ValueError, match="--max-per-task is 0; it takes a number from 1"):
+    with pytest.raises(ValueError, match="--max-per-task must be a whole number >= 1, got 0"):
         core_score.read_bundle(bundle, 0)
-    with pytest.raises(ValueError, match="'long' has 10 items with --max-per-task 10; 10 shots take 11 or more"):
+    with pytest.raises(
+        ValueError, match="'long' must have at least 11 items for 10 shots, got 10 with --max-per-task 10"
+    ):
         core_score.read_bundle(bundle, 10)
 
 
 def test_without_yaml_the_extra_is_named(bundle, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "yaml", None)
-    with pytest.raises(ImportError, match=r"core.yaml takes PyYAML to read: pip install 'nanochat-native\[eval\]'"):
+    with pytest.raises(
+        ImportError, match=r"reading .*core.yaml requires PyYAML: pip install 'nanochat-native\[eval\]'"
+    ):
         core_score.read_bundle(bundle)
 
 

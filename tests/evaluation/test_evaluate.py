@@ -24,8 +24,8 @@ import nanochat_native
 from nanochat_native import evaluate
 from nanochat_native.data import prepare
 from nanochat_native.evaluation import bits_per_byte, core_score, session
-from nanochat_native.evaluation.bits_per_byte import evaluate_bpb
-from nanochat_native.inference.generation import generate_text
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint, run_folder
@@ -61,8 +61,8 @@ def test_against_the_definition(backend):
     model = build()
     nats = total_bytes = all_nats = count = 0
     with use(backend):
-        result = bits_per_byte.evaluate(model, batches(), TOKEN_BYTES)
-        assert evaluate_bpb(model, batches(), torch.from_numpy(TOKEN_BYTES)) == result.bpb
+        result = bits_per_byte.measure_text(model, batches(), TOKEN_BYTES)
+        assert bits_per_byte.measure_text(model, batches(), torch.from_numpy(TOKEN_BYTES)) == result
         for idx, targets in batches():
             logits = model(idx).detach().double()
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
@@ -84,7 +84,7 @@ def test_a_uniform_model_takes_log2_of_the_vocabulary():
     model = GPT(CONFIG)
     model.init_weights()
     with use("torch"):
-        result = bits_per_byte.evaluate(model, batches(), np.full(40, 2))
+        result = bits_per_byte.measure_text(model, batches(), np.full(40, 2))
     assert result.bpb == pytest.approx(math.log2(40) / 2, rel=1e-6)
     assert result.loss == pytest.approx(math.log(40), rel=1e-6)
 
@@ -92,12 +92,12 @@ def test_a_uniform_model_takes_log2_of_the_vocabulary():
 def test_bad_arguments():
     model = build()
     with use("torch"):
-        with pytest.raises(ValueError, match=r"\(39,\); it takes \(40,\)"):
-            evaluate_bpb(model, batches(), TOKEN_BYTES[:-1])
-        with pytest.raises(ValueError, match="nothing to evaluate"):
-            evaluate_bpb(model, batches(), np.zeros(40, dtype=np.int32))
-        with pytest.raises(ValueError, match="nothing to evaluate"):
-            evaluate_bpb(model, [], TOKEN_BYTES)
+        with pytest.raises(ValueError, match=r"must have shape \(40,\), got \(39,\)"):
+            bits_per_byte.measure_text(model, batches(), TOKEN_BYTES[:-1])
+        with pytest.raises(ValueError, match="nothing to measure"):
+            bits_per_byte.measure_text(model, batches(), np.zeros(40, dtype=np.int32))
+        with pytest.raises(ValueError, match="nothing to measure"):
+            bits_per_byte.measure_text(model, [], TOKEN_BYTES)
 
 
 def make_run(folder, name, words, vocab_size):
@@ -144,7 +144,7 @@ def test_command_line(run_dir, capsys):
     windows = [(tokens[i : i + 16][None], tokens[i + 1 : i + 17][None]) for i in range(0, len(tokens) - 1, 16)]
     windows = [(x[:, : y.size(1)], y) for x, y in windows]
     with use("torch"):
-        expected = bits_per_byte.evaluate(model, windows, corpus.tokenizer.token_bytes)
+        expected = bits_per_byte.measure_text(model, windows, corpus.tokenizer.token_bytes)
     assert measured["bytes"] == expected.bytes > 1000
     assert measured["targets"] == len(tokens) - 1
     assert measured["bpb"] == pytest.approx(expected.bpb, rel=1e-6)
@@ -164,11 +164,11 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
         (["--checkpoint", run_dir.parent / "none"], "no such run folder"),
         (["--checkpoint", run_dir, "--step", 4], "holds no checkpoint of step 4, but of 3, 5"),
         (["--checkpoint", run_dir, "--data", run_dir / "none.txt"], "none.txt"),
-        (["--checkpoint", run_dir, "--max-tokens", 0], "--max-tokens 0"),
-        (["--checkpoint", run_dir, "--max-per-task", 5], "--max-per-task is 5; it goes with --core FOLDER alone"),
-        (["--checkpoint", run_dir, "--compare-step", 5], "--compare-step is 5; it goes with --compare RUN alone"),
+        (["--checkpoint", run_dir, "--max-tokens", 0], "--max-tokens must be a whole number >= 1, got 0"),
+        (["--checkpoint", run_dir, "--max-per-task", 5], "--max-per-task 5 requires --core FOLDER"),
+        (["--checkpoint", run_dir, "--compare-step", 5], "--compare-step 5 requires --compare RUN"),
         (["--checkpoint", run_dir, "--compare", run_dir.parent / "none"], "no such run folder"),
-        (["--checkpoint", run_dir.parent / "none", "--core", run_dir], "r is no CORE bundle: it has no core.yaml"),
+        (["--checkpoint", run_dir.parent / "none", "--core", run_dir], "r is not a CORE bundle: it has no core.yaml"),
         (["--checkpoint", run_dir.parent / "none", "--out", run_dir], "holds something; give another --out"),
     ):
         code, out, err = command(capsys, *args)
@@ -280,11 +280,11 @@ def test_the_second_is_measured_on_the_first_ones_text(run_dir, capsys):
     _, out, _ = command(capsys, "--checkpoint", run_dir, "--compare", other)
     assert "different length" not in out
     _, out, _ = command(capsys, "--checkpoint", run_dir, "--compare", other, "--max-tokens", 160)
-    assert "A and B were measured on texts of different length" in out
+    assert "A and B were measured on texts of different lengths" in out
 
 
 def test_a_missing_second_is_said_before_the_first_is_measured(run_dir, capsys, monkeypatch):
-    monkeypatch.setattr(bits_per_byte, "evaluate", None)
+    monkeypatch.setattr(session, "measure_text", None)
     code, _, err = command(capsys, "--checkpoint", run_dir, "--compare", run_dir, "--compare-step", 4)
     assert code == 2
     assert "holds no checkpoint of step 4, but of 3, 5" in err
@@ -319,7 +319,7 @@ def test_an_interruption_keeps_the_finished_tasks(run_dir, bundle, tmp_path, cap
     args = ["--checkpoint", run_dir, "--core", bundle, *more, "--out", tmp_path / "out"]
     code, out, err = command(capsys, *args)
     assert (code, err) == (130, "interrupted\n")
-    assert ("CORE of B  not known: 1 of 6 tasks done" if compare else "CORE  not known: 2 of 6 tasks done") in out
+    assert ("CORE of B  unknown: 1 of 6 tasks done" if compare else "CORE  unknown: 2 of 6 tasks done") in out
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert not record["finished"]
     kept = (record["compare"] if compare else record)["core"]
@@ -334,7 +334,7 @@ def test_an_interruption_before_the_first_figure_prints_none(run_dir, capsys, mo
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bits_per_byte, "evaluate", interrupted)
+    monkeypatch.setattr(session, "measure_text", interrupted)
     code, out, _ = command(capsys, "--checkpoint", run_dir)
     assert (code, out) == (130, "")
 
@@ -443,7 +443,7 @@ def test_the_harness_gets_log_probabilities(run_dir, adapter, batch_size):
             assert value == pytest.approx(expected[0], rel=1e-5, abs=1e-9)
             assert right == expected[1]
         assert found[5][1]
-        with pytest.raises(ValueError, match=r"a continuation of 40 tokens, 'xyz.*; the model takes 16"):
+        with pytest.raises(ValueError, match=r"a continuation must have at most 16 tokens, got 40 in 'xyz"):
             lm.loglikelihood(requests(("a", "xyz" + "\1" * 37)))
 
 
@@ -470,7 +470,8 @@ def test_the_harness_gets_text(run_dir, adapter):
     with use("torch"):
         lm = adapter.NanochatLM(str(run_dir), device="cpu")
         model, tokenizer, _ = load_model(run_dir)
-        whole = "".join(generate_text(model, tokenizer, "line 3", max_tokens=12, temperature=0))
+        prompt = [tokenizer.bos_id, *tokenizer.encode("line 3")]
+        whole = "".join(piece.text for piece in complete(model, tokenizer, prompt, Sampling(12, temperature=0)))
         stop = whole[4:6]
         found = lm.generate_until(
             requests(
@@ -482,9 +483,13 @@ def test_the_harness_gets_text(run_dir, adapter):
         )
         assert found[:3] == [whole, whole.partition(stop)[0], whole.partition(stop)[0]]
         assert found[3]
-        with pytest.raises(ValueError, match="generate_until has num_beams; it takes until, max_gen_toks"):
+        with pytest.raises(
+            ValueError, match=r"settings of generate_until must be among until, max_gen_toks, .*, got num_beams"
+        ):
             lm.generate_until(requests(("a", {"num_beams": 3})))
-        with pytest.raises(ValueError, match="batch_size is 'auto'; it takes a number from 1"):
+        with pytest.raises(ValueError, match="max_gen_toks must be a whole number >= 1, got 0"):
+            lm.generate_until(requests(("a", {"max_gen_toks": 0})))
+        with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 'auto'"):
             adapter.NanochatLM(str(run_dir), batch_size="auto")
 
 

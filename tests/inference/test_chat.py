@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import select
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from tiny_run import BACKEND, HANGS, train, wait_until, write_text
 from nanochat_native import chat
 from nanochat_native.data import conversations
 from nanochat_native.inference import chat_session
-from nanochat_native.inference.chat_session import Chat, Options, obey, printable, read_message
+from nanochat_native.inference.chat_session import Chat, Options, printable, read_message, run_slash_command
 from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import Sampling
 from nanochat_native.runs import checkpoint
@@ -98,9 +99,11 @@ def test_what_no_longer_fits_is_left_out_from_the_oldest_on(talks):
     talk, said = talks
     for number in range(6):
         ask(talk, f"number {number}")
-    assert "it no longer sees the first" in said[-1]
+    assert "the model no longer sees its first" in said[-1]
     assert len(talk.turns) == 12, "the conversation itself is whole"
-    with pytest.raises(ValueError, match=r"the message has \d+ tokens; with an answer it takes 108"):
+    with pytest.raises(
+        ValueError, match=r"the message must have at most 108 tokens to leave room for an answer, got \d+"
+    ):
         ask(talk, "word " * 80)
     assert len(talk.turns) == 12
     with pytest.raises(ValueError, match="lone surrogate"):
@@ -118,9 +121,11 @@ def test_what_outgrows_the_training_is_said_once(talks, capsys):
         at_most = len(prompt) + talk.options.max_tokens
         assert len(talk.turns) < 20
     assert at_most > trained >= len(prompt) - talk.options.max_tokens
-    (tokens,) = [int(word) for word in said[0].split()[1:2]]
+    tokens = int(re.search(r"has (\d+) tokens", said[0]).group(1))
     assert trained < tokens <= at_most
-    assert said == [f"note: {tokens} tokens, and the model was trained on {trained}: beyond them text gets worse"]
+    assert said == [
+        f"note: the text has {tokens} tokens, but the model was trained on {trained}: quality drops beyond that"
+    ]
     chat_session.show(talk, "the tensor")
     assert [line for line in said if "trained on" in line] == said[:1]
 
@@ -150,41 +155,41 @@ def test_a_base_model_continues_the_text(folder):
 
 def test_commands(talks, tmp_path, capsys):
     talk, said = talks
-    assert obey(talk, "/undo")
-    assert said[-1] == "there is nothing to take back"
+    assert run_slash_command(talk, "/undo")
+    assert said[-1] == "there is nothing to undo"
     answer = ask(talk, "the tensor")
     path = tmp_path / "saved.jsonl"
-    assert obey(talk, f"/save {path}")
+    assert run_slash_command(talk, f"/save {path}")
     assert finetuning.read_conversations(path) == [[*ASK, {"role": "assistant", "content": answer}]]
     content = path.read_bytes()
     with pytest.raises(FileExistsError):
-        obey(talk, f"/save {path}")
+        run_slash_command(talk, f"/save {path}")
     assert path.read_bytes() == content
-    with pytest.raises(ValueError, match="takes a file's name"):
-        obey(talk, "/save")
-    assert obey(talk, "/retry")
+    with pytest.raises(ValueError, match="requires the name of a file"):
+        run_slash_command(talk, "/save")
+    assert run_slash_command(talk, "/retry")
     assert talk.turns[0] == ASK[0]
     assert len(talk.turns) == 2
     assert capsys.readouterr().out == printable(talk.turns[1]["content"]) + "\n"
-    assert obey(talk, "/system be brief")
+    assert run_slash_command(talk, "/system be brief")
     assert talk.messages[0] == {"role": "system", "content": "be brief"}
-    assert obey(talk, "/system")
-    assert obey(talk, "/undo")
-    assert said[-1] == "taken back: the tensor"
+    assert run_slash_command(talk, "/system")
+    assert run_slash_command(talk, "/undo")
+    assert said[-1] == "removed: the tensor"
     assert talk.messages == []
     with pytest.raises(ValueError, match="nothing to save"):
-        obey(talk, f"/save {tmp_path / 'empty'}")
+        run_slash_command(talk, f"/save {tmp_path / 'empty'}")
     ask(talk, "the tensor")
-    assert obey(talk, "/new")
+    assert run_slash_command(talk, "/new")
     assert talk.messages == []
-    assert obey(talk, "/retry")
-    assert said[-1] == "there is nothing to answer again"
-    assert obey(talk, "/dance")
-    assert said[-1] == "/dance is no command; /help lists them"
-    assert obey(talk, "/help")
+    assert run_slash_command(talk, "/retry")
+    assert said[-1] == "there is nothing to retry"
+    assert run_slash_command(talk, "/dance")
+    assert said[-1] == "unknown command /dance; /help lists the commands"
+    assert run_slash_command(talk, "/help")
     for name in ("/new", "/retry", "/undo", "/system", "/save", "/quit"):
         assert name in said[-1]
-    assert not obey(talk, "/quit")
+    assert not run_slash_command(talk, "/quit")
 
 
 def test_messages_of_several_lines():
@@ -235,10 +240,10 @@ def test_a_chat_model_is_not_called_a_base_model(folder, capsys):
     ("flags", "message"),
     [
         (["--checkpoint", "/nowhere"], "no such run folder"),
-        (["--temperature", "-1"], "temperature is -1"),
-        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--temperature", "-1"], "temperature must be a number >= 0, got -1"),
+        (["--max-tokens", "0"], "--max-tokens must be a whole number >= 1, got 0"),
         (["--step", "99"], "holds no checkpoint of step 99, but of"),
-        (["--prompt", "word " * 900], "the message has"),
+        (["--prompt", "word " * 900], "the message must have at most 480 tokens"),
     ],
     ids=str,
 )
@@ -316,7 +321,7 @@ def test_on_a_terminal_answers_stream_and_ctrl_c_stops_them_alone(folder, tmp_pa
     flags = ("--max-tokens", "60", "--temperature", "0")
     screen = Screen(folder, tmp_path, *flags, run="base", program=("-c", ENDLESS))
     try:
-        screen.until("Ctrl-D leaves")
+        screen.until("Ctrl-D to quit")
         screen.until("> ")
         screen.type("the tensor\n")
         screen.until("the tensor")
@@ -327,7 +332,7 @@ def test_on_a_terminal_answers_stream_and_ctrl_c_stops_them_alone(folder, tmp_pa
         screen.until("> ")
         screen.waits()
         screen.type("\x03")
-        screen.until("Ctrl-D or /quit leaves")
+        screen.until("use Ctrl-D or /quit to quit")
         screen.until("> ")
         screen.type("/help\n")
         screen.until("/save FILE")

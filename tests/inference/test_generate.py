@@ -10,7 +10,8 @@ from backends import BACKENDS, use
 
 from nanochat_native import generate
 from nanochat_native.data.tokenizer import Tokenizer
-from nanochat_native.inference.generation import generate_text, generate_tokens, sample
+from nanochat_native.inference.engine import Engine, complete
+from nanochat_native.inference.sampling import Sampling, sample
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint
@@ -37,8 +38,16 @@ def build(config=CONFIG, seed=0):
     return model
 
 
-def first_of(rows):
-    return [row[0] for row in rows]
+def drawn(model, prompt=PROMPT, tokenizer=None, **settings):
+    pieces = complete(model, tokenizer, prompt, Sampling(**settings))
+    return [token for piece in pieces for token in piece.tokens]
+
+
+def text_of(model, tokenizer, prompt, **settings):
+    """The text that follows the prompt, from an engine with room for more requests."""
+    engine = Engine(model, tokenizer, slots=3)
+    (request,) = engine.generate([([tokenizer.bos_id, *tokenizer.encode(prompt)], Sampling(**settings))])
+    return request.text
 
 
 @pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, n_kv_head=1, window_pattern="SSSL", n_layer=5)])
@@ -47,18 +56,26 @@ def test_greedy_equals_the_whole_forward(backend, config):
     with torch.no_grad():
         for _ in range(30):
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    assert first_of(generate_tokens(model, PROMPT, max_tokens=30, temperature=0)) == tokens[len(PROMPT) :]
+    assert drawn(model, max_tokens=30, temperature=0) == tokens[len(PROMPT) :]
     assert len(set(tokens)) > 5, "a sequence that repeats one token shows little"
+
+
+def test_draws_equal_those_from_the_whole_forward(backend):
+    """Sampled tokens too: the same generator draws from the logits of the plain forward pass."""
+    model, tokens = build(), list(PROMPT)
+    settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.95}
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _ in range(40):
+            logits = model(torch.tensor([tokens]), last_only=True)[:, 0]
+            tokens.append(int(sample(logits, generator=generator, **settings)))
+    assert drawn(model, max_tokens=40, seed=7, **settings) == tokens[len(PROMPT) :]
 
 
 def test_same_seed_same_tokens(backend):
     model = build()
-
-    def draw(seed):
-        return first_of(generate_tokens(model, PROMPT, max_tokens=20, temperature=1.0, seed=seed))
-
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+    first, again, other = (drawn(model, max_tokens=20, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_global_random_state_is_neither_read_nor_changed():
@@ -66,36 +83,17 @@ def test_global_random_state_is_neither_read_nor_changed():
     with use("torch"):
         torch.manual_seed(5)
         before = torch.get_rng_state()
-        first = list(generate_tokens(model, PROMPT, max_tokens=5))
+        first = drawn(model, max_tokens=5)
         assert torch.equal(torch.get_rng_state(), before)
         torch.manual_seed(6)
-        assert list(generate_tokens(model, PROMPT, max_tokens=5)) == first
+        assert drawn(model, max_tokens=5) == first
 
 
-def test_samples_of_one_prompt_differ_and_are_as_likely_as_alone(backend):
+def test_a_stop_token_ends_the_tokens(backend):
     model = build()
-    rows = list(generate_tokens(model, PROMPT, max_tokens=12, temperature=1.0, num_samples=4))
-    samples = [list(column) for column in zip(*rows, strict=True)]
-    assert len({tuple(s) for s in samples}) == 4
-    greedy = list(generate_tokens(model, PROMPT, max_tokens=12, temperature=0, num_samples=3))
-    assert all(len(set(row)) == 1 for row in greedy)
-    assert first_of(greedy) == first_of(generate_tokens(model, PROMPT, max_tokens=12, temperature=0))
-
-
-def test_a_stop_token_ends_a_sample(backend):
-    model = build()
-    free = list(generate_tokens(model, PROMPT, max_tokens=40, num_samples=3, seed=1))
-    stop = free[4][0]
-    columns = [list(column) for column in zip(*free, strict=True)]
-    stopped = list(generate_tokens(model, PROMPT, max_tokens=40, num_samples=3, seed=1, stop_tokens=[stop]))
-    lengths = []
-    for column, whole in zip(zip(*stopped, strict=True), columns, strict=True):
-        length = whole.index(stop) if stop in whole else len(whole)
-        lengths.append(length)
-        assert list(column)[:length] == whole[:length]
-        assert all(token is None for token in column[length:])
-    assert lengths[0] <= 4
-    assert len(stopped) == max(lengths)
+    free = drawn(model, max_tokens=40, seed=1)
+    stop = free[4]
+    assert drawn(model, max_tokens=40, seed=1, stop_tokens=(stop,)) == free[: free.index(stop)]
 
 
 def draws(logits, **settings):
@@ -133,37 +131,33 @@ def test_frequencies_of_the_draws():
 
 def test_bad_arguments_are_refused_at_the_call():
     model = build()
-    for bad, message in (
-        ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"num_samples": 0}, "num_samples 0"),
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"min_p": 1.5}, "min_p is 1.5"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-        ({"max_tokens": 153}, "the prompt has 8 tokens, and 153 more are asked for; this model takes 160 together"),
-        ({"max_tokens": True}, "max_tokens is True"),
-        ({"temperature": True}, "temperature is True; it takes a number"),
-        ({"temperature": "0"}, "temperature is '0'; it takes a number"),
-        ({"top_k": True}, "top_k is True; it takes a whole number, or None"),
-        ({"top_k": 2.0}, "top_k is 2.0; it takes a whole number, or None"),
-        ({"top_p": False}, "top_p is False; it takes a number, or None"),
-        ({"seed": 1 << 64}, r"seed is \d+; it takes a whole number from -2\^63 to 2\^64 - 1"),
-        ({"seed": -(1 << 63) - 1}, r"seed is -\d+; it takes"),
-        ({"seed": 1.0}, "seed is 1.0; it takes"),
-        ({"prompt_tokens": []}, "0 tokens"),
-        ({"prompt_tokens": [1, 60]}, "0 to 59"),
-        ({"prompt_tokens": [-1]}, "0 to 59"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            generate_tokens(**{"model": model, "prompt_tokens": PROMPT, "max_tokens": 4, **bad})
+    with use("torch"):
+        for settings, prompt, message in (
+            ({"max_tokens": 153}, PROMPT, r"must have at most 160 tokens together, got 8 \+ 153"),
+            ({"max_tokens": 4}, [0] * 161, r"must have at most 160 tokens together, got 161 \+ 4"),
+            ({"max_tokens": 4, "stop": ("a",)}, PROMPT, "without a tokenizer"),
+            ({"max_tokens": 4}, [], "0 tokens"),
+            ({"max_tokens": 4}, [1, 60], "0 to 59"),
+            ({"max_tokens": 4}, [-1], "0 to 59"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                complete(model, None, prompt, Sampling(**settings))
 
 
 def test_as_many_tokens_as_there_are_positions():
+    model = build()
     with use("torch"):
-        assert len(list(generate_tokens(build(), PROMPT, max_tokens=152, temperature=0))) == 152
+        tokens = drawn(model, max_tokens=152, temperature=0)
+        assert len(tokens) == 152
+        with torch.no_grad():
+            last = model(torch.tensor([PROMPT + tokens[:-1]]), last_only=True)
+        assert int(last.argmax()) == tokens[-1]
+
+
+def test_one_token_of_a_prompt_of_one():
+    with use("torch"):
+        assert drawn(build(), [3], max_tokens=0) == []
+        assert len(drawn(build(), [3], max_tokens=1)) == 1
 
 
 def test_a_diverged_model_is_said_to_be_one():
@@ -171,7 +165,7 @@ def test_a_diverged_model_is_said_to_be_one():
     with use("torch"), torch.no_grad():
         model.lm_head.weight[3, 3] = float("nan")
         with pytest.raises(ValueError, match="diverged"):
-            list(generate_tokens(model, PROMPT, max_tokens=4))
+            drawn(model, max_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -179,74 +173,13 @@ def tokenizer():
     return Tokenizer.train(["def f(x): return x + 1\n" * 50], 280)
 
 
-class Scripted(GPT):
-    """Gives the tokens of a script, whatever it is asked."""
-
-    def __init__(self, config, script):
-        super().__init__(config)
-        self.script = script
-
-    def forward(self, idx, *, kv_cache, last_only=False):
-        position = kv_cache.length
-        kv_cache.length += idx.size(1)
-        step = 0 if position == 0 else kv_cache.length - self.prompt_length
-        if position == 0:
-            self.prompt_length = idx.size(1)
-            self.prompt = idx[0].tolist()
-        logits = torch.zeros(1, 1, self.config.vocab_size)
-        logits[..., self.script[step]] = 10.0
-        return logits
-
-
-def spoken(tokenizer, script, prompt="", max_tokens=None, stop=()):
-    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
-    model = Scripted(config, script)
-    pieces = list(
-        generate_text(model, tokenizer, prompt, max_tokens=max_tokens or len(script), temperature=0, stop=stop)
-    )
-    return pieces, model
-
-
-def single_bytes(tokenizer, data):
-    ids = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.vocab_size)}
-    return [ids[bytes([byte])] for byte in data]
-
-
-def test_characters_are_never_cut(tokenizer):
-    text = "aé語🎲z"
-    pieces, model = spoken(tokenizer, single_bytes(tokenizer, text.encode()), prompt="def f")
-    assert pieces == ["a", "é", "語", "🎲", "z"]
-    assert model.prompt == [tokenizer.bos_id, *tokenizer.encode("def f")]
-
-
-def test_bytes_that_are_no_text_are_replaced(tokenizer):
-    pieces, _ = spoken(tokenizer, single_bytes(tokenizer, b"a\xffb" + "語".encode()[:2]))
-    assert "".join(pieces) == "a\ufffdb\ufffd"
-
-
-def test_text_ends_before_a_stop_string(tokenizer):
-    script = single_bytes(tokenizer, b"one END two")
-    assert "".join(spoken(tokenizer, script, stop=("END", "two"))[0]) == "one "
-    assert "".join(spoken(tokenizer, script, stop=("two!",))[0]) == "one END two"
-    with pytest.raises(ValueError, match="stop is"):
-        spoken(tokenizer, script, stop=("",))
-
-
 def test_a_penalty_and_a_share_of_the_likeliest():
     model = build()
     with use("torch"):
-        kept = first_of(generate_tokens(model, PROMPT, max_tokens=30, temperature=0, repetition_penalty=1e6))
+        kept = drawn(model, max_tokens=30, temperature=0, repetition_penalty=1e6)
         assert len({*kept, *PROMPT}) == len(kept) + len(set(PROMPT)), "no token comes twice"
-        greedy = first_of(generate_tokens(model, PROMPT, max_tokens=12, temperature=0))
-        assert first_of(generate_tokens(model, PROMPT, max_tokens=12, min_p=1.0)) == greedy
-        rows = generate_tokens(model, PROMPT, max_tokens=30, temperature=0, repetition_penalty=1e6, num_samples=3)
-        assert list(rows) == [[token] * 3 for token in kept]
-
-
-def test_text_ends_where_the_model_ends_the_document(tokenizer):
-    script = [*single_bytes(tokenizer, b"ab"), tokenizer.bos_id, *single_bytes(tokenizer, b"cd")]
-    assert spoken(tokenizer, script)[0] == ["a", "b"]
-    assert spoken(tokenizer, script, max_tokens=1)[0] == ["a"]
+        greedy = drawn(model, max_tokens=12, temperature=0)
+        assert drawn(model, max_tokens=12, min_p=1.0) == greedy
 
 
 @pytest.fixture
@@ -311,7 +244,7 @@ def test_load_model_refuses_what_does_not_belong_together(run_dir, tmp_path):
             load_model(saved(model=model))
     for other, message in (
         ({**meta["model_config"], "width": 3}, "got an unexpected keyword argument 'width'"),
-        ({**meta["model_config"], "n_head": 0}, "n_head is 0; it takes a whole number from 1"),
+        ({**meta["model_config"], "n_head": 0}, "n_head must be a whole number >= 1, got 0"),
     ):
         with pytest.raises(ValueError, match=f"{run_dir}: its model_config is not one of this version .{message}"):
             load_model(saved(model_config=other))
@@ -335,12 +268,12 @@ def test_command_line(run_dir, capfd):
         printed = capfd.readouterr().out
         model, tokenizer, _ = load_model(run_dir)
         settings = {"max_tokens": 20, "temperature": 0.9, "top_k": 5, "top_p": 0.95, "seed": 3}
-        assert printed == "def f" + "".join(generate_text(model, tokenizer, "def f", **settings)) + "\n"
+        assert printed == "def f" + text_of(model, tokenizer, "def f", **settings) + "\n"
         flags = ["--min-p", "0.05", "--repetition-penalty", "1.2", "--stop", "x", "yz"]
         assert generate.main([*args, *flags]) == 0
         settings = {"max_tokens": 20, "temperature": 0.8, "top_k": 5, "seed": 3, "min_p": 0.05}
         settings |= {"repetition_penalty": 1.2, "stop": ("x", "yz")}
-        text = "".join(generate_text(model, tokenizer, "def f", **settings))
+        text = text_of(model, tokenizer, "def f", **settings)
         assert capfd.readouterr().out == f"def f{text}\n"
         generate.main([*args, "--step", "1"])
         of_first_step = capfd.readouterr().out
@@ -348,7 +281,7 @@ def test_command_line(run_dir, capfd):
     module = [sys.executable, "-m", "nanochat_native.generate", *args, "--step", "1"]
     env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.run(module, capture_output=True, encoding="utf-8", check=True, env=env)
-    note = r"note: \d+ tokens, and the model was trained on 16: beyond them text gets worse\n"
+    note = r"note: the text has \d+ tokens, but the model was trained on 16: quality drops beyond that\n"
     assert process.stdout == of_first_step
     assert re.fullmatch(note, process.stderr)
     assert of_first_step != printed
@@ -360,7 +293,9 @@ def test_what_outgrows_the_training_is_said_once(run_dir, tokenizer, capsys, mor
     args = ["--checkpoint", str(run_dir), "--prompt", "def f", "--max-tokens", str(tokens), "--seed", "3"]
     with use("torch"):
         assert generate.main(args) == 0
-    expected = "note: 17 tokens, and the model was trained on 16: beyond them text gets worse\n" if more else ""
+    expected = (
+        "note: the text has 17 tokens, but the model was trained on 16: quality drops beyond that\n" if more else ""
+    )
     assert capsys.readouterr().err == expected
 
 
@@ -385,16 +320,19 @@ def test_a_terminal_that_lacks_a_character_ends_nothing(run_dir):
 def test_command_line_mistakes_are_one_line(run_dir, capsys):
     for args, message in (
         (["--checkpoint", run_dir / "none"], "no such run folder"),
-        (["--checkpoint", run_dir, "--temperature", "-1"], "temperature is -1"),
-        (["--checkpoint", run_dir, "--max-tokens", "1000"], "1000 more are asked for; this model takes 160 together"),
-        (["--checkpoint", run_dir, "--max-tokens", "0"], "--max-tokens is 0; it takes a number from 1"),
+        (["--checkpoint", run_dir, "--temperature", "-1"], "temperature must be a number >= 0, got -1"),
+        (
+            ["--checkpoint", run_dir, "--max-tokens", "1000"],
+            "prompt and max_tokens must have at most 160 tokens together, got 1 + 1000",
+        ),
+        (["--checkpoint", run_dir, "--max-tokens", "0"], "--max-tokens must be a whole number >= 1, got 0"),
         (["--checkpoint", run_dir, "--seed", str(1 << 70)], "--seed must be a whole number <= 9223372036854"),
         (
             ["--checkpoint", run_dir, "--prompt", "a\udcff"],
             "--prompt must be text, got a lone surrogate or bytes that are",
         ),
         (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop must be text, got a lone surrogate"),
-        (["--checkpoint", run_dir, "--stop", ""], "--stop has an empty text"),
+        (["--checkpoint", run_dir, "--stop", ""], "--stop must have strings that are not empty"),
         (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
     ):
         with use("torch"):

@@ -585,7 +585,10 @@ def test_roles_in_the_orders_of_clients(model):
 def test_the_trained_length_is_told_and_what_goes_beyond_it(server):
     assert server.client().models.retrieve("tiny").model_extra["trained_positions"] == 64
     prompt = [7] * 60
-    for more, warning in ((4, None), (5, "65 tokens, and the model was trained on 64: beyond them text gets worse")):
+    for more, warning in (
+        (4, None),
+        (5, "the text has 65 tokens, but the model was trained on 64: quality drops beyond that"),
+    ):
         asked = completion(prompt=prompt, max_tokens=more, logit_bias={"7": 100})
         assert server.request(asked)[2].get("warning") == warning
         chunks = [json.loads(e) for e in re.findall(rb"data: ({.*})\n", server.request(asked | {"stream": True})[2])]
@@ -595,68 +598,100 @@ def test_the_trained_length_is_told_and_what_goes_beyond_it(server):
 # --- what is refused ---
 
 REFUSED = [
-    ({"prompt": None, "temperature": "hot"}, "temperature is a text; it takes a number", "temperature"),
-    ({"temperature": True}, "temperature is true or false", "temperature"),
-    ({"temperature": -0.1}, "temperature is -0.1; it takes a number from 0 to 2", "temperature"),
-    ({"temperature": 10**400}, "temperature is a number too large", "temperature"),
-    ({"max_tokens": -1}, "max_tokens is -1; it takes a number from 0 to 500", "max_tokens"),
-    ({"max_tokens": 501}, "max_tokens is 501", "max_tokens"),
-    ({"max_tokens": 2.5}, "max_tokens is 2.5; it takes a whole number", "max_tokens"),
-    ({"max_tokens": True}, "max_tokens is true or false", "max_tokens"),
-    ({"n": 0}, "n is 0; it takes a number from 1 to 128", "n"),
-    ({"n": 129}, "n is 129; it takes a number from 1 to 128", "n"),
-    ({"n": True}, "n is true or false", "n"),
-    ({"n": 9, "prompt": ["a", "b"]}, "2 x 9 continuations are asked for; this server takes 16 at once", "n"),
-    ({"best_of": 17}, "1 x 17 continuations are asked for; this server takes 16 at once", "best_of"),
-    ({"prompt": ["a"] * 17}, "17 x 1 continuations are asked for; this server takes 16 at once", "prompt"),
-    ({"top_p": 1.1}, "top_p is 1.1", "top_p"),
-    ({"top_k": 1.0}, "top_k is 1.0; it takes a whole number", "top_k"),
-    ({"top_p": False}, "top_p is true or false; it takes a number", "top_p"),
-    ({"temperature": "0"}, "temperature is a text; it takes a number", "temperature"),
-    ({"seed": 2**63}, "seed is a number too large", "seed"),
-    ({"seed": "x"}, "seed is a text", "seed"),
-    ({"stop": ["a"] * 17}, "stop takes a text of 1 to 1000 characters, or up to 16 of them", "stop"),
-    ({"stop": [""]}, "stop takes a text", "stop"),
-    ({"stop": ""}, "stop takes a text", "stop"),
-    ({"stop": False}, "stop takes a text", "stop"),
-    ({"stop": 3}, "stop takes a text", "stop"),
-    ({"stop": ["a", "\ud800"]}, "stop takes a text", "stop"),
-    ({"stop": ["x" * 1001]}, "stop takes a text of 1 to 1000 characters", "stop"),
-    ({"stream": "yes"}, "stream is a text; it takes true or false", "stream"),
-    ({"stream_options": {"include_usage": True}}, "stream_options goes with stream", "stream_options"),
-    ({"stream": True, "stream_options": 3}, "stream_options goes with stream", "stream_options"),
-    ({"prompt": 3}, "prompt is a number; it takes a text", "prompt"),
-    ({"prompt": []}, "prompt is a list; it takes", "prompt"),
-    ({"prompt": [1, "a"]}, "prompt is a list; it takes", "prompt"),
-    ({"prompt": [[1], []]}, "prompt[1] is a list", "prompt"),
-    ({"prompt": [1, True]}, "prompt is a list", "prompt"),
-    ({"prompt": [300]}, "prompt takes ids from 0 to 299", "prompt"),
-    ({"prompt": [-1]}, "prompt takes ids from 0 to 299", "prompt"),
-    ({"prompt": "\ud800"}, "prompt has a lone surrogate", "prompt"),
-    ({"model": None}, "model is null; it takes a text, 'tiny'", "model"),
-    ({"model": 3}, "model is a number", "model"),
-    ({"seed": True}, "seed is true or false; it takes a whole number", "seed"),
-    ({"stream": 0}, "stream is a number; it takes true or false", "stream"),
-    ({"echo": 1}, "echo is a number; it takes true or false", "echo"),
-    ({"logprobs": 6}, "logprobs is 6; it takes a number from 0 to 5", "logprobs"),
-    ({"logprobs": -1}, "logprobs is -1; it takes a number from 0 to 5", "logprobs"),
-    ({"logprobs": True}, "logprobs is true or false; it takes a whole number", "logprobs"),
-    ({"logprobs": False}, "logprobs is true or false; it takes a whole number", "logprobs"),
-    ({"logprobs": 0.0}, "logprobs is 0.0; it takes a whole number", "logprobs"),
-    ({"top_logprobs": 2}, "top_logprobs is not supported here; it takes 0 or null", "top_logprobs"),
-    ({"n": 3, "best_of": 2}, "best_of is 2, and n is 3; it takes n at least", "best_of"),
-    ({"best_of": 2, "stream": True}, "best_of above n goes without stream", "best_of"),
+    ({"prompt": None, "temperature": "hot"}, "temperature must be a number, got a text", "temperature"),
+    ({"temperature": True}, "temperature must be a number, got true or false", "temperature"),
+    ({"temperature": -0.1}, "temperature must be from 0 to 2, got -0.1", "temperature"),
+    ({"temperature": 10**400}, "temperature must be from 0 to 2, got a number too large", "temperature"),
+    ({"max_tokens": -1}, "max_tokens must be from 0 to 500, got -1", "max_tokens"),
+    ({"max_tokens": 501}, "max_tokens must be from 0 to 500, got 501", "max_tokens"),
+    ({"max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5", "max_tokens"),
+    ({"max_tokens": True}, "max_tokens must be a whole number, got true or false", "max_tokens"),
+    ({"n": 0}, "n must be from 1 to 128, got 0", "n"),
+    ({"n": 129}, "n must be from 1 to 128, got 129", "n"),
+    ({"n": True}, "n must be a whole number, got true or false", "n"),
+    ({"n": 9, "prompt": ["a", "b"]}, "a request must have at most 16 continuations, got 2 x 9", "n"),
+    ({"best_of": 17}, "a request must have at most 16 continuations, got 1 x 17", "best_of"),
+    ({"prompt": ["a"] * 17}, "a request must have at most 16 continuations, got 17 x 1", "prompt"),
+    ({"top_p": 1.1}, "top_p must be from 0 to 1, got 1.1", "top_p"),
+    ({"top_k": 1.0}, "top_k must be a whole number, got 1.0", "top_k"),
+    ({"top_p": False}, "top_p must be a number, got true or false", "top_p"),
+    ({"temperature": "0"}, "temperature must be a number, got a text", "temperature"),
+    ({"seed": 2**63}, "seed must be from -9.22337e+18 to 9.22337e+18, got a number too large", "seed"),
+    ({"seed": "x"}, "seed must be a whole number, got a text", "seed"),
+    ({"stop": ["a"] * 17}, "stop must be a string of 1 to 1000 characters, or a list of at most 16", "stop"),
+    ({"stop": [""]}, "stop must be a string", "stop"),
+    ({"stop": ""}, "stop must be a string", "stop"),
+    ({"stop": False}, "stop must be a string", "stop"),
+    ({"stop": 3}, "stop must be a string", "stop"),
+    ({"stop": ["a", "\ud800"]}, "stop must be a string", "stop"),
+    ({"stop": ["x" * 1001]}, "stop must be a string of 1 to 1000 characters", "stop"),
+    ({"stream": "yes"}, "stream must be true or false, got a text", "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options requires stream", "stream_options"),
+    ({"stream": True, "stream_options": 3}, "stream_options requires stream", "stream_options"),
+    (
+        {"prompt": 3},
+        "prompt must be a string, a list of ids that is not empty, or a list of these, got a number",
+        "prompt",
+    ),
+    ({"prompt": []}, "a list of ids that is not empty, or a list of these, got a list", "prompt"),
+    ({"prompt": [1, "a"]}, "a list of ids that is not empty, or a list of these, got a list", "prompt"),
+    (
+        {"prompt": [[1], []]},
+        "prompt[1] must be a string, a list of ids that is not empty, or a list of these, got a list",
+        "prompt",
+    ),
+    ({"prompt": [1, True]}, "or a list of these, got a list", "prompt"),
+    ({"prompt": [300]}, "prompt must have ids from 0 to 299", "prompt"),
+    ({"prompt": [-1]}, "prompt must have ids from 0 to 299", "prompt"),
+    ({"prompt": "\ud800"}, "prompt must be text, got a lone surrogate", "prompt"),
+    ({"model": None}, "model must be the string 'tiny', got null", "model"),
+    ({"model": 3}, "model must be the string 'tiny', got a number", "model"),
+    ({"seed": True}, "seed must be a whole number, got true or false", "seed"),
+    ({"stream": 0}, "stream must be true or false, got a number", "stream"),
+    ({"echo": 1}, "echo must be true or false, got a number", "echo"),
+    ({"logprobs": 6}, "logprobs must be from 0 to 5, got 6", "logprobs"),
+    ({"logprobs": -1}, "logprobs must be from 0 to 5, got -1", "logprobs"),
+    ({"logprobs": True}, "logprobs must be a whole number, got true or false", "logprobs"),
+    ({"logprobs": False}, "logprobs must be a whole number, got true or false", "logprobs"),
+    ({"logprobs": 0.0}, "logprobs must be a whole number, got 0.0", "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs is not supported here; it must be 0 or null", "top_logprobs"),
+    ({"n": 3, "best_of": 2}, "best_of must be >= n, got best_of 2 and n 3", "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of > n cannot be combined with stream", "best_of"),
     ({"suffix": "x"}, "suffix is not supported", "suffix"),
-    ({"logit_bias": []}, "logit_bias is a list; it takes an object", "logit_bias"),
-    ({"logit_bias": {"300": 1}}, "logit_bias has '300'; it takes", "logit_bias"),
-    ({"logit_bias": {"-1": 1}}, "logit_bias has '-1'; it takes", "logit_bias"),
-    ({"logit_bias": {"\u00b2": 1}}, "logit_bias has '\u00b2'; it takes", "logit_bias"),
-    ({"logit_bias": {"5": 101}}, "logit_bias has '5'; it takes", "logit_bias"),
-    ({"logit_bias": {"5": True}}, "logit_bias has '5'; it takes", "logit_bias"),
-    ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias has '05'; it takes", "logit_bias"),
+    ({"logit_bias": []}, "from -100 to 100, got a list", "logit_bias"),
+    (
+        {"logit_bias": {"300": 1}},
+        "logit_bias must be an object of at most 1024 ids below 300, each with a number from -100 to 100, got '300'",
+        "logit_bias",
+    ),
+    (
+        {"logit_bias": {"-1": 1}},
+        "logit_bias must be an object of at most 1024 ids below 300, each with a number from -100 to 100, got '-1'",
+        "logit_bias",
+    ),
+    (
+        {"logit_bias": {"\u00b2": 1}},
+        "logit_bias must be an object of at most 1024 ids below 300, each with a number from -100 to 100, got '\u00b2'",
+        "logit_bias",
+    ),
+    (
+        {"logit_bias": {"5": 101}},
+        "logit_bias must be an object of at most 1024 ids below 300, each with a number from -100 to 100, got '5'",
+        "logit_bias",
+    ),
+    (
+        {"logit_bias": {"5": True}},
+        "logit_bias must be an object of at most 1024 ids below 300, each with a number from -100 to 100, got '5'",
+        "logit_bias",
+    ),
+    (
+        {"logit_bias": {"5": 1, "05": 2}},
+        "logit_bias must be an object of at most 1024 ids below 300, each with a number from -100 to 100, got '05'",
+        "logit_bias",
+    ),
     ({"presence_penalty": 0.5}, "presence_penalty is not supported", "presence_penalty"),
     ({"presence_penalty": False}, "presence_penalty is not supported", "presence_penalty"),
-    ({"ignore_eos": True}, "ignore_eos is not supported here; it takes false or null", "ignore_eos"),
+    ({"ignore_eos": True}, "ignore_eos is not supported here; it must be false or null", "ignore_eos"),
     ({"ignore_eos": 0}, "ignore_eos is not supported here", "ignore_eos"),
     ({"messages": []}, "messages is not supported here", "messages"),
 ]
@@ -713,22 +748,22 @@ def test_wrong_messages_are_named(server, fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tools": {}}, "tools is an object; it takes a list"),
-        ({"tool_choice": "required"}, "tool_choice takes 'none' and 'auto': this model calls no tools"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice takes 'none' and 'auto'"),
-        ({"tool_choice": False}, "tool_choice takes 'none' and 'auto'"),
-        ({"function_call": {"name": "f"}}, "function_call takes 'none' and 'auto'"),
+        ({"tools": {}}, "tools must be a list, got an object"),
+        ({"tool_choice": "required"}, "tool_choice must be 'none' or 'auto': this model cannot call tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice must be 'none' or 'auto'"),
+        ({"tool_choice": False}, "tool_choice must be 'none' or 'auto'"),
+        ({"function_call": {"name": "f"}}, "function_call must be 'none' or 'auto'"),
         ({"response_format": {"type": "json_object"}}, "response_format with type 'json_object' is not supported here"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "with type 'json_schema' is not supported"),
         ({"response_format": "text"}, "response_format is not supported here"),
-        ({"logprobs": 1}, "logprobs is a number; it takes true or false"),
-        ({"logprobs": 0}, "logprobs is a number; it takes true or false"),
-        ({"top_logprobs": 2}, "top_logprobs goes with logprobs, which is not true"),
-        ({"top_logprobs": 0}, "top_logprobs goes with logprobs, which is not true"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21; it takes a number from 0 to 20"),
-        ({"logprobs": True, "top_logprobs": True}, "top_logprobs is true or false; it takes a whole number"),
-        ({"max_tokens": 0}, "max_tokens is 0; it takes a number from 1"),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens and max_completion_tokens mean the same"),
+        ({"logprobs": 1}, "logprobs must be true or false, got a number"),
+        ({"logprobs": 0}, "logprobs must be true or false, got a number"),
+        ({"top_logprobs": 2}, "top_logprobs requires logprobs to be true"),
+        ({"top_logprobs": 0}, "top_logprobs requires logprobs to be true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be from 0 to 20, got 21"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs must be a whole number, got true or false"),
+        ({"max_tokens": 0}, "max_tokens must be from 1 to 500, got 0"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens and max_completion_tokens must be equal"),
         ({"prompt": "x"}, "prompt is not supported here"),
         ({"echo": True}, "echo is not supported here"),
         ({"best_of": 2}, "best_of is not supported here"),
@@ -783,15 +818,18 @@ def test_unknown_fields_are_ignored_and_named(server):
     [
         (b"", "not JSON"),
         (b"{", "not JSON"),
-        (b"null", "the body is null; it takes an object"),
-        (b"[]", "the body is a list"),
-        (b'{"model": "tiny", "temperature": NaN}', "JSON has no NaN"),
-        (b'{"model": "tiny", "temperature": -Infinity}', "JSON has no -Infinity"),
-        (b'{"model": "tiny", "model": "tiny"}', "a name comes twice"),
+        (b"null", "the body must be an object, got null"),
+        (b"[]", "the body must be an object, got a list"),
+        (b'{"model": "tiny", "temperature": NaN}', "the body is not JSON: NaN is not allowed"),
+        (b'{"model": "tiny", "temperature": -Infinity}', "the body is not JSON: -Infinity is not allowed"),
+        (b'{"model": "tiny", "model": "tiny"}', "an object has a name twice"),
         (b'{"model": "\xff"}', "the body is not JSON: byte 11 is not UTF-8"),
         (b"[" * 20000, "nested too deeply"),
         (b'{"a": ' * 5000, "nested too deeply"),
-        (b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}", "the body is not JSON: it has a number of 5000 digits"),
+        (
+            b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}",
+            "the body is not JSON: a number must have at most 1000 digits, got 5000",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -802,12 +840,12 @@ def test_what_is_no_json_is_said(server, content, message):
 
 
 def test_paths_and_methods(server):
-    assert server.request(b"", "/v2", "GET")[2]["error"]["message"] == "there is no such path"
+    assert server.request(b"", "/v2", "GET")[2]["error"]["message"] == "no such path"
     assert server.request(b"", "/v2", "GET")[0] == 404
     status, head, body = server.request(b"", "/v1/completions", "GET")
     assert status == 405
     assert "allow: post" in head
-    assert body["error"]["message"] == "GET is not taken here"
+    assert body["error"]["message"] == "method GET is not allowed here"
     assert server.request(b"", "/../../etc/passwd", "GET")[0] == 404
 
 
@@ -851,7 +889,7 @@ def test_random_damage_is_never_a_server_error(server):
 
 def test_large_bodies(server):
     status, head, body = server.request(completion(prompt="x" * 60_000))
-    assert (status, body["error"]["message"]) == (413, "the body is larger than 50,000 bytes")
+    assert (status, body["error"]["message"]) == (413, "the body must have at most 50,000 bytes")
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     received = server.send(head + b"4000\r\n" + b"x" * 0x4000 + b"\r\n" + (b"4000\r\n" + b"x" * 0x4000 + b"\r\n") * 5)
     assert received.split()[1] == b"413"
@@ -1219,7 +1257,7 @@ def test_the_command_serves_and_ends_with_a_signal(folder, number):
         lines = [process.stdout.readline() for _ in range(3)]
         assert lines[0].startswith("model    base step 6")
         assert "a base model: it was not trained to chat" in lines[1]
-        assert lines[2].endswith("8 slots of 100 tokens (trained on 64; beyond them text gets worse)\n")
+        assert lines[2].endswith("8 slots of 100 tokens (trained on 64; quality drops beyond that)\n")
         port = int(re.search(r"http://127.0.0.1:(\d+)/", lines[2]).group(1))
         with socket.create_connection(("127.0.0.1", port), timeout=HANGS) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -1232,7 +1270,7 @@ def test_the_command_serves_and_ends_with_a_signal(folder, number):
 
 PATIENT = """
 import sys
-from nanochat_native.serve import __main__ as serve
+from nanochat_native import serve
 serve.GRACE_SECONDS = 10_000
 sys.exit(serve.main())
 """
@@ -1269,15 +1307,15 @@ def test_a_second_signal_ends_it_at_once(folder):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--slots", "0"], "--slots is 0; it takes a number from 1"),
-        (["--timeout", "0"], "--timeout is 0.0"),
-        (["--timeout", "inf"], "--timeout is inf; it takes seconds above 0, up to 1e+06"),
-        (["--connection-timeout", "0"], "--connection-timeout is 0; it takes seconds above 0"),
-        (["--port", "70000"], "--port is 70000"),
+        (["--slots", "0"], "--slots must be a whole number >= 1, got 0"),
+        (["--timeout", "0"], "--timeout must be > 0 and <= 1e+06 seconds, got 0"),
+        (["--timeout", "inf"], "--timeout must be > 0 and <= 1e+06 seconds, got inf"),
+        (["--connection-timeout", "0"], "--connection-timeout must be > 0 and <= 1e+06 seconds, got 0"),
+        (["--port", "70000"], "--port must be <= 65535, got 70000"),
         (["--api-key", ""], "the API key is empty"),
-        (["--api-key", "kü"], "the API key takes visible ASCII"),
-        (["--capacity", "100000"], "--capacity is 100000; it takes a number from 2 to 640"),
-        (["--slots", "10000000000"], "--slots is 10000000000; it takes a number up to 4096"),
+        (["--api-key", "kü"], "the API key must consist of visible ASCII"),
+        (["--capacity", "100000"], "--capacity must be from 2 to 640, got 100000"),
+        (["--slots", "10000000000"], "--slots must be <= 4096, got 10000000000"),
         (["--host", ""], "--host is empty"),
         (["--model-name", ""], "--model-name is empty"),
         (["--step", "99"], "holds no checkpoint of step 99, but of 4, 6"),
@@ -1301,7 +1339,7 @@ def test_slots_that_do_not_fit_into_memory_are_one_line(folder, capsys, monkeypa
     monkeypatch.setattr(command, "Engine", full)
     with ops.use_backend(BACKEND):
         assert command.main(["--checkpoint", str(folder / "runs/base"), "--port", "0", "--slots", "5"]) == 2
-    error = "error: 5 slots of 640 tokens do not fit into memory; give fewer --slots, or a smaller --capacity\n"
+    error = "error: 5 slots of 640 tokens do not fit into memory; reduce --slots or --capacity\n"
     assert capsys.readouterr().err == error
 
 

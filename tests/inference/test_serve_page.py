@@ -77,7 +77,7 @@ def done(browser):
 def test_a_message_is_answered_as_it_comes_with_no_error_and_no_request_elsewhere(browser, server):
     open_page(browser, server)
     assert "base model: continues text, not trained to chat" in browser.find_element(By.ID, "kind").text
-    assert "It was not trained to answer" in browser.find_element(By.ID, "empty").text
+    assert "This is a base model, not trained to answer." in browser.find_element(By.ID, "empty").text
     type_(browser, "the tensor", Keys.ENTER)
     lengths = set()
     wait(browser, lambda b: lengths.add(len("".join(answers(b)))) or (len(lengths) > 3 and done(b)))
@@ -147,7 +147,7 @@ def test_settings_are_sent(browser, server):
     expected = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=1.5, seed=7)
     assert texts[0] == texts[1] == expected.choices[0].message.content.strip()
     shown = browser.find_element(By.CSS_SELECTOR, "article.assistant").text
-    assert ("cut after 12 tokens" in shown) == (expected.choices[0].finish_reason == "length")
+    assert ("stopped after 12 tokens" in shown) == (expected.choices[0].finish_reason == "length")
 
 
 def test_a_phone_has_no_sideways_scrolling(browser, server, tmp_path):

@@ -16,9 +16,10 @@ from tiny_run import train, write_text
 from nanochat_native import evaluate, export, generate, import_checkpoint
 from nanochat_native.data import conversations
 from nanochat_native.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat_native.inference.generation import generate_text
-from nanochat_native.interop import importing, transformers_config, transformers_export
-from nanochat_native.interop.importing import read_tokenizer_pickle
+from nanochat_native.inference.engine import complete
+from nanochat_native.inference.sampling import Sampling
+from nanochat_native.interop import importing, transformers_config, transformers_export, transformers_import
+from nanochat_native.interop.nanochat_files import read_tokenizer_pickle
 from nanochat_native.model import functional
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
@@ -69,7 +70,7 @@ def test_the_folder_is_complete(folder, exported):
     assert config["pad_token_id"] is None
     card = (exported / "README.md").read_text()
     _, tokenizer, meta = load_model(folder / "runs/full")
-    for fact in ("12 steps of 128 tokens, 1,536 in all", f"{meta['validation_bpb']:.4f} bits per byte", "text.jsonl"):
+    for fact in ("12 steps of 128 tokens, 1,536 in total", f"{meta['validation_bpb']:.4f} bits per byte", "text.jsonl"):
         assert fact in card
     assert tokenizer.hash[:16] in card
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
@@ -90,7 +91,7 @@ def test_transformers_opens_it_with_no_code_of_ours(folder, exported):
         with torch.no_grad():
             assert (theirs(idx).logits - model(idx)).abs().max() < 1e-4
         drawn = theirs.generate(idx, max_new_tokens=30)
-        greedy = "".join(generate_text(model, own, text, max_tokens=30, temperature=0))
+        greedy = "".join(piece.text for piece in complete(model, own, ids, Sampling(30, temperature=0)))
         assert tokenizer.decode(drawn[0, len(ids) :], skip_special_tokens=True) == greedy
 
 
@@ -108,7 +109,7 @@ def test_verify_finds_a_folder_that_differs(folder, tmp_path, capsys):
     (out / "config.json").write_text(json.dumps(config))
     tokens = (out / "tokenizer.json").read_text()
     (out / "tokenizer.json").write_text(tokens.replace('"add_prefix_space": false', '"add_prefix_space": true'))
-    with pytest.raises(ValueError, match="transformers reads"):
+    with pytest.raises(ValueError, match="transformers tokenizes"):
         transformers_export.verify(options)
 
 
@@ -144,14 +145,14 @@ def test_large_models_come_in_shards(folder, exported, tmp_path):
 def test_what_transformers_cannot_express_is_refused_by_name(folder, tmp_path, capsys):
     args = ["--checkpoint", str(folder / "runs/windows"), "--out", str(tmp_path / "out")]
     assert export.main(args) == 2
-    assert "--window-pattern SL" in capsys.readouterr().err
+    assert "--window-pattern of the run must be L, got SL" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert export.main([*args, "--format", "safetensors"]) == 0
     assert json.loads((tmp_path / "out/model_config.json").read_text())["window_pattern"] == "SL"
     assert (tmp_path / "out/tokenizer/tokenizer.json").exists()
     assert "tokenizer(text, split_special_tokens=True)" in (tmp_path / "out/README.md").read_text()
     assert export.main([*args, "--format", "safetensors"]) == 2
-    assert "holds something" in capsys.readouterr().err
+    assert "is not empty; choose another --out" in capsys.readouterr().err
 
 
 def test_a_failing_export_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -273,7 +274,7 @@ def test_a_damaged_pickle_is_refused(tmp_path):
         (lambda folder: (folder / "meta_000650.json").unlink(), "meta_000650.json: missing"),
         (
             lambda folder: (folder / "meta_000650.json").write_text("{}"),
-            "no model_config of nanochat's: model_config is",
+            "not a model_config of nanochat: model_config missing",
         ),
         (
             lambda folder: (folder / "meta_000650.json").write_text('{"model_config": {}}'),
@@ -284,8 +285,11 @@ def test_a_damaged_pickle_is_refused(tmp_path):
             lambda folder: (folder / "model_000650.pt").write_bytes(b"PK"),
             "model_000650.pt cannot be read: it is damaged",
         ),
-        (lambda folder: torch.save(torch.ones(2), folder / "model_000650.pt"), "it takes tensors by their names"),
-        (lambda folder: torch.save({"a": 3}, folder / "model_000650.pt"), "it takes tensors by their names"),
+        (
+            lambda folder: torch.save(torch.ones(2), folder / "model_000650.pt"),
+            "it must contain a dictionary of tensors",
+        ),
+        (lambda folder: torch.save({"a": 3}, folder / "model_000650.pt"), "it must contain a dictionary of tensors"),
         (lambda folder: (folder / "model_000650.pt").rename(folder / "model_last.pt"), "has no model_STEP.pt"),
         (lambda folder: torch.save({"a": torch.ones(2)}, folder / "model_000650.pt"), "missing lm_head.weight"),
         (lambda folder: shutil.rmtree(folder.parent.parent / "tokenizer"), "no tokenizer.pkl"),
@@ -314,48 +318,84 @@ def test_later_architectures_are_refused(tmp_path, capsys):
     shutil.rmtree(tmp_path / "tokenizer")
     folder, _, _ = nanochat_folder(tmp_path, window_pattern="SSSL")
     assert import_checkpoint.main([str(folder), "--out", str(tmp_path / "run")]) == 2
-    assert "window_pattern is 'SSSL'" in capsys.readouterr().err
+    assert "window_pattern must be absent or 'L', got 'SSSL'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"model_type": "llama"}, 'model_type is "llama"; it takes "nanochat"'),
-        ("config.json", {"intermediate_size": 8192}, "intermediate_size is 8192; this model takes 512"),
-        ("config.json", {"tie_word_embeddings": True}, "tie_word_embeddings is true; this model takes false"),
-        ("config.json", {"hidden_size": None}, "hidden_size is null; it takes a whole number from 1"),
-        ("config.json", {"hidden_size": "128"}, 'hidden_size is "128"; it takes a whole number from 1'),
-        ("config.json", {"num_attention_heads": 3}, "n_embd 128 over n_head 3"),
-        ("config.json", {"num_key_value_heads": 0}, "num_key_value_heads is 0; it takes a whole number from 1"),
-        ("config.json", {"num_hidden_layers": True}, "num_hidden_layers is true; it takes a whole number"),
+        ("config.json", {"model_type": "llama"}, 'model_type must be "nanochat", got "llama"'),
+        ("config.json", {"intermediate_size": 8192}, "intermediate_size must be 512, got 8192"),
+        ("config.json", {"tie_word_embeddings": True}, "tie_word_embeddings must be false, got true"),
+        ("config.json", {"hidden_size": None}, "hidden_size must be a whole number from 1 to 16777216, got null"),
+        ("config.json", {"hidden_size": "128"}, 'hidden_size must be a whole number from 1 to 16777216, got "128"'),
+        ("config.json", {"num_attention_heads": 3}, "n_embd / n_head must be an even whole number, got 128 / 3"),
+        (
+            "config.json",
+            {"num_key_value_heads": 0},
+            "num_key_value_heads must be a whole number from 1 to 16777216, got 0",
+        ),
+        (
+            "config.json",
+            {"num_hidden_layers": True},
+            "num_hidden_layers must be a whole number from 1 to 16777216, got true",
+        ),
         ("config.json", {"num_hidden_layers": 2**24}, "missing model.layers."),
-        ("config.json", {"max_position_embeddings": 10**30}, "max_position_embeddings is 1" + 30 * "0"),
-        ("config.json", {"max_position_embeddings": 1}, "max_position_embeddings is 1; it takes a whole number from 2"),
-        ("config.json", {"final_logit_softcapping": None}, "final_logit_softcapping is null; this model takes 15.0"),
-        ("config.json", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
-        ("config.json", {"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
-        ("config.json", {"attention_bias": True}, "attention_bias is true"),
-        ("config.json", {"head_dim": 16}, "head_dim is 16; this model takes 32"),
-        ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta is 500000.0"),
-        ("config.json", {"rope_parameters": None, "rope_theta": 5e5}, "rope_theta is 500000.0"),
-        ("config.json", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 'rope_type is "yarn"'),
-        ("config.json", {"rope_parameters": {"rope_theta": "10000"}}, 'rope_theta is "10000"; this model takes 10000'),
-        ("config.json", {"rope_parameters": {"rope_theta": True}}, "rope_theta is true; this model takes 10000"),
-        ("config.json", {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, 'of layer is ["full_attention"]'),
-        ("config.json", {"layer_types": ["full_attention", 1]}, 'layer_types is ["full_attention", 1]'),
-        ("config.json", {"layer_types": "full_attention"}, 'layer_types is "full_attention"'),
-        ("config.json", {"layer_types": 3}, "layer_types is 3; this model takes"),
-        ("config.json", {"layer_types": [{}]}, "layer_types is [{}]; this model takes"),
-        ("config.json", {"rope_parameters": [1]}, "rope_parameters and rope_scaling take an object"),
-        ("config.json", {"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling is "linear"'),
-        ("config.json", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; this model takes 1"),
-        ("config.json", {"sliding_window": 16}, "sliding_window is 16; this model takes null"),
-        ("config.json", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
-        ("config.json", {"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ("config.json", {"rms_norm_eps": -1}, "rms_norm_eps is -1; it takes a finite number above 0"),
-        ("config.json", {"rms_norm_eps": "1e-6"}, 'rms_norm_eps is "1e-6"; it takes a finite number above 0'),
-        ("config.json", {"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN; it takes a finite number above 0"),
-        ("tokenizer.json", {"normalizer": {"type": "NFC"}}, 'normalizer is {"type": "NFC"}; this tokenizer takes null'),
+        ("config.json", {"max_position_embeddings": 10**30}, "from 2 to 16777216, got 1" + 30 * "0"),
+        (
+            "config.json",
+            {"max_position_embeddings": 1},
+            "max_position_embeddings must be a whole number from 2 to 16777216, got 1",
+        ),
+        ("config.json", {"final_logit_softcapping": None}, "final_logit_softcapping must be 15.0, got null"),
+        ("config.json", {"final_logit_softcapping": 30.0}, "final_logit_softcapping must be 15.0, got 30.0"),
+        ("config.json", {"hidden_act": "gelu"}, 'hidden_act must be "relu2", got "gelu"'),
+        ("config.json", {"attention_bias": True}, "attention_bias must be false, got true"),
+        ("config.json", {"head_dim": 16}, "head_dim must be 32, got 16"),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta must be 10000, got 500000.0",
+        ),
+        ("config.json", {"rope_parameters": None, "rope_theta": 5e5}, "rope_theta must be 10000, got 500000.0"),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            'rope_type must be "default", got "yarn"',
+        ),
+        ("config.json", {"rope_parameters": {"rope_theta": "10000"}}, 'rope_theta must be 10000, got "10000"'),
+        ("config.json", {"rope_parameters": {"rope_theta": True}}, "rope_theta must be 10000, got true"),
+        (
+            "config.json",
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            'by type of layer must be [], got ["full_attention"]',
+        ),
+        (
+            "config.json",
+            {"layer_types": ["full_attention", 1]},
+            'layer_types must be ["full_attention"], got ["full_attention", 1]',
+        ),
+        (
+            "config.json",
+            {"layer_types": "full_attention"},
+            'layer_types must be ["full_attention"], got "full_attention"',
+        ),
+        ("config.json", {"layer_types": 3}, 'layer_types must be ["full_attention"], got 3'),
+        ("config.json", {"layer_types": [{}]}, 'layer_types must be ["full_attention"], got [{}]'),
+        ("config.json", {"rope_parameters": [1]}, "rope_parameters and rope_scaling must be objects"),
+        (
+            "config.json",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            'rope_scaling must be "default", got "linear"',
+        ),
+        ("config.json", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
+        ("config.json", {"sliding_window": 16}, "sliding_window must be null, got 16"),
+        ("config.json", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be"),
+        ("config.json", {"quantization_config": {"bits": 4}}, "quantization_config must be null, got"),
+        ("config.json", {"rms_norm_eps": -1}, "rms_norm_eps must be a finite number > 0, got -1"),
+        ("config.json", {"rms_norm_eps": "1e-6"}, 'rms_norm_eps must be a finite number > 0, got "1e-6"'),
+        ("config.json", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number > 0, got NaN"),
+        ("tokenizer.json", {"normalizer": {"type": "NFC"}}, 'normalizer must be null, got {"type": "NFC"}'),
         ("tokenizer.json", {"pre_tokenizer": None}, "not a byte-level BPE"),
         ("config.json", {"num_hidden_layers": 3}, "missing model.layers.2"),
         ("config.json", {"vocab_size": 500}, "they do not belong together"),
@@ -376,16 +416,19 @@ def test_other_models_of_transformers_are_refused(exported, tmp_path, file, chan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["model"].update(dropout=0.1), "model.dropout is 0.1"),
-        (lambda t: t["model"].update(byte_fallback=True), "model.byte_fallback is true"),
-        (lambda t: t["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
+        (lambda t: t["model"].update(dropout=0.1), "model.dropout must be null, got 0.1"),
+        (lambda t: t["model"].update(byte_fallback=True), "model.byte_fallback must be false, got true"),
+        (lambda t: t["model"].update(end_of_word_suffix="</w>"), 'model.end_of_word_suffix must be "", got "</w>"'),
         (
             lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
-            'pre_tokenizer is ["Split", "Rem',
+            'got ["Split", "Rem',
         ),
-        (lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(invert=True), "pre_tokenizer is"),
-        (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "add_prefix_space is true"),
-        (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True), "use_regex is true"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(invert=True), "pre_tokenizer must be"),
+        (
+            lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+            "add_prefix_space must be false, got true",
+        ),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True), "use_regex must be false, got true"),
         (lambda t: t["pre_tokenizer"]["pretokenizers"].append({"type": "Digits"}), "not a byte-level BPE"),
         (lambda t: t["added_tokens"][1].update(special=False), '["<|user_start|>"]'),
         (lambda t: t["added_tokens"][1].update(lstrip=True), '["<|user_start|>"]'),
@@ -425,10 +468,10 @@ def test_damaged_indices_are_named(exported, tmp_path, capsys):
     shutil.copytree(exported, place)
     index = place / "model.safetensors.index.json"
     for content, message in (
-        ("[]", "damaged, it holds no JSON object"),
-        ("{}", "damaged, it has no weight_map of names"),
-        ('{"weight_map": {"a": 3}}', "damaged, it has no weight_map of names"),
-        ('{"weight_map": {"a": "../x"}}', "names '../x', which is not beside it"),
+        ("[]", "damaged, it has no JSON object"),
+        ("{}", "damaged, it has no weight_map from names to files"),
+        ('{"weight_map": {"a": 3}}', "damaged, it has no weight_map from names to files"),
+        ('{"weight_map": {"a": "../x"}}', "names '../x', which is not in its folder"),
         ('{"weight_map": {"a": "x"}}', "x: missing"),
     ):
         index.write_text(content)
@@ -442,10 +485,10 @@ def test_weights_that_float32_cannot_hold_or_that_are_no_numbers_are_refused(fol
     state = transformers_config.renamed(weights(folder / "runs/full"), transformers_config.names(2))
     name = "model.layers.1.mlp.fc1.weight"
     cases = (
-        (state[name].double(), "transformer.h.1.mlp.c_fc.weight is float64; it takes float32, bfloat16 or float16"),
-        (state[name].to(torch.int8), "is int8"),
-        (state[name].to(torch.float8_e4m3fn), "is float8_e4m3fn"),
-        (state[name].clone().fill_(torch.nan), "transformer.h.1.mlp.c_fc.weight holds numbers that are not finite"),
+        (state[name].double(), "transformer.h.1.mlp.c_fc.weight must be float32, bfloat16 or float16, got float64"),
+        (state[name].to(torch.int8), "got int8"),
+        (state[name].to(torch.float8_e4m3fn), "got float8_e4m3fn"),
+        (state[name].clone().fill_(torch.nan), "transformer.h.1.mlp.c_fc.weight has values that are not finite"),
         (state[name].clone().index_fill_(0, torch.tensor([3]), -torch.inf), "not finite"),
         (state[name][:-1], "transformer.h.1.mlp.c_fc.weight has shape (511, 128); it takes (512, 128)"),
     )
@@ -485,8 +528,8 @@ def test_what_another_eps_does_is_measured(exported, tmp_path, monkeypatch, caps
     source = importing.read(importing.Options(place, tmp_path / "run"))
     tokens = torch.randint(400, (4, 32), generator=torch.Generator().manual_seed(0))
     expected = (logits_with(monkeypatch, source, eps, tokens) - logits_with(monkeypatch, source, 2**-23, tokens)).abs()
-    assert torch.equal(tokens, importing.probe(source.config))
-    moved = importing.moved_by_eps(source, tokens)
+    assert torch.equal(tokens, importing.probe_tokens(source.config))
+    moved = importing.largest_logit_change(source, tokens)
     assert functional.EPS == 2**-23
     assert moved == pytest.approx(expected.max().item(), rel=0.1, abs=5e-6)
     model = GPT(source.config)
@@ -496,8 +539,8 @@ def test_what_another_eps_does_is_measured(exported, tmp_path, monkeypatch, caps
     torch.testing.assert_close(ours, logits_with(monkeypatch, source, 2**-23, tokens), atol=1e-4, rtol=1e-4)
     assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    told = f"its rms_norm_eps of {eps:g} becomes 1.19209e-07, which moves its logits by up to {moved:.1e}"
-    assert f"note     {told} (measured on 128 random tokens)" in out
+    effect = f"rms_norm_eps changes from {eps:g} to 1.19209e-07, which changes logits by up to {moved:.1e}"
+    assert f"note     {effect} (measured on 128 random tokens)" in out
     transformers = pytest.importorskip("transformers")
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(place)(tokens).logits
@@ -509,9 +552,9 @@ def test_an_eps_that_makes_it_another_model_is_refused(exported, tmp_path, capsy
     assert import_checkpoint.main([str(place), "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        f"error: {place}: its rms_norm_eps of 0.1 becomes 1.19209e-07, which moves its logits by up to"
+        f"error: {place}: rms_norm_eps changes from 0.1 to 1.19209e-07, which changes logits by up to"
     )
-    assert error.endswith("; it may move them by at most 0.01\n")
+    assert error.endswith("; at most 0.01 is allowed\n")
     assert not (tmp_path / "run").exists()
     args = ["--checkpoint", str(tmp_path / "run"), "--device", "cpu"]
     assert generate.main(args) == 2
@@ -529,8 +572,8 @@ def test_an_imported_model_is_evaluated_and_sampled_but_not_resumed(folder, expo
     assert "was imported" in capsys.readouterr().err
     assert export.main(["--checkpoint", str(out), "--out", str(tmp_path / "again")]) == 0
     card = (tmp_path / "again" / "README.md").read_text()
-    assert "- Training: by another program; imported by nanochat-native" in card
-    assert "- Data: not known;" in card
+    assert "- Training: by another program; imported with nanochat-native" in card
+    assert "- Data: unknown;" in card
     assert checkpoint.steps(out / "checkpoints") == [0]
 
 
@@ -539,9 +582,9 @@ def test_a_step_that_is_not_there_is_told_with_those_that_are(exported, tmp_path
     shutil.copy(folder / "model_000650.pt", folder / "model_000100.pt")
     out = ["--out", str(tmp_path / "run")]
     assert import_checkpoint.main([str(folder), *out, "--step", "7"]) == 2
-    assert capsys.readouterr().err == f"error: {folder} holds no checkpoint of step 7, but of 100, 650\n"
+    assert capsys.readouterr().err == f"error: {folder} has no checkpoint of step 7; it has 100, 650\n"
     assert import_checkpoint.main([str(exported), *out, "--step", "7"]) == 2
-    assert "--step is 7, but" in capsys.readouterr().err
+    assert "--step 7 applies to nanochat's checkpoints" in capsys.readouterr().err
 
 
 def test_an_import_into_the_current_folder(exported, tmp_path, monkeypatch):
@@ -555,7 +598,7 @@ def test_sources_that_are_none(tmp_path, capsys):
     assert import_checkpoint.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert import_checkpoint.main([str(tmp_path), "--out", str(tmp_path / "run")]) == 2
-    assert "neither nanochat's model_*.pt nor a config.json" in capsys.readouterr().err
+    assert "neither a model_*.pt of nanochat nor a config.json" in capsys.readouterr().err
 
 
 # --- models that chat ---
@@ -611,7 +654,7 @@ def test_a_chat_model_takes_its_template_along_and_keeps_the_mark(folder, export
     settings = json.loads((out / "tokenizer_config.json").read_text())
     (out / "chat_template.jinja").write_text(settings.pop("chat_template"))
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert importing.has_chat_template(out)
+    assert transformers_import.has_chat_template(out)
     plain = tmp_path / "plain"
     assert import_checkpoint.main([str(exported), "--out", str(plain)]) == 0
     assert not conversations.is_chat_trained(load_model(plain)[2])
@@ -715,7 +758,7 @@ def test_verify_finds_a_template_that_lets_special_tokens_through(chat_tokenizer
     assert "prompts: logits within" in transformers_export.verify(transformers_export.Options(chat_run, copy))
     described = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps(described | {"normalizer": None}))
-    with pytest.raises(ValueError, match="the chat template spells"):
+    with pytest.raises(ValueError, match="the chat template renders"):
         transformers_export.verify(transformers_export.Options(chat_run, copy))
 
 

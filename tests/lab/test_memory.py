@@ -330,7 +330,7 @@ def test_defaults_are_for_a_plan_and_small_where_steps_are_run():
         ("--optimizer lion", "--optimizer"),
         ("--depth many", "--depth takes a whole number"),
         ("--dept 3", "perhaps you meant --depth"),
-        ("--n-kv-head 7", "n_head 10 is no multiple of n_kv_head 7"),
+        ("--n-kv-head 7", "n_head must be a multiple of n_kv_head 7, got 10"),
         ("--gpu-memory 0", "--gpu-memory is 0.0; it takes GiB"),
         ("--gpu-memory 24 --dtype float32", "on a GPU it takes bfloat16"),
     ],

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from nanochat_native import ops
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
-from nanochat_native.model.kv_cache import KVCache
 from nanochat_native.ops import modes, native, reference
 
 # --- cases ---
@@ -939,14 +938,6 @@ def test_norms_with_a_gradient_are_refused():
     g = torch.randn(3, 4)
     with pytest.raises(ValueError, match="newton_schulz: norms is given and a gradient is asked for"):
         ops.newton_schulz(g, norms=g.double().norm().requires_grad_())
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_cache_goes_with_no_transform(backend):
-    module = GPT(TINY)
-    cache = KVCache(TINY, 1, 8, dtype=torch.float32, device="cpu")
-    with use(backend), pytest.raises(RuntimeError, match=r"kv_cache is written in place, which torch\.func transforms"):
-        vmap(lambda idx: module(idx, kv_cache=cache))(IDX[None])
 
 
 @pytest.mark.filterwarnings("ignore:nanochat_native. .* is served by plain torch")

@@ -216,7 +216,7 @@ class BrokenWriter:
 # name of the report: (owner, attribute) that fails from its second call on, and the number of failures
 REPORTS = {
     "evaluation": (bits_per_byte, "_sums", 3),
-    "sample": (pretraining, "generate_text", 2),
+    "sample": (pretraining, "complete", 2),
     "plot": (report, "plot_loss", 1),
     "log of a step": (report, "live_line", STEPS),
     "metrics.jsonl": (metrics_log, "_append", STEPS + 4 + 3),
@@ -302,7 +302,7 @@ def test_the_checkpoint_is_there_before_anything_else_is_done_at_its_step(folder
     [
         (2, "evaluation.bits_per_byte", "_sums"),
         (3, "evaluation.bits_per_byte", "_sums"),
-        (2, "training.pretraining", "generate_text"),
+        (2, "training.pretraining", "complete"),
     ],
     ids=str,
 )

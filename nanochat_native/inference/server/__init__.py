@@ -1,7 +1,7 @@
-"""A server of one model: OpenAI's completions and chat, and a page to talk to it. It needs the extra `serve`.
+"""A server for one model: OpenAI's completions and chat API, and a chat page. It requires the extra `serve`.
 
     python -m nanochat_native.serve --checkpoint runs/mine
 
-__main__ starts it; connection closes what keeps it waiting; app answers; protocol knows OpenAI's requests and answers;
-worker runs the engine in its own thread; metrics counts; page.html is the page, in one file.
+app has the routes; protocol reads requests and builds answers; worker runs the engine in its own thread; connection
+closes connections whose client is too slow; metrics counts; page.html is the page, in one file.
 """

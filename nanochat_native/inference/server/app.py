@@ -1,4 +1,4 @@
-"""Routes, limits and answers. Every error is JSON of OpenAI's form; none is a traceback."""
+"""Routes, limits and answers. Every error is JSON in OpenAI's format, never a traceback."""
 
 import asyncio
 import base64
@@ -40,7 +40,12 @@ RETRY_SECONDS = 1
 
 @dataclass(frozen=True)
 class Limits:
-    """max_body_bytes: of a request. timeout: seconds for a request, from its first byte to its answer's last."""
+    """Limits of a request.
+
+    Attributes:
+        max_body_bytes: Largest size of the body.
+        timeout: Seconds from the first byte of the request to the last byte of the answer.
+    """
 
     max_body_bytes: int
     timeout: float
@@ -51,11 +56,16 @@ def shutting_down() -> ApiError:
 
 
 class GoneError(Exception):
-    """The client went away."""
+    """The client has disconnected."""
 
 
 class Server:
-    """The application. api_key: None where none is asked for. loopback: the Host header must name this machine."""
+    """The application.
+
+    Args:
+        api_key: Key that requests must send; None for no key.
+        loopback: Whether the Host header must name this machine.
+    """
 
     def __init__(self, served: Served, worker: Worker, limits: Limits, *, api_key: str | None, loopback: bool) -> None:
         self.served, self.worker, self.limits, self.metrics = served, worker, limits, Metrics()
@@ -77,7 +87,7 @@ class Server:
     def route(
         self, path: str, answer: Callable[[Request], Awaitable[Response]], method: str = "GET", *, public: bool = False
     ) -> Route:
-        """With Host and key checked, errors turned into answers, and everything counted."""
+        """Return a route that checks host and key, turns errors into answers, and counts requests."""
 
         async def handle(request: Request) -> Response:
             try:
@@ -89,13 +99,13 @@ class Server:
                 response = JSONResponse(error.body, error.status, error.headers)
             except (ClientDisconnect, GoneError):
                 self.metrics.gone.add()
-                response = Response(status_code=499)  # nobody reads it: nginx's number for that, in the metrics
-            except asyncio.CancelledError:  # the server ends, and the time for what runs is over
+                response = Response(status_code=499)  # never read; in the metrics it is nginx's code for a disconnect
+            except asyncio.CancelledError:  # the server shuts down, and the grace period is over
                 ended = shutting_down()
                 response = JSONResponse(ended.body, ended.status)
             except Exception:
                 traceback.print_exc()
-                failed = ApiError(500, "the server failed; its log says why")
+                failed = ApiError(500, "internal server error; see the server's log")
                 response = JSONResponse(failed.body, 500)
             self.metrics.requests.add(1, path, str(response.status_code))
             return response
@@ -104,20 +114,23 @@ class Server:
 
     async def unknown(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        what = {404: "there is no such path", 405: f"{request.method} is not taken here"}
+        what = {404: "no such path", 405: f"method {request.method} is not allowed here"}
         failed = ApiError(error.status_code, what.get(error.status_code, error.detail))
         self.metrics.requests.add(1, "unknown", str(error.status_code))
         return JSONResponse(failed.body, error.status_code, dict(error.headers or {}))
 
     def check_host(self, request: Request) -> None:
-        """On loopback, against pages of other sites: whose names are made to lead here (DNS rebinding), or that send
-        what they may not read the answer to."""
+        """Raise ApiError for requests of pages from other sites, on loopback.
+
+        The Host header shows a name that was made to resolve to this machine (DNS rebinding); the Origin header shows a
+        page that sends requests across origins.
+        """
         host = re.sub(r":\d+$", "", request.headers.get("host", ""))
         if self.loopback and host.lower() not in LOOPBACK:
-            raise ApiError(421, f"this server answers to {', '.join(LOOPBACK)} alone")
+            raise ApiError(421, f"Host must be one of {', '.join(LOOPBACK)}")
         origin = request.headers.get("origin")
         if self.loopback and origin is not None and origin != f"http://{request.headers['host']}":
-            raise ApiError(403, "this server answers to its own page alone, and to programs that are no page")
+            raise ApiError(403, "requests from other web pages are not allowed")
 
     def check_key(self, request: Request) -> None:
         if self.api_key is None:
@@ -125,12 +138,12 @@ class Server:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self.api_key.encode())
         if kind.lower() != "bearer" or not right:
-            message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
+            message = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def read_body(self, request: Request) -> bytes:
         limit = self.limits.max_body_bytes
-        too_large = ApiError(413, f"the body is larger than {limit:,} bytes", headers={"Connection": "close"})
+        too_large = ApiError(413, f"the body must have at most {limit:,} bytes", headers={"Connection": "close"})
         if int(request.headers.get("content-length") or 0) > limit:
             raise too_large
         body = bytearray()
@@ -158,9 +171,9 @@ class Server:
 
     async def show_metrics(self, request: Request) -> Response:
         gauges = {
-            "nanochat_running": ("Requests that are generated now.", self.worker.running),
+            "nanochat_running": ("Requests that run now.", self.worker.running),
             "nanochat_waiting": ("Requests that wait for a slot.", self.worker.waiting),
-            "nanochat_slots": ("Requests that can be generated at once.", self.worker.slots),
+            "nanochat_slots": ("Requests that can run at once.", self.worker.slots),
         }
         return Response(self.metrics.text(gauges), headers={"Content-Type": CONTENT_TYPE})
 
@@ -170,7 +183,7 @@ class Server:
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name != self.served.name:
-            message = f"the model {name[:100]!r} does not exist; this server has {self.served.name!r}"
+            message = f"the model {name[:100]!r} does not exist; this server serves {self.served.name!r}"
             raise ApiError(404, message, code="model_not_found")
         return JSONResponse(self.served.description())
 
@@ -183,7 +196,7 @@ class Server:
             except TimeoutError:
                 message = f"the body did not arrive within {self.limits.timeout:g} s"
                 raise ApiError(408, message, headers={"Connection": "close"}) from None
-            # In a thread: to cut a long text into tokens takes time, in which others are to be served.
+            # In a thread: tokenizing a long text takes time, and must not delay other requests.
             call = await asyncio.to_thread(lambda: read(read_json(body), self.served))
             try:
                 jobs = self.worker.submit(list(zip(call.prompts, call.samplings, strict=True)))
@@ -202,7 +215,7 @@ class Server:
 
 
 class Generation:
-    """A call that has begun: its events become an answer."""
+    """A running call: turns its events into an answer."""
 
     def __init__(self, server: Server, call: Call, jobs: list[Job], arrived: float) -> None:
         self.server, self.call, self.jobs, self.arrived = server, call, jobs, arrived
@@ -210,9 +223,9 @@ class Generation:
         self.started = False  # a token has come
 
     async def events(self, gone: "asyncio.Task[None]") -> AsyncGenerator[Event, None]:
-        """Of all choices, until each has ended. Frees the slots, however it is left.
+        """Yield the events of all choices until each has ended; free the slots in every case.
 
-        Raises GoneError when the client leaves, ApiError 504 when the time is over, 500 when the engine fails.
+        Raises GoneError if the client disconnects, ApiError 504 on timeout and 500 if the engine fails.
         """
         metrics, ended = self.server.metrics, 0
         deadline = self.arrived + self.server.limits.timeout
@@ -227,7 +240,7 @@ class Generation:
                     getter.cancel()
                     if gone in done:
                         raise GoneError
-                    raise ApiError(504, f"not done within {self.server.limits.timeout:g} s", code="timeout")
+                    raise ApiError(504, f"not finished within {self.server.limits.timeout:g} s", code="timeout")
                 event = getter.result()
                 if event.tokens and not self.started:
                     self.started = True
@@ -263,7 +276,7 @@ class Generation:
 
 
 class EventStream(Response):
-    """Server-sent events of a generation's chunks. An error after the beginning is an event, and no [DONE] follows."""
+    """Server-sent events with the chunks of a generation. A late error is an event, and no [DONE] follows it."""
 
     def __init__(self, generation: Generation) -> None:
         headers = {"Cache-Control": "no-cache", **generation.call.headers}
@@ -289,7 +302,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (GoneError, OSError):
             server.metrics.gone.add()
-        except asyncio.CancelledError:  # the server ends, and the time for what runs is over
+        except asyncio.CancelledError:  # the server shuts down, and the grace period is over
             with contextlib.suppress(OSError, RuntimeError):
                 await put(json.dumps(shutting_down().body))
         finally:
@@ -298,7 +311,7 @@ class EventStream(Response):
 
 @contextlib.asynccontextmanager
 async def watched(receive: Receive) -> "AsyncIterator[asyncio.Task[None]]":
-    """A task that ends when the client goes away; the body must have been read."""
+    """Provide a task that ends when the client disconnects; the body must have been read."""
 
     async def wait() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -314,7 +327,7 @@ async def watched(receive: Receive) -> "AsyncIterator[asyncio.Task[None]]":
 
 
 def read_page() -> tuple[str, str]:
-    """The page, and the policy that lets the browser run what stands in it and nothing else."""
+    """Return the page and a content security policy that allows only its own scripts and styles."""
     page = files("nanochat_native.inference.server").joinpath("page.html").read_text(encoding="utf-8")
 
     def sources(tag: str) -> str:

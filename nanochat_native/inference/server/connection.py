@@ -1,5 +1,4 @@
-"""Connections: those on which the client keeps the server waiting for too long are closed, and what is not HTTP is
-answered in OpenAI's form."""
+"""HTTP connections with timeouts for slow clients, and errors in OpenAI's format for requests that are not HTTP."""
 
 import asyncio
 import json
@@ -10,12 +9,16 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-LINGER_SECONDS = 1.0  # after an error that closes the connection, for the client to read it
+LINGER_SECONDS = 1.0  # after an error that closes the connection, so that the client can read it
 
 
 def configured(app: Any, *, timeout: int, grace: int, log_level: str = "warning") -> uvicorn.Config:
-    """uvicorn's settings for an application. timeout: Connection's, in seconds. grace: seconds that running requests
-    have when the server ends."""
+    """Return uvicorn's settings for an application.
+
+    Args:
+        timeout: Seconds that a Connection waits for its client.
+        grace: Seconds that running requests have when the server shuts down.
+    """
     return uvicorn.Config(
         app,
         http=Connection,
@@ -30,21 +33,22 @@ def configured(app: Any, *, timeout: int, grace: int, log_level: str = "warning"
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1. What is not HTTP/1.1 is answered by 400.
+    """uvicorn's HTTP/1.1 protocol. A request that is not HTTP/1.1 gets the answer 400.
 
-    A client has timeout_keep_alive seconds for each of these, whatever trickles in meanwhile:
+    A client has timeout_keep_alive seconds for each of the following, even if it keeps sending a little:
 
-    - to send the head of a request, from the beginning of the connection or the end of the last answer. Part of a head
-      is answered by 408; where nothing has come, the connection is closed without an answer;
-    - to send the rest of a body that was answered before its end;
-    - to read what is held for it beyond the buffers.
+    - to send the head of a request, after the connection opens or the last answer ends. Part of a head gets the answer
+      408; without any data the connection is closed without an answer;
+    - to send the rest of a body whose answer has already been sent;
+    - to read data that exceeds the buffers.
 
-    The application limits the time for a body that it waits for. A client that closes its sending side has gone away.
+    The application limits the time for a body that it waits for. A client that closes its sending side counts as
+    disconnected.
     """
 
     _deadline: asyncio.TimerHandle | None = None
     _paused = False  # the client does not read
-    _refused = False  # what still comes is not looked at
+    _refused = False  # further data is ignored
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -64,7 +68,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._stop()  # what comes now has its own time
+        self._stop()  # the next request has its own time
         self._watch()
 
     def pause_writing(self) -> None:
@@ -97,7 +101,7 @@ class Connection(H11Protocol):
 
     def _expire(self) -> None:
         if self._paused:
-            self.transport.abort()  # to close would wait for the client
+            self.transport.abort()  # close() would wait for the client
         elif not self.transport.is_closing():
             head, _ = self.conn.trailing_data
             if self.conn.their_state is not h11.IDLE or not head:
@@ -107,7 +111,7 @@ class Connection(H11Protocol):
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, message)
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answers where the application has not, and closes the connection."""
+        """Answer, unless the application has already begun to, and close the connection."""
         self._stop()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun
             self.transport.close()
@@ -121,7 +125,7 @@ class Connection(H11Protocol):
             h11.EndOfMessage(),
         )
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
-        # To close at once would reset the connection where more comes, and the client would lose the answer.
+        # Closing at once would reset the connection if more data arrives, and the client would lose the answer.
         self._refused = True
         self.transport.write_eof()
         self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)

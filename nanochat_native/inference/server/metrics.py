@@ -1,4 +1,4 @@
-"""Counts, and their text in Prometheus's exposition format 0.0.4."""
+"""Counters and histograms, and their text in Prometheus's exposition format 0.0.4."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,7 +7,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 
 
 class Counter:
-    """A number for each combination of labels, which only grows."""
+    """A number that only grows, for each combination of labels."""
 
     def __init__(self, name: str, help_: str, labels: Sequence[str] = ()) -> None:
         self.name, self.help, self.labels = name, help_, tuple(labels)
@@ -23,7 +23,7 @@ class Counter:
 
 
 class Histogram:
-    """How many observations, in seconds, are at most each bound of SECONDS, and their sum."""
+    """Counts of observations in seconds, for each upper bound in SECONDS, and their sum."""
 
     def __init__(self, name: str, help_: str) -> None:
         self.name, self.help = name, help_
@@ -45,18 +45,22 @@ class Histogram:
 
 
 class Metrics:
-    """What the server counts. Gauges are read when the text is made."""
+    """The metrics of the server. Gauges are passed when the text is built."""
 
     def __init__(self) -> None:
         self.requests = Counter("nanochat_requests_total", "Requests answered.", ("route", "status"))
-        self.prompt_tokens = Counter("nanochat_prompt_tokens_total", "Tokens of prompts taken.")
+        self.prompt_tokens = Counter("nanochat_prompt_tokens_total", "Tokens of accepted prompts.")
         self.generated_tokens = Counter("nanochat_generated_tokens_total", "Tokens generated.")
-        self.gone = Counter("nanochat_disconnects_total", "Clients that went away before their answer was whole.")
-        self.first_token = Histogram("nanochat_first_token_seconds", "From a request's arrival to its first token.")
-        self.duration = Histogram("nanochat_generation_seconds", "From a request's arrival to its last token.")
+        self.gone = Counter("nanochat_disconnects_total", "Clients that disconnected before their answer was complete.")
+        self.first_token = Histogram(
+            "nanochat_first_token_seconds", "Seconds from the arrival of a request to its first token."
+        )
+        self.duration = Histogram(
+            "nanochat_generation_seconds", "Seconds from the arrival of a request to its last token."
+        )
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """gauges: name to (help, value)."""
+        """Return all metrics as text; `gauges` maps a name to (help, value)."""
         lines: list[str] = []
         for metric in vars(self).values():
             lines += metric.lines()

@@ -1,15 +1,14 @@
-"""OpenAI's requests and answers: what is taken, what is refused and how, and the objects that go back.
+"""OpenAI's requests and answers: the supported fields, the errors for others, and the objects of the answers.
 
-Beside OpenAI's fields top_k, min_p and repetition_penalty are taken, as other servers of open models do. A known field
-that is not served is refused by name where its value would change the answer. Unknown fields are ignored; the header
-X-Ignored-Fields of the answer names them. conversations.as_turns says how roles are taken, in any order.
+In addition to OpenAI's fields, top_k, min_p and repetition_penalty are supported, as in other servers for open models.
+A known field that is not supported is an error if its value would change the answer. Unknown fields are ignored; the
+header X-Ignored-Fields of the answer lists them. conversations.as_turns describes how roles are read, in any order.
 
-Log-probabilities are those of the model's own distribution (engine.Scored), not of the one that tokens are drawn from.
-A completion's list has every drawn token, also what a stop string cut off, and the special token that ended the text,
-so that there is one for every token that was predicted. With echo the prompt's tokens come first. The <|bos|> that is
-put before a text is not among them, as it is not in the text: the first token of a text has a log-probability. The
-first token of a prompt that is given as ids has none (null). text_offset counts characters from the beginning of the
-prompt.
+Log-probabilities are those of the model's own distribution (sampling.Scored), not of the one that tokens are drawn
+from. The list of a completion has every predicted token: also the tokens that a stop string cut off, and the special
+token that ended the text. With echo the tokens of the prompt come first. The <|bos|> before a text is left out, since
+it is not in the text, so that the first token of a text has a log-probability. The first token of a prompt that is
+given as ids has none (null). text_offset counts characters from the beginning of the prompt.
 """
 
 import codecs
@@ -27,13 +26,13 @@ from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.inference.engine import beyond_training, too_long
 from nanochat_native.inference.sampling import Sampling, Scored
 
-MOST_CHOICES = 128  # of a request, prompts times n, where the server's slots and its queue have room for them
-MOST_STOPS, LONGEST_STOP = 16, 1000  # OpenAI takes 4; evaluation harnesses send more
-MOST_LOGPROBS, MOST_CHAT_LOGPROBS = 5, 20  # OpenAI's
-MOST_BIASES, LARGEST_BIAS = 1024, 100
-MOST_DIGITS = 1000  # of a number in a body
-MOST_NAMED = 20  # ignored fields that a header names
-COMPLETION_TOKENS = 16  # max_tokens of /v1/completions where it is not given, OpenAI's
+MAX_CHOICES = 128  # of a request: prompts times n, if slots and queue have room for them
+MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # OpenAI allows 4 strings; evaluation harnesses send more
+MAX_LOGPROBS, MAX_CHAT_LOGPROBS = 5, 20  # OpenAI's limits
+MAX_BIASES, MAX_BIAS = 1024, 100
+MAX_DIGITS = 1000  # of a number in a body
+MAX_IGNORED_SHOWN = 20  # ignored fields that the header lists
+COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of /v1/completions
 
 COMMON = {
     "model",
@@ -51,9 +50,9 @@ COMMON = {
     "stop",
     "seed",
 }
-COMPLETION = {"prompt", "echo", "best_of"}  # of /v1/completions alone
+COMPLETION = {"prompt", "echo", "best_of"}  # only for /v1/completions
 CHAT = {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "functions", "function_call"}
-# Fields of OpenAI's that change nothing here.
+# OpenAI's fields that have no effect here.
 SILENT = {
     "user",
     "metadata",
@@ -65,8 +64,8 @@ SILENT = {
     "prompt_cache_options",
     "parallel_tool_calls",
 }
-# Fields of OpenAI's, and then of other servers', whose given values change nothing where the field is not served; any
-# other is refused there.
+# Fields of OpenAI and of other servers, with the values that are accepted although the field is not supported, because
+# they change nothing. Any other value is an error.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "echo": (False,),
@@ -109,7 +108,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """An error as an answer in OpenAI's form."""
+    """An error, and its answer in OpenAI's format."""
 
     def __init__(
         self,
@@ -129,8 +128,14 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """The model that requests are for. capacity: tokens of prompt and continuation. trained_positions: of those, what
-    the model was trained on. max_tokens: of a continuation. choices: that the server takes at once."""
+    """The served model and its limits.
+
+    Attributes:
+        capacity: Largest number of tokens of prompt and continuation.
+        trained_positions: Sequence length that the model was trained on.
+        max_tokens: Largest number of tokens of a continuation.
+        choices: Largest number of choices of a request.
+    """
 
     name: str
     tokenizer: Tokenizer
@@ -142,6 +147,7 @@ class Served:
     created: int
 
     def description(self) -> dict[str, Any]:
+        """Return the model object of /v1/models."""
         return {
             "id": self.name,
             "object": "model",
@@ -155,14 +161,16 @@ class Served:
 
 @dataclass(frozen=True)
 class Call:
-    """A request that was found right. Candidate i continues prompts[i] by samplings[i].
+    """A valid request. Candidate i continues prompts[i] with samplings[i].
 
-    count: choices for each prompt; the best of best_of candidates, which stand together.
-    texts: the prompts as text, "" for a chat. hidden: how many tokens a prompt begins with that are not in its text.
-    echo: whether a choice begins with its prompt.
-    logprobs: how many of the likeliest tokens stand beside each; None for no log-probabilities.
-    prompt_tokens: of the prompts, each counted once, however often it is continued.
-    ignored: names of fields that are not known.
+    Attributes:
+        count: Number of choices for each prompt: the best of best_of candidates, which are adjacent.
+        texts: The prompts as text; "" for a chat.
+        hidden: Number of tokens at the beginning of each prompt that are not in its text.
+        echo: Whether a choice begins with its prompt.
+        logprobs: Number of likeliest tokens to list for each token; None for no log-probabilities.
+        prompt_tokens: Number of tokens of the prompts; a prompt counts once, even if it is continued several times.
+        ignored: Names of unknown fields.
     """
 
     chat: bool
@@ -181,27 +189,30 @@ class Call:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the answer."""
-        names = [json.dumps(name[:40])[1:-1] for name in self.ignored[:MOST_NAMED]]
+        """Headers of the answer."""
+        names = [json.dumps(name[:40])[1:-1] for name in self.ignored[:MAX_IGNORED_SHOWN]]
         return {"X-Ignored-Fields": ", ".join(names)} if names else {}
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """The object in a body. Raises ApiError 400 for anything else, for NaN, a name
-    that comes twice in an object, a number of too many digits, and nesting that is too deep."""
+    """Return the JSON object in a body.
+
+    Raises ApiError 400 for anything else, and for NaN, a repeated name, a number with too many digits and nesting that
+    is too deep.
+    """
 
     def no_constant(name: str) -> None:
-        raise ValueError(f"JSON has no {name}")
+        raise ValueError(f"{name} is not allowed")
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError("a name comes twice in an object")
+            raise ValueError("an object has a name twice")
         return found
 
     def whole(digits: str) -> int:
-        if len(digits) > MOST_DIGITS:
-            raise ValueError(f"it has a number of {len(digits)} digits")
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"a number must have at most {MAX_DIGITS} digits, got {len(digits)}")
         return int(digits)
 
     try:
@@ -213,12 +224,12 @@ def read_json(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ApiError(400, f"the body is {json_kind(found)}; it takes an object")
+        raise ApiError(400, f"the body must be an object, got {json_kind(found)}")
     return found
 
 
 def read_completion(body: dict[str, Any], served: Served) -> Call:
-    """A request to /v1/completions. Raises ApiError."""
+    """Read a request to /v1/completions. Raises ApiError."""
     ignored = _check_fields(body, served, COMPLETION)
     prompt = body.get("prompt")
     prompts = [""] if prompt is None else prompt if _is_batch(prompt) else [prompt]
@@ -228,23 +239,23 @@ def read_completion(body: dict[str, Any], served: Served) -> Call:
         rows.append(_prompt_tokens(one, served.tokenizer, where))
         texts.append(one if isinstance(one, str) else served.tokenizer.decode(one))
         hidden.append(1 if isinstance(one, str) else 0)
-    logprobs = _whole(body, "logprobs", None, low=0, high=MOST_LOGPROBS)
+    logprobs = _whole(body, "logprobs", None, low=0, high=MAX_LOGPROBS)
     limit = _whole(body, "max_tokens", COMPLETION_TOKENS, low=0, high=served.max_tokens)
     return _call(body, served, rows, limit, "prompt", ignored, logprobs=logprobs, texts=texts, hidden=hidden)
 
 
 def read_chat(body: dict[str, Any], served: Served) -> Call:
-    """A request to /v1/chat/completions. Raises ApiError.
+    """Read a request to /v1/chat/completions. Raises ApiError.
 
-    The model calls no tools. They may be offered, since it may always choose to call none; a call that is required is
-    refused.
+    The model cannot call tools. A request may offer tools, since a model may always call none, but a required call is
+    an error.
     """
     ignored = _check_fields(body, served, CHAT)
     for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
         if body.get(name) is not None and not isinstance(body[name], list):
-            raise ApiError(400, f"{name} is {json_kind(body[name])}; it takes a list", param=name)
+            raise ApiError(400, f"{name} must be a list, got {json_kind(body[name])}", param=name)
         if body.get(choice) not in (None, "none", "auto"):
-            message = f"{choice} takes 'none' and 'auto': this model calls no tools"
+            message = f"{choice} must be 'none' or 'auto': this model cannot call tools"
             raise ApiError(400, message, param=choice, code="unsupported_value")
     try:
         row = conversations.prompt_of(served.tokenizer, body.get("messages"), chat_trained=served.chat_trained)
@@ -254,12 +265,12 @@ def read_chat(body: dict[str, Any], served: Served) -> Call:
     names = ("max_completion_tokens", "max_tokens")
     given = {_whole(body, name, None, low=1, high=served.max_tokens) for name in names} - {None}
     if len(given) > 1:
-        message = "max_tokens and max_completion_tokens mean the same, and differ"
+        message = "max_tokens and max_completion_tokens must be equal if both are set"
         raise ApiError(400, message, param="max_tokens")
-    logprobs = _whole(body, "top_logprobs", None, low=0, high=MOST_CHAT_LOGPROBS)
+    logprobs = _whole(body, "top_logprobs", None, low=0, high=MAX_CHAT_LOGPROBS)
     if not _flag(body, "logprobs"):
         if logprobs is not None:
-            raise ApiError(400, "top_logprobs goes with logprobs, which is not true", param="top_logprobs")
+            raise ApiError(400, "top_logprobs requires logprobs to be true", param="top_logprobs")
     elif logprobs is None:
         logprobs = 0
     limit = given.pop() if given else most
@@ -278,23 +289,25 @@ def _call(
     texts: list[str] | None = None,
     hidden: list[int] | None = None,
 ) -> Call:
-    """texts and hidden: see Call; None for a chat."""
+    """Return the Call of a request; texts and hidden are None for a chat."""
     chat = texts is None
     for row in rows:
         if len(row) + limit > served.capacity:
             message = too_long(len(row), limit, served.capacity)
             raise ApiError(400, message, param=param, code="context_length_exceeded")
     stream = _flag(body, "stream")
-    count = _whole(body, "n", 1, low=1, high=MOST_CHOICES)
-    best_of = _whole(body, "best_of", count, low=1, high=MOST_CHOICES)
+    count = _whole(body, "n", 1, low=1, high=MAX_CHOICES)
+    best_of = _whole(body, "best_of", count, low=1, high=MAX_CHOICES)
     if best_of < count:
-        raise ApiError(400, f"best_of is {best_of}, and n is {count}; it takes n at least", param="best_of")
+        raise ApiError(400, f"best_of must be >= n, got best_of {best_of} and n {count}", param="best_of")
     if best_of > count and stream:
-        raise ApiError(400, "best_of above n goes without stream: the best is known at the end", param="best_of")
+        raise ApiError(
+            400, "best_of > n cannot be combined with stream: the best is only known at the end", param="best_of"
+        )
     if best_of * len(rows) > served.choices:
-        given = f"{len(rows)} x {best_of} continuations are asked for"
+        given = f"got {len(rows)} x {best_of}"
         blamed = "best_of" if best_of > count else "n" if count > 1 else param
-        raise ApiError(400, f"{given}; this server takes {served.choices} at once", param=blamed)
+        raise ApiError(400, f"a request must have at most {served.choices} continuations, {given}", param=blamed)
     echo = _flag(body, "echo")
     seed = _whole(body, "seed", None, low=-(2**63), high=2**63 - 1)
     first = secrets.randbits(63) if seed is None else seed % 2**63
@@ -333,7 +346,7 @@ def _call(
 
 
 def _check_fields(body: dict[str, Any], served: Served, own: set[str]) -> list[str]:
-    """Names of the fields that are not known. Raises ApiError for a model and for fields that are not served."""
+    """Return the names of unknown fields. Raises ApiError for another model and for fields that are not supported."""
     unknown = []
     for name, value in body.items():
         if value is None or name in COMMON | own | SILENT:
@@ -344,45 +357,45 @@ def _check_fields(body: dict[str, Any], served: Served, own: set[str]) -> list[s
             raise ApiError(400, _not_served(name, value), param=name, code="unsupported_parameter")
     model = body.get("model")
     if not isinstance(model, str):
-        raise ApiError(400, f"model is {json_kind(model)}; it takes a text, {served.name!r}", param="model")
+        raise ApiError(400, f"model must be the string {served.name!r}, got {json_kind(model)}", param="model")
     if model != served.name:
-        message = f"the model {model[:100]!r} does not exist; this server has {served.name!r}"
+        message = f"the model {model[:100]!r} does not exist; this server serves {served.name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
     return unknown
 
 
 def _same(value: Any, other: Any) -> bool:
-    """As JSON has it: true is not 1, and false is not 0."""
+    """Return whether two JSON values are equal: true is not 1, and false is not 0."""
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
 def _not_served(name: str, value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else None
     shown = f" with type {kind[:100]!r}" if isinstance(kind, str) else ""
-    taken = [json.dumps(neutral) for neutral in NEUTRAL[name]]
-    return f"{name}{shown} is not supported here; it takes {' or '.join([*taken, 'null'])}"
+    allowed = [json.dumps(neutral) for neutral in NEUTRAL[name]]
+    return f"{name}{shown} is not supported here; it must be {' or '.join([*allowed, 'null'])}"
 
 
 def _is_batch(prompt: Any) -> bool:
-    """Whether it is a list of prompts; a list of numbers is one prompt."""
+    """Return whether it is a list of prompts; a list of numbers is one prompt."""
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(one, str | list) for one in prompt)
 
 
 def _prompt_tokens(prompt: Any, tokenizer: Tokenizer, where: str) -> list[int]:
     if isinstance(prompt, str):
         if not _is_text(prompt):
-            raise ApiError(400, f"{where} has a lone surrogate; it takes text", param="prompt")
+            raise ApiError(400, f"{where} must be text, got a lone surrogate in it", param="prompt")
         return [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         if not all(0 <= token < tokenizer.vocab_size for token in prompt):
-            raise ApiError(400, f"{where} takes ids from 0 to {tokenizer.vocab_size - 1}", param="prompt")
+            raise ApiError(400, f"{where} must have ids from 0 to {tokenizer.vocab_size - 1}", param="prompt")
         return prompt
-    taken = "it takes a text, a list of ids that is not empty, or a list of such"
-    raise ApiError(400, f"{where} is {json_kind(prompt)}; {taken}", param="prompt")
+    allowed = "a string, a list of ids that is not empty, or a list of these"
+    raise ApiError(400, f"{where} must be {allowed}, got {json_kind(prompt)}", param="prompt")
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can hold: JSON can spell half of a character."""
+    """Return whether it is a string that UTF-8 can encode; JSON allows lone surrogates."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -402,10 +415,10 @@ def _number(
     if type(value) not in types:
         kind = "number" if float in types else "whole number"
         shown = value if type(value) is float else json_kind(value)
-        raise ApiError(400, f"{name} is {shown}; it takes a {kind}", param=name)
+        raise ApiError(400, f"{name} must be a {kind}, got {shown}", param=name)
     if not low <= value <= high:
         shown = value if abs(value) < 1e18 else "a number too large"
-        raise ApiError(400, f"{name} is {shown}; it takes a number from {low:g} to {high:g}", param=name)
+        raise ApiError(400, f"{name} must be from {low:g} to {high:g}, got {shown}", param=name)
     return value
 
 
@@ -413,16 +426,18 @@ def _biases(body: dict[str, Any], vocab_size: int) -> tuple[tuple[int, float], .
     given = body.get("logit_bias")
     if given is None:
         return ()
-    taken = f"it takes an object of up to {MOST_BIASES} ids below {vocab_size}, each with a number"
-    if not isinstance(given, dict) or len(given) > MOST_BIASES:
+    allowed = (
+        f"an object of at most {MAX_BIASES} ids below {vocab_size}, each with a number from -{MAX_BIAS} to {MAX_BIAS}"
+    )
+    if not isinstance(given, dict) or len(given) > MAX_BIASES:
         shown = f"an object of {len(given)}" if isinstance(given, dict) else json_kind(given)
-        raise ApiError(400, f"logit_bias is {shown}; {taken}", param="logit_bias")
+        raise ApiError(400, f"logit_bias must be {allowed}, got {shown}", param="logit_bias")
     found: dict[int, float] = {}
     for name, value in given.items():
-        token = int(name) if name.isascii() and name.isdigit() and len(name) < MOST_DIGITS else vocab_size
-        number_ = type(value) in (int, float) and -LARGEST_BIAS <= value <= LARGEST_BIAS
+        token = int(name) if name.isascii() and name.isdigit() and len(name) < MAX_DIGITS else vocab_size
+        number_ = type(value) in (int, float) and -MAX_BIAS <= value <= MAX_BIAS
         if token >= vocab_size or token in found or not number_:
-            message = f"logit_bias has {name[:40]!r}; {taken} from -{LARGEST_BIAS} to {LARGEST_BIAS}"
+            message = f"logit_bias must be {allowed}, got {name[:40]!r}"
             raise ApiError(400, message, param="logit_bias")
         found[token] = value
     return tuple(found.items())
@@ -431,17 +446,17 @@ def _biases(body: dict[str, Any], vocab_size: int) -> tuple[tuple[int, float], .
 def _flag(body: dict[str, Any], name: str) -> bool:
     value = body.get(name)
     if value is not None and type(value) is not bool:
-        raise ApiError(400, f"{name} is {json_kind(value)}; it takes true or false", param=name)
+        raise ApiError(400, f"{name} must be true or false, got {json_kind(value)}", param=name)
     return bool(value)
 
 
 def _stops(body: dict[str, Any]) -> tuple[str, ...]:
     value = body.get("stop")
     stops = [] if value is None else [value] if isinstance(value, str) else value
-    right = isinstance(stops, list) and len(stops) <= MOST_STOPS
-    if not right or not all(_is_text(stop) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
-        taken = f"a text of 1 to {LONGEST_STOP} characters, or up to {MOST_STOPS} of them"
-        raise ApiError(400, f"stop takes {taken}", param="stop")
+    right = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not right or not all(_is_text(stop) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        allowed = f"a string of 1 to {MAX_STOP_LENGTH} characters, or a list of at most {MAX_STOPS}"
+        raise ApiError(400, f"stop must be {allowed}", param="stop")
     return tuple(stops)
 
 
@@ -450,13 +465,13 @@ def _include_usage(body: dict[str, Any], stream: bool) -> bool:
     if options is None:
         return False
     if not isinstance(options, dict) or not stream or set(options) - {"include_usage", "include_obfuscation"}:
-        raise ApiError(400, "stream_options goes with stream, and takes include_usage", param="stream_options")
+        raise ApiError(400, "stream_options requires stream, and supports only include_usage", param="stream_options")
     return _flag(options, "include_usage")
 
 
 @dataclass
-class Said:
-    """What has come of a candidate: text without the prompt, scores as the engine gives them."""
+class Candidate:
+    """The output of a candidate so far: text without the prompt, scores as in the engine."""
 
     text: str = ""
     tokens: int = 0
@@ -465,12 +480,12 @@ class Said:
 
 
 class Answer:
-    """The objects that a call is answered with, from what is put into it as it comes."""
+    """Builds the objects of an answer from the output of its candidates as it arrives."""
 
     def __init__(self, call: Call, served: Served) -> None:
         self.call, self.served = call, served
-        self.said = [Said() for _ in call.prompts]
-        # Of candidates whose log-probabilities are told: where the next token stands in the text.
+        self.candidates = [Candidate() for _ in call.prompts]
+        # For candidates with log-probabilities: the place of the next token in the text.
         self._places = [
             Places(served.tokenizer, call, i) if call.logprobs is not None and not call.chat else None
             for i in range(len(call.prompts))
@@ -482,35 +497,37 @@ class Answer:
         }
 
     def put(self, index: int, tokens: int, text: str, scored: list[Scored], finish_reason: str | None) -> None:
-        """Adds what has come of a candidate."""
-        said = self.said[index]
-        said.text += text
-        said.tokens += tokens
-        said.scored += scored
-        said.finish_reason = finish_reason or ""
+        """Add the new output of a candidate."""
+        candidate = self.candidates[index]
+        candidate.text += text
+        candidate.tokens += tokens
+        candidate.scored += scored
+        candidate.finish_reason = finish_reason or ""
 
     def whole(self) -> dict[str, Any]:
+        """Return the answer without streaming."""
         choices: list[dict[str, Any]] = []
         for i in self._chosen():
-            said = self.said[i]
-            content: dict[str, Any] = {"text": self._echo(i) + said.text}
+            candidate = self.candidates[i]
+            content: dict[str, Any] = {"text": self._echo(i) + candidate.text}
             if self.call.chat:
-                content = {"message": {"role": "assistant", "content": said.text, "refusal": None}}
-            told = {"logprobs": self._logprobs(i, said.scored), "finish_reason": said.finish_reason}
-            choices.append({"index": len(choices), **content, **told})
+                content = {"message": {"role": "assistant", "content": candidate.text, "refusal": None}}
+            end = {"logprobs": self._logprobs(i, candidate.scored), "finish_reason": candidate.finish_reason}
+            choices.append({"index": len(choices), **content, **end})
         kind = "chat.completion" if self.call.chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self.usage(), **self._warning()}
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
+        """Return the chunk before any output of a candidate; None if there is none."""
         if self.call.chat:
             return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
-        # With log-probabilities the prompt comes with its own, which are still to be computed.
+        # With log-probabilities the prompt comes later, together with its own.
         echo = self._echo(index)
         return self._chunk(index, {"text": echo}) if echo and self.call.logprobs is None else None
 
     def chunk(self, index: int, text: str, scored: list[Scored]) -> dict[str, Any] | None:
-        """What has come, after it was put; None for nothing."""
-        if self.call.logprobs is not None and len(self.said[index].scored) == len(scored):
+        """Return the chunk for new output that has been put; None if it is empty."""
+        if self.call.logprobs is not None and len(self.candidates[index].scored) == len(scored):
             text = self._echo(index) + text
         logprobs = self._logprobs(index, scored) if scored else None
         if not text and logprobs is None:
@@ -518,26 +535,29 @@ class Answer:
         return self._chunk(index, {"delta": {"content": text}} if self.call.chat else {"text": text}, logprobs)
 
     def last_chunk(self, index: int) -> dict[str, Any]:
-        said: dict[str, Any] = {"delta": {}} if self.call.chat else {"text": ""}
-        return {**self._chunk(index, said, None, self.said[index].finish_reason), **self._warning()}
+        """Return the chunk that ends a candidate."""
+        content: dict[str, Any] = {"delta": {}} if self.call.chat else {"text": ""}
+        return {**self._chunk(index, content, None, self.candidates[index].finish_reason), **self._warning()}
 
     def usage_chunk(self) -> dict[str, Any]:
+        """Return the chunk with the usage, the last of a stream that asks for it."""
         return {**self._head, "object": self._chunk_kind(), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
-        prompt, completion = self.call.prompt_tokens, sum(said.tokens for said in self.said)
+        """Return the numbers of tokens."""
+        prompt, completion = self.call.prompt_tokens, sum(candidate.tokens for candidate in self.candidates)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _chosen(self) -> list[int]:
-        """Candidates that become choices: of each prompt those whose tokens have the highest mean log-probability."""
+        """Return the candidates that become choices: for each prompt those with the highest mean log-probability."""
         count, best_of = self.call.count, self.call.best_of
         if best_of == count:
-            return list(range(len(self.said)))
-        groups = [range(first, first + best_of) for first in range(0, len(self.said), best_of)]
+            return list(range(len(self.candidates)))
+        groups = [range(first, first + best_of) for first in range(0, len(self.candidates), best_of)]
         return [i for group in groups for i in sorted(group, key=lambda i: (-self._mean(i), i))[:count]]
 
     def _mean(self, index: int) -> float:
-        drawn = self.said[index].scored[len(self.call.prompts[index]) if self._scores_prompt else 0 :]
+        drawn = self.candidates[index].scored[len(self.call.prompts[index]) if self._scores_prompt else 0 :]
         return math.fsum(one.logprob or 0.0 for one in drawn) / max(1, len(drawn))
 
     @property
@@ -548,14 +568,15 @@ class Answer:
         return self.call.texts[index] if self.call.echo else ""
 
     def _warning(self) -> dict[str, str]:
-        longest = max(len(prompt) + said.tokens for prompt, said in zip(self.call.prompts, self.said, strict=True))
+        pairs = zip(self.call.prompts, self.candidates, strict=True)
+        longest = max(len(prompt) + candidate.tokens for prompt, candidate in pairs)
         trained = self.served.trained_positions
         if longest <= trained:
             return {}
         return {"warning": beyond_training(longest, trained)}
 
     def _logprobs(self, index: int, scored: list[Scored]) -> dict[str, Any] | None:
-        """Those of `scored`, the next ones of a candidate."""
+        """Return the log-probabilities of the next tokens of a candidate, in OpenAI's format."""
         count, tokenizer = self.call.logprobs, self.served.tokenizer
         if count is None:
             return None
@@ -566,14 +587,14 @@ class Answer:
         content = [
             {**_chat_token(tokenizer, one.token, one.logprob), "top_logprobs": _chat_top(tokenizer, one)}
             for one in scored
-            if one.token not in ends  # it ends the message, and is not in its content
+            if one.token not in ends  # an end token is not in the content
         ]
         return {"content": content, "refusal": None}
 
     def _chunk(
-        self, index: int, said: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+        self, index: int, content: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
     ) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "object": self._chunk_kind(), "choices": [choice]}
 
     def _chunk_kind(self) -> str:
@@ -581,18 +602,19 @@ class Answer:
 
 
 class Places:
-    """Where the tokens of a completion stand in its text, and their log-probabilities in OpenAI's form."""
+    """The places of a completion's tokens in its text, and their log-probabilities in OpenAI's format."""
 
     def __init__(self, tokenizer: Tokenizer, call: Call, index: int) -> None:
         self._tokenizer = tokenizer
         scored = call.samplings[index].score_prompt
-        self._hidden = call.hidden[index] if scored else 0  # tokens that are left out
-        self._given = len(call.prompts[index]) - self._hidden if scored else 0  # of the prompt that are still to come
+        self._hidden = call.hidden[index] if scored else 0  # tokens to leave out
+        self._given = len(call.prompts[index]) - self._hidden if scored else 0  # prompt tokens still to come
         self._prompt = call.texts[index]
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0 if self._given else len(self._prompt)
 
     def logprobs(self, scored: list[Scored], count: int) -> dict[str, Any]:
+        """Return the log-probabilities of the next tokens, each with the `count` likeliest."""
         hidden = min(self._hidden, len(scored))
         self._hidden -= hidden
         scored = scored[hidden:]
@@ -609,10 +631,10 @@ class Places:
         }
 
     def _place(self, token: int) -> int:
-        """Of the next token: the characters before it that are complete."""
+        """Return the place of the next token: the number of complete characters before it."""
         place = self._offset
         self._offset += len(self._characters.decode(self._tokenizer.decode_bytes([token])))
-        if self._given == 1:  # the continuation begins where the prompt's text ends, were that within a character
+        if self._given == 1:  # the continuation begins where the prompt's text ends, even within a character
             self._offset = len(self._prompt)
             self._characters.reset()
         self._given -= 1
@@ -620,19 +642,19 @@ class Places:
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str:
-    """A token as completions write it: a part of a character by its bytes."""
-    spelled = tokenizer.decode_bytes([token])
+    """Return a token as completions show it; part of a character is shown as bytes."""
+    content = tokenizer.decode_bytes([token])
     try:
-        return spelled.decode()
+        return content.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _chat_token(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
-    spelled = tokenizer.decode_bytes([token])
+    content = tokenizer.decode_bytes([token])
     special = token in tokenizer.special_tokens.values()
-    text = spelled.decode("utf-8", errors="backslashreplace")
-    return {"token": text, "logprob": logprob, "bytes": None if special else list(spelled)}
+    text = content.decode("utf-8", errors="backslashreplace")
+    return {"token": text, "logprob": logprob, "bytes": None if special else list(content)}
 
 
 def _chat_top(tokenizer: Tokenizer, scored: Scored) -> list[dict[str, Any]]:

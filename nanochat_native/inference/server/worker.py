@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, which alone touches it; the event loop sends it jobs and hears of their tokens."""
+"""Runs the engine in its own thread: the event loop submits jobs and receives their tokens as events."""
 
 import asyncio
 import threading
@@ -12,15 +12,15 @@ from nanochat_native.inference.sampling import Sampling, Scored
 
 
 class BusyError(RuntimeError):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class ClosedError(RuntimeError):
-    """The engine has failed, or the server is about to end."""
+    """The engine has failed, or the server is shutting down."""
 
 
 class Event(NamedTuple):
-    """What a job of a call has got since its last event. finish_reason: as Request's, None while it goes on."""
+    """The new output of a job since its last event. finish_reason is that of Request, None while the job runs."""
 
     choice: int
     tokens: int
@@ -32,7 +32,7 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """A prompt that is continued; its events come into `events` of the loop that submitted it."""
+    """A prompt to continue. Its events arrive in `events`, in the loop that submitted it."""
 
     choice: int
     prompt: list[int]
@@ -43,16 +43,19 @@ class Job:
 
 
 class Worker:
-    """Runs jobs on an engine, first come, first served, `slots` at a time; up to max_waiting more wait.
+    """Runs jobs on an engine in the order of their arrival, `slots` at a time; up to max_waiting more wait.
 
-    submit and cancel are the event loop's, and return at once.
+    The event loop calls submit and cancel, which return at once.
+
+    Attributes:
+        failed: Why the engine no longer runs; None while it does.
     """
 
     def __init__(self, engine: Engine, slots: int, max_waiting: int) -> None:
         self.slots, self.max_waiting = slots, max_waiting
-        self.failed: str | None = None  # why nothing runs any more
+        self.failed: str | None = None
         self._engine = engine
-        self._open: set[Job] = set()  # the event loop's view: submitted, not ended
+        self._open: set[Job] = set()  # in the view of the event loop: submitted and not ended
         self._commands: list[tuple[Callable[[Job], None], Job]] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -69,11 +72,13 @@ class Worker:
         return len(self._open) - self.running
 
     def submit(self, prompts: list[tuple[list[int], Sampling]]) -> list[Job]:
-        """Takes all or none. Raises BusyError, and ClosedError."""
+        """Submit all prompts or none. Raises BusyError and ClosedError."""
         if self.failed is not None or self._closing:
             raise ClosedError(self.failed or "the server is shutting down")
         if len(self._open) + len(prompts) > self.slots + self.max_waiting:
-            raise BusyError(f"{len(self._open)} requests run or wait; it takes {self.slots + self.max_waiting}")
+            raise BusyError(
+                f"the queue is full: {len(self._open)} of {self.slots + self.max_waiting} requests run or wait"
+            )
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         jobs = [Job(i, prompt, sampling, events, loop) for i, (prompt, sampling) in enumerate(prompts)]
@@ -82,14 +87,14 @@ class Worker:
         return jobs
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Frees the slots of those that have not ended."""
+        """Cancel the jobs that have not ended, and free their slots."""
         ending = [job for job in jobs if job in self._open]
         self._open.difference_update(ending)
         if ending:
             self._send(self._stop, ending)
 
     def close(self) -> None:
-        """Ends the thread, and with it whatever still runs."""
+        """End the thread and all running jobs."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -99,10 +104,10 @@ class Worker:
         with self._wake:
             self._commands += [(command, job) for job in jobs]
             self._wake.notify()
-            if self.failed is not None:  # the thread has ended since the jobs were taken
+            if self.failed is not None:  # the thread has ended since the jobs were submitted
                 self._fail_all()
 
-    # --- in the engine's thread ---
+    # --- in the thread of the engine ---
 
     def _start(self, job: Job) -> None:
         job.request = self._engine.submit(job.prompt, job.sampling)
@@ -124,7 +129,7 @@ class Worker:
                 for command, job in commands:
                     command(job)
                 for request in self._engine.step():
-                    self._tell(self._jobs[request], request)
+                    self._report(self._jobs[request], request)
         except Exception as error:
             traceback.print_exc()
             with self._wake:
@@ -132,14 +137,14 @@ class Worker:
                 self._fail_all()
 
     def _fail_all(self) -> None:
-        """Tells every job that began or was to begin. With the lock held, and the thread at its end."""
+        """Send an error to every job that has started or waits. The lock must be held, and the thread ending."""
         jobs = [*self._jobs.values(), *(job for command, job in self._commands if command == self._start)]
         self._jobs.clear()
         self._commands.clear()
         for job in jobs:
             self._post(job, Event(job.choice, 0, "", [], "error", self.failed))
 
-    def _tell(self, job: Job, request: Request) -> None:
+    def _report(self, job: Job, request: Request) -> None:
         tokens, text, scored = request.read()
         if request.finish_reason is not None:
             del self._jobs[request]
