@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from nanochat_native.data.documents import Decision, Piece, decide, read_pieces
 from nanochat_native.data.names import shown
-from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, sha256_file, token_dtype
+from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, token_dtype
 from nanochat_native.data.sources import Skipped, Source, find_source
-from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, write_file_atomically
+from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer
+from nanochat_native.runtime.files import fsync, sha256_file, write_atomically
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[str], None]
@@ -169,9 +170,9 @@ def prepare(
             building.mkdir()
             builder = _Builder(source, decision, text_column, skip_damaged, val_fraction, bar, log)
             builder.build(building, tokenizer, vocab_size, hashlib.sha256("".join(digests).encode()).hexdigest())
-            _sync(building)
+            fsync(building)
             building.rename(folder)
-            _sync(cache_dir)
+            fsync(cache_dir)
         finally:
             shutil.rmtree(building, ignore_errors=True)
         corpus = _load(folder, verify=False)
@@ -261,7 +262,7 @@ class _Builder:
             },
         }
         content["sha256"] = _json_hash(content)
-        write_file_atomically(folder / MANIFEST, json.dumps(content, indent=1))
+        write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
 
     def _pieces(self, stage: str, skipped: Skipped) -> Iterator[tuple[int, Piece]]:
         """(index of the file, piece) over all files."""
@@ -513,7 +514,7 @@ def _digests(source: Source, cache_dir: Path, bar: _Bar) -> list[dict[str, Any]]
             done += stat.st_size
             advance(done)
     if fresh:
-        write_file_atomically(memo_path, json.dumps({**memo, **fresh}))
+        write_atomically(memo_path, json.dumps({**memo, **fresh}))
     return entries
 
 
@@ -546,15 +547,6 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
             log("another process is preparing this data: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json_hash(content: Any) -> str:

@@ -25,6 +25,8 @@ import numpy as np
 import rustbpe
 import tiktoken
 
+from nanochat_native.runtime.files import write_atomically
+
 # GPT-4's pattern with \p{N}{1,2} for \p{N}{1,3}: small vocabularies have no room for a thousand numbers (nanochat).
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -151,9 +153,9 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         content = self._content()
-        write_file_atomically(folder / "tokenizer.json", json.dumps(self._hugging_face(), ensure_ascii=False))
-        write_file_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-        write_file_atomically(folder / TOKENIZER_FILE, json.dumps({**content, "sha256": self.hash}, indent=0))
+        write_atomically(folder / "tokenizer.json", json.dumps(self._hugging_face(), ensure_ascii=False))
+        write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        write_atomically(folder / TOKENIZER_FILE, json.dumps({**content, "sha256": self.hash}, indent=0))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without `<|bos|>`."""
@@ -262,19 +264,6 @@ def split_long(text: str, limit: int = CHUNK_CHARS) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:] if start else text
-
-
-def write_file_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 under another name, flush it to disk and rename: `path` is never half-written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _training_pieces(text: str) -> Iterator[str]:

@@ -13,9 +13,7 @@ writes it, as safetensors, while training goes on.
 """
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -34,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from nanochat_native.runtime.errors import UserError
+from nanochat_native.runtime.files import fsync, sha256_file, write_atomically
 
 FORMAT = "nanochat-native checkpoint"
 VERSION = 1
@@ -121,13 +120,13 @@ def _seal(temporary: Path, target: Path, step: int, meta_bytes: bytes, keep: int
     (temporary / "meta.json").write_bytes(meta_bytes)
     paths = sorted(path for path in temporary.rglob("*") if path.is_file())
     files = {
-        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths
     }
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in temporary.rglob("*"):
-        _fsync(path)
-    _fsync(temporary)
+        fsync(path)
+    fsync(temporary)
     _move_into_place(temporary, target)
     for old in [s for s in steps(target.parent) if s <= step][:-keep]:
         _remove(path_of(target.parent, old))
@@ -193,10 +192,8 @@ class ShardedSave:
 def add_measurement(folder: Path | str, step: int, validation_bpb: float) -> None:
     """Put the bits per byte beside the checkpoint of `step` that they were measured on; `load` adds them to its meta.
     Raises OSError."""
-    path = path_of(folder, step) / MEASUREMENT
-    temporary = path.with_name(f"{_TEMPORARY}{MEASUREMENT}")
-    temporary.write_text(json.dumps({"validation_bpb": validation_bpb, "measured_step": step}))
-    temporary.replace(path)
+    content = {"validation_bpb": validation_bpb, "measured_step": step}
+    write_atomically(path_of(folder, step) / MEASUREMENT, json.dumps(content))
 
 
 def _measurement(path: Path) -> dict[str, Any]:
@@ -295,7 +292,7 @@ def verify(path: Path) -> list[str]:
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file} is damaged ({file.stat().st_size} bytes, {size} were written)")
-        if _sha256(file) != digest:
+        if sha256_file(file) != digest:
             raise CheckpointError(f"{file} is damaged (its SHA-256 is not the one that was written)")
     return list(expected)
 
@@ -361,7 +358,7 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     if target.exists():
         target.rename(target.with_name(f"{_TEMPORARY}replaced-{target.name}"))
     temporary.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
     _remove_leftovers(target.parent)
 
 
@@ -375,16 +372,3 @@ def _remove(path: Path) -> None:
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,9 +14,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanochat_native.runtime.console import Console, SilentConsole
+from nanochat_native.runtime.files import write_atomically
 
 
 class MetricsLog:
@@ -149,18 +150,17 @@ def keep_until(path: Path, step: int, warn: Callable[[str], None] = lambda messa
     if in_order and not damaged:
         os.truncate(path, kept_bytes)
         return kept
-    path = path.resolve()  # of a link, what it leads to is replaced
-    temporary = path.with_suffix(".jsonl.tmp")
-    try:
-        temporary.write_bytes(b"".join(lines))
-        if damaged:
+    path = path.resolve()  # a link stays; the file that it leads to is replaced
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"".join(lines))
+        if damaged:  # last, so that a disk that is too full for the new file gets no copies of the old one
             names = (path.with_name(f"{path.stem}.damaged{n or ''}{path.suffix}") for n in itertools.count())
             aside = next(name for name in names if not name.exists())
             shutil.copyfile(path, aside)
             warn(f"{path}: {_not_records(damaged)}: the old file is kept as {aside.name}")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(path, write)
     return kept
 
 

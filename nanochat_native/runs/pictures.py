@@ -11,6 +11,7 @@ from typing import Any
 
 from nanochat_native.runs import metrics_log
 from nanochat_native.runs.metrics_log import value_of
+from nanochat_native.runtime.files import write_atomically
 
 RESULT = "result.json"
 MISSING = "none: matplotlib is not installed"
@@ -30,12 +31,7 @@ def new_figure(width: float = 8, height: float = 4.5) -> Any:
 
 def save(figure: Any, path: Path) -> Path:
     """Write a PNG, replacing it atomically."""
-    temporary = path.with_suffix(".tmp.png")
-    try:
-        figure.savefig(temporary, dpi=110)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     return path
 
 

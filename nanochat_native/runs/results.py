@@ -21,6 +21,7 @@ from nanochat_native.runs.config import TrainConfig, to_json
 from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.errors import ConfigError
+from nanochat_native.runtime.files import write_atomically
 
 FORMAT = "nanochat-native result"
 OUT = Path("lab")
@@ -63,10 +64,7 @@ def result(
 
 def write(folder: Path, record: dict[str, Any]) -> None:
     """result.json, replaced atomically."""
-    path = folder / pictures.RESULT
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    write_atomically(folder / pictures.RESULT, json.dumps(record, indent=1) + "\n")
 
 
 def finish(folder: Path, record: dict[str, Any], console: Console) -> None:

@@ -29,6 +29,7 @@ from nanochat_native.runs.config import (
     with_defaults,
 )
 from nanochat_native.runtime.errors import ConfigError
+from nanochat_native.runtime.files import is_temporary, write_atomically
 from nanochat_native.runtime.flags import UNSET, flag
 
 FORMAT = "nanochat-native run"
@@ -169,12 +170,9 @@ def other_data(config: TrainConfig) -> ConfigError:
 
 def save_config(config: TrainConfig, data_hash: str | None = None) -> None:
     """Write the run's config.json, atomically; it also marks the folder as a run. data_hash: the corpus's, if known."""
-    path = config.run_dir / "config.json"
     flags: dict[str, Any] = {name: value for name, value in to_json(config).items() if name not in PER_CALL_FLAGS}
-    temporary = path.with_suffix(".tmp")
     content = {"format": FORMAT, "config": flags} | ({} if data_hash is None else {"data_hash": data_hash})
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_atomically(config.run_dir / "config.json", json.dumps(content, indent=1) + "\n")
 
 
 def changes(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
@@ -204,7 +202,7 @@ def check_free(config: TrainConfig) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give another --run NAME or --out-dir PATH")
-    if not any(folder.iterdir()):
+    if all(map(is_temporary, folder.iterdir())):
         return
     try:
         _read_config(folder)
@@ -237,7 +235,8 @@ def claim(config: TrainConfig) -> int:
     if config.overwrite and is_run(folder):
         # config.json marks the folder as a run: it goes last, so that a deletion that was cut short can be taken up
         # again.
-        for path in (*folder.glob(DAMAGED_LOGS), *(folder / name for name in reversed(ENTRIES))):
+        left_behind = (path for path in folder.iterdir() if is_temporary(path))
+        for path in (*left_behind, *folder.glob(DAMAGED_LOGS), *(folder / name for name in reversed(ENTRIES))):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

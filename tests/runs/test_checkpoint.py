@@ -131,7 +131,7 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the code may catch it."""
 
 
-@pytest.mark.parametrize("where", ["save_file", "_sha256", "_fsync", "_move_into_place"])
+@pytest.mark.parametrize("where", ["save_file", "sha256_file", "fsync", "_move_into_place"])
 def test_death_in_a_save_leaves_the_previous_checkpoint(folder, monkeypatch, where):
     real, calls = getattr(checkpoint, where), []
 

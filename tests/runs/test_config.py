@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import re
 
 import pytest
@@ -236,3 +237,16 @@ def test_a_longer_horizon_and_another_rounding_are_allowed_and_the_latter_is_tol
     config, notes = run_folder.configure(args)
     assert (config.num_iterations, config.device_batch_size, config.keep) == (20, 4, 9)
     assert notes == ["--device-batch-size 8 -> 4"]
+
+
+def test_what_a_killed_write_left_does_not_take_the_folder(tmp_path):
+    config = TrainConfig(out_dir=tmp_path, run="one")
+    config.run_dir.mkdir()
+    (config.run_dir / ".config.json.0123abcd.tmp").write_text("half")
+    run_folder.check_free(config)
+    run_folder.save_config(with_defaults(config, gpu=False))
+    with pytest.raises(ConfigError, match="holds a run"):
+        run_folder.check_free(config)
+    (config.run_dir / "notes.txt").write_text("the user's")
+    os.close(run_folder.claim(dataclasses.replace(config, overwrite=True)))
+    assert os.listdir(config.run_dir) == ["notes.txt"]

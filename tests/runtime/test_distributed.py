@@ -233,13 +233,14 @@ def test_an_error_is_shown_with_its_rank(folder):
 
 SABOTAGE = """
 import itertools, os, signal, sys
-from nanochat_native import checkpoint, trainer
+from nanochat_native.runs import checkpoint
+from nanochat_native.training import trainer
 from nanochat_native.train import main
 
 calls = itertools.count(1)
 rank, what = os.environ["RANK"], os.environ["SABOTAGE"]
 
-def dying(*args, real=checkpoint._fsync):
+def dying(*args, real=checkpoint.fsync):
     if next(calls) == 12:  # in the second checkpoint, whose files are written but not in place
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
@@ -250,7 +251,7 @@ def poisoned(run, *args, real=trainer.Trainer.__init__):
     weight.register_hook(lambda gradient: gradient * float("nan") if next(calls) == 3 else gradient)
 
 if what == "kill in a save" and rank == "0":
-    checkpoint._fsync = dying
+    checkpoint.fsync = dying
 if what == "disk full":
     full = lambda folder: checkpoint.shutil._ntuple_diskusage(1, 1, 0)
     checkpoint.shutil.disk_usage = full

@@ -299,7 +299,13 @@ def test_the_checkpoint_is_there_before_anything_else_is_done_at_its_step(folder
 
 
 @pytest.mark.parametrize(
-    "where", [(2, "evaluate", "_sums"), (3, "evaluate", "_sums"), (2, "trainer", "generate_text")], ids=str
+    "where",
+    [
+        (2, "evaluation.bits_per_byte", "_sums"),
+        (3, "evaluation.bits_per_byte", "_sums"),
+        (2, "training.trainer", "generate_text"),
+    ],
+    ids=str,
 )
 def test_killed_between_the_checkpoint_and_its_reports(folder, where):
     """What was not measured or sampled when the run was killed is when it goes on."""
@@ -480,8 +486,8 @@ def test_what_cannot_be_replaced_leaves_no_temporary_file(tmp_path, monkeypatch)
         metrics_log.keep_until(log, 2)
 
     class Figure:
-        def savefig(self, path, **settings):
-            path.write_bytes(b"half")
+        def savefig(self, file, **settings):
+            file.write(b"half")
             failing()
 
     with pytest.raises(RuntimeError, match="it broke"):
@@ -500,7 +506,7 @@ def test_overwriting_a_run_clears_its_damaged_logs_too(folder):
 
 def test_a_measurement_that_was_only_logged_is_taken_from_the_log(folder, capsys):
     """Killed behind the record and before measurement.json."""
-    killed(folder, 2, "checkpoint", "add_measurement", run="logged", sample_every=4)
+    killed(folder, 2, "runs.checkpoint", "add_measurement", run="logged", sample_every=4)
     checkpoints = folder / "runs/logged/checkpoints"
     assert "measured_step" not in checkpoint.load(checkpoints)[1]
     logged = records(folder / "runs/logged", "val")[-1]

@@ -87,13 +87,13 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize(
     ("run", "where", "resumed_from"),
     [
-        ("before-the-first-save", (3, "trainer", "clip_reduced_"), 0),
-        ("in-a-step", (7, "trainer", "clip_reduced_"), 4),
-        ("in-an-update", (11, "trainer.Muon", "step"), 8),
-        ("in-the-first-save", (1, "checkpoint", "_fsync"), 0),
-        ("in-a-save", (3, "checkpoint", "save_file"), 4),
-        ("before-the-rename", (2, "checkpoint", "_move_into_place"), 4),
-        ("in-the-last-save", (3, "checkpoint", "_move_into_place"), 8),
+        ("before-the-first-save", (3, "training.trainer", "clip_reduced_"), 0),
+        ("in-a-step", (7, "training.trainer", "clip_reduced_"), 4),
+        ("in-an-update", (11, "training.trainer.Muon", "step"), 8),
+        ("in-the-first-save", (1, "runs.checkpoint", "fsync"), 0),
+        ("in-a-save", (3, "runs.checkpoint", "save_file"), 4),
+        ("before-the-rename", (2, "runs.checkpoint", "_move_into_place"), 4),
+        ("in-the-last-save", (3, "runs.checkpoint", "_move_into_place"), 8),
     ],
 )
 def test_after_kill_9_the_same_run_goes_on(shared, capsys, run, where, resumed_from):
@@ -105,7 +105,7 @@ def test_after_kill_9_the_same_run_goes_on(shared, capsys, run, where, resumed_f
 
 
 def test_a_torn_last_line_of_the_log_is_dropped(shared):
-    killed(shared, 7, "trainer", "clip_reduced_", run="torn")
+    killed(shared, 7, "training.trainer", "clip_reduced_", run="torn")
     log = shared / "runs" / "torn" / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-20])
     assert train(shared, run="torn", steps=STEPS, resume="auto") == 0
@@ -115,7 +115,7 @@ def test_a_torn_last_line_of_the_log_is_dropped(shared):
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_the_other_optimizers_resume_too(shared, optimizer):
     assert train(shared, run=f"{optimizer}-whole", steps=STEPS, optimizer=optimizer) == 0
-    killed(shared, 7, "trainer", "clip_reduced_", run=optimizer, optimizer=optimizer)
+    killed(shared, 7, "training.trainer", "clip_reduced_", run=optimizer, optimizer=optimizer)
     assert train(shared, run=optimizer, steps=STEPS, resume="auto", optimizer=optimizer) == 0
     assert_same_run(shared / "runs" / optimizer, shared / "runs" / f"{optimizer}-whole")
 
@@ -123,7 +123,7 @@ def test_the_other_optimizers_resume_too(shared, optimizer):
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shared, capsys, harm):
     run = shared / "runs" / harm
-    killed(shared, 11, "trainer", "clip_reduced_", run=harm)
+    killed(shared, 11, "training.trainer", "clip_reduced_", run=harm)
     path = run / "checkpoints" / "step_000008" / "model.safetensors"
     data = bytearray(path.read_bytes())
     if harm == "flipped":
@@ -139,7 +139,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shared, capsys,
 
 def test_without_an_intact_checkpoint_nothing_is_touched(shared, capsys):
     run = shared / "runs" / "lost"
-    killed(shared, 7, "trainer", "clip_reduced_", run="lost")
+    killed(shared, 7, "training.trainer", "clip_reduced_", run="lost")
     (run / "checkpoints" / "step_000004" / "meta.json").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert train(shared, run="lost", steps=STEPS, resume="auto") == 2
@@ -174,7 +174,7 @@ def test_another_text_is_not_the_same_run(shared, tmp_path, capsys):
 def test_data_that_has_moved_is_the_same_data(tmp_path, capsys, saved):
     write_text(tmp_path / "text.jsonl")
     assert train(tmp_path, run="whole", steps=STEPS) == 0
-    killed(tmp_path, 7 if saved else 3, "trainer", "clip_reduced_", run="moved")
+    killed(tmp_path, 7 if saved else 3, "training.trainer", "clip_reduced_", run="moved")
     (tmp_path / "text.jsonl").rename(tmp_path / "other-name.jsonl")
     assert train(tmp_path, run="moved", steps=STEPS, resume="auto") == 2
     assert "if the data has moved, give its new path with --data" in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_data_that_has_moved_is_the_same_data(tmp_path, capsys, saved):
 def test_other_data_under_another_path_is_refused_and_nothing_changes(tmp_path, capsys, saved, hashed):
     write_text(tmp_path / "text.jsonl")
     write_text(tmp_path / "other.jsonl", seed=1)
-    killed(tmp_path, 7 if saved else 3, "trainer", "clip_reduced_", run="kept")
+    killed(tmp_path, 7 if saved else 3, "training.trainer", "clip_reduced_", run="kept")
     run = tmp_path / "runs" / "kept"
     if not hashed:
         stored = json.loads((run / "config.json").read_text())
@@ -225,7 +225,7 @@ def test_muons_options_and_their_state_are_resumed(tmp_path):
         ("normuon", "row_equilibration", "frobenius_renormalisation", "cautious", "per_head"), True
     ) | {"matrix_weight_decay": 0.1}
     assert train(tmp_path, run="whole", steps=STEPS, **options) == 0
-    killed(tmp_path, 7, "trainer.Trainer", "train_step", run="cut", **options)
+    killed(tmp_path, 7, "training.trainer.Trainer", "train_step", run="cut", **options)
     assert train(tmp_path, run="cut", steps=STEPS, resume="auto", **options) == 0
     whole, cut = (losses(tmp_path / "runs" / run) for run in ("whole", "cut"))
     assert cut == whole
