@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat_native.data import Batch, Corpus, Rows, chats, conversations
+from nanochat_native.data import Batch, ConversationRows, Corpus, conversation_files, conversations
 from nanochat_native.data.conversations import Message
 from nanochat_native.data.example_chats import example_chats
 from nanochat_native.data.tokenizer import Tokenizer
@@ -45,13 +45,13 @@ def read_conversations(data: str | Path, notes: list[str] | None = None) -> list
     notes: takes a line for each form that is not plain messages, and for files that are left out. Raises
     FileNotFoundError, and ValueError that names file, line and what is wrong there.
     """
-    files, left_out = chats.find_files(data)
+    files, left_out = conversation_files.find_files(data)
     found: list[Conversation] = []
     forms: Counter[str] = Counter()
     for path in files:
-        for line, record in chats.read_records(path):
+        for line, record in conversation_files.read_records(path):
             try:
-                messages, form = chats.chat_of(record)
+                messages, form = conversation_files.parse_record(record)
                 conversations.check_messages(messages)
                 if messages[-1]["role"] != "assistant":
                     raise ValueError("the last message is the user's: there is no answer to learn")
@@ -84,8 +84,8 @@ def is_held_out(chat: Conversation) -> bool:
 
 class Chats(NamedTuple):
     corpus: Corpus
-    train: Rows
-    val: Rows
+    train: ConversationRows
+    val: ConversationRows
 
 
 Rendered = tuple[list[int], list[bool]]  # conversations.render
@@ -123,18 +123,18 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
     def kept(part: Sequence[Rendered]) -> list[Rendered]:
         return [(tokens, learnt) for tokens, learnt in part if any(learnt[1 : length + 1])]
 
-    def learnt_bytes(rows: Rows, count: int | None = None) -> int:
+    def learnt_bytes(rows: ConversationRows, count: int | None = None) -> int:
         return sum(
             int(tokenizer.token_bytes[tokens[1:][learnt[1:]]].sum()) for tokens, learnt in rows.documents[:count]
         )
 
     parts = kept(train), kept(val)
-    if config.val_data is None and not all(learnt_bytes(Rows(part, length)) for part in parts):
+    if config.val_data is None and not all(learnt_bytes(ConversationRows(part, length)) for part in parts):
         parts = kept(rendered), kept(rendered)
         notes.append(
             f"too few conversations with answers ({len(parts[0])}) to hold some out: validation measures on all"
         )
-    rows, val_rows = (Rows(part, length) for part in parts)
+    rows, val_rows = (ConversationRows(part, length) for part in parts)
     for name, part in ((config.data, rows), (config.val_data or config.data, val_rows)):
         if not part.documents:
             raise ValueError(f"{name}: no answer begins within {length} tokens: take a longer --max-seq-len")
@@ -155,10 +155,10 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
         train=rows,
         val=val_rows,
         description=f"{name}, {len(rows.documents):,} conversations, {len(val_rows.documents):,} to measure on | "
-        f"{rows.learnt:,} tokens to learn, rows of {length}",
+        f"{rows.num_targets:,} tokens to learn, rows of {length}",
         notes=tuple(notes),
         hash=digest.hexdigest(),
-        bytes_per_token=learnt_bytes(rows) / rows.learnt,
+        bytes_per_token=learnt_bytes(rows) / rows.num_targets,
     )
     return Chats(corpus, rows, val_rows)
 

@@ -512,7 +512,7 @@ def test_records_are_measured_by_the_column_that_is_named(run_dir, tmp_path, cap
     for column in ("prose", "title"):
         alone = ["--checkpoint", run_dir, "--json", "--data", tmp_path / f"{column}.jsonl"]
         _, expected, err = command(capsys, *alone)
-        assert "data     text column: 'text' (text in 200 of 200 records looked at)\n" in err
+        assert "data     text column: 'text' (text in 200 of 200 sampled records)\n" in err
         code, out, _ = command(capsys, *both, "--text-column", column)
         assert code == 0
         assert json.loads(out) == json.loads(expected)
