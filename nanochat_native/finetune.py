@@ -1,8 +1,8 @@
-"""python -m nanochat_native.finetune: teach a trained model to chat. --help lists the flags, launch.py the exit codes.
+"""python -m nanochat_native.finetune: fine-tune a model to chat. --help lists the flags, launch.py the exit codes.
 
-Supervised fine-tuning: training goes on, by the same loop, on conversations (conversations.py), of which only what the
-assistant says is learnt. A conversation is a row of a batch, cut at --max-seq-len; rows are not packed, so that none
-sees another.
+Supervised fine-tuning continues training, by the same loop, on conversations (data/conversations.py). Only the
+assistant's messages are trained on. Each row of a batch is one conversation, cut at --max-seq-len. Rows are not packed:
+no conversation sees another.
 """
 
 import sys
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 import nanochat_native.runtime.openmp  # noqa: F401  before torch
 from nanochat_native.runs.config import FinetuneConfig
-from nanochat_native.runs.run_folder import configure
-from nanochat_native.training.finetuning import FinetuneTrainer, complete
+from nanochat_native.runs.run_folder import resolve_config
+from nanochat_native.training.finetuning import make_trainer, resolve_finetuning
 from nanochat_native.training.launch import launch
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Fine-tune as `args` say, sys.argv's by default. Returns the exit code."""
+    """Fine-tune as `args`, by default sys.argv's, say. Return the exit code."""
     given = sys.argv[1:] if args is None else args
-    return launch(given, lambda args: configure(args, FinetuneConfig, complete), FinetuneTrainer)
+    return launch(given, lambda args: resolve_config(args, FinetuneConfig, resolve_finetuning), make_trainer)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 
 import nanochat_native.runtime.openmp  # noqa: F401  before torch
-from nanochat_native.runs.run_folder import configure
+from nanochat_native.runs.run_folder import resolve_config
 from nanochat_native.training.launch import launch
 from nanochat_native.training.trainer import Trainer
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train as `args` say, sys.argv's by default. Returns the exit code."""
-    return launch(sys.argv[1:] if args is None else args, configure, Trainer)
+    """Train as `args`, by default sys.argv's, say. Return the exit code."""
+    return launch(sys.argv[1:] if args is None else args, resolve_config, Trainer)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,11 @@ def test_the_table_of_dependencies_has_an_order_and_is_complete():
         assert import_graph.reachable(ALLOWED, name) == others, f"{name}: the table leaves out what its packages need"
 
 
+def test_no_module_depends_on_itself():
+    assert import_graph.circles(GRAPH) == []
+    assert import_graph.circles(import_graph.packages(GRAPH)) == []
+
+
 def test_modules_import_only_what_their_package_may_depend_on():
     """Imports in functions and for type checkers count too, and so do imports of imports."""
     for module in GRAPH.keys() - COMMANDS - {"nanochat_native"}:

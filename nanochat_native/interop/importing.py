@@ -27,7 +27,7 @@ from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.functional import EPS
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint, run_folder
-from nanochat_native.runs.config import TrainConfig, with_defaults
+from nanochat_native.runs.config import TrainConfig, resolve_defaults
 from nanochat_native.runs.saved_model import check_weights
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
@@ -399,7 +399,7 @@ def write(source: Source, out: Path) -> None:
     try:
         checkpoint.save(out / "checkpoints", source.step or 0, {"model": source.tensors}, meta)
         source.tokenizer.save(out / "tokenizer")
-        run_folder.save_config(with_defaults(flags, gpu=False))
+        run_folder.save_config(resolve_defaults(flags, gpu=False))
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         if existed:

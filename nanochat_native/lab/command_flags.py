@@ -8,8 +8,7 @@ from typing import Protocol, TypeVar
 
 import tyro
 
-from nanochat_native.runs.config import TrainConfig, parse
-from nanochat_native.runs.run_folder import sized
+from nanochat_native.runs.config import TrainConfig, parse, resolve_device
 from nanochat_native.runtime import distributed
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import check_values, flag, one_line_errors
@@ -41,7 +40,7 @@ def configure(
     check_values(own, args)
     config = parse(rest, base)
     refuse_run_flags(config, TrainConfig(), command)
-    return own, sized(config), rest
+    return own, resolve_device(config), rest
 
 
 def refuse_run_flags(config: TrainConfig, base: TrainConfig, command: str) -> None:

@@ -35,6 +35,7 @@ from nanochat_native.runtime.flags import UNSET, flag
 from nanochat_native.runtime.isolation import ReportFailures
 from nanochat_native.runtime.timing import side_by_side
 from nanochat_native.training import report, resolve
+from nanochat_native.training.pretraining import Pretraining
 from nanochat_native.training.trainer import Trainer
 
 RATIO = 3.0  # between neighbouring factors of the rates
@@ -312,7 +313,7 @@ def train_case(comparison: Comparison, case: str, factor: float, seed: int, cons
     place: dict[str, Any] = {"out_dir": folder.parent, "run": folder.name}
     place["resume"] = "auto" if is_run(folder) else None
     config = dataclasses.replace(config, **rates, **place, seed=seed, sample_every=0)
-    trainer = Trainer(config, console, corpus=comparison.corpus_of(case))
+    trainer = Trainer(config, console, task=Pretraining(comparison.corpus_of(case)))
     code = trainer.train()
     if trainer.stop_signal:
         return 128 + trainer.stop_signal
@@ -352,7 +353,7 @@ def measure_costs(comparison: Comparison, *, seconds: float, repeats: int) -> di
     """Of each case: milliseconds of one update, the cases taking turns, and the state's bytes a parameter."""
     trainers = {}
     for case, config in comparison.cases.items():
-        trainer = trainers[case] = Trainer(config, SilentConsole(), corpus=comparison.corpus_of(case))
+        trainer = trainers[case] = Trainer(config, SilentConsole(), task=Pretraining(comparison.corpus_of(case)))
         trainer.compute_gradients(trainer.loader.batch(0))
         trainer.set_rates(0.0, momentum_at(0, config))  # an update costs the same, and weights stay as they are
 
@@ -380,7 +381,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
         raise ConfigError(f"--baseline is {baseline!r}; takes {', '.join(map(repr, chosen))}")
     make_cases(options, config)
     plan = Trainer(config, console)
-    console.say(f"compare  {', '.join(chosen)} | {report.describe_run(plan)}, {plan.config.num_iterations} steps")
+    console.say(f"compare  {', '.join(chosen)} | {report.describe_run(plan.setup)}, {plan.config.num_iterations} steps")
     every = config.eval_every if config.eval_every != UNSET else math.ceil(plan.config.num_iterations / EVALUATIONS)
     folder = options.out or results.OUT / f"compare-{'own' if options.cases else options.suite}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every))

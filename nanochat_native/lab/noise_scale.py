@@ -158,7 +158,7 @@ def run(args: Sequence[str], failures: ReportFailures) -> int:
             f"{config.total_batch_size // config.max_seq_len // 2}"
         )
     folder = results.open_folder(options.out, "batch_size")
-    console.say(f"test     {describe_run(trainer)}, in {trainer.accumulation_steps} micro-batches")
+    console.say(f"test     {describe_run(trainer.setup)}, in {trainer.accumulation_steps} micro-batches")
     steps: list[dict[str, Any]] = []
     diverged = False
     with StopSignals("what there is so far is kept") as stopping, trainer.loader.iterate(0) as batches:

@@ -230,7 +230,7 @@ def run(args: Sequence[str], failures: ReportFailures) -> int:
     trainer = Trainer(config, console)
     config = trainer.config
     folder = results.open_folder(options.out, "lr_find")
-    console.say(f"test     {report.describe_run(trainer)}, {options.steps} steps for each test")
+    console.say(f"test     {report.describe_run(trainer.setup)}, {options.steps} steps for each test")
     groups = list(GROUPS) if options.group == "each" else [options.group]
     tests: list[dict[str, Any]] = []
     with StopSignals("what there is so far is kept") as stopping:

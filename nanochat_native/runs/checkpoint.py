@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ from torch.distributed.tensor import DTensor
 
 from nanochat_native.runtime.errors import UserError
 from nanochat_native.runtime.files import fsync, sha256_file, write_atomically
+
+T = TypeVar("T")
 
 FORMAT = "nanochat-native checkpoint"
 VERSION = 1
@@ -214,6 +216,20 @@ def load(
     told so and the one before it is read. With a step, exactly that one is read. Raises CheckpointError, naming the
     files, when none is intact, and the steps that there are when it is another one.
     """
+    return _read_intact(folder, step, warn, _read)
+
+
+def load_meta(
+    folder: Path | str, step: int | None = None, *, warn: Callable[[str], None] = warnings.warn
+) -> dict[str, Any]:
+    """Return the meta of the checkpoint that `load` would read, with the same checks and errors, but no tensors."""
+    return _read_intact(folder, step, warn, _read_meta)
+
+
+def _read_intact(
+    folder: Path | str, step: int | None, warn: Callable[[str], None], read: Callable[[Path, list[str]], T]
+) -> T:
+    """Return read(path, names of its files) of the checkpoint that `load` describes."""
     there = steps(folder)
     if step is not None and there and step not in there:
         raise CheckpointError(f"{folder} holds no checkpoint of step {step}, but of {', '.join(map(str, there))}")
@@ -221,7 +237,8 @@ def load(
     damage: list[str] = []
     for candidate in reversed(candidates):
         try:
-            content = _read(path_of(folder, candidate))
+            path = path_of(folder, candidate)
+            content = read(path, verify(path))
         except CheckpointError as error:
             damage.append(str(error))
             continue
@@ -233,15 +250,22 @@ def load(
     raise CheckpointError("no intact checkpoint: " + "; ".join(damage))
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    names = verify(path)
+def _read(path: Path, names: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     try:
         tensors = {Path(n).stem: load_file(path / n) for n in names if n.endswith(".safetensors") and "/" not in n}
         if (path / OPTIMIZER).is_dir():
             tensors[OPTIMIZER] = _read_shards(path / OPTIMIZER)
-        return tensors, json.loads((path / "meta.json").read_bytes()) | _measurement(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    return tensors, _read_meta(path, names)
+
+
+def _read_meta(path: Path, names: list[str]) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((path / "meta.json").read_bytes())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    return meta | _measurement(path)
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The flags of `python -m nanochat_native.train`: one flat dataclass, named as nanochat names them.
 
-A value that is UNSET is sized by the machine, the data or another flag: `with_defaults` and `horizon` decide.
+A flag that is unset (runtime/flags.py) gets its value in steps: from the kind of device and the data by
+`resolve_defaults`, from the model by `resolve_horizon`, and from the memory of the device by training/sizing.py.
 """
 
 import dataclasses
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import tyro
 
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.flags import LARGEST, UNSET, auto_flag, check_values, flag, one_line_errors
+from nanochat_native.runtime.flags import LARGEST, UNSET, auto_flag, check_values, flag, is_unset, one_line_errors
 
 STDLIB = "stdlib"  # --data: the embedded default
 EXAMPLES = "examples"  # --data of finetune: the embedded conversations
@@ -196,16 +198,15 @@ class TrainConfig:
             )
         if self.schedule in ("exponential", "step") and self.final_lr_frac == 0:
             raise ConfigError(f"--schedule {self.schedule} never reaches 0; give a --final-lr-frac above 0, e.g. 0.1")
-        horizons = [name for name in _HORIZONS if getattr(self, name) != UNSET]
+        horizons = [name for name in _HORIZONS if not is_unset(self, name)]
         if len(horizons) > 1:
             raise ConfigError(f"{' and '.join(map(flag, horizons))} each set the horizon; give one of them")
         if self.resume is not None and self.overwrite:
             raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
 
     def _require(self, name: str, takes: str, right: bool) -> None:
-        value = getattr(self, name)
-        if not right and not (value == UNSET == self.__dataclass_fields__[name].default):
-            raise ConfigError(f"{flag(name)} is {value!r}; it takes {takes}")
+        if not right and not is_unset(self, name):
+            raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; it takes {takes}")
 
     @property
     def run_dir(self) -> Path:
@@ -284,8 +285,7 @@ _MOST = {"depth": 1000, "head_dim": 4096, "vocab_size": 2**24, "ns_steps": 1000}
 def shown(config: TrainConfig, name: str) -> str:
     """A flag's value for a message."""
     value = getattr(config, name)
-    is_auto = value == UNSET == config.__dataclass_fields__[name].default
-    return "auto" if is_auto else "none" if value is None else str(value)
+    return "none" if value is None else "auto" if is_unset(config, name) else str(value)
 
 
 C = TypeVar("C", bound=TrainConfig)
@@ -315,14 +315,27 @@ def command_of(config: TrainConfig) -> str:
     return "finetune" if isinstance(config, FinetuneConfig) else "train"
 
 
-def with_defaults(config: C, *, gpu: bool) -> C:
-    """Fill in what follows from the kind of device and from whether data is given. The horizon is left to `horizon`."""
+def resolve_device(config: C) -> C:
+    """Return the config with its device, an absolute path of its data, and what follows from them by resolve_defaults.
+
+    Raises ConfigError for a GPU that is not there.
+    """
+    gpu = torch.cuda.is_available() if is_unset(config, "device") else config.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch sees no GPU; take --device cpu")
+    data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
+    return resolve_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
+
+
+def resolve_defaults(config: C, *, gpu: bool) -> C:
+    """Return the config with what follows from the kind of device and from whether data is given, but for the steps of
+    the horizon."""
     embedded = config.data == STDLIB
     depth = 4 if not gpu else 6 if embedded else 12
     max_seq_len = 256 if not gpu else 1024 if embedded else 2048
     total_batch_size = 2048 if not gpu else 65536 if embedded else 524288
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nanochat-native"
-    sized: dict[str, Any] = {
+    values: dict[str, Any] = {
         "depth": depth,
         "max_seq_len": max_seq_len,
         "total_batch_size": total_batch_size,
@@ -330,41 +343,45 @@ def with_defaults(config: C, *, gpu: bool) -> C:
         "dtype": "bfloat16" if gpu else "float32",
         "backend": os.environ.get("NANOCHAT_NATIVE_BACKEND", "native"),
         "cache_dir": cache,
-        "run": f"d{depth if config.depth == UNSET else config.depth}",
+        "run": f"d{depth if is_unset(config, 'depth') else config.depth}",
         "eval_tokens": 20 * 524288 if gpu else 32768,
     }
-    if all(getattr(config, name) == UNSET for name in _HORIZONS):
-        sized["target_param_data_ratio"] = 0.1 if not gpu else 1.0 if embedded else 20.0
-    return _fill(config, sized)
+    if all(is_unset(config, name) for name in _HORIZONS):
+        values["target_param_data_ratio"] = 0.1 if not gpu else 1.0 if embedded else 20.0
+    return _resolve(config, values)
 
 
-def horizon(config: C, *, num_params: int, flops_per_token: int) -> C:
-    """Fill in the number of steps from the target that is set, and the intervals that follow from it.
+def resolve_horizon(config: C, *, num_params: int, flops_per_token: int) -> C:
+    """Return the config with its number of steps, from the target that is set, and the intervals that follow from it.
 
-    num_params: of the model, wte and lm_head included. The config must have been through `with_defaults`. Raises
-    ConfigError for a target of more than LARGEST steps.
+    Args:
+        config: as `resolve_defaults` returns it.
+        num_params: parameters of the model, including wte and lm_head.
+
+    Raises:
+        ConfigError: for a target of more than LARGEST steps.
     """
     steps = config.num_iterations
-    if config.target_flops != UNSET:
+    if not is_unset(config, "target_flops"):
         steps = max(1, round(config.target_flops / (flops_per_token * config.total_batch_size)))
-    elif config.target_param_data_ratio != UNSET:
+    elif not is_unset(config, "target_param_data_ratio"):
         steps = max(1, round(config.target_param_data_ratio * num_params / config.total_batch_size))
     if steps > LARGEST:
-        name = "target_flops" if config.target_flops != UNSET else "target_param_data_ratio"
+        name = "target_param_data_ratio" if is_unset(config, "target_flops") else "target_flops"
         raise ConfigError(f"{flag(name)} is {getattr(config, name)}; that is more than {LARGEST} steps")
-    sized = {
+    values = {
         "eval_every": min(250, math.ceil(steps / 5)),
         "sample_every": min(1000, math.ceil(steps / 4)),
         "save_every": min(1000, math.ceil(steps / 4)),
         "diagnose_every": min(100, math.ceil(steps / 40)),
     }
     fixed = dataclasses.replace(config, num_iterations=steps, target_flops=UNSET, target_param_data_ratio=UNSET)
-    return _fill(fixed, sized)
+    return _resolve(fixed, values)
 
 
-def _fill(config: C, sized: dict[str, Any]) -> C:
-    missing = {name: value for name, value in sized.items() if getattr(config, name) in (UNSET, "auto", None)}
-    return dataclasses.replace(config, **missing)
+def _resolve(config: C, values: dict[str, Any]) -> C:
+    """Return the config with `values` for those of their flags that are unset."""
+    return dataclasses.replace(config, **{name: value for name, value in values.items() if is_unset(config, name)})
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

@@ -12,21 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import (
-    EXAMPLES,
     LEARNING_RATE_FLAGS,
-    STDLIB,
     C,
     FinetuneConfig,
     TrainConfig,
     command_of,
     parse,
+    resolve_device,
     shown,
     to_json,
-    with_defaults,
 )
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.files import is_temporary, write_atomically
@@ -55,20 +51,26 @@ COMPARED_BY_CONTENT = ("data", "text_column", "val_data")
 CHANGES_ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
 
 
-def configure(
+def resolve_config(
     args: Sequence[str],
     kind: type[C] = TrainConfig,  # type: ignore[assignment]
-    complete: Callable[[C], C] | None = None,
+    resolve: Callable[[C], C] = resolve_device,
 ) -> tuple[C, list[str]]:
-    """The config that `args` ask for, sized but for its horizon, and what it changes in the rounding of a resumed run.
+    """Return the config of a command line, and the flags that change the rounding of a resumed run, a note each.
 
-    With --resume the flags that are not given are the run's own, and --resume becomes None where "auto" finds no run.
-    kind: of the config; complete: what fills in the rest of a new one, `sized` by default. Raises ConfigError.
+    With --resume the other flags default to those of the run, and --resume becomes None if "auto" finds no run. The
+    horizon is left to resolve_horizon, and the batch to training/sizing.py.
+
+    Args:
+        kind: the class of the config.
+        resolve: gives values to the flags that are unset.
+
+    Raises:
+        ConfigError: for a wrong flag or a run that cannot be resumed with these flags.
     """
-    complete = complete or sized
     config = parse(args, kind=kind)
     if config.resume in (None, "auto"):
-        config = complete(config)
+        config = resolve(config)
         if config.resume is None:
             return config, []
         if not (config.run_dir / "config.json").exists():
@@ -77,18 +79,8 @@ def configure(
     saved = load_config(folder)
     if not isinstance(saved, kind) or type(saved) is not kind:
         raise ConfigError(f"{folder} is a run of nanochat_native.{command_of(saved)}: that goes on with it")
-    wanted = dataclasses.replace(complete(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
+    wanted = dataclasses.replace(resolve(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
     return wanted, changes(saved, wanted)
-
-
-def sized(config: C) -> C:
-    """The config with device, data and what follows from them filled in. Raises ConfigError for a GPU that is not
-    there."""
-    gpu = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-    if gpu and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but torch sees no GPU; take --device cpu")
-    data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
-    return with_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
 
 
 def _folder_of(path: Path) -> Path:

@@ -30,24 +30,12 @@ def load_model(
     together, or there is no tokenizer.
     """
     run_folder = Path(run_folder)
-    if run_folder.is_file():
-        raise FileNotFoundError(f"{run_folder} is a file; a model is the folder of a run")
-    if not run_folder.is_dir():
-        raise FileNotFoundError(f"{run_folder}: no such run folder")
-    tensors, meta = checkpoint.load(run_folder / "checkpoints", step, warn=warn)
-    missing = [name for name in ("tokenizer_hash", "model_config", "step") if name not in meta]
-    if missing or "model" not in tensors:
-        raise ValueError(f"{run_folder}: its checkpoint has no {', '.join(missing) or 'weights of a model'}")
-    if meta["tokenizer_hash"] is None:
-        raise ValueError(f"{run_folder} was trained on tokens without a tokenizer: it has no text")
-    tokenizer = Tokenizer.load(run_folder / "tokenizer")
-    if meta["tokenizer_hash"] != tokenizer.hash:
-        raise ValueError(f"{run_folder / 'tokenizer'} is not the tokenizer that the model was trained with")
-    try:
-        config = GPTConfig(**meta["model_config"])
-    except (TypeError, ValueError) as error:
-        reason = re.sub(r"^\S*__init__\(\) ", "", str(error))
-        raise ValueError(f"{run_folder}: its model_config is not one of this version ({reason})") from None
+    tensors, meta = checkpoint.load(_checkpoints_of(run_folder), step, warn=warn)
+    _check_meta(run_folder, meta)
+    if "model" not in tensors:
+        raise ValueError(f"{run_folder}: its checkpoint has no weights of a model")
+    tokenizer = _load_tokenizer(run_folder, meta)
+    config = _model_config(run_folder, meta)
     with torch.device("meta"):
         model = GPT(config)
     check_weights(run_folder, tensors["model"], model)
@@ -55,6 +43,53 @@ def load_model(
     model.init_rotary()
     model.load_state_dict(tensors["model"])
     return model, tokenizer, meta
+
+
+def load_config(
+    run_folder: Path | str, step: int | None = None, *, warn: Callable[[str], None] = print
+) -> tuple[GPTConfig, dict[str, Any]]:
+    """Return (the model's config, the checkpoint's meta) as load_model would, with the same checks and errors, but for
+    those of the weights, which are not loaded."""
+    run_folder = Path(run_folder)
+    meta = checkpoint.load_meta(_checkpoints_of(run_folder), step, warn=warn)
+    _check_meta(run_folder, meta)
+    _load_tokenizer(run_folder, meta)
+    return _model_config(run_folder, meta), meta
+
+
+def _checkpoints_of(run_folder: Path) -> Path:
+    """Return the folder of a run's checkpoints. Raises FileNotFoundError if there is no such run."""
+    if run_folder.is_file():
+        raise FileNotFoundError(f"{run_folder} is a file; a model is the folder of a run")
+    if not run_folder.is_dir():
+        raise FileNotFoundError(f"{run_folder}: no such run folder")
+    return run_folder / "checkpoints"
+
+
+def _check_meta(run_folder: Path, meta: Mapping[str, Any]) -> None:
+    """Raise ValueError if the checkpoint's meta lacks what a model with text needs."""
+    missing = [name for name in ("tokenizer_hash", "model_config", "step") if name not in meta]
+    if missing:
+        raise ValueError(f"{run_folder}: its checkpoint has no {', '.join(missing)}")
+    if meta["tokenizer_hash"] is None:
+        raise ValueError(f"{run_folder} was trained on tokens without a tokenizer: it has no text")
+
+
+def _load_tokenizer(run_folder: Path, meta: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a run. Raises ValueError if the model was trained with another one."""
+    tokenizer = Tokenizer.load(run_folder / "tokenizer")
+    if meta["tokenizer_hash"] != tokenizer.hash:
+        raise ValueError(f"{run_folder / 'tokenizer'} is not the tokenizer that the model was trained with")
+    return tokenizer
+
+
+def _model_config(run_folder: Path, meta: Mapping[str, Any]) -> GPTConfig:
+    """Return the config of the model. Raises ValueError for one that this version cannot read."""
+    try:
+        return GPTConfig(**meta["model_config"])
+    except (TypeError, ValueError) as error:
+        reason = re.sub(r"^\S*__init__\(\) ", "", str(error))
+        raise ValueError(f"{run_folder}: its model_config is not one of this version ({reason})") from None
 
 
 def check_weights(source: Path, tensors: Mapping[str, Tensor], model: GPT) -> None:

@@ -1,4 +1,4 @@
-"""The frame of every command: parse the flags, run, and map errors to exit codes."""
+"""What every command does: parse the flags, do the work, and map errors to exit codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,17 +14,22 @@ import torch
 import tyro
 
 from nanochat_native import ops
+from nanochat_native.runtime import distributed
+from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError, UserError
 from nanochat_native.runtime.flags import check_values, one_line_errors
 from nanochat_native.runtime.isolation import ReportFailures, describe, guarded, take_any_text
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises ValueError, with the name of what it is, for text that UTF-8 cannot hold: from bytes that are no text."""
+    """Raise ValueError for text that UTF-8 cannot encode, because it was decoded from bytes that are not UTF-8.
+
+    name: of the text, for the message.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} has a lone surrogate, or bytes that are not UTF-8; it takes text") from None
+        raise ValueError(f"{name} must be text, got a lone surrogate or bytes that are not UTF-8") from None
 
 
 T = TypeVar("T")
@@ -31,9 +37,14 @@ MISTAKES = (ValueError, ImportError, OSError, UserError)
 
 
 def parse_options(kind: type[T], command: str, args: Sequence[str] | None = None, **settings: Any) -> T:
-    """The flags of a command, sys.argv's by default, as the dataclass `kind` has them. settings: tyro.cli's.
+    """Parse the flags of a command into the dataclass `kind`. --help prints the flags and exits.
 
-    Raises ConfigError, one line, for an unknown flag or a value that the flag does not take. --help prints and exits.
+    Args:
+        args: the command line; default: sys.argv's.
+        settings: arguments of tyro.cli.
+
+    Raises:
+        ConfigError: for an unknown flag, or a value that a flag may not have. The message is one line.
     """
     given = sys.argv[1:] if args is None else list(args)
     with one_line_errors():
@@ -45,7 +56,7 @@ def parse_options(kind: type[T], command: str, args: Sequence[str] | None = None
 def run_command(
     kind: type[T], command: str, args: Sequence[str] | None, work: Callable[[T], int | None], **settings: Any
 ) -> int:
-    """A command line: parse_options, then the work. Returns the exit code, as exit_code does."""
+    """Parse a command line by parse_options, do the work, and return the exit code as exit_code does."""
     try:
         options = parse_options(kind, command, args, **settings)
     except ConfigError as error:
@@ -54,7 +65,7 @@ def run_command(
 
 
 def mistake(error: Exception) -> int:
-    """Says on stderr, in one line, what the user can mend. Returns the exit code for it, 2."""
+    """Print an error that the user can fix on stderr, in one line. Returns its exit code, 2."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
@@ -64,13 +75,17 @@ def mistake(error: Exception) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """On a CPU torch raises a RuntimeError of no type of its own."""
+    """Return whether memory has run out. On a CPU, torch raises a plain RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Runs a command line's work: what it returns, or 0; 2 after one line on stderr for a mistake of the user's; 1
-    where memory is out; 130 after Ctrl-C; 141 where the output is read no more."""
+    """Do the work of a command and return the exit code.
+
+    Returns:
+        What `command` returns, 0 for None; 2 for an error that the user can fix, after one line on stderr; 1 if memory
+        runs out; 130 after Ctrl-C; 141 if the reader of the output has closed it.
+    """
     for stream in (sys.stdout, sys.stderr):
         take_any_text(stream)
     try:
@@ -80,9 +95,9 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return mistake(error)
     try:
         return command() or 0
-    except BrokenPipeError:  # what reads the output has ended, as head does: there is nobody to tell
+    except BrokenPipeError:  # the reader of the output has ended, as head does
         with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python would complain when it flushes at its end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # so that the flush at exit does not fail
         return 128 + signal.SIGPIPE
     except MISTAKES as error:
         return mistake(error)
@@ -97,7 +112,32 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
 
 def run_reporting(run: Callable[[Sequence[str], ReportFailures], int], args: Sequence[str] | None) -> int:
-    """A command of the laboratory, with `args` or sys.argv's. Returns the exit code, as loading.exit_code; 3 where the
-    result is written, but a report failed."""
+    """Run an experiment on `args`, by default sys.argv's. Return the exit code as exit_code does, or 3 if the result
+    was written but a report failed."""
     given = sys.argv[1:] if args is None else args
     return guarded(lambda failures: exit_code(lambda: run(given, failures)))
+
+
+def run_on_ranks(work: Callable[[World], int]) -> int:
+    """Join the ranks that torchrun started, do the work on each, and return the exit code of this rank.
+
+    Without torchrun there is one rank, and its exceptions pass through. With torchrun, rank 0
+    prints an error that all ranks share (exit code 2), and each rank prints its own other errors, with its number (exit
+    code 1).
+    """
+    try:
+        with distributed.init_process_group() as world:
+            return work(world)
+    except distributed.RankError as error:
+        if distributed.environment_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except distributed.LostRankError as error:
+        print(f"rank {distributed.environment_rank()}: {error}", file=sys.stderr)
+        return distributed.exit_rank(1)
+    except Exception:
+        if not distributed.launched_by_torchrun():
+            raise
+        lines = traceback.format_exc().splitlines()
+        print("\n".join(f"rank {distributed.environment_rank()}: {line}" for line in lines), file=sys.stderr)
+        return distributed.exit_rank(1)

@@ -1,4 +1,4 @@
-"""Ranks: who this process is among those that torchrun started, and what all of them agree on."""
+"""Ranks: the number of this process among those that torchrun started, and what all of them must agree on."""
 
 import contextlib
 import os
@@ -15,11 +15,11 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-TIMEOUT_SECONDS = 600  # that a rank waits for another, unless NANOCHAT_RANK_TIMEOUT says otherwise
+TIMEOUT_SECONDS = 600  # for which a rank waits for another, unless NANOCHAT_RANK_TIMEOUT is set
 
 
 class RankError(RuntimeError):
-    """Something went wrong on one rank, or the ranks differ: all of them stop with this one message."""
+    """An error on one rank, or a difference between ranks. All ranks raise it, with the same message."""
 
 
 class LostRankError(RuntimeError):
@@ -28,21 +28,29 @@ class LostRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """rank of size processes; local_rank of those on this machine. One process alone needs no group."""
+    """The ranks of a run, as this process sees them.
+
+    Args:
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        local_rank: the number of this process on its machine.
+        group: the process group; None for a single process.
+        background: a gloo group for work beside the training, such as writing a checkpoint.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     group: dist.ProcessGroup | None = None
-    background: dist.ProcessGroup | None = None  # of the CPU, for what goes on beside the training
+    background: dist.ProcessGroup | None = None
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is rank 0, the one that prints and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's value, in the order of the ranks. Values that pickle."""
+        """Return the value of every rank, in the order of the ranks. Values are pickled."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -50,13 +58,13 @@ class World:
         return values
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """Adds up over the ranks, in place."""
+        """Add up a tensor over the ranks, in place, and return it."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of every rank's number."""
+        """Return the largest number of any rank."""
         if self.group is None:
             return number
         largest = torch.tensor(number)
@@ -68,10 +76,12 @@ class World:
         self.all_gather_object(None)
 
     def run_collectively(self, action: Callable[[], T], *expected: type[Exception], long_running: bool = False) -> T:
-        """action(), on every rank. Where it raised one of `expected` on some, all raise RankError with that message;
-        one process alone raises what the action does.
+        """Return action(), which every rank calls, or raise the same error on all ranks.
 
-        long_running: on some ranks it may take hours.
+        Args:
+            action: what to do; a single process raises its exceptions unchanged.
+            expected: exceptions of a rank that are raised on all ranks, as a RankError with the message of the first.
+            long_running: whether the action may take hours on some ranks, longer than a rank waits otherwise.
         """
         if self.group is None:
             return action()
@@ -90,7 +100,7 @@ class World:
         return result  # type: ignore[return-value]
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Raises RankError, on all ranks, naming the first fact that differs between two of them."""
+        """Raise RankError on all ranks if a fact differs between two of them, with the name of the first such fact."""
         everyone = self.all_gather_object(facts)
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
@@ -99,19 +109,22 @@ class World:
 
 
 def launched_by_torchrun() -> bool:
+    """Return whether torchrun started this process as one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def environment_rank() -> int:
-    """Return the rank of this process from the environment; it needs no process group."""
+    """Return the rank of this process as torchrun set it, also without a process group."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
 def init_process_group() -> Iterator[World]:
-    """The world that torchrun's environment describes: gloo for tensors of the CPU, NCCL for those of GPUs.
+    """Join the ranks that torchrun's environment describes, by gloo for CPU tensors and by NCCL for GPU tensors.
 
-    Raises RankError where a machine has more ranks than GPUs, or where another rank does not answer in time.
+    Raises:
+        RankError: if a machine has more ranks than GPUs.
+        LostRankError: in place of torch's error, if another rank ends or does not answer in time.
     """
     if not launched_by_torchrun():
         yield World()
@@ -120,7 +133,7 @@ def init_process_group() -> Iterator[World]:
     gpus = torch.cuda.device_count()
     if gpus:
         if local_size > gpus:
-            raise RankError(f"{local_size} ranks on a machine with {gpus} GPUs: take --nproc_per_node {gpus}")
+            raise RankError(f"--nproc_per_node must be <= {gpus}, the GPUs of this machine, got {local_size}")
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     seconds = float(os.environ.get("NANOCHAT_RANK_TIMEOUT", TIMEOUT_SECONDS))
@@ -132,15 +145,15 @@ def init_process_group() -> Iterator[World]:
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, RankError) or not re.search(r"[Tt]imed? ?out|[Cc]onnection", str(error)):
             raise
-        what = "does not answer" if re.search(r"[Tt]imed? ?out", str(error)) else "is gone"
+        what = "does not answer" if re.search(r"[Tt]imed? ?out", str(error)) else "has ended"
         reason = str(error).splitlines()[0]
         raise LostRankError(f"another rank {what}, after at most {seconds:.0f} s ({reason})") from None
-    # After an error the group is left as it is: to take it down, a rank would wait for the others.
+    # Not after an error: to destroy the group, a rank would wait for the others.
     dist.destroy_process_group()
 
 
 def exit_rank(code: int) -> int:
-    """For a rank that ends by itself: the exit code; under torchrun, the end of the process, which waits for nobody."""
+    """Return the exit code. Under torchrun, end this process at once instead, without waiting for the other ranks."""
     if launched_by_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -149,7 +162,7 @@ def exit_rank(code: int) -> int:
 
 
 def checksums(tensors: list[Tensor]) -> Tensor:
-    """One number for the bits of each tensor, int64 (n,), on the CPU: a sum in which places have weights."""
+    """Return a checksum of the bits of each tensor, int64 (n,), on the CPU: a sum weighted by position."""
     found = []
     for tensor in tensors:
         bits = tensor.detach().contiguous().view(torch.uint8).flatten()
@@ -160,9 +173,9 @@ def checksums(tensors: list[Tensor]) -> Tensor:
 
 
 def require_same_bits(world: World, named: list[tuple[str, Tensor]]) -> None:
-    """Raises RankError, on all ranks, naming the first tensor that differs between rank 0 and another."""
+    """Raise RankError on all ranks if a tensor differs from that of rank 0, with the name of the first such tensor."""
     everyone = world.all_gather_object(checksums([tensor for _, tensor in named]).tolist())
     for rank, theirs in enumerate(everyone):
         for (name, _), mine, other in zip(named, everyone[0], theirs, strict=True):
             if mine != other:
-                raise RankError(f"{name} of rank {rank} is not that of rank 0: the replicas have come apart")
+                raise RankError(f"{name} differs between rank {rank} and rank 0: the replicas have diverged")

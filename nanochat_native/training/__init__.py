@@ -1,4 +1,4 @@
-"""The training loop and what drives it: sizing, checkpoints, diagnosis, reports, fine-tuning.
+"""The training loop, its tasks (pretraining and fine-tuning), and its parts: checkpoints, sizes, diagnosis, reports.
 
 It may depend on everything but the experiments, the interchange formats and the benchmarks.
 """

@@ -1,18 +1,18 @@
-"""Numerical health of a run, layer by layer, for train --diagnose: what gradients, updates and activations look like.
+"""Numerical health of a run, layer by layer, for train --diagnose: its gradients, updates and activations.
 
 A layer is a block of the transformer ("h.0"), wte or lm_head. Quantities, as "<quantity>/<layer>":
 
     gradient_norm         Euclidean norm of the layer's gradient, averaged over the ranks, before clipping
-    update_norm           of what the step added to its weights
-    update_to_weight      that over the norm of its weights
-    orthogonality_error   |O O^T - 1| / sqrt(r), Frobenius, on the shorter side r of what Muon orthogonalised; the worst
-                          matrix. Newton-Schulz's quintic takes singular values to 0.7 to 1.2, the smallest not so
-                          far: 0.3 is good, and 0.5 usual of square matrices. NorMuon's updates are not meant to
-                          be orthogonal; where weights travel in bfloat16, rounding is in it
-    attention_logit       largest |q . k| scale that a query sees; QK-norm bounds it by sqrt(head_dim)
+    update_norm           Euclidean norm of the change of its weights in the step
+    update_to_weight      update_norm divided by the norm of its weights
+    orthogonality_error   |O O^T - 1| / sqrt(r), Frobenius, for the worst update O of Muon, r its shorter side.
+                          Newton-Schulz's quintic takes singular values to 0.7 to 1.2, and the smallest less far:
+                          0.3 is good, and 0.5 is usual for square matrices. NorMuon's updates are not meant to be
+                          orthogonal. With weights sent in bfloat16, the error includes their rounding
+    attention_logit       largest |q . k| scale of a query and a key that it sees; QK-norm bounds it by sqrt(head_dim)
     dead_units            share of the MLP's hidden units that are 0 on every token
 
-The last two are taken on a fixed piece of the validation text.
+The last two are measured on a fixed piece of the validation text.
 """
 
 import math
@@ -31,19 +31,19 @@ from nanochat_native.optim.base import Optimizer
 from nanochat_native.optim.muon import split_heads
 from nanochat_native.runtime.distributed import World
 
-ROWS = 2  # sequences of the validation text that the activations are taken from
+ROWS = 2  # sequences of the validation text on which activations are measured
 
 
 def layer_of(name: str) -> str:
-    """transformer.h.0.attn.c_q.weight -> h.0; transformer.wte.weight -> wte."""
+    """Return the layer of a parameter: transformer.h.0.attn.c_q.weight -> h.0; transformer.wte.weight -> wte."""
     parts = name.removeprefix("transformer.").split(".")
     return ".".join(parts[:2]) if parts[0] == "h" else parts[0]
 
 
 class Diagnosis:
-    """Looks at a step of training: begin() before the update, finish() after it. It changes nothing.
+    """Measures a step of training: begin() before the update, finish() after it. It changes nothing in the run.
 
-    seconds, count: spent so far, and on how many steps. Between the two calls it holds a copy of the weights.
+    Between the two calls it holds a copy of the weights. `count` steps have been measured, in `seconds`.
     """
 
     def __init__(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer], world: World) -> None:
@@ -54,13 +54,15 @@ class Diagnosis:
 
     @torch.no_grad()
     def begin(self, norm: float, max_norm: float) -> None:
-        """norm: of all gradients before they were clipped to max_norm. Every rank takes part; what raises on one is a
-        RankError on all."""
+        """Measure the gradients of a step, on all ranks. An exception on one rank is a RankError on all.
+
+        norm: of all gradients before they were clipped to max_norm.
+        """
         start = self._now()
         unclipped = max(1.0, norm / max_norm)
         self._found = {}
         try:
-            own = self.world.run_collectively(self._look_at_gradients, Exception)
+            own = self.world.run_collectively(self._measure_gradients, Exception)
         except Exception:
             self._before = {}
             raise
@@ -72,7 +74,7 @@ class Diagnosis:
 
     @torch.no_grad()
     def finish(self, probe: Tensor) -> dict[str, float]:
-        """All quantities of the step; of the first rank alone. probe: (rows, T) int64, for the activations."""
+        """Return all quantities of the step, on rank 0 alone. probe: (rows, T) int64, for the activations."""
         start = self._now()
         try:
             if self.world.is_rank0:
@@ -85,13 +87,14 @@ class Diagnosis:
         return self._found
 
     def _now(self) -> float:
-        """When what the device was told before is done."""
+        """Return the time after synchronizing the device."""
         if self.model.wte.weight.is_cuda:
             torch.cuda.synchronize(self.model.wte.weight.device)
         return time.perf_counter()
 
-    def _look_at_gradients(self) -> dict[str, float]:
-        """Squared norms by layer, of the gradients that this rank updates with. The first rank keeps the weights."""
+    def _measure_gradients(self) -> dict[str, float]:
+        """Return squared norms, by layer, of the gradients of this rank's part of the update. Rank 0 copies the
+        weights."""
         if self.world.is_rank0:
             self._before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -133,14 +136,14 @@ class Diagnosis:
                 before = self._before[name]
                 update = (before - parameters[name]) / group["lr"]
                 decay = before * group["weight_decay"]
-                if group["cautious"]:  # it decayed just where the update has the weight's sign, and so has the sum
+                if group["cautious"]:  # Muon decays only where update and weight have the same sign
                     decay = decay * (update * before > 0)
                 blocks = split_heads((update - decay)[None], group["heads"], group["head_axis"])
                 yield name, orthogonality_error(blocks / max(1.0, blocks.size(-2) / blocks.size(-1)) ** 0.5)
 
 
 def orthogonality_error(matrices: Tensor) -> float:
-    """|O O^T - 1| / sqrt(r), Frobenius, of the worst of (..., rows, columns), r the shorter side."""
+    """Return |O O^T - 1| / sqrt(r), Frobenius, for the worst of (..., rows, columns), r the shorter side."""
     if matrices.size(-2) > matrices.size(-1):
         matrices = matrices.mT
     gram = matrices @ matrices.mT
@@ -150,20 +153,20 @@ def orthogonality_error(matrices: Tensor) -> float:
 
 @torch.no_grad()
 def activations(model: GPT, idx: Tensor) -> dict[str, float]:
-    """attention_logit and dead_units of every block, from a forward pass of idx (rows, T) int64."""
+    """Return attention_logit and dead_units of every block, from a forward pass of idx (rows, T) int64."""
     found: dict[str, float] = {}
     hooks = []
     for number, block in enumerate(model.blocks):
 
-        def look_at_attention(module: Attention, inputs: Any, layer: str = f"h.{number}") -> None:
+        def measure_attention(module: Attention, inputs: Any, layer: str = f"h.{number}") -> None:
             found[f"attention_logit/{layer}"] = largest_logit(module, *inputs[:3])
 
-        def look_at_mlp(module: MLP, inputs: Any, layer: str = f"h.{number}") -> None:
+        def measure_mlp(module: MLP, inputs: Any, layer: str = f"h.{number}") -> None:
             hidden = ops.linear(inputs[0], module.c_fc.weight)
             found[f"dead_units/{layer}"] = 1 - float((hidden > 0).flatten(0, -2).any(0).float().mean())
 
-        hooks += [block.attn.register_forward_pre_hook(look_at_attention)]
-        hooks += [block.mlp.register_forward_pre_hook(look_at_mlp)]
+        hooks += [block.attn.register_forward_pre_hook(measure_attention)]
+        hooks += [block.mlp.register_forward_pre_hook(measure_mlp)]
     try:
         model(idx, last_only=True)
     finally:
@@ -174,7 +177,7 @@ def activations(model: GPT, idx: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def largest_logit(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> float:
-    """max |q . k| / sqrt(head_dim) over all pairs that a query sees, of x (B, T, C)."""
+    """Return max |q . k| / sqrt(head_dim) over all queries and the keys that they see, for x (B, T, C)."""
     q, k, _ = attention.project(x, cos, sin)
     distance = torch.arange(q.size(1), device=q.device)[:, None] - torch.arange(k.size(1), device=q.device)
     seen = distance >= 0 if attention.window is None else (distance >= 0) & (distance <= attention.window)
@@ -188,5 +191,5 @@ def largest_logit(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def _square(tensor: Tensor) -> float:
-    """Squared norm. By rows, because torch's float32 norm of a whole tensor errs by 1e-4 on a CPU."""
+    """Return the squared norm, summed by rows: torch's float32 norm of a whole tensor errs by 1e-4 on a CPU."""
     return float(torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).double().square().sum())

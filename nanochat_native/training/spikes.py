@@ -1,17 +1,17 @@
-"""Loss spikes: whether a step's loss or gradient norm is far above those before it."""
+"""Loss spikes: steps whose loss or gradient norm is far above that of the steps before them."""
 
 import math
 from collections import deque
 from collections.abc import Iterable
 
-WINDOW = 128  # steps that a new one is compared with
-LEAST = 32  # before so many, nothing is a spike
+WINDOW = 128  # steps with which a new one is compared
+LEAST = 32  # steps before which there is no spike
 
 
 class SpikeGuard:
     """Keeps (loss, gradient norm) of the last steps that were no spikes.
 
-    sigma: a step is a spike when one of the two is more than so many standard deviations above the mean; 0: never.
+    sigma: a step is a spike if one of the two is more than this many standard deviations above the mean; 0: never.
     """
 
     def __init__(self, sigma: float, history: Iterable[Iterable[float]] = ()) -> None:
@@ -19,7 +19,8 @@ class SpikeGuard:
         self.history: deque[tuple[float, ...]] = deque((tuple(pair) for pair in history), maxlen=WINDOW)
 
     def is_spike(self, loss: float, norm: float) -> bool:
-        """Also takes a step that is none into the history. What is not finite is not for this to judge."""
+        """Return whether a step is a spike, and add it to the history if not. A step with a value that is not finite is
+        neither a spike nor part of the history."""
         if not self.sigma or not math.isfinite(loss) or not math.isfinite(norm):
             return False
         if len(self.history) >= LEAST:

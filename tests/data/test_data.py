@@ -1432,8 +1432,8 @@ def test_an_empty_flag_is_refused(name):
 
 
 def test_the_flag_reaches_every_command_that_prepares_data(tmp_path):
-    with pytest.raises(ConfigError, match="--text-column is pretraining's"):
-        finetuning.complete(finetuning.FinetuneConfig(checkpoint=tmp_path, text_column="a"))
+    with pytest.raises(ConfigError, match="--text-column is a flag of pretraining"):
+        finetuning.resolve_finetuning(finetuning.FinetuneConfig(checkpoint=tmp_path, text_column="a"))
     plan = TrainConfig(text_column="a")
     for column, corpus in (("a", "prepared"), ("b", None)):
         case = dataclasses.replace(plan, text_column=column)

@@ -29,7 +29,7 @@ from nanochat_native.inference.generation import generate_text
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint, run_folder
-from nanochat_native.runs.config import TrainConfig, with_defaults
+from nanochat_native.runs.config import TrainConfig, resolve_defaults
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.distributed import World
 
@@ -106,7 +106,7 @@ def make_run(folder, name, words, vocab_size):
     text.write_text("".join(f"line {i}: {i * i} is the {words} of {i}\n" for i in range(2000)))
     config = TrainConfig(out_dir=folder, run=name, data=str(text), cache_dir=folder / "cache")
     (folder / name).mkdir()
-    run_folder.save_config(with_defaults(config, gpu=False))
+    run_folder.save_config(resolve_defaults(config, gpu=False))
     corpus = prepare(str(text), vocab_size=vocab_size, cache_dir=folder / "cache")
     corpus.tokenizer.save(folder / name / "tokenizer")
     shape = {**vars(CONFIG), "vocab_size": corpus.vocab_size}

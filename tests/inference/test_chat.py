@@ -131,7 +131,7 @@ def test_what_is_no_text_is_one_line_and_the_chat_goes_on(folder):
     text = b"b\xffad\nthe tensor\n"
     process = subprocess.run([*module, "--max-tokens", "3"], input=text, capture_output=True, env=env, timeout=60)
     assert process.returncode == 0
-    error = b"error: the message has a lone surrogate, or bytes that are not UTF-8; it takes text\n"
+    error = b"error: the message must be text, got a lone surrogate or bytes that are not UTF-8\n"
     assert process.stderr == error
     assert process.stdout
 

@@ -388,12 +388,12 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
         (["--checkpoint", run_dir, "--temperature", "-1"], "temperature is -1"),
         (["--checkpoint", run_dir, "--max-tokens", "1000"], "1000 more are asked for; this model takes 160 together"),
         (["--checkpoint", run_dir, "--max-tokens", "0"], "--max-tokens is 0; it takes a number from 1"),
-        (["--checkpoint", run_dir, "--seed", str(1 << 70)], "--seed takes a whole number of at most 9223372036854"),
+        (["--checkpoint", run_dir, "--seed", str(1 << 70)], "--seed must be a whole number <= 9223372036854"),
         (
             ["--checkpoint", run_dir, "--prompt", "a\udcff"],
-            "--prompt has a lone surrogate, or bytes that are",
+            "--prompt must be text, got a lone surrogate or bytes that are",
         ),
-        (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop has a lone surrogate"),
+        (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop must be text, got a lone surrogate"),
         (["--checkpoint", run_dir, "--stop", ""], "--stop has an empty text"),
         (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
     ):

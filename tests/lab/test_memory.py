@@ -30,9 +30,8 @@ from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import setup_optimizers
 from nanochat_native.optim.routing import DEFAULT_LEARNING_RATES
 from nanochat_native.runs import results
-from nanochat_native.runs.config import parse
+from nanochat_native.runs.config import parse, resolve_device
 from nanochat_native.runs.metrics_log import SilentLog
-from nanochat_native.runs.run_folder import sized
 from nanochat_native.runtime.console import SilentConsole
 from nanochat_native.training.sizing import PROCESS_BYTES
 from nanochat_native.training.trainer import Trainer
@@ -360,7 +359,7 @@ def test_the_trainers_own_steps_hold_what_is_predicted(tmp_path, flags):
     sizes = {"depth": 3, "max_seq_len": 64, "vocab_size": 515, "device_batch_size": 4}
     args = tiny_flags(tmp_path, total_batch_size=512, **sizes, **flags)
     with Allocations() as allocations:
-        trainer = Trainer(sized(parse(args)), SilentConsole())
+        trainer = Trainer(resolve_device(parse(args)), SilentConsole())
         trainer.log = SilentLog()
         with trainer.loader.iterate(0) as batches:
             for _ in range(3):

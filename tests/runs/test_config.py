@@ -5,7 +5,7 @@ import re
 import pytest
 
 from nanochat_native.runs import run_folder
-from nanochat_native.runs.config import TrainConfig, horizon, parse, with_defaults
+from nanochat_native.runs.config import TrainConfig, parse, resolve_defaults, resolve_horizon
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import UNSET, flag
 
@@ -43,8 +43,8 @@ def test_help_documents_every_flag_with_its_default(capsys):
     ("args", "message"),
     [
         (["--dept", "4"], "Unrecognized options: --dept, 4; perhaps you meant --depth"),
-        (["--depth", "x"], "--depth takes a whole number, got 'x'"),
-        (["--matrix-lr", "fast"], "--matrix-lr takes a number, got 'fast'"),
+        (["--depth", "x"], "--depth must be a whole number, got 'x'"),
+        (["--matrix-lr", "fast"], "--matrix-lr must be a number, got 'fast'"),
         (["--optimizer", "lion"], "'lion'"),
         (["--depth"], "Missing value for argument '--depth'"),
         (["--depth", "0"], "--depth is 0; it takes a whole number from 1"),
@@ -88,7 +88,7 @@ def test_flags_that_are_not_given_keep_their_value_in_the_base():
 @pytest.mark.parametrize("data", ["stdlib", "/some/text"])
 def test_everything_is_sized_and_what_is_given_stays(gpu, data, monkeypatch):
     monkeypatch.delenv("NANOCHAT_NATIVE_BACKEND", raising=False)
-    sized = horizon(with_defaults(TrainConfig(data=data), gpu=gpu), num_params=10**8, flops_per_token=10**9)
+    sized = resolve_horizon(resolve_defaults(TrainConfig(data=data), gpu=gpu), num_params=10**8, flops_per_token=10**9)
     assert sized.total_batch_size == (2048 if not gpu else 65536 if data == "stdlib" else 524288)
     assert sized.dtype == ("bfloat16" if gpu else "float32")
     assert sized.backend == "native"
@@ -107,9 +107,9 @@ def test_everything_is_sized_and_what_is_given_stays(gpu, data, monkeypatch):
         "text_column",
     }
     given = TrainConfig(depth=9, max_seq_len=77, vocab_size=999, dtype="bfloat16", backend="torch", run="mine")
-    kept = with_defaults(given, gpu=gpu)
+    kept = resolve_defaults(given, gpu=gpu)
     assert all(getattr(kept, n) == getattr(given, n) for n in ("depth", "max_seq_len", "vocab_size", "dtype", "run"))
-    assert with_defaults(TrainConfig(depth=9), gpu=gpu).run == "d9"
+    assert resolve_defaults(TrainConfig(depth=9), gpu=gpu).run == "d9"
 
 
 @pytest.mark.parametrize(
@@ -123,26 +123,26 @@ def test_everything_is_sized_and_what_is_given_stays(gpu, data, monkeypatch):
 )
 def test_horizon(target, steps):
     config = TrainConfig(depth=1, total_batch_size=64, **target)
-    assert horizon(config, num_params=1000, flops_per_token=100).num_iterations == steps
+    assert resolve_horizon(config, num_params=1000, flops_per_token=100).num_iterations == steps
 
 
 @pytest.mark.parametrize("target", ["target_flops", "target_param_data_ratio"])
 def test_a_target_of_too_many_steps_is_refused(target):
     config = TrainConfig(depth=1, total_batch_size=64, **{target: 1e300})
     with pytest.raises(ConfigError, match=f"{re.escape(flag(target))} is 1e\\+300; that is more than"):
-        horizon(config, num_params=1000, flops_per_token=100)
+        resolve_horizon(config, num_params=1000, flops_per_token=100)
 
 
 def test_the_horizon_follows_depth():
     small, large = (
-        horizon(with_defaults(TrainConfig(), gpu=False), num_params=n, flops_per_token=6 * n).num_iterations
+        resolve_horizon(resolve_defaults(TrainConfig(), gpu=False), num_params=n, flops_per_token=6 * n).num_iterations
         for n in (7_300_000, 14_600_000)
     )
     assert large == pytest.approx(2 * small, abs=1)
 
 
 def saved_run(tmp_path, **flags):
-    config = with_defaults(TrainConfig(out_dir=tmp_path, num_iterations=10, device="cpu", **flags), gpu=False)
+    config = resolve_defaults(TrainConfig(out_dir=tmp_path, num_iterations=10, device="cpu", **flags), gpu=False)
     config = dataclasses.replace(config, device_batch_size=8)
     config.run_dir.mkdir(parents=True)
     run_folder.save_config(config)
@@ -174,7 +174,7 @@ def test_a_damaged_config_is_told_from_a_missing_one(tmp_path, content, message)
     (tmp_path / "checkpoints").mkdir()
     for resume in ("auto", str(tmp_path), str(tmp_path / "checkpoints"), str(tmp_path / "checkpoints" / "step_000004")):
         with pytest.raises(ConfigError, match=re.escape(message)):
-            run_folder.configure(["--resume", resume, "--out-dir", str(tmp_path.parent), "--run", tmp_path.name])
+            run_folder.resolve_config(["--resume", resume, "--out-dir", str(tmp_path.parent), "--run", tmp_path.name])
     with pytest.raises(ConfigError, match=re.escape(message)):
         run_folder.check_free(TrainConfig(out_dir=tmp_path.parent, run=tmp_path.name))
 
@@ -189,10 +189,10 @@ def test_a_flag_that_was_sized_by_the_program_is_shown_as_auto(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--seed", str(2**63)], f"--seed takes a whole number of at most {2**63 - 1}, got {2**63}"),
+        (["--seed", str(2**63)], f"--seed must be a whole number <= {2**63 - 1}, got {2**63}"),
         (["--depth", "1001"], "--depth is 1001; it takes a whole number from 1 to 1000"),
         (["--vocab-size", "9" * 30], "it takes a whole number from 265 to 16777216"),
-        (["--num-iterations", "9" * 30], f"--num-iterations takes a whole number of at most {2**63 - 1}"),
+        (["--num-iterations", "9" * 30], f"--num-iterations must be a whole number <= {2**63 - 1}"),
     ],
 )
 def test_numbers_that_torch_cannot_take_are_refused(args, message):
@@ -205,36 +205,36 @@ def test_a_resumed_run_keeps_its_flags(tmp_path, monkeypatch):
     saved = saved_run(tmp_path, depth=3, seed=5, run="one")
     for place in ("one", "one/checkpoints"):
         (tmp_path / "one" / "checkpoints").mkdir(exist_ok=True)
-        config, notes = run_folder.configure(["--resume", str(tmp_path / place)])
+        config, notes = run_folder.resolve_config(["--resume", str(tmp_path / place)])
         assert config == dataclasses.replace(saved, resume=str(tmp_path / place))
         assert notes == []
-    config, _ = run_folder.configure(["--resume", "auto", "--run", "one", "--out-dir", str(tmp_path)])
+    config, _ = run_folder.resolve_config(["--resume", "auto", "--run", "one", "--out-dir", str(tmp_path)])
     assert config.depth == 3
     assert run_folder.load_config(tmp_path / "one") == saved
 
 
 def test_resume_auto_without_a_run_starts_one_and_a_path_without_a_run_is_refused(tmp_path):
-    config, _ = run_folder.configure(["--resume", "auto", "--out-dir", str(tmp_path), "--device", "cpu"])
+    config, _ = run_folder.resolve_config(["--resume", "auto", "--out-dir", str(tmp_path), "--device", "cpu"])
     assert config.resume is None
     with pytest.raises(ConfigError, match="no run of this program"):
-        run_folder.configure(["--resume", str(tmp_path / "none")])
+        run_folder.resolve_config(["--resume", str(tmp_path / "none")])
 
 
 def test_flags_that_would_make_it_another_run_are_refused_by_name(tmp_path):
     saved_run(tmp_path, run="one")
     with pytest.raises(ConfigError) as error:
-        run_folder.configure(["--resume", str(tmp_path / "one"), "--depth", "5", "--seed", "1", "--keep", "4"])
+        run_folder.resolve_config(["--resume", str(tmp_path / "one"), "--depth", "5", "--seed", "1", "--keep", "4"])
     assert "--depth 4 -> 5" in str(error.value)
     assert "--seed 0 -> 1" in str(error.value)
     assert "--keep" not in str(error.value)
     with pytest.raises(ConfigError, match="--num-iterations 10 -> 9"):
-        run_folder.configure(["--resume", str(tmp_path / "one"), "--num-iterations", "9"])
+        run_folder.resolve_config(["--resume", str(tmp_path / "one"), "--num-iterations", "9"])
 
 
 def test_a_longer_horizon_and_another_rounding_are_allowed_and_the_latter_is_told(tmp_path):
     saved_run(tmp_path, run="one")
     args = ["--resume", str(tmp_path / "one"), "--num-iterations", "20", "--device-batch-size", "4", "--keep", "9"]
-    config, notes = run_folder.configure(args)
+    config, notes = run_folder.resolve_config(args)
     assert (config.num_iterations, config.device_batch_size, config.keep) == (20, 4, 9)
     assert notes == ["--device-batch-size 8 -> 4"]
 
@@ -244,7 +244,7 @@ def test_what_a_killed_write_left_does_not_take_the_folder(tmp_path):
     config.run_dir.mkdir()
     (config.run_dir / ".config.json.0123abcd.tmp").write_text("half")
     run_folder.check_free(config)
-    run_folder.save_config(with_defaults(config, gpu=False))
+    run_folder.save_config(resolve_defaults(config, gpu=False))
     with pytest.raises(ConfigError, match="holds a run"):
         run_folder.check_free(config)
     (config.run_dir / "notes.txt").write_text("the user's")

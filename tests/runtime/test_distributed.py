@@ -23,13 +23,13 @@ pytestmark = pytest.mark.slow
 
 STEPS = 8
 MATRIX = "transformer.h.0.attn.c_q.weight"
-ALL = {"device_batch_size": 1, "steps": STEPS}  # rows of a rank at once: 4 ranks have one each
+ALL = {"device_batch_size": 1, "steps": STEPS}  # with one row at a time, 4 ranks have a row each
 
 
 def torchrun(size, args, agent=("--standalone",), program=("-m", "nanochat_native.train"), **environment):
     command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc_per_node", str(size), *program]
     return subprocess.Popen(
-        [*command, "--", *args],  # without the "--" torchrun takes --run for one of its own
+        [*command, "--", *args],  # without the "--", torchrun reads --run as its own flag
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def on_ranks(folder, request):
-    """(ranks, output) of the run on so many ranks."""
+    """Return (ranks, output) of the run on this number of ranks."""
     code, out, err = finished(torchrun(request.param, tiny_flags(folder, run=str(request.param), **ALL)))
     assert code == 0, err
     return request.param, out
@@ -88,8 +88,8 @@ def test_a_checkpoint_holds_what_one_rank_would_write(folder, on_ranks):
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 4), (4, 2), (3, 1)])
-def test_a_run_goes_on_with_another_number_of_ranks(folder, first, second):
-    """As it would have on the first: the same data, and the same losses but for rounding."""
+def test_a_run_resumes_on_another_number_of_ranks(folder, first, second):
+    """Require the data and, up to rounding, the losses of a run that kept its number of ranks."""
     name = f"{first} to {second}"
     flags = {"total_batch_size": 12 * 32, "device_batch_size": 1, "run": name.replace(" ", "-")}
     for size, steps, more in ((first, 4, {}), (second, STEPS, {"resume": "auto"})):
@@ -105,8 +105,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder, first, second):
         assert mine == pytest.approx(theirs, rel=5e-4), (kind, step)
 
 
-def test_bfloat16_between_ranks_goes_on_where_it_stopped(folder):
-    """The owners' exact values are in the checkpoint: cut and resumed, the run is the one that was not, bit for bit."""
+def test_a_run_with_bfloat16_between_ranks_resumes_bit_for_bit(folder):
+    """Save the owners' exact values, so that a resumed run equals an uninterrupted one, bit for bit."""
     flags = {"device_batch_size": 2, "reduce_dtype": "bfloat16", "gather_dtype": "bfloat16"}
     flags |= {"check_replicas_every": 1, "save_every": 4, "warmdown_ratio": 0}
     for name, steps, more in (("bf16-whole", 8, {}), ("bf16", 4, {}), ("bf16", 8, {"resume": "auto"})):
@@ -122,7 +122,7 @@ def test_bfloat16_between_ranks_goes_on_where_it_stopped(folder):
 
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1, 2)], ids=str)
 def test_exact_values_follow_a_change_of_ranks(folder, sizes):
-    """With weights that travel rounded: the loaded ones go on, neither the first nor older ones."""
+    """Resume from the exact weights of the checkpoint, although rounded ones are sent between ranks."""
     name = "master-" + "-".join(map(str, sizes))
     flags = {"device_batch_size": 2, "gather_dtype": "bfloat16", "save_every": 4, "warmdown_ratio": 0}
     for count, size in enumerate(sizes, 1):
@@ -142,7 +142,7 @@ def test_exact_values_follow_a_change_of_ranks(folder, sizes):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"total_batch_size": 96}, "--total-batch-size 96 is no multiple of"),
+        ({"total_batch_size": 96}, "--total-batch-size must be a multiple of"),
         ({"depth": 0}, "--depth is 0; it takes a whole number from 1"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd', which runs on one rank"),
@@ -157,7 +157,7 @@ def test_a_mistake_stops_all_ranks_with_one_message(folder, flags, message):
 
 
 def wait_for_checkpoints(run, count, process, after=0):
-    """Until the run that `process` trains has so many checkpoints of steps behind `after`."""
+    """Wait until the run of `process` has `count` checkpoints of steps above `after`."""
 
     def there():
         return len([s for s in checkpoint.steps(run / "checkpoints") if s > after]) >= count
@@ -186,7 +186,7 @@ def test_sigterm_ends_all_ranks_with_a_checkpoint(folder):
     assert records(run, "train")[-1]["step"] == checkpoint.steps(run / "checkpoints")[-1]
 
 
-def test_kill_of_a_rank_ends_the_job_and_the_run_goes_on(folder):
+def test_a_killed_rank_ends_the_job_and_the_run_resumes(folder):
     run = folder / "runs/killed"
     flags = {"run": "killed", "steps": 100_000, "save_every": 50, "device_batch_size": 2}
     process = torchrun(2, tiny_flags(folder, **flags))
@@ -219,7 +219,7 @@ def test_a_stalled_rank_ends_the_job_in_time(folder):
 
 def test_an_error_is_shown_with_its_rank(folder):
     script = (
-        "import os, sys; from nanochat_native import trainer; from nanochat_native.train import main\n"
+        "import os, sys; from nanochat_native.training import trainer; from nanochat_native.train import main\n"
         "def fail(*_): raise ZeroDivisionError('of this rank')\n"
         "if os.environ['RANK'] == '1': trainer.Trainer.train_step = fail\n"
         "sys.exit(main(sys.argv[1:]))"
@@ -241,7 +241,7 @@ calls = itertools.count(1)
 rank, what = os.environ["RANK"], os.environ["SABOTAGE"]
 
 def dying(*args, real=checkpoint.fsync):
-    if next(calls) == 12:  # in the second checkpoint, whose files are written but not in place
+    if next(calls) == 12:  # in the second checkpoint, after its files are written and before they are in place
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 
@@ -286,7 +286,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_the_step(folde
     assert [record["skipped"] for record in records(folder / "runs/nan", "train")] == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_goes_on(folder):
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_the_run_continues(folder):
     code, _, err = finished(torchrun(2, tiny_flags(folder, run="full", steps=4, device_batch_size=2)))
     assert code == 0, err
     code, out, _ = sabotaged(folder, "disk full", run="full", steps=12, resume="auto")
@@ -311,7 +311,7 @@ def test_two_jobs_do_not_train_in_one_folder(folder):
 
 
 def test_two_agents_make_one_world(folder):
-    """As on two machines: each starts its ranks, and they meet at an address."""
+    """Start two agents as on two machines: each starts its ranks, and they connect to one address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -340,7 +340,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
-        pytest.raises(RankError, match="4 ranks on a machine with 2 GPUs: take --nproc_per_node 2"),
+        pytest.raises(RankError, match="--nproc_per_node must be <= 2, the GPUs of this machine, got 4"),
         distributed.init_process_group(),
     ):
         pass
@@ -366,7 +366,7 @@ def fail_on(rank):
 
 
 def written_while_it_changes(folder):
-    """A checkpoint of a matrix of each rank and of a table that is cut by rows; all of them change at once."""
+    """Write a checkpoint of a matrix of each rank and of a table that is cut by rows, while all of them change."""
     here, group = world(), dist.new_group(backend="gloo")
     weights = {"w": torch.arange(6.0)}
     mesh = init_device_mesh("cpu", (here.size,))
@@ -433,7 +433,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_one_rank_is_everyones():
+def test_an_error_of_one_rank_is_raised_on_all():
     assert run(3, fail_on, ()) == [0, 1, 2]
     assert run(3, fail_on, (1,)) == ["rank 1: no room"] * 3
     assert run(3, fail_on, (0, 1, 2)) == ["no room"] * 3
@@ -456,15 +456,15 @@ def differing():
     return messages
 
 
-def test_replicas_that_came_apart_are_named():
+def test_replicas_that_have_diverged_are_named():
     for messages in run(3, differing):
         assert messages == [
-            "b.weight of rank 2 is not that of rank 0: the replicas have come apart",
+            "b.weight differs between rank 2 and rank 0: the replicas have diverged",
             "the ranks differ in --seed: 0 on rank 0, 1 on 2",
         ]
 
 
-def test_checksums_see_every_bit_and_place():
+def test_checksums_depend_on_every_bit_and_position():
     base = torch.arange(8.0)
     swapped, flipped = base[[1, 0, 2, 3, 4, 5, 6, 7]], base.clone()
     flipped[5] = torch.nextafter(flipped[5], torch.tensor(9.0))
@@ -473,7 +473,7 @@ def test_checksums_see_every_bit_and_place():
     assert found[0] == distributed.checksums([base.clone()]).item()
 
 
-def test_one_process_is_a_world():
+def test_one_process_needs_no_process_group():
     here = World()
     assert here.all_gather_object(3) == [3]
     assert here.all_reduce_max(4) == 4

@@ -34,8 +34,8 @@ def tokens(seed=0):
     return torch.randint(50, (4, 25), generator=torch.Generator().manual_seed(seed))
 
 
-def looked(max_norm=math.inf, **options):
-    """(model, the weights before, the optimizers, the quantities) of one step; a run's world is one rank."""
+def one_step(max_norm=math.inf, **options):
+    """Return (model, weights before the step, gradients, quantities) of one step on one rank."""
     model = build()
     optimizers = setup_optimizers(model, **options)
     idx = tokens()
@@ -67,7 +67,7 @@ def of(found, quantity):
 @pytest.mark.parametrize("max_norm", [math.inf, 0.01])
 @pytest.mark.parametrize("optimizer", ["hybrid", "adamw", "sgd"])
 def test_norms_of_gradients_and_updates(max_norm, optimizer):
-    model, before, gradients, found = looked(max_norm, optimizer=optimizer)
+    model, before, gradients, found = one_step(max_norm, optimizer=optimizer)
     assert of(found, "gradient_norm") == pytest.approx(norms_by_layer(gradients), rel=1e-4)
     updates = norms_by_layer({name: p.detach() - before[name] for name, p in model.named_parameters()})
     assert of(found, "update_norm") == pytest.approx(updates, rel=1e-5)
@@ -91,8 +91,8 @@ def test_orthogonality_error_by_hand():
 
 @pytest.mark.parametrize("steps", [1, 5, 12])
 def test_the_error_is_that_of_muons_update(steps):
-    """Against newton_schulz of the same momentum, taken again."""
-    _, _, gradients, found = looked(coefficients="cubic", ns_steps=steps)
+    """Compare with the error of newton_schulz on the same momentum."""
+    _, _, gradients, found = one_step(coefficients="cubic", ns_steps=steps)
     expected = {}
     for name, gradient in gradients.items():
         if name.startswith("transformer.h."):
@@ -104,11 +104,11 @@ def test_the_error_is_that_of_muons_update(steps):
 
 @pytest.mark.parametrize("options", [{}, {"cautious": True}, {"per_head": True}, {"cautious": True, "per_head": True}])
 def test_weight_decay_and_heads_are_taken_out_of_it(options):
-    """Decay is no part of what was orthogonalised; heads are matrices of their own."""
-    _, _, _, found = looked(coefficients="cubic", ns_steps=25, matrix_weight_decay=3.0, **options)
-    _, _, _, plain = looked(coefficients="cubic", ns_steps=25)
+    """Leave weight decay out of the update, and treat each head as a matrix."""
+    _, _, _, found = one_step(coefficients="cubic", ns_steps=25, matrix_weight_decay=3.0, **options)
+    _, _, _, plain = one_step(coefficients="cubic", ns_steps=25)
     assert len(of(found, "orthogonality_error")) == 3
-    assert max(of(plain, "orthogonality_error").values()) < 0.6  # square ones have small singular values
+    assert max(of(plain, "orthogonality_error").values()) < 0.6  # square matrices have small singular values
     if "per_head" not in options:
         assert of(found, "orthogonality_error") == pytest.approx(of(plain, "orthogonality_error"), rel=0.02, abs=1e-4)
     else:
@@ -143,14 +143,14 @@ def test_attention_logits_against_every_pair():
 
 @pytest.mark.parametrize(("window", "expected"), [(None, 30.0), (3, 3.0)])
 def test_pairs_that_no_query_sees_do_not_count(window, expected):
-    """Keys of 30 at position 0 and of 90 at the last, queries of 1 but for the last, which is 0."""
+    """Give position 0 a key of 30 and the last one of 90; all queries are 1, but the last is 0."""
     attention = build().blocks[0].attn
     q, k = torch.zeros(1, 8, 4, 8), torch.zeros(1, 8, 2, 8)
     q[..., 0] = math.sqrt(8)
     q[:, -1] = 0
     k[..., 0] = 3.0
     k[:, 0, 1, 0], k[:, -1, 1, 0] = 30.0, 90.0
-    q[:, : (window or 0) + 1, 2:] = 0 if window else math.sqrt(8)  # those that see position 0 through the window
+    q[:, : (window or 0) + 1, 2:] = 0 if window else math.sqrt(8)  # the queries that see position 0 through the window
     q[:, :, :, 1:] = 0
     attention.project = lambda x, cos, sin: (q, k, None)
     attention.window = window
@@ -169,7 +169,7 @@ def test_dead_units_are_counted():
 
 
 def gradient_norms():
-    """Of this rank, which has a part of the batch."""
+    """Return the quantities of this rank, which has a part of the batch."""
     model = build()
     optimizers = setup_optimizers(model, process_group=dist.group.WORLD)
     world = World(dist.get_rank(), dist.get_world_size(), 0, dist.group.WORLD)
@@ -185,7 +185,7 @@ def gradient_norms():
 
 def test_ranks_see_what_one_process_sees():
     first, second = run(2, gradient_norms)
-    _, _, _, alone = looked(0.01)
+    _, _, _, alone = one_step(0.01)
     assert set(first) == set(alone)
     for quantity in ("gradient_norm", "update_norm", "attention_logit"):
         assert of(first, quantity) == pytest.approx(of(alone, quantity), rel=1e-3)
@@ -213,7 +213,7 @@ def test_a_diagnosed_run_has_the_same_bits_and_a_report(folder, capsys):
     clipped = math.sqrt(sum(found[0][f"gradient_norm/{layer}"] ** 2 for layer in ("wte", "h.0", "h.1", "lm_head")))
     assert clipped == pytest.approx(trained[2]["grad_norm"], rel=1e-4)
     out = capsys.readouterr().out
-    assert "diagnosis.png | looked 2 times" in out
+    assert "diagnosis.png | measured 2 times" in out
     assert "% of the time" in out
     assert (folder / "runs" / "looked" / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "runs" / "plain" / "diagnosis.png").exists()
@@ -234,7 +234,7 @@ def test_tensorboard_has_the_scalars(folder):
 def test_looking_may_be_turned_on_when_a_run_goes_on(folder, capsys):
     assert train(folder, run="later", steps=4) == 0
     assert main([*tiny_flags(folder, run="later", steps=8), "--resume", "auto", "--diagnose"]) == 0
-    assert "the run goes on, but no longer bit for bit" not in capsys.readouterr().out
+    assert "may differ in the last bits" not in capsys.readouterr().out
     assert [r["step"] for r in records(folder / "runs" / "later", "diagnosis")] == [5, 6, 7, 8]
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learnt, in what weight; runs that go on; answers that change; mistakes in one line."""
+"""Fine-tuning: targets and their weights, resumed runs, answers that change, errors in one line."""
 
 import json
 import shutil
@@ -18,6 +18,7 @@ from nanochat_native.runs import checkpoint, run_folder
 from nanochat_native.runs.config import FinetuneConfig
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.console import SilentConsole
+from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.train import main as train_main
 from nanochat_native.training import finetuning
@@ -78,7 +79,7 @@ def run(folder, name="chat", **changes):
 
 
 def config_of(folder, **changes):
-    return run_folder.configure(flags(folder, **changes), FinetuneConfig, finetuning.complete)[0]
+    return run_folder.resolve_config(flags(folder, **changes), FinetuneConfig, finetuning.resolve_finetuning)[0]
 
 
 def answer(run_dir, question, tokens=12):
@@ -90,10 +91,10 @@ def answer(run_dir, question, tokens=12):
     return request.text, meta
 
 
-# --- what is learnt ---
+# --- what is trained on ---
 
 
-def test_rows_hold_a_conversation_each_and_learn_the_answers_alone():
+def test_each_row_holds_a_conversation_whose_answers_are_the_targets():
     rows = ConversationRows([([1, 2, 3, 4, 5], [False, False, True, True, False]), ([7, 8], [False, True])], 6)
     inputs, targets = rows.pair(0, 6)
     assert inputs.tolist() == [1, 2, 3, 4, 0, 0]
@@ -110,12 +111,12 @@ def test_rows_hold_a_conversation_each_and_learn_the_answers_alone():
 
 
 def gradients(folder, **changes):
-    trainer = finetuning.FinetuneTrainer(config_of(folder, **changes), SilentConsole())
+    trainer = finetuning.make_trainer(config_of(folder, **changes), SilentConsole(), World())
     loss, _ = trainer.compute_gradients(trainer.loader.batch(0))
     return trainer, loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
 
-def test_the_loss_is_the_mean_over_the_learnt_tokens_however_a_batch_is_cut(base):
+def test_the_loss_is_the_mean_over_the_targets_for_each_micro_batch_size(base):
     (base / "uneven.jsonl").write_text(
         "".join(json.dumps(chat("count", "one " * n)) + "\n" for n in (1, 12, 2, 7, 1, 9, 3, 1))
     )
@@ -152,7 +153,7 @@ def test_answers_change(base):
 # --- runs ---
 
 
-def test_a_run_goes_on_bit_for_bit_also_without_its_base(base):
+def test_a_run_resumes_bit_for_bit_also_without_its_base(base):
     assert run(base, "whole") == 0
     assert run(base, "cut") == 0
     whole, cut = base / "runs" / "whole", base / "runs" / "cut"
@@ -168,6 +169,30 @@ def test_a_run_goes_on_bit_for_bit_also_without_its_base(base):
     for name, tensor in tensors[0][0]["model"].items():
         assert torch.equal(tensor, tensors[1][0]["model"][name]), name
     assert tensors[0][1]["base"] == tensors[1][1]["base"]
+
+
+def test_the_base_is_loaded_once(base, monkeypatch):
+    loaded = []
+
+    def load_file(path, real=checkpoint.load_file):
+        loaded.append(path)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "load_file", load_file)
+    assert run(base, "once", num_iterations=1) == 0
+    folder = checkpoint.path_of(base / "runs" / "base" / "checkpoints", 4)
+    assert sorted(loaded) == [folder / "model.safetensors", folder / "optimizer.safetensors"]
+
+
+def test_a_damaged_base_gives_way_to_the_checkpoint_before(base):
+    damaged = base / "damaged"
+    shutil.copytree(base / "runs" / "base", damaged)
+    tensors, meta = checkpoint.load(damaged / "checkpoints", 4)
+    weights = checkpoint.save(damaged / "checkpoints", 5, tensors, meta) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert run(base, "of_damaged", checkpoint=damaged, num_iterations=1) == 0
+    assert run_folder.load_config(base / "runs" / "of_damaged").step == 4
+    assert load_model(base / "runs" / "of_damaged")[2]["base"]["step"] == 4
 
 
 def test_other_commands_take_the_run(base, capsys):
@@ -206,17 +231,17 @@ def test_the_examples_are_the_same_each_time_and_serve_without_data(base):
     assert "<|user_start|>" in records(folder, "sample")[0]["prompt"]
 
 
-def test_few_conversations_are_measured_on_themselves_and_long_ones_cut(base, capsys):
+def test_few_conversations_are_their_own_validation_and_long_ones_are_cut(base, capsys):
     chats = [chat("count", "one two three " * 40), chat("word " * 90, "never reached"), chat("hi", "yes")]
     (base / "few.jsonl").write_text("".join(json.dumps(messages) + "\n" for messages in chats))
     assert run(base, "few", data=base / "few.jsonl", val_data=None, num_iterations=1) == 0
     out = capsys.readouterr().out
     assert "too few conversations with answers (2) to hold some out" in out
-    assert "2 conversations lose what is behind 64 tokens; 1 whose answers all lie there are left out" in out
+    assert "2 conversations are cut after 64 tokens; 1 with no answer before that are left out" in out
 
 
 @pytest.mark.slow
-def test_ranks_learn_what_one_process_does(base):
+def test_ranks_have_the_losses_of_one_process(base):
     assert run(base, "one", batch_rows=8) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["nanochat_native.finetune", "--", *flags(base, "two", batch_rows=8)]
@@ -227,7 +252,7 @@ def test_ranks_learn_what_one_process_does(base):
         assert one[2] == pytest.approx(two[2], abs=2e-4)
 
 
-# --- mistakes ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -260,7 +285,7 @@ def test_ranks_learn_what_one_process_does(base):
         ),
         ('["hello", "hi"]', "line 2: messages[0] must be an object"),
         ('[{"role": ["user"], "content": "x"}]', "line 2: messages[0].role must be"),
-        ('[{"role": "user", "content": "x"}]', "line 2: the last message is the user's"),
+        ('[{"role": "user", "content": "x"}]', "line 2: the last message must be the assistant's, got the user's"),
         ('[{"role": "assistant", "content": "x"}]', "line 2: messages[0].role must be 'user'"),
         ("[" * 5000, "line 2: "),
     ],
@@ -283,11 +308,11 @@ def test_a_line_that_is_no_conversation_is_named(base, capsys, content, message)
         ({"step": 77}, "holds no checkpoint of step 77, but of 4"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl: no file, no folder with files and no glob that matches"),
         ({"val_data": "/nowhere.jsonl"}, "/nowhere.jsonl: no file, no folder with files and no glob that matches"),
-        ({"val_data": ""}, "--val-data is empty; it takes a file, a folder or a glob"),
-        ({"depth": 3}, "--depth is the base model's"),
-        ({"vocab_size": 400}, "--vocab-size is the base model's"),
-        ({"total_batch_size": 64}, "--total-batch-size is pretraining's; fine-tuning takes --batch-rows"),
-        ({"max_seq_len": 65}, "--max-seq-len is 65; the base model takes up to 64"),
+        ({"val_data": ""}, "--val-data must be a file, a folder or a glob, got ''"),
+        ({"depth": 3}, "--depth follows from the base model"),
+        ({"vocab_size": 400}, "--vocab-size follows from the base model"),
+        ({"total_batch_size": 64}, "--total-batch-size is a flag of pretraining; fine-tuning has --batch-rows"),
+        ({"max_seq_len": 65}, "--max-seq-len must be <= 64, the base model's, got 65"),
         ({"epochs": 0}, "--epochs is 0.0"),
         ({"rate_scale": -1}, "--rate-scale is -1.0"),
         ({"batch_rows": 0}, "--batch-rows is 0"),
@@ -324,11 +349,11 @@ def test_files_that_are_no_text_or_empty_are_refused(tmp_path):
         finetuning.read_conversations(tmp_path / "latin")
 
 
-# --- what is learnt of other files ---
+# --- conversations of other files ---
 
 
 def chats_of(base, records, name="made.jsonl", **changes):
-    """make_chats of a file of records: (chats, notes)."""
+    """Return (chats, notes) of make_chats for a file of records."""
     (base / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     config = config_of(base, data=base / name, **changes)
     _, tokenizer, _ = load_model(base / "runs" / "base")
@@ -355,7 +380,7 @@ def test_a_file_may_hold_several_forms_and_the_notes_name_them(base):
     assert len(notes) == 3, "two forms, and too few to hold some out"
 
 
-def test_a_fault_after_many_good_records_is_told_by_its_line(base):
+def test_an_error_after_many_good_records_names_its_line(base):
     with pytest.raises(ValueError, match=r"made.jsonl, line 51: the record has the keys 'text'; it takes messages"):
         chats_of(base, [chat("q", "a")] * 50 + [{"text": "x"}])
 
@@ -372,7 +397,7 @@ def test_conversations_of_a_folder_are_those_of_its_files(base, capsys):
     assert finetuning.read_conversations(f"{folder}/*.jsonl") == [chat("q", "a")]
     assert run(base, "of_a_folder", data=folder, val_data=f"{folder}/*.jsonl", num_iterations=1) == 0
     out = capsys.readouterr().out
-    assert "note     1 of 1 conversations of --val-data are in --data too, and are learnt" in out
+    assert "note     1 of 1 conversations of --val-data are in --data too, and are trained on" in out
 
 
 def test_special_tokens_in_data_are_text(base):
@@ -397,7 +422,7 @@ def test_equal_conversations_are_on_one_side_whatever_else_their_messages_have(b
 
 
 def held_out_questions(count, held):
-    """`count` questions whose conversations with this answer are held out, or not."""
+    """Return a function from an answer to `count` questions whose conversations with it are held out, or not."""
     return lambda answer: [q for q in map(str, range(1000)) if finetuning.is_held_out(chat(q, answer)) == held][:count]
 
 
@@ -405,7 +430,7 @@ def test_held_out_answers_that_are_all_empty_are_replaced_by_all(base):
     records = [chat(q, "word") for q in held_out_questions(9, False)("word")]
     records += [chat(q, "") for q in held_out_questions(2, True)("")]
     made, notes = chats_of(base, records, val_data=None)
-    assert "too few conversations with answers (11) to hold some out: validation measures on all" in notes
+    assert "too few conversations with answers (11) to hold some out: validation uses all" in notes
     assert documents(made.val) == documents(made.train)
     assert len(made.train.documents) == 11
     records[9:] = [chat(q, "word") for q in held_out_questions(2, True)("word")]
@@ -420,7 +445,7 @@ def test_answers_that_are_all_empty_are_refused_before_any_work(base, capsys):
         assert run(base, "empty", **changes) == 2
         assert (
             capsys.readouterr().err
-            == f"error: {empty}: every answer is empty: there is nothing to learn or to measure\n"
+            == f"error: {empty}: every answer is empty: there is nothing to train on or to validate on\n"
         )
         assert not (base / "runs" / "empty").exists()
     late = base / "late.jsonl"
@@ -428,8 +453,8 @@ def test_answers_that_are_all_empty_are_refused_before_any_work(base, capsys):
     made, _ = chats_of(base, [chat("q", "a")], val_data=late)
     tokens = 8 * made.val.sequence_len
     assert run(base, "empty", data=base / "made.jsonl", val_data=late, eval_tokens=tokens) == 2
-    advice = f"take an --eval-tokens above {tokens}"
-    assert f"{late}: the first answers to measure on are all empty: {advice}" in capsys.readouterr().err
+    advice = f"use an --eval-tokens above {tokens}"
+    assert f"{late}: the first answers for validation are all empty; {advice}" in capsys.readouterr().err
     assert not (base / "runs" / "empty").exists()
     changes = {"data": base / "made.jsonl", "val_data": late, "eval_tokens": tokens + 1, "num_iterations": 1}
     assert run(base, "late", **changes) == 0
@@ -446,7 +471,7 @@ def test_answers_beyond_the_cut_are_refused_by_file(base, capsys):
     path.write_text(json.dumps(chat("word " * 90, "never reached")) + "\n")
     for changes in ({"data": path, "val_data": None}, {"val_data": path}):
         assert run(base, "long", **changes) == 2
-        expected = f"error: {path}: no answer begins within 64 tokens: take a longer --max-seq-len\n"
+        expected = f"error: {path}: no answer begins within 64 tokens; use a longer --max-seq-len\n"
         assert capsys.readouterr().err == expected
 
 
@@ -457,11 +482,11 @@ def test_defaults_follow_the_base(base):
     assert config_of(base, matrix_lr=0.5).matrix_lr == 0.5
     assert finetuning.steps_of(config, 16, 8) == 6
     with pytest.raises(ConfigError, match="--checkpoint RUN is needed"):
-        finetuning.complete(FinetuneConfig())
+        finetuning.resolve_finetuning(FinetuneConfig())
 
 
-def test_a_base_that_has_moved_is_known_by_its_weights(base, capsys):
-    """And its conversations by what they say."""
+def test_a_base_that_has_moved_is_recognised_by_its_weights(base, capsys):
+    """Find the base by its weights, and the conversations by their content."""
     assert run(base, "kept") == 0
     kept = base / "runs" / "kept"
     shutil.rmtree(checkpoint.path_of(kept / "checkpoints", 6))
@@ -474,7 +499,7 @@ def test_a_base_that_has_moved_is_known_by_its_weights(base, capsys):
     assert run_folder.load_config(kept).data == str(base / "renamed.jsonl")
     assert train(base, run="other-base", steps=4, max_seq_len=64, seed=1) == 0
     capsys.readouterr()
-    for other, message in (("runs/other-base", "is not the model that this run began with"), ("nowhere", "missing")):
+    for other, message in (("runs/other-base", "must be the model that this run began with"), ("nowhere", "missing")):
         assert finetune.main(["--resume", str(kept), "--checkpoint", str(base / other)]) == 2
         assert message in capsys.readouterr().err
 

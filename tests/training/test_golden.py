@@ -1,4 +1,4 @@
-"""The loss curve of a small training run: against plain torch, against stored numbers, and against itself."""
+"""The loss curve of a small training run, compared with plain torch, with stored numbers, and with itself."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ GOLDEN = [
 
 
 def batch(step):
-    """Tokens that follow a rule with some noise: a generator of this file's own, so that no library can change them."""
+    """Return tokens that follow a rule with some noise, from a generator of this file: no library can change them."""
     state = 12345 + step
     rows = []
     for _ in range(ROWS):
@@ -53,7 +53,7 @@ def schedule(step):
 
 
 def train():
-    """(losses, final weights) of the package's model and optimizers on the backend in use."""
+    """Return (losses, final weights) of the package's model and optimizers on the backend in use."""
     model = GPT(CONFIG)
     model.init_weights(seed=1)
     optimizers = setup_optimizers(model)
@@ -75,7 +75,7 @@ def train():
 
 
 def train_plainly():
-    """The same run with torch's own calls, in float64."""
+    """Return the losses of the same run with torch's own calls, in float64."""
     model = GPT(CONFIG)
     model.init_weights(seed=1)
     weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
@@ -115,7 +115,7 @@ def test_golden_losses_are_plain_torchs():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_golden_loss_curve(backend):
-    """float32 stays within 1e-5 of the curve in float64, on any machine; the same machine gives the same bits."""
+    """Require float32 to stay within 1e-5 of the float64 curve on any machine, and to repeat its bits on this one."""
     with use(backend):
         losses, weights = train()
         again, same_weights = train()

@@ -1,4 +1,4 @@
-"""What reports on a run never ends it: consoles, logs, samples, evaluations and plots fail, and training goes on."""
+"""A report never ends the run: training continues when a console, log, sample, evaluation or plot fails."""
 
 import io
 import itertools
@@ -17,20 +17,19 @@ from tiny_run import losses, records, tiny_flags, train, write_text
 from nanochat_native import plot
 from nanochat_native.evaluation import bits_per_byte
 from nanochat_native.runs import checkpoint, metrics_log, pictures
-from nanochat_native.runs.config import parse
-from nanochat_native.runs.run_folder import sized
+from nanochat_native.runs.config import parse, resolve_device
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.distributed import RankError, World
 from nanochat_native.runtime.isolation import EXIT_CODE, GuardedStream, ReportFailures, guarded_streams
-from nanochat_native.training import report, trainer
+from nanochat_native.training import pretraining, report, trainer
 
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a text, and "whole": a run in which nothing fails."""
+    """Return a folder with a text, and "whole": a run in which nothing fails."""
     folder = tmp_path_factory.mktemp("isolation")
     write_text(folder / "text.jsonl")
     assert train(folder, run="whole", steps=STEPS, sample_every=4) == 0
@@ -67,7 +66,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_a_guarded_stream_never_raises_and_its_fallback_tells_once(error):
+def test_a_guarded_stream_never_raises_and_its_fallback_reports_once(error):
     failures, other = ReportFailures(), io.StringIO()
     stream = GuardedStream(Stream(error), "standard output", failures)
     stream.fallback = GuardedStream(other, "standard error", failures)
@@ -79,7 +78,7 @@ def test_a_guarded_stream_never_raises_and_its_fallback_tells_once(error):
     assert str(error.args[-1]) in other.getvalue()
 
 
-def test_two_dead_streams_do_not_call_each_other_for_ever():
+def test_two_closed_streams_do_not_call_each_other_forever():
     failures = ReportFailures()
     out, err = (GuardedStream(Stream(OSError(5, "Input/output error")), name, failures) for name in ("out", "err"))
     out.fallback, err.fallback = err, out
@@ -90,7 +89,7 @@ def test_two_dead_streams_do_not_call_each_other_for_ever():
 @pytest.mark.parametrize(
     ("encoding", "written"), [("ascii", "\\u6570 \\xfc"), ("latin-1", "\\u6570 ü"), ("utf-8", "数 ü")]
 )
-def test_characters_that_a_terminal_lacks_are_escaped(encoding, written):
+def test_characters_that_the_encoding_lacks_are_escaped(encoding, written):
     failures, raw = ReportFailures(), io.BytesIO()
     stream = GuardedStream(io.TextIOWrapper(raw, encoding=encoding, errors="strict"), "out", failures)
     stream.write("数 ü")
@@ -116,7 +115,7 @@ def test_an_object_with_write_and_flush_alone_is_a_stream():
     assert "".join(tee.seen) == "message\n"
 
 
-def test_the_process_streams_are_guarded_and_given_back(monkeypatch):
+def test_the_process_streams_are_guarded_and_restored(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Stream(BrokenPipeError(32, "Broken pipe")))
     monkeypatch.setattr(sys, "stderr", None)
     before = sys.stdout
@@ -140,14 +139,14 @@ def test_a_console_with_a_dead_stream_counts(capsys):
 
 
 def started(folder, **streams):
-    """A run of 4 steps in a process of its own."""
+    """Start a run of 4 steps in its own process."""
     args = tiny_flags(folder, steps=4, overwrite=True, **streams.pop("flags", {}))
     env = {**os.environ, "OMP_NUM_THREADS": "1"} | streams.pop("env", {})
     return subprocess.Popen([sys.executable, "-m", "nanochat_native.train", *args], env=env, **streams)
 
 
 def test_a_closed_pipe_does_not_end_training(folder):
-    """train | true"""
+    """Run train | true."""
     process = started(folder, flags={"run": "pipe"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     err = process.stderr.read()
@@ -161,7 +160,7 @@ def test_a_closed_pipe_does_not_end_training(folder):
 
 @pytest.mark.parametrize("json_lines", [False, True], ids=["text", "json"])
 def test_both_streams_dead(folder, json_lines):
-    """train 2>&1 | true"""
+    """Run train 2>&1 | true."""
     flags = {"run": "dead"} | ({"json": True} if json_lines else {})
     process = started(folder, flags=flags, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.close()
@@ -214,10 +213,10 @@ class BrokenWriter:
         return failing
 
 
-# name of the report: (owner, attribute) that fails from its second call on, and how often that is
+# name of the report: (owner, attribute) that fails from its second call on, and the number of failures
 REPORTS = {
     "evaluation": (bits_per_byte, "_sums", 3),
-    "sample": (trainer, "generate_text", 2),
+    "sample": (pretraining, "generate_text", 2),
     "plot": (report, "plot_loss", 1),
     "log of a step": (report, "live_line", STEPS),
     "metrics.jsonl": (metrics_log, "_append", STEPS + 4 + 3),
@@ -229,7 +228,7 @@ REPORTS = {
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_a_report_that_fails_is_told_once_counted_and_trained_past(folder, monkeypatch, capsys, name):
+def test_a_report_that_fails_is_named_once_and_counted_and_training_continues(folder, monkeypatch, capsys, name):
     owner, attribute, times = REPORTS[name]
     run, flags = f"no-{name.split()[0]}", {}
     if name == "diagnosis":
@@ -254,7 +253,7 @@ def test_a_report_that_fails_is_told_once_counted_and_trained_past(folder, monke
         ]
 
 
-def test_a_writer_of_tensorboard_that_fails_is_given_up(folder, monkeypatch, capsys):
+def test_a_tensorboard_writer_that_fails_is_not_used_again(folder, monkeypatch, capsys):
     monkeypatch.setattr(metrics_log, "_tensorboard_writer", lambda *args: BrokenWriter())
     assert train(folder, run="tensorboard", steps=4) == EXIT_CODE
     assert "failed: TensorBoard once\n" in capsys.readouterr().err
@@ -303,12 +302,12 @@ def test_the_checkpoint_is_there_before_anything_else_is_done_at_its_step(folder
     [
         (2, "evaluation.bits_per_byte", "_sums"),
         (3, "evaluation.bits_per_byte", "_sums"),
-        (2, "training.trainer", "generate_text"),
+        (2, "training.pretraining", "generate_text"),
     ],
     ids=str,
 )
 def test_killed_between_the_checkpoint_and_its_reports(folder, where):
-    """What was not measured or sampled when the run was killed is when it goes on."""
+    """Make up for an evaluation or a sample that a killed run missed, when it is resumed."""
     run = f"killed-{where[0]}-{where[2]}"
     killed(folder, *where, run=run, sample_every=4)
     assert train(folder, run=run, steps=STEPS, sample_every=4, resume="auto") == 0
@@ -319,7 +318,7 @@ def test_killed_between_the_checkpoint_and_its_reports(folder, where):
 @pytest.mark.parametrize("text", ["ascii", "four bytes"])
 def test_a_sample_fits_the_positions_of_the_shortest_sequences(tmp_path, length, text):
     write_text(tmp_path / "text.jsonl")
-    if text == "four bytes":  # tokens cut inside characters, which decode to more tokens than they were
+    if text == "four bytes":  # tokens end inside characters, so their text has more tokens than were read
         lines = [json.dumps({"text": chr(0x1F600 + i) * 200}) for i in range(40)]
         (tmp_path / "text.jsonl").write_text("\n".join(lines))
     flags = {"max_seq_len": length, "total_batch_size": 8 * length, "vocab_size": 265, "save_every": 0}
@@ -348,12 +347,12 @@ def rank_with_a_failing_evaluation(folder, failing_rank):
     group, background = dist.group.WORLD, dist.new_group(backend="gloo")
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), group, background)
     flags = tiny_flags(folder, steps=4, run=f"ranks-{failing_rank}", save_every=0, eval_every=2, sample_every=2)
-    run = trainer.Trainer(sized(parse(flags)), SilentConsole(), world)
+    run = trainer.Trainer(resolve_device(parse(flags)), SilentConsole(), world)
     if world.rank == failing_rank:
         bits_per_byte._sums = failing
     code = run.train()
     summarized = (run.config.run_dir / "loss.png").exists()  # before any rank leaves
-    return code, run.console.failures.counts, run.step, run.saved_step, summarized
+    return code, run.console.failures.counts, run.step, run.checkpointer.saved_step, summarized
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
@@ -468,7 +467,7 @@ def test_a_run_whose_last_save_failed_names_what_there_is(folder, monkeypatch, c
     assert f"resume   python -m nanochat_native.train --resume {folder / 'runs/half'}\n" in out
 
 
-def test_a_log_that_is_a_link_is_mended_where_it_leads(tmp_path):
+def test_a_log_that_is_a_link_is_repaired_at_its_target(tmp_path):
     log, target = tmp_path / "metrics.jsonl", tmp_path / "elsewhere.jsonl"
     target.write_text(line("train", 1) + "x\n" + line("train", 2))
     log.symlink_to(target)
@@ -477,7 +476,7 @@ def test_a_log_that_is_a_link_is_mended_where_it_leads(tmp_path):
     assert target.read_text() == line("train", 1) + line("train", 2)
 
 
-def test_what_cannot_be_replaced_leaves_no_temporary_file(tmp_path, monkeypatch):
+def test_a_failed_replacement_leaves_no_temporary_file(tmp_path, monkeypatch):
     log = tmp_path / "metrics.jsonl"
     log.write_text(line("train", 1) + "x\n")
     before = log.read_bytes()
@@ -505,7 +504,7 @@ def test_overwriting_a_run_clears_its_damaged_logs_too(folder):
 
 
 def test_a_measurement_that_was_only_logged_is_taken_from_the_log(folder, capsys):
-    """Killed behind the record and before measurement.json."""
+    """Kill the run after the record and before measurement.json."""
     killed(folder, 2, "runs.checkpoint", "add_measurement", run="logged", sample_every=4)
     checkpoints = folder / "runs/logged/checkpoints"
     assert "measured_step" not in checkpoint.load(checkpoints)[1]
@@ -517,16 +516,16 @@ def test_a_measurement_that_was_only_logged_is_taken_from_the_log(folder, capsys
     assert_same_run(folder / "runs/logged", folder / "runs/whole")
 
 
-def test_the_look_at_the_layers_keeps_nothing_of_a_step_that_it_failed_on(folder, monkeypatch):
-    run = trainer.Trainer(sized(parse(tiny_flags(folder, diagnose=True))), SilentConsole())
-    monkeypatch.setattr(run.diagnosis, "_look_at_gradients", failing)
+def test_the_diagnosis_keeps_nothing_of_a_step_that_it_failed_on(folder, monkeypatch):
+    run = trainer.Trainer(resolve_device(parse(tiny_flags(folder, diagnose=True))), SilentConsole())
+    monkeypatch.setattr(run.diagnosis, "_measure_gradients", failing)
     run.diagnosis._before = {"of an earlier step": torch.zeros(1)}
     with pytest.raises(RuntimeError, match="it broke"):
         run.diagnosis.begin(1.0, 1.0)
     assert run.diagnosis._before == {}
 
 
-def test_memory_that_is_out_is_one_line(folder, monkeypatch, capsys):
+def test_out_of_memory_is_one_line(folder, monkeypatch, capsys):
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't\nallocate memory")
 
     def out_of_memory(*args):
@@ -553,5 +552,5 @@ def rank_without_memory():
         return str(error)
 
 
-def test_an_error_without_a_message_is_told_to_all_ranks():
+def test_an_error_without_a_message_reaches_all_ranks():
     assert ranks.run(2, rank_without_memory) == ["rank 1: MemoryError"] * 2

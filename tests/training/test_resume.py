@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment, and resumed must be the run that was never killed, bit for bit."""
+"""A run that is killed at any moment and resumed equals the run that was never killed, bit for bit."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with a text, and "whole": the run that is never killed."""
+    """Return a folder with a text, and "whole": the run that is never killed."""
     folder = tmp_path_factory.mktemp("shared")
     write_text(folder / "text.jsonl")
     assert train(folder, run="whole", steps=STEPS) == 0
@@ -31,12 +31,12 @@ def shared(tmp_path_factory):
 
 
 def killed(folder, number, module, name, **flags):
-    """A run that SIGKILL ends at the number-th call of module.name."""
+    """Run training until SIGKILL ends it at call `number` of module.name."""
     assert exit_code(die_at_call, number, module, name, tiny_flags(folder, steps=STEPS, **flags)) == -signal.SIGKILL
 
 
 def exit_code(target, *args):
-    """Of a new process that calls target(*args)."""
+    """Return the exit code of a new process that calls target(*args)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanochat_native.train"])
     process = context.Process(target=target, args=args)
@@ -96,7 +96,7 @@ def assert_same_run(one, other):
         ("in-the-last-save", (3, "runs.checkpoint", "_move_into_place"), 8),
     ],
 )
-def test_after_kill_9_the_same_run_goes_on(shared, capsys, run, where, resumed_from):
+def test_a_killed_run_resumes_as_the_same_run(shared, capsys, run, where, resumed_from):
     killed(shared, *where, run=run)
     capsys.readouterr()
     assert train(shared, run=run, steps=STEPS, resume="auto") == 0
@@ -121,7 +121,7 @@ def test_the_other_optimizers_resume_too(shared, optimizer):
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shared, capsys, harm):
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_one_before(shared, capsys, harm):
     run = shared / "runs" / harm
     killed(shared, 11, "training.trainer", "clip_reduced_", run=harm)
     path = run / "checkpoints" / "step_000008" / "model.safetensors"
@@ -155,7 +155,7 @@ def test_a_finished_run_has_nothing_left_to_do(shared, capsys):
     assert f"--num-iterations {2 * STEPS}" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_to_a_longer_horizon_with_its_own_flags(shared):
+def test_a_run_resumes_to_a_longer_horizon_with_its_own_flags(shared):
     assert train(shared, run="longer", steps=4, seed=3) == 0
     assert main(["--resume", str(shared / "runs" / "longer"), "--num-iterations", "6"]) == 0
     assert [r["step"] for r in records(shared / "runs" / "longer", "train")] == [1, 2, 3, 4, 5, 6]
@@ -210,7 +210,7 @@ def test_changed_flags_are_refused_by_name(shared, capsys):
 
 
 def test_a_stopped_run_resumes_to_the_same_end(shared):
-    """SIGTERM in a step, and the rest in another process."""
+    """Send SIGTERM in a step, and do the rest in another process."""
     flags = tiny_flags(shared, steps=STEPS, run="stopped")
     assert exit_code(stop_after_step, 5, signal.SIGTERM, flags) == 143
     assert checkpoint.steps(shared / "runs" / "stopped" / "checkpoints")[-1] == 5
@@ -219,7 +219,7 @@ def test_a_stopped_run_resumes_to_the_same_end(shared):
 
 
 def test_muons_options_and_their_state_are_resumed(tmp_path):
-    """One run of all of them, and the same stopped and resumed."""
+    """Compare one run with all options with the same run killed and resumed."""
     write_text(tmp_path / "text.jsonl")
     options = dict.fromkeys(
         ("normuon", "row_equilibration", "frobenius_renormalisation", "cautious", "per_head"), True

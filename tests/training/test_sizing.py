@@ -8,7 +8,7 @@ from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import TrainConfig
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.training.sizing import accumulation_steps, row_bytes, size_batch
+from nanochat_native.training.sizing import accumulation_steps, resolve_batch_size, row_bytes
 
 
 def batch(total, rows, length=16, **flags):
@@ -34,7 +34,7 @@ def test_a_division_with_a_rest_proposes_values_that_work(total, rows, world, pr
         accumulation_steps(batch(total, rows), world)
     for proposal in proposals:
         assert proposal in str(error.value)
-    for name, values in re.findall(r"--(total|device)-batch-size (\d+(?: or \d+)?)", str(error.value))[2:]:
+    for name, values in re.findall(r"--(total|device)-batch-size (\d+(?: or \d+)?)", str(error.value))[1:]:
         for value in map(int, values.split(" or ")):
             changed = batch(value, rows) if name == "total" else batch(total, value)
             assert accumulation_steps(changed, world) >= 1
@@ -42,12 +42,12 @@ def test_a_division_with_a_rest_proposes_values_that_work(total, rows, world, pr
 
 def test_the_device_batch_is_the_largest_divisor_that_fits():
     config = TrainConfig(total_batch_size=16 * 24, max_seq_len=16)
-    assert size_batch(config, row_bytes=1, free_bytes=None, world_size=1).device_batch_size == 8
-    assert size_batch(config, row_bytes=100, free_bytes=1000, world_size=1).device_batch_size == 6
-    assert size_batch(config, row_bytes=10**9, free_bytes=1000, world_size=1).device_batch_size == 1
-    assert size_batch(config, row_bytes=1, free_bytes=10**6, world_size=2).device_batch_size == 12
+    assert resolve_batch_size(config, row_bytes=1, free_bytes=None, world_size=1).device_batch_size == 8
+    assert resolve_batch_size(config, row_bytes=100, free_bytes=1000, world_size=1).device_batch_size == 6
+    assert resolve_batch_size(config, row_bytes=10**9, free_bytes=1000, world_size=1).device_batch_size == 1
+    assert resolve_batch_size(config, row_bytes=1, free_bytes=10**6, world_size=2).device_batch_size == 12
     with pytest.raises(ConfigError, match="--max-seq-len 17"):
-        size_batch(dataclasses.replace(config, max_seq_len=17), row_bytes=1, free_bytes=None, world_size=1)
+        resolve_batch_size(dataclasses.replace(config, max_seq_len=17), row_bytes=1, free_bytes=None, world_size=1)
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
@@ -70,6 +70,6 @@ def test_the_activations_are_what_the_backward_pass_keeps(grad_checkpoint):
         loss = model(idx, idx)
     assert loss.requires_grad
     estimate = rows * row_bytes(config, n_embd=256, kv_channels=128, element_bytes=4)
-    # The estimate also counts what one layer works with, and with checkpointing what it keeps when computed again.
+    # The estimate includes the working memory of a layer and, with checkpointing, what one layer keeps when recomputed.
     estimate -= rows * 128 * 4 * (12 * 256 + (8 * 256 + 2 * 128 if grad_checkpoint else 0))
     assert sum(kept.values()) == pytest.approx(estimate, rel=0.1)

@@ -18,7 +18,7 @@ def test_a_loss_or_a_norm_far_above_is_a_spike_and_leaves_no_trace():
     assert guard.is_spike(3.0, 2.0)
     assert list(guard.history) == before
     assert not guard.is_spike(3.1, 1.1)
-    assert not guard.is_spike(1.0, 0.1)  # far below is none
+    assert not guard.is_spike(1.0, 0.1)  # far below is no spike
 
 
 def test_nothing_is_a_spike_early_or_when_off():

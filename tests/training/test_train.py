@@ -19,7 +19,7 @@ from nanochat_native.training import trainer
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with a text, and the finished run "tiny" of 24 steps."""
+    """Return a folder with a text, and the finished run "tiny" of 24 steps."""
     folder = tmp_path_factory.mktemp("shared")
     write_text(folder / "text.jsonl")
     assert train(folder, steps=24) == 0
@@ -28,7 +28,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture
 def folder(shared, tmp_path):
-    """A folder of the test's own with the same text and its cache."""
+    """Return a folder for one test, with the same text and its cache."""
     (tmp_path / "text.jsonl").symlink_to(shared / "text.jsonl")
     (tmp_path / "cache").symlink_to(shared / "cache")
     return tmp_path
@@ -58,7 +58,7 @@ def test_a_run_learns_and_leaves_everything(shared, capsys):
 
 
 def test_the_train_bpb_agrees_with_the_evaluation(shared):
-    """Trained and validated on texts of one kind, so the two measures must meet."""
+    """Train and validate on texts of one kind, so that the two measures must agree."""
     run = shared / "runs" / "tiny"
     assert records(run, "train")[-1]["bpb"] == pytest.approx(records(run, "val")[-1]["bpb"], rel=0.25)
 
