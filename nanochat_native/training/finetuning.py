@@ -41,7 +41,9 @@ Conversation = Sequence[Message]
 
 
 def read_conversations(data: str | Path, notes: list[str] | None = None) -> list[Conversation]:
-    """Return the conversations of a file, a folder or a glob, in the forms of data/conversation_files.py. Each ends with an answer.
+    """Return the conversations of a file, a folder or a glob, each of which ends with an answer.
+
+    data/conversation_files.py describes the forms.
 
     Args:
         notes: receives a line for each form that is not plain messages, and for files that are not read.

@@ -143,7 +143,7 @@ def test_exact_values_follow_a_change_of_ranks(folder, sizes):
     ("flags", "message"),
     [
         ({"total_batch_size": 96}, "--total-batch-size must be a multiple of"),
-        ({"depth": 0}, "--depth is 0; it takes a whole number from 1"),
+        ({"depth": 0}, "--depth must be a whole number from 1 to 1000, got 0"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd', which runs on one rank"),
     ],
