@@ -1,7 +1,4 @@
-"""Every picture, drawn from files alone: `python -m nanochat_native.plot FOLDER` draws one again.
-
-A run's folder gives its loss, and its diagnosis; a folder of the laboratory the picture of its result.
-"""
+"""Draws the pictures of a folder again: `python -m nanochat_native.plot FOLDER`."""
 
 import importlib.util
 import sys
@@ -19,14 +16,14 @@ from nanochat_native.runtime.command import run_command
 
 @dataclass
 class Options:
-    """Draw the pictures of a folder again, from the raw data in it."""
+    """Draw the pictures of a run or of an experiment again, from the data in its folder."""
 
     folder: tyro.conf.Positional[Path]
-    """Of a run (loss.png, and diagnosis.png where there is one), or of a laboratory's result."""
+    """Folder of a run, for loss.png and diagnosis.png, or of an experiment, for the picture of its result."""
 
 
 def run(folder: Path) -> None:
-    """Draws what the folder holds. Raises FileNotFoundError, ValueError and, without matplotlib, ImportError."""
+    """Draw the pictures of a folder. Raise FileNotFoundError, ValueError or, without matplotlib, ImportError."""
     if (folder / RESULT).exists():
         paths = [draw(folder)]
     elif (folder / "metrics.jsonl").exists():
@@ -44,7 +41,7 @@ def run(folder: Path) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Draws as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the command with `args`, by default those of sys.argv. Return the exit code."""
     return run_command(Options, "plot", args, lambda options: run(options.folder))
 
 

@@ -2,11 +2,12 @@
 
 import argparse
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
 from typing import Any, NoReturn
+
+from nanochat_native.runtime.files import write_atomically
 
 GPU_FACTS = {
     "name": "name",
@@ -30,9 +31,7 @@ class Parser(argparse.ArgumentParser):
 def save(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all: a reader never sees a half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""From `--data` to token streams: tokenize once into a cached folder of shards, or open shards in place.
+"""From `--data` to token streams: tokenize text once into a cached folder of shards, or open shards where they are.
 
 A corpus folder holds train_*.bin, val_*.bin, tokenizer/ and manifest.json with the SHA-256 of every shard. Its name
-ends in a hash of everything that decides its content (the sources' bytes, the tokenizer or its training settings,
-the split), so a folder that exists is the right one. It is built under another name, flushed and renamed: a build
-that is killed leaves nothing that a later run takes for a corpus.
+ends in a hash of everything that decides its content: the bytes of the source files, the tokenizer or the settings to
+train one, and the split. A folder that exists is therefore the right one. It is built under another name, flushed to
+the disk and renamed, so a build that is killed leaves nothing that a later run takes for a corpus.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,19 +28,21 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nanochat_native.data.documents import Decision, Piece, decide, read_pieces
-from nanochat_native.data.names import shown
-from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, sha256_file, token_dtype
+from nanochat_native.data.documents import DocumentPart, ReadingPlan, plan_reading, read_document_parts
+from nanochat_native.data.file_names import printable
+from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, token_dtype
 from nanochat_native.data.sources import Skipped, Source, find_source
-from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, write_file_atomically
+from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer
+from nanochat_native.runtime.files import fsync, sha256_file, write_atomically
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[str], None]
 
 MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
 # Merges settle long before this much text, and rustbpe's word counts of it fit in 4 GB even for random text.
 TOKENIZER_TRAINING_CHARS = 1 << 27
-# Reading a file's SHA-256 again takes a second for every 1.5 GB; up to here it is not felt.
+# Computing the SHA-256 of a file again takes a second for every 1.5 GB; up to this size nobody notices.
 FULL_CHECK_BYTES = 1 << 28
 
 _FORMAT = "nanochat_native.corpus"
@@ -53,13 +55,13 @@ class Corpus:
     """Tokens to train on and to validate on.
 
     Attributes:
-        tokenizer: None for token shards that came without one: then there are no samples and no bits per byte.
-        vocab_size: every token of both streams lies below it.
-        train, val: each document begins with `<|bos|>` (shards made elsewhere: as they were made).
-        description: one line: source, size, hash, vocabulary, bytes a token.
-        notes: what was skipped, or done otherwise than by default; one line each.
-        hash: SHA-256, hex, of tokens and tokenizer: equal hashes train equal models.
-        bytes_per_token: bytes of text a token stands for, `<|bos|>` counted; None when the text is not known.
+        tokenizer: None for token shards without one; there are then no samples and no bits per byte.
+        vocab_size: every token of both streams is below it.
+        train, val: each document begins with `<|bos|>`, except in token shards, which are used as they are.
+        description: one line with source, size, hash, vocabulary and bytes per token.
+        notes: what was skipped, or differs from the default; one line each.
+        hash: SHA-256, in hex, of tokens and tokenizer: equal hashes train equal models.
+        bytes_per_token: mean bytes of text for each token, `<|bos|>` included; None if the text is not known.
     """
 
     tokenizer: Tokenizer | None
@@ -86,80 +88,121 @@ def prepare(
     progress: Progress | bool | None = None,
     log: Log | None = None,
 ) -> Corpus:
-    """Turn `data` into a corpus: from the cache when this very content was prepared before, else built now.
+    """Return `data` as a corpus: from the cache if the same content was prepared before, else built now.
 
-    Validation documents are chosen by a hash of their text, so equal documents never lie on both sides and order
-    does not matter. Where documents are too few for that, the end of the text is held out, and a note says so.
+    Validation documents are chosen by a hash of their text. Equal documents are therefore never in both splits, and
+    their order does not matter. If there are too few documents for that, the end of the text becomes the validation
+    set, and a note says so.
 
     Args:
-        data: file, folder or glob of text, .jsonl, .ndjson, .json (all of them also .gz and .zst), .parquet, or llm.c's
-            token shards (.bin), or a corpus folder; None is Python's own standard library.
-        vocab_size: ids to train a tokenizer for. With `tokenizer`, its own size counts. For shards without a
-            tokenizer the size that their tokens must stay below.
-        cache_dir: where corpora are kept; made when missing.
-        tokenizer: a tokenizer, or the folder of one, to use instead of training one.
-        text_column: field of the records of .jsonl, .ndjson, .json and .parquet with the text; None finds it.
-        val_fraction: share of the text held out, in (0, 0.5].
-        skip_damaged: read damaged files as far as they go, and count them, instead of raising.
-        needs_training: refuse token shards that by their names all validate; without, they are the corpus's `val`.
-        verify: check the SHA-256 of a cached corpus's shards in full; None does when they take at most 256 MB.
-            Headers and sizes are always checked.
-        progress: called with (stage, bytes done, bytes in all); True for a bar, False for none, None for a bar on
-            a terminal.
-        log: called with one line of text for each stage and note; None hands them to `logging` (level INFO).
+        data: A file, folder or glob of text, .jsonl, .ndjson, .json (all of these also as .gz and .zst), .parquet, or
+            llm.c's token shards (.bin); or a corpus folder. None is Python's own standard library.
+        vocab_size: Number of ids to train a tokenizer for. Ignored if `tokenizer` is given. For token shards without a
+            tokenizer, the size that all their tokens must be below.
+        cache_dir: Folder in which corpora are kept; created if missing.
+        tokenizer: A tokenizer, or a folder that holds one, to use instead of training one.
+        text_column: Field with the text in records of .jsonl, .ndjson, .json and .parquet; None detects it.
+        val_fraction: Fraction of the text to validate on, in (0, 0.5].
+        skip_damaged: Read damaged files up to the damage and count them, instead of raising.
+        needs_training: Refuse token shards whose names all say validation; without it, they become `val`.
+        verify: Check the SHA-256 of all shards of a cached corpus; None does so if they take at most 256 MB. Headers
+            and sizes are always checked.
+        progress: Called with (stage, bytes done, total bytes); True for a bar, False for none, None for a bar on a
+            terminal only.
+        log: Called with one line of text for each stage and note; None uses `logging` at level INFO.
 
     Raises:
-        FileNotFoundError: no such data. ValueError: no text in it, or none in most records of a file, a damaged file
-            (named), a bad argument, a token outside the vocabulary (file and position named), a tokenizer other than
-            the shards'.
-        ImportError: a file needs the extra `data`. OSError: the disk is too small.
+        FileNotFoundError: There is no such data.
+        ValueError: There is no text, or none in most records of a file; a file is damaged; an argument is invalid; a
+            token is outside the vocabulary; the tokenizer is not that of the shards. The message names the file.
+        ImportError: A file needs the extra `data`.
+        OSError: The disk is too small.
     """
     if not 0 < val_fraction <= 0.5:
-        raise ValueError(f"val_fraction must lie in (0, 0.5], got {val_fraction}")
+        raise ValueError(f"val_fraction must be in (0, 0.5], got {val_fraction}")
     log = logging.getLogger("nanochat_native").info if log is None else log
     if isinstance(tokenizer, str | Path):
         tokenizer = Tokenizer.load(tokenizer)
-    if data and _is_corpus(Path(os.path.expanduser(data))):
-        if text_column is not None:
-            raise ValueError(f"--text-column is {text_column!r}, but {shown(data)} holds tokens")
-        corpus = _load(Path(os.path.expanduser(data)), verify)
+    if data and _is_corpus(folder := Path(os.path.expanduser(data))):
+        _refuse_text_column(text_column, printable(data))
+        corpus = _open(folder, verify)
         if tokenizer is not None and corpus.tokenizer is not None and tokenizer.hash != corpus.tokenizer.hash:
-            raise ValueError(f"{data}: made with tokenizer {corpus.tokenizer.hash[:8]}, given {tokenizer.hash[:8]}")
-        return _logged(corpus, log)
+            raise ValueError(f"{data}: made with tokenizer {corpus.tokenizer.hash[:8]}, got {tokenizer.hash[:8]}")
+    else:
+        cache_dir = Path(cache_dir).expanduser()
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        source = find_source(data, without=cache_dir)
+        bar = _ProgressBar(progress)
+        if source.is_tokens:
+            _refuse_text_column(text_column, source.name)
+            corpus = _open_tokens(source, vocab_size, tokenizer, val_fraction, needs_training, cache_dir, bar)
+        else:
+            if tokenizer is None and vocab_size < MIN_VOCAB_SIZE:
+                raise ValueError(f"vocab_size must be >= {MIN_VOCAB_SIZE}, got {vocab_size}")
+            plan = plan_reading(source.files, text_column, skip_damaged)
+            digests = [entry["sha256"] for entry in _file_digests(source, cache_dir, bar)]
+            recipe = _Recipe(source, plan, digests, tokenizer, vocab_size, text_column, val_fraction, skip_damaged)
+            corpus = _open_or_build(recipe, cache_dir, verify, bar, log)
+    for note in corpus.notes:
+        log(note)
+    return corpus
 
-    cache_dir = Path(cache_dir).expanduser()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    source = find_source(data, without=cache_dir)
-    bar = _Bar(progress)
-    if source.is_tokens:
-        if text_column is not None:
-            raise ValueError(f"--text-column is {text_column!r}, but {source.name} holds tokens")
-        return _logged(_open_tokens(source, vocab_size, tokenizer, val_fraction, needs_training, cache_dir, bar), log)
-    if tokenizer is None and vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
 
-    decision = decide(source.files, text_column, skip_damaged)
-    digests = [entry["sha256"] for entry in _digests(source, cache_dir, bar)]
-    files = [[digest, *path.suffixes[-2:]] for digest, path in zip(digests, source.files, strict=True)]
-    for file, reading, as_before in zip(files, decision.readings, decision.as_before, strict=True):
-        file += () if as_before else reading[:4]
-    how = {
-        "version": _VERSION,
-        "files": files,
-        "tokenizer": tokenizer.hash if tokenizer else ["rustbpe", importlib.metadata.version("rustbpe"), vocab_size],
-        "text_column": text_column,
-        "val_fraction": val_fraction,
-        "skip_damaged": skip_damaged,
-    }
-    key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".-")[:40]
-    folder = cache_dir / f"{slug}-{key}"
-    notes = (*source.notes, *decision.notes)
+def _refuse_text_column(text_column: str | None, name: str) -> None:
+    if text_column is not None:
+        raise ValueError(f"--text-column must not be given for {name}, which holds tokens; got {text_column!r}")
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """Everything that decides the content of a corpus that is built from text.
+
+    Attributes:
+        digests: SHA-256 of each file of the source.
+        tokenizer: None trains one for `vocab_size` ids.
+    """
+
+    source: Source
+    plan: ReadingPlan
+    digests: Sequence[str]
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    text_column: str | None
+    val_fraction: float
+    skip_damaged: bool
+
+    def cache_key(self) -> str:
+        """Return the hash at the end of the corpus folder's name."""
+        files: list[list[str | None]] = [
+            [digest, *path.suffixes[-2:]] for digest, path in zip(self.digests, self.source.files, strict=True)
+        ]
+        for file, reading, as_before in zip(files, self.plan.readings, self.plan.same_as_version_1, strict=True):
+            file += () if as_before else reading[:4]
+        trained = ["rustbpe", importlib.metadata.version("rustbpe"), self.vocab_size]
+        how = {
+            "version": _VERSION,
+            "files": files,
+            "tokenizer": self.tokenizer.hash if self.tokenizer else trained,
+            "text_column": self.text_column,
+            "val_fraction": self.val_fraction,
+            "skip_damaged": self.skip_damaged,
+        }
+        return _json_hash(how)[:16]
+
+    def source_hash(self) -> str:
+        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
+
+def _open_or_build(recipe: _Recipe, cache_dir: Path, verify: bool | None, bar: _ProgressBar, log: Log) -> Corpus:
+    """Open the corpus of a recipe in the cache; build it there first if it is missing or damaged."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.source.name).strip(".-")[:40]
+    folder = cache_dir / f"{slug}-{recipe.cache_key()}"
+    notes = (*recipe.source.notes, *recipe.plan.notes)
     with _locked(folder.with_name(f"{folder.name}.lock"), log):
         if folder.exists():
             try:
-                corpus = _load(folder, verify)
-                return _logged(replace(corpus, notes=notes + corpus.notes), log)
+                corpus = _open(folder, verify)
+                return replace(corpus, notes=notes + corpus.notes)
             except (ValueError, OSError) as error:
                 notes = (f"cached corpus refused and built again: {error}", *notes)
                 shutil.rmtree(folder)
@@ -167,148 +210,165 @@ def prepare(
         shutil.rmtree(building, ignore_errors=True)
         try:
             building.mkdir()
-            builder = _Builder(source, decision, text_column, skip_damaged, val_fraction, bar, log)
-            builder.build(building, tokenizer, vocab_size, hashlib.sha256("".join(digests).encode()).hexdigest())
-            _sync(building)
+            _Builder(recipe, bar, log).build(building)
+            fsync(building)
             building.rename(folder)
-            _sync(cache_dir)
+            fsync(cache_dir)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-        corpus = _load(folder, verify=False)
-    return _logged(replace(corpus, notes=notes + corpus.notes), log)
+        corpus = _open(folder, verify=False)
+    return replace(corpus, notes=notes + corpus.notes)
+
+
+@dataclass
+class _TextCounts:
+    """The size of all text, as counted by the first pass over the sources."""
+
+    documents: int = 0
+    chars: int = 0
+    text_bytes: int = 0
+    val_bytes: int = 0  # in documents whose hash puts them into the validation set
 
 
 class _Builder:
-    """Reads the sources twice: to count and train the tokenizer, then to encode."""
+    """Builds a corpus. It reads the sources twice: to count and to train the tokenizer, and then to encode."""
 
-    def __init__(
-        self,
-        source: Source,
-        decision: Decision,
-        text_column: str | None,
-        skip_damaged: bool,
-        val_fraction: float,
-        bar: _Bar,
-        log: Log,
-    ) -> None:
-        self.source, self.readings, self.bar, self.log = source, decision.readings, bar, log
-        self.text_column, self.skip_damaged, self.val_fraction = text_column, skip_damaged, val_fraction
-        self.sizes = [path.stat().st_size for path in source.files]
-        self.stamps = [path.stat().st_mtime_ns for path in source.files]
-        self.documents = self.chars = self.text_bytes = self.val_bytes = 0
+    def __init__(self, recipe: _Recipe, bar: _ProgressBar, log: Log) -> None:
+        self.recipe, self.source, self.bar, self.log = recipe, recipe.source, bar, log
+        self.sizes = [path.stat().st_size for path in self.source.files]
+        self.stamps = [path.stat().st_mtime_ns for path in self.source.files]
+        self.counts = _TextCounts()
         self.skipped = Skipped()
         self.threads = len(os.sched_getaffinity(0))
 
-    def build(self, folder: Path, tokenizer: Tokenizer | None, vocab_size: int, source_hash: str) -> None:
+    def build(self, folder: Path) -> None:
+        """Write the corpus into an empty folder."""
+        tokenizer = self._count_and_train()
         notes = []
-        if tokenizer is None:
-            self.log(f"training a tokenizer for {vocab_size} ids on {self.source.name}")
-            tokenizer = Tokenizer.train(self._scan("training the tokenizer"), vocab_size)
-        else:
-            deque(self._scan("reading"), maxlen=0)
-        if self.documents == 0:
-            found = [f"no text in {self.source.name}", *self.source.notes, *self.skipped.lines()]
-            raise ValueError(
-                "; ".join([*found, "text is read in UTF-8, or with a byte order mark in UTF-16 and UTF-32"])
-            )
-        if tokenizer.vocab_size < vocab_size:
+        if tokenizer.vocab_size < self.recipe.vocab_size:
             notes.append(
-                f"vocabulary of {tokenizer.vocab_size:,}, not {vocab_size:,}: the text has no more pairs to merge"
+                f"vocabulary of {tokenizer.vocab_size:,}, not {self.recipe.vocab_size:,}: the text has no more pairs "
+                "to merge"
             )
-        by_document = self.val_fraction / 4 <= self.val_bytes / self.text_bytes <= 4 * self.val_fraction
+        fraction = self.recipe.val_fraction
+        by_document = fraction / 4 <= self.counts.val_bytes / self.counts.text_bytes <= 4 * fraction
         if not by_document:
             notes.append(
-                f"too few documents ({self.documents}) to split by document: "
-                f"the last {self.val_fraction:.0%} of the text is the validation set"
+                f"too few documents ({self.counts.documents}) to split by document: "
+                f"the last {fraction:.0%} of the text is the validation set"
             )
-        notes += self.skipped.lines()
+        notes += self.skipped.notes()
 
+        writers = self._write_shards(folder, tokenizer, by_document)
+        for path, size, stamp in zip(self.source.files, self.sizes, self.stamps, strict=True):
+            if (path.stat().st_size, path.stat().st_mtime_ns) != (size, stamp):
+                raise ValueError(f"{printable(path)}: changed while it was read")
+        tokenizer.save(folder / "tokenizer")
+        content = self._manifest(tokenizer, writers, notes)
+        write_atomically(folder / MANIFEST, json.dumps({**content, "sha256": _json_hash(content)}, indent=1))
+
+    def _count_and_train(self) -> Tokenizer:
+        """Count all text. Return the tokenizer that was given, or one that is trained on the text."""
+        tokenizer = self.recipe.tokenizer
+        if tokenizer is None:
+            self.log(f"training a tokenizer for {self.recipe.vocab_size} ids on {self.source.name}")
+            tokenizer = Tokenizer.train(self._scan("training the tokenizer"), self.recipe.vocab_size)
+        else:
+            deque(self._scan("reading"), maxlen=0)
+        if self.counts.documents == 0:
+            found = [f"no text in {self.source.name}", *self.source.notes, *self.skipped.notes()]
+            encodings = "text must be in UTF-8, or in UTF-16 or UTF-32 with a byte order mark"
+            raise ValueError("; ".join([*found, encodings]))
+        return tokenizer
+
+    def _write_shards(self, folder: Path, tokenizer: Tokenizer, by_document: bool) -> list[ShardWriter]:
+        """Encode all text into shards. Return the closed writers of the training and the validation shards."""
         dtype = token_dtype(tokenizer.vocab_size)
-        # No text that is worth training on takes more than one token for every two bytes.
-        needed, free = self.text_bytes // 2 * dtype.itemsize, shutil.disk_usage(folder).free
+        # Text that is worth training on takes at most one token for every two bytes.
+        needed, free = self.counts.text_bytes // 2 * dtype.itemsize, shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(f"{folder.parent}: {free / 1e9:.1f} GB free, the token shards may take {needed / 1e9:.1f} GB")
-        writers = [ShardWriter(folder, split, dtype) for split in ("train", "val")]
+        writers = [ShardWriter(folder, split, dtype) for split in SPLITS]
         with ThreadPoolExecutor(self.threads) as pool:
             for parts in self._encoded(pool, tokenizer, None if by_document else self._tail_start()):
                 for writer, tokens in zip(writers, parts, strict=True):
                     writer.write(tokens)
         for writer in writers:
             writer.close()
-        for path, size, stamp in zip(self.source.files, self.sizes, self.stamps, strict=True):
-            if (path.stat().st_size, path.stat().st_mtime_ns) != (size, stamp):
-                raise ValueError(f"{shown(path)}: changed while it was read")
+        return writers
 
-        tokenizer.save(folder / "tokenizer")
-        train_tokens, val_tokens = (writer.tokens for writer in writers)
-        bytes_per_token = self.text_bytes / (train_tokens + val_tokens)
+    def _manifest(self, tokenizer: Tokenizer, writers: Sequence[ShardWriter], notes: list[str]) -> dict[str, Any]:
+        source_hash, text_bytes = self.recipe.source_hash(), self.counts.text_bytes
+        bytes_per_token = text_bytes / sum(writer.tokens for writer in writers)
         files = f"{len(self.source.files):,} file{'s' if len(self.source.files) > 1 else ''}"
-        content: dict[str, Any] = {
+        return {
             "format": _FORMAT,
             "version": _VERSION,
-            "description": f"{self.source.name}, {files}, {self.text_bytes / 1e6:.1f} MB, sha {source_hash[:8]} | "
+            "description": f"{self.source.name}, {files}, {text_bytes / 1e6:.1f} MB, sha {source_hash[:8]} | "
             f"vocabulary {tokenizer.vocab_size}, {bytes_per_token:.2f} bytes a token",
             "notes": notes,
             "source_sha256": source_hash,
-            "documents": self.documents,
-            "text_bytes": self.text_bytes,
+            "documents": self.counts.documents,
+            "text_bytes": text_bytes,
             "bytes_per_token": bytes_per_token,
             "vocab_size": tokenizer.vocab_size,
             "tokenizer_hash": tokenizer.hash,
             "shards": {
                 split: [{"file": path.name, "sha256": sha256_file(path)} for path in writer.paths]
-                for split, writer in zip(("train", "val"), writers, strict=True)
+                for split, writer in zip(SPLITS, writers, strict=True)
             },
         }
-        content["sha256"] = _json_hash(content)
-        write_file_atomically(folder / MANIFEST, json.dumps(content, indent=1))
 
-    def _pieces(self, stage: str, skipped: Skipped) -> Iterator[tuple[int, Piece]]:
-        """(index of the file, piece) over all files."""
+    def _parts(self, stage: str, skipped: Skipped) -> Iterator[tuple[int, DocumentPart]]:
+        """Yield (index of the file, part of a document) over all files."""
         total, before = sum(self.sizes), 0
         with self.bar.stage(stage, total) as advance:
-            for index, (path, reading) in enumerate(zip(self.source.files, self.readings, strict=True)):
-                pieces = read_pieces(
-                    path, reading, text_column=self.text_column, skip_damaged=self.skip_damaged, skipped=skipped
-                )
-                for piece in pieces:
-                    yield index, piece
-                    advance(before + piece.position)
+            readings = zip(self.source.files, self.recipe.plan.readings, strict=True)
+            for index, (path, reading) in enumerate(readings):
+                for part in read_document_parts(
+                    path,
+                    reading,
+                    text_column=self.recipe.text_column,
+                    skip_damaged=self.recipe.skip_damaged,
+                    skipped=skipped,
+                ):
+                    yield index, part
+                    advance(before + part.position)
                 before += self.sizes[index]
                 advance(before)
 
     def _scan(self, stage: str) -> Iterator[str]:
-        """Counts all text, and yields the beginning of each file, in proportion to its size, for the tokenizer."""
-        total = sum(self.sizes)
+        """Count all text, and yield the beginning of each file, in proportion to its size, to train the tokenizer."""
+        counts, total = self.counts, sum(self.sizes)
         file, budget, in_validation = -1, 0, False
-        for index, piece in self._pieces(stage, self.skipped):
+        for index, part in self._parts(stage, self.skipped):
             if index != file:
                 file, budget = index, -(-TOKENIZER_TRAINING_CHARS * self.sizes[index] // total)
-            encoded = piece.text.encode()
-            if piece.starts_document:
+            encoded = part.text.encode()
+            if part.starts_document:
                 in_validation = self._in_validation(encoded)
-                self.documents += 1
-            self.chars += len(piece.text)
-            self.text_bytes += len(encoded)
-            self.val_bytes += len(encoded) * in_validation
+                counts.documents += 1
+            counts.chars += len(part.text)
+            counts.text_bytes += len(encoded)
+            counts.val_bytes += len(encoded) * in_validation
             if budget > 0:
-                yield piece.text[:budget]
-                budget -= len(piece.text)
+                yield part.text[:budget]
+                budget -= len(part.text)
 
     def _in_validation(self, document: bytes) -> bool:
         digest = hashlib.blake2b(document, digest_size=8).digest()
-        return int.from_bytes(digest, "little") < self.val_fraction * 2**64
+        return int.from_bytes(digest, "little") < self.recipe.val_fraction * 2**64
 
     def _tail_start(self) -> int:
-        """Character of the whole text at which the validation set begins, when it is the end of the text."""
-        return min(self.chars - 1, round(self.chars * (1 - self.val_fraction)))
+        """Return the character of the whole text at which the validation set begins, if it is the end of the text."""
+        return min(self.counts.chars - 1, round(self.counts.chars * (1 - self.recipe.val_fraction)))
 
     def _jobs(self, tail_start: int | None) -> Iterator[list[tuple[str, bool, bool]]]:
-        """Lists of (text, begins with <|bos|>, belongs to validation), of about equal length."""
+        """Yield lists of (text, whether it begins with <|bos|>, whether it is validation), of about equal length."""
         job: list[tuple[str, bool, bool]] = []
         size = chars = 0
         in_validation = False
-        for _, (text, starts, _) in self._pieces("tokenizing", Skipped()):
+        for _, (text, starts, _) in self._parts("tokenizing", Skipped()):
             if tail_start is None:
                 if starts:
                     in_validation = self._in_validation(text.encode())
@@ -329,7 +389,7 @@ class _Builder:
     def _encoded(
         self, pool: ThreadPoolExecutor, tokenizer: Tokenizer, tail_start: int | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(training tokens, validation tokens) in the order of the sources, encoded some jobs ahead."""
+        """Yield (training tokens, validation tokens) in the order of the sources, encoded some jobs ahead."""
         bos = np.array([tokenizer.bos_id], dtype=np.uint32)
 
         def encode(job: list[tuple[str, bool, bool]]) -> tuple[np.ndarray, np.ndarray]:
@@ -351,14 +411,8 @@ def _is_corpus(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / "train_000000.bin").is_file()
 
 
-def _logged(corpus: Corpus, log: Log) -> Corpus:
-    for note in corpus.notes:
-        log(note)
-    return corpus
-
-
-def _load(folder: Path, verify: bool | None) -> Corpus:
-    """Open a corpus folder. ValueError or FileNotFoundError names the damaged or missing file."""
+def _open(folder: Path, verify: bool | None) -> Corpus:
+    """Open a corpus folder. Raise ValueError or FileNotFoundError with the name of a damaged or missing file."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -367,20 +421,20 @@ def _load(folder: Path, verify: bool | None) -> Corpus:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged, or not a corpus of this program ({error!r})") from error
     if found != (_FORMAT, _VERSION):
-        raise ValueError(f"{path}: {found[0]} version {found[1]}; this program reads {_FORMAT} version {_VERSION}")
+        raise ValueError(f"{path}: must be {_FORMAT} version {_VERSION}, got {found[0]} version {found[1]}")
     if _json_hash(manifest) != digest:
         raise ValueError(f"{path}: damaged: its content does not match its SHA-256")
     shards: dict[str, list[dict[str, str]]] = manifest["shards"]
-    train, val = (TokenStream([open_shard(folder / shard["file"]) for shard in shards[s]]) for s in ("train", "val"))
-    everything = [(folder / shard["file"], shard["sha256"]) for shard in shards["train"] + shards["val"]]
+    train, val = (TokenStream([open_shard(folder / shard["file"]) for shard in shards[s]]) for s in SPLITS)
+    checksums = [(folder / shard["file"], shard["sha256"]) for shard in shards["train"] + shards["val"]]
     if verify is None:
-        verify = sum(shard.stat().st_size for shard, _ in everything) <= FULL_CHECK_BYTES
-    for shard, expected in everything if verify else []:
+        verify = sum(shard.stat().st_size for shard, _ in checksums) <= FULL_CHECK_BYTES
+    for shard, expected in checksums if verify else []:
         if sha256_file(shard) != expected:
             raise ValueError(f"{shard}: damaged: its content does not match the SHA-256 in {MANIFEST}")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if tokenizer.hash != manifest["tokenizer_hash"]:
-        raise ValueError(f"{folder / 'tokenizer'}: not the tokenizer that the shards were made with")
+        raise ValueError(f"{folder / 'tokenizer'}: not the tokenizer that made the shards")
     return Corpus(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
@@ -400,13 +454,13 @@ def _open_tokens(
     val_fraction: float,
     needs_training: bool,
     cache_dir: Path,
-    bar: _Bar,
+    bar: _ProgressBar,
 ) -> Corpus:
-    """Use token shards where they lie. One with the bytes of a shard that validates is not trained on."""
+    """Open token shards where they are. A training shard with the bytes of a validation shard is left out."""
     tokenizer = _tokenizer_of(source, tokenizer)
     vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
     arrays = {path: open_shard(path) for path in source.files}
-    entries = _digests(source, cache_dir, bar)
+    entries = _file_digests(source, cache_dir, bar)
     for (path, array), entry in zip(arrays.items(), entries, strict=True):
         if entry["max_token"] >= vocab_size:
             position = next(
@@ -415,33 +469,33 @@ def _open_tokens(
                 if array[start : start + (1 << 24)].max() >= vocab_size
             )
             raise ValueError(
-                f"{shown(path)}: token {array[position]} at position {position} does not belong to a vocabulary of "
-                f"{vocab_size}: give the tokenizer, or the vocabulary size, that the shard was made with"
+                f"{printable(path)}: tokens must be below the vocabulary size {vocab_size}, got {array[position]} at "
+                f"position {position}: give the tokenizer, or the vocabulary size, that the shard was made with"
             )
     notes = list(source.notes)
     digests = [entry["sha256"] for entry in entries]
-    held_out = {digest for digest, validates in zip(digests, source.validates, strict=True) if validates}
+    held_out = {digest for digest, is_val in zip(digests, source.is_validation, strict=True) if is_val}
     sides = []
-    for path, digest, validates in zip(source.files, digests, source.validates, strict=True):
-        sides.append("val" if validates else "train" if digest not in held_out else "neither")
+    for path, digest, is_val in zip(source.files, digests, source.is_validation, strict=True):
+        sides.append("val" if is_val else "train" if digest not in held_out else "neither")
         if sides[-1] == "neither":
-            notes.append(f"{shown(path)} has the bytes of a shard that validates: it is not trained on")
+            notes.append(f"{printable(path)} has the same bytes as a validation shard: it is not trained on")
     train, val = (
         TokenStream([array for array, side in zip(arrays.values(), sides, strict=True) if side == wanted])
-        for wanted in ("train", "val")
+        for wanted in SPLITS
     )
     if not len(train) + len(val):
         raise ValueError(f"no tokens in {source.name}")
     if not len(train) and needs_training:
         raise ValueError(
-            f"{source.name} holds nothing to train on: by their names all shards validate ({len(val):,} tokens); "
-            "rename those to train on, or give one file alone, which is never told by its name"
+            f"{source.name} has nothing to train on: by their names, all shards are for validation ({len(val):,} "
+            "tokens); rename some, or give a single file, whose name is not looked at"
         )
     if not len(val):
         train, val = train.split_at(round(len(train) * (1 - val_fraction)))
-        notes.append(f"no shard validates by its name: the last {val_fraction:.0%} of the tokens is the validation set")
+        notes.append(f"no shard is named for validation: the last {val_fraction:.0%} of the tokens validate")
     if tokenizer is None:
-        notes.append("no tokenizer beside the shards: no samples, and loss in nats instead of bits per byte")
+        notes.append("no tokenizer beside the shards: no samples, and the loss is in nats instead of bits per byte")
     content = _json_hash(digests if sides == _version_1_sides(source.files) else [digests, sides])
     return Corpus(
         tokenizer=tokenizer,
@@ -457,7 +511,7 @@ def _open_tokens(
 
 
 def _tokenizer_of(source: Source, given: Tokenizer | None) -> Tokenizer | None:
-    """The tokenizer beside any of the shards; `given` without one. Raises ValueError where there are several."""
+    """Return the tokenizer beside the shards, or `given` if there is none. Raise ValueError if two of them differ."""
     tokenizer, origin = given, "given"
     for beside in sorted({source.root, *(path.parent for path in source.files)}):
         for folder in (beside, beside / "tokenizer"):
@@ -465,28 +519,29 @@ def _tokenizer_of(source: Source, given: Tokenizer | None) -> Tokenizer | None:
                 found = Tokenizer.load(folder)
                 if tokenizer is not None and tokenizer.hash != found.hash:
                     raise ValueError(
-                        f"{shown(folder)}: the shards' tokenizer is {found.hash[:8]}, {origin} {tokenizer.hash[:8]}"
+                        f"{printable(folder)}: the shards' tokenizer is {found.hash[:8]}, but the one {origin} is "
+                        f"{tokenizer.hash[:8]}"
                     )
-                tokenizer, origin = found, f"in {shown(folder)}"
+                tokenizer, origin = found, f"in {printable(folder)}"
     return tokenizer
 
 
 def _version_1_sides(files: tuple[Path, ...]) -> list[str]:
-    """How shards were told apart when the hash held their digests alone: corpora of the same sides keep their hash."""
+    """Return the split as version 1 made it, whose hash covered the digests alone: an equal split keeps that hash."""
     sides = ["val" if "val" in path.stem else "train" for path in files]
     return sides if "train" in sides else ["train"] * len(sides)
 
 
 def _mean_bytes(stream: TokenStream, tokenizer: Tokenizer) -> float:
-    """Bytes a token over the first million tokens."""
+    """Return the mean bytes per token over the first million tokens."""
     return float(tokenizer.token_bytes[stream.read(0, min(len(stream), 1_000_000))].mean())
 
 
-def _digests(source: Source, cache_dir: Path, bar: _Bar) -> list[dict[str, Any]]:
-    """SHA-256 of each file, and of token shards their largest token.
+def _file_digests(source: Source, cache_dir: Path, bar: _ProgressBar) -> list[dict[str, Any]]:
+    """Return the SHA-256 of each file and, for token shards, the largest token.
 
-    Those of large files are remembered by path, size and time of change, unless that time is too recent to tell
-    two changes apart.
+    Results for large files are cached by path, size and time of change, unless that time is so recent that a second
+    change could have the same one.
     """
     memo_path = cache_dir / "digests.json"
     try:
@@ -513,12 +568,12 @@ def _digests(source: Source, cache_dir: Path, bar: _Bar) -> list[dict[str, Any]]
             done += stat.st_size
             advance(done)
     if fresh:
-        write_file_atomically(memo_path, json.dumps({**memo, **fresh}))
+        write_atomically(memo_path, json.dumps({**memo, **fresh}))
     return entries
 
 
-class _Bar:
-    """Progress of one stage after the other, to a caller's function or a tqdm bar."""
+class _ProgressBar:
+    """Reports the progress of stages, one after the other, to a caller's function or a tqdm bar."""
 
     def __init__(self, progress: Progress | bool | None) -> None:
         self._progress = progress
@@ -529,7 +584,7 @@ class _Bar:
         if callable(progress):
             yield lambda done: progress(name, done, total)
             return
-        # tqdm's None means: only on a terminal.
+        # To tqdm, None means: only on a terminal.
         disable = None if progress is None else not progress
         with tqdm(total=total, desc=name, unit="B", unit_scale=True, leave=False, disable=disable) as bar:
             yield lambda done: bar.update(done - bar.n) and None
@@ -537,24 +592,15 @@ class _Bar:
 
 @contextlib.contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    """Hold the lock on `path`: one process builds, the others wait and then find the corpus built. The system
-    releases the lock of a process that dies."""
+    """Hold the lock on `path`, so that one process builds the corpus while others wait for it. The system releases the
+    lock of a process that dies."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log("another process is preparing this data: waiting for it")
+            log("waiting for another process that is preparing this data")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json_hash(content: Any) -> str:

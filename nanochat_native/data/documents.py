@@ -1,8 +1,8 @@
-"""Documents from files of text, JSON lines, JSON and parquet, in bounded memory.
+"""Reads documents from files of text, JSON lines, JSON and parquet, in bounded memory.
 
-A text file is one document, unless it has lines that read `<|endoftext|>`: these separate documents, as in the
-text releases of TinyStories. A line of JSON lines, an element of a JSON array and a row of parquet are a record each,
-and a record is one document: its text, or the text of one of its fields, which `decide` chooses.
+A text file is one document, unless it has lines `<|endoftext|>`: these separate documents, as in the text releases of
+TinyStories. A line of JSON lines, an element of a JSON array and a row of parquet are one record each. A record is one
+document: a text, or an object with the text in one of its fields, which `plan_reading` chooses.
 """
 
 from __future__ import annotations
@@ -20,56 +20,67 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat_native.data.names import COMPRESSIONS, TABLES, compression_of, kind_of, shown, suffix_of
+from nanochat_native.data.file_names import (
+    COMPRESSION_SUFFIXES,
+    TABLE_SUFFIXES,
+    compression_of,
+    kind_of,
+    printable,
+    suffix_of,
+)
 from nanochat_native.data.sources import Skipped
 
 TEXT_COLUMNS = ("text", "content", "document", "story", "code", "body")
-# What `decide` looks at of a file: so many records, or so much text, and on to the first record that has any.
+# Size of the sample that `plan_reading` takes of a file; it goes on to the first record that has text.
 SAMPLE_RECORDS = 1000
 SAMPLE_CHARS = 1 << 24
 BLOCK_BYTES = 1 << 20
 PIECE_CHARS = 1 << 20
-LONGEST_TOKEN = 16  # characters of JSON that are read as one and are no text: -Infinity, an escape
+LONGEST_TOKEN = 16  # characters of a JSON token that is not a string, such as -Infinity, or of an escape
 
 _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?\n?", re.MULTILINE)
 _BLANK = re.compile(r"[ \t\r\n\ufeff]*")
-# The longer mark first: it begins with the shorter one.
+# The longer marks come first, because one of them begins with a shorter one.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# No number of a record is text; as a float it may have any number of digits.
+# Numbers are never text. Floats may have any number of digits, unlike Python's integers.
 _JSON = json.JSONDecoder(parse_int=float)
 
 
 class DamagedFileError(ValueError):
-    """A file that cannot be read to its end; the message begins with its path."""
+    """A file that cannot be read to its end. The message begins with its path."""
 
 
-class Piece(NamedTuple):
-    """A part of a document: a document is a piece with `starts_document` and the pieces up to the next such."""
+class DocumentPart(NamedTuple):
+    """A part of a document. A document is a part with `starts_document` and the parts up to the next such part."""
 
     text: str
     starts_document: bool
     position: int
-    """Bytes of the file on disk consumed so far."""
+    """Bytes of the file on the disk that were consumed so far."""
 
 
 class Reading(NamedTuple):
-    """How a file is read. column: the field of its records that holds the text; None where they are text themselves.
-    doubted: fields that would be taken before it, had they text in most records, and had it not in the sample's."""
+    """How a file is read.
+
+    Attributes:
+        column: the field of its records that holds the text; None if the records are texts themselves.
+        preferred: fields that take precedence over `column`, but did not have text in most records of the sample.
+    """
 
     kind: str
     compression: str = ""
     encoding: str = "utf-8"
     column: str | None = None
-    doubted: tuple[str, ...] = ()
+    preferred: tuple[str, ...] = ()
 
 
 class Record(NamedTuple):
-    """where: for messages. position: bytes of the file consumed so far."""
+    """A value of a file, its place for messages, and the bytes of the file that were consumed so far."""
 
     where: str
     position: int
@@ -78,14 +89,15 @@ class Record(NamedTuple):
 
 @dataclass
 class Sample:
-    """Of a file's first records: in how many each field holds text.
+    """Statistics of the first records of a file.
 
     Attributes:
-        records, bare: how many were looked at, and how many of them are a text themselves.
-        texts: field to the number of records that have text there.
-        others: field that was seen without text to the type of what was there.
-        labels: fields that are taken only where no other has text: dictionaries and bytes of parquet.
-        first: of the first record, or of the schema, field to whether it is text.
+        records, bare: number of records, and how many of them are texts themselves.
+        chars: length of all their texts.
+        texts: number of records with text, by field.
+        others: type of a value without text, by field.
+        labels: fields that are chosen only if no other field has text: dictionaries and bytes of parquet.
+        first: whether the value is text, by field, in the first record or in the schema.
         damage: why the first value of a .json file cannot be read.
     """
 
@@ -99,6 +111,7 @@ class Sample:
     damage: str | None = None
 
     def add(self, value: Any) -> None:
+        """Count a record."""
         self.records += 1
         if isinstance(value, str):
             self.bare += 1
@@ -115,22 +128,25 @@ class Sample:
                 self.others.setdefault(name, _JSON_TYPES.get(type(v), type(v).__name__))
 
     def is_enough(self, asked: str | None) -> bool:
+        """Return whether no more records are needed to choose a column, or for the column `asked`."""
         found = self.bare or (self.texts[asked] if asked is not None else len(self.texts))
         return found > 0 and (self.records >= SAMPLE_RECORDS or self.chars >= SAMPLE_CHARS)
 
     def fields(self) -> str:
-        """What the records have, for a message."""
+        """Return the fields of the records and their types, for a message."""
         names = self.others | dict.fromkeys(self.texts, "text")
-        return ", ".join(f"{shown(name)} ({kind})" for name, kind in names.items())
+        return ", ".join(f"{printable(name)} ({kind})" for name, kind in names.items())
 
-    def most(self) -> set[str]:
-        """The fields that are text in most of the records that have fields."""
+    def common_fields(self) -> set[str]:
+        """Return the fields that have text in most of the records that are objects."""
         return {name for name, count in self.texts.items() if 2 * count > self.records - self.bare}
 
     def column(self) -> str | None:
-        """The field that holds the text: of TEXT_COLUMNS the first that is text in most records, else the only one
-        that is. None where that does not tell."""
-        names = self.most() or set(self.texts)
+        """Return the field that holds the text, or None if that is not clear.
+
+        It is the first of TEXT_COLUMNS that has text in most records, or else the only field that has.
+        """
+        names = self.common_fields() or set(self.texts)
         named = [name for name in TEXT_COLUMNS if name in names]
         if named:
             return named[0]
@@ -145,33 +161,34 @@ def _is_text(value: Any) -> bool:
 _JSON_TYPES = {str: "blank", dict: "object", list: "list", float: "number", bool: "boolean", type(None): "null"}
 
 
-class Decision(NamedTuple):
-    """What `decide` chose.
+class ReadingPlan(NamedTuple):
+    """How files are read.
 
     Attributes:
-        readings: of each file.
-        as_before: of each file, whether version 1 of the corpora, which looked at the first record alone, read it so.
+        readings: one for each file.
+        same_as_version_1: for each file, whether version 1 of corpora read it in the same way. That version looked at
+            the first record only.
         notes: what was chosen and why, one line each.
     """
 
     readings: list[Reading]
-    as_before: list[bool]
+    same_as_version_1: list[bool]
     notes: list[str]
 
 
-def decide(files: Sequence[Path], text_column: str | None = None, skip_damaged: bool = False) -> Decision:
+def plan_reading(files: Sequence[Path], text_column: str | None = None, skip_damaged: bool = False) -> ReadingPlan:
     """Choose how each file is read, by its name, its byte order mark and a sample of its records.
 
-    One column serves all files: the one that Sample.column finds in the samples of all of them. A file that has no text
-    there in most of its records takes its own, by the same rule, and the note names it. A .json file without records
-    of text, such as a project's settings, is read as plain text, unless all files are such.
+    All files use one column: the one that Sample.column finds in the samples of all of them. If most records of a file
+    have no text there, this file gets its own column by the same rule, and a note names it. A .json file without
+    records of text, such as the settings of a project, is read as plain text, unless all files are like that.
 
     Args:
-        text_column: the column of all records; None chooses one.
+        text_column: The column of all records; None chooses one.
 
     Raises:
-        ValueError: no such text column, or none that the records tell.
-        DamagedFileError, ImportError, OSError: as read_pieces.
+        ValueError: There is no such column, or it is not clear which one holds the text.
+        DamagedFileError, ImportError, OSError: See `read_document_parts`.
     """
     readings = []
     samples: dict[int, Sample] = {}
@@ -183,45 +200,47 @@ def decide(files: Sequence[Path], text_column: str | None = None, skip_damaged: 
         if reading.kind != "text":
             reading = reading._replace(column=text_column)
             samples[i] = _sample(path, reading, text_column, skip_damaged)
-        elif suffix_of(path) in TABLES:
-            plain.add("tables read as plain text, separators and headings included", path)
+        elif suffix_of(path) in TABLE_SUFFIXES:
+            plain.add("tables read as plain text, including separators and headings", path)
         readings.append(reading)
     if text_column is not None and not samples:
-        raise ValueError(f"--text-column is {text_column!r}, but no file has records: .jsonl, .ndjson, .json, .parquet")
+        raise ValueError(f"--text-column must be a field of .jsonl, .ndjson, .json or .parquet, got {text_column!r}")
 
-    common = _together([s for i, s in samples.items() if not _is_single(readings[i], s)]).column()
-    untold: dict[int, str] = {}
-    as_before = [reading == _version_1(path, {}, None) for path, reading in zip(files, readings, strict=True)]
+    common = _merged([s for i, s in samples.items() if not _is_single(readings[i], s)]).column()
+    undecided: dict[int, str] = {}
+    same_as_version_1 = [reading == _version_1(path, {}, None) for path, reading in zip(files, readings, strict=True)]
     for i, sample in samples.items():
         objects = sample.records - sample.bare
         if text_column is not None:
             column = text_column if sample.texts[text_column] else None
         elif _is_single(readings[i], sample):
+            # Settings have texts of any name, so only a known name is taken for the text.
             column = next((name for name in TEXT_COLUMNS if sample.texts[name]), None)
-        elif common in sample.most():
+        elif common in sample.common_fields():
             column = common
         else:
             column = sample.column()
         if column is None and (objects > sample.bare or (readings[i].kind == "json" and not sample.records)):
-            untold[i] = _why_untold(sample, text_column)
+            undecided[i] = _why_undecided(sample, text_column)
         readings[i] = readings[i]._replace(column=column or text_column)
-        as_before[i] = readings[i] == _version_1(files[i], sample.first, text_column)
+        same_as_version_1[i] = readings[i] == _version_1(files[i], sample.first, text_column)
         if column is not None and text_column is None:
-            readings[i] = readings[i]._replace(doubted=_before(column, sample.most()))
-    for i, why in untold.items():
-        if readings[i].kind != "json" or len(untold) == len(files):
-            takes = "; .json takes a list of objects or texts, or one of them a line"
-            raise ValueError(f"{shown(files[i])}: {why}{takes if readings[i].kind == 'json' else ''}")
+            readings[i] = readings[i]._replace(preferred=_preferred_columns(column, sample.common_fields()))
+    for i, why in undecided.items():
+        if readings[i].kind != "json" or len(undecided) == len(files):
+            needed = "; .json must hold a list of objects or texts, or one of them per line"
+            raise ValueError(f"{printable(files[i])}: {why}{needed if readings[i].kind == 'json' else ''}")
         readings[i] = readings[i]._replace(kind="text", column=None)
-        as_before[i] = readings[i] == _version_1(files[i], {}, None)
+        same_as_version_1[i] = readings[i] == _version_1(files[i], {}, None)
         plain.add(".json files without records of text, read as plain text", files[i])
     notes = [f"{count} {reason} (first: {where})" for reason, (count, where) in plain.reasons.items()]
     if text_column is None:
-        notes += _told(files, readings, samples)
-    return Decision(readings, as_before, notes)
+        notes += _column_note(files, readings, samples)
+    return ReadingPlan(readings, same_as_version_1, notes)
 
 
-def _together(samples: Iterable[Sample]) -> Sample:
+def _merged(samples: Iterable[Sample]) -> Sample:
+    """Return the statistics of several files together."""
     total = Sample()
     for sample in samples:
         total.records += sample.records
@@ -231,45 +250,46 @@ def _together(samples: Iterable[Sample]) -> Sample:
     return total
 
 
-def _before(column: str, without: set[str]) -> tuple[str, ...]:
-    """The known names that are taken before a column."""
+def _preferred_columns(column: str, without: set[str]) -> tuple[str, ...]:
+    """Return the names of TEXT_COLUMNS that take precedence over a column, except those in `without`."""
     rank = TEXT_COLUMNS.index(column) if column in TEXT_COLUMNS else len(TEXT_COLUMNS)
     return tuple(name for name in TEXT_COLUMNS[:rank] if name not in without)
 
 
 def _is_single(reading: Reading, sample: Sample) -> bool:
-    """Whether a .json file is one record, which the settings of a program are too: its text has a known name."""
+    """Return whether a .json file is one record. It may be the settings of a program."""
     return reading.kind == "json" and sample.records == 1
 
 
 def _version_1(path: Path, first: dict[str, bool], text_column: str | None) -> Reading:
-    """How version 1 of the corpora read a file; a cached corpus of such readings keeps its name."""
-    suffixes = ["", *(suffix for suffix in path.suffixes if suffix not in COMPRESSIONS)]
+    """Return how version 1 of corpora read a file; a cached corpus that is read like that keeps its name."""
+    suffixes = ["", *(suffix for suffix in path.suffixes if suffix not in COMPRESSION_SUFFIXES)]
     kind = {".parquet": "parquet", ".jsonl": "jsonl"}.get(suffixes[-1], "text")
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    compression = path.suffix if path.suffix in COMPRESSION_SUFFIXES else ""
     if kind == "text":
         return Reading(kind, compression)
     sample = Sample(records=1, texts=Counter({name: 1 for name, is_text in first.items() if is_text}))
     return Reading(kind, compression, column=text_column or sample.column())
 
 
-def _why_untold(sample: Sample, asked: str | None) -> str:
+def _why_undecided(sample: Sample, asked: str | None) -> str:
+    """Return why a file has no text column, for an error."""
     if sample.damage is not None:
         return sample.damage
     if not sample.others and not sample.texts:
-        lists = "its records are neither objects nor texts (a file that is one list of records is named .json)"
-        return lists if sample.records else "it holds no records"
+        lists = "its records are neither objects nor texts (a file that is one list of records must be named .json)"
+        return lists if sample.records else "it has no records"
     if asked is not None and asked not in sample.others:
-        return f"no column {asked!r}; it has {sample.fields()}"
+        return f"there is no column {asked!r}; it has {sample.fields()}"
     if asked is not None:
-        return f"column {asked!r} holds no text; it has {sample.fields()}"
+        return f"column {asked!r} has no text; it has {sample.fields()}"
     if not sample.texts:
-        return f"no field of its records holds text; it has {sample.fields()}"
+        return f"no field of its records has text; it has {sample.fields()}"
     return f"name the text column with --text-column; it has {sample.fields()}"
 
 
-def _told(files: Sequence[Path], readings: Sequence[Reading], samples: dict[int, Sample]) -> list[str]:
-    """The note about the columns that were chosen."""
+def _column_note(files: Sequence[Path], readings: Sequence[Reading], samples: dict[int, Sample]) -> list[str]:
+    """Return the note about the columns that were chosen."""
     by_column: dict[str, list[int]] = {}
     for i in samples:
         column = readings[i].column
@@ -277,18 +297,18 @@ def _told(files: Sequence[Path], readings: Sequence[Reading], samples: dict[int,
             by_column.setdefault(column, []).append(i)
     parts: list[str] = []
     for column, indices in sorted(by_column.items(), key=lambda item: -len(item[1])):
-        total = _together(samples[i] for i in indices)
-        why = "" if column in TEXT_COLUMNS else ", the only field that is text in most"
+        total = _merged(samples[i] for i in indices)
+        why = "" if column in TEXT_COLUMNS else ", the only field with text in most"
         where = ""
         if parts:
             more = f" and {len(indices) - 1} more files" if len(indices) > 1 else ""
-            where = f" in {shown(files[indices[0]])}{more}"
-        parts.append(f"{column!r}{where} (text in {total.texts[column]:,} of {total.records:,} records looked at{why})")
+            where = f" in {printable(files[indices[0]])}{more}"
+        parts.append(f"{column!r}{where} (text in {total.texts[column]:,} of {total.records:,} sampled records{why})")
     return [f"text column: {'; '.join(parts)}"] if parts else []
 
 
 def _sample(path: Path, reading: Reading, asked: str | None, skip_damaged: bool) -> Sample:
-    """Look at records until the sample is enough."""
+    """Return the statistics of the first records, of as many as are needed."""
     sample = Sample()
     try:
         if reading.kind == "parquet":
@@ -300,33 +320,33 @@ def _sample(path: Path, reading: Reading, asked: str | None, skip_damaged: bool)
                 break
     except DamagedFileError as error:
         if reading.kind == "json" and not sample.bare and not sample.texts:
-            sample.damage = str(error).removeprefix(f"{shown(path)}: ")
+            sample.damage = str(error).removeprefix(f"{printable(path)}: ")
         elif not skip_damaged:
             raise
     return sample
 
 
-def read_pieces(
+def read_document_parts(
     path: Path,
     reading: Reading,
     *,
     skip_damaged: bool = False,
     skipped: Skipped | None = None,
     text_column: str | None = None,
-) -> Iterator[Piece]:
-    """Documents of one file.
+) -> Iterator[DocumentPart]:
+    """Yield the documents of one file, in parts.
 
-    Binary files (with a zero byte), documents that are not UTF-8, records without text and empty documents are
-    left out and counted in `skipped`. That more than half of a file's records have no text is an error, unless
-    text_column says that the column was asked for by name.
+    Binary files (with a zero byte), documents that are not UTF-8, records without text and empty documents are left
+    out and counted in `skipped`.
 
     Args:
-        skip_damaged: read a damaged file as far as it goes and count it, instead of raising.
+        skip_damaged: Read a damaged file up to the damage and count it, instead of raising.
+        text_column: The column, if the user named it. Then most of the records may be without text.
 
     Raises:
-        DamagedFileError: truncated or corrupt, or not JSON.
-        ValueError: most records have no text.
-        ImportError: the file needs pyarrow or zstandard (extra `data`).
+        DamagedFileError: The file is truncated or corrupt, or not JSON.
+        ValueError: Most records have no text.
+        ImportError: The file needs pyarrow or zstandard (extra `data`).
     """
     skipped = Skipped() if skipped is None else skipped
     try:
@@ -341,13 +361,13 @@ def read_pieces(
     except DamagedFileError as error:
         if not skip_damaged:
             raise
-        skipped.add("damaged files, read as far as they go", str(error))
+        skipped.add("damaged files, read up to the damage", str(error))
 
 
 def _read_records(
     path: Path, records: Iterable[Record], reading: Reading, asked: str | None, skipped: Skipped
-) -> Iterator[Piece]:
-    column, doubted = reading.column, reading.doubted
+) -> Iterator[DocumentPart]:
+    column, preferred = reading.column, reading.preferred
     count = without_text = 0
     later = Counter[str]()
     for where, position, value in records:
@@ -355,30 +375,31 @@ def _read_records(
         text = value
         if isinstance(value, dict):
             text = value.get(column)
-            for name in doubted:
+            for name in preferred:
                 later[name] += _is_text(value.get(name))
         if not isinstance(text, str):
             without_text += 1
             skipped.add("records without text", where)
         elif _is_document(text, where, skipped):
-            yield Piece(text, True, position)
+            yield DocumentPart(text, True, position)
     if count == 0:
         skipped.add("files without a record", path)
     if asked is None and 2 * without_text > count:
         field_ = "" if column is None else f" in field {column!r}"
         raise ValueError(
-            f"{shown(path)}: {without_text:,} of {count:,} records have no text{field_}; name the text column with "
-            "--text-column, which takes those that have it"
+            f"{printable(path)}: {without_text:,} of {count:,} records have no text{field_}; name the text column with "
+            "--text-column to read only those that have it"
         )
     for name, with_text in later.items():
         if 2 * with_text > count:
             raise ValueError(
-                f"{shown(path)}: field {name!r} has text in {with_text:,} of {count:,} records, but not in most of the "
-                f"first, which told {column!r}; name the text column with --text-column"
+                f"{printable(path)}: field {name!r} has text in {with_text:,} of {count:,} records, but not in most of "
+                f"the first ones, from which {column!r} was chosen; name the text column with --text-column"
             )
 
 
 def _is_document(text: str, where: str, skipped: Skipped) -> bool:
+    """Return whether a text can be encoded and is not blank; count it otherwise."""
     if not text or text.isspace():
         skipped.add("empty documents", where)
         return False
@@ -391,7 +412,7 @@ def _is_document(text: str, where: str, skipped: Skipped) -> bool:
 
 
 def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Decompressed blocks of a file, each with the bytes of the file consumed so far."""
+    """Yield decompressed blocks of a file, each with the bytes of the file that were consumed so far."""
     compression = compression_of(path)
     with open(path, "rb") as raw:
         try:
@@ -399,19 +420,19 @@ def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
                 yield from _zstd_blocks(path, raw)
                 return
             file: Any = gzip.GzipFile(fileobj=raw) if compression == ".gz" else raw
-            # Not `read`, which would lose the last good block before a fault.
+            # `read` would lose the last good block before the damage.
             while block := file.read1(BLOCK_BYTES):
                 yield block, raw.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DamagedFileError(f"{shown(path)}: damaged gzip file: {error}") from error
+            raise DamagedFileError(f"{printable(path)}: damaged gzip file: {error}") from error
 
 
 def _zstd_blocks(path: Path, raw: io.BufferedReader) -> Iterator[tuple[bytes, int]]:
     try:
         import zstandard
     except ImportError as error:
-        raise ImportError(f"{shown(path)}: .zst needs zstandard: pip install 'nanochat-native[data]'") from error
-    # zstandard's own reader takes a truncated file for a short one; a decompression object knows its frame's end.
+        raise ImportError(f"{printable(path)}: .zst needs zstandard: pip install 'nanochat-native[data]'") from error
+    # zstandard's own reader cannot tell a truncated file from a short one; a decompression object sees the frame's end.
     frame = zstandard.ZstdDecompressor().decompressobj()
     started = False
     while data := raw.read(BLOCK_BYTES):
@@ -421,17 +442,17 @@ def _zstd_blocks(path: Path, raw: io.BufferedReader) -> Iterator[tuple[bytes, in
             try:
                 block = frame.decompress(data)
             except zstandard.ZstdError as error:
-                raise DamagedFileError(f"{shown(path)}: damaged zstd file: {error}") from error
+                raise DamagedFileError(f"{printable(path)}: damaged zstd file: {error}") from error
             started = True
             data = frame.unused_data if frame.eof else b""
             if block:
                 yield block, raw.tell()
     if started and not frame.eof:
-        raise DamagedFileError(f"{shown(path)}: damaged zstd file: it ends inside a frame")
+        raise DamagedFileError(f"{printable(path)}: damaged zstd file: it ends inside a frame")
 
 
 def _encoding_of(path: Path) -> str:
-    """By the byte order mark; utf-8 without one."""
+    """Return the encoding that the byte order mark of a file tells, or utf-8 if it has none."""
     head = b""
     try:
         for block, _ in _blocks(path):
@@ -439,13 +460,13 @@ def _encoding_of(path: Path) -> str:
             if len(head) >= 4:
                 break
     except DamagedFileError:
-        pass  # the reader tells
+        pass  # reading the file reports it
     return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8")
 
 
 def _utf8_blocks(path: Path, reading: Reading) -> Iterator[tuple[bytes, int]]:
-    """Blocks of a text in UTF-8, whatever its encoding. Raises UnicodeDecodeError where it is UTF-16 or UTF-32 and
-    damaged; of UTF-8 nothing is checked."""
+    """Yield blocks of a text converted to UTF-8. Raise UnicodeDecodeError for damaged UTF-16 or UTF-32; UTF-8 is not
+    checked."""
     blocks = _blocks(path)
     if reading.encoding == "utf-8":
         yield from blocks
@@ -458,18 +479,18 @@ def _utf8_blocks(path: Path, reading: Reading) -> Iterator[tuple[bytes, int]]:
 
 
 def read_utf8(path: Path) -> bytes:
-    """All of a file, decompressed; in UTF-8 where its byte order mark tells UTF-16 or UTF-32, else as it is.
+    """Return the decompressed content of a file. Text in UTF-16 or UTF-32 with a byte order mark becomes UTF-8.
 
-    Raises DamagedFileError, ImportError and OSError, as read_pieces.
+    Raises DamagedFileError, ImportError and OSError, as `read_document_parts` does.
     """
     reading = Reading(kind_of(path), compression_of(path), _encoding_of(path))
     try:
         return b"".join(block for block, _ in _utf8_blocks(path, reading))
     except UnicodeDecodeError as error:
-        raise DamagedFileError(f"{shown(path)}: not {error.encoding}: {error.reason}") from error
+        raise DamagedFileError(f"{printable(path)}: not {error.encoding}: {error.reason}") from error
 
 
-def _read_text(path: Path, reading: Reading, skipped: Skipped) -> Iterator[Piece]:
+def _read_text(path: Path, reading: Reading, skipped: Skipped) -> Iterator[DocumentPart]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
         for block, _ in _utf8_blocks(path, reading):
@@ -494,7 +515,7 @@ def _read_text(path: Path, reading: Reading, skipped: Skipped) -> Iterator[Piece
         for index, part in enumerate(_SEPARATOR.split(text)):
             starts = starts or index > 0
             if part and not (starts and part.isspace()):
-                yield Piece(part, starts, position)
+                yield DocumentPart(part, starts, position)
                 starts = empty = False
     if empty:
         skipped.add("empty documents", path)
@@ -514,7 +535,7 @@ def _json_records(path: Path, reading: Reading, skipped: Skipped, skip_damaged: 
         else:
             yield from _json_lines(path, reading, skipped, skip_damaged)
     except UnicodeDecodeError as error:
-        raise DamagedFileError(f"{shown(path)}: not {error.encoding}: {error.reason}") from error
+        raise DamagedFileError(f"{printable(path)}: not {error.encoding}: {error.reason}") from error
 
 
 def _lines(path: Path, reading: Reading) -> Iterator[tuple[bytes, int]]:
@@ -529,10 +550,10 @@ def _lines(path: Path, reading: Reading) -> Iterator[tuple[bytes, int]]:
 
 
 def _json_lines(path: Path, reading: Reading, skipped: Skipped, skip_damaged: bool) -> Iterator[Record]:
-    name = shown(path)
+    name = printable(path)
     for number, (line, position) in enumerate(_lines(path, reading), 1):
         where = f"{name}:{number}"
-        line = line.removeprefix(codecs.BOM_UTF8)  # files that were put together have it in their middle
+        line = line.removeprefix(codecs.BOM_UTF8)  # concatenated files have it in the middle
         if not line.strip():
             continue
         try:
@@ -542,7 +563,7 @@ def _json_lines(path: Path, reading: Reading, skipped: Skipped, skip_damaged: bo
             continue
         except (json.JSONDecodeError, RecursionError) as error:
             if not skip_damaged:
-                advice = "; UTF-16 is read where the file begins with a byte order mark" if b"\0" in line else ""
+                advice = "; UTF-16 must begin with a byte order mark" if b"\0" in line else ""
                 raise DamagedFileError(f"{where}: not a line of JSON: {_reason(error)}{advice}") from error
             skipped.add("lines that are not JSON", where)
             continue
@@ -554,9 +575,9 @@ def _reason(error: json.JSONDecodeError | RecursionError) -> str:
 
 
 def _json_values(path: Path, reading: Reading) -> Iterator[Record]:
-    """The elements of the list that a .json file holds, or else its values one after the other.
+    """Yield the elements of the list in a .json file, or else its values, one after the other.
 
-    Of the file one value and a block are in memory at once.
+    One value and one block of the file are in memory at a time.
     """
     values = _Values(path, reading)
     if values.peek() == "[":
@@ -570,12 +591,13 @@ class _Values:
     """A cursor over the JSON values in a text that is read block by block."""
 
     def __init__(self, path: Path, reading: Reading) -> None:
-        self.path, self.number = shown(path), 0
+        self.path, self.number = printable(path), 0
         self.blocks = _with_end(_utf8_blocks(path, reading))
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.text, self.at, self.position, self.ended = "", 0, 0, False
 
     def elements(self) -> Iterator[Record]:
+        """Yield the elements of a list, which must be all there is."""
         self.at += 1
         if self.peek() != "]":
             yield self.take()
@@ -583,13 +605,13 @@ class _Values:
                 self.at += 1
                 yield self.take()
         if self.peek() != "]":
-            raise self.damaged("neither a comma nor the end of the list after it")
+            raise self.damaged("neither a comma nor the end of the list follows it")
         self.at += 1
         if self.peek():
             raise self.damaged("something follows the end of the list")
 
     def peek(self) -> str:
-        """The next character that is not blank; "" at the end."""
+        """Return the next character that is not blank, or "" at the end."""
         while True:
             blank = _BLANK.match(self.text, self.at)
             assert blank is not None
@@ -599,26 +621,26 @@ class _Values:
             self.read_on()
 
     def take(self) -> Record:
-        """The value that comes next."""
+        """Return the next value."""
         self.number += 1
         self.peek()
         while True:
             try:
                 value, end = _JSON.raw_decode(self.text, self.at)
-                if self.ended or end < len(self.text) - LONGEST_TOKEN:  # a number could go on in the next block
+                if self.ended or end < len(self.text) - LONGEST_TOKEN:  # a number could continue in the next block
                     self.at = end
                     return Record(f"{self.path}: value {self.number}", self.position, value)
             except RecursionError as error:
                 raise self.damaged("nested too deeply") from error
             except json.JSONDecodeError as error:
-                # A value that goes on in the next block looks damaged: a text at its beginning, others at the end.
+                # A value that continues in the next block looks damaged: a string at its beginning, others at the end.
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - LONGEST_TOKEN
                 if self.ended or not cut:
                     raise self.damaged(f"not JSON: {error.msg}") from error
             self.read_on()
 
     def read_on(self) -> None:
-        """Read as much again as is held, so that the time is linear in a value's length."""
+        """Read at least as much as is held, so that the total time is linear in the length of a value."""
         held = self.text[self.at :]
         parts, wanted = [held], 2 * len(held)
         while not self.ended and sum(map(len, parts)) <= wanted:
@@ -649,11 +671,11 @@ def _sample_parquet(path: Path, sample: Sample, asked: str | None) -> None:
 
 
 def _parquet_records(path: Path, reading: Reading, skipped: Skipped) -> Iterator[Record]:
-    size, shown_path = path.stat().st_size, shown(path)
+    size, shown_path = path.stat().st_size, printable(path)
     row = 0
     with _parquet_file(path) as (pa, file):
         kinds = _columns(pa, file)[1]
-        names = [name for name in (reading.column, *reading.doubted) if kinds.get(name or "")]
+        names = [name for name in (reading.column, *reading.preferred) if kinds.get(name or "")]
         if reading.column not in names:
             return
         for group in range(file.num_row_groups):
@@ -671,12 +693,12 @@ def _parquet_records(path: Path, reading: Reading, skipped: Skipped) -> Iterator
 
 @contextlib.contextmanager
 def _parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(pyarrow, the open file); what pyarrow raises within the block is a DamagedFileError."""
+    """Give (pyarrow, the open file). An error of pyarrow in the block becomes a DamagedFileError."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ImportError(f"{shown(path)}: .parquet needs pyarrow: pip install 'nanochat-native[data]'") from error
+        raise ImportError(f"{printable(path)}: .parquet needs pyarrow: pip install 'nanochat-native[data]'") from error
     try:
         with pq.ParquetFile(path) as file:
             yield pa, file
@@ -684,11 +706,11 @@ def _parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
         raise
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise DamagedFileError(f"{shown(path)}: damaged parquet file: {reason}") from error
+        raise DamagedFileError(f"{printable(path)}: damaged parquet file: {reason}") from error
 
 
 def _columns(pa: Any, file: Any) -> tuple[dict[str, str], dict[str, str | None]]:
-    """Of each name of a column the type in words, and the _text_kind; a name of several columns is not read."""
+    """Return the type in words, and the _text_kind, of each column. A name that several columns have is not read."""
     types: dict[str, str] = {}
     kinds: dict[str, str | None] = {}
     for column in file.schema_arrow:
@@ -699,7 +721,7 @@ def _columns(pa: Any, file: Any) -> tuple[dict[str, str], dict[str, str | None]]
 
 
 def _text_kind(pa: Any, kind: Any) -> str | None:
-    """text for a column of strings; label for one of dictionaries or bytes, which may be text; None for others."""
+    """Return "text" for a column of strings, "label" for dictionaries or bytes, which may be text, or None."""
     if pa.types.is_dictionary(kind):
         return "label" if _text_kind(pa, kind.value_type) else None
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -711,7 +733,7 @@ def _text_kind(pa: Any, kind: Any) -> str | None:
 
 
 def _bytes_of(pa: Any, column: Any) -> list[bytes | None]:
-    """As bytes, since Arrow does not promise that a string is UTF-8."""
+    """Return the values as bytes, because Arrow does not guarantee that a string is UTF-8."""
     values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
     return values
 

@@ -1,9 +1,9 @@
-"""Batches as a pure function of (seed, step), and a thread that makes them ahead of time.
+"""Batches as a pure function of (seed, step), and a thread that prepares them ahead of time.
 
-The stream is cut into windows of T + 1 tokens at stride T, so that each target lies in one window. An epoch visits
-every window once, in an order that a keyed permutation of [0, n) gives by computation: a Feistel network with cycle
-walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No order is stored, and the batch of any
-step is found without those before it.
+The stream is cut into windows of T + 1 tokens at stride T, so that each target is in one window. An epoch visits every
+window once. Its order is a keyed permutation of [0, n) that is computed, not stored: a Feistel network with cycle
+walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The batch of any step is therefore computed
+without those before it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _ROUNDS = 6
 class BatchLoader:
     """Training batches from a stream of tokens.
 
-    Row r of step s is sample s * batch_rows + r of an endless sequence of epochs: each epoch is a new permutation of
-    the windows, and a batch may end one epoch and begin the next. The up to T - 1 targets that fill no window are
-    left out; windows begin at another offset each epoch, so that these are others each time. A rank holds a
-    contiguous share of the rows, hence the global batch does not depend on `world_size`.
+    Row r of step s is sample s * batch_rows + r of an endless sequence of epochs. Each epoch is a new permutation of
+    the windows, and one batch may end an epoch and begin the next. Up to T - 1 targets fill no window and are left out;
+    windows begin at another offset in each epoch, so these targets differ. A rank has a contiguous part of the rows, so
+    the global batch does not depend on `world_size`.
 
     Attributes:
-        windows_per_epoch: how many rows make an epoch.
+        windows_per_epoch: number of rows in an epoch.
     """
 
     def __init__(
@@ -48,23 +48,23 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Set up a loader of `batch_rows` global rows of `sequence_len` tokens a step.
+        """Create a loader of `batch_rows` rows of `sequence_len` tokens for each step, over all ranks.
 
         Raises:
-            ValueError: an argument out of range, rows that `world_size` does not divide, or a stream with fewer
-                windows than a batch has rows.
+            ValueError: An argument is out of range, `batch_rows` is not a multiple of `world_size`, or the stream has
+                fewer windows than a batch has rows.
         """
         if batch_rows < 1 or sequence_len < 1:
-            raise ValueError(f"batch_rows and sequence_len must be at least 1, got {batch_rows} and {sequence_len}")
+            raise ValueError(f"batch_rows and sequence_len must be >= 1, got {batch_rows} and {sequence_len}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of a world of {world_size}")
+            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if batch_rows % world_size:
-            raise ValueError(f"batch_rows {batch_rows} must be a multiple of world_size {world_size}")
+            raise ValueError(f"batch_rows must be a multiple of world_size {world_size}, got {batch_rows}")
         self.windows_per_epoch = stream.num_windows(sequence_len)
         if self.windows_per_epoch < batch_rows:
             raise ValueError(
-                f"{len(stream):,} training tokens make {self.windows_per_epoch:,} rows of {sequence_len} tokens, a "
-                f"batch takes {batch_rows:,}: give more text, a smaller batch or a shorter sequence"
+                f"{len(stream):,} training tokens make {self.windows_per_epoch:,} rows of {sequence_len} tokens, but a "
+                f"batch needs {batch_rows:,}: give more text, a smaller batch or a shorter sequence"
             )
         self.stream = stream
         self.batch_rows = batch_rows
@@ -76,25 +76,25 @@ class BatchLoader:
         self._rows = range(rank * batch_rows // world_size, (rank + 1) * batch_rows // world_size)
 
     def batch(self, step: int) -> Batch:
-        """(inputs, targets) of a step for this rank, int64 (batch_rows / world_size, sequence_len) on the device.
+        """Return (inputs, targets) of a step for this rank, int64 (batch_rows / world_size, sequence_len).
 
         Raises:
-            ValueError: a negative step.
+            ValueError: The step is negative.
         """
         return self._to_device(self._host_batch(step))
 
     def iterate(self, start_step: int = 0, *, depth: int = 4) -> Prefetcher:
-        """Batches from `start_step` on without end, `depth` of them prepared ahead by a thread.
+        """Return an endless iterator over the batches from `start_step` on; a thread prepares `depth` of them ahead.
 
-        For CUDA the thread pins them and the copy to the device does not block. An error of the thread is raised by
-        `next`. Close it when done, or use it in a `with`.
+        For CUDA the thread pins them, and the copy to the device does not block. `next` raises an error of the thread.
+        Close the iterator when done, or use it in a `with`.
         """
         return Prefetcher(self._host_batch, self._to_device, start_step, depth)
 
     def positions(self, step: int) -> np.ndarray:
-        """First token of each row's window in the stream, int64 (batch_rows / world_size,)."""
+        """Return the first token of each row's window in the stream, int64 (batch_rows / world_size,)."""
         if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
+            raise ValueError(f"step must be >= 0, got {step}")
         samples = step * self.batch_rows + np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
         epochs, indices = np.divmod(samples, self.windows_per_epoch)
         positions = np.empty_like(samples)
@@ -110,7 +110,7 @@ class BatchLoader:
         pairs = [self.stream.pair(position, self.sequence_len) for position in self.positions(step).tolist()]
         inputs, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
         if self.device.type == "cuda":
-            # A new thread's current device is the first one, whichever the rank's is.
+            # In a new thread the current device is the first one, not that of the rank.
             with torch.cuda.device(self.device):
                 return inputs.pin_memory(), targets.pin_memory()
         return inputs, targets
@@ -121,7 +121,7 @@ class BatchLoader:
 
 
 class Prefetcher:
-    """Iterator over (inputs, targets) that a background thread makes, a bounded number ahead."""
+    """Iterator over (inputs, targets), of which a background thread prepares a bounded number ahead."""
 
     def __init__(
         self, produce: Callable[[int], Batch], finish: Callable[[Batch], Batch], start_step: int, depth: int
@@ -151,7 +151,7 @@ class Prefetcher:
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread; afterwards the iterator is exhausted."""
+        """End the thread. Afterwards the iterator is exhausted."""
         self._stop.set()
         self._thread.join()
 
@@ -174,17 +174,17 @@ def iterate_val(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Validation batches in the stream's order: (inputs, targets), int64 (at most batch_rows, sequence_len).
+    """Yield validation batches in the stream's order: (inputs, targets), int64 (at most batch_rows, sequence_len).
 
-    Every target of the stream (or the first `max_tokens`, rounded up to windows) comes once; the last window is
-    filled up with targets of -1, to be ignored. Ranks take contiguous shares, whose numbers of batches can differ:
-    add up over ranks after the last batch only.
+    Every target of the stream, or of its first `max_tokens` rounded up to windows, comes once. The last window is
+    padded with targets of -1, which are to be ignored. Each rank has a contiguous part, and the numbers of batches can
+    differ: sum over ranks only after the last batch.
 
     Raises:
-        ValueError: a stream with fewer than two tokens has no target.
+        ValueError: The stream has fewer than two tokens, so there is no target.
     """
     if len(stream) < 2:
-        raise ValueError(f"{len(stream)} validation tokens hold no target: give more text")
+        raise ValueError(f"there must be >= 2 validation tokens, got {len(stream)}: give more text")
     targets = min(len(stream) - 1, max_tokens or len(stream))
     windows = -(-targets // sequence_len)
     start, stop = rank * windows // world_size, (rank + 1) * windows // world_size
@@ -195,7 +195,7 @@ def iterate_val(
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of [0, n) sends each index.
+    """Return the image of each index under a keyed permutation of [0, n).
 
     Args:
         index: int64 (k,), in [0, n).
@@ -208,7 +208,7 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     mask = (np.uint64(1) << half) - np.uint64(1)
     out = index.astype(np.uint64)
     walking = np.ones(len(out), dtype=bool)
-    # The network permutes a power of four above n: an image outside [0, n) is sent on until it falls inside.
+    # The network permutes [0, a power of four >= n). An image outside [0, n) is permuted again until it is inside.
     while walking.any():
         left, right = out[walking] >> half, out[walking] & mask
         for key in keys:
@@ -219,14 +219,14 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014)."""
+    """Return x after the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _keys(seed: int, epoch: int) -> np.ndarray:
-    """One uint64 for the epoch's offset and one for each round."""
+    """Return one uint64 for the offset of the epoch and one for each round."""
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * (1 + _ROUNDS)).digest()
     return np.frombuffer(digest, dtype="<u8")
 

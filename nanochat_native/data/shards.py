@@ -6,7 +6,6 @@ uint16 under magic 20240520 version 1, or uint32 under magic 20240801 version 7 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nanochat_native.data.names import shown
+from nanochat_native.data.file_names import printable
 
 HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000
-# (magic, version) to the type of the tokens.
+# The type of the tokens by (magic, version).
 SHARD_FORMATS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 
 
@@ -33,13 +32,13 @@ class TokenStream:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as a new int64 array.
+        """Return tokens [start, stop) as a new int64 array.
 
         Raises:
-            ValueError: the range does not lie within the stream.
+            ValueError: The range is not within the stream.
         """
         if not 0 <= start <= stop <= len(self):
-            raise ValueError(f"tokens {start}:{stop} of a stream of {len(self)}")
+            raise ValueError(f"the range must be within 0:{len(self)}, got {start}:{stop}")
         out = np.empty(stop - start, dtype=np.int64)
         shard = int(np.searchsorted(self._ends, start, side="right"))
         position = start
@@ -52,7 +51,7 @@ class TokenStream:
         return out
 
     def split_at(self, position: int) -> tuple[TokenStream, TokenStream]:
-        """The streams of tokens [0, position) and [position, len)."""
+        """Return the streams of tokens [0, position) and [position, len)."""
         starts = self._ends - [len(array) for array in self._arrays]
         cuts = [int(np.clip(position - start, 0, len(a))) for start, a in zip(starts, self._arrays, strict=True)]
         left = [array[:cut] for cut, array in zip(cuts, self._arrays, strict=True)]
@@ -60,18 +59,18 @@ class TokenStream:
         return TokenStream(left), TokenStream(right)
 
     def num_windows(self, sequence_len: int) -> int:
-        """How many windows of `sequence_len` targets fit, each target in one window."""
+        """Return how many windows of `sequence_len` targets fit, with each target in one window."""
         return max(0, len(self) - 1) // sequence_len
 
     def pair(self, start: int, sequence_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets) of a window that begins at token `start`, int64 (sequence_len,) each."""
+        """Return (inputs, targets) of the window that begins at token `start`, int64 (sequence_len,) each."""
         tokens = self.read(start, start + sequence_len + 1)
         return tokens[:-1], tokens[1:]
 
     def windows(self, sequence_len: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
-        """(inputs, targets), int64 (sequence_len,) each, in order; windows `start` to `stop` of them.
+        """Yield (inputs, targets), int64 (sequence_len,) each, of the windows `start` to `stop`, in order.
 
-        Together they hold every target of the stream once: where the last window is short, its inputs are filled
+        All windows together have every target of the stream once. If the last window is short, its inputs are padded
         with 0 and its targets with -1, which the loss ignores.
         """
         total = max(0, -(-(len(self) - 1) // sequence_len))
@@ -86,15 +85,15 @@ class TokenStream:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest shard type that holds every id below `vocab_size`."""
+    """Return the smallest type of a shard that can hold every id below `vocab_size`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-map the tokens of a shard, after checking its header and its size.
+    """Check the header and the size of a shard, and return its tokens as a memory map.
 
     Raises:
-        ValueError: not a shard, or its size is not what its header says. The message begins with the path.
+        ValueError: It is not a shard, or its size is not what its header says. The message begins with the path.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -104,27 +103,27 @@ def open_shard(path: Path) -> np.ndarray:
     if dtype is None:
         taken = " or ".join(f"{m} version {v}" for m, v in SHARD_FORMATS)
         raise ValueError(
-            f"{shown(path)}: not a token shard of llm.c's format: magic {magic} version {version}, taken are {taken}; "
-            "nanoGPT's .bin has uint16 tokens without a header: put 256 int32 before them, 20240520, 1, their number "
-            "and zeros"
+            f"{printable(path)}: not a token shard of llm.c: magic must be {taken}, got {magic} version {version}; "
+            "nanoGPT's .bin has uint16 tokens without a header: put 256 int32 before them: 20240520, 1, the number of "
+            "tokens, and zeros"
         )
     expected = HEADER_BYTES + count * dtype.itemsize
     if count < 0 or size != expected:
-        raise ValueError(f"{shown(path)}: {size} bytes, but its header tells of {count} tokens, which take {expected}")
+        raise ValueError(f"{printable(path)}: must have {expected} bytes for {count} tokens, got {size}")
     if count == 0:
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
 class ShardWriter:
-    """Writes a stream of tokens as shards `<split>_000000.bin`, ... of at most `shard_tokens` tokens each."""
+    """Writes a stream of tokens into shards `<split>_000000.bin`, ... of at most `shard_tokens` tokens each."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS) -> None:
         self.paths: list[Path] = []
         self.tokens = 0
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._file: BinaryIO | None = None
-        self._room = 0
+        self._free = 0
 
     def write(self, tokens: np.ndarray) -> None:
         """Append tokens, an integer array (n,) of any length."""
@@ -133,30 +132,24 @@ class ShardWriter:
                 self.paths.append(self._folder / f"{self._split}_{len(self.paths):06d}.bin")
                 self._file = open(self.paths[-1], "wb")  # noqa: SIM115 (closed by close)
                 self._file.write(bytes(HEADER_BYTES))
-                self._room = self._shard_tokens
-            part, tokens = tokens[: self._room], tokens[self._room :]
+                self._free = self._shard_tokens
+            part, tokens = tokens[: self._free], tokens[self._free :]
             self._file.write(part.astype(self._dtype).tobytes())
             self.tokens += len(part)
-            self._room -= len(part)
-            if self._room == 0:
+            self._free -= len(part)
+            if self._free == 0:
                 self.close()
 
     def close(self) -> None:
-        """Write the header of the shard under way and flush it to disk."""
+        """Write the header of the current shard and flush it to the disk."""
         if self._file is None:
             return
         header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
         kind = next(kind for kind, dtype in SHARD_FORMATS.items() if dtype == self._dtype)
-        header[:3] = (*kind, self._shard_tokens - self._room)
+        header[:3] = (*kind, self._shard_tokens - self._free)
         self._file.seek(0)
         self._file.write(header.tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What to train on: the files behind `--data`."""
+"""Finds the files behind `--data`."""
 
 from __future__ import annotations
 
@@ -13,73 +13,81 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat_native.data.names import kind_of, refusal_of, shown, validates, words_of
+from nanochat_native.data.file_names import is_validation, kind_of, printable, refusal_of, words_of
 from nanochat_native.data.shards import SHARD_FORMATS
 
-# A charmap of `encodings` is 256 lines of one table; everything else there is shorter than this.
+# In the standard library's `encodings`, tables of 256 lines are longer than this, and other files are shorter.
 ENCODINGS_MAX_BYTES = 8192
 
 
 @dataclass
 class Skipped:
-    """What was left out, by reason: how many, and where first."""
+    """Counts what was left out. `reasons` maps each reason to (count, place of the first)."""
 
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, reason: str, where: Path | str) -> None:
-        count, first = self.reasons.get(reason, (0, shown(where)))
+        count, first = self.reasons.get(reason, (0, printable(where)))
         self.reasons[reason] = (count + 1, first)
 
-    def lines(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """Return one line for each reason."""
         return [f"skipped: {count} {reason} (first: {where})" for reason, (count, where) in self.reasons.items()]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files behind one `--data`, in a fixed order, and the name under which they are reported.
+    """The files behind one `--data`, in a fixed order.
 
     Attributes:
-        root: the folder that was given, or that a file or the wildcards of a glob lie in.
-        is_tokens: whether the files are token shards (.bin) and not text.
-        validates: of each token shard, whether it is for validation.
-        notes: what was left out, and what was decided; one line each.
+        name: short name for messages and for folders in the cache.
+        root: the folder that was given, or the one that contains the file or the wildcards of the glob.
+        is_tokens: whether the files are token shards (.bin) instead of text.
+        is_validation: for each token shard, whether it is for validation.
+        notes: what was left out and what was decided; one line each.
     """
 
     name: str
     files: tuple[Path, ...]
     root: Path
     is_tokens: bool = False
-    validates: tuple[bool, ...] = ()
+    is_validation: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def find_source(data: str | None, without: Path | None = None) -> Source:
-    """Find the files of `data`: a file, a folder (searched to its depth, hidden names left out) or a glob; None is
-    the standard library of the running Python.
+    """Return the files of `data`.
 
-    Links to folders are followed, into each real folder once; a file with several names is taken once. A folder or
-    glob that holds token shards beside other files means the shards. Of several shards those validate whose path says
-    so (names.validates); a single file is never told by its name. Files in the folder `without` are left out, unless
-    `data` lies in it.
+    A folder is searched recursively, without hidden names. Symbolic links to folders are followed, but each real folder
+    is read once, and so is a file with several names. If a folder or a glob has token shards beside other files, only
+    the shards are read. If there are several shards, their paths tell which are for validation
+    (file_names.is_validation); the name of a single file is not looked at.
+
+    Args:
+        data: A file, a folder or a glob; None is the standard library of the running Python.
+        without: A folder whose files are left out, unless `data` is inside it.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: `data` is empty, not a regular file, an archive, or holds nothing else.
+        FileNotFoundError: There is nothing.
+        ValueError: `data` is empty, is neither a regular file nor a folder, or has no file that can be read.
     """
     if data is None:
         return _standard_library()
     if not data:
-        raise ValueError("--data is empty; it takes a file, a folder or a glob")
+        raise ValueError("--data must be a file, a folder or a glob, got ''")
     path = Path(os.path.expanduser(data))
     if path.is_file():
         refusal = refusal_of(path)
         if refusal is not None:
-            raise ValueError(f"{shown(path)}: {refusal}")
+            raise ValueError(f"{printable(path)}: {refusal}")
         is_tokens = kind_of(path) == "tokens"
-        return Source(shown(path.name), (path,), path.parent, is_tokens=is_tokens, validates=(False,) * is_tokens)
+        return Source(
+            printable(path.name), (path,), path.parent, is_tokens=is_tokens, is_validation=(False,) * is_tokens
+        )
     if path.exists() and not path.is_dir():
         raise ValueError(
-            f"--data {shown(path)} is no regular file; data is read more than once: write it to a file first"
+            f"--data must be a regular file or a folder, got {printable(path)}: data is read more than once, so write "
+            "it to a file first"
         )
 
     skipped = Skipped()
@@ -92,60 +100,63 @@ def find_source(data: str | None, without: Path | None = None) -> Source:
         found = [p for p in found if not Path(os.path.realpath(p)).is_relative_to(cache)]
     files = _once_each(sorted(found), root)
     if not files:
-        message = f"--data {shown(data)}: no file, no folder with files and no glob that matches"
-        raise FileNotFoundError("; ".join([message, *skipped.lines()]))
-    name = shown(path.resolve().name if path.is_dir() else path.name)
+        message = f"--data {printable(data)}: no file, no folder with files and no glob that matches"
+        raise FileNotFoundError("; ".join([message, *skipped.notes()]))
+    name = printable(path.resolve().name if path.is_dir() else path.name)
     named_twice = set(found) - set(files)
     if named_twice:
-        skipped.reasons["more names of files that are read"] = (len(named_twice), shown(min(named_twice)))
+        skipped.reasons["further names of files that are read"] = (len(named_twice), printable(min(named_twice)))
     shards = [p for p in files if kind_of(p) == "tokens" and refusal_of(p) is None]
     if shards and (len(shards) == len(files) or any(_has_shard_magic(p) for p in shards)):
         for other in sorted(set(files) - set(shards)):
-            skipped.add("files beside the token shards, which alone are read", other)
-        sides = tuple(validates(p.relative_to(root)) for p in shards)
-        notes = (*skipped.lines(), *_told(shards, sides))
-        return Source(name, tuple(shards), root, is_tokens=True, validates=sides, notes=notes)
+            skipped.add("files beside the token shards", other)
+        sides = tuple(is_validation(p.relative_to(root)) for p in shards)
+        notes = (*skipped.notes(), *_sides_note(shards, sides))
+        return Source(name, tuple(shards), root, is_tokens=True, is_validation=sides, notes=notes)
     texts = []
     for p in files:
         if refusal_of(p) is not None:
-            skipped.add("archives or compressed files, to be unpacked first", p)
+            skipped.add("archives or compressed files, which must be unpacked first", p)
         elif p in shards:
-            skipped.add(".bin files that are no token shards, such as nanoGPT's, which have no header", p)
+            skipped.add(".bin files that are not token shards, such as nanoGPT's, which have no header", p)
         else:
             texts.append(p)
     if not texts:
-        raise ValueError("; ".join([f"no text in {name}", *skipped.lines()]))
-    return Source(name, tuple(texts), root, notes=(*skipped.lines(), *_named_for_validation(texts, root)))
+        raise ValueError("; ".join([f"no text in {name}", *skipped.notes()]))
+    return Source(name, tuple(texts), root, notes=(*skipped.notes(), *_named_for_validation(texts, root)))
 
 
-def _told(shards: list[Path], sides: tuple[bool, ...]) -> list[str]:
-    """What was decided about several shards."""
-    held_out = [p for p, validates in zip(shards, sides, strict=True) if validates]
+def _sides_note(shards: list[Path], sides: tuple[bool, ...]) -> list[str]:
+    """Return the note about how several shards are split."""
+    held_out = [p for p, is_val in zip(shards, sides, strict=True) if is_val]
     if not held_out:
         return []
     return [
-        f"shards by their names: {len(shards) - len(held_out)} train, {len(held_out)} validate ({_first(held_out)})"
+        f"shards by their names: {len(shards) - len(held_out)} for training, {len(held_out)} for validation "
+        f"({_first(held_out)})"
     ]
 
 
 def _named_for_validation(files: list[Path], root: Path) -> list[str]:
+    """Return the note about files of text whose names say validation."""
     named = [p for p in files if words_of(str(p.relative_to(root))) & {"val", "valid", "validation"}]
     if not named or len(named) == len(files):
         return []
     return [
-        f"text is split by document, whatever the files are called: a part of those named for validation is trained on "
-        f"({_first(named)}); a glob leaves them out"
+        f"text is split by document, not by file: documents in files named for validation are also trained on "
+        f"({_first(named)}); to leave these files out, give a glob"
     ]
 
 
 def _first(paths: list[Path]) -> str:
-    return shown(paths[0].name) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    return printable(paths[0].name) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def _walk(root: Path, skipped: Skipped) -> list[Path]:
-    """Regular files below a folder. Links to folders come after all other folders, so that a real path is preferred.
+    """Return the regular files below a folder.
 
-    Raises OSError for a folder that cannot be read.
+    Links to folders are followed after all other folders, so that files get their real paths. Raises OSError for a
+    folder that cannot be read.
     """
     files: list[Path] = []
     entered: set[tuple[int, int]] = set()
@@ -160,7 +171,7 @@ def _walk(root: Path, skipped: Skipped) -> list[Path]:
         is_loop = linked and Path(os.path.realpath(here.parent)).is_relative_to(os.path.realpath(here))
         if is_loop or identity in entered or identity in above:
             if linked:
-                skipped.add("links to a folder that is read anyway, or that lies above", here)
+                skipped.add("links to a folder that is read anyway, or to one above", here)
             continue
         entered.add(identity)
         for name in os.listdir(here):
@@ -172,7 +183,7 @@ def _walk(root: Path, skipped: Skipped) -> list[Path]:
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     raise
-                skipped.add("links that lead to nothing", path)
+                skipped.add("broken links", path)
                 continue
             if stat.S_ISDIR(mode):
                 (links if path.is_symlink() else folders).append(path)
@@ -184,8 +195,10 @@ def _walk(root: Path, skipped: Skipped) -> list[Path]:
 
 
 def _expand(pattern: Path, skipped: Skipped) -> tuple[Path, list[Path]]:
-    """The folder before a glob's first wildcard, and the files that match. Below `**` a link is followed as in a
-    folder, where the glob module would follow a loop of several links without end."""
+    """Return the folder before the first wildcard of a glob, and the files that match.
+
+    Links below `**` are followed as in `_walk`, because the glob module follows a loop of several links without end.
+    """
     literal = pattern.parts
     for i, part in enumerate(pattern.parts):
         if glob.has_magic(part):
@@ -202,16 +215,16 @@ def _expand(pattern: Path, skipped: Skipped) -> tuple[Path, list[Path]]:
     entered = {folder for p in files for folder in p.parents}
     for p in sorted(set(matches) - set(files)):
         if not p.exists():
-            skipped.add("links that lead to nothing", p)
+            skipped.add("broken links", p)
         elif not p.is_dir():
             skipped.add("FIFOs, sockets or devices", p)
         elif p not in entered:
-            skipped.add("folders that the glob matches, whose files it does not match", p)
+            skipped.add("folders that match the glob, while none of their files do", p)
     return Path(*literal), files
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path, in parts, matches a glob, in which ** stands for any number of parts."""
+    """Return whether the parts of a path match those of a glob, in which ** is any number of parts."""
     if not pattern or not parts:
         return not parts and all(part == "**" for part in pattern)
     if pattern[0] == "**":
@@ -220,11 +233,11 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _once_each(paths: Iterable[Path], root: Path) -> list[Path]:
-    """The paths without further names of one and the same file; names of another kind or side are others."""
+    """Return the paths without further names of the same file, unless a name implies another kind or split."""
     seen: dict[tuple[object, ...], Path] = {}
     for path in paths:
         kind = kind_of(path)
-        key = (*_identity(os.stat(path)), kind, kind == "tokens" and validates(path.relative_to(root)))
+        key = (*_identity(os.stat(path)), kind, kind == "tokens" and is_validation(path.relative_to(root)))
         seen.setdefault(key, path)
     return list(seen.values())
 
@@ -244,7 +257,7 @@ def _standard_library() -> Source:
             continue
         files.append(path)
     if not files:
-        raise FileNotFoundError(f"this Python has no standard library sources in {root}: give --data")
+        raise FileNotFoundError(f"this Python has no sources of its standard library in {root}; give --data")
     return Source(f"stdlib {platform.python_version()}", tuple(files), root)
 
 

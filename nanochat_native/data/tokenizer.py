@@ -1,11 +1,11 @@
 """Byte-level BPE tokenizer: trained by rustbpe, applied by tiktoken, saved as JSON.
 
-Byte-level byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes: GPT-2). A regular expression
-splits the text into words, and merges happen within a word only. Pattern and special tokens are nanochat's.
+Byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909), on bytes as in GPT-2. A regular expression splits the text
+into words, and merges happen only within a word. The pattern and the special tokens are nanochat's.
 
 A saved tokenizer is a folder with three files, none of them pickled:
-  bpe.json               what `Tokenizer.load` reads: pattern, tokens (base64, in rank order), special tokens, SHA-256
-  tokenizer.json         the same tokenizer for Hugging Face `tokenizers`; gives the same ids
+  bpe.json               read by `Tokenizer.load`: pattern, tokens (base64, in rank order), special tokens, SHA-256
+  tokenizer.json         the same tokenizer, with the same ids, for Hugging Face `tokenizers`
   tokenizer_config.json  lets `transformers.AutoTokenizer` load the folder
 """
 
@@ -25,7 +25,9 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-# GPT-4's pattern with \p{N}{1,2} for \p{N}{1,3}: small vocabularies have no room for a thousand numbers (nanochat).
+from nanochat_native.runtime.files import write_atomically
+
+# GPT-4's pattern with \p{N}{1,2} instead of \p{N}{1,3}, as in nanochat: small vocabularies lack room for 1000 numbers.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -43,49 +45,49 @@ SPECIAL_TOKENS = (
 TOKENIZER_FILE = "bpe.json"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# The pattern's backtracking overflows its stack on whitespace of about 500,000 characters.
+# The backtracking of the pattern overflows its stack at about 500,000 characters of whitespace.
 CHUNK_CHARS = 1 << 16
-# In training every merge rewrites each word that holds its pair, so the longest word bounds the cost of one merge.
+# Each merge in training rewrites every word that has its pair, so the longest word bounds the cost of one merge.
 TRAINING_RUN_CHARS = 256
 
 _FORMAT = "nanochat_native.bpe"
 _VERSION = 1
-# Between these characters every match of SPLIT_PATTERN ends, so a cut there changes no token.
+# No match of SPLIT_PATTERN crosses these places, so a cut there changes no token.
 _WORD_EDGE = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=[ \t]*\S)")
 
 
 class Tokenizer:
-    """Byte-level BPE with ids 0..n-1 for the n byte strings in rank order, then the special tokens.
+    """Byte-level BPE with ids 0..n-1 for the n byte strings in rank order, followed by the special tokens.
 
-    `encode` treats all text as ordinary: a special token's name inside a text is spelled out, never turned into
-    the special token, so that no document can forge one. Special ids come from `special_tokens` and `bos_id`.
+    `encode` treats all text as ordinary text: the name of a special token in a text never becomes that token, so no
+    document can forge one. `special_tokens` and `bos_id` give the ids of special tokens.
 
     Attributes:
-        vocab_size: number of ids, special tokens included.
+        vocab_size: number of ids, including special tokens.
         bos_id: id of `<|bos|>`, which begins every document.
-        special_tokens: name to id.
-        token_bytes: int32 (vocab_size,), bytes that each id stands for; 0 for special tokens. Counted on the
-            token's bytes, hence right for tokens that are a part of a UTF-8 character.
-        hash: SHA-256, hex, of pattern, tokens and special tokens.
+        special_tokens: id of each special token by name.
+        token_bytes: int32 (vocab_size,), number of bytes that each id stands for; 0 for special tokens. It is also
+            right for tokens that are part of a UTF-8 character.
+        hash: SHA-256, in hex, of pattern, tokens and special tokens.
     """
 
     def __init__(
         self, tokens: Sequence[bytes], *, pattern: str = SPLIT_PATTERN, specials: Sequence[str] = SPECIAL_TOKENS
     ) -> None:
-        """Make a tokenizer from its byte strings in rank order.
+        """Create a tokenizer from its byte strings in rank order.
 
         Raises:
-            ValueError: a byte string occurs twice or is empty, one of the 256 single bytes is missing, or
-                `<|bos|>` is not among the special tokens.
+            ValueError: A byte string occurs twice or is empty, one of the 256 single bytes is missing, or the special
+                tokens repeat a name or lack `<|bos|>`.
         """
         ranks = {token: rank for rank, token in enumerate(tokens)}
         if len(ranks) != len(tokens):
-            raise ValueError(f"{len(tokens)} tokens of which {len(tokens) - len(ranks)} occur twice")
+            raise ValueError(f"tokens must be distinct, got {len(tokens) - len(ranks)} duplicates among {len(tokens)}")
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing or b"" in ranks:
-            raise ValueError(f"a byte-level vocabulary holds every byte and no empty token; missing: {missing}")
+            raise ValueError(f"tokens must include every single byte and no empty string; missing bytes: {missing}")
         if "<|bos|>" not in specials or len(set(specials)) != len(specials):
-            raise ValueError(f"special tokens must be distinct and hold <|bos|>, got {list(specials)}")
+            raise ValueError(f"special tokens must be distinct and include <|bos|>, got {list(specials)}")
         self.pattern = pattern
         self.special_tokens = {name: len(tokens) + i for i, name in enumerate(specials)}
         self.bos_id = self.special_tokens["<|bos|>"]
@@ -97,37 +99,37 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn merges from `texts` (consumed once, in bounded memory) until there are `vocab_size` ids.
+        """Learn merges from `texts` until there are `vocab_size` ids. Texts are consumed once, in bounded memory.
 
-        Deterministic: the same texts give the same tokenizer, whatever the number of threads. Texts with fewer
-        pairs to merge than asked give a smaller vocabulary: read `vocab_size` of the result.
+        The result does not depend on the number of threads. If the texts have too few pairs to merge, its `vocab_size`
+        is smaller.
 
         Raises:
-            ValueError: `vocab_size` below 265 (256 bytes and the special tokens).
+            ValueError: `vocab_size` is below 265: 256 bytes and the special tokens.
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
-                f"take {MIN_VOCAB_SIZE}"
+                f"vocab_size must be >= {MIN_VOCAB_SIZE}, for 256 bytes and {len(SPECIAL_TOKENS)} special tokens, got "
+                f"{vocab_size}"
             )
         trainer = rustbpe.Tokenizer()
-        pieces = (piece for text in texts for piece in _training_pieces(text))
-        trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        chunks = (chunk for text in texts for chunk in _training_chunks(text))
+        trainer.train_from_iterator(chunks, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
-        # Two merges can spell the same bytes; the earlier one is the token.
+        # Two merges can make the same bytes; the earlier one is the token.
         return cls(list(dict.fromkeys(bytes(token) for token, _ in by_rank)))
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read a tokenizer that `save` wrote.
+        """Return the tokenizer that `save` wrote into `folder`.
 
         Raises:
-            FileNotFoundError: no bpe.json in `folder`.
-            ValueError: bpe.json is damaged, of another format or of a newer version.
+            FileNotFoundError: There is no bpe.json.
+            ValueError: bpe.json is damaged, or has another format or version.
         """
         path = Path(folder) / TOKENIZER_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no tokenizer there")
+            raise FileNotFoundError(f"{path}: no tokenizer here")
         try:
             stored = json.loads(path.read_bytes())
             found = (stored["format"], stored["version"])
@@ -135,7 +137,7 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged, or not a tokenizer of this program ({error!r})") from error
         if found != (_FORMAT, _VERSION):
-            raise ValueError(f"{path}: {found[0]} version {found[1]}; this program reads {_FORMAT} version {_VERSION}")
+            raise ValueError(f"{path}: must be {_FORMAT} version {_VERSION}, got {found[0]} version {found[1]}")
         if _content_hash(stored) != digest:
             raise ValueError(f"{path}: damaged: its content does not match its SHA-256")
         tokens = [base64.b64decode(token) for token in stored["tokens"]]
@@ -151,37 +153,37 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         content = self._content()
-        write_file_atomically(folder / "tokenizer.json", json.dumps(self._hugging_face(), ensure_ascii=False))
-        write_file_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-        write_file_atomically(folder / TOKENIZER_FILE, json.dumps({**content, "sha256": self.hash}, indent=0))
+        write_atomically(folder / "tokenizer.json", json.dumps(self._hugging_face(), ensure_ascii=False))
+        write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        write_atomically(folder / TOKENIZER_FILE, json.dumps({**content, "sha256": self.hash}, indent=0))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without `<|bos|>`."""
+        """Return the ids of `text`, without `<|bos|>`."""
         return self.encode_to_numpy(text).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Ids of `text` as uint32 (n,). Unbroken runs of over 65,536 characters are cut, to bound the time."""
+        """Return the ids of `text` as uint32 (n,). Words of more than 65,536 characters are cut, to bound the time."""
         chunks = [self._encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in split_long(text)]
         return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, np.uint32), *chunks])
 
     def encode_ordinary_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, encoded in parallel threads."""
+        """Return the ids of each text, encoded by several threads."""
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for; special tokens by their names.
+        """Return the bytes that `ids` stand for; a special token gives its name.
 
         Raises:
-            ValueError: an id outside [0, vocab_size).
+            ValueError: An id is outside [0, vocab_size).
         """
         ids = list(ids)
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            raise ValueError(f"ids {min(ids)}..{max(ids)} outside the vocabulary of {self.vocab_size}")
+            raise ValueError(f"ids must be in [0, {self.vocab_size}), got {min(ids)}..{max(ids)}")
         return b"".join([self._bytes[i] for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        """Return the text of `ids`. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def _content(self) -> dict[str, Any]:
@@ -195,10 +197,10 @@ class Tokenizer:
         }
 
     def merges(self) -> list[list[str]]:
-        """Pairs of neighbours that merge, the first first, spelled as Hugging Face's byte-level vocabularies are.
+        """Return the pairs that merge, in order of priority, in the letters of Hugging Face's byte-level vocabularies.
 
-        tiktoken merges any two neighbours whose concatenation is a token, the lowest rank first: every split of every
-        token is a merge, in the token's order.
+        tiktoken merges any two neighbours whose concatenation is a token, lowest rank first. So every split of a token
+        into two tokens is a merge, and merges are in the order of their tokens.
         """
         spelled = self._spelled()
         known = {token: rank for rank, token in enumerate(spelled)}
@@ -235,7 +237,7 @@ class Tokenizer:
                 "end_of_word_suffix": None,
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "ignore_merges": True,  # like tiktoken, take a whole word at once
+                "ignore_merges": True,  # a word that is a token is not merged step by step, as in tiktoken
                 "vocab": known,
                 "merges": self.merges(),
             },
@@ -243,14 +245,15 @@ class Tokenizer:
 
 
 def split_long(text: str, limit: int = CHUNK_CHARS) -> Iterator[str]:
-    """Cut `text` into parts of at most `limit` characters, at word edges where there are any.
+    """Yield `text` in parts of at most `limit` characters.
 
-    At a word edge the parts encode to the same tokens as the whole. A run without any edge is cut at `limit`.
+    Cuts are at edges of words if possible: the parts then encode to the same tokens as the whole. Text without such an
+    edge is cut at `limit`.
     """
     start = 0
     while len(text) - start > limit:
         edge = 0
-        # The last edge is nearly always close to the limit: look there first.
+        # Search near the limit first: the last edge is nearly always there.
         for begin in (max(start + 1, start + limit - 1024), start + 1):
             for match in _WORD_EDGE.finditer(text, begin, start + limit + 1):
                 if match.start() <= start + limit:
@@ -264,20 +267,8 @@ def split_long(text: str, limit: int = CHUNK_CHARS) -> Iterator[str]:
         yield text[start:] if start else text
 
 
-def write_file_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 under another name, flush it to disk and rename: `path` is never half-written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _training_pieces(text: str) -> Iterator[str]:
+def _training_chunks(text: str) -> Iterator[str]:
+    """Yield a text in chunks without words of more than TRAINING_RUN_CHARS characters."""
     for chunk in split_long(text):
         if max(map(len, chunk.split()), default=0) <= TRAINING_RUN_CHARS:
             yield chunk
@@ -294,7 +285,7 @@ def _content_hash(content: dict[str, Any]) -> str:
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's printable stand-in for each byte, which Hugging Face's byte-level vocabularies are spelled in."""
+    """Return the printable character that GPT-2 and Hugging Face's byte-level vocabularies use for each byte."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     substitutes = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]

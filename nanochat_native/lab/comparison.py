@@ -30,6 +30,7 @@ from nanochat_native.runs.config import TrainConfig, parse, to_json
 from nanochat_native.runs.run_folder import COMPARED_BY_CONTENT, PER_CALL_FLAGS, is_run
 from nanochat_native.runtime.console import Console, SilentConsole, bar
 from nanochat_native.runtime.errors import ConfigError
+from nanochat_native.runtime.files import is_temporary
 from nanochat_native.runtime.flags import UNSET, flag
 from nanochat_native.runtime.isolation import ReportFailures
 from nanochat_native.runtime.timing import side_by_side
@@ -385,7 +386,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     folder = options.out or results.OUT / f"compare-{'own' if options.cases else options.suite}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every))
     comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {})
-    if folder.exists() and any(path.name != "result.tmp" for path in folder.iterdir()):
+    if folder.exists() and not all(map(is_temporary, folder.iterdir())):
         here = read_result(folder)
         wanted = json.loads(json.dumps(what(comparison)))
         if names := differing(here["what"], wanted):

@@ -17,7 +17,7 @@ from nanochat_native.optim.routing import BLOCKS, LM_HEAD, WTE
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import results
 from nanochat_native.runs.config import TrainConfig
-from nanochat_native.runs.metrics_log import finite
+from nanochat_native.runs.metrics_log import none_if_nonfinite
 from nanochat_native.runtime.console import Console, bar
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import flag
@@ -207,8 +207,8 @@ def find_rate(trainer: Trainer, options: Options, group: str, stopping: StopSign
         "losses": losses,
         "diverged": diverged,
         "smoothed": found.smoothed,
-        "steepest": finite(found.steepest),
-        "lowest": finite(found.lowest),
+        "steepest": none_if_nonfinite(found.steepest),
+        "lowest": none_if_nonfinite(found.lowest),
         "suggestion": found.rate,
         "reason": found.reason,
     }

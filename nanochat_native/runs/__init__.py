@@ -1,4 +1,4 @@
-"""A run on the disk: its config, folder, checkpoints, log, results and pictures.
+"""A run on the disk: its flags, folder, checkpoints, log, results and pictures.
 
-It depends on `model`, `data`, `optim` and `runtime`.
+It depends on `model`, `data` and `runtime`.
 """

@@ -1,21 +1,19 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit.
 
-One checkpoint is one folder, `step_000100`, that appears whole or not at all: its files are written into a hidden
-temporary folder, flushed to the disk, and renamed into place. Tensors are safetensors, everything else is JSON, and
-`manifest.json` holds the size and SHA-256 of every file; nothing is ever unpickled.
+A checkpoint is a folder, `step_000100`, that appears whole or not at all: its files are written into a hidden temporary
+folder, flushed to the disk, and renamed into place. Tensors are safetensors and everything else is JSON.
+`manifest.json` holds the size and the SHA-256 of every file. Nothing is ever unpickled.
 
     step_000100/model.safetensors  optimizer.safetensors  meta.json  manifest.json  measurement.json
 
-measurement.json is not in the manifest: it comes later, with the validation of that step, and may be missing.
+measurement.json is not in the manifest: it is written later, after the evaluation of that step, and may be missing.
 
-On many ranks the optimizers' state lies in a folder instead, `optimizer/`, a file a rank: torch.distributed.checkpoint
-writes it, as safetensors, while training goes on.
+With several ranks the state of the optimizers is a folder instead, `optimizer/`, with one file for each rank.
+torch.distributed.checkpoint writes it, as safetensors, while training continues.
 """
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -34,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from nanochat_native.runtime.errors import UserError
+from nanochat_native.runtime.files import fsync, sha256_file, write_atomically
 
 T = TypeVar("T")
 
@@ -41,23 +40,23 @@ FORMAT = "nanochat-native checkpoint"
 VERSION = 1
 OPTIMIZER = "optimizer"
 MEASUREMENT = "measurement.json"
-SPACE_MARGIN = 1 << 20  # bytes beside the tensors: headers, JSON, folder entries
+SPACE_MARGIN = 1 << 20  # bytes for headers, JSON and folder entries
 
 _NAME = re.compile(r"step_(\d{6,})")
 _TEMPORARY = ".tmp-"
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that is missing, incomplete or damaged; the message names the file."""
+    """A checkpoint that is missing, incomplete or damaged. The message names the file."""
 
 
 def path_of(folder: Path | str, step: int) -> Path:
-    """Where the checkpoint of `step` lies inside `folder`."""
+    """Return the path of the checkpoint of `step` in `folder`."""
     return Path(folder) / f"step_{step:06d}"
 
 
 def steps(folder: Path | str) -> list[int]:
-    """Steps of the checkpoints in `folder`, oldest first; whether they are intact is not looked at."""
+    """Return the steps of the checkpoints in `folder`, oldest first, without checking that they are intact."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -68,18 +67,22 @@ def steps(folder: Path | str) -> list[int]:
 def save(
     folder: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write the checkpoint of `step` and then remove all but the `keep` newest that are not newer than it.
+    """Write the checkpoint of `step`, delete old ones, and return the new folder.
 
-    tensors: file stem -> name -> tensor of any shape, dtype and device, e.g. {"model": {...}, "optimizer": {...}}.
-    meta: anything JSON holds. Returns the checkpoint's folder.
+    Args:
+        tensors: tensors of any shape, dtype and device by file stem and name: {"model": {...}, "optimizer": {...}}.
+        meta: values that JSON can hold.
+        keep: number of checkpoints to keep. Checkpoints of later steps are kept, too, and do not count.
 
-    Raises ValueError for a bad argument, and OSError, naming the folder and the space it takes, when the disk is too
-    full or a write fails; the checkpoints that were there before are then still there, and nothing else is.
+    Raises:
+        ValueError: for a wrong argument.
+        OSError: if the disk is too full or a write fails; it names the folder and the space that is needed. The earlier
+            checkpoints are then still there, and nothing else is.
     """
     if step < 0:
-        raise ValueError(f"step is {step}; it takes a number from 0")
+        raise ValueError(f"step must be >= 0, got {step}")
     if keep < 1:
-        raise ValueError(f"keep is {keep}; it takes a number from 1")
+        raise ValueError(f"keep must be >= 1, got {keep}")
     meta_bytes = _meta_bytes(step, meta)
     folder = Path(folder)
     tensor_bytes = sum(t.nbytes for group in tensors.values() for t in group.values())
@@ -105,43 +108,49 @@ def _meta_bytes(step: int, meta: Mapping[str, Any]) -> bytes:
 
 
 def _require_space(folder: Path, step: int, content_bytes: int) -> None:
+    """Create the folder and remove what killed saves left there. Raise OSError if the disk is too full."""
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     needed, free = content_bytes + SPACE_MARGIN, shutil.disk_usage(folder).free
     if free < needed:
-        message = f"checkpoint of step {step} takes {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
+        message = (
+            f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, but the disk has {free / 1e6:.1f} MB free"
+        )
         raise OSError(errno.ENOSPC, message, str(folder))
 
 
 def _not_written(folder: Path, step: int, error: BaseException) -> OSError:
-    message = f"checkpoint of step {step} could not be written ({error}); the earlier ones are untouched"
+    message = f"the checkpoint of step {step} could not be written ({error}); the earlier ones are unchanged"
     return OSError(getattr(error, "errno", None) or errno.EIO, message, str(folder))
 
 
 def _seal(temporary: Path, target: Path, step: int, meta_bytes: bytes, keep: int) -> None:
-    """Adds meta.json and the manifest to the written tensors, moves all of it into place, and removes what is old."""
+    """Add meta.json and the manifest to the written tensors, move them into place, and delete old checkpoints."""
     (temporary / "meta.json").write_bytes(meta_bytes)
     paths = sorted(path for path in temporary.rglob("*") if path.is_file())
     files = {
-        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths
     }
     manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in temporary.rglob("*"):
-        _fsync(path)
-    _fsync(temporary)
+        fsync(path)
+    fsync(temporary)
     _move_into_place(temporary, target)
     for old in [s for s in steps(target.parent) if s <= step][:-keep]:
         _remove(path_of(target.parent, old))
 
 
 class ShardedSave:
-    """A checkpoint that all ranks write together in the background, of the values that tensors have now.
+    """A checkpoint that all ranks write together in the background, with the current values of the tensors.
 
-    Its calls come in one order on all ranks; where one fails, `failed` says so, and who calls tells the others.
-    Rank 0 writes the weights and puts everything in place: `folder` is one that all ranks see.
+    All ranks must see the same `folder`. Rank 0 also writes the weights and moves everything into place. If a part
+    fails on a rank, `failed` says why; the caller must tell the other ranks. The order of calls:
 
-        prepare() on rank 0; start() on all ranks; once it is done on all, seal() on rank 0; once that is done, close().
+        prepare() on rank 0
+        start() on all ranks
+        seal() on rank 0, once all ranks are `done`
+        close() on all ranks, once rank 0 is `done`
     """
 
     def __init__(self, folder: Path | str, step: int, *, rank: int, keep: int = 2) -> None:
@@ -152,15 +161,19 @@ class ShardedSave:
         self._pool = ThreadPoolExecutor(1)
 
     def prepare(self, tensor_bytes: int) -> None:
-        """On rank 0, before the others start. tensor_bytes: of all ranks. Raises OSError where the disk is too full."""
+        """Create the folder, on rank 0. Raise OSError if the disk has no space for the `tensor_bytes` of all ranks."""
         _require_space(self.folder, self.step, tensor_bytes)
         (self.temporary / OPTIMIZER).mkdir(parents=True)
 
     def start(
         self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor | DTensor], group: dist.ProcessGroup
     ) -> None:
-        """weights: rank 0's count. state, on the CPU: this rank's whole tensors, and its rows of DTensors that all
-        ranks have. Both are copied before this returns: the next step may update them in place."""
+        """Copy the tensors and start to write them. The next step may then update them in place.
+
+        Args:
+            weights: the weights; only rank 0 writes them.
+            state: on the CPU, the whole tensors of this rank, and its rows of DTensors that all ranks have.
+        """
         if self.rank == 0:
             plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
             self._jobs.append(self._pool.submit(save_file, plain, self.temporary / "model.safetensors"))
@@ -170,39 +183,39 @@ class ShardedSave:
 
     @property
     def done(self) -> bool:
-        """Whether what was started here has ended."""
+        """Whether the work that this rank started has ended."""
         return all(job.done() for job in self._jobs)
 
     @property
     def failed(self) -> str:
-        """What went wrong with what has ended; an empty string if nothing did."""
+        """The error of the work that has ended, or an empty string."""
         errors = [error for job in self._jobs if job.done() and (error := job.exception())]
         return str(_not_written(self.folder, self.step, errors[0])) if errors else ""
 
     def seal(self, meta: Mapping[str, Any]) -> None:
-        """On rank 0, once all ranks are done."""
+        """Start to move the checkpoint into place, on rank 0."""
         self._jobs = [
             self._pool.submit(_seal, self.temporary, self.target, self.step, _meta_bytes(self.step, meta), self.keep)
         ]
 
     def close(self) -> None:
-        """Ends the thread; what was not sealed goes."""
+        """End the thread, and delete a checkpoint that was not sealed."""
         self._pool.shutdown()
         if self.rank == 0:
             _remove_leftovers(self.folder)
 
 
 def add_measurement(folder: Path | str, step: int, validation_bpb: float) -> None:
-    """Put the bits per byte beside the checkpoint of `step` that they were measured on; `load` adds them to its meta.
-    Raises OSError."""
-    path = path_of(folder, step) / MEASUREMENT
-    temporary = path.with_name(f"{_TEMPORARY}{MEASUREMENT}")
-    temporary.write_text(json.dumps({"validation_bpb": validation_bpb, "measured_step": step}))
-    temporary.replace(path)
+    """Write the validation bits per byte of a checkpoint beside it, so that `load` adds them to its meta.
+
+    Raises OSError.
+    """
+    content = {"validation_bpb": validation_bpb, "measured_step": step}
+    write_atomically(path_of(folder, step) / MEASUREMENT, json.dumps(content))
 
 
 def _measurement(path: Path) -> dict[str, Any]:
-    """What add_measurement left in the checkpoint at `path`; nothing where that is missing or damaged."""
+    """Return what add_measurement wrote into the checkpoint at `path`, or {} if it is missing or damaged."""
     try:
         found = json.loads((path / MEASUREMENT).read_bytes())
         return {"validation_bpb": float(found["validation_bpb"]), "measured_step": int(found["measured_step"])}
@@ -213,11 +226,16 @@ def _measurement(path: Path) -> dict[str, Any]:
 def load(
     folder: Path | str, step: int | None = None, *, warn: Callable[[str], None] = warnings.warn
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read a checkpoint: (tensors by file stem and name, on the CPU; meta, with "step").
+    """Return (tensors by file stem and name, on the CPU; meta, including "step") of a checkpoint.
 
-    Every file is checked against the manifest first. With `step=None` the newest is read; if it is damaged, `warn` is
-    told so and the one before it is read. With a step, exactly that one is read. Raises CheckpointError, naming the
-    files, when none is intact, and the steps that there are when it is another one.
+    Every file is first checked against the manifest.
+
+    Args:
+        step: exactly this checkpoint is read. None means the newest intact one.
+        warn: receives a message about each newer checkpoint that is damaged.
+
+    Raises:
+        CheckpointError: if no checkpoint is intact or there is none of `step`; it names the files or the steps.
     """
     return _read_intact(folder, step, warn, _read)
 
@@ -272,7 +290,7 @@ def _read_meta(path: Path, names: list[str]) -> dict[str, Any]:
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:
-    """The whole tensors of what ranks wrote together."""
+    """Return the whole tensors of a state that several ranks wrote."""
     reader = dcp.HuggingFaceStorageReader(str(path))
     described = reader.read_metadata().state_dict_metadata
     state = {
@@ -287,7 +305,7 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
 
 
 def latest(folder: Path | str) -> int | None:
-    """Step of the newest checkpoint in `folder` that is intact; None when there is none."""
+    """Return the step of the newest intact checkpoint in `folder`, or None if there is none."""
     for step in reversed(steps(folder)):
         try:
             verify(path_of(folder, step))
@@ -298,8 +316,10 @@ def latest(folder: Path | str) -> int | None:
 
 
 def verify(path: Path) -> list[str]:
-    """Names of the files of the checkpoint at `path`, each checked by size and SHA-256; CheckpointError names the bad
-    one."""
+    """Check the size and the SHA-256 of every file of the checkpoint at `path`, and return their names.
+
+    Raises CheckpointError with the name of the file that is missing or damaged.
+    """
     manifest_path = path / "manifest.json"
     try:
         manifest = json.loads(manifest_path.read_bytes())
@@ -312,21 +332,23 @@ def verify(path: Path) -> list[str]:
     if described != FORMAT or path_of(path.parent, step) != path or "meta.json" not in expected:
         raise CheckpointError(f"{manifest_path} is damaged (it describes {described!r} of step {step})")
     if version != VERSION:
-        raise CheckpointError(f"{manifest_path} has version {version}; this program reads version {VERSION}")
+        raise CheckpointError(f"{manifest_path} must have version {VERSION}, got {version}")
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file} is damaged ({file.stat().st_size} bytes, {size} were written)")
-        if _sha256(file) != digest:
-            raise CheckpointError(f"{file} is damaged (its SHA-256 is not the one that was written)")
+            raise CheckpointError(f"{file} is damaged (it must have {size} bytes, got {file.stat().st_size})")
+        if sha256_file(file) != digest:
+            raise CheckpointError(f"{file} is damaged (its SHA-256 differs from the manifest)")
     return list(expected)
 
 
 def weights_hash(folder: Path | str, step: int) -> str:
-    """SHA-256 of the weights of the checkpoint of `step`, by its manifest. Raises CheckpointError where that is missing
-    or damaged."""
+    """Return the SHA-256 of the weights of the checkpoint of `step`, from its manifest.
+
+    Raises CheckpointError if the manifest is missing or damaged.
+    """
     path = path_of(folder, step) / "manifest.json"
     try:
         return str(json.loads(path.read_bytes())["files"]["model.safetensors"]["sha256"])
@@ -337,10 +359,10 @@ def weights_hash(folder: Path | str, step: int) -> str:
 def flatten_optimizers(
     named_parameters: Iterable[tuple[str, Tensor]], optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State of the optimizers by parameter name, so that it does not depend on groups, their order or the number of
-    ranks. Of a sharded optimizer, this rank's part.
+    """Return the state of the optimizers as (tensors by "<parameter>.<key>", scalars by "<parameter>.<key>").
 
-    Returns (tensors "<parameter>.<key>", scalars "<parameter>.<key>").
+    The names make it independent of parameter groups, their order and the number of ranks. For a sharded optimizer it
+    is the part of this rank.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -357,10 +379,11 @@ def restore_optimizers(
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> None:
-    """Inverse of `flatten_optimizers`, of the whole state, once the weights are loaded. An optimizer with `restore`, as
-    ours, takes its part by that. Tensors go to their parameter's device, except 0-d ones, which stay on the CPU.
+    """Load the whole state from `flatten_optimizers` into the optimizers, after the weights are loaded.
 
-    Raises CheckpointError when a value belongs to no parameter of the optimizers.
+    An optimizer with a method `restore`, such as this package's, takes its part through it. Tensors go to the device of
+    their parameter, but 0-d tensors stay on the CPU. Raises CheckpointError for a value that belongs to no parameter of
+    the optimizers.
     """
     left = {**tensors, **scalars}
     owner = {id(p): opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
@@ -380,35 +403,22 @@ def restore_optimizers(
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:
-    """Rename, putting aside a damaged or repeated checkpoint of the same step; the folder entry is on the disk on
-    return."""
+    """Rename the checkpoint and flush the folder. Any earlier checkpoint of the same step is removed."""
     if target.exists():
         target.rename(target.with_name(f"{_TEMPORARY}replaced-{target.name}"))
     temporary.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
     _remove_leftovers(target.parent)
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint so that a kill half-way leaves a leftover, not something that looks like a checkpoint."""
+    """Delete a checkpoint; a kill in between leaves nothing that looks like one."""
     doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed saves left behind."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

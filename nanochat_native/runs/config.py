@@ -18,155 +18,164 @@ import tyro
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import LARGEST, UNSET, auto_flag, check_values, flag, is_unset, one_line_errors
 
-STDLIB = "stdlib"  # --data: the embedded default
-EXAMPLES = "examples"  # --data of finetune: the embedded conversations
+STDLIB = "stdlib"  # value of --data for the sources of the standard library
+EXAMPLES = "examples"  # value of --data in finetune for the generated conversations
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a nanochat-style GPT. Without any flag: a small model of Python code, in minutes."""
+    """Train a GPT like nanochat's. Without flags: a small model of Python code, in minutes."""
 
     depth: Annotated[int, auto_flag("INT", "4 on a CPU, 12 on a GPU, 6 on a GPU without --data")] = UNSET
-    """Layers. The one dial: width is 64 times this, and heads, learning rates and horizon follow."""
+    """Number of layers. It also sets the size of the model: the width is 64 times the depth, and the number of heads,
+    the learning rates and the length of the training follow."""
     head_dim: int = 128
-    """Channels of one attention head, at most."""
+    """Largest number of channels of an attention head."""
     n_kv_head: Annotated[int, auto_flag("INT", "as many as query heads")] = UNSET
-    """Key/value heads; a divisor of the query heads (1 is MQA)."""
+    """Number of key/value heads, a divisor of the number of query heads; 1 is multi-query attention."""
     window_pattern: str = "L"
-    """Attention windows, one letter a layer, repeated: L all of the past, S a quarter of the sequence, e.g. SSSL."""
+    """Attention window of each layer, a pattern of letters that repeats: L for the whole sequence, S for a quarter of
+    it, e.g. SSSL."""
     max_seq_len: Annotated[int, auto_flag("INT", "2048 on a GPU, 1024 there without --data, 256 on a CPU")] = UNSET
-    """Tokens in one sequence."""
+    """Length of a sequence, in tokens."""
     vocab_size: Annotated[int, auto_flag("INT", "32768 on a GPU with --data, else 8192")] = UNSET
-    """Tokens in the vocabulary."""
+    """Number of tokens in the vocabulary."""
     grad_checkpoint: bool = False
-    """Compute each block again in the backward pass instead of keeping its activations: less memory, a third more
-    work."""
+    """Recompute the activations of each block in the backward pass instead of storing them. This saves memory and costs
+    about a third more compute."""
 
     num_iterations: Annotated[int, auto_flag("INT", "from --target-param-data-ratio")] = UNSET
-    """Horizon, optimizer steps. With --resume it may be raised, to train on."""
+    """Length of the training, in optimizer steps. With --resume it may be raised to train longer."""
     target_flops: Annotated[float, auto_flag("FLOAT", "not used")] = UNSET
-    """Horizon, floating-point operations in all."""
+    """Length of the training, in floating-point operations."""
     target_param_data_ratio: Annotated[float, auto_flag("FLOAT", "20 on a GPU, 1 without --data, 0.1 on a CPU")] = UNSET
-    """Horizon, training tokens per parameter."""
-    device_batch_size: Annotated[int, auto_flag("INT", "what fits the GPU; 8 on a CPU")] = UNSET
-    """Sequences that go through the model at once; gradients accumulate up to --total-batch-size."""
+    """Length of the training, in training tokens per parameter."""
+    device_batch_size: Annotated[int, auto_flag("INT", "the largest that fits on a GPU; 8 on a CPU")] = UNSET
+    """Sequences in one forward and backward pass on one device. Gradients accumulate up to --total-batch-size."""
     total_batch_size: Annotated[int, auto_flag("INT", "524288 on a GPU, 65536 there without --data, 2048 on a CPU")] = (
         UNSET
     )
-    """Tokens of one optimizer step."""
+    """Tokens in one optimizer step, over all devices."""
 
     optimizer: Literal["hybrid", "muon_sgd", "adamw", "adam", "sgd_momentum", "sgd"] = "hybrid"
-    """hybrid: Muon for the matrices of the blocks, AdamW for wte and lm_head; muon_sgd: SGD for the two. The others
-    take every parameter."""
+    """hybrid: Muon for the weight matrices of the blocks, AdamW for wte and lm_head; muon_sgd: Muon and SGD, in
+    the same way. The others train all parameters."""
     matrix_lr: Annotated[float, auto_flag("FLOAT", "0.02 with Muon, 0.002 with adamw and adam, else 0.3 or 0.1")] = (
         UNSET
     )
-    """Learning rate of the matrices of the blocks; of adamw and adam at width 768, scaled by (width / 768)^-0.5."""
+    """Learning rate of the weight matrices of the blocks. With adamw and adam it is the rate at width 768, and is
+    multiplied by (width / 768)^-0.5."""
     embedding_lr: Annotated[float, auto_flag("FLOAT", "0.2; 0.3 with SGD, 0.1 with sgd_momentum")] = UNSET
-    """Learning rate of wte at width 768, scaled by (width / 768)^-0.5; of SGD as it is."""
+    """Learning rate of wte, the token embeddings, at width 768. It is multiplied by (width / 768)^-0.5, except with
+    SGD."""
     unembedding_lr: Annotated[float, auto_flag("FLOAT", "0.004; 0.3 with SGD, 0.1 with sgd_momentum")] = UNSET
-    """Learning rate of lm_head at width 768, scaled likewise."""
+    """Learning rate of lm_head, the output layer, at width 768. It is multiplied like --embedding-lr."""
     weight_decay: float = 0.0
-    """Decay of wte and lm_head, a fraction of their learning rate (adam and sgd: an L2 penalty on everything)."""
+    """Weight decay of the parameters that Muon does not train, as a fraction of their learning rate. With adam and SGD
+    it is an L2 penalty."""
     matrix_weight_decay: float = 0.0
-    """Decay of the matrices of the blocks under Muon, a fraction of their learning rate."""
+    """Weight decay of the parameters that Muon trains, as a fraction of their learning rate."""
     ns_steps: int = 5
-    """Steps of Newton-Schulz in an update of Muon."""
+    """Newton-Schulz iterations in each update of Muon."""
     ns_coefficients: Literal["quintic", "polar_express", "cubic"] = "quintic"
-    """Polynomials of Newton-Schulz: quintic (Jordan's), polar_express (another for each step), cubic (1.5, -0.5)."""
+    """Polynomials of the Newton-Schulz iterations: quintic (Keller Jordan's), polar_express (a different one in each
+    iteration) or cubic (1.5, -0.5)."""
     momentum_start: float = 0.85
-    """Muon's momentum at the first step, 0 to below 1."""
+    """Momentum of Muon at the first step, in [0, 1)."""
     momentum_end: float = 0.95
-    """Muon's momentum after --momentum-warmup-steps, 0 to below 1."""
+    """Momentum of Muon after --momentum-warmup-steps, in [0, 1)."""
     momentum_warmup_steps: int = 300
-    """Steps over which Muon's momentum goes from the one to the other."""
+    """Steps over which the momentum of Muon changes from --momentum-start to --momentum-end."""
     cautious: bool = False
-    """Muon decays only the elements that its update moves towards 0."""
+    """Muon: apply weight decay only to elements that the update moves towards 0."""
     row_equilibration: bool = False
-    """Muon divides the rows of its momentum by their norms before it orthogonalises."""
+    """Muon: divide each row of the momentum by its norm before orthogonalisation."""
     frobenius_renormalisation: bool = False
-    """Muon scales its updates to the Frobenius norm of an orthogonal matrix."""
+    """Muon: scale each update to the Frobenius norm of an orthogonal matrix."""
     normuon: bool = False
-    """NorMuon: Muon evens out the variance of its updates' rows."""
+    """Muon: equalise the variance of the rows of each update (NorMuon)."""
     per_head: bool = False
-    """Muon orthogonalises the attention's matrices head by head."""
+    """Muon: orthogonalise the attention matrices separately for each head."""
     grad_clip: float = 1.0
-    """Largest global norm of the gradient; 0 does not clip."""
+    """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it. 0: no clipping."""
     schedule: Literal["linear", "cosine", "exponential", "step", "constant"] = "linear"
-    """Shape of the decay over the warmdown."""
+    """Shape of the learning rate's decay during the warmdown."""
     warmup_ratio: float = 0.0
-    """Part of the horizon over which the learning rate rises from 0, 0 to 1."""
+    """Fraction of the training, at its start, over which the learning rate rises from 0, in [0, 1]."""
     warmdown_ratio: float = 0.2
-    """Part of the horizon over which the learning rate falls, 0 to 1."""
+    """Fraction of the training, at its end, over which the learning rate decays, in [0, 1]."""
     final_lr_frac: float = 0.0
-    """Learning rate at the end, a fraction of its full value, 0 to 1."""
+    """Learning rate at the end of the warmdown, as a fraction of the full rate, in [0, 1]."""
     skip_spikes: float = 0.0
-    """Skip a step whose loss or gradient norm is so many standard deviations above the last 128; 0 skips none."""
+    """Skip the update of a step whose loss or gradient norm is more than this many standard deviations above the mean
+    of the last 128 steps. 0: never."""
     max_skipped_steps: int = 10
-    """Stop after this many skipped steps in a row: those whose gradient was not finite, and spikes."""
+    """Stop after this many skipped steps in a row. Steps are skipped for gradients that are not finite, and for
+    spikes."""
 
     data: Annotated[str, auto_flag("PATH", "stdlib, the sources of Python's standard library")] = STDLIB
     """File, folder or glob of text, .jsonl, .ndjson or .json (.gz, .zst), .parquet or llm.c token shards (.bin)."""
-    text_column: Annotated[str | None, auto_flag("STR", "found: text in most records")] = None
+    text_column: Annotated[str | None, auto_flag("STR", "detected: the field with text in most records")] = None
     """Field of the records of .jsonl, .ndjson, .json and .parquet that holds the text."""
     cache_dir: Annotated[Path | None, auto_flag("PATH", "~/.cache/nanochat-native, or below XDG_CACHE_HOME")] = None
-    """Where tokenizers and token shards are kept between runs."""
-    eval_every: Annotated[int, auto_flag("INT", "a fifth of the horizon, at most 250")] = UNSET
-    """Steps between measurements of validation bits per byte; 0: only at the end."""
+    """Folder in which tokenizers and token shards are kept between runs."""
+    eval_every: Annotated[int, auto_flag("INT", "a fifth of the training, at most 250")] = UNSET
+    """Steps between evaluations of validation bits per byte. 0: only at the end."""
     eval_tokens: Annotated[int, auto_flag("INT", "10485760 on a GPU, 32768 on a CPU")] = UNSET
-    """Validation tokens of one measurement, at most."""
-    sample_every: Annotated[int, auto_flag("INT", "a quarter of the horizon, at most 1000")] = UNSET
-    """Steps between samples of text; 0: only at the end."""
-    save_every: Annotated[int, auto_flag("INT", "a quarter of the horizon, at most 1000")] = UNSET
-    """Steps between checkpoints; 0: only at the end."""
+    """Largest number of validation tokens in one evaluation."""
+    sample_every: Annotated[int, auto_flag("INT", "a quarter of the training, at most 1000")] = UNSET
+    """Steps between samples of generated text. 0: only at the end."""
+    save_every: Annotated[int, auto_flag("INT", "a quarter of the training, at most 1000")] = UNSET
+    """Steps between checkpoints. 0: only at the end."""
     keep: int = 2
-    """Checkpoints kept, the newest."""
+    """Number of checkpoints to keep; older ones are deleted."""
     diagnose: bool = False
-    """Look into the layers: norms of gradients and updates, orthogonality, attention's logits, dead units; a report as
-    diagnosis.png."""
-    diagnose_every: Annotated[int, auto_flag("INT", "a fortieth of the horizon, at most 100")] = UNSET
-    """Steps between such looks."""
+    """Record statistics of each layer: norms of gradients and updates, orthogonality, attention logits, dead units.
+    diagnosis.png shows them."""
+    diagnose_every: Annotated[int, auto_flag("INT", "a fortieth of the training, at most 100")] = UNSET
+    """Steps between records of --diagnose."""
 
     run: Annotated[str | None, auto_flag("STR", "d<depth>")] = None
-    """Name of the run: its folder is OUT_DIR/RUN."""
+    """Name of the run. Its folder is OUT_DIR/RUN."""
     out_dir: Path = Path("runs")
-    """Folder of all runs."""
-    resume: Annotated[str | None, auto_flag("auto|PATH", "a new run")] = None
-    """Go on from the newest intact checkpoint: of OUT_DIR/RUN (auto; a new run if there is none) or of a run's
-    folder."""
+    """Folder that contains all runs."""
+    resume: Annotated[str | None, auto_flag("auto|PATH", "start a new run")] = None
+    """Resume from the newest intact checkpoint. auto: of the run OUT_DIR/RUN, or start it if it does not exist; PATH:
+    of the run in this folder."""
     overwrite: bool = False
-    """Delete the run that is in OUT_DIR/RUN, and start anew."""
+    """Delete the run in OUT_DIR/RUN before starting a new one."""
     seed: int = 0
-    """Seed of the weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    """Device to train on. auto: a GPU if there is one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the activations; parameters are float32. auto: bfloat16 on a GPU, else float32."""
+    """Type of the activations; parameters are always float32. auto: bfloat16 on a GPU, float32 on a CPU."""
     backend: Literal["auto", "native", "torch"] = "auto"
-    """Hand-written kernels, or their plain-torch twins. auto: what NANOCHAT_NATIVE_BACKEND says, else native."""
+    """native: the C++ and CUDA kernels of this package; torch: their reference implementations in PyTorch; auto: the
+    value of NANOCHAT_NATIVE_BACKEND, or native."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What gradients travel in between ranks."""
+    """Type in which gradients are sent between ranks."""
     gather_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What weights travel in between ranks; with bfloat16 their owners keep them exact, and all compute with the
-    rounded ones."""
+    """Type in which weights are sent between ranks. With bfloat16 each weight is kept in float32 on one rank, and all
+    ranks compute with the rounded values."""
     check_replicas_every: int = 100
-    """Steps between comparisons of all ranks' weights, bit by bit; 0: never."""
+    """Steps between checks that the weights of all ranks are identical, bit by bit. 0: never."""
     dry_run: bool = False
     """Prepare the data, print what would be done, and stop."""
     print_config: bool = False
-    """Print every flag with its value as JSON, and stop."""
+    """Print all flags and their values as JSON, and stop."""
     json: bool = False
     """Print records as JSON lines to stdout, and messages to stderr."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             most = _MOST.get(name, math.inf)
-            takes = f"a whole number from {least}" + (f" to {most}" if name in _MOST else "")
-            self._require(name, takes, least <= getattr(self, name) <= most)
+            needed = f"from {least} to {most}" if name in _MOST else f">= {least}"
+            self._require(name, f"a whole number {needed}", least <= getattr(self, name) <= most)
         for name in ("target_flops", "target_param_data_ratio"):
-            self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
+            self._require(name, "a finite number > 0", 0 < getattr(self, name) < math.inf)
         for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
-            self._require(name, "a number from 0 to 1", 0 <= getattr(self, name) <= 1)
+            self._require(name, "a number in [0, 1]", 0 <= getattr(self, name) <= 1)
         for name in (
             "matrix_lr",
             "embedding_lr",
@@ -176,73 +185,78 @@ class TrainConfig:
             "grad_clip",
             "skip_spikes",
         ):
-            self._require(name, "a finite number from 0", 0 <= getattr(self, name) < math.inf)
+            self._require(name, "a finite number >= 0", 0 <= getattr(self, name) < math.inf)
         for name in ("momentum_start", "momentum_end"):
-            self._require(name, "a number from 0 to below 1", 0 <= getattr(self, name) < 1)
-        self._require("data", "the path of a file or a folder, or a glob", self.data != "")
+            self._require(name, "a number in [0, 1)", 0 <= getattr(self, name) < 1)
+        self._require("data", "a file, a folder or a glob", self.data != "")
         self._require("text_column", "the name of a field", self.text_column != "")
         letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
-        self._require("window_pattern", "letters L and S, e.g. SSSL", letters)
+        self._require("window_pattern", "letters L and S, such as SSSL", letters)
         if self.run is not None:
             plain = self.run not in ("", "..") and Path(self.run).name == self.run and "\0" not in self.run
-            self._require("run", "a name without slashes (--out-dir takes a folder)", plain)
+            self._require("run", "a name without slashes (--out-dir sets the folder)", plain)
 
         fields = self.__dataclass_fields__
         of_muon = [name for name in MUON_FLAGS if getattr(self, name) != fields[name].default]
         if of_muon and self.optimizer not in WITH_MUON:
-            raise ConfigError(f"{flag(of_muon[0])} is Muon's; --optimizer {self.optimizer} has none")
+            raise ConfigError(f"{flag(of_muon[0])} needs Muon, which --optimizer {self.optimizer} does not use")
 
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError(
-                f"--warmup-ratio {self.warmup_ratio} and --warmdown-ratio {self.warmdown_ratio} add up to more than 1"
+                "the sum of --warmup-ratio and --warmdown-ratio must be <= 1, "
+                f"got {self.warmup_ratio} and {self.warmdown_ratio}"
             )
         if self.schedule in ("exponential", "step") and self.final_lr_frac == 0:
-            raise ConfigError(f"--schedule {self.schedule} never reaches 0; give a --final-lr-frac above 0, e.g. 0.1")
+            raise ConfigError(f"--final-lr-frac must be > 0 with --schedule {self.schedule}, for example 0.1")
         horizons = [name for name in _HORIZONS if not is_unset(self, name)]
         if len(horizons) > 1:
-            raise ConfigError(f"{' and '.join(map(flag, horizons))} each set the horizon; give one of them")
+            raise ConfigError(
+                f"{' and '.join(map(flag, horizons))} each set the length of the training; give only one of them"
+            )
         if self.resume is not None and self.overwrite:
-            raise ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them")
+            raise ConfigError("--resume continues a run and --overwrite deletes it; give only one of them")
 
-    def _require(self, name: str, takes: str, right: bool) -> None:
-        if not right and not is_unset(self, name):
-            raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}; it takes {takes}")
+    def _require(self, name: str, needed: str, is_valid: bool) -> None:
+        """Raise ConfigError for a flag that is not valid, unless it is unset. needed: what its value must be."""
+        if not is_valid and not is_unset(self, name):
+            raise ConfigError(f"{flag(name)} must be {needed}, got {getattr(self, name)!r}")
 
     @property
     def run_dir(self) -> Path:
+        """The folder of the run."""
         return self.out_dir / str(self.run)
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    """Teach a trained model to chat: training goes on, on conversations, of which it learns what the assistant says.
+    """Fine-tune a trained model on conversations, so that it can chat. Only the assistant's words are trained on.
 
-    Shape and tokenizer are the base model's. The other flags are train's.
+    The shape of the model and its tokenizer are those of the base model. All other flags are those of train.
     """
 
     checkpoint: Path | None = None
-    """Run folder of the model to begin with, pretrained, imported or fine-tuned; needed for a new run."""
+    """Run folder of the base model: pretrained, imported or fine-tuned. A new run needs it."""
     step: int | None = None
-    """Its checkpoint; default: the newest."""
+    """Step of the checkpoint to use; default: the newest."""
     val_data: str | None = None
-    """Conversations to measure on; default: a tenth of --data."""
+    """Conversations to validate on; default: a tenth of --data."""
     epochs: float = 3.0
-    """Horizon, times that every conversation is seen; --num-iterations instead gives it in steps."""
+    """Length of the training, in passes over all conversations. Use --num-iterations to give it in steps."""
     batch_rows: Annotated[int, auto_flag("INT", "32 on a GPU, 8 on a CPU")] = UNSET
-    """Conversations of one optimizer step."""
+    """Conversations in one optimizer step."""
     rate_scale: float = 0.1
-    """Learning rates, as a share of those that pretraining begins with, where they are not given themselves."""
+    """Factor of the initial learning rates of pretraining. It applies to the rates that are not given."""
 
-    data: Annotated[str, auto_flag("PATH", "examples, some conversations that are made up")] = EXAMPLES
-    """Conversations, a JSON object a line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    data: Annotated[str, auto_flag("PATH", "examples, some generated conversations")] = EXAMPLES
+    """Conversations, one JSON object on each line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
     warmdown_ratio: float = 1.0
-    """Part of the horizon over which the learning rate falls, 0 to 1."""
+    """Fraction of the training, at its end, over which the learning rate decays, in [0, 1]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("epochs", "rate_scale"):
-            self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
-        self._require("batch_rows", "a whole number from 1", self.batch_rows >= 1)
+            self._require(name, "a finite number > 0", 0 < getattr(self, name) < math.inf)
+        self._require("batch_rows", "a whole number >= 1", self.batch_rows >= 1)
 
 
 LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr")
@@ -283,7 +297,7 @@ _MOST = {"depth": 1000, "head_dim": 4096, "vocab_size": 2**24, "ns_steps": 1000}
 
 
 def shown(config: TrainConfig, name: str) -> str:
-    """A flag's value for a message."""
+    """Return the value of a flag as text for a message."""
     value = getattr(config, name)
     return "none" if value is None else "auto" if is_unset(config, name) else str(value)
 
@@ -292,9 +306,14 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfig) -> C:  # type: ignore[assignment]
-    """Flags to config; a flag that is not given keeps its value in `base`. kind: of the config, where base is None.
+    """Return the config of a command line.
 
-    Raises ConfigError, one line, for an unknown flag or a value that the flag does not take. --help prints and exits.
+    Args:
+        base: a config whose values are the defaults; None means the defaults of `kind`.
+
+    Raises:
+        ConfigError: for an unknown flag or a wrong value; the message is one line.
+        SystemExit: for --help, after printing it.
     """
     with one_line_errors():
         default = kind() if base is None else base
@@ -311,7 +330,7 @@ def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfi
 
 
 def command_of(config: TrainConfig) -> str:
-    """The module that makes such a run."""
+    """Return the name of the command that makes such a run."""
     return "finetune" if isinstance(config, FinetuneConfig) else "train"
 
 
@@ -322,7 +341,7 @@ def resolve_device(config: C) -> C:
     """
     gpu = torch.cuda.is_available() if is_unset(config, "device") else config.device == "cuda"
     if gpu and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but torch sees no GPU; take --device cpu")
+        raise ConfigError("--device must be cpu, because torch sees no GPU, got cuda")
     data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
     return resolve_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
 
@@ -385,5 +404,5 @@ def _resolve(config: C, values: dict[str, Any]) -> C:
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """Every flag by its name, paths as text."""
+    """Return all flags by name, with paths as text."""
     return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}

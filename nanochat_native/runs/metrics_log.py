@@ -1,7 +1,8 @@
 """The log of a run: metrics.jsonl and TensorBoard events.
 
-metrics.jsonl holds one JSON object a line. `kind` is "train" (one optimizer step), "val" (bits per byte on the
-validation split) or "sample" (a piece of text); `step` counts the optimizer steps done.
+metrics.jsonl holds one JSON object on each line. `kind` is "train" (one optimizer step), "val" (bits per byte on the
+validation split), "sample" (generated text) or "diagnosis" (statistics of layers). `step` is the number of optimizer
+steps done.
 """
 
 import contextlib
@@ -14,36 +15,38 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanochat_native.runtime.console import Console, SilentConsole
+from nanochat_native.runtime.files import write_atomically
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and, where tensorboard is installed, to TensorBoard events in the folder beside it.
+    """Appends records to metrics.jsonl and, if tensorboard is installed, to TensorBoard events in a folder beside it.
 
-    A record is one write, so a killed run leaves whole lines, and at most one torn one at the end. Nothing raises: a
-    log that cannot be opened or written is a failed report of `console`.
+    Each record is one write, so a killed run leaves whole lines and at most one incomplete line at the end. No method
+    raises: a log that cannot be opened or written is a failed report of `console`.
 
-    recorded: the records of `last_step` that the log holds already, by their kind.
+    Attributes:
+        recorded: the records of `last_step` that were already in the log, by kind.
     """
 
     def __init__(self, run_dir: Path, last_step: int = -1, console: "Console | None" = None) -> None:
-        """last_step: of the records to keep, where a run goes on; -1 keeps none."""
+        """Open the log, and drop the records after `last_step`, the step from which a run is resumed; -1 drops all."""
         self._console = console or SilentConsole()
         self._descriptor = -1
         self._writer: Any = None
         self.recorded: dict[str, dict[str, Any]] = {}
         path = run_dir / "metrics.jsonl"
         with self._console.isolated("metrics.jsonl"):
-            kept = keep_until(path, last_step, warn=lambda message: self._console.say(f"warning: {message}"))
+            kept = drop_records_after(path, last_step, warn=lambda message: self._console.say(f"warning: {message}"))
             self.recorded = {record["kind"]: record for record in kept if record["step"] == last_step}
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         with self._console.isolated("TensorBoard"):
             self._writer = _tensorboard_writer(run_dir / "tensorboard", last_step)
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
-        """Append one record and return it. Numbers also go to TensorBoard as "<kind>/<name>"."""
+        """Append a record and return it. TensorBoard gets its numbers and texts as "<kind>/<name>"."""
         record = {"kind": kind, "step": step, **values}
         if self._descriptor >= 0:
             with self._console.isolated("metrics.jsonl"):
@@ -60,20 +63,21 @@ class MetricsLog:
         return record
 
     def sync(self) -> None:
-        """Put everything written so far on the disk."""
+        """Flush everything that was written to the disk."""
         if self._descriptor >= 0:
             with self._console.isolated("metrics.jsonl"):
                 os.fsync(self._descriptor)
         self._to_tensorboard(lambda writer: writer.flush())
 
     def close(self) -> None:
+        """Close the files. Nothing may be written afterwards."""
         if self._descriptor >= 0:
             with self._console.isolated("metrics.jsonl"):
                 os.close(self._descriptor)
         self._to_tensorboard(lambda writer: writer.close())
 
     def _to_tensorboard(self, action: Callable[[Any], None]) -> None:
-        """action(writer), if there is a writer. After a failure there is none: its thread has ended."""
+        """Call action(writer) if there is a writer. After a failure there is none, because its thread has ended."""
         writer, self._writer = self._writer, None
         if writer is not None:
             with self._console.isolated("TensorBoard"):
@@ -82,7 +86,7 @@ class MetricsLog:
 
 
 class SilentLog(MetricsLog):
-    """The log of a rank that does not write."""
+    """A log that writes nothing, for all ranks but rank 0."""
 
     def __init__(self) -> None:
         self.recorded = {}
@@ -98,10 +102,10 @@ class SilentLog(MetricsLog):
 
 
 def read(path: Path, warn: Callable[[str], None] = lambda message: None) -> Iterator[dict[str, Any]]:
-    """Records of a metrics.jsonl, oldest first; nothing when there is no file.
+    """Yield the records of a metrics.jsonl, oldest first; none if there is no file.
 
-    A record is a JSON object with a text `kind` and a whole number `step` from 0. `warn` is told of lines that are
-    none; a torn last line, which a killed run leaves, is ignored.
+    A record is a JSON object with a text `kind` and a whole number `step` >= 0. `warn` receives a message about other
+    lines. An incomplete last line, which a killed run leaves, is ignored.
     """
     damaged = []
     for number, (line, record) in enumerate(_lines(path), 1):
@@ -114,7 +118,7 @@ def read(path: Path, warn: Callable[[str], None] = lambda message: None) -> Iter
 
 
 def value_of(record: dict[str, Any], name: str) -> float | None:
-    """A record's finite number of that name; None where it has none."""
+    """Return the finite number `name` of a record, or None if it has none."""
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -123,12 +127,14 @@ def value_of(record: dict[str, Any], name: str) -> float | None:
     return None
 
 
-def keep_until(path: Path, step: int, warn: Callable[[str], None] = lambda message: None) -> list[dict[str, Any]]:
-    """Drop the records of a metrics.jsonl that are later than `step`, and a torn last line. Returns what is left.
+def drop_records_after(
+    path: Path, step: int, warn: Callable[[str], None] = lambda message: None
+) -> list[dict[str, Any]]:
+    """Drop the records after `step` and an incomplete last line from a metrics.jsonl, and return the other records.
 
-    Records that are followed by later ones alone are cut off in place, which takes no space. Otherwise the file is
-    replaced atomically. Where lines are no records, the old file is kept beside it as metrics.damaged.jsonl, and `warn`
-    is told.
+    If the dropped records are all at the end, the file is truncated in place, which needs no space. Otherwise it is
+    replaced atomically. If there are lines that are not records, the old file is kept beside it as
+    metrics.damaged.jsonl, and `warn` receives a message.
     """
     kept: list[dict[str, Any]] = []
     lines: list[bytes] = []
@@ -149,23 +155,22 @@ def keep_until(path: Path, step: int, warn: Callable[[str], None] = lambda messa
     if in_order and not damaged:
         os.truncate(path, kept_bytes)
         return kept
-    path = path.resolve()  # of a link, what it leads to is replaced
-    temporary = path.with_suffix(".jsonl.tmp")
-    try:
-        temporary.write_bytes(b"".join(lines))
-        if damaged:
+    path = path.resolve()  # a link stays; the file that it leads to is replaced
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"".join(lines))
+        if damaged:  # last, so that a disk that is too full for the new file gets no copies of the old one
             names = (path.with_name(f"{path.stem}.damaged{n or ''}{path.suffix}") for n in itertools.count())
             aside = next(name for name in names if not name.exists())
             shutil.copyfile(path, aside)
             warn(f"{path}: {_not_records(damaged)}: the old file is kept as {aside.name}")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(path, write)
     return kept
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Every line of a metrics.jsonl with its end, and its record."""
+    """Yield each line of a metrics.jsonl, including its line break, and its record or None."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -174,6 +179,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the record on a line, or None if it is not one."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -190,7 +196,7 @@ def _not_records(numbers: list[int]) -> str:
 
 
 def _append(descriptor: int, line: bytes) -> None:
-    """Writes all of the line or nothing of it. Raises OSError."""
+    """Append the whole line or nothing. Raise OSError in the second case."""
     size = os.fstat(descriptor).st_size
     try:
         if os.write(descriptor, line) < len(line):
@@ -208,6 +214,6 @@ def _tensorboard_writer(folder: Path, last_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=last_step + 1)
 
 
-def finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+def none_if_nonfinite(value: float) -> float | None:
+    """Return a number, or None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""Every picture, drawn from files alone: `python -m nanochat_native.plot FOLDER` draws one again.
+"""Draws all pictures, from files only: the loss and the diagnosis of a run, and the result of an experiment.
 
-A run's folder gives its loss, and its diagnosis; a folder of the laboratory the picture of its result.
+`python -m nanochat_native.plot FOLDER` draws the pictures of a folder again.
 """
 
 import importlib.util
@@ -11,13 +11,14 @@ from typing import Any
 
 from nanochat_native.runs import metrics_log
 from nanochat_native.runs.metrics_log import value_of
+from nanochat_native.runtime.files import write_atomically
 
 RESULT = "result.json"
 MISSING = "none: matplotlib is not installed"
 
 
 def new_figure(width: float = 8, height: float = 4.5) -> Any:
-    """A figure without a screen; None when matplotlib is not installed."""
+    """Return a figure that needs no screen, or None if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,22 +30,16 @@ def new_figure(width: float = 8, height: float = 4.5) -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a PNG, replacing it atomically."""
-    temporary = path.with_suffix(".tmp.png")
-    try:
-        figure.savefig(temporary, dpi=110)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a figure as PNG, replacing the file atomically, and return its path."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     return path
 
 
 def plot_loss(run_dir: Path) -> Path | None:
-    """Draw training and validation bits per byte over steps into `run_dir`/loss.png.
+    """Draw training and validation bits per byte over the steps in `run_dir`/loss.png.
 
-    Where the bytes of a token are not known, the loss in nats takes their place.
-
-    Returns its path, or None when matplotlib is not installed.
+    If the bytes of tokens are not known, draw the loss in nats instead. Return the path of the picture, or None if
+    matplotlib is not installed.
     """
     figure = new_figure()
     if figure is None:
@@ -65,9 +60,9 @@ def plot_loss(run_dir: Path) -> Path | None:
 
 
 def plot_diagnosis(run_dir: Path) -> Path | None:
-    """Draw the records of train --diagnose into `run_dir`/diagnosis.png, a page: a panel a quantity, a line a layer.
+    """Draw the records of train --diagnose in `run_dir`/diagnosis.png: one panel per quantity, one line per layer.
 
-    Returns its path; None when there are none, or matplotlib is not installed.
+    Return the path of the picture, or None if there are no records or matplotlib is not installed.
     """
     records = [r for r in metrics_log.read(run_dir / "metrics.jsonl") if r["kind"] == "diagnosis"]
     figure = new_figure(15, 8.5) if records else None
@@ -100,28 +95,28 @@ def plot_diagnosis(run_dir: Path) -> Path | None:
 
 
 def draw(folder: Path) -> Path | None:
-    """Draw the picture of a laboratory's result.json beside it; None when matplotlib is not installed.
+    """Draw the picture of a result.json beside it. Return its path, or None if matplotlib is not installed.
 
-    Raises FileNotFoundError when there is no result, ValueError for one that this version cannot draw.
+    Raises FileNotFoundError if there is no result, and ValueError for one that this version cannot draw.
     """
     try:
         record = json.loads((folder / RESULT).read_bytes())
         command = str(record["command"])
-        if command in PICTURES:
+        if command in DRAW_BY_COMMAND:
             figure = new_figure()
             if figure is None:
                 return None
-            PICTURES[command](figure, record)
+            DRAW_BY_COMMAND[command](figure, record)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ValueError(f"{folder / RESULT} cannot be drawn: it is damaged, or of another version") from None
-    if command not in PICTURES:
-        takes = ", ".join(PICTURES)
-        raise ValueError(f"{folder / RESULT} cannot be drawn: it is of command {command!r}; takes {takes}")
+    if command not in DRAW_BY_COMMAND:
+        commands = ", ".join(DRAW_BY_COMMAND)
+        raise ValueError(f"{folder / RESULT} cannot be drawn: its command must be one of {commands}, got {command!r}")
     return save(figure, folder / f"{command}.png")
 
 
 def draw_lr_find(figure: Any, record: dict[str, Any]) -> None:
-    """Loss over the rate, a panel a test, with the steepest and the lowest point and the suggestion."""
+    """Draw the loss over the learning rate, one panel per test, with the suggested rate."""
     tests = record["tests"]
     figure.set_size_inches(6.5 * len(tests), 4.5)
     panels = figure.subplots(1, max(1, len(tests)), squeeze=False)[0]
@@ -136,8 +131,10 @@ def draw_lr_find(figure: Any, record: dict[str, Any]) -> None:
             axes.axvline(
                 test["suggestion"], color="black", linestyle="--", label=f"suggestion x{test['suggestion']:.3g}"
             )
-        who = "all rates" if test["group"] == "all" else f"rate of the {test['group']}"
-        axes.set(xscale="log", xlabel=f"{who}, factor of what a run takes", ylabel="loss after the step, nats a token")
+        label = "all rates" if test["group"] == "all" else f"rate of the {test['group']}"
+        axes.set(
+            xscale="log", xlabel=f"{label}, factor of the rate of a run", ylabel="loss after the step, nats a token"
+        )
         axes.set_title(f"{record['config']['optimizer']}, d{record['config']['depth']}")
         if test["losses"]:
             top, low = max(test["losses"][0], min(test["losses"])), min(test["losses"])
@@ -147,7 +144,7 @@ def draw_lr_find(figure: Any, record: dict[str, Any]) -> None:
 
 
 def draw_batch_size(figure: Any, record: dict[str, Any]) -> None:
-    """The noise scale along the run, and what a batch costs in steps and in tokens."""
+    """Draw the noise scale during the run, and the cost of a batch size in steps and in tokens."""
     figure.set_size_inches(12, 4.5)
     left, right = figure.subplots(1, 2)
     length, batch = record["sequence_len"], record["config"]["total_batch_size"]
@@ -156,16 +153,16 @@ def draw_batch_size(figure: Any, record: dict[str, Any]) -> None:
         if points:
             left.plot(*zip(*points, strict=True), marker=".", label=part, linewidth=2 if part == "all" else 1)
     left.axhline(batch, color="black", linestyle="--", label=f"--total-batch-size {batch:,}")
-    left.set(yscale="log", xlabel="step", ylabel="noise scale, tokens", title="gradient noise scale along the run")
+    left.set(yscale="log", xlabel="step", ylabel="noise scale, tokens", title="gradient noise scale during the run")
     scale = record["noise"].get("all", {}).get("scale")
     if scale:
         tokens = scale * length
         sizes = [tokens * 2 ** (i / 4) for i in range(-20, 21)]
-        right.plot(sizes, [1 + tokens / size for size in sizes], label="steps, of the fewest")
-        right.plot(sizes, [1 + size / tokens for size in sizes], label="tokens, of the fewest")
+        right.plot(sizes, [1 + tokens / size for size in sizes], label="steps, relative to the minimum")
+        right.plot(sizes, [1 + size / tokens for size in sizes], label="tokens, relative to the minimum")
         right.axvline(batch, color="black", linestyle="--", label=f"--total-batch-size {batch:,}")
         right.axvline(tokens, color="gray", linestyle=":", label=f"noise scale {tokens:,.0f}")
-        right.set(xscale="log", yscale="log", xlabel="batch, tokens", title="what a batch costs to the same loss")
+        right.set(xscale="log", yscale="log", xlabel="batch, tokens", title="cost of reaching the same loss")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -173,8 +170,8 @@ def draw_batch_size(figure: Any, record: dict[str, Any]) -> None:
 
 
 def draw_compare(figure: Any, record: dict[str, Any]) -> None:
-    """Validation curves of the cases at their best rates, means and spans over the seeds, and the search for the
-    rates."""
+    """Draw the validation curves of the cases at their best rates, as mean and range over the seeds, and the search for
+    these rates."""
     figure.set_size_inches(13, 5.5)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     seen = []
@@ -199,7 +196,7 @@ def draw_compare(figure: Any, record: dict[str, Any]) -> None:
     if seen:
         room = 0.03 * (max(seen) - min(seen))
         left.set_ylim(min(seen) - room, max(seen))
-        right.set_ylim(min(seen) - room, max(seen))  # a rate far too high may end anywhere
+        right.set_ylim(min(seen) - room, max(seen))  # a rate that is far too high may end anywhere
     left.set(xlabel="step", ylabel=f"validation, {record['unit']}", title="each at its best rate")
     right.set(xscale="log", xlabel="factor of the rates", ylabel=f"final, {record['unit']}", title="search, first seed")
     for axes in (left, right):
@@ -209,7 +206,7 @@ def draw_compare(figure: Any, record: dict[str, Any]) -> None:
 
 
 def draw_memory(figure: Any, record: dict[str, Any]) -> None:
-    """Bars of a step's highest moments by part, and what was measured; or of gradient checkpointing; or of batches."""
+    """Draw the memory of a step by phase and part, or of gradient checkpointing, or the largest batches that fit."""
     axes = figure.add_subplot()
     if "parts" in record:
         base = [0.0] * len(record["phases"])
@@ -222,7 +219,7 @@ def draw_memory(figure: Any, record: dict[str, Any]) -> None:
             measured = [size / 2**20 for size in record["measured"]]
             left, right = ([i + side for i in range(len(measured))] for side in (-0.35, 0.35))
             axes.hlines(measured, left, right, color="black", linewidth=2, label="measured")
-        axes.set(ylabel="MiB at the phase's highest moment", title="memory of a training step")
+        axes.set(ylabel="MiB at the peak of the phase", title="memory of a training step")
         axes.set_xlim(-0.6, len(base) + 0.4)
     elif "ms" in record:
         for i, name in enumerate(("peak_predicted", "peak_measured", "activations_predicted", "activations_measured")):
@@ -244,7 +241,7 @@ def draw_memory(figure: Any, record: dict[str, Any]) -> None:
 
 
 def draw_schedules(figure: Any, record: dict[str, Any]) -> None:
-    """Learning rate of every shape, and Muon's momentum, over the steps."""
+    """Draw the learning rate of every schedule, and the momentum of Muon, over the steps."""
     figure.set_size_inches(12, 4.5)
     left, right = figure.subplots(1, 2)
     for shape, values in record["multipliers"].items():
@@ -257,7 +254,7 @@ def draw_schedules(figure: Any, record: dict[str, Any]) -> None:
         axes.legend()
 
 
-PICTURES: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+DRAW_BY_COMMAND: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "lr_find": draw_lr_find,
     "batch_size": draw_batch_size,
     "compare": draw_compare,

@@ -1,6 +1,6 @@
 """The result of an experiment: a folder with result.json and the picture that is drawn from it.
 
-result.json holds the command's flags, those of train, the seed, versions and raw data.
+result.json holds the flags of the command and of train, the seed, versions, and the raw data.
 `python -m nanochat_native.plot FOLDER` draws the picture again.
 """
 
@@ -21,19 +21,20 @@ from nanochat_native.runs.config import TrainConfig, to_json
 from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.errors import ConfigError
+from nanochat_native.runtime.files import write_atomically
 
 FORMAT = "nanochat-native result"
 OUT = Path("lab")
 
 
 def open_folder(out: Path | None, command: str) -> Path:
-    """An empty folder for a result: `out`, or the first of lab/COMMAND, lab/COMMAND-2, ... that is free.
+    """Create and return the folder of a result: `out`, or the first of lab/COMMAND, lab/COMMAND-2, ... that is free.
 
-    Raises ConfigError when `out` holds something.
+    Raises ConfigError if `out` is not empty.
     """
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} holds something; give another --out PATH")
+            raise ConfigError(f"--out must be a new or an empty folder, got {out}")
         folder = out
     else:
         number = 1
@@ -46,7 +47,7 @@ def open_folder(out: Path | None, command: str) -> Path:
 def result(
     command: str, options: Any, config: TrainConfig | None, *, finished: bool, device: str | None = None, **data: Any
 ) -> dict[str, Any]:
-    """What is written as result.json: how `data` came to be, and `data`. device: where there is no config of train."""
+    """Return the content of result.json: how `data` was made, and `data`. device: used if `config` is None."""
     own = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
     how: dict[str, Any] = {"format": FORMAT, "command": command, "finished": finished, "options": own}
     if config is not None:
@@ -62,15 +63,12 @@ def result(
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:
-    """result.json, replaced atomically."""
-    path = folder / pictures.RESULT
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    """Write result.json, replacing it atomically."""
+    write_atomically(folder / pictures.RESULT, json.dumps(record, indent=1) + "\n")
 
 
 def finish(folder: Path, record: dict[str, Any], console: Console) -> None:
-    """Write the result, draw its picture, and say where they are."""
+    """Write the result, draw its picture, and print where they are."""
     write(folder, record)
     console.say(f"result   {folder / pictures.RESULT}")
     with console.isolated("picture"):

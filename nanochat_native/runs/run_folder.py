@@ -1,4 +1,4 @@
-"""What a run leaves on the disk, and how a later call finds it, goes on with it, or clears it away.
+"""The folder of a run: its config.json, and how a later command finds, resumes or overwrites the run.
 
 OUT_DIR/RUN/  config.json  metrics.jsonl  tensorboard/  loss.png  diagnosis.png  tokenizer/  checkpoints/step_000100/
 """
@@ -25,12 +25,13 @@ from nanochat_native.runs.config import (
     to_json,
 )
 from nanochat_native.runtime.errors import ConfigError
+from nanochat_native.runtime.files import is_temporary, write_atomically
 from nanochat_native.runtime.flags import UNSET, flag
 
 FORMAT = "nanochat-native run"
 ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "diagnosis.png", "tokenizer", "checkpoints")
-DAMAGED_LOGS = "metrics.damaged*.jsonl"  # put aside by metrics.keep_until
-# What may differ when a run goes on. Anything else would make it another run, but for a longer horizon.
+DAMAGED_LOGS = "metrics.damaged*.jsonl"  # written by metrics_log.drop_records_after
+# Flags that may change on resume. Any other change, except a longer training, would make it another run.
 PER_CALL_FLAGS = ("resume", "overwrite", "dry_run", "print_config", "json", "out_dir", "run")
 MAY_CHANGE_ON_RESUME = (
     *PER_CALL_FLAGS,
@@ -45,9 +46,10 @@ MAY_CHANGE_ON_RESUME = (
     "max_skipped_steps",
     "check_replicas_every",
 )
-# What is compared by its content, by the hash that the run keeps, and not by its path.
+# Flags of the data, which is compared by the hash in config.json, not by its path.
 COMPARED_BY_CONTENT = ("data", "text_column", "val_data")
 CHANGES_ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
+CONFIG_OF_COMMAND: dict[str, type[TrainConfig]] = {"train": TrainConfig, "finetune": FinetuneConfig}
 
 
 def resolve_config(
@@ -74,25 +76,25 @@ def resolve_config(
             return config, []
         if not (config.run_dir / "config.json").exists():
             return dataclasses.replace(config, resume=None), []
-    folder = config.run_dir if config.resume == "auto" else _folder_of(Path(str(config.resume)))
+    folder = config.run_dir if config.resume == "auto" else _run_folder_of(Path(str(config.resume)))
     saved = load_config(folder)
     if not isinstance(saved, kind) or type(saved) is not kind:
-        raise ConfigError(f"{folder} is a run of nanochat_native.{command_of(saved)}: that goes on with it")
+        raise ConfigError(f"{folder} was created by nanochat_native.{command_of(saved)}: resume it with that")
     wanted = dataclasses.replace(resolve(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
     return wanted, changes(saved, wanted)
 
 
-def _folder_of(path: Path) -> Path:
-    """The run's folder, given that, its `checkpoints`, or the newest checkpoint in there."""
+def _run_folder_of(path: Path) -> Path:
+    """Return the folder of a run, given this folder, its `checkpoints`, or the newest checkpoint in there."""
     if is_run(path.parent.parent) and path.name != max(os.listdir(path.parent)):
-        raise ConfigError(f"--resume {path}: there are newer checkpoints; a run goes on from its newest")
+        raise ConfigError(f"--resume must be the newest checkpoint of a run, or its folder, got {path}")
     places = (path, path.parent, path.parent.parent)
     named = (path, *(folder.parent for folder in places[:2] if folder.name == "checkpoints"))
     return next((folder for folder in places if is_run(folder)), named[-1])
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `folder` holds the config.json of a run."""
+    """Return whether `folder` has the config.json of a run."""
     try:
         _read_config(folder)
     except ConfigError:
@@ -101,18 +103,18 @@ def is_run(folder: Path) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """What the config.json of a run holds. Raises ConfigError that tells a missing one from a damaged one."""
+    """Return the content of the config.json of a run. Raise ConfigError if it is missing or damaged."""
     path = folder / "config.json"
     try:
         content = json.loads(path.read_bytes())
         if content["format"] != FORMAT:
-            raise ConfigError(f"{folder} is no run of this program: {path.name} is of another one")
+            raise ConfigError(f"{folder} is not a run of this program: its {path.name} is from another one")
         if not isinstance(content["config"], dict):
-            raise TypeError("config is no object")
+            raise TypeError("config is not an object")
     except FileNotFoundError:
-        raise ConfigError(f"{folder} is no run of this program: it has no {path.name}") from None
+        raise ConfigError(f"{folder} is not a run of this program: it has no {path.name}") from None
     except NotADirectoryError:
-        raise ConfigError(f"{folder} is no folder") from None
+        raise ConfigError(f"{folder} is not a folder") from None
     except ConfigError:
         raise
     except OSError as error:
@@ -123,24 +125,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> TrainConfig:
-    """The config of the run in `folder`. Raises ConfigError when there is none, or one of another version."""
-    flags = _read_config(folder)["config"]
-    if flags.get("optimizer") == "sgd" and "ns_steps" not in flags:  # sgd once had one rate for everything
+    """Return the config of the run in `folder`. Raise ConfigError if there is none, or if another version wrote it."""
+    content = _read_config(folder)
+    flags = content["config"]
+    # Runs of earlier versions do not name their command; only finetune had the flag --rate-scale.
+    command = content.get("command", "finetune" if "rate_scale" in flags else "train")
+    if flags.get("optimizer") == "sgd" and "ns_steps" not in flags:  # sgd had one learning rate in earlier versions
         flags |= dict.fromkeys(LEARNING_RATE_FLAGS, 0.1 if flags["matrix_lr"] == UNSET else flags["matrix_lr"])
     place = folder if folder.name not in ("", "..") else folder.resolve()
     flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
     try:
-        if "rate_scale" in flags:
+        if command == "finetune":
             flags["checkpoint"] = Path(flags["checkpoint"])
-            return FinetuneConfig(**flags)
-        return TrainConfig(**flags)
-    except TypeError as error:
+        return CONFIG_OF_COMMAND[command](**flags)
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder / 'config.json'} was written by another version ({error})") from None
 
 
 def require_same_data(config: TrainConfig, data_hash: str) -> None:
-    """Raises ConfigError where the run in the config's folder began with other data: another hash or, where none was
-    kept, another path."""
+    """Raise ConfigError if the run in the folder began with other data: another hash or, if none was kept, another
+    path."""
     kept = _read_config(config.run_dir)
     if "data_hash" in kept:
         same = kept["data_hash"] == data_hash
@@ -151,52 +155,52 @@ def require_same_data(config: TrainConfig, data_hash: str) -> None:
 
 
 def other_data(config: TrainConfig) -> ConfigError:
+    """Return the error for a run that began with other data."""
     values = {name: getattr(config, name, None) for name in COMPARED_BY_CONTENT}
     given = ", ".join(f"{flag(name)} {value}" for name, value in values.items() if value is not None)
     return ConfigError(
         f"{config.run_dir}: the data or the tokenizer is not what this run began with ({given or 'no --data'}); "
-        "another run takes another --run NAME"
+        "start another run with another --run NAME"
     )
 
 
 def save_config(config: TrainConfig, data_hash: str | None = None) -> None:
-    """Write the run's config.json, atomically; it also marks the folder as a run. data_hash: the corpus's, if known."""
-    path = config.run_dir / "config.json"
+    """Write config.json, which marks the folder as a run. data_hash: the hash of its corpus, if known."""
     flags: dict[str, Any] = {name: value for name, value in to_json(config).items() if name not in PER_CALL_FLAGS}
-    temporary = path.with_suffix(".tmp")
-    content = {"format": FORMAT, "config": flags} | ({} if data_hash is None else {"data_hash": data_hash})
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    content = {"format": FORMAT, "command": command_of(config), "config": flags} | (
+        {} if data_hash is None else {"data_hash": data_hash}
+    )
+    write_atomically(config.run_dir / "config.json", json.dumps(content, indent=1) + "\n")
 
 
 def changes(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """What `wanted` changes that alters the rounding of the run that goes on, flag by flag.
+    """Return the flags that change the rounding of a resumed run, one note for each.
 
-    Raises ConfigError, naming the flags, for changes that would make it another run.
+    Raises ConfigError, with the names of the flags, for changes that would make it another run.
     """
     allowed = {*MAY_CHANGE_ON_RESUME, *COMPARED_BY_CONTENT, *CHANGES_ROUNDING, "num_iterations"}
     if checkpoint.steps(saved.run_dir / "checkpoints"):
-        allowed.add("checkpoint")  # of fine-tuning; compared by its weights
+        allowed.add("checkpoint")  # of fine-tuning; it is compared by its weights
     differing = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(wanted, f.name)]
     refused = [name for name in differing if name not in allowed]
     if wanted.num_iterations < saved.num_iterations:
         refused.append("num_iterations")
     if refused:
         listed = ", ".join(f"{flag(name)} {shown(saved, name)} -> {shown(wanted, name)}" for name in refused)
-        raise ConfigError(f"the run in {saved.run_dir} keeps its flags: {listed}; another run takes another --run NAME")
+        raise ConfigError(f"a resumed run must keep its flags, got {listed}; start another run with another --run NAME")
     return [
         f"{flag(name)} {shown(saved, name)} -> {shown(wanted, name)}" for name in differing if name in CHANGES_ROUNDING
     ]
 
 
 def check_free(config: TrainConfig) -> None:
-    """Raises ConfigError when a new run would overwrite something that --overwrite does not allow it to."""
+    """Raise ConfigError if the folder of a new run has content that the run may not overwrite."""
     folder = config.run_dir
     if not folder.exists() or config.resume is not None:
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give another --run NAME or --out-dir PATH")
-    if not any(folder.iterdir()):
+    if all(map(is_temporary, folder.iterdir())):
         return
     try:
         _read_config(folder)
@@ -204,15 +208,15 @@ def check_free(config: TrainConfig) -> None:
         raise ConfigError(f"{error}; give another --run NAME or --out-dir PATH") from None
     if not config.overwrite:
         raise ConfigError(
-            f"{folder} holds a run: --resume auto goes on with it, --run NAME starts another, --overwrite deletes"
+            f"{folder} holds a run: --resume auto resumes it, --run NAME starts another, --overwrite deletes it"
         )
 
 
 def claim(config: TrainConfig) -> int:
-    """Make the run's folder and lock it against a second process; clear it first with --overwrite.
+    """Create the folder of a run and lock it against other processes. With --overwrite, delete the old run in it.
 
-    Of an old run only its own entries are deleted. Returns the descriptor that holds the lock: closing it, or the end
-    of the process, however it ends, gives it up. Raises ConfigError when the folder is taken.
+    Only files that a run writes are deleted. Return the descriptor that holds the lock; closing it, or the end of the
+    process, releases it. Raise ConfigError if the folder cannot be used.
     """
     check_free(config)
     folder = config.run_dir
@@ -220,16 +224,16 @@ def claim(config: TrainConfig) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise ConfigError(f"the folder of the run cannot be made ({error}); give another --out-dir PATH") from None
+        raise ConfigError(f"the folder of the run cannot be created ({error}); give another --out-dir PATH") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ConfigError(f"another process is training in {folder}") from None
     if config.overwrite and is_run(folder):
-        # config.json marks the folder as a run: it goes last, so that a deletion that was cut short can be taken up
-        # again.
-        for path in (*folder.glob(DAMAGED_LOGS), *(folder / name for name in reversed(ENTRIES))):
+        # config.json marks the folder as a run. It is deleted last, so that an interrupted deletion can be repeated.
+        left_behind = (path for path in folder.iterdir() if is_temporary(path))
+        for path in (*left_behind, *folder.glob(DAMAGED_LOGS), *(folder / name for name in reversed(ENTRIES))):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

@@ -21,13 +21,16 @@ def load_model(
     *,
     warn: Callable[[str], None] = print,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """(model, tokenizer, the checkpoint's meta) of RUN/checkpoints/step_* and RUN/tokenizer, on `device`.
+    """Return (model, tokenizer, meta of the checkpoint) of a run, with the model on `device`.
 
-    step: which checkpoint; None for the newest that is intact, and `warn` is told of newer ones that are damaged.
+    Args:
+        step: the step of the checkpoint; None means the newest intact one.
+        warn: receives a message about each newer checkpoint that is damaged.
 
-    Raises FileNotFoundError when there is no such folder, checkpoint.CheckpointError when no checkpoint is intact or
-    there is none of that step, and ValueError when its weights, its model_config and the tokenizer do not belong
-    together, or there is no tokenizer.
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        CheckpointError: if no checkpoint is intact or there is none of `step`.
+        ValueError: if there is no tokenizer, or weights, model_config and tokenizer do not belong together.
     """
     run_folder = Path(run_folder)
     tensors, meta = checkpoint.load(_checkpoints_of(run_folder), step, warn=warn)
@@ -60,7 +63,7 @@ def load_config(
 def _checkpoints_of(run_folder: Path) -> Path:
     """Return the folder of a run's checkpoints. Raises FileNotFoundError if there is no such run."""
     if run_folder.is_file():
-        raise FileNotFoundError(f"{run_folder} is a file; a model is the folder of a run")
+        raise FileNotFoundError(f"{run_folder} is a file; it must be the folder of a run")
     if not run_folder.is_dir():
         raise FileNotFoundError(f"{run_folder}: no such run folder")
     return run_folder / "checkpoints"
@@ -93,14 +96,16 @@ def _model_config(run_folder: Path, meta: Mapping[str, Any]) -> GPTConfig:
 
 
 def check_weights(source: Path, tensors: Mapping[str, Tensor], model: GPT) -> None:
-    """Raises ValueError, naming up to three, for tensors that are missing, unknown, or of another shape than the
-    model's. source: for the message."""
+    """Raise ValueError for tensors that are missing, unknown, or of another shape than in the model.
+
+    The message names up to three of them. source: the path for the message.
+    """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is unknown" for name in tensors if name not in expected]
     for name, shape in expected.items():
         if name in tensors and tuple(tensors[name].shape) != shape:
-            wrong.append(f"{name} has shape {tuple(tensors[name].shape)}; it takes {shape}")
+            wrong.append(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{source}: the weights do not fit model_config: {', '.join(wrong[:3])}{more}")

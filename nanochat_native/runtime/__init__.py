@@ -1,4 +1,4 @@
-"""What every program needs around its work: ranks, devices, the console, signals, errors, files.
+"""The environment of a command: ranks, devices, files, the console, signals and errors.
 
 It depends on `ops` alone.
 """

@@ -1,4 +1,4 @@
-"""Human-readable output of a command: messages, a live line, numbers in words."""
+"""Human-readable output of a command: messages, a live line, and the format of numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import Any, TextIO
 
 from nanochat_native.runtime.isolation import GuardedStream, ReportFailures, describe
 
-PLAIN_LINE_SECONDS = 10.0  # a log gets a line this often; a terminal redraws its one line at every step
+PLAIN_LINE_SECONDS = 10.0  # between live lines when the output is not a terminal
 
 
 class Console:
-    """Human-readable output: one line redrawn in place on a terminal, plain lines now and then anywhere else.
+    """Human-readable output: messages, and a live line that is redrawn in place on a terminal.
 
-    With `as_json` records go to `stream` as JSON lines instead, and every message to stderr. A stream that cannot be
-    written raises nothing: that is one of the `failures`.
+    If the output is not a terminal, the live line is printed as plain lines at intervals. With `as_json`, records go to
+    `stream` as JSON lines instead, and all messages to stderr. No method raises for a stream that cannot be written;
+    this counts in `failures`.
     """
 
     def __init__(
@@ -35,20 +36,20 @@ class Console:
         self._last_line = -math.inf
 
     def failed(self, report: str, error: BaseException) -> None:
-        """Count a failed report of the run; say so the first time."""
+        """Count a failed report of the run, and print a warning the first time."""
         if self.failures.add(report):
-            self.say(f"warning: {report} failed ({describe(error)}); the run goes on")
+            self.say(f"warning: {report} failed ({describe(error)}); the run continues")
 
     @contextlib.contextmanager
     def isolated(self, report: str) -> Iterator[None]:
-        """Within the block an error ends the block alone, as a failure of `report`."""
+        """Turn an error in the block into a failure of `report`; the error ends only the block."""
         try:
             yield
         except Exception as error:
             self.failed(report, error)
 
     def say(self, text: str = "") -> None:
-        """Print a message on lines of its own."""
+        """Print a message on its own lines."""
         self.end_line()
         print(text, file=self._messages, flush=True)
 
@@ -58,7 +59,7 @@ class Console:
             print(json.dumps(record), file=self._stream, flush=True)
 
     def live(self, text: str, *, last: bool = False) -> None:
-        """Show the state of the run. Off a terminal only every PLAIN_LINE_SECONDS, and the last."""
+        """Show the state of the run. If the output is not a terminal, do so at intervals, and at the last call."""
         if self._as_json:
             return
         if self._terminal:
@@ -71,7 +72,7 @@ class Console:
             print(text, file=self._stream, flush=True)
 
     def end_line(self) -> None:
-        """Leave the live line standing and go to the next one."""
+        """Keep the live line on the screen and begin a new line."""
         if self._drawn:
             self._stream.write("\n")
             self._stream.flush()
@@ -79,7 +80,7 @@ class Console:
 
 
 class SilentConsole(Console):
-    """The console of a rank that does not print."""
+    """A console that prints nothing, for all ranks but rank 0."""
 
     def say(self, text: str = "") -> None:
         pass
@@ -92,7 +93,7 @@ class SilentConsole(Console):
 
 
 def duration(seconds: float) -> str:
-    """ "41 s", "4 min 10 s", "2 h 5 min"."""
+    """Return a duration as text: "41 s", "4 min 10 s", "2 h 5 min"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -104,17 +105,17 @@ def duration(seconds: float) -> str:
 
 
 def compact(number: float) -> str:
-    """Three digits and an SI prefix: 512, 4.2k, 11.5M, 1.3G."""
+    """Return a number with three digits and an SI prefix: 512, 4.2k, 11.5M, 1.3G."""
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.3g}{unit}"
     return f"{number:.3g}"
 
 
-BAR = 24  # characters
+BAR = 24  # characters of a progress bar
 
 
 def bar(done: int, total: int) -> str:
-    """ "[########........] 12/24"."""
+    """Return a progress bar as text: "[########........] 12/24"."""
     full = BAR * done // max(1, total)
     return f"[{'#' * full}{'.' * (BAR - full)}] {done}/{total}"

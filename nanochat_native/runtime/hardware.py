@@ -1,4 +1,4 @@
-"""What the machine can do: its peak rate, against which a run is measured, and its memory."""
+"""The peak compute rate and the memory of the machine, and the device to use."""
 
 import os
 import platform
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-# Dense bfloat16 tensor-core rate, FLOP/s, with float32 accumulation and without sparsity, from NVIDIA's data sheets and
-# architecture whitepapers. The first row whose words all occur in the device's name counts.
+# Dense bfloat16 tensor-core rates in FLOP/s, with float32 accumulation and without sparsity, from NVIDIA's data sheets
+# and architecture whitepapers. The first row counts whose words are all in the name of the device.
 GPU_PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("gb200",), 2.5e15),
     (("b200",), 2.25e15),
@@ -41,19 +41,19 @@ GPU_PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 @dataclass(frozen=True)
 class Peak:
-    """Highest rate in FLOP/s, and where the figure comes from; None when it is not known."""
+    """The peak rate in FLOP/s, or None if it is not known, and the source of the figure."""
 
     flops: float | None
     source: str
 
 
 def gpu_peak(name: str, dtype: torch.dtype) -> Peak:
-    """Peak of a GPU by its device name, such as "NVIDIA H100 80GB HBM3"; known for bfloat16."""
+    """Return the peak of a GPU by its device name, such as "NVIDIA H100 80GB HBM3". It is known for bfloat16 only."""
     if dtype != torch.bfloat16:
-        return Peak(None, f"the table holds bfloat16 rates, not {dtype}")
+        return Peak(None, f"the table has no rates of {dtype}, only of bfloat16")
     words = name.lower().replace("-", " ").split()
     if "laptop" in words:
-        return Peak(None, f"{name}: laptop GPUs keep the name of faster ones")
+        return Peak(None, f"{name}: laptop GPUs share the names of faster ones")
     for needed, flops in GPU_PEAKS:
         if all(word in words for word in needed):
             return Peak(flops, f"{name}, dense bfloat16")
@@ -61,9 +61,10 @@ def gpu_peak(name: str, dtype: torch.dtype) -> Peak:
 
 
 def cpu_peak(seconds: float = 0.1) -> Peak:
-    """The best rate of torch's float32 sgemm, 1536 x 1536, within about `seconds`, with torch's threads.
+    """Measure the best rate of torch's float32 product of 1536 x 1536 matrices, for about `seconds`.
 
-    A run can pass it: kernels of our own may be faster than torch's, and the FLOPs of a token count attention in full.
+    A run can exceed it, because the kernels of this package can be faster than torch's, and because the FLOPs of a
+    token count attention to the whole sequence.
     """
     n = 1536
     a, b = torch.ones(n, n), torch.ones(n, n)
@@ -76,15 +77,14 @@ def cpu_peak(seconds: float = 0.1) -> Peak:
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Peak rate of `device`: from the table for a GPU, measured on a CPU (whose bfloat16 is compared with float32's
-    too)."""
+    """Return the peak rate of `device`: from the table for a GPU, measured for a CPU, always in float32."""
     if device.type == "cuda":
         return gpu_peak(torch.cuda.get_device_name(device), dtype)
     return cpu_peak()
 
 
 def describe(device: torch.device) -> str:
-    """One phrase: "H200 sm_90" or "AMD EPYC 7B13, 2 threads"."""
+    """Return the name of a device: "H200 sm_90" or "AMD EPYC 7B13, 2 threads"."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device).removeprefix('NVIDIA ')} sm_{major}{minor}"
@@ -92,7 +92,7 @@ def describe(device: torch.device) -> str:
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """(highest use so far by this process, all there is) of the device's memory, bytes."""
+    """Return (peak use by this process, total size) of the memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -109,15 +109,15 @@ def _cpu_model() -> str:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; None: the GPU where torch sees one, else the CPU. ValueError for a missing GPU."""
+    """Return the device `name`, by default a GPU if there is one. Raise ValueError for a GPU that is not there."""
     gpu = torch.cuda.is_available()
     if name is None:
         return torch.device("cuda" if gpu else "cpu")
     if torch.device(name).type == "cuda" and not gpu:
-        raise ValueError(f"--device is {name}, but torch sees no GPU; take cpu")
+        raise ValueError(f"--device must be cpu, because torch sees no GPU, got {name}")
     return torch.device(name)
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """The precision that models run in: bfloat16 on a GPU, float32 on a CPU."""
+    """Return the precision in which models run: bfloat16 on a GPU, float32 on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -1,6 +1,6 @@
-"""Keeps a report (console, log, sample, evaluation, plot, ...) that fails from ending the run that it reports on.
+"""Prevents a report (console, log, sample, evaluation, plot, ...) that fails from ending the run that it reports on.
 
-A failure is named once, on the console, and counted; the exit code of the program tells that there was one.
+The first failure of each report is printed, all are counted, and the exit code tells that there was one.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ EXIT_CODE = 3  # training is done and saved, but a report failed
 
 
 class ReportFailures:
-    """counts: failures by the name of the report, e.g. {"sample": 2, "standard output": 40}."""
+    """Counts failures by the name of the report, such as {"sample": 2, "standard output": 40}."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -23,33 +23,35 @@ class ReportFailures:
         return bool(self.counts)
 
     def add(self, report: str) -> bool:
-        """Count a failure. Returns whether it is the first of this report."""
+        """Count a failure, and return whether it is the first of this report."""
         self.counts[report] = self.counts.get(report, 0) + 1
         return self.counts[report] == 1
 
     def describe(self) -> str:
-        """ "sample 2 times, standard output once"."""
+        """Return the counts as text: "sample 2 times, standard output once"."""
         return ", ".join(f"{report} {'once' if n == 1 else f'{n} times'}" for report, n in self.counts.items())
 
 
 def describe(error: BaseException) -> str:
-    """The error on one line, with its type where the message alone would not tell."""
+    """Return the error on one line, with its type if the message alone is not clear."""
     message = " ".join(str(error).split())
     return message if isinstance(error, (OSError, ValueError)) and message else f"{type(error).__name__}: {message}"
 
 
 def take_any_text(stream: TextIO | None) -> None:
-    """From now on the stream writes characters that its encoding lacks as escapes, instead of raising."""
+    """Make the stream write characters that its encoding lacks as escapes, instead of raising."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 
 
 class GuardedStream:
-    """A text stream that takes any text, and whose write and flush never raise: a full disk, a closed pipe or a closed
-    file is counted in `failures`, and told once on `fallback`."""
+    """A text stream that takes any text, and whose write and flush never raise.
+
+    A full disk, a closed pipe or a closed file counts in `failures`, and the first one is reported on `fallback`.
+    """
 
     def __init__(self, stream: TextIO | None, name: str, failures: ReportFailures) -> None:
-        """stream: None where the process was started without one, as Python's sys.stdout is then."""
+        """Guard a stream. It is None if the process was started without one, as sys.stdout is then."""
         self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the process)
         take_any_text(self._stream)
         self._name, self._failures = name, failures
@@ -68,11 +70,11 @@ class GuardedStream:
     def isatty(self) -> bool:
         try:
             return self._stream.isatty()
-        except (AttributeError, OSError, ValueError):  # an object with write and flush alone; a closed file
+        except (AttributeError, OSError, ValueError):  # an object with only write and flush, or a closed file
             return False
 
     def release(self) -> None:
-        """Flush for the last time. What cannot be written is dropped, since Python's own flush at exit would fail."""
+        """Flush for the last time. Drop what cannot be written, because Python's own flush at exit would fail."""
         try:
             self._stream.flush()
         except Exception:
@@ -86,13 +88,15 @@ class GuardedStream:
             action()
         except Exception as error:
             if self._failures.add(self._name) and self.fallback is not None:
-                self.fallback.write(f"warning: {self._name} failed ({describe(error)}); the run goes on\n")
+                self.fallback.write(f"warning: {self._name} failed ({describe(error)}); the run continues\n")
                 self.fallback.flush()
 
 
 def guarded(program: Callable[[ReportFailures], int]) -> int:
-    """Runs a program that trains, which counts its failed reports, with guarded streams. Returns its exit code:
-    EXIT_CODE instead of 0 where a report failed."""
+    """Run a program with guarded streams, and return its exit code: EXIT_CODE instead of 0 if a report failed.
+
+    The program trains, and counts the reports that fail.
+    """
     failures = ReportFailures()
     with guarded_streams(failures):
         code = program(failures)
@@ -104,7 +108,7 @@ def guarded(program: Callable[[ReportFailures], int]) -> int:
 
 @contextlib.contextmanager
 def guarded_streams(failures: ReportFailures) -> Iterator[None]:
-    """Within the block sys.stdout and sys.stderr never raise; each tells of the other's first failure."""
+    """Make sys.stdout and sys.stderr never raise in the block. Each reports the first failure of the other."""
     before = sys.stdout, sys.stderr
     out = GuardedStream(sys.stdout, "standard output", failures)
     err = GuardedStream(sys.stderr, "standard error", failures)

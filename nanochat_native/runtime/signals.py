@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run after the step at hand."""
+"""Ends a run after the current step on SIGINT or SIGTERM."""
 
 import contextlib
 import os
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class StopSignals:
-    """Within the block SIGINT and SIGTERM set `signal`, once; the second one interrupts where it finds the program.
+    """Makes the first SIGINT or SIGTERM in the block set `signal`; the second one raises KeyboardInterrupt.
 
-    then: what will be done after the first, for the user.
+    then: what the program does after the first one, as text for the user.
     """
 
     def __init__(self, then: str = "then a checkpoint") -> None:
@@ -31,7 +31,7 @@ class StopSignals:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        # print() is not to be called here: the signal may have interrupted one.
+        # print() must not be called here, because the signal may have interrupted another print().
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{name}: finishing the step, {self.then}; again: stop at once\n".encode())
+            os.write(2, f"\n{name}: finishing the step, {self.then}; a second signal stops at once\n".encode())

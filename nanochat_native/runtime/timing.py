@@ -1,4 +1,4 @@
-"""Time functions side by side."""
+"""Measures the time of several functions under equal conditions."""
 
 import gc
 import statistics
@@ -8,6 +8,7 @@ from typing import Any
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
+    """Return the time of one call."""
     start = time.perf_counter()
     function()
     return (time.perf_counter() - start) * 1e3
@@ -20,9 +21,10 @@ def turns(
     repeats: int,
     clock: Callable[[Callable[[], Any]], float] = milliseconds,
 ) -> list[list[float]]:
-    """Milliseconds of each function by `clock`. They take turns, so that a slow spell of the machine meets all of them.
+    """Return the times of each function, in milliseconds by `clock`.
 
-    At least `repeats` turns, and more until `seconds` have passed.
+    The functions take turns, so that a slow phase of the machine affects all of them. There are at least `repeats`
+    turns, and more until `seconds` have passed.
     """
     for function in functions:
         function()
@@ -36,5 +38,5 @@ def turns(
 
 
 def side_by_side(functions: list[Callable[[], Any]], *, seconds: float, repeats: int) -> list[float]:
-    """Median milliseconds of each function, by turns."""
+    """Return the median time of each function, in milliseconds, taking turns."""
     return [statistics.median(taken) for taken in turns(functions, seconds=seconds, repeats=repeats)]

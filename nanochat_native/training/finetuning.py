@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat_native.data import Batch, Corpus, Rows, chats, conversations
+from nanochat_native.data import Batch, ConversationRows, Corpus, conversation_files, conversations
 from nanochat_native.data.conversations import Message
 from nanochat_native.data.example_chats import example_chats
 from nanochat_native.data.tokenizer import Tokenizer
@@ -41,7 +41,9 @@ Conversation = Sequence[Message]
 
 
 def read_conversations(data: str | Path, notes: list[str] | None = None) -> list[Conversation]:
-    """Return the conversations of a file, a folder or a glob, in the forms of data/chats.py. Each ends with an answer.
+    """Return the conversations of a file, a folder or a glob, each of which ends with an answer.
+
+    data/conversation_files.py describes the forms.
 
     Args:
         notes: receives a line for each form that is not plain messages, and for files that are not read.
@@ -50,13 +52,13 @@ def read_conversations(data: str | Path, notes: list[str] | None = None) -> list
         FileNotFoundError: if there is no such file.
         ValueError: for a record that is no conversation, with its file and line.
     """
-    files, left_out = chats.find_files(data)
+    files, left_out = conversation_files.find_files(data)
     found: list[Conversation] = []
     forms: Counter[str] = Counter()
     for path in files:
-        for line, record in chats.read_records(path):
+        for line, record in conversation_files.read_records(path):
             try:
-                messages, form = chats.chat_of(record)
+                messages, form = conversation_files.parse_record(record)
                 conversations.check_messages(messages)
                 if messages[-1]["role"] != "assistant":
                     raise ValueError(
@@ -93,8 +95,8 @@ class Chats(NamedTuple):
     """Conversations as data: the corpus, and its two parts as rows."""
 
     corpus: Corpus
-    train: Rows
-    val: Rows
+    train: ConversationRows
+    val: ConversationRows
 
 
 Rendered = tuple[list[int], list[bool]]  # tokens, and which of them are targets, as conversations.render returns them
@@ -140,16 +142,16 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
     def kept(part: Sequence[Rendered]) -> list[Rendered]:
         return [(tokens, is_target) for tokens, is_target in part if any(is_target[1 : length + 1])]
 
-    def target_bytes(rows: Rows, count: int | None = None) -> int:
+    def target_bytes(rows: ConversationRows, count: int | None = None) -> int:
         return sum(
             int(tokenizer.token_bytes[tokens[1:][is_target[1:]]].sum()) for tokens, is_target in rows.documents[:count]
         )
 
     parts = kept(train), kept(val)
-    if config.val_data is None and not all(target_bytes(Rows(part, length)) for part in parts):
+    if config.val_data is None and not all(target_bytes(ConversationRows(part, length)) for part in parts):
         parts = kept(everything), kept(everything)
         notes.append(f"too few conversations with answers ({len(parts[0])}) to hold some out: validation uses all")
-    rows, val_rows = (Rows(part, length) for part in parts)
+    rows, val_rows = (ConversationRows(part, length) for part in parts)
     for name, part in ((config.data, rows), (config.val_data or config.data, val_rows)):
         if not part.documents:
             raise ValueError(f"{name}: no answer begins within {length} tokens; use a longer --max-seq-len")
@@ -170,10 +172,10 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
         train=rows,
         val=val_rows,
         description=f"{name}, {len(rows.documents):,} conversations, {len(val_rows.documents):,} for validation | "
-        f"{rows.learnt:,} tokens to train on, rows of {length}",
+        f"{rows.num_targets:,} tokens to train on, rows of {length}",
         notes=tuple(notes),
         hash=digest.hexdigest(),
-        bytes_per_token=target_bytes(rows) / rows.learnt,
+        bytes_per_token=target_bytes(rows) / rows.num_targets,
     )
     return Chats(corpus, rows, val_rows)
 

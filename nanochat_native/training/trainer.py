@@ -23,7 +23,7 @@ from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backw
 from nanochat_native.optim.schedule import lr_at, momentum_at
 from nanochat_native.runs import checkpoint, run_folder
 from nanochat_native.runs.config import LEARNING_RATE_FLAGS, MUON_OPTIONS, WITH_MUON, TrainConfig, resolve_horizon
-from nanochat_native.runs.metrics_log import MetricsLog, SilentLog, finite, value_of
+from nanochat_native.runs.metrics_log import MetricsLog, SilentLog, none_if_nonfinite, value_of
 from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.distributed import RankError, World, require_same_bits
@@ -288,7 +288,7 @@ class Trainer:
             return 0.0
         with self.console.isolated("diagnosis"), self.autocast():
             probe, _ = next(self.validation_batches(ROWS * self.config.max_seq_len, World()))
-            quantities = {name: finite(value) for name, value in self.diagnosis.finish(probe).items()}
+            quantities = {name: none_if_nonfinite(value) for name, value in self.diagnosis.finish(probe).items()}
             self.console.record(self.log.write("diagnosis", self.step + 1, **quantities))
         return self.diagnosis.seconds - before
 
@@ -353,8 +353,8 @@ class Trainer:
         if result is None:
             return
         tokenizer = self.corpus.tokenizer
-        self.last_bpb = finite(result.bpb) if tokenizer else None
-        self.console.record(self.log.write("val", self.step, loss=finite(result.loss), bpb=self.last_bpb))
+        self.last_bpb = none_if_nonfinite(result.bpb) if tokenizer else None
+        self.console.record(self.log.write("val", self.step, loss=none_if_nonfinite(result.loss), bpb=self.last_bpb))
         measured = f"{result.bpb:.4f} bits per byte" if tokenizer else f"{result.loss:.4f} nats a token"
         self.console.say(f"step {self.step}: validation {measured} on {result.targets:,} tokens")
         if self.last_bpb is not None:
@@ -450,13 +450,13 @@ class Trainer:
             memory_bytes, available = hardware.memory(self.device)
             bits = None
             if self.corpus.bytes_per_token:
-                bits = finite(self.last_loss / (math.log(2) * self.corpus.bytes_per_token))
+                bits = none_if_nonfinite(self.last_loss / (math.log(2) * self.corpus.bytes_per_token))
             record = self.log.write(
                 "train",
                 self.step,
-                loss=finite(self.last_loss),
+                loss=none_if_nonfinite(self.last_loss),
                 bpb=bits,
-                grad_norm=finite(norm),
+                grad_norm=none_if_nonfinite(norm),
                 lr_multiplier=rate,
                 momentum=momentum,
                 skipped=self.skipped,

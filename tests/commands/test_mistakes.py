@@ -174,7 +174,7 @@ def test_a_model_that_is_not_there(command, tmp_path, capsys):
     needed = [str(tmp_path / "none") if arg == "x" else arg for arg in COMMANDS[command][0]]
     assert run(command, needed, capsys) == f"{tmp_path / 'none'}: no such run folder"
     file = Path(__file__)
-    assert run(command, [*needed, "--checkpoint", file], capsys) == f"{file} is a file; a model is the folder of a run"
+    assert run(command, [*needed, "--checkpoint", file], capsys) == f"{file} is a file; it must be the folder of a run"
 
 
 def test_what_the_system_or_torch_says_is_one_line(capsys):

@@ -106,7 +106,7 @@ def test_a_prompt_ends_where_the_answer_begins():
     history = [user("hello"), assistant("fine"), user("how")]
     assert prompt_of(TOKENIZER, history, chat_trained=False) == [ID["bos"], *text("hello\nfine\nhow")]
     assert stop_tokens(TOKENIZER) == (ID["user_start"], ID["assistant_end"])
-    with pytest.raises(ValueError, match=r"messages\[1\].role is 'assistant'; the last one takes 'user'"):
+    with pytest.raises(ValueError, match=r"messages\[1\].role must be 'user' in the last message, got 'assistant'"):
         prompt_of(TOKENIZER, [user("hello"), assistant("fine")], chat_trained=True)
 
 
@@ -116,20 +116,26 @@ def test_a_prompt_ends_where_the_answer_begins():
         (None, "a list with at least one"),
         ([], "a list with at least one"),
         ("hello", "a list with at least one"),
-        (["hello"], r"messages\[0\] is a text"),
-        ([{"content": "x"}], "role is null"),
-        ([{"role": "tool", "content": "x"}], "role is 'tool'; it takes one of system, user, assistant"),
-        ([{"role": "user"}], r"messages\[0\].content is null"),
-        ([user(3)], "content is a number"),
-        ([user([{"type": "image", "text": "x"}])], "not a part that user messages have"),
-        ([user([{"type": "python", "text": "x"}])], "not a part that user messages have"),
-        ([user("x"), assistant([{"type": "text", "text": 1}])], "not a part that assistant messages have"),
-        ([assistant("x")], r"messages\[0\].role is 'assistant' where 'user' comes"),
-        ([user("x"), user("y")], r"messages\[1\].role is 'user' where 'assistant' comes"),
+        (["hello"], r"messages\[0\] must be an object with role and content, got a text"),
+        ([{"content": "x"}], "role must be one of system, user, assistant, got null"),
+        ([{"role": "tool", "content": "x"}], "role must be one of system, user, assistant, got 'tool'"),
+        ([{"role": "user"}], r"messages\[0\].content must be a text or a list of parts, got null"),
+        ([user(3)], "content must be a text or a list of parts, got a number"),
+        ([user([{"type": "image", "text": "x"}])], 'with "text" as TYPE in messages of the user'),
+        ([user([{"type": "python", "text": "x"}])], 'with "text" as TYPE in messages of the user'),
+        ([user("x"), assistant([{"type": "text", "text": 1}])], '"python_output" as TYPE in messages of the assistant'),
+        ([assistant("x")], r"messages\[0\].role must be 'user', as roles take turns, got 'assistant'"),
+        ([user("x"), user("y")], r"messages\[1\].role must be 'assistant', as roles take turns, got 'user'"),
         ([{"role": "system", "content": "x"}], "a message of the user after that of the system"),
-        ([user("x"), {"role": "system", "content": "x"}], r"messages\[1\].role is 'system'"),
-        ([user("\ud800")], r"messages\[0\].content has a lone surrogate"),
-        ([user([{"type": "text", "text": "a\udfff"}])], r"content\[0\].text has a lone surrogate"),
+        (
+            [user("x"), {"role": "system", "content": "x"}],
+            r"messages\[1\].role must be 'assistant', as roles take turns, got 'system'",
+        ),
+        ([user("\ud800")], r"messages\[0\].content must be text that UTF-8 can hold, got a lone surrogate"),
+        (
+            [user([{"type": "text", "text": "a\udfff"}])],
+            r"content\[0\].text must be text that UTF-8 can hold, got a lone surrogate",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_refused(messages, message):
@@ -214,15 +220,24 @@ def test_parts_of_an_assistants_neighbouring_messages_stay_parts():
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({}, r"messages\[1\].content is null; it takes a text, or a list of parts"),
-        ({"refusal": 3}, r"messages\[1\].content is a number"),
-        ({"content": [{"type": "refusal"}]}, r"content\[0\] is not a part that assistant messages have"),
-        ({"tool_calls": {}}, r"tool_calls is an object; it takes a list"),
-        ({"tool_calls": [CALL, 3]}, r"tool_calls\[1\] is not a call of a function"),
-        ({"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}, r"tool_calls\[0\] is not a call"),
-        ({"function_call": "auto"}, r"messages\[1\].function_call is not a call of a function"),
-        ({"function_call": {"name": "f", "arguments": "\ud800"}}, r"function_call has a lone surrogate"),
-        ({"content": "\ud800", "tool_calls": [CALL]}, r"messages\[1\].content has a lone surrogate"),
+        ({}, r"messages\[1\].content must be a text or a list of parts, got null"),
+        ({"refusal": 3}, r"messages\[1\].content must be a text or a list of parts, got a number"),
+        ({"content": [{"type": "refusal"}]}, r"content\[0\] must be .* in messages of the assistant"),
+        ({"tool_calls": {}}, r"tool_calls must be a list, got an object"),
+        ({"tool_calls": [CALL, 3]}, r"tool_calls\[1\] must be a call of a function"),
+        (
+            {"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]},
+            r"tool_calls\[0\] must be a call of a function",
+        ),
+        ({"function_call": "auto"}, r"messages\[1\].function_call must be a call of a function"),
+        (
+            {"function_call": {"name": "f", "arguments": "\ud800"}},
+            r"function_call must be text that UTF-8 can hold, got a lone surrogate",
+        ),
+        (
+            {"content": "\ud800", "tool_calls": [CALL]},
+            r"messages\[1\].content must be text that UTF-8 can hold, got a lone surrogate",
+        ),
     ],
     ids=str,
 )
@@ -233,13 +248,15 @@ def test_an_assistant_who_says_nothing_is_refused(said, message):
 
 def test_an_answer_after_the_assistants_is_refused():
     for messages in ([assistant("x")], [user("x"), assistant("y"), system("s")]):
-        with pytest.raises(ValueError, match=r"messages\[[01]\].role is 'assistant'; the last one takes 'user'"):
+        with pytest.raises(
+            ValueError, match=r"messages\[[01]\].role must be 'user' in the last message, got 'assistant'"
+        ):
             prompt_of(TOKENIZER, messages, chat_trained=True)
 
 
 def test_a_tokenizer_without_the_tokens_is_refused():
     plain = Tokenizer([bytes([i]) for i in range(256)], specials=["<|bos|>"])
-    with pytest.raises(ValueError, match=r"no <\|user_start\|>, <\|user_end\|>: it cannot spell"):
+    with pytest.raises(ValueError, match=r"no <\|user_start\|>, <\|user_end\|>, which conversations need"):
         render(plain, [user("x")])
     assert prompt_of(plain, [user("x")], chat_trained=False) == [256, ord("x")]
     assert special_ids(plain, ["<|bos|>"]) == [256]

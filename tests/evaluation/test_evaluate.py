@@ -169,7 +169,7 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
         (["--checkpoint", run_dir, "--compare-step", 5], "--compare-step 5 requires --compare RUN"),
         (["--checkpoint", run_dir, "--compare", run_dir.parent / "none"], "no such run folder"),
         (["--checkpoint", run_dir.parent / "none", "--core", run_dir], "r is not a CORE bundle: it has no core.yaml"),
-        (["--checkpoint", run_dir.parent / "none", "--out", run_dir], "holds something; give another --out"),
+        (["--checkpoint", run_dir.parent / "none", "--out", run_dir], "--out must be a new or an empty folder"),
     ):
         code, out, err = command(capsys, *args)
         assert code == 2
@@ -301,7 +301,7 @@ def test_a_result_is_kept(run_dir, bundle, tmp_path, capsys):
     assert record["versions"]["torch"] == torch.__version__
     assert json.loads(out).items() <= record.items()
     code, _, err = command(capsys, *args)
-    assert (code, err) == (2, f"error: {tmp_path / 'out'} holds something; give another --out PATH\n")
+    assert (code, err) == (2, f"error: --out must be a new or an empty folder, got {tmp_path / 'out'}\n")
 
 
 @pytest.mark.parametrize("compare", [False, True])
@@ -517,7 +517,7 @@ def test_records_are_measured_by_the_column_that_is_named(run_dir, tmp_path, cap
     for column in ("prose", "title"):
         alone = ["--checkpoint", run_dir, "--json", "--data", tmp_path / f"{column}.jsonl"]
         _, expected, err = command(capsys, *alone)
-        assert "data     text column: 'text' (text in 200 of 200 records looked at)\n" in err
+        assert "data     text column: 'text' (text in 200 of 200 sampled records)\n" in err
         code, out, _ = command(capsys, *both, "--text-column", column)
         assert code == 0
         assert json.loads(out) == json.loads(expected)

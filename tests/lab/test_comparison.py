@@ -370,7 +370,7 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
         (["--cases", "a: --run 'x"], "case 'a': No closing quotation"),
         (["--cases", "a: --run x"], "--run is train's alone; case 'a' takes --out"),
         (["--cases", "a: --dephts 2"], "case 'a': "),
-        (["--cases", "a: --optimizer adamw --normuon"], "case 'a': --normuon is Muon's"),
+        (["--cases", "a: --optimizer adamw --normuon"], "case 'a': --normuon needs Muon"),
         (["--cases", "a: --matrix-lr 0"], "a learning rate of 0"),
         (["--baseline", "Lion"], "--baseline is 'Lion'"),
         (["--rates", "2"], "--rates 2"),

@@ -76,9 +76,9 @@ def test_results_are_never_overwritten(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert results.open_folder(tmp_path / "empty", "lr_find") == tmp_path / "empty"
     (tmp_path / "empty" / "thesis.txt").write_text("all of it")
-    with pytest.raises(ConfigError, match="holds something"):
+    with pytest.raises(ConfigError, match="must be a new or an empty folder"):
         results.open_folder(tmp_path / "empty", "lr_find")
-    with pytest.raises(ConfigError, match="holds something"):
+    with pytest.raises(ConfigError, match="must be a new or an empty folder"):
         results.open_folder(tmp_path / "empty" / "thesis.txt", "lr_find")
 
 

@@ -267,7 +267,7 @@ def test_measured_beside_predicted(tmp_path, capsys):
     assert [sum(column) for column in zip(*record["parts"].values(), strict=True)] == record["predicted"]
     assert [size / 2**20 for size in record["measured"]] == pytest.approx(lines["measured"], abs=0.06)
     assert main([*SMALL, "--out", str(out)]) == 2
-    assert "holds something" in capsys.readouterr().err
+    assert "must be a new or an empty folder" in capsys.readouterr().err
 
 
 def test_the_librarys_scratch_is_said(tmp_path, capsys):

@@ -249,7 +249,7 @@ def test_the_command_leaves_a_result_and_flags_to_paste(folder, tmp_path, capsys
     assert config.embedding_lr == pytest.approx(0.2 * test["suggestion"], rel=0.01)
     assert not (folder / "runs").exists()
     assert lr_find.main(args) == 2
-    assert "holds something" in capsys.readouterr().err
+    assert "must be a new or an empty folder" in capsys.readouterr().err
 
 
 def test_flags_are_of_the_groups_that_were_tested(folder):

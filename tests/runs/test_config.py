@@ -1,10 +1,19 @@
 import dataclasses
+import json
+import os
 import re
 
 import pytest
 
 from nanochat_native.runs import run_folder
-from nanochat_native.runs.config import TrainConfig, parse, resolve_defaults, resolve_horizon
+from nanochat_native.runs.config import (
+    FinetuneConfig,
+    TrainConfig,
+    command_of,
+    parse,
+    resolve_defaults,
+    resolve_horizon,
+)
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import UNSET, flag
 
@@ -46,25 +55,28 @@ def test_help_documents_every_flag_with_its_default(capsys):
         (["--matrix-lr", "fast"], "--matrix-lr must be a number, got 'fast'"),
         (["--optimizer", "lion"], "'lion'"),
         (["--depth"], "Missing value for argument '--depth'"),
-        (["--depth", "0"], "--depth is 0; it takes a whole number from 1"),
-        (["--seed", "-1"], "--seed is -1; it takes a whole number from 0"),
-        (["--warmup-ratio", "1.5"], "--warmup-ratio is 1.5; it takes a number from 0 to 1"),
-        (["--warmup-ratio", "0.5", "--warmdown-ratio", "0.6"], "add up to more than 1"),
-        (["--grad-clip", "nan"], "--grad-clip is nan; it takes a finite number from 0"),
-        (["--matrix-lr", "inf"], "--matrix-lr is inf"),
-        (["--matrix-weight-decay", "-1"], "--matrix-weight-decay is -1.0; it takes a finite number from 0"),
-        (["--normuon", "--optimizer", "adamw"], "--normuon is Muon's; --optimizer adamw has none"),
-        (["--target-flops", "0"], "--target-flops is 0.0; it takes a finite number above 0"),
+        (["--depth", "0"], "--depth must be a whole number from 1 to 1000, got 0"),
+        (["--seed", "-1"], "--seed must be a whole number >= 0, got -1"),
+        (["--warmup-ratio", "1.5"], "--warmup-ratio must be a number in [0, 1], got 1.5"),
+        (
+            ["--warmup-ratio", "0.5", "--warmdown-ratio", "0.6"],
+            "the sum of --warmup-ratio and --warmdown-ratio must be <= 1, got 0.5 and 0.6",
+        ),
+        (["--grad-clip", "nan"], "--grad-clip must be a finite number >= 0, got nan"),
+        (["--matrix-lr", "inf"], "--matrix-lr must be a finite number >= 0, got inf"),
+        (["--matrix-weight-decay", "-1"], "--matrix-weight-decay must be a finite number >= 0, got -1.0"),
+        (["--normuon", "--optimizer", "adamw"], "--normuon needs Muon, which --optimizer adamw does not use"),
+        (["--target-flops", "0"], "--target-flops must be a finite number > 0, got 0.0"),
         (
             ["--num-iterations", "5", "--target-flops", "1e9"],
-            "--num-iterations and --target-flops each set the horizon",
+            "--num-iterations and --target-flops each set the length",
         ),
-        (["--window-pattern", "SXL"], "--window-pattern is 'SXL'; it takes letters L and S"),
-        (["--run", "a/b"], "--run is 'a/b'; it takes a name without slashes"),
-        (["--run", ""], "--run is ''"),
-        (["--run", ".."], "--run is '..'"),
-        (["--schedule", "exponential"], "--final-lr-frac above 0"),
-        (["--resume", "auto", "--overwrite"], "give one of them"),
+        (["--window-pattern", "SXL"], "--window-pattern must be letters L and S, such as SSSL, got 'SXL'"),
+        (["--run", "a/b"], "--run must be a name without slashes (--out-dir sets the folder), got 'a/b'"),
+        (["--run", ""], "--run must be a name without slashes (--out-dir sets the folder), got ''"),
+        (["--run", ".."], "--run must be a name without slashes (--out-dir sets the folder), got '..'"),
+        (["--schedule", "exponential"], "--final-lr-frac must be > 0 with --schedule"),
+        (["--resume", "auto", "--overwrite"], "give only one of them"),
     ],
 )
 def test_a_wrong_flag_or_value_is_one_clear_line(args, message):
@@ -151,7 +163,7 @@ def saved_run(tmp_path, **flags):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no run of this program: it has no config.json"),
+        (None, "is not a run of this program: it has no config.json"),
         (b"", "config.json is damaged"),
         (b'{"format": "nanochat-native run", "conf', "config.json is damaged"),
         (b"\xff\xfe", "config.json is damaged"),
@@ -159,7 +171,7 @@ def saved_run(tmp_path, **flags):
         (b"[1]", "config.json is damaged"),
         (b'{"format": "nanochat-native run"}', "config.json is damaged (KeyError: 'config')"),
         (b'{"format": "nanochat-native run", "config": 5}', "config.json is damaged"),
-        (b'{"format": "another program"}', "is no run of this program: config.json is of another one"),
+        (b'{"format": "another program"}', "is not a run of this program: its config.json is from another one"),
     ],
 )
 def test_a_damaged_config_is_told_from_a_missing_one(tmp_path, content, message):
@@ -189,8 +201,8 @@ def test_a_flag_that_was_sized_by_the_program_is_shown_as_auto(tmp_path):
     ("args", "message"),
     [
         (["--seed", str(2**63)], f"--seed must be a whole number <= {2**63 - 1}, got {2**63}"),
-        (["--depth", "1001"], "--depth is 1001; it takes a whole number from 1 to 1000"),
-        (["--vocab-size", "9" * 30], "it takes a whole number from 265 to 16777216"),
+        (["--depth", "1001"], "--depth must be a whole number from 1 to 1000, got 1001"),
+        (["--vocab-size", "9" * 30], "--vocab-size must be a whole number from 265 to 16777216, got 9999"),
         (["--num-iterations", "9" * 30], f"--num-iterations must be a whole number <= {2**63 - 1}"),
     ],
 )
@@ -215,7 +227,7 @@ def test_a_resumed_run_keeps_its_flags(tmp_path, monkeypatch):
 def test_resume_auto_without_a_run_starts_one_and_a_path_without_a_run_is_refused(tmp_path):
     config, _ = run_folder.resolve_config(["--resume", "auto", "--out-dir", str(tmp_path), "--device", "cpu"])
     assert config.resume is None
-    with pytest.raises(ConfigError, match="no run of this program"):
+    with pytest.raises(ConfigError, match="not a run of this program"):
         run_folder.resolve_config(["--resume", str(tmp_path / "none")])
 
 
@@ -236,3 +248,49 @@ def test_a_longer_horizon_and_another_rounding_are_allowed_and_the_latter_is_tol
     config, notes = run_folder.resolve_config(args)
     assert (config.num_iterations, config.device_batch_size, config.keep) == (20, 4, 9)
     assert notes == ["--device-batch-size 8 -> 4"]
+
+
+def test_what_a_killed_write_left_does_not_take_the_folder(tmp_path):
+    config = TrainConfig(out_dir=tmp_path, run="one")
+    config.run_dir.mkdir()
+    (config.run_dir / ".config.json.0123abcd.tmp").write_text("half")
+    run_folder.check_free(config)
+    run_folder.save_config(resolve_defaults(config, gpu=False))
+    with pytest.raises(ConfigError, match="holds a run"):
+        run_folder.check_free(config)
+    (config.run_dir / "notes.txt").write_text("the user's")
+    os.close(run_folder.claim(dataclasses.replace(config, overwrite=True)))
+    assert os.listdir(config.run_dir) == ["notes.txt"]
+
+
+def finetune_config(tmp_path):
+    config = FinetuneConfig(out_dir=tmp_path, run="chat", checkpoint=tmp_path / "base", num_iterations=10, device="cpu")
+    config = resolve_defaults(config, gpu=False)
+    config.run_dir.mkdir(parents=True)
+    return config
+
+
+def test_the_config_names_its_command(tmp_path):
+    for config in (saved_run(tmp_path, run="one"), finetune_config(tmp_path)):
+        run_folder.save_config(config)
+        assert json.loads((config.run_dir / "config.json").read_text())["command"] == command_of(config)
+        assert run_folder.load_config(config.run_dir) == config
+
+
+def test_configs_without_a_command_are_told_by_their_flags(tmp_path):
+    for config in (saved_run(tmp_path, run="one"), finetune_config(tmp_path)):
+        run_folder.save_config(config)
+        path = config.run_dir / "config.json"
+        content = json.loads(path.read_text())
+        del content["command"]
+        path.write_text(json.dumps(content))
+        assert run_folder.load_config(config.run_dir) == config
+
+
+@pytest.mark.parametrize("command", ["dream", 5, ["train"], "finetune"])
+def test_a_config_of_another_version_is_refused(tmp_path, command):
+    config = saved_run(tmp_path, run="one")
+    path = config.run_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "command": command}))
+    with pytest.raises(ConfigError, match="was written by another version"):
+        run_folder.load_config(config.run_dir)

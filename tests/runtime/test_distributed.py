@@ -143,7 +143,7 @@ def test_exact_values_follow_a_change_of_ranks(folder, sizes):
     ("flags", "message"),
     [
         ({"total_batch_size": 96}, "--total-batch-size must be a multiple of"),
-        ({"depth": 0}, "--depth is 0; it takes a whole number from 1"),
+        ({"depth": 0}, "--depth must be a whole number from 1 to 1000, got 0"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd', which runs on one rank"),
     ],
@@ -240,7 +240,7 @@ from nanochat_native.train import main
 calls = itertools.count(1)
 rank, what = os.environ["RANK"], os.environ["SABOTAGE"]
 
-def dying(*args, real=checkpoint._fsync):
+def dying(*args, real=checkpoint.fsync):
     if next(calls) == 12:  # in the second checkpoint, after its files are written and before they are in place
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
@@ -251,7 +251,7 @@ def poisoned(run, *args, real=trainer.Trainer.__init__):
     weight.register_hook(lambda gradient: gradient * float("nan") if next(calls) == 3 else gradient)
 
 if what == "kill in a save" and rank == "0":
-    checkpoint._fsync = dying
+    checkpoint.fsync = dying
 if what == "disk full":
     full = lambda folder: checkpoint.shutil._ntuple_diskusage(1, 1, 0)
     checkpoint.shutil.disk_usage = full

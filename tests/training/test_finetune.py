@@ -10,7 +10,7 @@ import torch
 from tiny_run import BACKEND, losses, records, train, write_text
 
 from nanochat_native import evaluate, finetune
-from nanochat_native.data import Rows, conversations
+from nanochat_native.data import ConversationRows, conversations
 from nanochat_native.data.example_chats import example_chats
 from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import Sampling
@@ -95,14 +95,17 @@ def answer(run_dir, question, tokens=12):
 
 
 def test_each_row_holds_a_conversation_whose_answers_are_the_targets():
-    rows = Rows([([1, 2, 3, 4, 5], [False, False, True, True, False]), ([7, 8], [False, True])], 6)
+    rows = ConversationRows([([1, 2, 3, 4, 5], [False, False, True, True, False]), ([7, 8], [False, True])], 6)
     inputs, targets = rows.pair(0, 6)
     assert inputs.tolist() == [1, 2, 3, 4, 0, 0]
     assert targets.tolist() == [-1, 3, 4, -1, -1, -1]
     assert [part.tolist() for part in rows.pair(6, 6)] == [[7, 0, 0, 0, 0, 0], [8, -1, -1, -1, -1, -1]]
-    assert (rows.learnt, rows.num_windows(6), len(list(rows.windows(6)))) == (3, 2, 2)
+    assert (rows.num_targets, rows.num_windows(6), len(list(rows.windows(6)))) == (3, 2, 2)
     assert [part.tolist() for part in next(rows.windows(6, 1, 5))] == [part.tolist() for part in rows.pair(6, 6)]
-    assert [part.tolist() for part in Rows([([1, 2, 3, 4, 5], [True] * 5)], 2).pair(0, 2)] == [[1, 2], [2, 3]]
+    assert [part.tolist() for part in ConversationRows([([1, 2, 3, 4, 5], [True] * 5)], 2).pair(0, 2)] == [
+        [1, 2],
+        [2, 3],
+    ]
     with pytest.raises(ValueError, match="rows of 6"):
         rows.pair(3, 6)
 
@@ -256,25 +259,34 @@ def test_ranks_have_the_losses_of_one_process(base):
     ("content", "message"),
     [
         ('{"messages": [', "line 2: "),
-        ("3", "line 2: the record is no object and no list; it takes messages"),
-        ('{"message": []}', "line 2: the record has the keys 'message'; it takes messages"),
-        ('{"messages": []}', "line 2: messages takes a list with at least one"),
-        ('{"messages": [{"role": "system", "content": "x"}]}', "line 2: messages takes a message of the user"),
-        ('{"conversations": [{"from": "gpt", "value": "x"}]}', "line 2: messages[0].role is 'assistant'"),
-        ('{"conversations": [{"from": "narrator", "value": "x"}]}', "line 2: messages[0].role is 'narrator'"),
-        ('[{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]', "line 2: messages[1].role is 'user'"),
-        ('[{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]', "line 2: messages[1].role is 'tool'"),
+        ("3", "line 2: the record must be an object or a list; it must have messages"),
+        ('{"message": []}', "line 2: the record has the keys 'message'; it must have messages"),
+        ('{"messages": []}', "line 2: messages must be a list with at least one"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "line 2: messages must have a message of the user"),
+        ('{"conversations": [{"from": "gpt", "value": "x"}]}', "line 2: messages[0].role must be 'user'"),
+        ('{"conversations": [{"from": "narrator", "value": "x"}]}', "line 2: messages[0].role must be one of"),
+        (
+            '[{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]',
+            "line 2: messages[1].role must",
+        ),
+        (
+            '[{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]',
+            "line 2: messages[1].role must be one of",
+        ),
         (
             '[{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]',
-            "line 2: messages[1].content is",
+            "line 2: messages[1].content must be",
         ),
-        ('[{"role": "user"}, {"role": "assistant", "content": "x"}]', "line 2: messages[0] has the keys 'role'; a"),
-        ('[{"from": "human"}, {"from": "gpt", "value": "x"}]', "line 2: messages[0] has the keys 'from'; a message"),
-        ('[{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]', "line 2: messages[0].content is"),
-        ('["hello", "hi"]', "line 2: messages[0] is"),
-        ('[{"role": ["user"], "content": "x"}]', "line 2: messages[0].role is"),
+        ('[{"role": "user"}, {"role": "assistant", "content": "x"}]', "line 2: messages[0] must have role and content"),
+        ('[{"from": "human"}, {"from": "gpt", "value": "x"}]', "line 2: messages[0] must have role and content"),
+        (
+            '[{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]',
+            "line 2: messages[0].content must",
+        ),
+        ('["hello", "hi"]', "line 2: messages[0] must be an object"),
+        ('[{"role": ["user"], "content": "x"}]', "line 2: messages[0].role must be"),
         ('[{"role": "user", "content": "x"}]', "line 2: the last message must be the assistant's, got the user's"),
-        ('[{"role": "assistant", "content": "x"}]', "line 2: messages[0].role is 'assistant'"),
+        ('[{"role": "assistant", "content": "x"}]', "line 2: messages[0].role must be 'user'"),
         ("[" * 5000, "line 2: "),
     ],
 )

@@ -240,7 +240,7 @@ def test_a_report_that_fails_is_named_once_and_counted_and_training_continues(fo
     monkeypatch.setattr(owner, attribute, lambda *a, **k: failing() if next(calls) or first_fails else real(*a, **k))
     assert train(folder, run=run, steps=STEPS, sample_every=4, **flags) == EXIT_CODE
     captured = capsys.readouterr()
-    assert captured.out.count(f"warning: {name} failed (RuntimeError: it broke in two lines); the run goes on\n") == 1
+    assert captured.out.count(f"warning: {name} failed (RuntimeError: it broke in two lines); the run continues\n") == 1
     how_often = "once" if times == 1 else f"{times} times"
     assert f"warning: reports of this run failed: {name} {how_often}\n" in captured.err
     whole, found = (checkpoint.load(folder / "runs" / each / "checkpoints") for each in ("whole", run))
@@ -400,7 +400,7 @@ def test_damaged_logs_are_all_kept(tmp_path):
     log = tmp_path / "metrics.jsonl"
     for text in (b"one\n", b"two\n"):
         log.write_bytes(text)
-        metrics_log.keep_until(log, 5)
+        metrics_log.drop_records_after(log, 5)
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == b"one\n"
     assert (tmp_path / "metrics.damaged1.jsonl").read_bytes() == b"two\n"
 
@@ -413,13 +413,13 @@ def test_records_behind_the_checkpoint_are_cut_off_in_place(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text(line("train", 1) + line("train", 2) + line("val", 2) + line("train", 3) + '{"kind": "tr')
     inode = log.stat().st_ino
-    assert metrics_log.keep_until(log, 2) == [
+    assert metrics_log.drop_records_after(log, 2) == [
         json.loads(line(*each)) for each in (("train", 1), ("train", 2), ("val", 2))
     ]
     assert log.read_text() == line("train", 1) + line("train", 2) + line("val", 2)
     assert log.stat().st_ino == inode
     log.write_text(line("train", 3) + line("train", 1))
-    metrics_log.keep_until(log, 2)
+    metrics_log.drop_records_after(log, 2)
     assert log.read_text() == line("train", 1)
 
 
@@ -471,7 +471,7 @@ def test_a_log_that_is_a_link_is_repaired_at_its_target(tmp_path):
     log, target = tmp_path / "metrics.jsonl", tmp_path / "elsewhere.jsonl"
     target.write_text(line("train", 1) + "x\n" + line("train", 2))
     log.symlink_to(target)
-    metrics_log.keep_until(log, 2)
+    metrics_log.drop_records_after(log, 2)
     assert log.is_symlink()
     assert target.read_text() == line("train", 1) + line("train", 2)
 
@@ -482,11 +482,11 @@ def test_a_failed_replacement_leaves_no_temporary_file(tmp_path, monkeypatch):
     before = log.read_bytes()
     monkeypatch.setattr(metrics_log.shutil, "copyfile", failing)
     with pytest.raises(RuntimeError, match="it broke"):
-        metrics_log.keep_until(log, 2)
+        metrics_log.drop_records_after(log, 2)
 
     class Figure:
-        def savefig(self, path, **settings):
-            path.write_bytes(b"half")
+        def savefig(self, file, **settings):
+            file.write(b"half")
             failing()
 
     with pytest.raises(RuntimeError, match="it broke"):

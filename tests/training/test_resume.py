@@ -90,7 +90,7 @@ def assert_same_run(one, other):
         ("before-the-first-save", (3, "training.trainer", "clip_reduced_"), 0),
         ("in-a-step", (7, "training.trainer", "clip_reduced_"), 4),
         ("in-an-update", (11, "training.trainer.Muon", "step"), 8),
-        ("in-the-first-save", (1, "runs.checkpoint", "_fsync"), 0),
+        ("in-the-first-save", (1, "runs.checkpoint", "fsync"), 0),
         ("in-a-save", (3, "runs.checkpoint", "save_file"), 4),
         ("before-the-rename", (2, "runs.checkpoint", "_move_into_place"), 4),
         ("in-the-last-save", (3, "runs.checkpoint", "_move_into_place"), 8),

@@ -1,11 +1,11 @@
-"""Conversations in files of JSON, in the forms in which they are published, as lists of messages.
+"""Reads conversations from files of JSON, in the forms in which they are published, as lists of messages.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or the list alone
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}    ShareGPT
     {"instruction": "...", "input": "...", "output": "..."}                                    Alpaca
     {"prompt": "...", "completion": "..."}
 
-Every record is looked at for itself: a file may hold several forms. Keys that no form has are not looked at.
+The form is detected for each record, so a file may mix forms. Unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat_native.data.documents import read_utf8
-from nanochat_native.data.names import suffix_of
+from nanochat_native.data.file_names import suffix_of
 from nanochat_native.data.sources import find_source
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
-LISTS = ("messages", "conversations", "conversation")
-# The keys of a question, of what is added to it, and of its answer.
-PAIRS = (
+MESSAGE_LIST_KEYS = ("messages", "conversations", "conversation")
+# The keys of a question, of an addition to it, and of its answer.
+QUESTION_ANSWER_KEYS = (
     ("instruction", "input", "output"),
     ("instruction", "context", "response"),
     ("prompt", None, "completion"),
@@ -34,61 +34,61 @@ PAIRS = (
     ("question", None, "answer"),
     ("question", None, "response"),
 )
-SYSTEMS = ("system", "system_prompt")
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-TAKEN = (
-    "it takes messages, a list of role and content, or conversations, a list of from and value, or two texts: "
-    "instruction and output, prompt and completion, prompt and response, question and answer"
+SYSTEM_KEYS = ("system", "system_prompt")
+ROLE_ALIASES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+KNOWN_FORMS = (
+    "it must have messages, a list of role and content, or conversations, a list of from and value, or two texts: "
+    "instruction and output, prompt and completion, prompt and response, or question and answer"
 )
 
-_BLANK = re.compile(r"[ \t\r\n\ufeff]*")  # files that were put together have a byte order mark in their middle
+_BLANK = re.compile(r"[ \t\r\n\ufeff]*")  # concatenated files have a byte order mark in the middle
 
 
 class Record(NamedTuple):
-    """A value of a file, and the line that it begins in."""
+    """A value of a file, and the line in which it begins."""
 
     line: int
     value: Any
 
 
-class Chat(NamedTuple):
-    """form: how the record holds it, in words; "" for a list of role and content, which is as it was."""
+class ParsedRecord(NamedTuple):
+    """The messages of a record, and a description of its form; "" for a list of role and content."""
 
     messages: Any
     form: str
 
 
 def find_files(data: str | Path) -> tuple[list[Path], list[str]]:
-    """(the files of conversations behind a file, a folder or a glob, notes about others there).
+    """Return (the files of conversations behind a file, a folder or a glob, notes about other files there).
 
-    Raises FileNotFoundError where there are none, and ValueError for files that hold no conversations.
+    Raises FileNotFoundError if there are none, and ValueError for files that cannot hold conversations.
     """
     if not str(data):
-        raise ValueError("the name of a file of conversations is empty")
+        raise ValueError("the path of a file of conversations must not be empty")
     try:
         source = find_source(str(data))
     except FileNotFoundError:
         raise FileNotFoundError(f"{data}: no file, no folder with files and no glob that matches") from None
     if source.is_tokens:
-        raise ValueError(f"{data} holds token shards; conversations are files of JSON, {', '.join(SUFFIXES)}")
+        raise ValueError(f"{data}: conversations must be in files of JSON ({', '.join(SUFFIXES)}), got token shards")
     if len(source.files) == 1 and not Path(data).is_dir() and not glob.has_magic(str(data)):
         if suffix_of(source.files[0]) == ".parquet":
-            raise ValueError(f"{data}: conversations are read from JSON; write each row of it as a line of .jsonl")
+            raise ValueError(f"{data}: conversations must be in files of JSON; write each row as a line of .jsonl")
         return list(source.files), []
     files = [path for path in source.files if suffix_of(path) in SUFFIXES]
     others = [path for path in source.files if path not in set(files)]
     if not files:
-        raise FileNotFoundError(f"{data}: no file that ends in {', '.join(SUFFIXES)}, but {others[0].name}")
+        raise FileNotFoundError(f"{data}: no file ends in {', '.join(SUFFIXES)}; there is {others[0].name}")
     return files, [
-        f"not read, as no JSON: {len(others)} of {len(source.files)} files (first: {others[0]})"
+        f"not read, because not JSON: {len(others)} of {len(source.files)} files (first: {others[0]})"
     ] if others else []
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The values of a file: one a line, or, where the name ends in .json, the elements of a list or one after another.
+    """Yield the values of a file: one for each line, or, in a .json file, the elements of a list or value after value.
 
-    Raises ValueError, naming file and line, for what is not UTF-8 or not JSON; DamagedFileError and ImportError as
-    read_pieces does.
+    Raises ValueError, with file and line, for text that is not UTF-8 or not JSON, and DamagedFileError and ImportError
+    as read_document_parts does.
     """
     content = read_utf8(path)
     try:
@@ -99,12 +99,12 @@ def read_records(path: Path) -> Iterator[Record]:
     try:
         yield from _values(text) if suffix_of(path) == ".json" else _line_values(text)
     except _DamageError as damage:
-        advice = "; UTF-16 is read where the file begins with a byte order mark" if "\0" in text else ""
+        advice = "; UTF-16 must begin with a byte order mark" if "\0" in text else ""
         raise ValueError(f"{path}, {damage}{advice}") from None
 
 
 class _DamageError(Exception):
-    """What is wrong with a file, and in which line."""
+    """The problem with a file, and its line."""
 
 
 def _line_values(text: str) -> Iterator[Record]:
@@ -119,7 +119,7 @@ def _line_values(text: str) -> Iterator[Record]:
 
 
 def _values(text: str) -> Iterator[Record]:
-    """The elements of the list, unless that is a list of messages itself, or the values one after the other."""
+    """Yield the elements of a list, or else the values of the text. A list of messages is one value."""
     at, counted, line = _after_blanks(text, 0), 0, 1
     listed = False
     if text.startswith("[", at):
@@ -143,7 +143,7 @@ def _values(text: str) -> Iterator[Record]:
 
 
 def _decoded(text: str, at: int, line: int | None = None) -> tuple[Any, int]:
-    """The value that begins at a place in the text, and where it ends. line: of the text; None for its first."""
+    """Return the value that begins at `at`, and its end. `line` is that of the text; None counts the lines."""
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
@@ -161,7 +161,7 @@ def _after_blanks(text: str, at: int) -> int:
 
 
 def _integer(digits: str) -> int | float:
-    """Of more digits than Python converts as a float: no number is text, which is all that counts here."""
+    """Return a float for more digits than Python converts. Only texts matter here, and a number is none."""
     most = sys.get_int_max_str_digits()
     return int(digits) if not most or len(digits) <= most else float(digits)
 
@@ -169,34 +169,34 @@ def _integer(digits: str) -> int | float:
 _DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-def chat_of(record: Any) -> Chat:
-    """The messages of a record; whether they are a conversation is not looked at.
+def parse_record(record: Any) -> ParsedRecord:
+    """Return the messages of a record. It is not checked that they are a conversation.
 
-    Raises ValueError for a record of no known form, of several, or with something in it that would be lost.
+    Raises ValueError for a record of no known form or of several, and for one with content that would be lost.
     """
     if isinstance(record, list):
-        return Chat([_message(message, i) for i, message in enumerate(record)], "")
+        return ParsedRecord([_message(message, i) for i, message in enumerate(record)], "")
     if not isinstance(record, dict):
-        raise ValueError(f"the record is no object and no list; {TAKEN}")
-    lists = [name for name in LISTS if record.get(name) is not None]
-    pairs = [pair for pair in PAIRS if pair[0] in record and pair[2] in record]
+        raise ValueError(f"the record must be an object or a list; {KNOWN_FORMS}")
+    lists = [name for name in MESSAGE_LIST_KEYS if record.get(name) is not None]
+    pairs = [pair for pair in QUESTION_ANSWER_KEYS if pair[0] in record and pair[2] in record]
     if len(lists) > 1 or (not lists and len(pairs) > 1):
         found = lists or dict.fromkeys(name for question, _, answer in pairs for name in (question, answer))
-        raise ValueError(f"the record has {', '.join(found)}: it is not clear which of them is the conversation")
+        raise ValueError(f"the record has {', '.join(found)}: it must have only one of them")
     if lists:
         (name,) = lists
         if not isinstance(record[name], list):
-            raise ValueError(f"{name} takes a list of messages, each an object with role and content")
+            raise ValueError(f"{name} must be a list of messages, each an object with role and content")
         messages = [_message(message, i) for i, message in enumerate(record[name])]
         form = "" if name == "messages" else f"{name}, a list of messages"
     elif pairs:
         (pair,) = pairs
         messages, form = _turns(record, *pair)
     elif "chosen" in record and "rejected" in record:
-        raise ValueError("the record is a preference, chosen and rejected; give the chosen answers as messages")
+        raise ValueError("the record is a preference with chosen and rejected; give the chosen answers as messages")
     else:
-        raise ValueError(f"the record has the keys {', '.join(map(repr, record)) or 'none'}; {TAKEN}")
-    return Chat(_with_system(record, messages), form)
+        raise ValueError(f"the record has the keys {', '.join(map(repr, record)) or 'none'}; {KNOWN_FORMS}")
+    return ParsedRecord(_with_system(record, messages), form)
 
 
 def _is_message(value: Any) -> bool:
@@ -204,34 +204,36 @@ def _is_message(value: Any) -> bool:
 
 
 def _message(message: Any, index: int) -> Any:
-    """The message with role and content, as it is where it has them. Raises ValueError where it has no such keys."""
+    """Return the message with role and content. Raise ValueError if it has no such keys."""
     if not isinstance(message, dict):
         return message
     if not (message.keys() & {"role", "from"} and message.keys() & {"content", "value"}):
         found = ", ".join(map(repr, message)) or "none"
-        raise ValueError(f"messages[{index}] has the keys {found}; a message has role and content, or from and value")
+        raise ValueError(f"messages[{index}] must have role and content, or from and value, got {found}")
     for name in ("tool_calls", "function_call"):
         if message.get(name):
-            raise ValueError(f"messages[{index}] has {name}, which cannot be learnt: leave the conversation out")
+            raise ValueError(f"messages[{index}] has {name}, which cannot be trained on: leave the conversation out")
     if message.get("weight") == 0:
-        raise ValueError(f"messages[{index}] has weight 0; every answer of the assistant is learnt: leave it out")
+        raise ValueError(
+            f"messages[{index}] has weight 0, but all answers of the assistant are trained on: leave it out"
+        )
     if not {"role", "content"} <= message.keys():
         message = {
             "role": message.get("role", message.get("from")),
             "content": message.get("content", message.get("value")),
         }
     role = message.get("role")
-    known = ROLES.get(role) if isinstance(role, str) else None
+    known = ROLE_ALIASES.get(role) if isinstance(role, str) else None
     return message if known is None else {**message, "role": known}
 
 
 def _turns(record: dict[str, Any], question: str, more: str | None, answer: str) -> tuple[list[Any], str]:
-    """A question with what is added to it, and an answer; either may be a list of messages instead."""
+    """Return the messages of a question with an addition to it, and of an answer, and a description of this form."""
     if record.get("history"):
-        raise ValueError("the record has a history, which is not read; give the whole conversation as messages")
+        raise ValueError("the record has a history, which is not supported; give the whole conversation as messages")
     added = record.get(more) if more else None
     if added is not None and not isinstance(added, str):
-        raise ValueError(f"{more} takes a text")
+        raise ValueError(f"{more} must be a text")
     messages: list[Any] = []
     for name, role in ((question, "user"), (answer, "assistant")):
         content = record[name]
@@ -241,19 +243,20 @@ def _turns(record: dict[str, Any], question: str, more: str | None, answer: str)
             joined = f"{content}\n\n{added}" if added and name == question else content
             messages.append({"role": role, "content": joined})
         else:
-            raise ValueError(f"{name} takes a text, or a list of messages")
+            raise ValueError(f"{name} must be a text or a list of messages")
     with_more = f" (with {more} after a blank line)" if more else ""
     return messages, f"{question} and {answer}, a question{with_more}, and its answer"
 
 
 def _with_system(record: dict[str, Any], messages: list[Any]) -> list[Any]:
-    for name in SYSTEMS:
+    """Return the messages after the system message that another key of the record holds."""
+    for name in SYSTEM_KEYS:
         system = record.get(name)
         if system is None or system == "":
             continue
         if not isinstance(system, str):
-            raise ValueError(f"{name} takes a text")
+            raise ValueError(f"{name} must be a text")
         if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
-            raise ValueError(f"the record has {name}, and its first message is the system's; give one of them")
+            raise ValueError(f"the record has {name}, and its first message is of the system; give only one of them")
         return [{"role": "system", "content": system}, *messages]
     return messages

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_native.data import DamagedFileError
-from nanochat_native.data.chats import chat_of, find_files, read_records
+from nanochat_native.data.conversation_files import find_files, parse_record, read_records
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 PLAIN = [USER, ASSISTANT]
@@ -47,52 +47,58 @@ SYSTEM = {"role": "system", "content": "s"}
 )
 def test_every_form_gives_its_messages(record, messages):
     before = json.dumps(record)
-    assert chat_of(record).messages == messages
+    assert parse_record(record).messages == messages
     assert json.dumps(record) == before
 
 
 def test_plain_messages_are_passed_on_as_they_are():
     messages = [USER | {"name": "Ada"}, ASSISTANT | {"weight": 1}]
     for record in (messages, {"messages": messages}):
-        chat = chat_of(record)
+        chat = parse_record(record)
         assert chat.form == ""
         assert all(found is given for found, given in zip(chat.messages, messages, strict=True))
 
 
 def test_a_form_is_named_by_its_keys():
-    assert chat_of({"conversations": []}).form == "conversations, a list of messages"
-    assert chat_of({"prompt": "", "completion": ""}).form == "prompt and completion, a question, and its answer"
+    assert parse_record({"conversations": []}).form == "conversations, a list of messages"
+    assert parse_record({"prompt": "", "completion": ""}).form == "prompt and completion, a question, and its answer"
     alpaca = "instruction and output, a question (with input after a blank line), and its answer"
-    assert chat_of({"instruction": "", "output": ""}).form == alpaca
+    assert parse_record({"instruction": "", "output": ""}).form == alpaca
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (3, "no object and no list; it takes messages"),
-        ("text", "no object and no list"),
-        (None, "no object and no list"),
-        ({}, "has the keys none; it takes messages"),
-        ({"text": "x", "source": "y"}, "has the keys 'text', 'source'; it takes messages, .* prompt and completion"),
+        (3, "must be an object or a list; it must have messages"),
+        ("text", "must be an object or a list"),
+        (None, "must be an object or a list"),
+        ({}, "has the keys none; it must have messages"),
+        (
+            {"text": "x", "source": "y"},
+            "has the keys 'text', 'source'; it must have messages, .* prompt and completion",
+        ),
         ({"prompt": "q"}, "has the keys 'prompt'"),
-        ({"messages": {"user": "q", "assistant": "a"}}, "messages takes a list of messages"),
-        ({"conversations": "q"}, "conversations takes a list of messages"),
-        ({"messages": PLAIN, "conversations": PLAIN}, "has messages, conversations: it is not clear which"),
+        ({"messages": {"user": "q", "assistant": "a"}}, "messages must be a list of messages"),
+        ({"conversations": "q"}, "conversations must be a list of messages"),
+        ({"messages": PLAIN, "conversations": PLAIN}, "has messages, conversations: it must have only one"),
         (
             {"prompt": "q", "completion": "a", "question": "q", "answer": "a"},
-            "has prompt, completion, question, answer: it is not clear",
+            "has prompt, completion, question, answer: it must have only one",
         ),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "a preference, chosen and rejected; give the chosen"),
-        ({"prompt": 3, "completion": "a"}, "prompt takes a text, or a list of messages"),
-        ({"prompt": "q", "completion": None}, "completion takes a text"),
-        ({"instruction": "q", "input": ["x"], "output": "a"}, "input takes a text"),
-        ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, "history, which is not read"),
-        ({"system": ["s"], "messages": PLAIN}, "system takes a text"),
-        ({"system": "s", "messages": [SYSTEM, *PLAIN]}, "and its first message is the system's"),
-        ({"conversations": [{"user": "q", "text": "x"}]}, r"messages\[0\] has the keys 'user', 'text'; a message has"),
-        ([{"messages": PLAIN}], r"messages\[0\] has the keys 'messages'; a message has role and content"),
-        ([USER, {"role": "assistant"}], r"messages\[1\] has the keys 'role'; a message has"),
-        ([{}], r"messages\[0\] has the keys none"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "a preference with chosen and rejected; give the chosen"),
+        ({"prompt": 3, "completion": "a"}, "prompt must be a text or a list of messages"),
+        ({"prompt": "q", "completion": None}, "completion must be a text"),
+        ({"instruction": "q", "input": ["x"], "output": "a"}, "input must be a text"),
+        ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, "history, which is not supported"),
+        ({"system": ["s"], "messages": PLAIN}, "system must be a text"),
+        ({"system": "s", "messages": [SYSTEM, *PLAIN]}, "and its first message is of the system"),
+        (
+            {"conversations": [{"user": "q", "text": "x"}]},
+            r"messages\[0\] must have role .* got 'user', 'text'",
+        ),
+        ([{"messages": PLAIN}], r"messages\[0\] must have role and content, or from and value, got 'messages'"),
+        ([USER, {"role": "assistant"}], r"messages\[1\] must have role and content, or from and value, got 'role'"),
+        ([{}], r"messages\[0\] must have role and content, or from and value, got none"),
         ([USER, ASSISTANT | {"tool_calls": [{}]}], r"messages\[1\] has tool_calls"),
         ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, r"messages\[1\] has function_call"),
         ([USER, ASSISTANT | {"weight": 0}], r"messages\[1\] has weight 0"),
@@ -102,7 +108,7 @@ def test_a_form_is_named_by_its_keys():
 )
 def test_what_cannot_be_read_or_would_be_lost_is_refused(record, message):
     with pytest.raises(ValueError, match=message):
-        chat_of(record)
+        parse_record(record)
 
 
 # --- files ---
@@ -171,7 +177,7 @@ def test_a_json_file_holds_a_list_or_values_one_after_the_other(tmp_path, text, 
         ("x.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', "line 2: not JSON .Expecting value at column 6"),
         ("x.jsonl", b'{"a": 1} {"a": 2}\n', "line 1: not JSON .something follows the value at column 9"),
         ("x.jsonl", b'[{"a": 1},\n', "line 1: not JSON"),
-        ("x.jsonl", "{}\n".encode("utf-16-le"), "line 1: not JSON .*; UTF-16 is read where the file begins with a"),
+        ("x.jsonl", "{}\n".encode("utf-16-le"), "line 1: not JSON .*; UTF-16 must begin with a"),
         ("x.jsonl", b"{}\n\n" + b"[" * 100_000, "line 3: not JSON .it is nested too deeply"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "line 2: not UTF-8 .*save the file as UTF-8"),
         ("x.json", b'[{"a": 1},\n{"a" 2}]', "line 2: not JSON"),
@@ -217,7 +223,7 @@ def test_files_folders_and_globs(tmp_path):
     wanted = [tmp_path / name for name in ("a.ndjson", "b.jsonl", "sub/c.json.gz")]
     files, notes = find_files(tmp_path)
     assert files == wanted
-    assert notes == [f"not read, as no JSON: 2 of 5 files (first: {tmp_path / 'README.md'})"]
+    assert notes == [f"not read, because not JSON: 2 of 5 files (first: {tmp_path / 'README.md'})"]
     assert find_files(f"{tmp_path}/*.jsonl") == ([tmp_path / "b.jsonl"], [])
     (tmp_path / "any").write_text("{}")
     assert find_files(tmp_path / "any") == ([tmp_path / "any"], []), "a file that is named is read whatever its name"
@@ -226,12 +232,12 @@ def test_files_folders_and_globs(tmp_path):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ("", ValueError, "is empty"),
+        ("", ValueError, "must not be empty"),
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl: no file, no folder with files and no glob that matches"),
         ("*.jsonl", FileNotFoundError, "no glob that matches"),
-        ("texts", FileNotFoundError, r"texts: no file that ends in .jsonl, .ndjson, .json, but x.txt"),
-        ("shards", ValueError, "shards holds token shards"),
-        ("rows.parquet", ValueError, "rows.parquet: conversations are read from JSON; write each row"),
+        ("texts", FileNotFoundError, r"texts: no file ends in .jsonl, .ndjson, .json; there is x.txt"),
+        ("shards", ValueError, "shards: conversations must be in files of JSON .*, got token shards"),
+        ("rows.parquet", ValueError, "rows.parquet: conversations must be in files of JSON; write each row"),
     ],
 )
 def test_places_without_conversations(tmp_path, monkeypatch, data, error, message):

@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all, and hashes of files."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Replace the file at `path`, so that it holds either its old content or all of the new one, even after a crash.
+
+    The content goes into a temporary file in the same folder. That file is flushed to the disk and then renamed. A
+    process that is killed before the rename leaves it behind; `is_temporary` recognizes it. A symbolic link at `path`
+    is replaced, not followed.
+
+    Args:
+        content: bytes, text to encode as UTF-8, or a function that writes to the open file that it is given.
+
+    Raises:
+        OSError: The file cannot be written; the error names `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether `path` is named as a temporary file of `write_atomically`."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
