@@ -101,6 +101,7 @@ NAMED_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
 WITHOUT_FLAGS = {f"nanochat_native.{name}" for name in ("doctor", "bench.step", "bench.ranks", "lm_eval_adapter")}
 # Flags of another program that a module names: of a command of this package, which has them, or of a foreign one.
 OF_ANOTHER = {
+    "nanochat_native.completion": {"nanochat_native.__main__": {"--version"}},
     "nanochat_native.training.report": {"nanochat_native.generate": {"--prompt"}},
     "nanochat_native.bench.load": {
         "nanochat_native.serve": {"--checkpoint", "--port", "--slots", "--max-waiting", "--model-name"}
@@ -154,7 +155,7 @@ def flags_of(command):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setenv("COLUMNS", "1000")
         patch.setattr(sys, "argv", [command, "--help"])
-        with pytest.raises(SystemExit):
+        with contextlib.suppress(SystemExit):
             importlib.import_module(command).main()
     lines = [re.match(r"[│|\s]*((?:--?[a-zA-Z][\w-]*(?:, +)?)+)", line) for line in out.getvalue().splitlines()]
     found = {name for line in lines if line for name in NAMED_FLAG.findall(line.group(1))}
@@ -212,9 +213,7 @@ def unknown_flags(module, texts):
 
 
 def test_commands_have_parsers():
-    assert {
-        f"nanochat_native.{name}" for name in ("train", "finetune", "evaluate", "compare", "serve.__main__")
-    } <= set(PARSERS)
+    assert {f"nanochat_native.{name}" for name in ("train", "finetune", "evaluate", "compare", "serve")} <= set(PARSERS)
     assert set(COMMANDS) >= WITHOUT_FLAGS
     with_data = [name for name in PARSERS if "--data" in flags_of(name)]
     assert len(with_data) >= 7
@@ -236,7 +235,7 @@ def test_every_flag_that_a_message_names_is_taken(module):
         ("data.documents", "name it with --text-columns"),
         ("data.documents", "take another --vocab-size"),
         ("evaluate", "give --held-out"),
-        ("report", "python -m nanochat_native.chat --data {}"),
+        ("training.report", "python -m nanochat_native.chat --data {}"),
         ("chat", "train's --slots"),
         ("ops.native", "take --dtype"),
     ],
