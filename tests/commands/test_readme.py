@@ -107,12 +107,12 @@ OF_ANOTHER = {
         "nanochat_native.serve": {"--checkpoint", "--port", "--slots", "--max-waiting", "--model-name"}
     },
     "nanochat_native.bench.gpu": {
-        "nanochat_native.bench.gpu_run": {"--json", "--device", "--only", "--seconds", "--quick"},
+        "nanochat_native.bench.gpu_worker": {"--json", "--device", "--only", "--seconds", "--quick"},
         "pytest": {"--continue-on-collection-errors", "--durations", "--junitxml"},
         "setup.py": {"--inplace"},
     },
     "nanochat_native.bench.ranks": {"torchrun": {"--standalone", "--nproc_per_node"}},
-    "nanochat_native.bench.record": {
+    "nanochat_native.bench.results_io": {
         "git": {"--abbrev", "--always", "--dirty"},
         "nvidia-smi": {"--format", "--query-gpu"},
     },

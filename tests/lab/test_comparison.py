@@ -12,7 +12,17 @@ from tiny_run import train, wait_until, write_text
 
 from nanochat_native import compare
 from nanochat_native.lab import comparison
-from nanochat_native.lab.comparison import RATIO, SUITES, Comparison, Options, final, reached, summarize, table
+from nanochat_native.lab.comparison import (
+    FACTOR_STEP,
+    MAX_FACTORS,
+    SUITES,
+    Comparison,
+    Options,
+    final_loss,
+    markdown_table,
+    summarize,
+    time_to_reach,
+)
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import TrainConfig, parse
 from nanochat_native.runtime.errors import ConfigError
@@ -49,22 +59,22 @@ def test_the_suites_flags_are_trains(suite):
     assert all(flag in SUITES["optimizers"] for flag in ("SGD", "Adam", "AdamW", "Muon + SGD", "Muon + AdamW"))
 
 
-def test_reached_lies_between_two_measurements():
+def test_time_to_reach_lies_between_two_measurements():
     points = curve((0, 8.0), (10, 6.0), (20, 4.0), (30, 4.5))
-    assert reached(points, 5.0) == (15.0, 30.0)
-    assert reached(points, 4.0) == (20.0, 40.0)
-    assert reached(points, 9.0) == (0, 0.0)
-    assert reached(points, 3.9) is None
-    assert reached(curve((0, None), (10, 3.0)), 4.0) == (10, 20.0)
+    assert time_to_reach(points, 5.0) == (15.0, 30.0)
+    assert time_to_reach(points, 4.0) == (20.0, 40.0)
+    assert time_to_reach(points, 9.0) == (0, 0.0)
+    assert time_to_reach(points, 3.9) is None
+    assert time_to_reach(curve((0, None), (10, 3.0)), 4.0) == (10, 20.0)
 
 
 def searched(losses_at, rates=3, seeds=1):
     """Factors in the order in which they are tried, of a case whose final loss is losses_at(factor)."""
     comparison = Comparison({"one": TrainConfig(seed=5)}, "one", seeds, rates, None, None, None, [], {})
     order = []
-    while todo := comparison.todo("one"):
-        order.append(todo)
-        factor, seed = todo
+    while next_run := comparison.next_run("one"):
+        order.append(next_run)
+        factor, seed = next_run
         comparison.runs.append(run_of("one", factor, seed, (0, 9.0), (10, losses_at(factor))))
         assert len(order) < 30
     return comparison, order
@@ -72,15 +82,15 @@ def searched(losses_at, rates=3, seeds=1):
 
 @pytest.mark.parametrize("optimum", [-3.2, -2, -1, -0.4, 0, 1, 2.3, 3])
 def test_the_search_goes_on_until_the_best_rate_lies_between_two_others(optimum):
-    comparison, order = searched(lambda factor: (math.log(factor, RATIO) - optimum) ** 2)
-    assert [factor for factor, _ in order[:3]] == pytest.approx([1, 1 / RATIO, RATIO])
-    assert math.log(comparison.best_factor("one"), RATIO) == pytest.approx(round(optimum))
-    assert len(order) <= comparison.MOST_RATES
+    comparison, order = searched(lambda factor: (math.log(factor, FACTOR_STEP) - optimum) ** 2)
+    assert [factor for factor, _ in order[:3]] == pytest.approx([1, 1 / FACTOR_STEP, FACTOR_STEP])
+    assert math.log(comparison.best_factor("one"), FACTOR_STEP) == pytest.approx(round(optimum))
+    assert len(order) <= MAX_FACTORS
 
 
 def test_the_search_ends_where_nothing_is_best():
     _, order = searched(lambda factor: -factor)
-    assert len(order) == comparison.MOST_RATES
+    assert len(order) == MAX_FACTORS
 
 
 def test_one_rate_is_no_search_and_seeds_follow_the_best():
@@ -92,9 +102,9 @@ def test_one_rate_is_no_search_and_seeds_follow_the_best():
 
 def test_a_search_in_which_all_diverges_goes_on_to_lower_rates():
     _, order = searched(lambda factor: 3.0 if factor < 0.1 else None)
-    assert [round(math.log(factor, RATIO)) for factor, _ in order] == [0, -1, 1, -2, -3, -4]
+    assert [round(math.log(factor, FACTOR_STEP)) for factor, _ in order] == [0, -1, 1, -2, -3, -4]
     comparison, order = searched(lambda factor: None)
-    assert len(order) == comparison.MOST_RATES
+    assert len(order) == MAX_FACTORS
     assert summarize(comparison)[0]["value"] is None
 
 
@@ -107,9 +117,9 @@ def test_a_baseline_that_diverged_is_no_mark():
 
 
 def test_a_diverged_run_is_the_worst():
-    assert final(run_of("a", 1, 0, (0, 8.0), (5, 1.0), diverged=True)) == math.inf
-    assert final(run_of("a", 1, 0, (0, 8.0), (5, None))) == math.inf
-    assert final(run_of("a", 1, 0, (0, 8.0), (5, 2.0))) == 2.0
+    assert final_loss(run_of("a", 1, 0, (0, 8.0), (5, 1.0), diverged=True)) == math.inf
+    assert final_loss(run_of("a", 1, 0, (0, 8.0), (5, None))) == math.inf
+    assert final_loss(run_of("a", 1, 0, (0, 8.0), (5, 2.0))) == 2.0
 
 
 def comparison_of(runs, costs=None):
@@ -139,7 +149,7 @@ def test_the_table_by_hand():
     assert (a["value"], a["steps_to_baseline"]) == (pytest.approx(4.2), pytest.approx(20.0))
     assert (c["value"], c["diverged"], c["steps_to_baseline"]) == (None, 1, None)
 
-    lines = table(rows, baseline="a", unit="bits per byte").splitlines()
+    lines = markdown_table(rows, baseline="a", unit="bits per byte").splitlines()
     assert lines[2] == "| b | x3 of 2 | 3.1000 ± 0.1414 | 2 | 13 | 26.2 | 40.0 | 1.50 | 6.00 |"
     assert "| 4.2000 ± 0.2828 | 2 | 20 | 40.0 |" in lines[3]
     assert "| c | x1 of 1 | 1 diverged | 1 | never | never |" in lines[4]
@@ -322,7 +332,7 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     assert len(figures(out)) == 4
     assert all(run in figures(out) for run in before)
     assert compare.main(command(folder, out, steps=7)) == 2
-    assert "holds another comparison (--num-iterations" in capsys.readouterr().err
+    assert "contains another comparison (--num-iterations" in capsys.readouterr().err
     text = (folder / "text.jsonl").read_text()
     other = tmp_path / "other.jsonl"
     other.write_text(text)
@@ -341,11 +351,11 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     assert "resume   " in capsys.readouterr().out
     other.write_text(text + text.replace("document", "paper"))
     assert compare.main([*same, "--seeds", "2"]) == 2
-    assert "holds another comparison (data)" in capsys.readouterr().err
+    assert "contains another comparison (data)" in capsys.readouterr().err
     for damaged in ("", "[]", "{}"):
         (tmp_path / "data" / "result.json").write_text(damaged)
         assert compare.main(same) == 2
-        assert "is no comparison" in capsys.readouterr().err
+        assert "is not a comparison" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     assert compare.main(command(folder, tmp_path / "mine")) == 2
@@ -356,19 +366,19 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     ("args", "message"),
     [
         (["--cases", "no colon"], "'name: flags'"),
-        (["--cases", "a: --depth 2", "a : --depth 3"], "names once"),
+        (["--cases", "a: --depth 2", "a : --depth 3"], "unique names"),
         (["--cases", "a: --run 'x"], "case 'a': No closing quotation"),
-        (["--cases", "a: --run x"], "--run is train's alone; case 'a' takes --out"),
+        (["--cases", "a: --run x"], "--run is for train only; case 'a' writes its result to --out"),
         (["--cases", "a: --dephts 2"], "case 'a': "),
         (["--cases", "a: --optimizer adamw --normuon"], "case 'a': --normuon is Muon's"),
         (["--cases", "a: --matrix-lr 0"], "a learning rate of 0"),
-        (["--baseline", "Lion"], "--baseline is 'Lion'"),
-        (["--rates", "2"], "--rates 2"),
-        (["--seeds", "0"], "--seeds is 0"),
-        (["--run", "x"], "--run is train's alone"),
+        (["--baseline", "Lion"], "got 'Lion'"),
+        (["--rates", "2"], "--rates must be an odd number >= 1, got 2"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--run", "x"], "--run is for train only"),
     ],
 )
-def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_flag_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     assert compare.main([*args, *of_train(folder)]) == 2
     error = capsys.readouterr().err.strip()
@@ -380,4 +390,4 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, 
 
 def test_bad_cases_are_named():
     with pytest.raises(ConfigError, match="'name: flags'"):
-        Options(cases=("",)).chosen()
+        Options(cases=("",)).selected_cases()

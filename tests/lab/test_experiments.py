@@ -44,19 +44,19 @@ def folder(tmp_path_factory):
 
 
 def test_own_flags_and_trains(tmp_path):
-    options, config, _ = command_flags.configure(
+    options, config, _ = command_flags.parse_flags(
         Options, "lr_find", ["--depth", "3", "--size", "5", "--device", "cpu", "--cautious"]
     )
     assert options == Options(size=5)
     assert (config.depth, config.cautious, config.max_seq_len, config.dtype) == (3, True, 256, "float32")
-    _, config, _ = command_flags.configure(Options, "lr_find", ["--device", "cpu"], base=TrainConfig(depth=7))
+    _, config, _ = command_flags.parse_flags(Options, "lr_find", ["--device", "cpu"], base=TrainConfig(depth=7))
     assert config.depth == 7
 
 
 @pytest.mark.parametrize("flag", ["--run x", "--out-dir x", "--resume auto", "--overwrite", "--dry-run", "--json"])
 def test_flags_of_a_run_are_refused(flag):
-    with pytest.raises(ConfigError, match=f"{flag.split()[0]} is train's alone; lr_find takes --out"):
-        command_flags.configure(Options, "lr_find", flag.split())
+    with pytest.raises(ConfigError, match=f"{flag.split()[0]} is for train only; lr_find writes its result to --out"):
+        command_flags.parse_flags(Options, "lr_find", flag.split())
 
 
 def test_rates_are_those_that_train_takes():
@@ -134,7 +134,7 @@ def test_schedules_without_a_picture_leave_nothing(tmp_path, monkeypatch, capsys
     assert schedules.main(["--warmup-ratio", "2"]) == 2
     assert "--warmup-ratio is 2.0" in capsys.readouterr().err
     assert schedules.main(["--target-flops", "1e12"]) == 2
-    assert "schedules knows no model" in capsys.readouterr().err
+    assert "schedules builds no model" in capsys.readouterr().err
 
 
 # --- pictures ---

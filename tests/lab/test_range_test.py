@@ -11,7 +11,7 @@ from tiny_run import tiny_flags, write_text
 
 from nanochat_native import lr_find
 from nanochat_native.lab import command_flags
-from nanochat_native.lab.range_test import Options, find_rate, flags, range_test, suggest
+from nanochat_native.lab.range_test import MARGIN, Options, find_rate, range_test, suggest, suggested_rates
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs.config import parse
 from nanochat_native.runtime.console import SilentConsole
@@ -142,7 +142,7 @@ def test_the_steepest_and_the_lowest_point():
     # of ln(loss): the slope of 8 - 4 s is steepest a little to the right of 0
     assert 1.0 <= found.steepest < 1.7
     assert found.lowest == pytest.approx(math.exp(3), rel=0.3)
-    assert found.rate == pytest.approx(found.lowest / range_test.MARGIN)
+    assert found.rate == pytest.approx(found.lowest / MARGIN)
     assert f"lowest at {found.lowest:.3g}" in found.reason
 
 
@@ -163,7 +163,7 @@ def of_train(folder, **changes):
 
 def trainer_of(folder, **changes):
     torch.set_num_threads(1)
-    _, config, _ = command_flags.configure(Options, "lr_find", of_train(folder, **changes))
+    _, config, _ = command_flags.parse_flags(Options, "lr_find", of_train(folder, **changes))
     return Trainer(config, SilentConsole())
 
 
@@ -255,8 +255,8 @@ def test_the_command_leaves_a_result_and_flags_to_paste(folder, tmp_path, capsys
 def test_flags_are_of_the_groups_that_were_tested(folder):
     config = parse(["--matrix-lr", "0.5"])
     tests = [{"group": "matrix", "suggestion": 2.0}, {"group": "embedding", "suggestion": None}]
-    assert flags(config, tests) == {"matrix_lr": 1.0}
-    assert flags(config, [{"group": "all", "suggestion": 0.5}]) == {
+    assert suggested_rates(config, tests) == {"matrix_lr": 1.0}
+    assert suggested_rates(config, [{"group": "all", "suggestion": 0.5}]) == {
         "matrix_lr": 0.25,
         "embedding_lr": 0.1,
         "unembedding_lr": 0.002,
@@ -283,16 +283,16 @@ def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--floor", "2", "--ceiling", "1"], "--floor 2"),
-        (["--steps", "5"], "--steps is 5"),
+        (["--floor", "2", "--ceiling", "1"], "got --floor 2"),
+        (["--steps", "5"], "--steps must be at least 20, got 5"),
         (["--group", "everything"], "--group"),
         (["--dephts", "4"], "--depth"),
-        (["--resume", "auto"], "--resume is train's alone"),
+        (["--resume", "auto"], "--resume is for train only"),
         (["--data", "/nonexistent"], "/nonexistent"),
         (["--total-batch-size", "100"], "take --total-batch-size"),
     ],
 )
-def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_flag_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     assert lr_find.main([*of_train(folder), *args]) == 2
     error = capsys.readouterr().err.strip()
