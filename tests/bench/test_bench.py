@@ -115,7 +115,7 @@ def test_cases_are_named_as_their_entries():
         assert f"{made.group} {made.name}" == each.title
 
 
-def test_a_compiler_that_does_not_work_is_named():
+def test_broken_compiler_is_reported():
     with pytest.raises(UnavailableError, match="nonsense"):
         operators.linear_cross_entropy_case(4, 8, 16, 1.0, name="compiled", compiler="nonsense")
 
@@ -163,7 +163,7 @@ def test_reference_backend_is_not_timed(tmp_path, monkeypatch):
     assert "adamw_ is not native: chosen by" in result["skipped"][0]["why"]
 
 
-def test_what_is_done_is_not_run_again_and_the_time_is_kept(tmp_path, monkeypatch):
+def test_finished_cases_are_not_repeated_and_time_is_limited(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     status, result = run_cases(path, monkeypatch, entry("a", case), entry("b", case), only="a")
     assert (status, result["cases"], len(result["rows"])) == (0, ["group a"], 1)

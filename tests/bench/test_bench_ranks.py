@@ -16,7 +16,7 @@ def test_two_ranks_send_two_halves_of_the_parameters():
     assert "2 x 1 thread" in line
 
 
-def test_ranks_that_fail_say_why(monkeypatch):
+def test_failed_ranks_report_their_output(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr(ranks.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="1 ranks"):

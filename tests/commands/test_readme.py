@@ -62,7 +62,7 @@ def test_fine_tuning_commands_are_taken(args):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_module_flag_and_file_that_is_named_exists(name):
+def test_every_documented_module_flag_and_file_exists(name):
     text = DOCUMENTS[name]
     modules = set(re.findall(r"python -m (nanochat_native[.\w]*)", text))
     assert modules
@@ -221,7 +221,7 @@ def test_commands_have_parsers():
 
 
 @pytest.mark.parametrize("module", PACKAGE)
-def test_every_flag_that_a_message_names_is_taken(module):
+def test_every_flag_in_a_message_exists(module):
     texts = list(strings(PACKAGE[module]))
     assert unknown_flags(module, texts) == []
     for program, flags in OF_ANOTHER.get(module, {}).items():
@@ -240,14 +240,14 @@ def test_every_flag_that_a_message_names_is_taken(module):
         ("ops.native", "take --dtype"),
     ],
 )
-def test_a_flag_that_is_not_taken_is_noticed(module, text):
+def test_unknown_flag_in_a_message_is_found(module, text):
     if module != "ops.native":
         assert unknown_flags(f"nanochat_native.{module}", [text]) == [NAMED_FLAG.findall(text)[0]]
     tree = ast.parse(f'raise ValueError(f"{{1}}: " f"{text.replace("{}", "{2}")}")')
     assert [NAMED_FLAG.findall(t) for t in strings(tree)] == [NAMED_FLAG.findall(text)]
 
 
-def test_every_target_of_make_that_is_named_exists():
+def test_every_documented_make_target_exists():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {t for text in DOCUMENTS.values() for t in re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)}
     assert {"train", "test", "bench", "lint", "gpu"} <= named <= targets
@@ -272,7 +272,7 @@ def test_python_examples_run(number, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_training_commands_run_one_after_the_other(tmp_path):
+def test_documented_training_commands_run_in_order(tmp_path):
     """As the README has them, with a few steps of a small model."""
     (tmp_path / "my_texts").mkdir()
     for number in range(40):
@@ -301,7 +301,7 @@ def test_the_training_commands_run_one_after_the_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_without_any_flag_learns_python(tmp_path):
+def test_training_without_flags_lowers_the_loss(tmp_path):
     """The first run, cut short: the untrained level is left at once."""
     out = run(
         [sys.executable, "-m", "nanochat_native.train", "--num-iterations", "20", "--device", "cpu"], cwd=tmp_path

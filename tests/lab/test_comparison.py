@@ -81,26 +81,26 @@ def searched(losses_at, rates=3, seeds=1):
 
 
 @pytest.mark.parametrize("optimum", [-3.2, -2, -1, -0.4, 0, 1, 2.3, 3])
-def test_the_search_goes_on_until_the_best_rate_lies_between_two_others(optimum):
+def test_search_continues_until_the_best_rate_is_bracketed(optimum):
     comparison, order = searched(lambda factor: (math.log(factor, FACTOR_STEP) - optimum) ** 2)
     assert [factor for factor, _ in order[:3]] == pytest.approx([1, 1 / FACTOR_STEP, FACTOR_STEP])
     assert math.log(comparison.best_factor("one"), FACTOR_STEP) == pytest.approx(round(optimum))
     assert len(order) <= MAX_FACTORS
 
 
-def test_the_search_ends_where_nothing_is_best():
+def test_search_ends_at_the_limit_without_a_best_rate():
     _, order = searched(lambda factor: -factor)
     assert len(order) == MAX_FACTORS
 
 
-def test_one_rate_is_no_search_and_seeds_follow_the_best():
+def test_one_rate_disables_the_search_and_seeds_use_the_best():
     _, order = searched(lambda factor: factor, rates=1, seeds=3)
     assert order == [(1, 5), (1, 6), (1, 7)]
     _, order = searched(lambda factor: abs(math.log(factor)), seeds=3)
     assert order[3:] == [(1, 6), (1, 7)]
 
 
-def test_a_search_in_which_all_diverges_goes_on_to_lower_rates():
+def test_search_lowers_the_rate_if_all_diverge():
     _, order = searched(lambda factor: 3.0 if factor < 0.1 else None)
     assert [round(math.log(factor, FACTOR_STEP)) for factor, _ in order] == [0, -1, 1, -2, -3, -4]
     comparison, order = searched(lambda factor: None)
@@ -108,7 +108,7 @@ def test_a_search_in_which_all_diverges_goes_on_to_lower_rates():
     assert summarize(comparison)[0]["value"] is None
 
 
-def test_a_baseline_that_diverged_is_no_mark():
+def test_diverged_baseline_gives_no_target():
     runs = [run_of("a", 1, 0, (0, 8.0), (5, None), diverged=True), run_of("b", 1, 0, (0, 8.0), (5, 2.0))]
     assert [(row["case"], row["steps_to_baseline"]) for row in summarize(comparison_of(runs))] == [
         ("b", None),
@@ -196,7 +196,7 @@ def figures(out):
     return [(r["case"], r["seed"], [(p["step"], p["value"]) for p in r["curve"]]) for r in record["runs"]]
 
 
-def test_a_killed_comparison_goes_on(folder, tmp_path):
+def test_killed_comparison_resumes(folder, tmp_path):
     torch.set_num_threads(1)
     assert compare.main(command(folder, tmp_path / "whole", steps=40, save_every=5)) == 0
     out = tmp_path / "killed"
@@ -214,7 +214,7 @@ def test_a_killed_comparison_goes_on(folder, tmp_path):
     assert figures(out) == figures(tmp_path / "whole")
 
 
-def test_ctrl_c_keeps_what_was_computed_and_goes_on(folder, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_results_and_the_comparison_resumes(folder, tmp_path, monkeypatch, capsys):
     torch.set_num_threads(1)
     count = iter(range(1000))
 
@@ -235,7 +235,7 @@ def test_ctrl_c_keeps_what_was_computed_and_goes_on(folder, tmp_path, monkeypatc
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
 
-def test_a_run_that_was_cut_is_never_taken_for_a_whole_one(folder, tmp_path, monkeypatch):
+def test_interrupted_run_without_checkpoint_is_repeated(folder, tmp_path, monkeypatch):
     """Ctrl-C where the checkpoint cannot be written."""
     torch.set_num_threads(1)
 
@@ -256,7 +256,7 @@ def test_a_run_that_was_cut_is_never_taken_for_a_whole_one(folder, tmp_path, mon
     assert [[step for step, _ in points][-1] for _, _, points in figures(tmp_path / "cut")] == [6, 6, 6, 6]
 
 
-def test_what_a_kill_leaves_is_cleared(folder, tmp_path, monkeypatch):
+def test_leftovers_of_a_kill_are_deleted(folder, tmp_path, monkeypatch):
     """A run's folder without its config, from before it began; and one that is in the result already."""
     torch.set_num_threads(1)
     out = tmp_path / "out"
@@ -283,7 +283,7 @@ def test_what_a_kill_leaves_is_cleared(folder, tmp_path, monkeypatch):
     assert not (out / "runs").exists()
 
 
-def test_cases_in_another_order_are_not_taken_for_each_other(folder, tmp_path, monkeypatch):
+def test_cases_in_another_order_keep_their_runs(folder, tmp_path, monkeypatch):
     torch.set_num_threads(1)
 
     def step(self, batches, real=Trainer.train_step):
@@ -314,7 +314,7 @@ def test_ctrl_c_while_costs_are_measured_loses_no_run(folder, tmp_path, monkeypa
     assert compare.main(command(folder, tmp_path / "out")) == 0
 
 
-def test_a_case_with_other_data_trains_on_it(folder, tmp_path):
+def test_case_with_its_own_data_trains_on_it(folder, tmp_path):
     torch.set_num_threads(1)
     cases = ("plain:", "small: --vocab-size 280")
     assert compare.main([*command(folder, tmp_path / "out", cases=cases), "--seeds", "1"]) == 0
@@ -322,7 +322,7 @@ def test_a_case_with_other_data_trains_on_it(folder, tmp_path):
     assert plain[0][1] != small[0][1], "at step 0 the loss is ln V of the case's own vocabulary"
 
 
-def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
+def test_more_seeds_resume_and_other_changes_are_refused(folder, tmp_path, capsys):
     torch.set_num_threads(1)
     out = tmp_path / "out"
     assert compare.main([*command(folder, out), "--seeds", "1"]) == 0

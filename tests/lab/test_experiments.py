@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_own_flags_and_trains(tmp_path):
+def test_own_flags_and_those_of_train_are_parsed(tmp_path):
     options, config, _ = command_flags.parse_flags(
         Options, "lr_find", ["--depth", "3", "--size", "5", "--device", "cpu", "--cautious"]
     )
@@ -175,7 +175,7 @@ def test_a_picture_is_drawn_again_from_the_result_alone(finished, tmp_path, plac
 
 
 @pytest.mark.parametrize("name", ["lr_find", "batch_size", "compare", "schedules"])
-def test_a_result_says_how_it_came_to_be(finished, name):
+def test_result_records_its_flags_and_versions(finished, name):
     record = json.loads((finished / "results" / name / "result.json").read_text())
     assert record["format"] == results.FORMAT
     assert record["command"] == name
@@ -197,7 +197,7 @@ def test_pictures_of_a_run_are_drawn_again(finished, tmp_path, capsys):
     assert (run / "loss.png").exists()
 
 
-def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys, monkeypatch):
+def test_folder_without_a_picture_is_refused(tmp_path, capsys, monkeypatch):
     assert plot.main([str(tmp_path)]) == 2
     assert "neither a result.json nor a metrics.jsonl" in capsys.readouterr().err
     (tmp_path / "result.json").write_text('{"command": "bake"}')
@@ -227,7 +227,7 @@ def test_help_explains_every_flag(module, capsys):
     assert len(text.split("options")[0]) > 150
 
 
-def test_a_picture_that_cannot_be_drawn_or_told_leaves_the_result(tmp_path, monkeypatch, capsys):
+def test_failed_picture_keeps_the_result(tmp_path, monkeypatch, capsys):
     """lr_find | true, and a matplotlib that fails: the result is written, and the exit code tells of the report."""
 
     class Dead(io.StringIO):

@@ -228,7 +228,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(grad_checkpoint, micro_bat
     assert largest_batch(options, peak(dataclasses.replace(options, device_batch_size=1)) - 1) == 0
 
 
-def test_a_gpu_holds_logits_and_a_float32_sum_where_they_come_in_chunks():
+def test_gpu_keeps_logits_and_a_float32_sum_for_chunks():
     def work(rows):
         found = snapshots(Options(device_batch_size=rows, device="cuda"))
         return max(snapshot.parts["temporary tensors"] for snapshot in found if snapshot.phase == "forward")
@@ -271,7 +271,7 @@ def test_measured_beside_predicted(tmp_path, capsys):
     assert "holds something" in capsys.readouterr().err
 
 
-def test_the_librarys_scratch_is_said(tmp_path, capsys):
+def test_library_scratch_is_printed(tmp_path, capsys):
     out = tmp_path / "result"
     assert main([*SMALL, "--dtype", "bfloat16", "--device", "cpu", "--out", str(out)]) == 0
     bound = library_scratch(Options(2, 1, 2, 64, 515, dtype="bfloat16", device="cpu"))

@@ -37,7 +37,7 @@ def test_the_noise_scale_of_a_synthetic_gradient_is_recovered(scale, small, larg
     assert found.low < found.scale < found.high
 
 
-def test_the_bounds_hold_as_often_as_they_say():
+def test_bounds_hold_in_95_of_100_measurements():
     """Two standard errors: the truth lies between them in about 95 of 100 measurements."""
     held = 0
     for seed in range(100):
@@ -140,7 +140,7 @@ def test_the_command_leaves_a_result_that_can_be_computed_again(folder, tmp_path
     assert f"{again.scale * 32:,.0f} tokens" in capsys.readouterr().out
 
 
-def test_training_that_diverges_ends_it(folder, tmp_path, capsys):
+def test_diverged_training_ends_the_measurement(folder, tmp_path, capsys):
     rates = {"matrix_lr": 3e38, "embedding_lr": 1e38, "unembedding_lr": 1e38}
     out = tmp_path / "out"
     args = ["--skip", "1", "--out", str(out), *of_train(folder, device_batch_size=1, **rates)]
@@ -151,7 +151,7 @@ def test_training_that_diverges_ends_it(folder, tmp_path, capsys):
     assert "NaN" not in (out / "result.json").read_text()
 
 
-def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_results(folder, tmp_path, monkeypatch):
     count = iter(range(1000))
 
     def measure(trainer, batch, real=measure_step):

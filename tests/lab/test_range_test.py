@@ -62,7 +62,7 @@ def test_the_best_rate_under_noise(curvatures, seed):
     assert problem.best / 8 < found.rate < 2 / max(curvatures)
 
 
-def test_the_test_ends_soon_after_it_diverges():
+def test_range_test_ends_soon_after_divergence():
     tried = []
     problem = Quadratic(1.0)
 
@@ -76,7 +76,7 @@ def test_the_test_ends_soon_after_it_diverges():
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_diverging_is_to_lose_half_of_what_was_gained():
+def test_divergence_is_a_loss_of_half_the_decrease():
     """10 down to 5 and slowly up again: the mean of three passes 7.5 at 7.6. A tenth is never divergence."""
     falling, rising = [10 - 0.5 * i for i in range(11)], [5 + 0.1 * i for i in range(1, 60)]
     curve = iter(falling + rising)
@@ -106,7 +106,7 @@ def test_rates_rise_by_equal_factors_from_floor_to_ceiling():
     assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([10**0.1] * 30)
 
 
-def test_a_loss_that_is_not_finite_ends_it_and_is_left_out():
+def test_nonfinite_loss_ends_the_test_and_is_dropped():
     rates, losses, diverged = range_test(lambda r: math.nan if r > 1 else 2.0, floor=0.01, ceiling=100.0, steps=41)
     assert diverged
     assert max(rates) <= 1
@@ -121,14 +121,14 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_left_out():
         (lambda i: 5.0 - i / 40, "higher --ceiling"),
     ],
 )
-def test_no_rate_where_there_is_none(loss, word):
+def test_flat_or_falling_loss_gives_no_rate(loss, word):
     found = suggest([1.1**i for i in range(60)], [loss(i) for i in range(60)], steps=60, diverged=False)
     assert found.rate is None
     assert word in found.reason
     assert suggest([1.0], [1.0], steps=60, diverged=True).rate is None
 
 
-def test_a_test_that_was_stopped_says_so():
+def test_stopped_test_reports_it():
     found = suggest([1.1**i for i in range(30)], [5.0 - i / 20 for i in range(30)], steps=60, diverged=False)
     assert found.rate is None
     assert "the test was stopped" in found.reason
@@ -206,7 +206,7 @@ def test_the_losses_are_those_of_trains_steps_at_these_rates(folder):
 
 
 @pytest.mark.parametrize("group", ["matrix", "embedding", "unembedding"])
-def test_one_group_moves_and_the_others_stand_still(folder, group, monkeypatch):
+def test_only_the_tested_group_changes(folder, group, monkeypatch):
     trainer = trainer_of(folder)
     moved = set()
 
@@ -252,7 +252,7 @@ def test_the_command_leaves_a_result_and_flags_to_paste(folder, tmp_path, capsys
     assert "holds something" in capsys.readouterr().err
 
 
-def test_flags_are_of_the_groups_that_were_tested(folder):
+def test_suggested_rates_cover_the_tested_groups(folder):
     config = parse(["--matrix-lr", "0.5"])
     tests = [{"group": "matrix", "suggestion": 2.0}, {"group": "embedding", "suggestion": None}]
     assert suggested_rates(config, tests) == {"matrix_lr": 1.0}
@@ -263,7 +263,7 @@ def test_flags_are_of_the_groups_that_were_tested(folder):
     }
 
 
-def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_results(folder, tmp_path, monkeypatch, capsys):
     count = iter(range(1000))
 
     def measure(self, batches, real=Trainer.measure):
