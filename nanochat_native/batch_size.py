@@ -1,20 +1,29 @@
-"""python -m nanochat_native.batch_size: the gradient noise scale, and what it says of the batch.
+"""python -m nanochat_native.batch_size: measure the gradient noise scale, to choose a batch size.
 
-"An Empirical Model of Large-Batch Training" (McCandlish, Kaplan, Amodei, 2018, arXiv:1812.06162), appendix A: of the
-gradient g of b sequences, E |g|^2 = |G|^2 + S / b, with the true gradient G and the sum S of the variances of one
-sequence's gradient. Two batch sizes give both, and the simple noise scale is S / |G|^2 sequences.
+The method is that of "An Empirical Model of Large-Batch Training" (McCandlish, Kaplan, Amodei, 2018,
+arXiv:1812.06162).
 """
 
 import sys
 from collections.abc import Sequence
 
 import nanochat_native.runtime.openmp  # noqa: F401  before torch
-from nanochat_native.lab.noise_scale import run
+from nanochat_native.lab import noise_scale
+from nanochat_native.lab.command_flags import parse_flags
 from nanochat_native.runtime import command
+from nanochat_native.runtime.console import Console
+from nanochat_native.runtime.isolation import ReportFailures
+
+
+def run(args: Sequence[str], failures: ReportFailures) -> int:
+    """Measure, and print what the noise scale means for the batch size."""
+    options, config, _ = parse_flags(noise_scale.Options, "batch_size", args)
+    diverged, signal = noise_scale.run(options, config, Console(failures=failures))
+    return 128 + signal if signal else int(diverged)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Measures as `args` say, sys.argv's by default. Returns the exit code: 1 where training diverged."""
+    """Run the command with `args`, or sys.argv's. Returns the exit code: 1 if training diverged."""
     return command.run_reporting(run, args)
 
 

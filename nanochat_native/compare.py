@@ -1,20 +1,32 @@
-"""python -m nanochat_native.compare: optimizers, or parts of Muon, on one model and the same data, each at its own best
-rate, over several seeds.
+"""python -m nanochat_native.compare: compare optimizers, or options of Muon, on one model and the same data.
 
-Every comparison is a set of runs as `train` makes them. What is finished is kept in result.json: a comparison that was
-stopped or killed goes on with the rest when the same command is given again.
+Each case trains at its own best learning rate, over several seeds. Its runs are the same as those of `train`.
+result.json keeps the finished runs: the same command resumes a comparison that was stopped or killed.
 """
 
 import sys
 from collections.abc import Sequence
 
 import nanochat_native.runtime.openmp  # noqa: F401  before torch
-from nanochat_native.lab.comparison import run
+from nanochat_native.lab import comparison
+from nanochat_native.lab.command_flags import parse_flags
 from nanochat_native.runtime import command
+from nanochat_native.runtime.console import Console
+from nanochat_native.runtime.isolation import ReportFailures
+
+
+def run(args: Sequence[str], failures: ReportFailures) -> int:
+    """Run the comparison, or the rest of it. Returns 128 plus the number of a signal that stopped it."""
+    options, config, _ = parse_flags(comparison.Options, "compare", args, base=comparison.defaults(args))
+    console = Console(failures=failures)
+    code = comparison.run(options, config, console)
+    if code:
+        console.say("resume   give the same command again")
+    return code
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Compares as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the command with `args`, or sys.argv's. Returns the exit code."""
     return command.run_reporting(run, args)
 
 

@@ -12,13 +12,13 @@ import torch
 
 import nanochat_native
 from nanochat_native import ops
-from nanochat_native.bench import record
+from nanochat_native.bench import results_io
 from nanochat_native.ops.self_test import CHECKS, TOLERANCE, covers, difference, openmp_libraries, processor
 
 
 def main(args: Sequence[str] = ()) -> int:
     """Looks at everything, and prints. Returns the exit code: 1 where something is broken."""
-    record.Parser(prog="python -m nanochat_native.doctor", description=__doc__).parse_args(args)
+    results_io.Parser(prog="python -m nanochat_native.doctor", description=__doc__).parse_args(args)
     torch.manual_seed(0)
     broken: list[str] = []
     print(

@@ -1,4 +1,4 @@
-"""`python -m nanochat_native.memory`: predict and measure what a training step holds in memory."""
+"""python -m nanochat_native.memory: predict and measure the memory of a training step."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from nanochat_native.runtime.command import run_command
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Does what `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the command with `args`, or sys.argv's. Returns the exit code."""
     return run_command(Options, "memory", args, run, config=(tyro.conf.FlagCreatePairsOff,))
 
 

@@ -1,5 +1,4 @@
 """Benchmarks: `python -m nanochat_native.bench`.
 
-Every case is checked for correctness first, then timed side by side with the torch call that one would write
-otherwise, in one run.
+Each case is checked for correctness first. It is then timed side by side with the PyTorch call that it replaces.
 """

@@ -1,4 +1,4 @@
-"""python -m nanochat_native.bench: correctness first, then time side by side with torch, a table, and JSON."""
+"""python -m nanochat_native.bench: check each case, time it beside torch, and print a table or write JSON."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,37 +10,37 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from nanochat_native.bench import generation, measure, operators, ranks, record, step
+from nanochat_native.bench import generation, measure, operators, ranks, results_io, step
 from nanochat_native.runtime.command import run_command
 
 
 @dataclass
 class Options:
-    """Times the operators and a training step against the torch calls that they replace, and generation against
+    """Time the operators and a training step against the torch calls that they replace, and generation against
     transformers, on the CPU.
 
-    A case whose results are wrong is not timed, and the exit status is 1.
+    A case with wrong results is not timed, and the exit status is then 1.
     """
 
     only: str = ""
-    """Run the cases whose group and name hold this text, e.g. "attention" or "V 8192". All by default."""
+    """Run only the cases whose group and name contain this text, e.g. "attention" or "V 8192"."""
     seconds: float = 3.0
-    """Least time that a case is repeated for, seconds."""
+    """Minimum time for which a case is repeated, seconds."""
     repeats: int = 7
-    """Least number of turns of a case; the median is reported."""
+    """Minimum number of repetitions of a case; the median is reported."""
     threads: int = 0
-    """Threads; 0 takes torch's own choice."""
+    """Number of threads; 0 uses torch's default."""
     json: Annotated[Path | None, tyro.conf.arg(name="json")] = None
-    """File for the results with machine, versions and commit."""
+    """File to which the results are written, with the machine, the versions and the commit."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Races as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the benchmarks that `args`, or sys.argv, asks for. Returns the exit code."""
     return run_command(Options, "bench", args, run)
 
 
 def run(options: Options) -> int:
-    """Prints the table, and writes it. Returns the exit code."""
+    """Print the table, and write the JSON file if one is given. Returns the exit code."""
     if options.threads:
         torch.set_num_threads(options.threads)
     machine, limits = measure.machine(), measure.measure_limits()
@@ -62,17 +62,17 @@ def run(options: Options) -> int:
             skipped.append({"title": name, "why": str(error)})
             print(f"{name}: left out: {error}", flush=True)
         else:
-            print(*record.table_parts(rows[-1]), flush=True)
+            print(*results_io.table_parts(rows[-1]), flush=True)
 
     for make in operators.cases():
         case = make()
         if options.only in f"{case.group} {case.name}":
             report(f"{case.group} {case.name}", partial(measure.run, case, limits, seconds=seconds, repeats=repeats))
-    for vocabulary, opponent in step.FLOORS:
+    for vocabulary, baseline in step.MIN_SPEEDUPS:
         name = f"training step d{step.DEPTH} T {step.T} B {step.B} V {vocabulary}"
         if options.only in name:
-            report(name, partial(step.run, vocabulary, opponent, seconds=seconds, repeats=repeats))
-    for depth, batch in generation.FLOORS:
+            report(name, partial(step.run, vocabulary, baseline, seconds=seconds, repeats=repeats))
+    for depth, batch in generation.MIN_SPEEDUPS:
         name = f"generation {generation.name_of(depth, batch)}"
         if options.only in name:
             report(name, partial(generation.run, depth, batch, seconds=seconds, repeats=repeats))
@@ -82,11 +82,11 @@ def run(options: Options) -> int:
             on_ranks.append(ranks.run(size, repeats=repeats))
             print(ranks.describe(on_ranks[-1], on_ranks[0]), flush=True)
     if not rows and not wrong and not skipped and not on_ranks:
-        print(f"no case holds {options.only!r}", file=sys.stderr)
+        print(f"no case contains {options.only!r}", file=sys.stderr)
         return 2
     if options.json:
         result = {"machine": machine, "limits": vars(limits), "rows": rows, "skipped": skipped, "ranks": on_ranks}
-        record.save(options.json, result)
+        results_io.save(options.json, result)
     return 1 if wrong else 0
 
 

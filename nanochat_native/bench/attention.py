@@ -1,4 +1,4 @@
-"""Attention against torch's own: SDPA, on a GPU with each of its backends, and FlexAttention."""
+"""Attention against torch's SDPA, on a GPU with each of its backends, and against FlexAttention."""
 
 import contextlib
 import os
@@ -16,21 +16,21 @@ from nanochat_native.ops import reference
 
 EXACT = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 ISA = "NANOCHAT_CUDA_ISA"
-OPPONENTS = ("SDPA", "SDPA, masked", "FLASH", "cuDNN", "FlexAttention")
+BASELINES = ("SDPA", "SDPA, masked", "FLASH", "cuDNN", "FlexAttention")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of self-attention, or with Tq of a step of generation against a cache of T keys."""
+    """The sizes of self-attention; with Tq, those of a generation step on a cache of T keys."""
 
     B: int
     T: int
     H: int
     D: int
-    Hkv: int = 0  # 0: as many as H
-    Tq: int = 0  # 0: as many as T
+    Hkv: int = 0  # 0: the same as H
+    Tq: int = 0  # 0: the same as T
     causal: bool = True
     window: int | None = None
 
@@ -44,20 +44,20 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """Of a query and a key that it sees, of one head."""
+        """The number of pairs of a query and a key that it attends to, in one head."""
         span = self.T if self.window is None else min(self.T, self.window + 1)
         if not self.causal:
             return self.queries * self.T
-        whole = self.T - self.queries  # keys that the first query sees before its own
+        whole = self.T - self.queries  # keys before that of the first query
         return sum(min(span, whole + i + 1) for i in range(self.queries))
 
     def flops(self, direction: str) -> float:
-        """As published: two products forward, five backward."""
+        """Return the operations by the published count: two products forward, five backward."""
         products = {"forward": 2, "backward": 5, "fwd+bwd": 7}[direction]
         return 2.0 * products * self.B * self.H * self.D * self.pairs
 
     def tensors(self, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
-        """q, k, v, dout as (B, T, heads, D)."""
+        """Return q, k, v and dout, each (B, T, heads, D)."""
         generator = torch.Generator(device).manual_seed(self.T)
         sizes = ((self.queries, self.H), (self.T, self.kv_heads), (self.T, self.kv_heads), (self.queries, self.H))
         return [
@@ -70,11 +70,11 @@ class Problem:
         return f"B {self.B} T {self.T} {heads} D {self.D} {kind}" + (f" Tq {self.Tq}" if self.Tq else "")
 
 
-# --- opponents: of (B, heads, T, D), SDPA's own layout ---
+# --- baselines, on (B, heads, T, D), the layout of SDPA ---
 
 
 def masked_sdpa(problem: Problem, device: torch.device | str) -> Attention:
-    """SDPA as it chooses itself; a window becomes a mask."""
+    """Return SDPA with its own choice of backend; a window becomes a mask."""
     mask = None
     if problem.window is not None:
         mask = reference.attention_mask(problem.queries, problem.T, True, problem.window, torch.device(device))
@@ -85,7 +85,7 @@ def masked_sdpa(problem: Problem, device: torch.device | str) -> Attention:
 
 
 def sdpa_by(backend: SDPBackend, problem: Problem) -> Attention:
-    """One backend of SDPA, which has no windows: it sees the whole past."""
+    """Return one backend of SDPA. It has no windows: it attends to all previous tokens."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -103,14 +103,14 @@ def flex(problem: Problem, device: torch.device | str) -> Attention:
         return seen if problem.window is None else seen & (i - j <= problem.window)
 
     mask = create_block_mask(sees, None, None, problem.queries, problem.T, device=str(device))
-    # Every size its own kernel: after a second size torch.compile would make one for any, which is slower.
+    # One kernel for each size: with dynamic shapes torch.compile makes a slower kernel that takes any size.
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=problem.kv_heads != problem.H)
 
 
-def opponent_of(name: str, problem: Problem, device: torch.device | str) -> tuple[Attention, str]:
-    """An opponent by its name, and what a reader has to know of it."""
-    whole_past = "" if problem.window is None else "the opponent has no windows and sees the whole past"
+def baseline_of(name: str, problem: Problem, device: torch.device | str) -> tuple[Attention, str]:
+    """Return a baseline by its name, and a note for the reader of its figures."""
+    whole_past = "" if problem.window is None else "the baseline has no windows and attends to all previous tokens"
     if name == "FLASH":
         return sdpa_by(SDPBackend.FLASH_ATTENTION, problem), whole_past
     if name == "cuDNN":
@@ -125,7 +125,7 @@ def opponent_of(name: str, problem: Problem, device: torch.device | str) -> tupl
 
 @contextlib.contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Holds our CUDA kernels to an instruction set, where one is named."""
+    """Restrict our CUDA kernels to an instruction set within the block; an empty name changes nothing."""
     before = os.environ.get(ISA)
     if name:
         os.environ[ISA] = name
@@ -142,31 +142,37 @@ def attention_case(
     problem: Problem,
     direction: str,
     *,
-    opponent: str,
+    baseline: str,
     dtype: torch.dtype,
-    floor: float,
+    min_speedup: float,
     name: str,
     device: torch.device | str = "cpu",
     isa: str = "",
 ) -> Case:
-    """`direction`: forward, backward, or fwd+bwd. isa: NANOCHAT_CUDA_ISA of ours.
+    """Return a case of attention against a baseline.
 
-    Raises ValueError for an opponent that is not known, UnavailableError, with the reason, where it does not work.
+    Args:
+        direction: "forward", "backward" or "fwd+bwd".
+        isa: the NANOCHAT_CUDA_ISA of our kernels.
+
+    Raises:
+        ValueError: the baseline is unknown.
+        UnavailableError: the baseline does not work here; the message says why.
     """
-    if opponent not in OPPONENTS:
-        raise ValueError(f"opponent is {opponent!r}; takes {', '.join(map(repr, OPPONENTS))}")
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {', '.join(map(repr, BASELINES))}, got {baseline!r}")
     q, k, v, g = problem.tensors(dtype, device)
     inputs = [x.clone().requires_grad_(direction != "forward") for x in (q, k, v)]
     their_inputs = [x.transpose(1, 2).contiguous().requires_grad_(direction != "forward") for x in (q, k, v)]
     their_g = g.transpose(1, 2).contiguous()
     try:
-        theirs_attend, note = opponent_of(opponent, problem, device)
+        theirs_attend, note = baseline_of(baseline, problem, device)
         call = calls(theirs_attend, their_inputs, their_g, direction)
         call()
     except torch.OutOfMemoryError as error:
-        raise UnavailableError(f"{opponent}: out of memory") from error
-    except Exception as error:  # of any of the compilers and libraries behind it
-        raise UnavailableError(f"{opponent}: {type(error).__name__}: {error}") from error
+        raise UnavailableError(f"{baseline}: out of memory") from error
+    except Exception as error:  # any compiler or library behind the baseline may fail
+        raise UnavailableError(f"{baseline}: {type(error).__name__}: {error}") from error
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ops.attention(q, k, v, causal=problem.causal, window=problem.window)
@@ -179,7 +185,7 @@ def attention_case(
             return ours_call()
 
     def check() -> None:
-        """One key/value head of the first batch, in float32 or better."""
+        """Compare one key/value head of the first sequence with the reference, in float32 or float64."""
         group = problem.H // problem.kv_heads
         wide = torch.float64 if dtype == torch.float32 else torch.float32
         heads = (group, 1, 1)
@@ -203,17 +209,17 @@ def attention_case(
         name,
         ours,
         call,
-        opponent,
+        baseline,
         check,
-        floor,
+        min_speedup,
         flops=flops,
         bytes=moved,
-        note="; ".join(filter(None, (note, f"ours held to {isa}" if isa else ""))),
+        note="; ".join(filter(None, (note, f"ours restricted to {isa}" if isa else ""))),
     )
 
 
 def calls(attend: Attention, inputs: list[Tensor], g: Tensor, direction: str) -> Callable[[], tuple[Tensor, ...]]:
-    """What is timed: the forward call, the gradients of one that has been made, or both."""
+    """Return the call to time: the forward pass, the backward pass of an output, or both."""
     if direction == "forward":
         return lambda: (attend(*inputs),)
     if direction == "backward":

@@ -1,4 +1,4 @@
-"""Generation: the engine against transformers' generate on the same weights, greedy, with its KV cache."""
+"""Generation: the engine against transformers' generate on the same weights, greedy, with a KV cache."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +15,9 @@ from nanochat_native.model.gpt import GPT
 from nanochat_native.runtime.timing import side_by_side
 
 V, PROMPT, NEW = 8192, 32, 128
-FLOORS = {(4, 1): 3.0, (5, 1): 3.0, (6, 1): 3.0, (4, 8): 1.0, (6, 8): 1.0}  # by depth and batch
-OPPONENT = "transformers generate"
-MIN_DIFFERENT = 8  # tokens of a continuation, or the check shows little
+MIN_SPEEDUPS = {(4, 1): 3.0, (5, 1): 3.0, (6, 1): 3.0, (4, 8): 1.0, (6, 8): 1.0}  # by depth and batch size
+BASELINE = "transformers generate"
+MIN_DIFFERENT = 8  # distinct tokens of a continuation, so that its equality is evidence
 
 Tokens = list[list[int]]
 
@@ -27,7 +27,7 @@ def name_of(depth: int, batch: int) -> str:
 
 
 def their_model(model: GPT) -> Any:
-    """NanoChatForCausalLM with the model's weights. Raises UnavailableError where transformers has none."""
+    """Return a NanoChatForCausalLM with the model's weights. Raises UnavailableError if transformers has none."""
     try:
         from transformers import NanoChatConfig, NanoChatForCausalLM
     except ImportError as error:
@@ -40,8 +40,8 @@ def their_model(model: GPT) -> Any:
     return theirs
 
 
-def contestants(depth: int, batch: int) -> tuple[Callable[[int], Tokens], Callable[[int], Tokens]]:
-    """Both continue the same prompts (batch, PROMPT) by a number of tokens each; they return the new ones."""
+def generators(depth: int, batch: int) -> tuple[Callable[[int], Tokens], Callable[[int], Tokens]]:
+    """Return our generator and the baseline's: each continues the same prompts by n tokens, and returns those."""
     model = GPT(GPTConfig.from_depth(depth, vocab_size=V, sequence_len=512))
     generator = torch.Generator().manual_seed(depth)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def contestants(depth: int, batch: int) -> tuple[Callable[[int], Tokens], Callab
 
 
 def check(ours: Tokens, theirs: Tokens) -> None:
-    """Raises AssertionError where a continuation differs, or repeats itself so soon that equality shows little."""
+    """Raise AssertionError if a continuation differs, or has too few distinct tokens to be evidence."""
     for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a != b:
             place = next(
@@ -72,13 +72,16 @@ def check(ours: Tokens, theirs: Tokens) -> None:
             )
             raise AssertionError(f"sequence {row} differs from transformers' at new token {place}")
         if len(set(a)) < MIN_DIFFERENT:
-            raise AssertionError(f"sequence {row} has {len(set(a))} different tokens: the check would show little")
+            raise AssertionError(f"sequence {row} has only {len(set(a))} distinct tokens, too few for a check")
 
 
 def run(depth: int, batch: int, *, seconds: float, repeats: int) -> dict[str, Any]:
-    """Checks, times, and returns the row: milliseconds a token of each sequence, prompt included in the time, and until
-    each sequence has its first one."""
-    both = contestants(depth, batch)
+    """Check and time a case, and return its row.
+
+    The row has the milliseconds per token of each sequence, with the prompt's time included, and the milliseconds to
+    the first token.
+    """
+    both = generators(depth, batch)
     check(*(generate(NEW) for generate in both))
 
     def times(new: int) -> list[float]:
@@ -89,11 +92,11 @@ def run(depth: int, batch: int, *, seconds: float, repeats: int) -> dict[str, An
     return {
         "group": "generation",
         "case": name_of(depth, batch),
-        "opponent": OPPONENT,
+        "opponent": BASELINE,
         "ours_ms": ours_ms,
         "theirs_ms": theirs_ms,
         "ratio": theirs_ms / ours_ms,
-        "floor": FLOORS[depth, batch],
+        "floor": MIN_SPEEDUPS[depth, batch],
         "ours_tokens_per_second": batch / ours_ms * 1e3,
         "theirs_tokens_per_second": batch / theirs_ms * 1e3,
         "ours_first_ms": ours_first_ms,

@@ -1,8 +1,8 @@
-"""python -m nanochat_native.bench.gpu (`make gpu`): builds, tests and times the CUDA kernels on a bare GPU machine.
+"""python -m nanochat_native.bench.gpu (`make gpu`): build, test and time the CUDA kernels on a bare GPU machine.
 
-Four stages, each a process of its own with a time limit: build in place, doctor, the tests marked gpu, the benchmarks.
-Failing tests do not keep the benchmarks from running. Everything goes into one JSON file, which is written anew after
-every stage and every case, and a table. Exit status 0 only if all went well. Needs no package but torch and pytest.
+Four stages run, each in its own process with a time limit: the build in place, doctor, the tests marked gpu, and the
+benchmarks. The benchmarks run even if tests fail. All results go into one JSON file, rewritten after every stage and
+case, and into a table. The exit status is 0 only if everything succeeded. Needs only torch and pytest.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from nanochat_native.bench import record
+from nanochat_native.bench import results_io
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_FOLDERS = ("tests/gpu", "tests/emulation")
 STAGES = ("build", "doctor", "tests", "bench")
-# Seconds that a stage is sure of. What it leaves over goes to those after it; together they are less than the 9 minutes
-# (quick: 3) that are promised.
+# Seconds guaranteed to each stage; unused time goes to the later stages. The sum is below the promised 9 minutes, with
+# --quick below 3.
 SHARES = {
     "full": {"build": 150.0, "doctor": 20.0, "tests": 140.0, "bench": 215.0},
     "quick": {"build": 75.0, "doctor": 15.0, "tests": 30.0, "bench": 52.0},
@@ -33,7 +33,7 @@ SHARES = {
 
 
 class Budget:
-    """The time of the whole, and how much of it a stage may take so that each later one still gets its share."""
+    """The time of the whole run, and the limit of a stage that leaves each later stage its share."""
 
     def __init__(self, shares: dict[str, float]) -> None:
         self.shares = shares
@@ -46,7 +46,7 @@ class Budget:
 
 
 def run_limited(command: list[str], limit: float, environment: dict[str, str] | None = None) -> int | None:
-    """Exit status of a command, or None where it was stopped at `limit` seconds. What it started ends with it."""
+    """Run a command and return its exit status, or None if it was stopped at `limit` seconds with its children."""
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | (environment or {}), start_new_session=True)
     try:
         return process.wait(limit)
@@ -59,7 +59,7 @@ def run_limited(command: list[str], limit: float, environment: dict[str, str] | 
 
 
 def read_tests(path: Path) -> dict[str, Any]:
-    """What pytest's JUnit file holds: numbers, the failures, and how often each reason for a skip was given."""
+    """Read pytest's JUnit file: counts, the failures, and how often each reason for a skip was given."""
     outcomes: Counter[str] = Counter()
     failures, reasons = [], Counter[str]()
     for test in ElementTree.parse(path).iter("testcase"):
@@ -78,19 +78,19 @@ def read_tests(path: Path) -> dict[str, Any]:
 
 
 class Run:
-    """One `make gpu`: its options, its time, and its result, which lies in `path` at every moment."""
+    """One run of `make gpu`: its options, its time, and its result, which `path` always holds."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.budget = Budget(SHARES["quick" if options.quick else "full"])
-        gpu = record.gpu_facts() if options.device == "cuda" else {}
+        gpu = results_io.gpu_facts() if options.device == "cuda" else {}
         self.path: Path = options.json or default_path(str(gpu.get("name", options.device)), options.quick)
         self.result: dict[str, Any] = {
             "command": sys.argv,
             "device": options.device,
             "quick": options.quick,
-            "time": record.now(),
-            "commit": options.commit or record.commit(),
+            "time": results_io.now(),
+            "commit": options.commit or results_io.commit(),
             "gpu_before": gpu,
             "machine": {},
             "limits": {},
@@ -101,10 +101,10 @@ class Run:
             "skipped": [],
             "errors": [],
         }
-        record.save(self.path, self.result)
+        results_io.save(self.path, self.result)
 
     def stage(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> bool:
-        """Runs a stage's command; whether it ended well, and in time."""
+        """Run the command of a stage. Returns whether it succeeded in time."""
         limit = self.budget.limit(name)
         print(f"\n=== {name}: at most {limit:.0f} s", flush=True)
         started = time.monotonic()
@@ -112,7 +112,7 @@ class Run:
         self.result["stages"].append(
             {"stage": name, "status": status, "seconds": time.monotonic() - started, "limit": limit}
         )
-        record.save(self.path, self.result)
+        results_io.save(self.path, self.result)
         return status == 0
 
     def build(self) -> bool:
@@ -132,16 +132,16 @@ class Run:
             self.stage("tests", [*command, "-m", marks, *folders])
             if junit.exists():
                 self.result["tests"] = read_tests(junit)
-        record.save(self.path, self.result)
+        results_io.save(self.path, self.result)
 
     def bench(self) -> None:
-        """As many processes as it takes: one that dies is followed by another for the cases that are left."""
+        """Run the benchmarks. If their process dies, another one runs the remaining cases."""
         options = self.options
-        command = [sys.executable, "-m", "nanochat_native.bench.gpu_run", "--json", str(self.path.resolve())]
+        command = [sys.executable, "-m", "nanochat_native.bench.gpu_worker", "--json", str(self.path.resolve())]
         command += ["--device", options.device, "--only", options.only] + ["--quick"] * options.quick
         while True:
             before = finished(self.result)
-            # The process ends by itself before it is ended: it then says where it stood.
+            # The process must end by itself before the limit, so that it can report where it was.
             seconds = self.budget.limit("bench") - 3
             self.run_bench([*command, "--seconds", str(seconds)])
             missing = len(self.result["cases"]) - finished(self.result)
@@ -152,14 +152,14 @@ class Run:
             if title not in known:
                 self.result["errors"].append({"title": title, "error": "not run: the benchmarks had ended"})
         if not self.result["cases"]:
-            self.result["errors"].append({"title": "all", "error": f"no case was found that holds {options.only!r}"})
-        record.save(self.path, self.result)
+            self.result["errors"].append({"title": "all", "error": f"no case contains {options.only!r}"})
+        results_io.save(self.path, self.result)
 
     def run_bench(self, command: list[str]) -> None:
         started, limit = time.monotonic(), self.budget.limit("bench")
         print(f"\n=== bench: at most {limit:.0f} s", flush=True)
         status = run_limited(command, limit)
-        self.result = record.load(self.path)
+        self.result = results_io.load(self.path)
         running = self.result.pop("running", None)
         if running:
             ended = "was stopped" if status is None else f"ended with status {status}"
@@ -167,7 +167,7 @@ class Run:
             self.result["errors"].append({"title": running, "error": error})
         stage = {"stage": "bench", "status": status, "seconds": time.monotonic() - started, "limit": limit}
         self.result["stages"].append(stage)
-        record.save(self.path, self.result)
+        results_io.save(self.path, self.result)
 
     def run(self) -> int:
         try:
@@ -178,7 +178,7 @@ class Run:
                 self.bench()
         finally:
             self.result["seconds"] = time.monotonic() - self.budget.start
-            record.save(self.path, self.result)
+            results_io.save(self.path, self.result)
             print(*summary(self.result, self.path), sep="\n", flush=True)
         return 0 if succeeded(self.result) else 1
 
@@ -192,16 +192,16 @@ def succeeded(result: dict[str, Any]) -> bool:
 
 
 def summary(result: dict[str, Any], path: Path) -> list[str]:
-    """The lines that end the output: the table, then what was left out or went wrong, then the verdict."""
+    """Return the last lines of the output: the table, the skipped cases, the errors, and the verdict."""
     lines = ["", "=== summary"]
     if result["limits"]:
         copy, product = result["limits"]["copy"], result["limits"]["bfloat16_product"]
         lines.append(f"limits  copy {copy:,.0f} GB/s, bfloat16 torch.mm {product / 1e3:,.0f} TFLOP/s, measured")
     for row in result["rows"]:
-        first, *more = record.table_parts(row)
+        first, *more = results_io.table_parts(row)
         lines += [first.rstrip(), *([f"    {', '.join(more)}"] if more else [])]
     below = [row["title"] for row in result["rows"] if row["ratio"] is not None and row["ratio"] < row["floor"]]
-    lines += [f"below its floor: {title}" for title in below]
+    lines += [f"below its minimum speedup: {title}" for title in below]
     lines += [f"left out: {one['title']}: {one['why']}" for one in result["skipped"]]
     tests = result["tests"]
     if tests:
@@ -223,24 +223,27 @@ def default_path(name: str, quick: bool) -> Path:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = record.Parser(
+    parser = results_io.Parser(
         prog="python -m nanochat_native.bench.gpu",
-        description="Builds, tests and times the CUDA kernels: under 9 minutes, one JSON and a table.",
+        description="Build, test and time the CUDA kernels in under 9 minutes. Writes one JSON file and a table.",
     )
     parser.add_argument("--quick", action="store_true", help="under 3 minutes: no slow tests, fewer cases")
-    parser.add_argument("--json", type=Path, help="the result; benchmarks/results/<gpu>-<date>.json by default")
-    parser.add_argument("--only", default="", help="time the cases whose group and name hold this text")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--json", type=Path, help="file for the result; default: benchmarks/results/<gpu>-<date>.json")
+    parser.add_argument("--only", default="", help="time only the cases whose group and name contain this text")
+    parser.add_argument("--skip-tests", action="store_true", help="do not run the tests")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same code on small sizes, builds nothing"
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: run the same code on small sizes, without a build",
     )
-    parser.add_argument("--commit", default="", help="to record where the source lies outside of git")
+    parser.add_argument("--commit", default="", help="the commit to record if the source is not in a git repository")
     return parser.parse_args(arguments)
 
 
 def main(args: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if args is None else args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, the result written
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what is running, and writes the result
     return Run(options).run()
 
 

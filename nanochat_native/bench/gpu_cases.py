@@ -1,4 +1,7 @@
-"""The cases of `make gpu`: what has CUDA kernels, against torch. A new CUDA kernel adds its cases to `entries`."""
+"""The cases of `make gpu`: every operator with a CUDA kernel, against torch.
+
+A new CUDA kernel adds its cases to `entries`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +22,8 @@ from nanochat_native.bench.operators import (
     muon_step_case,
     newton_schulz_set_case,
 )
-from nanochat_native.bench.plain import PlainGPT
-from nanochat_native.bench.step import OPPONENTS
+from nanochat_native.bench.step import BASELINES
+from nanochat_native.bench.torch_baseline import TorchGPT
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import setup_optimizers
@@ -28,11 +31,11 @@ from nanochat_native.optim import setup_optimizers
 
 @dataclass(frozen=True)
 class Entry:
-    """A case that is not made yet: its tensors may be gigabytes. Its group and name together are unique."""
+    """A case whose tensors, perhaps gigabytes, are not allocated yet. Its group and name together are unique."""
 
     group: str
     name: str
-    operators: tuple[str, ...]  # that must run native, or there is nothing of ours to time
+    operators: tuple[str, ...]  # they must be native; without them the case is skipped
     make: Callable[..., Case]  # takes device=
 
     @property
@@ -43,10 +46,11 @@ class Entry:
 MUON = ("muon_momentum_", "newton_schulz_update_")
 
 
-def optimizer_phase_case(depth: int, vocabulary: int, floor: float, *, name: str, device: torch.device) -> Case:
-    """All of a step's optimizers on a model of nanochat's shapes; torch's fused AdamW does less work, for every tensor.
+def optimizer_phase_case(depth: int, vocabulary: int, min_speedup: float, *, name: str, device: torch.device) -> Case:
+    """Return a case of all optimizers of a step on a model of nanochat's shapes.
 
-    Checked against the same optimizers on the twins: on a GPU theirs rounds to bfloat16 within Newton-Schulz.
+    The baseline, torch's fused AdamW on every tensor, does less work. The check compares with the same optimizers on
+    the reference backend, which on a GPU rounds to bfloat16 within Newton-Schulz.
     """
 
     def model() -> GPT:
@@ -68,14 +72,14 @@ def optimizer_phase_case(depth: int, vocabulary: int, floor: float, *, name: str
             optimizer.step()
 
     def check() -> None:
-        twin = model()
-        start = [parameter.detach().clone() for parameter in twin.parameters()]
+        reference_model = model()
+        start = [parameter.detach().clone() for parameter in reference_model.parameters()]
         ours()
         with ops.use_backend("torch"):
-            for optimizer in setup_optimizers(twin):
+            for optimizer in setup_optimizers(reference_model):
                 optimizer.step()
         named: list[tuple[str, Tensor]] = list(ours_model.named_parameters())
-        for (parameter, mine), other, before in zip(named, twin.parameters(), start, strict=True):
+        for (parameter, mine), other, before in zip(named, reference_model.parameters(), start, strict=True):
             assert_close(parameter, mine.detach() - before, other.detach() - before, 3e-2)
 
     return Case(
@@ -85,19 +89,19 @@ def optimizer_phase_case(depth: int, vocabulary: int, floor: float, *, name: str
         theirs.step,
         "AdamW(fused=True) of all",
         check,
-        floor,
+        min_speedup,
         saves_launches=True,
     )
 
 
 def model_case(
-    depth: int, T: int, B: int, vocabulary: int, floor: float, *, opponent: str, name: str, device: torch.device
+    depth: int, T: int, B: int, vocabulary: int, min_speedup: float, *, baseline: str, name: str, device: torch.device
 ) -> Case:
-    """Forward and backward of the whole model in bfloat16: ours against torch's own calls, or on the twins."""
+    """Return a case of the whole model, forward and backward in bfloat16, against torch's calls or our reference."""
     config = GPTConfig.from_depth(depth, vocab_size=vocabulary, sequence_len=T)
     with device:
         ours_model = GPT(config)
-        theirs_model: torch.nn.Module = GPT(config) if opponent == "twins" else PlainGPT(config)
+        theirs_model: torch.nn.Module = GPT(config) if baseline == "reference" else TorchGPT(config)
     generator = torch.Generator(device).manual_seed(depth)
     with torch.no_grad():
         for mine, other in zip(ours_model.parameters(), theirs_model.parameters(), strict=True):
@@ -113,7 +117,7 @@ def model_case(
         return loss.detach()
 
     def theirs() -> Tensor:
-        with ops.use_backend("torch" if opponent == "twins" else "native"):
+        with ops.use_backend("torch" if baseline == "reference" else "native"):
             return run(theirs_model)
 
     def check() -> None:
@@ -128,9 +132,9 @@ def model_case(
         name,
         lambda: run(ours_model),
         theirs,
-        OPPONENTS[opponent],
+        BASELINES[baseline],
         check,
-        floor,
+        min_speedup,
         flops=float(ours_model.estimate_flops() * B * T),
         saves_memory=True,
         saves_launches=True,
@@ -146,10 +150,18 @@ def nanochat_shapes(width: int, layers: int, vocabulary: int) -> list[tuple[int,
     return [(vocabulary, width), *layer * layers, (vocabulary, width)]
 
 
-def adamw_entry(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, moments: torch.dtype, floor: float) -> Entry:
+def adamw_entry(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, moments: torch.dtype, min_speedup: float
+) -> Entry:
     size, names = sum(torch.Size(shape).numel() for shape in shapes), {torch.float32: "float32"}
     label = f"{short(size)} {names.get(dtype, 'bf16')}/{names.get(moments, 'bf16')} moments, {len(shapes)} tensors"
-    arguments: dict[str, Any] = {"dtype": dtype, "moments": moments, "floor": floor, "name": label, "shapes": shapes}
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "moments": moments,
+        "min_speedup": min_speedup,
+        "name": label,
+        "shapes": shapes,
+    }
     return Entry("adamw_", label, ("adamw_",), partial(adamw_case, **arguments))
 
 
@@ -159,68 +171,73 @@ def muon_entry(count: int, rows: int, columns: int) -> Entry:
         "muon halves",
         name,
         ("muon_momentum_", "muon_update_"),
-        partial(muon_case, count, rows, columns, floor=1.5, name=name),
+        partial(muon_case, count, rows, columns, min_speedup=1.5, name=name),
     )
 
 
 def matrices_of(depth: int) -> Shapes:
-    """Of nanochat's blocks: 64 channels of width a layer."""
+    """Return the shapes of the matrices of nanochat's blocks. The width is 64 channels for each layer."""
     width = 64 * depth
     return [(4 * depth, width, width), (depth, 4 * width, width), (depth, width, 4 * width)]
 
 
-def newton_schulz_entry(shapes: Shapes, floor: float, name: str = "", compiler: str | None = None) -> Entry:
+def newton_schulz_entry(shapes: Shapes, min_speedup: float, name: str = "", compiler: str | None = None) -> Entry:
     name = name or ", ".join(f"{count} x {rows}x{columns}" for count, rows, columns in shapes)
     name += ", compiled" if compiler else ""
-    make = partial(newton_schulz_set_case, shapes, floor, name=name, compiler=compiler)
+    make = partial(newton_schulz_set_case, shapes, min_speedup, name=name, compiler=compiler)
     return Entry("newton_schulz", name, ("newton_schulz",), make)
 
 
 def muon_step_entry(shapes: Shapes, name: str) -> Entry:
-    opponent = "torch.optim.Muon"
-    make = partial(muon_step_case, shapes, 1.0, opponent=opponent, name=name)
-    return Entry("Muon step", f"{name}, {opponent}", MUON, make)
+    baseline = "torch.optim.Muon"
+    make = partial(muon_step_case, shapes, 1.0, baseline=baseline, name=name)
+    return Entry("Muon step", f"{name}, {baseline}", MUON, make)
 
 
 def loss_entry(N: int, C: int, vocabulary: int, compiler: str | None = None) -> Entry:
     name = f"N {N} C {C} V {vocabulary} bf16" + (", compiled" if compiler else "")
     make = partial(
-        linear_cross_entropy_case, N, C, vocabulary, floor=1.0, name=name, dtype=torch.bfloat16, compiler=compiler
+        linear_cross_entropy_case, N, C, vocabulary, min_speedup=1.0, name=name, dtype=torch.bfloat16, compiler=compiler
     )
     return Entry("linear_cross_entropy", name, ("linear_cross_entropy",), make)
 
 
 def attention_entries(
-    problem: Problem, floors: dict[str, float], directions: Sequence[str] = ("forward", "backward"), isa: str = ""
+    problem: Problem, min_speedups: dict[str, float], directions: Sequence[str] = ("forward", "backward"), isa: str = ""
 ) -> list[Entry]:
-    """One for each direction and opponent; `floors` by opponent."""
+    """Return an entry for each direction and baseline; the keys of `min_speedups` are the baselines."""
     found = []
     for direction in directions:
-        for opponent, floor in floors.items():
-            name = f"{problem}, {opponent}" + (f", {isa}" if isa else "")
-            options: dict[str, Any] = {"opponent": opponent, "dtype": torch.bfloat16, "floor": floor, "isa": isa}
+        for baseline, min_speedup in min_speedups.items():
+            name = f"{problem}, {baseline}" + (f", {isa}" if isa else "")
+            options: dict[str, Any] = {
+                "baseline": baseline,
+                "dtype": torch.bfloat16,
+                "min_speedup": min_speedup,
+                "isa": isa,
+            }
             make = partial(attention_case, problem, direction, name=name, **options)
             found.append(Entry(f"attention {direction}", name, ("attention",), make))
     return found
 
 
-def model_entry(depth: int, T: int, B: int, vocabulary: int, opponent: str) -> Entry:
-    name = f"d{depth} T {T} B {B} V {vocabulary} bf16, {opponent}"
-    make = partial(model_case, depth, T, B, vocabulary, floor=1.0, opponent=opponent, name=name)
+def model_entry(depth: int, T: int, B: int, vocabulary: int, baseline: str) -> Entry:
+    name = f"d{depth} T {T} B {B} V {vocabulary} bf16, {baseline}"
+    make = partial(model_case, depth, T, B, vocabulary, min_speedup=1.0, baseline=baseline, name=name)
     return Entry("model fwd+bwd", name, ("attention", "linear_cross_entropy"), make)
 
 
 def phase_entry(depth: int, vocabulary: int) -> Entry:
     name = f"d{depth} V {vocabulary}, Muon and AdamW"
-    make = partial(optimizer_phase_case, depth, vocabulary, floor=0.0, name=name)
+    make = partial(optimizer_phase_case, depth, vocabulary, min_speedup=0.0, name=name)
     return Entry("optimizer phase", name, ("adamw_", *MUON), make)
 
 
 def entries(device_type: str, *, quick: bool) -> list[Entry]:
-    """Every case, those first that say most: the time may end before the last. On a CPU, sizes of a demonstration.
+    """Return every case, the most informative first: time may run out before the last. CPU cases are small.
 
-    The floor of bfloat16 parameters with float32 moments is that of the bytes: 22 against the 14 that torch moves,
-    whose moments are then bfloat16.
+    With bfloat16 parameters and float32 moments the minimum speedup is the ratio of the bytes: torch moves 14 for our
+    22, because it keeps bfloat16 moments.
     """
     f32, bf16 = torch.float32, torch.bfloat16
     if device_type == "cpu":
@@ -229,8 +246,8 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
             *attention_entries(Problem(B=1, T=96, H=2, Hkv=1, D=16), {"SDPA": 1.0}),
             *attention_entries(Problem(B=1, T=96, H=2, D=16, window=20), {"SDPA": 1.0}, ["fwd+bwd"]),
             *attention_entries(Problem(B=2, T=96, H=2, Hkv=1, D=16, Tq=1), {"SDPA": 1.0}, ["forward"]),
-            model_entry(1, 32, 2, 64, "plain"),
-            model_entry(1, 32, 2, 64, "twins"),
+            model_entry(1, 32, 2, 64, "torch"),
+            model_entry(1, 32, 2, 64, "reference"),
             adamw_entry(many, f32, f32, 1.0),
             adamw_entry(many, bf16, f32, 0.6),
             muon_entry(4, 48, 32),
@@ -256,8 +273,8 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
             *attention_entries(Problem(B=2, T=8192, H=16, D=128), libraries),
             *attention_entries(Problem(B=4, T=4096, H=16, D=64), libraries),
             *attention_entries(Problem(B=4, T=4096, H=32, Hkv=4, D=128), libraries),
-            model_entry(12, 2048, 16, 65536, "plain"),
-            model_entry(12, 2048, 4, 65536, "twins"),
+            model_entry(12, 2048, 16, 65536, "torch"),
+            model_entry(12, 2048, 4, 65536, "reference"),
             *attention_entries(large, {"FLASH": 1.0}, isa="sm_80"),
             *attention_entries(Problem(B=2, T=8192, H=16, D=128), {"FLASH": 1.0}, isa="sm_80"),
             *attention_entries(Problem(B=32, T=8192, H=32, Hkv=4, D=128, Tq=1), {"FLASH": 1.0}, ["forward"]),

@@ -1,7 +1,7 @@
-"""python -m nanochat_native.bench.load: many clients at once against a server of its own, some of whom hang up.
+"""python -m nanochat_native.bench.load: start a server and load it with many clients, some of which hang up.
 
-What counts as lost: an answer that is not 200, does not end as it must, or is another text than a request with the same
-prompt and seed got before.
+An answer is lost if its status is not 200, if it is incomplete, or if its text differs from an earlier answer to the
+same prompt and seed.
 """
 
 import asyncio
@@ -27,29 +27,29 @@ PROMPTS = (
     "# The first\n",
     "try:\n    return",
 )
-SEEDS = 8  # so that the same request comes again and again
-HANG_UP = 0.1  # share of the clients' requests
-WARM_SHARE = 0.2  # of the time, after which memory is measured first
+SEEDS = 8  # few, so that requests repeat
+HANG_UP = 0.1  # share of the requests at which the client disconnects early
+WARM_SHARE = 0.2  # share of the time before the first measurement of memory
 
 
 @dataclass
 class Options:
-    """Load a server: closed loop, each client sends its next request when the last is answered."""
+    """Load-test a server with a closed loop: each client sends its next request when the last one is answered."""
 
     checkpoint: Path
     """Run folder to serve."""
     clients: int = 64
-    """At the same time."""
+    """Number of clients at the same time."""
     seconds: float = 60.0
-    """That it lasts."""
+    """Duration of the test, seconds."""
     max_tokens: int = 32
-    """Of each answer, half of them to four times as many."""
+    """Base length of an answer; requests ask for a half of it, for it, or for twice as many tokens."""
     slots: int = 8
-    """Of the server."""
+    """Slots of the server."""
 
 
 @dataclass
-class Found:
+class Tally:
     answers: Counter[str] = field(default_factory=Counter)  # whole, streamed, hung up
     lost: list[str] = field(default_factory=list)
     tokens: int = 0
@@ -59,7 +59,10 @@ class Found:
 
 
 async def ask(port: int, body: dict[str, Any], hang_up_after: int | None = None) -> tuple[int, bytes, float]:
-    """(status, body, seconds to its first byte) of a POST to /v1/completions; left after so many bytes of the body."""
+    """Return (status, body, seconds to the first byte) of a POST to /v1/completions.
+
+    With hang_up_after the client disconnects after that many bytes of the body.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     began, first = time.monotonic(), 0.0
     try:
@@ -87,7 +90,7 @@ async def ask(port: int, body: dict[str, Any], hang_up_after: int | None = None)
     return status, bytes(whole), first
 
 
-async def client(number: int, port: int, model: str, options: Options, until: float, found: Found) -> None:
+async def client(number: int, port: int, model: str, options: Options, until: float, found: Tally) -> None:
     rng = random.Random(number)
     while time.monotonic() < until:
         tokens = options.max_tokens * rng.choice((1, 2, 4)) // 2
@@ -115,11 +118,11 @@ async def client(number: int, port: int, model: str, options: Options, until: fl
         if status != 200:
             found.lost.append(f"status {status}: {content[:200]!r}")
         elif found.texts.setdefault(key, text) != text:
-            found.lost.append(f"{key}: another text than before")
+            found.lost.append(f"{key}: the text differs from an earlier answer")
 
 
 def read(content: bytes, stream: bool) -> tuple[str, int]:
-    """(text, tokens) of an answer. Raises ValueError for one that is not whole."""
+    """Return (text, number of tokens) of an answer. Raises ValueError for an incomplete answer."""
     if not stream:
         answer = json.loads(content)
         return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
@@ -133,14 +136,14 @@ def read(content: bytes, stream: bool) -> tuple[str, int]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process that lies in RAM."""
+    """Return the resident memory of a process."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
 async def load(options: Options, port: int, pid: int, model: str) -> dict[str, Any]:
-    """Runs the clients; what they found, and the server's memory after a fifth of the time and at the end."""
-    found, began = Found(), time.monotonic()
+    """Run the clients. Returns their results and the server's memory from a fifth of the time on."""
+    found, began = Tally(), time.monotonic()
     until = began + options.seconds
     memory: list[int] = []
 
@@ -171,7 +174,7 @@ async def load(options: Options, port: int, pid: int, model: str) -> dict[str, A
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Starts a server, loads it, and ends it. Raises ChildProcessError where it does not start or does not end well."""
+    """Start a server, load it, and stop it. Raises ChildProcessError if it does not start or does not stop cleanly."""
     command = [sys.executable, "-m", "nanochat_native.serve", "--checkpoint", str(options.checkpoint), "--port", "0"]
     command += ["--slots", str(options.slots), "--max-waiting", str(options.clients), "--model-name", "model"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
@@ -193,12 +196,12 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Loads and prints as `args` say, sys.argv's by default. Returns the exit code."""
+    """Run the load test that `args`, or sys.argv, describes. Returns the exit code."""
     return run_command(Options, "bench.load", args, show)
 
 
 def show(options: Options) -> int:
-    """Loads and prints. Returns 1 where something was lost."""
+    """Run the load test and print its results. Returns 1 if an answer was lost, else 0."""
     result = run(options)
     lost, memory = result["lost"], [size / 1e6 for size in result["memory_bytes"]]
     print(
@@ -206,10 +209,10 @@ def show(options: Options) -> int:
         + ", ".join(f"{n:,} {k}" for k, n in result["answers"].items())
     )
     print(f"lost     {len(lost)}" + "".join(f"\n         {what}" for what in lost[:10]))
-    print(f"tokens   {result['tokens_per_second']:,.0f} a second in whole answers")
+    print(f"tokens   {result['tokens_per_second']:,.0f} per second in complete answers")
     for name, label in (("latency", "latency"), ("first_byte", "first")):
         print(f"{label:<8} " + ", ".join(f"{cut} {1e3 * value:,.0f} ms" for cut, value in result[name].items()))
-    print(f"memory   {memory[0]:.1f} MB when warm, {memory[-1]:.1f} MB at the end, {max(memory):.1f} MB at most")
+    print(f"memory   {memory[0]:.1f} MB after warm-up, {memory[-1]:.1f} MB at the end, {max(memory):.1f} MB at most")
     return 1 if lost else 0
 
 

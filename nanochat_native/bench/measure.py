@@ -1,4 +1,4 @@
-"""Timing side by side, and the machine's limits."""
+"""Benchmark cases, timed side by side with a baseline, and the limits of the machine."""
 
 import os
 import platform
@@ -10,35 +10,35 @@ from typing import Any
 import torch
 
 from nanochat_native import ops
-from nanochat_native.bench import record
+from nanochat_native.bench import results_io
 from nanochat_native.runtime.timing import milliseconds, side_by_side
 
 
 class UnavailableError(RuntimeError):
-    """A case cannot be made here, for a reason that is no fault of ours: an opponent that does not work."""
+    """A case cannot run here because its baseline does not work."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. `check` raises AssertionError where the results differ; a case that fails it is never timed."""
+    """One comparison with a baseline. `check` raises AssertionError if the results differ; such a case is not timed."""
 
     group: str
     name: str
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
-    opponent: str
+    baseline: str
     check: Callable[[], None]
-    floor: float  # the least ratio theirs / ours that the project promises: on two CPU cores, or on one H100 or H200
-    flops: float = 0.0  # of ours, by the algorithm's own count
-    bytes: float = 0.0  # that ours must move
-    saves_memory: bool = False  # the peak of both is worth a column
-    saves_launches: bool = False  # the kernels that both launch are
-    note: str = ""  # what a reader of the figure has to know
+    min_speedup: float  # promised ratio theirs / ours: on two CPU cores, or on one H100 or H200
+    flops: float = 0.0  # of our call, by the count of the algorithm
+    bytes: float = 0.0  # that our call must move
+    saves_memory: bool = False  # measure the peak memory of both
+    saves_launches: bool = False  # count the launches of both
+    note: str = ""  # for the reader of the figure
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine gives: GFLOP/s of a large float32 product by torch.mm, GB/s read and written by a copy."""
+    """Measured limits: GFLOP/s of a large float32 torch.mm, GB/s read and written by a copy."""
 
     sgemm: float
     copy: float
@@ -54,7 +54,7 @@ def measure_limits() -> Limits:
 
 
 def run(case: Case, limits: Limits, *, seconds: float, repeats: int) -> dict[str, Any]:
-    """Checks, times, and returns the case's row."""
+    """Check and time a case, and return its row."""
     case.check()
     ours, theirs = side_by_side([case.ours, case.theirs], seconds=seconds, repeats=repeats)
     row = figures(case, ours, theirs)
@@ -66,15 +66,15 @@ def run(case: Case, limits: Limits, *, seconds: float, repeats: int) -> dict[str
 
 
 def figures(case: Case, ours: float, theirs: float | None) -> dict[str, Any]:
-    """The row of a case that took these milliseconds; theirs is None where the opponent cannot run at all."""
+    """Return the row of a case with these milliseconds; theirs is None if the baseline cannot run."""
     row: dict[str, Any] = {
         "group": case.group,
         "case": case.name,
-        "opponent": case.opponent,
+        "opponent": case.baseline,
         "ours_ms": ours,
         "theirs_ms": theirs,
         "ratio": None if theirs is None else theirs / ours,
-        "floor": case.floor,
+        "floor": case.min_speedup,
     }
     if case.flops:
         row["gflops"] = case.flops / ours / 1e6
@@ -84,7 +84,7 @@ def figures(case: Case, ours: float, theirs: float | None) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, versions and commit that a figure belongs to."""
+    """Return the processor, the versions and the commit to which a figure belongs."""
     model = next(
         (
             line.split(":", 1)[1].strip()
@@ -101,13 +101,13 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        "commit": record.commit(),
-        "time": record.now(),
+        "commit": results_io.commit(),
+        "time": results_io.now(),
     }
 
 
 def assert_close(name: str, ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
-    """Relative Frobenius error against the exact result; a NaN fails."""
+    """Raise AssertionError if the relative Frobenius error exceeds the tolerance, or is NaN."""
     error = ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
     if not error <= tolerance:
-        raise AssertionError(f"{name}: relative error {error:.2e}, at most {tolerance:.0e} is taken")
+        raise AssertionError(f"{name}: relative error must be at most {tolerance:.0e}, got {error:.2e}")

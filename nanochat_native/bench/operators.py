@@ -1,4 +1,4 @@
-"""The operators against the torch calls that they replace."""
+"""The cases of the CPU operators, against the torch calls that they replace."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,12 +10,12 @@ from torch import Tensor
 from nanochat_native import ops
 from nanochat_native.bench.attention import EXACT, Problem, attention_case
 from nanochat_native.bench.measure import Case, UnavailableError, assert_close
-from nanochat_native.bench.plain import PlainMuon, newton_schulz_by_matmul, newton_schulz_by_mm
+from nanochat_native.bench.torch_baseline import Float32Muon, newton_schulz_by_matmul, newton_schulz_by_mm
 from nanochat_native.ops import reference
 from nanochat_native.optim import Muon
 
 
-def newton_schulz_case(rows: int, columns: int, floor: float) -> Case:
+def newton_schulz_case(rows: int, columns: int, min_speedup: float) -> Case:
     g = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
 
     def check() -> None:
@@ -29,7 +29,7 @@ def newton_schulz_case(rows: int, columns: int, floor: float) -> Case:
         lambda: newton_schulz_by_mm(g),
         "torch.mm",
         check,
-        floor,
+        min_speedup,
         flops=newton_schulz_flops([(1, rows, columns)]),
     )
 
@@ -38,29 +38,29 @@ Shapes = Sequence[tuple[int, int, int]]  # (count, rows, columns)
 
 
 def newton_schulz_flops(shapes: Shapes) -> float:
-    """Of the plain form without halves: 20 a + 10 times the cube of the small side, a the aspect."""
+    """Return the operations of the plain form, whole products: (20 a + 10) n^3 for a small side n and an aspect a."""
     return sum(count * min(M, K) ** 2 * (20.0 * max(M, K) + 10.0 * min(M, K)) for count, M, K in shapes)
 
 
 def newton_schulz_set_case(
-    shapes: Shapes, floor: float, *, name: str, device: torch.device | str, compiler: str | None = None
+    shapes: Shapes, min_speedup: float, *, name: str, device: torch.device | str, compiler: str | None = None
 ) -> Case:
-    """Batches of float32 matrices; torch's products are bfloat16's, batched, in eager calls or compiled.
+    """Return a case of batches of float32 matrices; the baseline multiplies in bfloat16, eagerly or compiled.
 
-    Raises UnavailableError, with the reason, where torch.compile does not work.
+    Raises UnavailableError if torch.compile does not work; the message says why.
     """
     generator = torch.Generator(device).manual_seed(0)
     batches = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
-    plain: Callable[[Tensor], Tensor] = newton_schulz_by_matmul
+    baseline: Callable[[Tensor], Tensor] = newton_schulz_by_matmul
 
     def ours() -> list[Tensor]:
         return [ops.newton_schulz(g) for g in batches]
 
     def theirs() -> list[Tensor]:
-        return [plain(g) for g in batches]
+        return [baseline(g) for g in batches]
 
     if compiler is not None:
-        plain = compiled(newton_schulz_by_matmul, compiler, run_once=lambda f: [f(g) for g in batches])
+        baseline = compiled(newton_schulz_by_matmul, compiler, run_once=lambda f: [f(g) for g in batches])
 
     def check() -> None:
         for g, mine in zip(batches, ours(), strict=True):
@@ -74,17 +74,19 @@ def newton_schulz_set_case(
         theirs,
         "torch.bmm, bfloat16" if compiler is None else "the same, torch.compile",
         check,
-        floor,
+        min_speedup,
         flops=newton_schulz_flops(shapes),
         saves_launches=True,
     )
 
 
 def muon_step_case(
-    shapes: Shapes, floor: float, *, opponent: str, name: str, device: torch.device | str = "cpu"
+    shapes: Shapes, min_speedup: float, *, baseline: str, name: str, device: torch.device | str = "cpu"
 ) -> Case:
-    """A step of Muon on such float32 matrices. opponent: "torch.optim.Muon", whose products are bfloat16's, or
-    "torch.mm", Muon written with it, in float32."""
+    """Return a case of a step of Muon on float32 matrices.
+
+    baseline: "torch.optim.Muon", which multiplies in bfloat16, or "torch.mm" for Float32Muon.
+    """
     generator = torch.Generator(device).manual_seed(0)
     sizes = [(rows, columns) for count, rows, columns in shapes for _ in range(count)]
     grads, initial = ([torch.randn(size, generator=generator, device=device) for size in sizes] for _ in range(2))
@@ -99,8 +101,8 @@ def muon_step_case(
     ours_params, theirs_params = parameters(), parameters()
     ours = Muon(ours_params, lr=lr, momentum=momentum)
     theirs: torch.optim.Optimizer
-    if opponent == "torch.mm":
-        theirs = PlainMuon(theirs_params, lr=lr, momentum=momentum)
+    if baseline == "torch.mm":
+        theirs = Float32Muon(theirs_params, lr=lr, momentum=momentum)
     else:
         theirs = torch.optim.Muon(theirs_params, lr=lr, momentum=momentum, weight_decay=0.0)
 
@@ -116,12 +118,12 @@ def muon_step_case(
 
     return Case(
         "Muon step",
-        f"{name}, {opponent}",
+        f"{name}, {baseline}",
         ours.step,
         theirs.step,
-        opponent,
+        baseline,
         check,
-        floor,
+        min_speedup,
         flops=newton_schulz_flops(shapes),
         saves_launches=True,
     )
@@ -130,14 +132,14 @@ def muon_step_case(
 def compiled(
     function: Callable[..., Tensor], compiler: str, *, run_once: Callable[[Callable[..., Tensor]], object]
 ) -> Callable[..., Tensor]:
-    """torch.compile's, after one run. Raises UnavailableError, with the reason, where it does not work."""
+    """Return the compiled function, run once. Raises UnavailableError if torch.compile does not work; it says why."""
     made: Callable[..., Tensor] = function
     try:
         made = torch.compile(function, backend=compiler)
         run_once(made)
-    except torch.OutOfMemoryError:  # for the timing to find
+    except torch.OutOfMemoryError:  # the timing reports it
         pass
-    except Exception as error:  # of any of the compilers and tools behind it
+    except Exception as error:  # any compiler or tool behind torch.compile may fail
         raise UnavailableError(f"torch.compile: {type(error).__name__}: {error}") from error
     return made
 
@@ -145,13 +147,13 @@ def compiled(
 def adamw_case(
     dtype: torch.dtype,
     moments: torch.dtype,
-    floor: float,
+    min_speedup: float,
     *,
     name: str,
     shapes: Sequence[tuple[int, ...]] = ((1000, 1000),) * 50,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """torch's fused AdamW keeps moments in the parameters' type."""
+    """Return a case of AdamW; torch's fused AdamW keeps its moments in the type of the parameters."""
     generator = torch.Generator(device).manual_seed(0)
     initial = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
     grads = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
@@ -186,13 +188,13 @@ def adamw_case(
         initial.clear()
 
     traffic = sum(x.numel() for x in params) * (3 * dtype.itemsize + 4 * moments.itemsize)
-    return Case("adamw_", name, ours, optimizer.step, "AdamW(fused=True)", check, floor, bytes=traffic)
+    return Case("adamw_", name, ours, optimizer.step, "AdamW(fused=True)", check, min_speedup, bytes=traffic)
 
 
 def muon_case(
-    count: int, rows: int, columns: int, floor: float, *, name: str, device: torch.device | str = "cpu"
+    count: int, rows: int, columns: int, min_speedup: float, *, name: str, device: torch.device | str = "cpu"
 ) -> Case:
-    """Both halves of Muon around newton_schulz, float32, against torch's calls on lists of tensors."""
+    """Return a case of Muon's operators around newton_schulz, in float32, against torch's calls on lists of tensors."""
     generator = torch.Generator(device).manual_seed(rows)
 
     def matrices() -> list[Tensor]:
@@ -228,11 +230,11 @@ def muon_case(
         initial.clear()
 
     traffic = 4.0 * 7 * count * rows * columns
-    return Case("muon halves", name, ours, theirs, "torch._foreach, stack", check, floor, bytes=traffic)
+    return Case("muon halves", name, ours, theirs, "torch._foreach, stack", check, min_speedup, bytes=traffic)
 
 
-def linear_case(N: int, I: int, O: int, floor: float) -> Case:  # noqa: E741
-    """The products of a linear layer, forward and backward."""
+def linear_case(N: int, I: int, O: int, min_speedup: float) -> Case:  # noqa: E741
+    """Return a case of a linear layer, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     x, weight, dy = (torch.randn(shape, generator=generator) for shape in ((N, I), (O, I), (N, O)))
     x.requires_grad_()
@@ -255,7 +257,7 @@ def linear_case(N: int, I: int, O: int, floor: float) -> Case:  # noqa: E741
         lambda: products(F.linear),
         "F.linear",
         check,
-        floor,
+        min_speedup,
         flops=6.0 * N * I * O,
     )
 
@@ -264,13 +266,13 @@ SOFTCAP = 15.0
 
 
 def loss_of_all_logits(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As nanochat writes it: the softcap in the products' type, the loss in float32."""
+    """Return the loss as nanochat computes it: the softcap in the type of the product, the loss in float32."""
     logits = SOFTCAP * torch.tanh(F.linear(x, weight) / SOFTCAP)
     return F.cross_entropy(logits.float(), targets)
 
 
 def exact_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss and both gradients in float32, `rows` at a time, so that they fit where all logits may not."""
+    """Return the mean loss and both gradients in float32, computed for `rows` tokens at a time to save memory."""
     weight = weight.detach().float().requires_grad_()
     total, dx, dweight = torch.zeros((), dtype=torch.float64, device=x.device), [], torch.zeros_like(weight)
     for x_chunk, target_chunk in zip(x.detach().split(rows), targets.split(rows), strict=True):
@@ -287,33 +289,33 @@ def linear_cross_entropy_case(
     N: int,
     C: int,
     vocabulary: int,
-    floor: float,
+    min_speedup: float,
     *,
     name: str,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     compiler: str | None = None,
 ) -> Case:
-    """Loss and both gradients; torch forms all logits, in eager calls or compiled by torch.compile's `compiler`.
+    """Return a case of the loss and both gradients; the baseline forms all logits, eagerly or by torch.compile.
 
-    Raises UnavailableError, with the reason, where torch.compile does not work.
+    Raises UnavailableError if torch.compile does not work; the message says why.
     """
     generator = torch.Generator(device).manual_seed(vocabulary)
     x = torch.randn(N, C, generator=generator, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(vocabulary, C, generator=generator, device=device) * 0.05).to(dtype).requires_grad_()
     targets = torch.randint(0, vocabulary, (N,), generator=generator, device=device)
-    plain: Callable[[Tensor, Tensor, Tensor], Tensor] = loss_of_all_logits
+    baseline: Callable[[Tensor, Tensor, Tensor], Tensor] = loss_of_all_logits
 
     def ours() -> tuple[Tensor, ...]:
         loss = ops.linear_cross_entropy(x, weight, targets, softcap=SOFTCAP)
         return loss, *torch.autograd.grad(loss, (x, weight))
 
     def theirs() -> tuple[Tensor, ...]:
-        loss = plain(x, weight, targets)
+        loss = baseline(x, weight, targets)
         return loss, *torch.autograd.grad(loss, (x, weight))
 
     if compiler is not None:
-        plain = compiled(
+        baseline = compiled(
             loss_of_all_logits, compiler, run_once=lambda f: torch.autograd.grad(f(x, weight, targets), (x, weight))
         )
 
@@ -329,16 +331,16 @@ def linear_cross_entropy_case(
         theirs,
         "cross_entropy on logits" if compiler is None else "the same, torch.compile",
         check,
-        floor,
+        min_speedup,
         flops=6.0 * N * C * vocabulary,
         saves_memory=True,
     )
 
 
 def cases() -> Iterator[Callable[[], Case]]:
-    """Each case's maker, so that only one case's tensors exist at a time."""
+    """Yield a function for each case, so that the tensors of only one case exist at a time."""
     f32, bf16 = torch.float32, torch.bfloat16
-    for T, window, dtype, floor in (
+    for T, window, dtype, min_speedup in (
         (512, None, f32, 1.7),
         (1024, None, f32, 1.4),
         (2048, None, f32, 1.25),
@@ -348,20 +350,22 @@ def cases() -> Iterator[Callable[[], Case]]:
     ):
         label = f"T {T}" + ("" if window is None else f" window {window}") + f" {str(dtype).removeprefix('torch.')}"
         problem = Problem(B=4, T=T, H=6, D=64, window=window)
-        opponent = "SDPA" if window is None else "SDPA, masked"
-        yield partial(attention_case, problem, "fwd+bwd", opponent=opponent, dtype=dtype, floor=floor, name=label)
-    yield partial(newton_schulz_case, 768, 768, floor=1.25)
-    yield partial(newton_schulz_case, 3072, 768, floor=1.8)
+        baseline = "SDPA" if window is None else "SDPA, masked"
+        yield partial(
+            attention_case, problem, "fwd+bwd", baseline=baseline, dtype=dtype, min_speedup=min_speedup, name=label
+        )
+    yield partial(newton_schulz_case, 768, 768, min_speedup=1.25)
+    yield partial(newton_schulz_case, 3072, 768, min_speedup=1.8)
     layer, layers = [(16, 256, 256), (4, 1024, 256), (4, 256, 1024)], "d4's 24 matrices"
-    yield partial(muon_step_case, layer, opponent="torch.optim.Muon", floor=0.0, name=layers)
-    yield partial(muon_step_case, layer, opponent="torch.mm", floor=1.0, name=layers)
+    yield partial(muon_step_case, layer, baseline="torch.optim.Muon", min_speedup=0.0, name=layers)
+    yield partial(muon_step_case, layer, baseline="torch.mm", min_speedup=1.0, name=layers)
     large = [(4, 768, 768), (1, 3072, 768), (1, 768, 3072)]
-    yield partial(muon_step_case, large, opponent="torch.optim.Muon", floor=0.0, name="a layer of d12")
-    yield partial(muon_step_case, large, opponent="torch.mm", floor=1.0, name="a layer of d12")
-    yield partial(adamw_case, f32, f32, floor=0.95, name="50M float32, moments float32")
-    yield partial(adamw_case, bf16, bf16, floor=1.7, name="50M bfloat16, moments bfloat16")
-    yield partial(adamw_case, bf16, f32, floor=1.7, name="50M bfloat16, moments float32")
-    yield partial(linear_case, 4096, 256, 1024, floor=1.0)
+    yield partial(muon_step_case, large, baseline="torch.optim.Muon", min_speedup=0.0, name="a layer of d12")
+    yield partial(muon_step_case, large, baseline="torch.mm", min_speedup=1.0, name="a layer of d12")
+    yield partial(adamw_case, f32, f32, min_speedup=0.95, name="50M float32, moments float32")
+    yield partial(adamw_case, bf16, bf16, min_speedup=1.7, name="50M bfloat16, moments bfloat16")
+    yield partial(adamw_case, bf16, f32, min_speedup=1.7, name="50M bfloat16, moments float32")
+    yield partial(linear_case, 4096, 256, 1024, min_speedup=1.0)
     for vocabulary in (8192, 32768):
         name = f"N 4096 C 256 V {vocabulary}"
-        yield partial(linear_cross_entropy_case, 4096, 256, vocabulary, floor=1.5, name=name)
+        yield partial(linear_cross_entropy_case, 4096, 256, vocabulary, min_speedup=1.5, name=name)

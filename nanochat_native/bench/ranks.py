@@ -1,6 +1,6 @@
-"""A training step on several ranks of this machine: tokens a second, and what each rank sends.
+"""A training step on several ranks of this machine: tokens per second, and bytes that each rank sends.
 
-`python -m nanochat_native.bench` starts it, by torchrun where there are several.
+`python -m nanochat_native.bench` starts this module, with torchrun for several ranks.
 """
 
 import json
@@ -19,11 +19,11 @@ from nanochat_native.optim import buckets_of, clip_reduced_, overlap_backward, s
 from nanochat_native.runtime import distributed
 from nanochat_native.runtime.distributed import World
 
-DEPTH, T, B, VOCABULARY = 4, 256, 8, 8192  # B x T tokens in all, whatever the number of ranks
+DEPTH, T, B, VOCABULARY = 4, 256, 8, 8192  # B x T tokens in total, for any number of ranks
 
 
 def measure(world: World, repeats: int) -> dict[str, Any]:
-    """On every rank; the median of the steps, once the first have gone."""
+    """Time steps on every rank. Returns the median, without the first two steps."""
     model = GPT(GPTConfig.from_depth(DEPTH, vocab_size=VOCABULARY, sequence_len=T))
     model.init_weights(seed=0)
     optimizers = setup_optimizers(model, process_group=world.group)
@@ -54,7 +54,7 @@ def measure(world: World, repeats: int) -> dict[str, Any]:
 
 
 def run(size: int, *, repeats: int) -> dict[str, Any]:
-    """The row of so many ranks, one thread each. Raises RuntimeError, with their output, where they fail."""
+    """Return the row of `size` ranks with one thread each. Raises RuntimeError, with their output, if they fail."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)] if size > 1 else []
     command = [sys.executable, *launch, "-m", "nanochat_native.bench.ranks", str(repeats)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -66,14 +66,14 @@ def run(size: int, *, repeats: int) -> dict[str, Any]:
 
 
 def describe(row: dict[str, Any], alone: dict[str, Any]) -> str:
-    """A line of the table. alone: the row of one rank."""
+    """Return a line of the table. alone: the row of one rank."""
     size, sent = row["ranks"], row["sent_bytes"]
     exact = 2 * (size - 1) * alone["parameter_bytes"] / size
     share = f", {100 * (sent / exact - 1):.1f}% above 2 (n - 1) / n of the parameters" if exact else ""
     return (
         f"training step on ranks  {size} x 1 thread, d{DEPTH} T {T} B {B} {row['ms']:9.1f} ms"
         f"  {row['tokens_per_second']:,.0f} tokens/s ({row['tokens_per_second'] / alone['tokens_per_second']:.2f}x one)"
-        f"  {sent / 1e6:.1f} MB sent a rank{share}"
+        f"  {sent / 1e6:.1f} MB sent by a rank{share}"
     )
 
 

@@ -1,4 +1,4 @@
-"""A whole training step, ours, on the twins, and in torch's own calls: tokens a second, peak memory of a process."""
+"""A training step: ours, on the reference backend, and in torch's own calls. Tokens per second and peak memory."""
 
 import json
 import subprocess
@@ -11,29 +11,29 @@ from torch import Tensor, nn
 
 from nanochat_native import ops
 from nanochat_native.bench.measure import assert_close
-from nanochat_native.bench.plain import PlainGPT, plain_optimizers
+from nanochat_native.bench.torch_baseline import TorchGPT, torch_optimizers
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import setup_optimizers
 from nanochat_native.runtime.timing import side_by_side
 
 DEPTH, T, B = 4, 512, 8
-OPPONENTS = {"plain": "model in torch's calls", "twins": "ours, backend torch"}
-FLOORS = {(8192, "plain"): 1.3, (32768, "plain"): 1.5, (8192, "twins"): 1.3}  # by vocabulary and opponent
+BASELINES = {"torch": "model in torch's calls", "reference": "ours, backend torch"}
+MIN_SPEEDUPS = {(8192, "torch"): 1.3, (32768, "torch"): 1.5, (8192, "reference"): 1.3}  # by vocabulary and baseline
 
 
 class Step:
-    """One optimizer step of B x T tokens; ours, plain, or ours on the twins."""
+    """One optimizer step of B x T tokens; the variant is "ours", "torch" or "reference" (ours, backend torch)."""
 
     def __init__(self, variant: str, vocabulary: int) -> None:
-        self.backend = "torch" if variant == "twins" else "native"
+        self.backend = "torch" if variant == "reference" else "native"
         config = GPTConfig.from_depth(DEPTH, vocab_size=vocabulary, sequence_len=T)
-        self.model: nn.Module = PlainGPT(config) if variant == "plain" else GPT(config)
+        self.model: nn.Module = TorchGPT(config) if variant == "torch" else GPT(config)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.normal_(0, 0.02, generator=generator)
-        setup: Any = plain_optimizers if variant == "plain" else setup_optimizers
+        setup: Any = torch_optimizers if variant == "torch" else setup_optimizers
         self.optimizers = setup(self.model)
         tokens = torch.randint(0, vocabulary, (B, T + 1), generator=generator)
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -49,7 +49,7 @@ class Step:
 
 
 def check(ours: Step, other: Step) -> None:
-    """Two steps from the same weights: the same losses, and the same change of every parameter."""
+    """Raise AssertionError if two steps from the same weights differ in a loss or in the change of a parameter."""
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
     for step in range(2):
         assert_close(f"loss of step {step}", ours(), other(), 1e-5)
@@ -59,7 +59,7 @@ def check(ours: Step, other: Step) -> None:
 
 
 def peak_memory(variant: str, vocabulary: int) -> int:
-    """Bytes that three steps add to a fresh process: its peak resident memory less that before the model is built."""
+    """Return the bytes that three steps add to a new process: its peak memory minus that before the model is built."""
     output = subprocess.run(
         [sys.executable, "-m", "nanochat_native.bench.step", variant, str(vocabulary), str(torch.get_num_threads())],
         capture_output=True,
@@ -74,20 +74,20 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
-def run(vocabulary: int, opponent: str, *, seconds: float, repeats: int) -> dict[str, Any]:
-    ours, theirs = Step("ours", vocabulary), Step(opponent, vocabulary)
+def run(vocabulary: int, baseline: str, *, seconds: float, repeats: int) -> dict[str, Any]:
+    ours, theirs = Step("ours", vocabulary), Step(baseline, vocabulary)
     check(ours, theirs)
     ours_ms, theirs_ms = side_by_side([ours, theirs], seconds=seconds, repeats=repeats)
-    ours_peak, theirs_peak = peak_memory("ours", vocabulary), peak_memory(opponent, vocabulary)
+    ours_peak, theirs_peak = peak_memory("ours", vocabulary), peak_memory(baseline, vocabulary)
     assert isinstance(ours.model, GPT)
     return {
         "group": "training step",
         "case": f"d{DEPTH} T {T} B {B} V {vocabulary}",
-        "opponent": OPPONENTS[opponent],
+        "opponent": BASELINES[baseline],
         "ours_ms": ours_ms,
         "theirs_ms": theirs_ms,
         "ratio": theirs_ms / ours_ms,
-        "floor": FLOORS[vocabulary, opponent],
+        "floor": MIN_SPEEDUPS[vocabulary, baseline],
         "ours_tokens_per_second": B * T / ours_ms * 1e3,
         "theirs_tokens_per_second": B * T / theirs_ms * 1e3,
         "ours_peak_bytes": ours_peak,

@@ -1,4 +1,4 @@
-"""Experiments: range test, comparison of optimizers, gradient noise scale, memory.
+"""Experiments: the range test, the comparison of optimizers, the gradient noise scale, the memory of a step.
 
-It drives `training`; nothing but commands depends on it.
+They drive `training`. Only commands depend on this package.
 """

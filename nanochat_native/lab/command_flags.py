@@ -1,4 +1,4 @@
-"""The flags of an experiment: its own, and those of train behind them."""
+"""Parse the flags of an experiment: its own, followed by those of train."""
 
 from __future__ import annotations
 
@@ -17,19 +17,30 @@ RUN_FLAGS = ("run", "out_dir", "resume", "overwrite", "dry_run", "print_config",
 
 
 class Options(Protocol):
+    """The flags that every experiment has."""
+
     out: Path | None
 
 
 T = TypeVar("T", bound=Options)
 
 
-def configure(
+def parse_flags(
     options: type[T], command: str, args: Sequence[str], base: TrainConfig | None = None
 ) -> tuple[T, TrainConfig, list[str]]:
-    """A command's own flags, the rest as train takes them, sized, and the rest as it was given; `base` holds train's
-    defaults.
+    """Split the flags of an experiment from those of train, and parse both.
 
-    Raises ConfigError, under torchrun with several ranks and for train's flags about a run's folder too.
+    Args:
+        options: the dataclass of the experiment's own flags.
+        command: its name, for usage and errors.
+        args: the command line.
+        base: the defaults of train's flags.
+
+    Returns:
+        The experiment's own flags; train's flags with all sizes filled in; the arguments of train as they were given.
+
+    Raises:
+        ConfigError: a flag is wrong or concerns a run folder, or torchrun started several ranks.
     """
     if distributed.launched_by_torchrun():
         raise ConfigError(f"{command} runs in one process; start it without torchrun")
@@ -44,7 +55,7 @@ def configure(
 
 
 def refuse_run_flags(config: TrainConfig, base: TrainConfig, command: str) -> None:
-    """Raises ConfigError for a flag about a run's folder that `base` has not."""
+    """Raise ConfigError if a flag that concerns a run folder differs from `base`."""
     for name in RUN_FLAGS:
         if getattr(config, name) != getattr(base, name):
-            raise ConfigError(f"{flag(name)} is train's alone; {command} takes --out for what it leaves")
+            raise ConfigError(f"{flag(name)} is for train only; {command} writes its result to --out")

@@ -1,8 +1,7 @@
-"""python -m nanochat_native.compare: optimizers, or parts of Muon, on one model and the same data, each at its own best
-rate, over several seeds.
+"""Compare optimizers, or options of Muon, on one model and the same data, each at its own best rate.
 
-Every comparison is a set of runs as `train` makes them. What is finished is kept in result.json: a comparison that was
-stopped or killed goes on with the rest when the same command is given again.
+A comparison is a set of runs of the trainer. result.json keeps the finished runs, so that a comparison that was stopped
+or killed can be resumed.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ import torch
 
 from nanochat_native import ops
 from nanochat_native.data import Corpus
-from nanochat_native.lab import command_flags
+from nanochat_native.lab.command_flags import refuse_run_flags
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import metrics_log, pictures, results
 from nanochat_native.runs.config import TrainConfig, parse, to_json
@@ -32,17 +31,16 @@ from nanochat_native.runtime.console import Console, SilentConsole, bar
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.files import is_temporary
 from nanochat_native.runtime.flags import UNSET, flag
-from nanochat_native.runtime.isolation import ReportFailures
 from nanochat_native.runtime.timing import side_by_side
 from nanochat_native.training import report, resolve
 from nanochat_native.training.pretraining import Pretraining
 from nanochat_native.training.trainer import Trainer
 
-RATIO = 3.0  # between neighbouring factors of the rates
-MOST_RATES = 7  # factors of one case, when the best lies at the edge of those tried
-COST_SECONDS = 2.0  # to time the cases' updates in turns
-EVALUATIONS = 8  # of a run, where --eval-every does not say otherwise
-# name: flags of train. The first case, or --baseline, is what the others are measured against.
+FACTOR_STEP = 3.0  # between neighbouring factors of the learning rates
+MAX_FACTORS = 7  # limit for a case whose best factor stays at the edge
+TIMING_SECONDS = 2.0  # time in which the updates of the cases are measured
+EVALUATIONS_PER_RUN = 8  # if --eval-every is not given
+# Flags of train by the name of the case. The first case is the default baseline.
 SUITES: dict[str, dict[str, str]] = {
     "optimizers": {
         "AdamW": "--optimizer adamw --weight-decay 0.01",
@@ -78,8 +76,8 @@ SUITES: dict[str, dict[str, str]] = {
         "per head": "--per-head",
     },
 }
-# On a CPU, where not given otherwise: a model so small that the default comparison ends in minutes.
-SMALL = TrainConfig(
+# The defaults on a CPU: a model so small that the default comparison takes minutes.
+CPU_DEFAULTS = TrainConfig(
     depth=2, vocab_size=1024, max_seq_len=128, total_batch_size=1024, num_iterations=64, eval_tokens=8192
 )
 
@@ -88,42 +86,56 @@ SMALL = TrainConfig(
 class Options:
     """Compare optimizers on one model and the same data, each at its own best rate.
 
-    First every case runs at several factors of its rates, x1/3, x1, x3 and on while the best is at the edge; then at
-    the best of them with more seeds. All flags of train are taken too, and hold for every case: e.g. --depth 4
-    --num-iterations 400. Without a GPU the defaults are a model of 0.7M parameters and 64 steps. The same command
-    given again goes on with what is missing.
+    Every case first runs at several factors of its learning rates: x1/3, x1, x3, and more while the best factor is at
+    the edge. It then runs at the best factor with more seeds. All flags of train are accepted too, and apply to every
+    case: e.g. --depth 4 --num-iterations 400. Without a GPU the defaults are a model of 0.7M parameters and 64 steps.
+    The same command resumes a comparison.
     """
 
     suite: Literal["optimizers", "newton_schulz", "momentum", "muon"] = "optimizers"
-    """What to compare: optimizers; Newton-Schulz's coefficients and steps; Muon's momentum; or Muon's options."""
+    """Cases to compare: optimizers, coefficients and steps of Newton-Schulz, Muon's momentum, or Muon's options."""
     cases: tuple[str, ...] = ()
-    """Your own instead: "name: flags of train" each, e.g. "warm: --warmup-ratio 0.1" "cold:"."""
+    """Own cases instead of a suite, each "name: flags of train", e.g. "warm: --warmup-ratio 0.1" "cold:"."""
     seeds: int = 2
-    """Runs of each case at its best rate: seeds --seed, --seed + 1, ..."""
+    """Number of runs of each case at its best rate, with the seeds --seed, --seed + 1, ..."""
     rates: int = 3
-    """Factors of the rates to begin with, an odd number; 1: no search."""
+    """Number of factors to start with, odd; 1 disables the search."""
     baseline: str | None = None
-    """The case whose final loss the others are timed to; default: the first, AdamW of the optimizers."""
+    """Case whose final loss the others must reach; default: the first case, for optimizers AdamW."""
     out: Path | None = None
-    """Folder for result.json, table.md and the picture, and the runs meanwhile; default: lab/compare-<suite>."""
+    """Folder for result.json, table.md, the picture, and the unfinished runs; default: lab/compare-<suite>."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or self.rates < 1 or self.rates % 2 == 0:
-            raise ConfigError(f"--seeds is {self.seeds}, --rates {self.rates}; takes at least 1, and an odd number")
+        if self.seeds < 1:
+            raise ConfigError(f"--seeds must be at least 1, got {self.seeds}")
+        if self.rates < 1 or self.rates % 2 == 0:
+            raise ConfigError(f"--rates must be an odd number >= 1, got {self.rates}")
 
-    def chosen(self) -> dict[str, str]:
-        """Flags by the case's name."""
+    def selected_cases(self) -> dict[str, str]:
+        """Return the flags of each case by its name."""
         if not self.cases:
             return SUITES[self.suite]
         pairs = [[part.strip() for part in case.partition(":")] for case in self.cases]
         if not all(colon and name for name, colon, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-            raise ConfigError(f"--cases is {' '.join(map(repr, self.cases))}; takes 'name: flags' each, names once")
+            raise ConfigError(f"--cases must be 'name: flags' with unique names, got {' '.join(map(repr, self.cases))}")
         return {name: flags for name, _, flags in pairs}
 
 
 @dataclass
 class Comparison:
-    """What is to be compared, and what has run so far."""
+    """A comparison: its cases, and the results so far.
+
+    Attributes:
+        cases: the config of each case.
+        baseline: the name of the case that the others are measured against.
+        seeds: the number of seeds of each case.
+        rates: the number of factors of the rates to start with.
+        folder: the folder of the result.
+        plan: the flags that all cases share.
+        corpus: the data of `plan`.
+        runs: the finished runs.
+        costs: the time of an update and the bytes of the state, by case.
+    """
 
     cases: dict[str, TrainConfig]
     baseline: str
@@ -136,50 +148,51 @@ class Comparison:
     costs: dict[str, dict[str, float]]
 
     def folder_of(self, case: str, factor: float, seed: int) -> Path:
-        """Of a run while it goes on."""
+        """Return the folder of an unfinished run."""
         digest = hashlib.sha256(json.dumps(to_json(self.cases[case]), sort_keys=True).encode()).hexdigest()
         slug = re.sub(r"\W+", "-", case).strip("-")
         return self.folder / "runs" / f"{slug}-{digest[:8]}-x{factor:.3g}-{seed}"
 
     def corpus_of(self, case: str) -> Corpus | None:
-        """The data that is prepared, where the case trains on that."""
-        of_data = ("data", "text_column", "vocab_size", "cache_dir")
-        same = all(getattr(self.cases[case], name) == getattr(self.plan, name) for name in of_data)
+        """Return the prepared data if the case trains on it, else None."""
+        data_flags = ("data", "text_column", "vocab_size", "cache_dir")
+        same = all(getattr(self.cases[case], name) == getattr(self.plan, name) for name in data_flags)
         return self.corpus if same else None
 
-    def of(self, case: str) -> list[dict[str, Any]]:
+    def runs_of(self, case: str) -> list[dict[str, Any]]:
+        """Return the finished runs of a case."""
         return [run for run in self.runs if run["case"] == case]
 
     def next_factor(self, case: str) -> float | None:
-        """The next of the rates' factors to try with the first seed; None when the best of them is found."""
+        """Return the next factor to try with the first seed, or None if the best factor is found."""
         first = self.cases[case].seed
-        tried = {run["factor"]: final(run) for run in self.of(case) if run["seed"] == first}
+        tried = {run["factor"]: final_loss(run) for run in self.runs_of(case) if run["seed"] == first}
         half = self.rates // 2
         for i in sorted(range(-half, half + 1), key=abs):
-            if RATIO**i not in tried:
-                return RATIO**i
+            if FACTOR_STEP**i not in tried:
+                return FACTOR_STEP**i
         best = min(tried, key=tried.__getitem__)
-        if self.rates == 1 or len(tried) >= MOST_RATES:
+        if self.rates == 1 or len(tried) >= MAX_FACTORS:
             return None
-        places = sorted(round(math.log(factor, RATIO)) for factor in tried)
-        place = round(math.log(best, RATIO))
-        if place == places[0] or tried[best] == math.inf:
-            place = places[0]
-            return RATIO ** (place - 1)
-        return RATIO ** (place + 1) if place == places[-1] else None
+        exponents = sorted(round(math.log(factor, FACTOR_STEP)) for factor in tried)
+        exponent = round(math.log(best, FACTOR_STEP))
+        if exponent == exponents[0] or tried[best] == math.inf:
+            return FACTOR_STEP ** (exponents[0] - 1)
+        return FACTOR_STEP ** (exponent + 1) if exponent == exponents[-1] else None
 
     def best_factor(self, case: str) -> float:
-        """Of those that ran with the first seed, the one of the lowest final loss."""
+        """Return the factor with the lowest final loss among the runs with the first seed."""
         first = self.cases[case].seed
-        tried = {run["factor"]: final(run) for run in self.of(case) if run["seed"] == first}
+        tried = {run["factor"]: final_loss(run) for run in self.runs_of(case) if run["seed"] == first}
         return min(tried, key=tried.__getitem__)
 
     def best_runs(self, case: str) -> list[dict[str, Any]]:
+        """Return the finished runs of a case at its best factor."""
         factor = self.best_factor(case)
-        return [run for run in self.of(case) if run["factor"] == factor]
+        return [run for run in self.runs_of(case) if run["factor"] == factor]
 
-    def todo(self, case: str) -> tuple[float, int] | None:
-        """The next (factor, seed) of a case; None when it is done."""
+    def next_run(self, case: str) -> tuple[float, int] | None:
+        """Return the next (factor, seed) of a case, or None if the case is finished."""
         first = self.cases[case].seed
         factor = self.next_factor(case)
         if factor is not None:
@@ -189,15 +202,17 @@ class Comparison:
         return (self.best_factor(case), missing[0]) if missing else None
 
 
-def final(run: dict[str, Any]) -> float:
-    """The last validation loss of a run, infinite where it diverged."""
+def final_loss(run: dict[str, Any]) -> float:
+    """Return the last validation loss of a run, infinite if it diverged."""
     value = run["curve"][-1]["value"] if run["curve"] else None
     return math.inf if run["diverged"] or value is None else float(value)
 
 
-def reached(curve: Sequence[dict[str, Any]], target: float) -> tuple[float, float] | None:
-    """(step, seconds of training) at which a validation curve first is at `target`, between two measurements by a
-    straight line; None if it never is."""
+def time_to_reach(curve: Sequence[dict[str, Any]], target: float) -> tuple[float, float] | None:
+    """Return (step, seconds of training) at which a validation curve first reaches `target`, or None.
+
+    Values between two measurements are interpolated linearly.
+    """
     before: dict[str, Any] | None = None
     for point in curve:
         if point["value"] is not None and point["value"] <= target:
@@ -211,7 +226,7 @@ def reached(curve: Sequence[dict[str, Any]], target: float) -> tuple[float, floa
 
 
 def mean_curve(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of runs that were measured at the same steps."""
+    """Return the mean of the curves of runs that were measured at the same steps."""
     return [
         {
             "step": points[0]["step"],
@@ -224,18 +239,23 @@ def mean_curve(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarize(comparison: Comparison) -> list[dict[str, Any]]:
-    """A row a case that has run, the best first: mean and spread of the final loss, and where the mean of its curves
-    comes to the baseline's final mean."""
+    """Return a row for each case that has run, the best first.
+
+    A row has the mean and the spread of the final loss, and the point at which the mean curve reaches the mean final
+    loss of the baseline.
+    """
     rows = []
     finals = {
-        case: [final(run) for run in comparison.best_runs(case)] for case in comparison.cases if comparison.of(case)
+        case: [final_loss(run) for run in comparison.best_runs(case)]
+        for case in comparison.cases
+        if comparison.runs_of(case)
     }
     target = statistics.mean(finals.get(comparison.baseline, [math.nan]))
     if target == math.inf:
-        target = math.nan  # a baseline that diverged is no mark to reach
+        target = math.nan  # a diverged baseline gives no target
     for case, values in finals.items():
         runs = comparison.best_runs(case)
-        arrival = reached(mean_curve(runs), target) if math.inf not in values else None
+        arrival = time_to_reach(mean_curve(runs), target) if math.inf not in values else None
         mean = statistics.mean(values)
         finite = math.isfinite(mean)
         factor = comparison.best_factor(case)
@@ -244,7 +264,7 @@ def summarize(comparison: Comparison) -> list[dict[str, Any]]:
             {
                 "case": case,
                 "factor": factor,
-                "tried": sorted({run["factor"] for run in comparison.of(case)}),
+                "tried": sorted({run["factor"] for run in comparison.runs_of(case)}),
                 "rates": rates,
                 "seeds": len(values),
                 "value": mean if finite else None,
@@ -259,10 +279,10 @@ def summarize(comparison: Comparison) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["value"] is None, row["value"]))
 
 
-def table(rows: Sequence[dict[str, Any]], *, baseline: str, unit: str) -> str:
-    """The rows as Markdown."""
+def markdown_table(rows: Sequence[dict[str, Any]], *, baseline: str, unit: str) -> str:
+    """Return the rows as a Markdown table."""
     names = ["case", "rates", f"final {unit}", "seeds", f"steps to {baseline}'s", "seconds to it", "run, s"]
-    lines = [[*names, "optimizer, ms", "state, bytes a parameter"]]
+    lines = [[*names, "optimizer, ms", "state, bytes per parameter"]]
     for row in rows:
         value = f"{row['diverged']} diverged" if row["value"] is None else f"{row['value']:.4f}"
         if row["spread"] is not None:
@@ -289,30 +309,30 @@ def table(rows: Sequence[dict[str, Any]], *, baseline: str, unit: str) -> str:
 
 
 def make_cases(options: Options, config: TrainConfig) -> dict[str, TrainConfig]:
-    """Each case's config. Raises ConfigError, naming the case, for flags that do not fit."""
+    """Return the config of each case. Raises ConfigError, with the name of the case, for wrong flags."""
     cases = {}
-    for name, flags in options.chosen().items():
+    for name, flags in options.selected_cases().items():
         try:
             cases[name] = parse(shlex.split(flags), base=config)
         except ValueError as error:
             raise ConfigError(f"case {name!r}: {error}") from None
-        command_flags.refuse_run_flags(cases[name], config, f"case {name!r}")
+        refuse_run_flags(cases[name], config, f"case {name!r}")
         rates = resolve.learning_rates(cases[name])
         if not all(rates.values()):
-            raise ConfigError(f"case {name!r}: a learning rate of 0 has no factors")
+            raise ConfigError(f"case {name!r}: a learning rate of 0 cannot be scaled")
     return cases
 
 
 def train_case(comparison: Comparison, case: str, factor: float, seed: int, console: Console) -> dict[str, Any] | int:
-    """One run, or the rest of it: its figures; or the exit code of a signal that stopped it."""
+    """Make a run, or resume it. Returns its figures, or the exit code if a signal stopped it."""
     config = comparison.cases[case]
     folder = comparison.folder_of(case, factor, seed)
-    if folder.exists() and not is_run(folder):  # it was killed before it had begun
+    if folder.exists() and not is_run(folder):  # the process was killed before the run started
         shutil.rmtree(folder)
     rates: dict[str, Any] = {rate: size * factor for rate, size in resolve.learning_rates(config).items()}
-    place: dict[str, Any] = {"out_dir": folder.parent, "run": folder.name}
-    place["resume"] = "auto" if is_run(folder) else None
-    config = dataclasses.replace(config, **rates, **place, seed=seed, sample_every=0)
+    location: dict[str, Any] = {"out_dir": folder.parent, "run": folder.name}
+    location["resume"] = "auto" if is_run(folder) else None
+    config = dataclasses.replace(config, **rates, **location, seed=seed, sample_every=0)
     trainer = Trainer(config, console, task=Pretraining(comparison.corpus_of(case)))
     code = trainer.train()
     if trainer.stop_signal:
@@ -329,33 +349,33 @@ def train_case(comparison: Comparison, case: str, factor: float, seed: int, cons
             value = metrics_log.value_of(record, "bpb" if in_bits else "loss")
             curve.append({"step": record["step"], "seconds": seconds, "value": value})
     if not trainer.diverged and (not curve or curve[-1]["step"] != config.num_iterations):
-        raise ValueError(f"case {case!r}: its last evaluation failed, so there is nothing to compare")
+        raise ValueError(f"case {case!r}: its last evaluation failed, so its final loss is unknown")
     run = {"case": case, "factor": factor, "seed": seed, "curve": curve, "diverged": trainer.diverged}
     return run | {"skipped": trainer.skipped, "unit": "bits per byte" if in_bits else "nats a token"}
 
 
-class Forwarding(SilentConsole):
-    """Of a run's words it passes on warnings and the beginning of the live line, behind `where`."""
+class ProgressForwarder(SilentConsole):
+    """A console that forwards the warnings of a run and the start of its live line, after a prefix."""
 
-    def __init__(self, console: Console, where: str) -> None:
+    def __init__(self, console: Console, prefix: str) -> None:
         super().__init__(failures=console.failures)
-        self._console, self._where = console, where
+        self._console, self._prefix = console, prefix
 
     def say(self, text: str = "") -> None:
         if text.startswith("warning:") or "no checkpoint" in text:
-            self._console.say(f"{self._where}: {text}")
+            self._console.say(f"{self._prefix}: {text}")
 
     def live(self, text: str, *, last: bool = False) -> None:
-        self._console.live(" | ".join([self._where, *text.split(" | ")[:3]]))
+        self._console.live(" | ".join([self._prefix, *text.split(" | ")[:3]]))
 
 
 def measure_costs(comparison: Comparison, *, seconds: float, repeats: int) -> dict[str, dict[str, float]]:
-    """Of each case: milliseconds of one update, the cases taking turns, and the state's bytes a parameter."""
+    """Return for each case the milliseconds of an update, measured in turns, and the bytes of state per parameter."""
     trainers = {}
     for case, config in comparison.cases.items():
         trainer = trainers[case] = Trainer(config, SilentConsole(), task=Pretraining(comparison.corpus_of(case)))
         trainer.compute_gradients(trainer.loader.batch(0))
-        trainer.set_rates(0.0, momentum_at(0, config))  # an update costs the same, and weights stay as they are
+        trainer.set_rates(0.0, momentum_at(0, config))  # keeps the weights, at the same cost
 
     def update(trainer: Trainer) -> None:
         ops.use_backend(trainer.config.backend)
@@ -374,31 +394,33 @@ def measure_costs(comparison: Comparison, *, seconds: float, repeats: int) -> di
 
 
 def open_comparison(options: Options, config: TrainConfig, console: Console) -> Comparison:
-    """A new comparison in its folder, or the one that is there. Raises ConfigError when that is another one."""
-    chosen = options.chosen()
-    baseline = next(iter(chosen)) if options.baseline is None else options.baseline
-    if baseline not in chosen:
-        raise ConfigError(f"--baseline is {baseline!r}; takes {', '.join(map(repr, chosen))}")
+    """Create a comparison, or open the one in its folder. Raises ConfigError if the folder holds another one."""
+    selected = options.selected_cases()
+    baseline = next(iter(selected)) if options.baseline is None else options.baseline
+    if baseline not in selected:
+        raise ConfigError(f"--baseline must be one of {', '.join(map(repr, selected))}, got {baseline!r}")
     make_cases(options, config)
     plan = Trainer(config, console)
-    console.say(f"compare  {', '.join(chosen)} | {report.describe_run(plan.setup)}, {plan.config.num_iterations} steps")
-    every = config.eval_every if config.eval_every != UNSET else math.ceil(plan.config.num_iterations / EVALUATIONS)
+    console.say(f"compare  {', '.join(selected)} | {report.describe_run(plan.setup)}, {plan.config.num_iterations} steps")
+    every = (
+        config.eval_every if config.eval_every != UNSET else math.ceil(plan.config.num_iterations / EVALUATIONS_PER_RUN)
+    )
     folder = options.out or results.OUT / f"compare-{'own' if options.cases else options.suite}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every))
     comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {})
     if folder.exists() and not all(map(is_temporary, folder.iterdir())):
-        here = read_result(folder)
-        wanted = json.loads(json.dumps(what(comparison)))
-        if names := differing(here["what"], wanted):
-            raise ConfigError(f"{folder} holds another comparison ({', '.join(names)}); give another --out PATH")
-        comparison.runs, comparison.costs = here["runs"], here["costs"]
-        console.say(f"resume   {folder}: {len(comparison.runs)} runs are there")
+        stored = read_result(folder)
+        wanted = json.loads(json.dumps(fingerprint(comparison)))
+        if names := differences(stored["what"], wanted):
+            raise ConfigError(f"{folder} contains another comparison ({', '.join(names)}); choose another --out PATH")
+        comparison.runs, comparison.costs = stored["runs"], stored["costs"]
+        console.say(f"resume   {folder}: {len(comparison.runs)} runs are finished")
     folder.mkdir(parents=True, exist_ok=True)
     return comparison
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """A comparison's result.json. Raises ConfigError where there is none, or a damaged one."""
+    """Read the result.json of a comparison. Raises ConfigError if it is missing or damaged."""
     path = folder / pictures.RESULT
     try:
         found: dict[str, Any] = json.loads(path.read_text())
@@ -406,16 +428,16 @@ def read_result(folder: Path) -> dict[str, Any]:
             return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{folder} holds something, and {path} is no comparison ({error!r}); give another --out"
+            f"{folder} is not empty, and {path} is not a comparison ({error!r}); choose another --out"
         ) from None
-    raise ConfigError(f"{folder} holds another result; give another --out PATH")
+    raise ConfigError(f"{folder} contains the result of another command; choose another --out PATH")
 
 
-def differing(here: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Names of what is different in two plans. A flag that an older version did not have counts as its default."""
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return the names of the differences between two fingerprints. A flag that one lacks has its default there."""
     defaults = to_json(TrainConfig())
-    names = [name for name in ("baseline", "rates", "data") if here.get(name) != wanted.get(name)]
-    cases = [plan.get("cases", {}) for plan in (here, wanted)]
+    names = [name for name in ("baseline", "rates", "data") if stored.get(name) != wanted.get(name)]
+    cases = [plan.get("cases", {}) for plan in (stored, wanted)]
     if set(cases[0]) != set(cases[1]):
         names.append("cases")
     for case in set(cases[0]) & set(cases[1]):
@@ -424,34 +446,42 @@ def differing(here: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def what(comparison: Comparison) -> dict[str, Any]:
-    """What makes a comparison the same one; more seeds may be added to it, and its data may move."""
+def fingerprint(comparison: Comparison) -> dict[str, Any]:
+    """Return what identifies a comparison. Its seeds may grow and its data may move."""
     cases = {}
     for case, config in comparison.cases.items():
-        unimportant = {*PER_CALL_FLAGS, "cache_dir", "device_batch_size"}
+        ignored = {*PER_CALL_FLAGS, "cache_dir", "device_batch_size"}
         if comparison.corpus_of(case) is not None:
-            unimportant |= set(COMPARED_BY_CONTENT)
+            ignored |= set(COMPARED_BY_CONTENT)
         flags = to_json(config)
-        cases[case] = {name: flags[name] for name in flags if name not in unimportant}
+        cases[case] = {name: flags[name] for name in flags if name not in ignored}
     data = comparison.corpus.hash if comparison.corpus else None
     return {"cases": cases, "baseline": comparison.baseline, "rates": comparison.rates, "data": data}
 
 
-def run(args: Sequence[str], failures: ReportFailures) -> int:
-    base = None if torch.cuda.is_available() and "cpu" not in args else SMALL
-    if base and any(argument.startswith("--target") for argument in args):
-        base = dataclasses.replace(base, num_iterations=UNSET)
-    options, config, _ = command_flags.configure(Options, "compare", args, base=base)
-    console = Console(failures=failures)
+def defaults(args: Sequence[str]) -> TrainConfig | None:
+    """Return the defaults of train's flags: None for train's own, or a small model on a CPU."""
+    if torch.cuda.is_available() and "cpu" not in args:
+        return None
+    if any(argument.startswith("--target") for argument in args):
+        return dataclasses.replace(CPU_DEFAULTS, num_iterations=UNSET)
+    return CPU_DEFAULTS
+
+
+def run(options: Options, config: TrainConfig, console: Console) -> int:
+    """Run what the comparison is missing, print its table, and write the result with its picture.
+
+    Returns 0, or the exit code of a run that a signal stopped.
+    """
     comparison = open_comparison(options, config, console)
 
-    def keep(finished: bool) -> dict[str, Any]:
+    def save(finished: bool) -> dict[str, Any]:
         record = results.result(
             "compare",
             options,
             config,
             finished=finished,
-            what=what(comparison),
+            what=fingerprint(comparison),
             runs=comparison.runs,
             costs=comparison.costs,
             rows=summarize(comparison),
@@ -460,29 +490,27 @@ def run(args: Sequence[str], failures: ReportFailures) -> int:
         results.write(comparison.folder, record)
         return record
 
-    keep(False)
+    save(False)
     code = 0
     for case in comparison.cases:
-        while not code and (todo := comparison.todo(case)):
-            factor, seed = todo
+        while not code and (next_run := comparison.next_run(case)):
+            factor, seed = next_run
             planned = max(len(comparison.cases) * (options.rates + options.seeds - 1), len(comparison.runs) + 1)
-            where = f"{bar(len(comparison.runs), planned)} {case} x{factor:.3g} seed {seed}"
-            found = train_case(comparison, case, factor, seed, Forwarding(console, where))
-            if isinstance(found, int):
-                code = found
+            prefix = f"{bar(len(comparison.runs), planned)} {case} x{factor:.3g} seed {seed}"
+            outcome = train_case(comparison, case, factor, seed, ProgressForwarder(console, prefix))
+            if isinstance(outcome, int):
+                code = outcome
             else:
-                comparison.runs.append(found)
-                keep(False)  # before the run's folder goes
+                comparison.runs.append(outcome)
+                save(False)  # before the folder of the run is deleted
                 shutil.rmtree(comparison.folder_of(case, factor, seed), ignore_errors=True)
-                console.say(f"{case:<26} x{factor:<6.3g} seed {seed}: {final(found):.4f} {found['unit']}")
+                console.say(f"{case:<26} x{factor:<6.3g} seed {seed}: {final_loss(outcome):.4f} {outcome['unit']}")
     if not code:
-        comparison.costs = measure_costs(comparison, seconds=COST_SECONDS, repeats=5)
+        comparison.costs = measure_costs(comparison, seconds=TIMING_SECONDS, repeats=5)
         shutil.rmtree(comparison.folder / "runs", ignore_errors=True)
-    record = keep(not code)
-    text = table(record["rows"], baseline=comparison.baseline, unit=record["unit"])
-    (comparison.folder / "table.md").write_text(text, encoding="utf-8")
-    console.say(text)
+    record = save(not code)
+    table = markdown_table(record["rows"], baseline=comparison.baseline, unit=record["unit"])
+    (comparison.folder / "table.md").write_text(table, encoding="utf-8")
+    console.say(table)
     results.finish(comparison.folder, record, console)
-    if code:
-        console.say("go on    the same command again")
     return code

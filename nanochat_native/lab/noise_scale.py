@@ -1,8 +1,8 @@
-"""python -m nanochat_native.batch_size: the gradient noise scale, and what it says of the batch.
+"""The gradient noise scale, and what it means for the batch size.
 
-"An Empirical Model of Large-Batch Training" (McCandlish, Kaplan, Amodei, 2018, arXiv:1812.06162), appendix A: of the
-gradient g of b sequences, E |g|^2 = |G|^2 + S / b, with the true gradient G and the sum S of the variances of one
-sequence's gradient. Two batch sizes give both, and the simple noise scale is S / |G|^2 sequences.
+"An Empirical Model of Large-Batch Training" (McCandlish, Kaplan, Amodei, 2018, arXiv:1812.06162), appendix A: the
+gradient g of b sequences satisfies E |g|^2 = |G|^2 + S / b, with the true gradient G and the sum S of the variances of
+one sequence's gradient. Two batch sizes determine both. The simple noise scale is S / |G|^2 sequences.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat_native.lab import command_flags
 from nanochat_native.optim import clip_reduced_
 from nanochat_native.optim.routing import BLOCKS, LM_HEAD, WTE
 from nanochat_native.optim.schedule import momentum_at
@@ -24,40 +23,47 @@ from nanochat_native.runs.config import TrainConfig
 from nanochat_native.runtime.console import Console, bar
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import UNSET
-from nanochat_native.runtime.isolation import ReportFailures
 from nanochat_native.runtime.signals import StopSignals
 from nanochat_native.training.report import describe_run
 from nanochat_native.training.trainer import Trainer
 
 PARTS = {"matrices": BLOCKS, "wte": WTE, "lm_head": LM_HEAD}
-BLOCK = 10  # steps, for the course of the noise scale
-SIZES = (1 / 16, 1 / 4, 1, 4, 16)  # of the noise scale, for the table
+STEPS_PER_POINT = 10  # of the noise scale over time
+TABLE_FACTORS = (1 / 16, 1 / 4, 1, 4, 16)  # batch sizes in the printed table, in units of the noise scale
 
 
 @dataclass
 class Options:
-    """Measure how noisy the gradient is, and so from which batch size on more tokens a step are wasted.
+    """Measure the gradient noise scale: the batch size above which more tokens per step bring little.
 
-    Trains for --steps, and compares the gradients of its micro-batches with that of the whole batch: the noise scale is
-    the batch at which their noise and the gradient itself are of one size. All flags of train are taken too:
-    `python -m nanochat_native.train --help`. Micro-batches are of one sequence, unless --device-batch-size is given.
+    The command trains for --steps and compares the gradients of the micro-batches with the gradient of the whole batch.
+    The noise scale is the batch size at which the noise is as large as the gradient. All flags of train are accepted
+    too: `python -m nanochat_native.train --help` lists them. A micro-batch is one sequence, unless --device-batch-size
+    is given.
     """
 
     steps: int = 120
-    """Training steps to measure over."""
+    """Number of training steps."""
     skip: int = 20
-    """Steps at the beginning that are left out: there the gradient is large and all batches agree."""
+    """First steps that are not counted: their gradient is large, and all batches agree."""
     out: Path | None = None
-    """Folder for result.json and the picture; default: lab/batch_size, or the next that is free."""
+    """Folder for result.json and the picture; default: lab/batch_size, or the next free name."""
 
     def __post_init__(self) -> None:
-        if self.skip < 0 or self.steps < self.skip + 8:
-            raise ConfigError(f"--steps is {self.steps}, --skip {self.skip}; takes at least 8 steps beyond the skipped")
+        if self.skip < 0:
+            raise ConfigError(f"--skip must be at least 0, got {self.skip}")
+        if self.steps < self.skip + 8:
+            raise ConfigError(f"--steps must be at least --skip + 8, got --steps {self.steps} --skip {self.skip}")
 
 
 class Noise(NamedTuple):
-    """scale: S / |G|^2, in sequences; None where the gradient is not to be told from noise. low, high: about two
-    standard errors around it; None for no bound."""
+    """A noise scale with its bounds, in sequences.
+
+    Attributes:
+        scale: S / |G|^2, or None if the gradient is not distinguishable from noise.
+        low: the lower bound, about two standard errors below.
+        high: the upper bound, about two standard errors above, or None if there is none.
+    """
 
     scale: float | None
     low: float | None
@@ -65,17 +71,21 @@ class Noise(NamedTuple):
 
 
 def noise_scale(small: Sequence[float], large: Sequence[float], *, small_batch: int, large_batch: int) -> Noise:
-    """The simple noise scale of steps' squared gradient norms.
+    """Return the simple noise scale of a series of steps. |G|^2 and S are averaged over the steps, then divided.
 
-    small: means over a step's micro-batches of `small_batch` sequences; large: of their mean gradient, over
-    `large_batch`. |G|^2 and S are averaged over the steps, and then divided.
+    Args:
+        small: for each step the mean squared gradient norm of its micro-batches.
+        large: for each step the squared norm of the mean gradient.
+        small_batch: the number of sequences in a micro-batch.
+        large_batch: the number of sequences in a step.
 
-    Raises ValueError for lists of different lengths, fewer than two steps, or sizes that do not rise.
+    Raises:
+        ValueError: the lists differ in length or have fewer than two steps, or not 0 < small_batch < large_batch.
     """
     if len(small) != len(large) or len(small) < 2:
-        raise ValueError(f"{len(small)} and {len(large)} steps; takes the same number, at least 2")
+        raise ValueError(f"small and large must have the same length, at least 2, got {len(small)} and {len(large)}")
     if not 0 < small_batch < large_batch:
-        raise ValueError(f"small_batch is {small_batch}, large_batch {large_batch}; takes 0 < small < large")
+        raise ValueError(f"batches must be 0 < small_batch < large_batch, got {small_batch} and {large_batch}")
     pairs = list(zip(small, large, strict=True))
     squares = [(large_batch * b - small_batch * a) / (large_batch - small_batch) for a, b in pairs]
     sums = [(a - b) / (1 / small_batch - 1 / large_batch) for a, b in pairs]
@@ -84,7 +94,7 @@ def noise_scale(small: Sequence[float], large: Sequence[float], *, small_batch: 
         return Noise(None, None, None)
     if total <= 0:
         return Noise(0.0, 0.0, None)
-    # The error of the inverse, by the delta method: |G|^2 / S stays finite where |G|^2 comes near 0.
+    # The delta method gives the error of the inverse, because |G|^2 / S stays finite as |G|^2 approaches 0.
     inverse = square / total
     residuals = [g - inverse * s for g, s in zip(squares, sums, strict=True)]
     error = 2 * math.sqrt(n / (n - 1) * sum(x * x for x in residuals)) / total
@@ -93,8 +103,12 @@ def noise_scale(small: Sequence[float], large: Sequence[float], *, small_batch: 
 
 
 def measure_step(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> tuple[float, dict[str, tuple[float, float]]]:
-    """A step's gradients, left in .grad as their mean over the micro-batches; (loss, for each of PARTS and "all":
-    squared norms, the mean of the micro-batches' and that of their mean)."""
+    """Compute the gradients of a step, and leave their mean over the micro-batches in .grad.
+
+    Returns:
+        The loss, and for "all" and each of PARTS two squared norms: the mean over the micro-batches, and that of the
+        mean gradient.
+    """
     named = list(trainer.model.named_parameters())
     total = [torch.zeros_like(parameter) for _, parameter in named]
     micro_batches = list(trainer.micro_batches(batch))
@@ -120,48 +134,56 @@ def measure_step(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> tuple[float,
 
 
 def _squares(tensors: list[Any]) -> Tensor:
-    """Squared norms, float64. By rows, because torch's float32 norm of a whole tensor errs by 1e-4 on a CPU."""
+    """Return squared norms in float64, summed by rows: torch's float32 norm of a whole tensor errs by 1e-4 on a CPU."""
     return torch.stack([torch.linalg.vector_norm(t, dim=-1).double().square().sum() for t in tensors])
 
 
 def advice(noise: Noise, *, sequence_len: int, total_batch_size: int) -> str:
-    """What the noise scale of all parameters says of --total-batch-size, tokens."""
+    """Return what the noise scale of all parameters means for a batch of --total-batch-size tokens."""
     if noise.scale is None:
-        return "the gradient is not to be told from its noise at this batch: measure over more steps, or a larger batch"
+        return "the gradient is not distinguishable from noise at this batch size: use more steps, or a larger batch"
     if noise.scale == 0:
-        return "no noise is to be seen: a smaller batch would do"
+        return "no noise was measured: a smaller batch is enough"
     tokens = noise.scale * sequence_len
     steps, cost = 1 + tokens / total_batch_size, 1 + total_batch_size / tokens
-    told = (
-        f"at --total-batch-size {total_batch_size:,} a run needs {steps:.2g} times the steps of a boundless batch, and "
-        f"{cost:.2g} times the tokens of a tiny one"
+    figures = (
+        f"at --total-batch-size {total_batch_size:,} a run needs {steps:.2g} times the steps of an unlimited batch, "
+        f"and {cost:.2g} times the tokens of a tiny batch"
     )
     if total_batch_size < tokens / 2:
-        return f"{told}: up to about {tokens:,.0f} tokens a larger batch saves nearly as many steps as it grows"
+        return f"{figures}: up to about {tokens:,.0f} tokens a larger batch saves almost proportionally many steps"
     if total_batch_size > 2 * tokens:
-        return f"{told}: a batch nearer {tokens:,.0f} tokens would learn as much from fewer tokens"
-    return f"{told}: it is near the noise scale, where both are within a factor of about 2 of the best"
+        return f"{figures}: a batch closer to {tokens:,.0f} tokens would reach the same loss with fewer tokens"
+    return f"{figures}: the batch is near the noise scale, where both are within a factor of about 2 of the best"
 
 
-def run(args: Sequence[str], failures: ReportFailures) -> int:
-    options, config, _ = command_flags.configure(Options, "batch_size", args)
+class Outcome(NamedTuple):
+    """Whether training diverged, and the signal that stopped the measurement, or 0."""
+
+    diverged: bool
+    signal: int
+
+
+def run(options: Options, config: TrainConfig, console: Console) -> Outcome:
+    """Train and measure, print what the noise scale means, and write the result with its picture."""
     if config.device_batch_size == UNSET:
         config = dataclasses.replace(config, device_batch_size=1)
-    console = Console(failures=failures)
     trainer = Trainer(config, console)
     config = trainer.config
     if config.total_batch_size < 2 * config.max_seq_len:
-        raise ConfigError(f"--total-batch-size {config.total_batch_size} is one sequence; takes at least two")
+        raise ConfigError(
+            f"--total-batch-size must be at least two sequences, got one: {config.total_batch_size} tokens"
+        )
     if trainer.accumulation_steps < 2:
         raise ConfigError(
-            f"--total-batch-size {config.total_batch_size} is one micro-batch; takes a --device-batch-size of at most "
+            f"--total-batch-size {config.total_batch_size} is one micro-batch; use a --device-batch-size of at most "
             f"{config.total_batch_size // config.max_seq_len // 2}"
         )
     folder = results.open_folder(options.out, "batch_size")
     console.say(f"test     {describe_run(trainer.setup)}, in {trainer.accumulation_steps} micro-batches")
     steps: list[dict[str, Any]] = []
     diverged = False
-    with StopSignals("what there is so far is kept") as stopping, trainer.loader.iterate(0) as batches:
+    with StopSignals("the results so far are kept") as stopping, trainer.loader.iterate(0) as batches:
         while len(steps) < options.steps and not stopping.signal:
             loss, norms = measure_step(trainer, next(batches))
             if not math.isfinite(loss + norms["all"][0]):
@@ -176,63 +198,66 @@ def run(args: Sequence[str], failures: ReportFailures) -> int:
     console.end_line()
     if diverged:
         console.say(
-            f"stopped  step {len(steps) + 1} has no finite loss or gradient; take lower rates (--matrix-lr, ...)"
+            f"stopped  step {len(steps) + 1} has no finite loss or gradient; use lower rates (--matrix-lr, ...)"
         )
 
     counted = steps[options.skip :]
-    rows = config.total_batch_size // config.max_seq_len
-    data: dict[str, Any] = {"small_batch": config.device_batch_size, "large_batch": rows}
-
-    def of_parts(some: list[dict[str, Any]]) -> dict[str, Noise]:
-        found = {}
-        for part in some[0]["squares"]:
-            small, large = zip(*(step["squares"][part] for step in some), strict=True)
-            found[part] = noise_scale(small, large, **data)
-        return found
-
-    found = of_parts(counted) if len(counted) >= 2 else {}
-    if found:
-        report(console, found, config)
-    blocks = [counted[i : i + BLOCK] for i in range(0, len(counted) - BLOCK + 1, BLOCK)]
+    batch_sizes: dict[str, Any] = {
+        "small_batch": config.device_batch_size,
+        "large_batch": config.total_batch_size // config.max_seq_len,
+    }
+    noise = noise_by_part(counted, **batch_sizes) if len(counted) >= 2 else {}
+    if noise:
+        print_report(console, noise, config)
     series: list[dict[str, float | None]] = []
-    for i, block in enumerate(blocks):
-        course = {part: noise.scale for part, noise in of_parts(block).items()}
-        series.append({"step": options.skip + (i + 0.5) * BLOCK, **course})
+    for first in range(0, len(counted) - STEPS_PER_POINT + 1, STEPS_PER_POINT):
+        point = noise_by_part(counted[first : first + STEPS_PER_POINT], **batch_sizes)
+        scales = {part: found.scale for part, found in point.items()}
+        series.append({"step": options.skip + first + STEPS_PER_POINT / 2, **scales})
     record = results.result(
         "batch_size",
         options,
         config,
         finished=not stopping.signal and not diverged,
-        **data,
+        **batch_sizes,
         sequence_len=config.max_seq_len,
-        noise={part: noise._asdict() for part, noise in found.items()},
+        noise={part: found._asdict() for part, found in noise.items()},
         series=series,
         steps=steps,
     )
     results.finish(folder, record, console)
-    return 128 + stopping.signal if stopping.signal else int(diverged)
+    return Outcome(diverged, stopping.signal)
 
 
-def report(console: Console, found: dict[str, Noise], config: TrainConfig) -> None:
-    """The noise scale of each part, and what it means for the batch."""
+def noise_by_part(steps: Sequence[dict[str, Any]], *, small_batch: int, large_batch: int) -> dict[str, Noise]:
+    """Return the noise scale of each part of the model over the steps."""
+    found = {}
+    for part in steps[0]["squares"]:
+        small, large = zip(*(step["squares"][part] for step in steps), strict=True)
+        found[part] = noise_scale(small, large, small_batch=small_batch, large_batch=large_batch)
+    return found
+
+
+def print_report(console: Console, noise_of: dict[str, Noise], config: TrainConfig) -> None:
+    """Print the noise scale of each part, and what it means for the batch size."""
     length = config.max_seq_len
-    for part, noise in found.items():
+    for part, noise in noise_of.items():
         console.say(f"{part:<9} {in_tokens(noise, length)}")
-    whole = found["all"]
+    whole = noise_of["all"]
     if whole.scale:
-        console.say("batch, tokens    steps needed    tokens needed    (1: at best)")
-        for size in (max(1, round(whole.scale * factor)) for factor in SIZES):
+        console.say("batch, tokens    steps needed    tokens needed    (1: the minimum)")
+        for size in (max(1, round(whole.scale * factor)) for factor in TABLE_FACTORS):
             steps, tokens = 1 + whole.scale / size, 1 + size / whole.scale
             console.say(f"{size * length:>13,}{steps:>16.2f}{tokens:>17.2f}")
     console.say(advice(whole, sequence_len=length, total_batch_size=config.total_batch_size))
     console.say(
-        "It holds for steps along the gradient. Adam's and Muon's follow it roughly, and it grows as a run goes on."
+        "This holds for steps along the gradient. Adam and Muon follow it roughly. The noise scale grows during a run."
     )
 
 
 def in_tokens(noise: Noise, sequence_len: int) -> str:
-    """The noise scale with its bounds, in tokens."""
+    """Return a noise scale with its bounds, in tokens."""
     if noise.scale is None or noise.low is None:
-        return "not to be told from this"
+        return "not measurable from these steps"
     high = "no bound" if noise.high is None else f"{noise.high * sequence_len:,.0f}"
     return f"{noise.scale * sequence_len:,.0f} tokens ({noise.low * sequence_len:,.0f} to {high})"

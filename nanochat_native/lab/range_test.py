@@ -1,18 +1,16 @@
-"""python -m nanochat_native.lr_find: the learning-rate range test (Smith, arXiv:1506.01186).
+"""The learning-rate range test (Smith, arXiv:1506.01186).
 
-One step at each rate, the rates rising geometrically, until the loss diverges. Where the loss falls most steeply and
-where it turns bound the rates that are worth a run.
+The test makes one step at each rate. The rates rise geometrically until the loss diverges. The rate at which the loss
+falls most steeply and the rate at which it is lowest bound the useful range.
 """
 
 import copy
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from nanochat_native.lab import command_flags
 from nanochat_native.optim.routing import BLOCKS, LM_HEAD, WTE
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import results
@@ -20,53 +18,62 @@ from nanochat_native.runs.config import TrainConfig
 from nanochat_native.runs.metrics_log import none_if_nonfinite
 from nanochat_native.runtime.console import Console, bar
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.flags import flag
-from nanochat_native.runtime.isolation import ReportFailures
 from nanochat_native.runtime.signals import StopSignals
 from nanochat_native.training import report, resolve
 from nanochat_native.training.trainer import Trainer
 
-WINDOW = 0.04  # of the steps, to each side of a point, for slopes and means
-RECENT = 3  # losses, whose mean decides whether the test has diverged
-MARGIN = 4.0  # the suggestion is so far below the rate at which the loss turns, if it falls most steeply before
+HALF_WINDOW = 0.04  # share of the steps on each side of a point that its slope and its mean use
+RECENT = 3  # losses whose mean decides whether the test has diverged
+MARGIN = 4.0  # the suggestion is at least the rate of the lowest loss divided by this
 GROUPS = {"matrix": BLOCKS, "embedding": WTE, "unembedding": LM_HEAD}
 
 
 @dataclass
 class Options:
-    """Find a learning rate: raise it step by step until the loss diverges, and see where it fell fastest.
+    """Find a learning rate: raise it at each step until the loss diverges, and find where the loss falls fastest.
 
-    Rates are given as factors of those that a run would use ("x1"). All flags of train are taken too, e.g.
+    Rates are factors of the rates that a run would use ("x1"). All flags of train are accepted too, e.g.
     --depth 6 --optimizer adamw --data my_texts/: `python -m nanochat_native.train --help` lists them.
     """
 
     group: Literal["all", "matrix", "embedding", "unembedding", "each"] = "all"
-    """Whose rate rises: all together, one group of parameters while the others stand still, or each in turn."""
+    """The parameters whose rate rises: all together; one group, with the others frozen; or each group in turn."""
     steps: int = 100
-    """Steps from --floor to --ceiling, one for each rate."""
+    """Number of steps from --floor to --ceiling, one for each rate."""
     floor: float = 1e-3
-    """The first factor."""
+    """First factor."""
     ceiling: float = 1e3
-    """The last factor; the test stops before, when the loss diverges."""
+    """Last factor; the test stops earlier if the loss diverges."""
     warmup_steps: int | None = None
-    """Steps of all groups at a factor of 1 before the test; default: 0, or 20 for a group alone, which in a new model
-    has nothing to go by, because lm_head is 0."""
+    """Steps of all groups at a factor of 1 before the test; default: 0, or 20 for a single group. Without them most
+    gradients are 0, because lm_head starts at 0."""
     out: Path | None = None
-    """Folder for result.json and the picture; default: lab/lr_find, or the next that is free."""
+    """Folder for result.json and the picture; default: lab/lr_find, or the next free name."""
 
     def __post_init__(self) -> None:
         if not 0 < self.floor < self.ceiling < math.inf:
-            raise ConfigError(f"--floor {self.floor} and --ceiling {self.ceiling}: takes 0 < floor < ceiling")
+            raise ConfigError(
+                f"--floor and --ceiling must be 0 < floor < ceiling, got --floor {self.floor} --ceiling {self.ceiling}"
+            )
         if self.warmup_steps is None:
             self.warmup_steps = 0 if self.group == "all" else 20
-        if self.steps < 20 or self.warmup_steps < 0:
-            raise ConfigError(f"--steps is {self.steps}, --warmup-steps {self.warmup_steps}; takes at least 20 and 0")
+        if self.steps < 20:
+            raise ConfigError(f"--steps must be at least 20, got {self.steps}")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"--warmup-steps must be at least 0, got {self.warmup_steps}")
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """rate: None where the test shows none. steepest: rate at which ln(loss) falls fastest over ln(rate). lowest: rate
-    at which the smoothed loss is lowest. smoothed: means over a window, of each rate."""
+    """What a range test suggests.
+
+    Attributes:
+        rate: the suggested rate, or None.
+        reason: the explanation for the user.
+        steepest: the rate at which ln(loss) falls fastest over ln(rate).
+        lowest: the rate at which the smoothed loss is lowest.
+        smoothed: for each rate the mean loss over a window.
+    """
 
     rate: float | None
     reason: str
@@ -81,13 +88,17 @@ def range_test(
     floor: float,
     ceiling: float,
     steps: int,
-    going_on: Callable[[int, float, float], bool] = lambda done, rate, loss: True,
+    keep_going: Callable[[int, float, float], bool] = lambda done, rate, loss: True,
 ) -> tuple[list[float], list[float], bool]:
-    """(rates, losses, whether the loss diverged): try_rate(rate) does one step at a rate and returns the loss after it.
+    """Run a range test. Returns (rates, losses, whether the loss diverged).
 
-    The rates are floor to ceiling in `steps` equal factors. It ends where the mean of the last 3 losses is above the
-    lowest such mean by half of what had been gained, and by a tenth of itself; or at a loss that is not finite, which
-    is left out; or when going_on(steps done, rate, loss) is false.
+    The rates go from floor to ceiling in `steps` equal factors. The test ends early at a loss that is not finite, which
+    is dropped; when the mean of the last 3 losses exceeds the lowest such mean by half of the total decrease and by a
+    tenth of that mean; or when keep_going returns False.
+
+    Args:
+        try_rate: makes one step at a rate and returns the loss after it.
+        keep_going: is called with (steps done, rate, loss) after each step.
     """
     rates: list[float] = []
     losses: list[float] = []
@@ -103,21 +114,22 @@ def range_test(
         best = min(means)
         if means[-1] > best + max((means[0] - best) / 2, best / 10):
             return rates, losses, True
-        if not going_on(i + 1, rate, loss):
+        if not keep_going(i + 1, rate, loss):
             break
     return rates, losses, False
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float], *, steps: int, diverged: bool) -> Suggestion:
-    """What a range test of so many planned steps says.
+    """Return the suggestion of a range test that planned `steps` steps.
 
-    The rate is where the loss falls most steeply, or a quarter of the rate at which it is lowest if that is more; at
-    most half of that. On a quadratic the loss turns at twice the best rate, and falls fastest near it.
+    The suggested rate is the larger of two: the rate at which the loss falls most steeply, and a quarter of the rate at
+    which it is lowest. It is at most half of the latter. On a quadratic the loss starts to rise at twice the best rate,
+    and falls fastest near the best rate.
     """
-    side = max(1, round(WINDOW * steps))
+    side = max(1, round(HALF_WINDOW * steps))
     if len(rates) < 2 * side + 3:
-        more = "take a lower --floor" if diverged else "the test was stopped"
-        return Suggestion(None, f"it ended after {len(rates)} rates; {more}", math.nan, math.nan, [])
+        more = "use a lower --floor" if diverged else "the test was stopped"
+        return Suggestion(None, f"the test ended after {len(rates)} rates; {more}", math.nan, math.nan, [])
     smoothed, slopes = [], []
     for i in range(len(rates)):
         near = range(max(0, i - side), min(len(rates), i + side + 1))
@@ -131,28 +143,28 @@ def suggest(rates: Sequence[float], losses: Sequence[float], *, steps: int, dive
         return Suggestion(rate, reason, steepest, lowest, smoothed)
 
     if smoothed[turn] > 0.99 * smoothed[0]:
-        return found(None, "the loss never fell by a hundredth; take another --floor or --ceiling")
+        return found(None, "the loss never fell by 1%; use another --floor or --ceiling")
     if not diverged and turn >= len(rates) - 1 - side:
-        more = "take a higher --ceiling" if len(rates) == steps else "the test was stopped"
+        more = "use a higher --ceiling" if len(rates) == steps else "the test was stopped"
         return found(None, f"the loss was still falling at {rates[-1]:.3g}; {more}")
     rate = min(max(steepest, lowest / MARGIN), lowest / 2)
     where = f"the loss falls most steeply at {steepest:.3g} and is lowest at {lowest:.3g}"
     if rate == steepest:
-        return found(rate, f"{where}: the steepest")
-    return found(rate, f"{where}: {lowest / rate:.2g} times below the lowest")
+        return found(rate, f"{where}; the suggestion is the steepest point")
+    return found(rate, f"{where}; the suggestion is {lowest / rate:.2g} times below the lowest")
 
 
 def _slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the line of least squares."""
+    """Return the slope of the least-squares line."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
 
 
 def find_rate(trainer: Trainer, options: Options, group: str, stopping: StopSignals) -> dict[str, Any]:
-    """A range test of a trainer's own steps, its loss that of one batch of validation text, the same at every rate.
+    """Run a range test with the steps of a trainer. Every loss is measured on the same batch of validation text.
 
-    Model and optimizers are then as they were, bit for bit.
+    The model and the optimizers are restored, bit for bit.
     """
     assert options.warmup_steps is not None
     model, optimizers = trainer.model, trainer.optimizers
@@ -164,7 +176,7 @@ def find_rate(trainer: Trainer, options: Options, group: str, stopping: StopSign
         if group == "all" or settings["param_names"][0].startswith(GROUPS[group])
     ]
 
-    def report(done: int, rate: float, loss: float) -> bool:
+    def report_step(done: int, rate: float, loss: float) -> bool:
         trainer.console.live(f"{group} {bar(done, options.steps)} | x{rate:.3g} | loss {loss:.3f}")
         return not stopping.signal
 
@@ -193,7 +205,7 @@ def find_rate(trainer: Trainer, options: Options, group: str, stopping: StopSign
             return trainer.measure(held_out).loss if math.isfinite(norm) else math.nan
 
         rates, losses, diverged = range_test(
-            try_rate, floor=options.floor, ceiling=options.ceiling, steps=options.steps, going_on=report
+            try_rate, floor=options.floor, ceiling=options.ceiling, steps=options.steps, keep_going=report_step
         )
     trainer.zero_grad()
     model.load_state_dict(before[0])
@@ -214,8 +226,8 @@ def find_rate(trainer: Trainer, options: Options, group: str, stopping: StopSign
     }
 
 
-def flags(config: TrainConfig, tests: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The learning rates to train with, by the flags' names: those of a run times what the tests suggest."""
+def suggested_rates(config: TrainConfig, tests: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the learning rates to train with, by the names of their flags: a run's rates times the suggestions."""
     found = {}
     for test in tests:
         for name, rate in resolve.learning_rates(config).items():
@@ -224,29 +236,37 @@ def flags(config: TrainConfig, tests: Sequence[dict[str, Any]]) -> dict[str, flo
     return found
 
 
-def run(args: Sequence[str], failures: ReportFailures) -> int:
-    options, config, given = command_flags.configure(Options, "lr_find", args)
-    console = Console(failures=failures)
+class Outcome(NamedTuple):
+    """The learning rates to train with, by the names of their flags, and the signal that stopped the test, or 0."""
+
+    rates: dict[str, float]
+    signal: int
+
+
+def run(options: Options, config: TrainConfig, console: Console) -> Outcome:
+    """Test the groups that the options name, print the suggestions, and write the result with its picture."""
     trainer = Trainer(config, console)
     config = trainer.config
     folder = results.open_folder(options.out, "lr_find")
     console.say(f"test     {report.describe_run(trainer.setup)}, {options.steps} steps for each test")
     groups = list(GROUPS) if options.group == "each" else [options.group]
     tests: list[dict[str, Any]] = []
-    with StopSignals("what there is so far is kept") as stopping:
+    with StopSignals("the results so far are kept") as stopping:
         for group in groups:
             if not stopping.signal:
                 tests.append(find_rate(trainer, options, group, stopping))
     for test in tests:
-        size = test["suggestion"]
-        console.say(f"{test['group']:<12} {'no rate' if size is None else f'x{size:.3g}'}: {test['reason']}")
-    found = flags(config, tests)
-    done = not stopping.signal
+        factor = test["suggestion"]
+        console.say(f"{test['group']:<12} {'no rate' if factor is None else f'x{factor:.3g}'}: {test['reason']}")
+    rates = suggested_rates(config, tests)
     record = results.result(
-        "lr_find", options, config, finished=done, tests=tests, rates=resolve.learning_rates(config), flags=found
+        "lr_find",
+        options,
+        config,
+        finished=not stopping.signal,
+        tests=tests,
+        rates=resolve.learning_rates(config),
+        flags=rates,
     )
     results.finish(folder, record, console)
-    if found:
-        pasted = [word for name, rate in found.items() for word in (flag(name), f"{rate:g}")]
-        console.say(f"train    python -m nanochat_native.train {shlex.join([*given, *pasted])}")
-    return 128 + stopping.signal if stopping.signal else 0 if found else 1
+    return Outcome(rates, stopping.signal)

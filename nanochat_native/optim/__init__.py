@@ -1,4 +1,4 @@
-"""Muon and AdamW on the native operators, their routing, and gradient clipping."""
+"""Muon and AdamW on the native operators, the routing of parameters to them, gradient clipping, and schedules."""
 
 from nanochat_native.optim.adamw import AdamW
 from nanochat_native.optim.base import buckets_of

@@ -1,4 +1,4 @@
-"""AdamW on the fused operator: one launch for all tensors of a group."""
+"""AdamW on the fused operator, with one launch for all tensors of a group."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,27 +9,30 @@ from torch import Tensor
 
 from nanochat_native import ops
 from nanochat_native.optim.base import Optimizer, Params, as_operand, check_number
-from nanochat_native.optim.buckets import Piece
+from nanochat_native.optim.buckets import ShardPiece
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (arXiv:1711.05101), in the form of torch.optim.AdamW; ops.adamw_ states the
-    formula.
+    """Adam with decoupled weight decay (arXiv:1711.05101), in the form of torch.optim.AdamW.
 
-    params: tensors of any shape, float32 or bfloat16; (name, tensor) pairs make errors speak of names. State of each:
-    "step", int64, 0-d, on the CPU; "exp_avg" and "exp_avg_sq", float32, of its shape. Every setting is read from the
-    group at each step. lr, betas and weight_decay may be tensors of one element, of any floating-point type. cautious:
-    decay only the elements that the new exp_avg moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
+    ops.adamw_ states the formula. The state of a parameter is "step", int64, 0-d, on the CPU, and "exp_avg" and
+    "exp_avg_sq", float32, of its shape. Every setting is read from the group at each step. lr, betas and weight_decay
+    may be tensors of one element, of any floating-point type.
 
-    sharding: process_group, and with it reduce_dtype, gather_dtype and bucket_bytes: as base.Optimizer describes. Each
-    rank then owns a part of the rows of every parameter.
+    Args:
+        params: tensors of any shape, float32 or bfloat16; with (name, tensor) pairs errors show the names.
+        cautious: decay only the elements that the new exp_avg moves towards 0 (Cautious Weight Decay,
+            arXiv:2510.12402).
+        sharding: process_group, reduce_dtype, gather_dtype and bucket_bytes of base.Optimizer. Each rank owns a part of
+            the rows of every parameter.
 
-    Raises ValueError for a setting out of range.
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     whole = False
     elementwise = ("exp_avg", "exp_avg_sq")
-    own_state = ("step", *elementwise)
+    required_state = ("step", *elementwise)
 
     def __init__(
         self,
@@ -47,13 +50,13 @@ class AdamW(Optimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
-            raise ValueError(f"betas is {group['betas']!r}; it takes two numbers from 0 to below 1")
+            raise ValueError(f"betas must be two numbers >= 0 and < 1, got {group['betas']!r}")
         for index, beta in enumerate(group["betas"]):
             check_number(f"betas[{index}]", beta, below=1)
         check_number("eps", group["eps"])
 
-    def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
-        same_kind: dict[Any, list[Piece]] = defaultdict(list)
+    def update(self, pieces: list[ShardPiece], group: dict[str, Any]) -> None:
+        same_kind: dict[Any, list[ShardPiece]] = defaultdict(list)
         for piece in pieces:
             state = self.state[piece.parameter]
             if "step" not in state:
@@ -64,7 +67,7 @@ class AdamW(Optimizer):
         for (step, _, _), together in same_kind.items():
             self._update_together(together, step, group)
 
-    def _update_together(self, pieces: list[Piece], step: int, group: dict[str, Any]) -> None:
+    def _update_together(self, pieces: list[ShardPiece], step: int, group: dict[str, Any]) -> None:
         states = [self.state[piece.parameter] for piece in pieces]
         beta1, beta2 = map(float, group["betas"])
         device = pieces[0].values.device

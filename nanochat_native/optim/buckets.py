@@ -1,8 +1,9 @@
-"""Flat memory for parameters and gradients on many ranks, which the collectives read and write: nothing is copied.
+"""Contiguous buffers for parameters and gradients on many ranks. The collectives use them in place, without copies.
 
-A bucket is one stretch of memory, cut into as many equal shards as there are ranks. Parameters and their gradients are
-views of it; a rank owns what lies in its shard, keeps the optimizer's state of that alone, and updates it. Matrices lie
-whole in one shard, balanced by work and by bytes; an embedding is cut by rows, padded to a multiple of the ranks.
+A bucket is a contiguous buffer, split into one shard of equal size for each rank. Parameters and their gradients are
+views of the buffer. A rank owns its local shard: it updates the shard and keeps only its optimizer state. A matrix lies
+in a single shard; the matrices are balanced by work and by bytes. An embedding is split by rows, padded to a multiple
+of the ranks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_BYTES = 256 << 20  # of gradients: some reductions run beside the rest of the backward pass
-MATRICES_A_SHARD = 4  # of the largest
-ALIGNMENT = 64  # elements: shards and matrices begin at multiples of 256 bytes
+BUCKET_BYTES = 256 << 20  # of gradients; small enough that reductions overlap with the backward pass
+MATRICES_PER_SHARD = 4  # at least so many of the largest matrix fit into a shard
+ALIGNMENT = 64  # elements: shards and matrices start at multiples of 256 bytes
 
-# Their names from torch 2.13 on, and before.
+# The names since torch 2.13, and the earlier names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Piece(NamedTuple):
-    """What this rank updates of a parameter: all of it, or rows from first_row on."""
+class ShardPiece(NamedTuple):
+    """The part of a parameter that this rank updates: all of it, or its rows from first_row on."""
 
     parameter: Tensor
     values: Tensor
@@ -30,14 +31,14 @@ class Piece(NamedTuple):
     first_row: int = 0
 
     def rows_of(self, whole: Tensor) -> Tensor:
-        """The piece's part of a tensor with the parameter's rows; all of another, as a number of steps."""
+        """Return this piece's rows of a tensor with the parameter's rows. Other tensors are returned unchanged."""
         if not self.values.ndim or not whole.ndim or whole.size(0) != self.parameter.size(0):
             return whole
         return whole[self.first_row : self.first_row + self.values.size(0)]
 
 
 class Layout(NamedTuple):
-    """Of the parameters of a bucket: the owner of each, its offset, and the elements of a shard."""
+    """The layout of a bucket: the owner of each parameter, its offset, and the number of elements in a shard."""
 
     owners: list[int]
     offsets: list[int]
@@ -47,8 +48,13 @@ class Layout(NamedTuple):
 class Bucket:
     """Parameters of one dtype and device, their gradients, and the collectives on them.
 
-    reduce_dtype, gather_dtype: of what travels, None for the parameters' own; with gather_dtype the owner keeps the
-    exact values apart, and all ranks, itself included, the rounded ones.
+    Args:
+        named: the names and the parameters.
+        group: the ranks.
+        layout: the place of each parameter.
+        reduce_dtype: the type in which gradients travel, None for that of the parameters.
+        gather_dtype: the type in which parameters travel, None for that of the parameters. With it the owner keeps the
+            exact values separately, and all ranks, with the owner, use the rounded values.
     """
 
     def __init__(
@@ -69,8 +75,8 @@ class Bucket:
         first = self.parameters[0]
         self.flat_values = torch.zeros(self.size * self.shard, dtype=first.dtype, device=first.device)
         self.flat_gradients = torch.zeros_like(self.flat_values)
-        own = slice(self.rank * self.shard, (self.rank + 1) * self.shard)
-        self.own_gradients = self.flat_gradients[own]
+        local = slice(self.rank * self.shard, (self.rank + 1) * self.shard)
+        self.shard_gradients = self.flat_gradients[local]
         self._views: list[Tensor] = []
         with torch.no_grad():
             for parameter, offset in zip(self.parameters, offsets, strict=True):
@@ -78,21 +84,21 @@ class Bucket:
                 self.flat_values[place].copy_(parameter.flatten())
                 parameter.data = self.flat_values[place].view(parameter.shape)
                 self._views.append(self.flat_gradients[place].view(parameter.shape))
-        self.own_values = self.flat_values[own]
+        self.shard_values = self.flat_values[local]
         if gather_dtype is not None:
-            self.own_values = self.own_values.clone()
-        self._pieces = self._cut(offsets)
+            self.shard_values = self.shard_values.clone()
+        self._pieces = self._make_pieces(offsets)
         self._received: Tensor | None = None
         self._works: list[Any] = []
         self.reduced = False
         self._arrived: set[int] = set()
         for index, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(lambda p, i=index: self._arrive(i))
-        self.when_complete: Any = None  # called once all gradients of a backward pass are there
+        self.when_complete: Any = None  # called when all gradients of a backward pass have arrived
         self.zero_gradients()
 
-    def _cut(self, offsets: list[int]) -> list[tuple[int, int, Tensor, Tensor]]:
-        """(index, first row, values, gradients) of what lies in the own shard."""
+    def _make_pieces(self, offsets: list[int]) -> list[tuple[int, int, Tensor, Tensor]]:
+        """Return (index, first row, values, gradients) of each parameter in the local shard."""
         if not self.whole:
             parameter = self.parameters[0]
             rows, width = _rows(parameter)
@@ -101,22 +107,24 @@ class Bucket:
             if not count:
                 return []
             shape = (count, *parameter.shape[1:]) if parameter.ndim else ()
-            values, gradients = (x[: count * width].view(shape) for x in (self.own_values, self.own_gradients))
+            values, gradients = (x[: count * width].view(shape) for x in (self.shard_values, self.shard_gradients))
             return [(0, first, values, gradients)]
         pieces = []
         for index, (parameter, owner, offset) in enumerate(zip(self.parameters, self.owners, offsets, strict=True)):
             if owner == self.rank:
                 place = slice(offset - self.rank * self.shard, offset - self.rank * self.shard + parameter.numel())
-                values, gradients = (x[place].view(parameter.shape) for x in (self.own_values, self.own_gradients))
+                values, gradients = (x[place].view(parameter.shape) for x in (self.shard_values, self.shard_gradients))
                 pieces.append((index, 0, values, gradients))
         return pieces
 
     @property
-    def pieces(self) -> list[Piece]:
-        return [Piece(self.parameters[i], values, grads, row) for i, row, values, grads in self._pieces]
+    def pieces(self) -> list[ShardPiece]:
+        """The parts of parameters in the local shard."""
+        return [ShardPiece(self.parameters[i], values, grads, row) for i, row, values, grads in self._pieces]
 
     def zero_gradients(self) -> None:
-        if self._works:  # of a backward pass that no step followed
+        """Set the gradients to zero, in their place in the bucket."""
+        if self._works:  # a reduction of a backward pass without a step
             self._works[0].wait()
             self._received, self._works = None, []
         self.flat_gradients.zero_()
@@ -126,14 +134,14 @@ class Bucket:
         self.reduced = False
 
     def _arrive(self, index: int) -> None:
-        self._take(index)
+        self._collect(index)
         self._arrived.add(index)
         self.reduced = False
         if self.when_complete is not None and len(self._arrived) == len(self.parameters):
             self.when_complete(self)
 
-    def _take(self, index: int) -> None:
-        """A gradient that somebody put elsewhere comes back into the bucket."""
+    def _collect(self, index: int) -> None:
+        """Copy a gradient that was replaced by another tensor back into the bucket."""
         parameter, view = self.parameters[index], self._views[index]
         if parameter.grad is None or parameter.grad.data_ptr() == view.data_ptr():
             return
@@ -143,15 +151,17 @@ class Bucket:
         self.reduced = False
 
     def start_reduction(self) -> None:
-        """Averages the gradients over the ranks, each into its owner's shard, in the background."""
+        """Start to average the gradients over the ranks, each into the shard of its owner."""
         if self._works:
             return
         for index in range(len(self.parameters)):
-            self._take(index)
+            self._collect(index)
         if self.reduced:
             return
-        gone = {i for i, p in enumerate(self.parameters) if p.grad is None or not p.requires_grad}
-        missing = [name for i, name in enumerate(self.names) if i in gone or (self._arrived and i not in self._arrived)]
+        absent = {i for i, p in enumerate(self.parameters) if p.grad is None or not p.requires_grad}
+        missing = [
+            name for i, name in enumerate(self.names) if i in absent or (self._arrived and i not in self._arrived)
+        ]
         if missing:
             raise ValueError(
                 f"no gradient came for {', '.join(missing)}: every parameter of a sharded optimizer needs one"
@@ -161,7 +171,7 @@ class Bucket:
             gradients = gradients.to(self.reduce_dtype)
         if gradients.is_cuda:
             received = (
-                self.own_gradients if gradients is self.flat_gradients else torch.empty_like(gradients[: self.shard])
+                self.shard_gradients if gradients is self.flat_gradients else torch.empty_like(gradients[: self.shard])
             )
             work = _reduce_scatter(received, gradients, dist.ReduceOp.AVG, group=self.group, async_op=True)
         else:
@@ -170,29 +180,31 @@ class Bucket:
         self._received, self._works = received, [work, gradients]
 
     def finish_reduction(self) -> None:
+        """Wait until the local shard holds the averages."""
         self.start_reduction()
         if self.reduced:
             return
         self._works[0].wait()
         assert self._received is not None
         if self._received.numel() > self.shard:
-            # In float64 the mean of equal numbers is that number, and the order of the ranks is of no account.
-            self.own_gradients.copy_(self._received.view(self.size, self.shard).double().mean(dim=0))
-        elif self._received.data_ptr() != self.own_gradients.data_ptr():
-            self.own_gradients.copy_(self._received)
+            # In float64 the mean of equal numbers is that number, and the order of the ranks does not matter.
+            self.shard_gradients.copy_(self._received.view(self.size, self.shard).double().mean(dim=0))
+        elif self._received.data_ptr() != self.shard_gradients.data_ptr():
+            self.shard_gradients.copy_(self._received)
         self._received, self._works, self.reduced = None, [], True
 
     def start_gather(self) -> None:
-        """Hands the own shard to all ranks, in the background."""
-        values, target = self.own_values, self.flat_values
+        """Start to send the local shard to all ranks."""
+        values, target = self.shard_values, self.flat_values
         if self.gather_dtype is not None:
             values, target = values.to(self.gather_dtype), torch.empty_like(target, dtype=self.gather_dtype)
         elif not values.is_cuda:
-            values = values.clone()  # gloo does not say that the two may overlap
+            values = values.clone()  # gloo does not document that the two may overlap
         work = _all_gather(target, values, group=self.group, async_op=True)
         self._works = [work, values, target]
 
     def finish_gather(self) -> None:
+        """Wait until all shards have arrived."""
         work, _, target = self._works
         work.wait()
         if target is not self.flat_values:
@@ -201,26 +213,28 @@ class Bucket:
         self._arrived.clear()
 
     def traffic_bytes(self) -> int:
-        """That this rank sends in a step: all but its own shard of the gradients, and its shard to all others."""
+        """Return the bytes that this rank sends per step: other ranks' gradients, and its shard to every other rank."""
         sizes = [(dtype or self.flat_values.dtype).itemsize for dtype in (self.reduce_dtype, self.gather_dtype)]
         return sum(sizes) * self.shard * (self.size - 1)
 
 
 def split_rows(parameter: Tensor, ranks: int) -> Layout:
-    """One parameter, cut by rows: no one owner."""
+    """Return the layout of one parameter that is split by rows and has no single owner."""
     rows, width = _rows(parameter)
     return Layout([-1], [0], -(-rows // ranks) * width)
 
 
 def _rows(parameter: Tensor) -> tuple[int, int]:
-    """Their number, and the elements of one. A parameter of no dimensions is one row."""
+    """Return the number of rows and the elements in a row. A parameter without dimensions is one row."""
     rows = parameter.size(0) if parameter.ndim else 1
     return rows, parameter.numel() // rows
 
 
 def assign(runs: Sequence[Sequence[Tensor]], ranks: int) -> list[Layout]:
-    """Layouts of buckets of matrices. The largest of a bucket first, each goes to the rank that then has least of the
-    work and the bytes of all buckets so far. Matrices of one shape lie side by side: one batch.
+    """Return the layouts of buckets of matrices.
+
+    Each matrix of a bucket, the largest first, goes to the rank with the least work and bytes of all buckets so far.
+    Matrices of one shape lie side by side, so that they form one batch.
     """
     everything = [matrix for run in runs for matrix in run]
     all_work, all_numel = sum(map(_work, everything)), sum(map(_padded, everything))
@@ -232,7 +246,8 @@ def assign(runs: Sequence[Sequence[Tensor]], ranks: int) -> list[Layout]:
         for index in sorted(range(len(run)), key=lambda i: (-sum(share[i]), i)):
             added = [(w + share[index][0], n + share[index][1]) for w, n in loads]
             size, all_here = _padded(run[index]), sum(map(_padded, run))
-            # In units of what is fair: of all buckets' work and bytes, and of this one's bytes, which pad its shards.
+            # Shares of the work and the bytes of all buckets, and of the bytes of this one, because its shards are
+            # padded.
             score = [max(added[r]) + (here[r] + size) / all_here for r in range(ranks)]
             owner = min(range(ranks), key=lambda r: (score[r], r))
             loads[owner], owners[index] = added[owner], owner
@@ -257,11 +272,13 @@ def _padded(matrix: Tensor) -> int:
 
 
 def split(named: Sequence[tuple[str, Tensor]], ranks: int, limit: int = BUCKET_BYTES) -> list[list[tuple[str, Tensor]]]:
-    """Runs of about `limit` bytes, the last parameters first: in the order in which their gradients come. On many ranks
-    they are larger, for the shards of one to be alike."""
+    """Split parameters into runs of about `limit` bytes, in the order in which their gradients arrive, the last first.
+
+    With many ranks the runs are larger, so that the shards of a run have similar sizes.
+    """
     if not named:
         return []
-    limit = max(limit, MATRICES_A_SHARD * ranks * max(parameter.nbytes for _, parameter in named))
+    limit = max(limit, MATRICES_PER_SHARD * ranks * max(parameter.nbytes for _, parameter in named))
     runs: list[list[tuple[str, Tensor]]] = []
     room = 0
     for name, parameter in reversed(named):
@@ -274,9 +291,9 @@ def split(named: Sequence[tuple[str, Tensor]], ranks: int, limit: int = BUCKET_B
 
 
 class overlap_backward:  # noqa: N801 (called as a function)
-    """Within the block, the last backward pass of a step, reductions start as their buckets' gradients come.
+    """A context for the last backward pass of a step: the reduction of a bucket starts when its gradients are complete.
 
-    They start in one order on all ranks: of `parameters`, the model's, the last first.
+    Reductions start in the same order on all ranks: that of `parameters`, those of the model, from the last on.
     """
 
     def __init__(self, buckets: Iterable[Bucket], parameters: Iterable[Tensor]) -> None:

@@ -12,20 +12,26 @@ from nanochat_native.optim.base import Optimizer, buckets_of
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales all gradients, in place, so that the Euclidean norm of all of them together is at most max_norm.
+    """Scale all gradients in place so that their Euclidean norm, over all of them, is at most max_norm.
 
-    Returns the norm before, float64, 0-d. When it is not finite the gradients are left alone, and
-    the caller must skip the step. Parameters without a gradient count nothing. max_norm may be infinite: only measures.
+    An infinite max_norm only measures. Parameters without a gradient do not count. If the norm is not finite, the
+    gradients are unchanged and the caller must skip the step.
 
-    Raises ValueError for a max_norm that is not above 0.
+    Returns:
+        The norm before the scaling, float64, 0-d.
+
+    Raises:
+        ValueError: max_norm is not above 0.
     """
     return _clip([parameter.grad for parameter in parameters if parameter.grad is not None], max_norm, None)
 
 
 @torch.no_grad()
 def clip_reduced_(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> Tensor:
-    """As clip_grad_norm_, of the gradients that the optimizers will step with: where they are sharded, of the averages
-    over the ranks, which are waited for here. All ranks get the same norm, and scale alike.
+    """Clip the gradients that the optimizers will use, as clip_grad_norm_ does.
+
+    With sharded optimizers these are the averages over the ranks, for which this function waits. All ranks get the same
+    norm and scale by the same factor.
     """
     gradients: list[Tensor] = []
     buckets = buckets_of(optimizers)
@@ -35,7 +41,7 @@ def clip_reduced_(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) 
         bucket.finish_reduction()
     for optimizer in optimizers:
         if isinstance(optimizer, Optimizer):
-            gradients += [piece.gradient for g in optimizer.param_groups for piece in optimizer.pieces(g)]
+            gradients += [piece.gradient for g in optimizer.param_groups for piece in optimizer.local_pieces(g)]
         else:
             gradients += [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     group, device = (buckets[0].group, buckets[0].flat_gradients.device) if buckets else (None, None)
@@ -46,8 +52,8 @@ def _clip(
     gradients: list[Tensor], max_norm: float, group: dist.ProcessGroup | None, device: torch.device | None = None
 ) -> Tensor:
     if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; it takes a number above 0")
-    total = torch.zeros((), dtype=torch.float64, device=device)  # of a rank that owns nothing
+        raise ValueError(f"max_norm must be a number > 0, got {max_norm}")
+    total = torch.zeros((), dtype=torch.float64, device=device)  # for a rank that owns no gradient
     if gradients:
         total = torch.linalg.vector_norm(_norms(gradients).double())
     if group is not None:
@@ -61,9 +67,9 @@ def _clip(
 
 
 def _norms(gradients: list[Tensor]) -> Tensor:
-    """Norms whose norm is that of all gradients, exact to 1e-7 and at the speed of memory."""
+    """Return norms whose norm is that of all gradients, exact to 1e-7, at memory speed."""
     wide = torch.promote_types(gradients[0].dtype, torch.float32)
-    if gradients[0].is_cuda:  # sums by trees, and a number of launches that does not grow with that of the tensors
+    if gradients[0].is_cuda:  # tree sums, and a constant number of launches
         return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide))
     # One float32 norm for each row: on a CPU torch's float64 norm of float32 is 40 times slower, and its float32 norm
     # of a whole tensor errs by 1e-4.

@@ -1,6 +1,6 @@
-"""Muon: momentum, orthogonalised by Newton-Schulz, for the matrices of the blocks.
+"""Muon: momentum that is orthogonalised by Newton-Schulz, for the matrices of the blocks.
 
-Keller Jordan, https://kellerjordan.github.io/posts/muon/; the form and defaults are nanochat's.
+The optimizer is by Keller Jordan, https://kellerjordan.github.io/posts/muon/. Its form and defaults are nanochat's.
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat_native import ops
 from nanochat_native.optim.base import Optimizer, Params, as_operand, check_number
-from nanochat_native.optim.buckets import Piece
+from nanochat_native.optim.buckets import ShardPiece
 
 OPTIONS = {
     "nesterov": True,
@@ -26,34 +26,39 @@ class Muon(Optimizer):
     """buf = mu buf + (1 - mu) g;  u = mu buf + (1 - mu) g (Nesterov) or buf;
     p = (1 - lr weight_decay) p - lr sqrt(max(1, rows / columns)) newton_schulz(u).
 
-    params: matrices (rows, columns), or stacks of them (count, rows, columns), float32 or bfloat16; (name, tensor)
-    pairs make errors speak of names. Those of one shape are stepped together, as one batch, and their momentum lies in
-    one memory. State of each: "momentum_buffer", float32, of its shape. coefficients: of ops.newton_schulz, a name or a
-    list of triples. lr, momentum and weight_decay may be tensors of one element, of any floating-point type. Every
-    setting is read from the group at each step.
+    Parameters of one shape are updated together, as one batch, and their momentum lies in one storage. The state of a
+    parameter is "momentum_buffer", float32, of its shape. Every setting is read from the group at each step. lr,
+    momentum and weight_decay may be tensors of one element, of any floating-point type.
 
-    Off by default:
+    Args:
+        params: matrices (rows, columns) or stacks of them (count, rows, columns), float32 or bfloat16; with
+            (name, tensor) pairs errors show the names.
+        coefficients: the coefficients of ops.newton_schulz, a name or a list of triples.
         cautious: decay only the elements that the update moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
-        row_equilibration: newton_schulz gets u with each row divided by its norm (MuonEq's R, arXiv:2603.28254).
-        frobenius_renormalisation: the orthogonalised u is scaled to the Frobenius norm that singular values of 1 give,
-            sqrt(min(rows, columns)): Newton-Schulz leaves them between 0.7 and 1.2.
-        normuon: variance reduction (NorMuon, arXiv:2510.05491): v = beta2 v + (1 - beta2) mean(o^2) of each row of the
-            orthogonalised u, o (of each column where there are more of those); o is divided by sqrt(v) and scaled back
-            to its Frobenius norm. State: "second_momentum", float32, (..., rows, 1) or (..., 1, columns).
-        heads: so many blocks of a matrix's rows, the heads of an attention's projection, are each orthogonalised as a
-            matrix of its own; with head_axis "columns", blocks of its columns. The scale is then that of a block.
+        row_equilibration: divide each row of u by its norm before newton_schulz (MuonEq's R, arXiv:2603.28254).
+        frobenius_renormalisation: scale the orthogonalised u to the Frobenius norm of a matrix with singular values of
+            1, sqrt(min(rows, columns)). Newton-Schulz leaves the singular values between 0.7 and 1.2.
+        normuon: reduce the variance (NorMuon, arXiv:2510.05491): v = beta2 v + (1 - beta2) mean(o^2) for each row of o,
+            the orthogonalised u, or for each column if there are more columns. o is divided by sqrt(v) and scaled back
+            to its Frobenius norm. The state has "second_momentum", float32, (..., rows, 1) or (..., 1, columns).
+        heads: the number of blocks of rows, the heads of an attention projection, that are orthogonalised as separate
+            matrices; with head_axis "columns", blocks of columns. The scale is then that of a block.
+        sharding: process_group, reduce_dtype, gather_dtype and bucket_bytes of base.Optimizer. Each matrix has one
+            owner.
 
-    sharding: process_group, and with it reduce_dtype, gather_dtype and bucket_bytes: as base.Optimizer describes. Each
-    matrix then has one owner.
-
-    Raises ValueError for a setting out of range and for a parameter that is neither a matrix nor a stack of them: of a
-    convolution's weight it is not said which matrix it is.
+    Raises:
+        ValueError: a setting is out of range, or a parameter is neither a matrix nor a stack of matrices. The weight of
+            a convolution is refused, because it can be read as several matrices.
     """
 
     whole = True
     elementwise = ("momentum_buffer",)
-    own_state = elementwise
-    not_taken = (*Optimizer.not_taken, "adjust_lr_fn", "ns_coefficients")  # the last two are torch.optim.Muon's
+    required_state = elementwise
+    unsupported = (
+        *Optimizer.unsupported,
+        "adjust_lr_fn",
+        "ns_coefficients",
+    )  # the last two are options of torch.optim.Muon
 
     def __init__(
         self,
@@ -94,33 +99,33 @@ class Muon(Optimizer):
         super().check_group(group)
         check_number("momentum", group["momentum"], below=1)
         if group["ns_steps"] < 1:
-            raise ValueError(f"ns_steps is {group['ns_steps']}; it takes a number from 1")
+            raise ValueError(f"ns_steps must be a number >= 1, got {group['ns_steps']}")
         for option in OPTIONS:
             if not isinstance(group[option], bool):
-                raise ValueError(f"{option} is {group[option]!r}; it takes True or False")
+                raise ValueError(f"{option} must be True or False, got {group[option]!r}")
         check_number("beta2", group["beta2"], below=1)
         if group["head_axis"] not in ("rows", "columns"):
-            raise ValueError(f"head_axis is {group['head_axis']!r}; it takes 'rows' or 'columns'")
+            raise ValueError(f"head_axis must be 'rows' or 'columns', got {group['head_axis']!r}")
         for index, parameter in enumerate(group["params"]):
             name, shape = self.name_of(group, index), tuple(parameter.shape)
             if parameter.ndim not in (2, 3):
                 raise ValueError(
-                    f"{name} has shape {shape}; Muon takes matrices (rows, columns) and stacks of them "
-                    "(count, rows, columns), AdamW the rest"
+                    f"{name} must be a matrix (rows, columns) or a stack of matrices (count, rows, columns) for Muon, "
+                    f"got shape {shape}; use AdamW for other parameters"
                 )
             heads, axis = group["heads"], group["head_axis"]
             size = shape[-2 if axis == "rows" else -1]
             if heads < 1 or size % heads:
-                raise ValueError(f"heads is {heads}; {name}, shape {shape}, takes a divisor of its {size} {axis}")
+                raise ValueError(f"heads must divide the {size} {axis} of {name}, shape {shape}, got {heads}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of a state saved before there were the options
+        for group in self.param_groups:  # of a state from before the options existed
             for name, default in (*OPTIONS.items(), ("beta2", 0.95), ("heads", 1), ("head_axis", "rows")):
                 group.setdefault(name, default)
 
-    def update(self, pieces: list[Piece], group: dict[str, Any]) -> None:
-        same_kind: dict[Any, list[Piece]] = defaultdict(list)
+    def update(self, pieces: list[ShardPiece], group: dict[str, Any]) -> None:
+        same_kind: dict[Any, list[ShardPiece]] = defaultdict(list)
         for piece in pieces:
             if piece.values.numel() == 0:
                 continue
@@ -128,7 +133,7 @@ class Muon(Optimizer):
         for together in same_kind.values():
             self._update_together(together, group)
 
-    def _update_together(self, pieces: list[Piece], group: dict[str, Any]) -> None:
+    def _update_together(self, pieces: list[ShardPiece], group: dict[str, Any]) -> None:
         parameters, matrices = [piece.parameter for piece in pieces], [piece.values for piece in pieces]
         self._init_state([p for p in parameters if "momentum_buffer" not in self.state[p]])
         gradients, device = [piece.gradient for piece in pieces], matrices[0].device
@@ -142,7 +147,7 @@ class Muon(Optimizer):
         )
         known: Tensor | None = norms
         if matrices[0].ndim > 2 or group["heads"] > 1 or group["row_equilibration"]:
-            known = None  # norms are of whole parameters
+            known = None  # the norms are those of whole parameters
         update = split_heads(update, group["heads"], group["head_axis"])
         if group["row_equilibration"]:
             update = equilibrate_rows(update)
@@ -169,13 +174,14 @@ class Muon(Optimizer):
         ops.muon_update_(matrices, update, **rates)
 
     def _init_state(self, parameters: list[Tensor]) -> None:
-        """Zeros, in one memory for all."""
+        """Create the momentum of the parameters, zeros in one storage."""
         if parameters:
             momentum = torch.zeros(len(parameters), *parameters[0].shape, device=parameters[0].device)
             for parameter, buffer in zip(parameters, momentum.unbind(), strict=True):
                 self.state[parameter]["momentum_buffer"] = buffer
 
     def _reduce_variance(self, update: Tensor, parameters: list[Tensor], beta2: float) -> Tensor:
+        """Apply the variance reduction of NorMuon."""
         axis = -1 if update.size(-2) >= update.size(-1) else -2
         squares = update.square().mean(dim=axis, keepdim=True)
         states = [self.state[parameter] for parameter in parameters]
@@ -190,7 +196,7 @@ class Muon(Optimizer):
 
 
 def split_heads(update: Tensor, heads: int, axis: str) -> Tensor:
-    """(count, ..., rows, columns) -> (count, ..., heads, rows, columns), each head with its part of rows or columns."""
+    """Split (count, ..., rows, columns) into (count, ..., heads, rows, columns) along the rows or the columns."""
     if heads == 1:
         return update
     if axis == "rows":
@@ -199,7 +205,7 @@ def split_heads(update: Tensor, heads: int, axis: str) -> Tensor:
 
 
 def merge_heads(update: Tensor, heads: int, axis: str) -> Tensor:
-    """The inverse of split_heads."""
+    """Merge the heads again: the inverse of split_heads."""
     if heads == 1:
         return update
     if axis == "rows":
@@ -208,12 +214,12 @@ def merge_heads(update: Tensor, heads: int, axis: str) -> Tensor:
 
 
 def equilibrate_rows(update: Tensor) -> Tensor:
-    """Rows divided by their norms; rows of zeros stay."""
+    """Divide each row by its norm. Rows of zeros are unchanged."""
     norms = torch.linalg.vector_norm(update, dim=-1, keepdim=True)
     return update / torch.where(norms == 0, 1.0, norms)
 
 
 def renormalise(orthogonal: Tensor) -> Tensor:
-    """Matrices scaled to the Frobenius norm sqrt(min(rows, columns)); a zero matrix stays."""
+    """Scale each matrix to the Frobenius norm sqrt(min(rows, columns)). A zero matrix is unchanged."""
     norms = torch.linalg.matrix_norm(orthogonal)[..., None, None]
     return orthogonal * (min(orthogonal.shape[-2:]) ** 0.5 / torch.where(norms == 0, 1.0, norms))

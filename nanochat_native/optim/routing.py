@@ -1,4 +1,4 @@
-"""Which parameter goes to which optimizer, and at which rate."""
+"""Assign each parameter to an optimizer and a learning rate."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ WTE, LM_HEAD, BLOCKS = "transformer.wte.weight", "lm_head.weight", "transformer.
 
 
 class Rates(NamedTuple):
-    """Learning rates of wte, of lm_head and of the blocks' matrices."""
+    """Learning rates of wte, of lm_head and of the matrices of the blocks."""
 
     embedding: float
     unembedding: float
     matrix: float
 
 
-# Where none are given. Muon's, and Adam's of the ends, are nanochat's; Adam's of the matrices are of GPT-2's order.
-# SGD's are stable without clipping; with it, about 10 times as much is best (`compare`).
+# Muon's rates, and Adam's rates of wte and lm_head, are nanochat's. Adam's rates of the matrices have the order of
+# GPT-2's. SGD's rates are stable without clipping; with clipping about 10 times as much is best (`compare`).
 DEFAULT_LEARNING_RATES = {
     "hybrid": Rates(0.2, 0.004, 0.02),
     "muon_sgd": Rates(0.3, 0.3, 0.02),
@@ -32,7 +32,7 @@ DEFAULT_LEARNING_RATES = {
     "sgd_momentum": Rates(0.1, 0.1, 0.1),
     "sgd": Rates(0.3, 0.3, 0.3),
 }
-MOMENTUM = 0.9  # of sgd_momentum, torch's: rates of a step that is repeated add up to 10 times as much
+MOMENTUM = 0.9  # of sgd_momentum; it multiplies the effective learning rate by 10
 
 
 def setup_optimizers(
@@ -50,25 +50,31 @@ def setup_optimizers(
     gather_dtype: torch.dtype | None = None,
     **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model with nanochat's parameter names; every group has its "initial_lr".
+    """Create the optimizers of a model with nanochat's parameter names. Every group has its "initial_lr".
 
-    optimizer "hybrid": [AdamW of wte and lm_head, Muon of every matrix of the blocks], with nanochat's rates. For
-    comparison: "muon_sgd", [torch's SGD of wte and lm_head, Muon]; and one optimizer for everything: "adamw" (ours),
-    "adam", "sgd_momentum" (0.9) and "sgd" (torch's). All have three groups, lm_head, wte and the matrices, whose rates
-    are those of DEFAULT_LEARNING_RATES where they are not given. Adam's are those of a model 768 wide and are
-    multiplied by (dim / 768)^-0.5; their betas are (0.8, 0.95), eps 1e-10. weight_decay: of AdamW alone; torch's Adam
-    and SGD take it as their L2 penalty. matrix_weight_decay: of Muon. per_head: Muon orthogonalises c_q, c_k and c_v by
-    blocks of rows and c_proj by blocks of columns, one for each of the heads that model.config counts. muon_options:
-    cautious, row_equilibration, frobenius_renormalisation, normuon, ns_steps and coefficients of Muon. process_group:
-    AdamW and Muon are sharded over its ranks, with reduce_dtype and gather_dtype as they take them; torch's Adam and
-    SGD cannot be.
+    Args:
+        optimizer: "hybrid" is [AdamW for wte and lm_head, Muon for every matrix of the blocks] at nanochat's rates. The
+            others are for comparison. "muon_sgd" is [torch's SGD for wte and lm_head, Muon]. "adamw" (ours), "adam",
+            "sgd_momentum" (0.9) and "sgd" (torch's) are one optimizer for all parameters. All have three groups:
+            lm_head, wte and the matrices.
+        unembedding_lr, embedding_lr, matrix_lr: the learning rates; default: DEFAULT_LEARNING_RATES. Those of Adam and
+            AdamW are for a width of 768 and are multiplied by (width / 768)^-0.5; betas are (0.8, 0.95), eps is 1e-10.
+        weight_decay: the decay of AdamW; for torch's Adam and SGD an L2 penalty.
+        matrix_weight_decay: the decay of Muon.
+        per_head: Muon orthogonalises c_q, c_k and c_v by blocks of rows and c_proj by blocks of columns, one block for
+            each head in model.config.
+        process_group: the ranks over which AdamW and Muon are sharded, with reduce_dtype and gather_dtype. torch's Adam
+            and SGD cannot be sharded.
+        muon_options: cautious, row_equilibration, frobenius_renormalisation, normuon, ns_steps and coefficients of
+        Muon.
 
-    Raises ValueError for an unknown optimizer, and for a parameter that belongs to no group or that two names share.
+    Raises:
+        ValueError: the optimizer is unknown, or a parameter belongs to no group or has two names.
     """
     if optimizer not in DEFAULT_LEARNING_RATES:
-        raise ValueError(f"optimizer is {optimizer!r}; it takes {', '.join(DEFAULT_LEARNING_RATES)}")
+        raise ValueError(f"optimizer must be one of {', '.join(DEFAULT_LEARNING_RATES)}, got {optimizer!r}")
     if process_group is not None and optimizer not in ("hybrid", "adamw"):
-        raise ValueError(f"optimizer is {optimizer!r}, which runs on one rank; on many take hybrid or adamw")
+        raise ValueError(f"optimizer must be hybrid or adamw on several ranks, got {optimizer!r}")
     wte, lm_head, matrices = _route(model)
     given = {"embedding": embedding_lr, "unembedding": unembedding_lr, "matrix": matrix_lr}
     rates = DEFAULT_LEARNING_RATES[optimizer]._replace(
@@ -106,14 +112,16 @@ def setup_optimizers(
 
 
 def _route(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
-    """(name, tensor) pairs of wte, of lm_head and of the blocks' matrices."""
+    """Return the (name, tensor) pairs of wte, of lm_head and of the matrices of the blocks."""
     wte: list[Any] = []
     lm_head: list[Any] = []
     matrices: list[Any] = []
     names: dict[Tensor, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in names:
-            raise ValueError(f"{names[parameter]} and {name} are one tensor; every parameter goes to exactly one group")
+            raise ValueError(
+                f"{names[parameter]} and {name} are one tensor; each parameter must belong to exactly one group"
+            )
         names[parameter] = name
         if name == WTE:
             wte.append((name, parameter))
@@ -124,7 +132,7 @@ def _route(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
         else:
             raise ValueError(
                 f"{name}, shape {tuple(parameter.shape)}, belongs to no optimizer: "
-                f"they take {WTE}, {LM_HEAD} and the matrices of {BLOCKS}*"
+                f"the model may have {WTE}, {LM_HEAD} and matrices {BLOCKS}*"
             )
     for name, found in ((WTE, wte), (LM_HEAD, lm_head), (f"{BLOCKS}*", matrices)):
         if not found:
@@ -133,7 +141,7 @@ def _route(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def _by_heads(model: nn.Module, matrices: list[Any]) -> list[dict[str, Any]]:
-    """Muon's groups: each kind of matrix with its number of heads, and all without any."""
+    """Return the groups of Muon: each kind of projection with its number of heads, and the other matrices."""
     config: Any = model.config
     kinds = {
         "attn.c_q.weight": {"heads": config.n_head},
@@ -150,7 +158,7 @@ def _by_heads(model: nn.Module, matrices: list[Any]) -> list[dict[str, Any]]:
 
 
 def describe_routing(optimizers: Sequence[torch.optim.Optimizer]) -> str:
-    """One line for the print at the start, as "24 matrices 3.1M -> Muon | wte, lm_head 4.2M -> AdamW"."""
+    """Return the routing in one line, e.g. "24 matrices 3.1M -> Muon | wte, lm_head 4.2M -> AdamW"."""
     parts = []
     for optimizer in optimizers:
         named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]

@@ -1,10 +1,10 @@
-"""Learning rate and momentum as pure functions of the step."""
+"""The learning rate and the momentum, as pure functions of the step."""
 
 import math
 from typing import Protocol
 
 SHAPES = ("linear", "cosine", "exponential", "step", "constant")
-DROPS = 3  # of the "step" shape, evenly over the warmdown
+DROPS = 3  # of the shape "step", evenly spaced over the warmdown
 
 
 def lr_multiplier(
@@ -17,36 +17,39 @@ def lr_multiplier(
     final_lr_frac: float = 0.0,
     shape: str = "linear",
 ) -> float:
-    """What the initial learning rate is multiplied by at step 0 to num_iterations - 1: warmup, constant, warmdown.
+    """Return the multiplier of the initial learning rate at a step, 0 to num_iterations - 1.
 
-    The warmup rises linearly to 1 over warmup_steps, or over warmup_ratio of num_iterations; not both. The warmdown
-    takes the last warmdown_ratio of num_iterations, but nothing of the warmup, down to final_lr_frac, which the step
-    after the last would reach (nanochat's rule). Its shapes, for x from 0 to 1 over the warmdown and f =
-    final_lr_frac:
+    A run has a warmup, a constant part and a warmdown. The warmup rises linearly to 1 over warmup_steps, or over
+    warmup_ratio of num_iterations; only one of the two may be given. The warmdown takes the last warmdown_ratio of
+    num_iterations, but never a part of the warmup. It ends at final_lr_frac at the step after the last one (nanochat's
+    rule). Its shapes, for x from 0 to 1 over the warmdown and f = final_lr_frac, are:
 
         linear       1 - (1 - f) x                     cosine    f + (1 - f) (1 + cos(pi x)) / 2
         exponential  f^x                               step      f^(1/3), f^(2/3), f: three drops, evenly spread
         constant     1: no warmdown
 
-    Raises ValueError for arguments out of range, for a warmup longer than the run, and for the shapes exponential and
-    step with f = 0, which they cannot reach.
+    Raises:
+        ValueError: an argument is out of range, the warmup is longer than the run, or f is 0 for the shape exponential
+            or step, which cannot reach 0.
     """
     if num_iterations < 1 or not 0 <= step <= num_iterations:
-        raise ValueError(f"step is {step} of {num_iterations}; it takes 0 to num_iterations, which is at least 1")
+        raise ValueError(f"step must be 0 to num_iterations, and that >= 1, got step {step} of {num_iterations}")
     if warmup_steps < 0 or not 0 <= warmup_ratio <= 1 or (warmup_steps and warmup_ratio):
         raise ValueError(
-            f"warmup_steps is {warmup_steps}, warmup_ratio {warmup_ratio}; takes one of them, "
-            "a number of steps from 0 or a ratio from 0 to 1"
+            "the warmup must be either warmup_steps >= 0 or warmup_ratio from 0 to 1, got warmup_steps "
+            f"{warmup_steps} and warmup_ratio {warmup_ratio}"
         )
     if not 0 <= warmdown_ratio <= 1 or not 0 <= final_lr_frac <= 1:
-        raise ValueError(f"warmdown_ratio is {warmdown_ratio}, final_lr_frac {final_lr_frac}; both take 0 to 1")
+        raise ValueError(
+            f"warmdown_ratio and final_lr_frac must be from 0 to 1, got {warmdown_ratio} and {final_lr_frac}"
+        )
     if shape not in SHAPES:
-        raise ValueError(f"shape is {shape!r}; it takes {', '.join(SHAPES)}")
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     if shape in ("exponential", "step") and final_lr_frac == 0:
-        raise ValueError(f"shape {shape!r} never reaches a final_lr_frac of 0; give one above 0")
+        raise ValueError(f"final_lr_frac must be above 0 with the shape {shape!r}, got 0")
     warmup = warmup_steps or round(warmup_ratio * num_iterations)
     if warmup > num_iterations:
-        raise ValueError(f"warmup_steps is {warmup}, more than the {num_iterations} of the run")
+        raise ValueError(f"warmup_steps must be at most num_iterations, {num_iterations}, got {warmup}")
     warmdown = 0 if shape == "constant" else min(round(warmdown_ratio * num_iterations), num_iterations - warmup)
 
     if step < warmup:
@@ -64,20 +67,20 @@ def lr_multiplier(
 
 
 def muon_momentum(step: int, *, start: float = 0.85, end: float = 0.95, warmup_steps: int = 300) -> float:
-    """Muon's momentum: linear from start to end over warmup_steps, then end. nanochat's values.
+    """Return Muon's momentum: linear from start to end over warmup_steps, then constant. The defaults are nanochat's.
 
-    Raises ValueError for a momentum outside 0 to below 1 or a negative number of steps.
+    Raises ValueError unless 0 <= momentum < 1, and for a negative number of steps.
     """
     if step < 0 or warmup_steps < 0:
-        raise ValueError(f"step is {step}, warmup_steps {warmup_steps}; neither may be below 0")
+        raise ValueError(f"step and warmup_steps must be >= 0, got {step} and {warmup_steps}")
     if not 0 <= start < 1 or not 0 <= end < 1:
-        raise ValueError(f"start is {start}, end {end}; both take 0 to below 1")
+        raise ValueError(f"start and end must be >= 0 and < 1, got {start} and {end}")
     x = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
     return (1 - x) * start + x * end
 
 
 class Settings(Protocol):
-    """What the flags of train say of schedules."""
+    """The flags of train that concern schedules."""
 
     @property
     def num_iterations(self) -> int: ...
@@ -98,7 +101,7 @@ class Settings(Protocol):
 
 
 def lr_at(step: int, settings: Settings) -> float:
-    """lr_multiplier as a run with these flags takes it."""
+    """Return the lr_multiplier of a run with these flags."""
     return lr_multiplier(
         step,
         settings.num_iterations,
@@ -110,7 +113,7 @@ def lr_at(step: int, settings: Settings) -> float:
 
 
 def momentum_at(step: int, settings: Settings) -> float:
-    """muon_momentum as a run with these flags takes it."""
+    """Return the muon_momentum of a run with these flags."""
     return muon_momentum(
         step,
         start=settings.momentum_start,

@@ -102,7 +102,7 @@ class Diagnosis:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if isinstance(optimizer, Optimizer):
-                    pairs = [(piece.parameter, piece.gradient) for piece in optimizer.pieces(group)]
+                    pairs = [(piece.parameter, piece.gradient) for piece in optimizer.local_pieces(group)]
                 else:
                     pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
                 for parameter, gradient in pairs:

@@ -16,7 +16,17 @@ from tiny_run import HANGS, wait_until
 
 from nanochat_native import ops
 from nanochat_native.bench import __main__ as cpu_bench
-from nanochat_native.bench import device, generation, gpu, gpu_cases, gpu_run, measure, operators, record, step
+from nanochat_native.bench import (
+    generation,
+    gpu,
+    gpu_cases,
+    gpu_clock,
+    gpu_worker,
+    measure,
+    operators,
+    results_io,
+    step,
+)
 from nanochat_native.bench.attention import Problem, attention_case, instruction_set
 from nanochat_native.bench.gpu_cases import Entry
 from nanochat_native.bench.measure import Case, UnavailableError
@@ -38,7 +48,7 @@ needs_native = pytest.mark.skipif(bool(native.problem), reason=native.problem)
 
 
 def case(check=lambda: None, ours=lambda: None, theirs=lambda: None, **settings):
-    return Case("group", "name", ours, theirs, "opponent", check, 1.0, **settings)
+    return Case("group", "name", ours, theirs, "baseline", check, 1.0, **settings)
 
 
 def entry(name, make, *operators):
@@ -105,18 +115,18 @@ def test_cases_are_named_as_their_entries():
         assert f"{made.group} {made.name}" == each.title
 
 
-def test_a_compiler_that_does_not_work_is_named():
+def test_broken_compiler_is_reported():
     with pytest.raises(UnavailableError, match="nonsense"):
         operators.linear_cross_entropy_case(4, 8, 16, 1.0, name="compiled", compiler="nonsense")
 
 
 def run_cases(path, monkeypatch, *entries, seconds=60.0, only=""):
     monkeypatch.setattr(gpu_cases, "entries", lambda kind, quick: list(entries))
-    monkeypatch.setattr(device, "measure_ceilings", lambda target: device.Ceilings(1.0, 1.0))
+    monkeypatch.setattr(gpu_clock, "measure_ceilings", lambda target: gpu_clock.Ceilings(1.0, 1.0))
     if not path.exists():
-        record.save(path, empty_result())
-    status = gpu_run.run(path, CPU, quick=True, only=only, seconds=seconds)
-    return status, record.load(path)
+        results_io.save(path, empty_result())
+    status = gpu_worker.run(path, CPU, quick=True, only=only, seconds=seconds)
+    return status, results_io.load(path)
 
 
 def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch):
@@ -126,34 +136,34 @@ def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch)
         monkeypatch,
         entry("wrong", lambda: case(lambda: fail(AssertionError("off by one")), ours=lambda: fail(SystemError()))),
         entry("raises", lambda: case(ours=lambda: fail(ValueError("no such shape")))),
-        entry("without its opponent", lambda: fail(UnavailableError("no compiler"))),
+        entry("without its baseline", lambda: fail(UnavailableError("no compiler"))),
         entry("fits alone", lambda: case(theirs=lambda: fail(torch.OutOfMemoryError("too large")))),
         entry("good", case, *native_there),
     )
     assert status == 0
-    assert result["cases"] == [f"group {n}" for n in ("wrong", "raises", "without its opponent", "fits alone", "good")]
+    assert result["cases"] == [f"group {n}" for n in ("wrong", "raises", "without its baseline", "fits alone", "good")]
     assert result["errors"] == [
         {"title": "group wrong", "error": "WRONG, not timed: off by one"},
         {"title": "group raises", "error": "ValueError: no such shape"},
     ]
-    assert result["skipped"] == [{"title": "group without its opponent", "why": "no compiler"}]
+    assert result["skipped"] == [{"title": "group without its baseline", "why": "no compiler"}]
     alone, good = result["rows"]
-    assert (alone["theirs_ms"], alone["ratio"], alone["note"]) == (None, None, "the opponent ran out of memory")
+    assert (alone["theirs_ms"], alone["ratio"], alone["note"]) == (None, None, "the baseline ran out of memory")
     assert good["ratio"] > 0
     assert not gpu.succeeded(result)
     printed = "\n".join(gpu.summary(result, tmp_path))
     assert "FAILED  group wrong: WRONG, not timed: off by one" in printed
-    assert "left out: group without its opponent: no compiler" in printed
+    assert "left out: group without its baseline: no compiler" in printed
 
 
-def test_a_twin_is_not_timed(tmp_path, monkeypatch):
+def test_reference_backend_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr("nanochat_native.ops._backend", "torch")
     _, result = run_cases(tmp_path / "result.json", monkeypatch, entry("ours", lambda: fail(SystemError()), "adamw_"))
     assert result["rows"] == result["errors"] == []
     assert "adamw_ is not native: chosen by" in result["skipped"][0]["why"]
 
 
-def test_what_is_done_is_not_run_again_and_the_time_is_kept(tmp_path, monkeypatch):
+def test_finished_cases_are_not_repeated_and_time_is_limited(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     status, result = run_cases(path, monkeypatch, entry("a", case), entry("b", case), only="a")
     assert (status, result["cases"], len(result["rows"])) == (0, ["group a"], 1)
@@ -169,10 +179,10 @@ def test_the_cpus_benchmarks_write_table_and_json(tmp_path, monkeypatch, capsys)
     if native.problem:
         pytest.skip(native.problem)
     path = tmp_path / "folder" / "result.json"
-    small = {"shapes": [(30, 7), (5,)], "name": "small", "floor": 0.1}
+    small = {"shapes": [(30, 7), (5,)], "name": "small", "min_speedup": 0.1}
     f32 = torch.float32
     monkeypatch.setattr(operators, "cases", lambda: iter([lambda: operators.adamw_case(f32, f32, **small)]))
-    monkeypatch.setattr(step, "FLOORS", {})
+    monkeypatch.setattr(step, "MIN_SPEEDUPS", {})
     monkeypatch.setattr(measure, "measure_limits", lambda: measure.Limits(1.0, 1.0))
     for only, status in (("adamw_ small", 0), ("nothing", 2)):
         arguments = ["bench", "--only", only, "--seconds", "0", "--repeats", "2", "--json", str(path)]
@@ -184,7 +194,7 @@ def test_the_cpus_benchmarks_write_table_and_json(tmp_path, monkeypatch, capsys)
 
 
 def run_generation(path, monkeypatch):
-    monkeypatch.setattr(generation, "FLOORS", {(1, 2): 1.0})
+    monkeypatch.setattr(generation, "MIN_SPEEDUPS", {(1, 2): 1.0})
     for name, size in (("V", 500), ("PROMPT", 5), ("NEW", 12)):
         monkeypatch.setattr(generation, name, size)
     monkeypatch.setattr(measure, "measure_limits", lambda: measure.Limits(1.0, 1.0))
@@ -208,7 +218,7 @@ def test_generation_against_transformers(tmp_path, monkeypatch, capsys):
     assert "tokens/s" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="sequence 1 differs from transformers' at new token 2"):
         generation.check([[*range(9)], [1, 2, 3]], [[*range(9)], [1, 2, 4]])
-    with pytest.raises(AssertionError, match="2 different tokens"):
+    with pytest.raises(AssertionError, match="2 distinct tokens"):
         generation.check([[1, 2]], [[1, 2]])
 
 
@@ -278,7 +288,7 @@ WORDS = {
     "setup.py": "build",
     "nanochat_native.doctor": "doctor",
     "pytest": "tests",
-    "nanochat_native.bench.gpu_run": "bench",
+    "nanochat_native.bench.gpu_worker": "bench",
 }
 
 
@@ -290,15 +300,15 @@ def test_the_benchmarks_run_whatever_the_tests_do(run, monkeypatch, capsys, stag
         stage = next(stage for word, stage in WORDS.items() if word in command)
         commands.append(stage)
         if stage == "bench":
-            result = record.load(run.path)
+            result = results_io.load(run.path)
             result["cases"], result["skipped"] = ["one"], [{"title": "one", "why": "of no account"}]
-            record.save(run.path, result)
+            results_io.save(run.path, result)
         return stages.get(stage, 0)
 
     monkeypatch.setattr(gpu, "run_limited", limited)
     assert run.run() == (1 if stages else 0)
     assert commands == ["build", "doctor", "tests", "bench"]
-    result = record.load(run.path)
+    result = results_io.load(run.path)
     assert [stage["status"] for stage in result["stages"]] == [stages.get(name, 0) for name in gpu.STAGES]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("FAILED in" if stages else "passed in")
@@ -318,28 +328,28 @@ def test_nothing_runs_on_a_module_that_does_not_build(run, monkeypatch):
     monkeypatch.setattr(gpu, "run_limited", lambda command, *_: commands.append(command) or 1)
     assert run.run() == 1
     assert len(commands) == 1
-    assert record.load(run.path)["stages"][0]["status"] == 1
+    assert results_io.load(run.path)["stages"][0]["status"] == 1
 
 
 def test_a_process_that_dies_costs_one_case(run, monkeypatch):
     starts = []
 
     def limited(command, limit, environment=None):
-        result = record.load(run.path)
+        result = results_io.load(run.path)
         result["cases"] = ["a", "dies", "b", "hangs", "c"]
-        left = [one for one in result["cases"] if one not in gpu_run.done(result)]
+        left = [one for one in result["cases"] if one not in gpu_worker.done(result)]
         starts.append(left)
         for title in left:
             if title in ("dies", "hangs"):
                 result["running"] = title
                 break
             result["rows"].append(row(title))
-        record.save(run.path, result)
+        results_io.save(run.path, result)
         return {"dies": -signal.SIGSEGV, "hangs": None}.get(result.get("running"), 0)
 
     monkeypatch.setattr(gpu, "run_limited", limited)
     run.bench()
-    result = record.load(run.path)
+    result = results_io.load(run.path)
     assert [one["title"] for one in result["rows"]] == ["a", "b", "c"]
     assert [(e["title"], e["error"].split(" within")[0]) for e in result["errors"]] == [
         ("dies", "its process ended with status -11"),
@@ -350,14 +360,14 @@ def test_a_process_that_dies_costs_one_case(run, monkeypatch):
 
 def test_benchmarks_that_cannot_start_are_errors(run, monkeypatch):
     def limited(command, limit, environment=None):
-        result = record.load(run.path)
+        result = results_io.load(run.path)
         result["cases"] = ["a", "b"]
-        record.save(run.path, result)
-        return gpu_run.BROKEN_DEVICE
+        results_io.save(run.path, result)
+        return gpu_worker.BROKEN_DEVICE
 
     monkeypatch.setattr(gpu, "run_limited", limited)
     run.bench()
-    assert [error["title"] for error in record.load(run.path)["errors"]] == ["a", "b"]
+    assert [error["title"] for error in results_io.load(run.path)["errors"]] == ["a", "b"]
 
 
 def test_the_tests_are_counted(tmp_path):
@@ -385,11 +395,11 @@ def row(title, **more):
 
 
 def test_the_table():
-    plain = record.table_parts(row("a"))
+    plain = results_io.table_parts(row("a"))
     assert len(plain) == 1
-    assert "2.00x  (floor 1.00x)  torch" in plain[0]
-    assert "-" in record.table_parts(row("b", theirs_ms=None, ratio=None))[0]
-    _, *more = record.table_parts(
+    assert "2.00x  (min 1.00x)  torch" in plain[0]
+    assert "-" in results_io.table_parts(row("b", theirs_ms=None, ratio=None))[0]
+    _, *more = results_io.table_parts(
         row("c", gbytes=4000.0, share_of_copy=0.93, ours_launches=1, theirs_launches=200, note="why")
         | {"ours_peak_bytes": 5e6, "theirs_peak_bytes": 9e9, "ours_host_ms": 0.25, "theirs_host_ms": 0.5}
     )
@@ -401,22 +411,22 @@ def test_the_table():
         "[why]",
     ]
     for stored in (ROOT / "benchmarks/results").glob("*.json"):
-        assert all(map(record.table_parts, record.load(stored)["rows"]))
+        assert all(map(results_io.table_parts, results_io.load(stored)["rows"]))
 
 
-def test_a_ratio_below_its_floor_is_named(tmp_path):
+def test_ratio_below_the_minimum_speedup_is_reported(tmp_path):
     result = empty_result() | {"rows": [row("slow", ratio=0.5), row("fast")]}
     lines = gpu.summary(result, tmp_path)
-    assert [line for line in lines if line.startswith("below")] == ["below its floor: slow"]
+    assert [line for line in lines if line.startswith("below")] == ["below its minimum speedup: slow"]
 
 
 def test_facts_of_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert record.gpu_facts() == {}
+    assert results_io.gpu_facts() == {}
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'NVIDIA H200, 580.1, 1980, 3201, 1980, 3201, 31, [N/A]'\n")
     program.chmod(0o755)
-    facts = record.gpu_facts()
+    facts = results_io.gpu_facts()
     assert (facts["name"], facts["sm_mhz"], facts["power_limit_watts"]) == ("NVIDIA H200", 1980.0, "[N/A]")
     assert str(gpu.default_path(facts["name"], quick=True)).startswith("benchmarks/results/nvidia-h200-2")
 
@@ -450,18 +460,18 @@ def test_the_row_of_a_gpu(monkeypatch):
     }
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(record, "gpu_facts", lambda: {"sm_mhz": 1980.0})
-    clock = device.CudaClock(CPU, host_ms=1.0)
+    monkeypatch.setattr(results_io, "gpu_facts", lambda: {"sm_mhz": 1980.0})
+    clock = gpu_clock.CudaClock(CPU, host_ms=1.0)
     assert clock.cycles == 3_400_000
     assert clock(lambda: calls.append("call")) == 2.5
     assert calls == ["sleep", "record", "call", "record", "wait"]
-    monkeypatch.setattr(device, "CudaClock", lambda target, host_ms: clock)
+    monkeypatch.setattr(gpu_clock, "CudaClock", lambda target, host_ms: clock)
     made = case(bytes=5e9, flops=1e12, saves_memory=True, saves_launches=True)
-    found = device.run(made, device.Ceilings(4000.0, 8e5), SimpleNamespace(type="cuda"), seconds=0, repeats=4)
+    found = gpu_clock.run(made, gpu_clock.Ceilings(4000.0, 8e5), SimpleNamespace(type="cuda"), seconds=0, repeats=4)
     assert (found["ours_ms"], found["ratio"], found["turns"]) == (2.5, 1.0, 4)
     assert (found["gbytes"], found["share_of_copy"]) == (2000.0, 0.5)
     assert (found["ours_peak_bytes"], found["theirs_launches"], found["sm_mhz"]) == (1000, None, 1980.0)
-    assert record.table_parts(found)
+    assert results_io.table_parts(found)
 
 
 # --- attention ---
@@ -492,21 +502,21 @@ def test_the_instruction_set_is_put_back(monkeypatch, before):
 @pytest.mark.parametrize("direction", ["forward", "backward", "fwd+bwd"])
 def test_wrong_attention_is_not_timed(monkeypatch, direction):
     problem = Problem(B=2, T=40, H=4, Hkv=2, D=16, window=9)
-    case = attention_case(problem, direction, opponent="SDPA", dtype=torch.float32, floor=1.0, name=direction)
+    case = attention_case(problem, direction, baseline="SDPA", dtype=torch.float32, min_speedup=1.0, name=direction)
     case.check()
     monkeypatch.setattr(ops, "attention", lambda q, k, v, **_: reference.attention(q, k, v))
-    wrong = attention_case(problem, direction, opponent="SDPA", dtype=torch.float32, floor=1.0, name=direction)
+    wrong = attention_case(problem, direction, baseline="SDPA", dtype=torch.float32, min_speedup=1.0, name=direction)
     with pytest.raises(AssertionError, match="relative error"):
         wrong.check()
 
 
-def test_an_opponent_that_does_not_work_is_named():
+def test_broken_baseline_is_reported():
     problem = Problem(B=1, T=16, H=2, D=16)
     with pytest.raises(UnavailableError, match="cuDNN: RuntimeError"):
-        attention_case(problem, "forward", opponent="cuDNN", dtype=torch.bfloat16, floor=0.0, name="")
+        attention_case(problem, "forward", baseline="cuDNN", dtype=torch.bfloat16, min_speedup=0.0, name="")
 
 
-def test_an_unknown_opponent_is_no_unavailable_one():
+def test_unknown_baseline_is_a_value_error():
     problem = Problem(B=1, T=16, H=2, D=16)
-    with pytest.raises(ValueError, match="opponent is 'FLASHY'; takes 'SDPA'"):
-        attention_case(problem, "forward", opponent="FLASHY", dtype=torch.bfloat16, floor=0.0, name="")
+    with pytest.raises(ValueError, match=r"baseline must be one of 'SDPA'.*, got 'FLASHY'"):
+        attention_case(problem, "forward", baseline="FLASHY", dtype=torch.bfloat16, min_speedup=0.0, name="")

@@ -97,7 +97,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=name_of)
-def test_an_unknown_flag(command, capsys):
+def test_unknown_flag_is_refused(command, capsys):
     needed, _ = COMMANDS[command]
     found = run(command, [*needed, "--no-such-flag", "3"], capsys)
     assert re.match(r"(Unrecognized options|unrecognized arguments): --no-such-flag,? 3", found)
@@ -107,7 +107,7 @@ NEEDING = [command for command, (needed, _) in COMMANDS.items() if needed and co
 
 
 @pytest.mark.parametrize("command", NEEDING, ids=name_of)
-def test_what_is_needed_is_named(command, capsys):
+def test_missing_flag_is_named(command, capsys):
     needed, _ = COMMANDS[command]
     flags = [arg for arg in needed if arg.startswith("--")]
     found = run(command, [], capsys)
@@ -120,7 +120,7 @@ def test_what_is_needed_is_named(command, capsys):
 
 
 @pytest.mark.parametrize(("command", "name"), fields("int"))
-def test_a_whole_number_that_is_none_or_too_large(command, name, capsys):
+def test_invalid_whole_number_is_refused(command, name, capsys):
     needed, _ = COMMANDS[command]
     assert run(command, [*needed, name, "1.5"], capsys) in (
         f"{name} must be a whole number, got '1.5'",
@@ -138,7 +138,7 @@ def test_a_whole_number_that_is_none_or_too_large(command, name, capsys):
 
 
 @pytest.mark.parametrize(("command", "name"), fields("float"))
-def test_a_number_that_is_none(command, name, capsys):
+def test_invalid_number_is_refused(command, name, capsys):
     needed, _ = COMMANDS[command]
     assert run(command, [*needed, name, "much"], capsys).startswith(f"{name} must be ")
     found = run(command, [*needed, name, "nan"], capsys)
@@ -147,7 +147,7 @@ def test_a_number_that_is_none(command, name, capsys):
 
 
 @pytest.mark.parametrize(("command", "name"), fields("Path"))
-def test_an_empty_path(command, name, capsys):
+def test_empty_path_is_refused(command, name, capsys):
     needed, _ = COMMANDS[command]
     if name in needed:
         needed = [arg for i, arg in enumerate(needed) if name not in needed[max(0, i - 1) : i + 1]]
@@ -156,12 +156,12 @@ def test_an_empty_path(command, name, capsys):
 
 
 @pytest.mark.parametrize("command", [train, generate, chat], ids=name_of)
-def test_a_seed_of_more_than_64_bits(command, capsys):
+def test_seed_beyond_64_bits_is_refused(command, capsys):
     found = run(command, [*COMMANDS[command][0], "--seed", 2**63], capsys)
     assert found == f"--seed must be a whole number <= {2**63 - 1}, got {2**63}"
 
 
-def test_a_value_that_is_missing_or_no_choice(capsys):
+def test_missing_value_and_unknown_choice_are_refused(capsys):
     found = run(evaluate, ["--checkpoint"], capsys)
     assert found.startswith("Missing value for argument '--checkpoint'")
     found = run(export, ["--checkpoint", "x", "--out", "y", "--dtype", "int8"], capsys)
@@ -170,14 +170,14 @@ def test_a_value_that_is_missing_or_no_choice(capsys):
 
 
 @pytest.mark.parametrize("command", [generate, chat, evaluate, export, serve], ids=name_of)
-def test_a_model_that_is_not_there(command, tmp_path, capsys):
+def test_missing_model_is_refused(command, tmp_path, capsys):
     needed = [str(tmp_path / "none") if arg == "x" else arg for arg in COMMANDS[command][0]]
     assert run(command, needed, capsys) == f"{tmp_path / 'none'}: no such run folder"
     file = Path(__file__)
     assert run(command, [*needed, "--checkpoint", file], capsys) == f"{file} is a file; it must be the folder of a run"
 
 
-def test_what_the_system_or_torch_says_is_one_line(capsys):
+def test_errors_of_the_system_and_torch_are_one_line(capsys):
     def fail(error):
         def command():
             raise error

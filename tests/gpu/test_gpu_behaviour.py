@@ -15,7 +15,7 @@ import torch
 from calls import ADAMW, BF16, CALLS, F32, F64, adamw
 
 from nanochat_native import ops
-from nanochat_native.bench.device import count_launches
+from nanochat_native.bench.gpu_clock import count_launches
 from nanochat_native.ops import reference
 from nanochat_native.optim import AdamW, Muon, clip_grad_norm_
 

@@ -7,7 +7,7 @@ import torch_reference
 
 from nanochat_native import ops
 from nanochat_native.bench.attention import instruction_set
-from nanochat_native.bench.plain import newton_schulz_by_matmul
+from nanochat_native.bench.torch_baseline import newton_schulz_by_matmul
 from nanochat_native.ops import reference
 
 pytestmark = pytest.mark.gpu

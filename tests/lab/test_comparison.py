@@ -13,15 +13,15 @@ from tiny_run import train, wait_until, write_text
 from nanochat_native import compare
 from nanochat_native.lab import comparison
 from nanochat_native.lab.comparison import (
-    MOST_RATES,
-    RATIO,
+    FACTOR_STEP,
+    MAX_FACTORS,
     SUITES,
     Comparison,
     Options,
-    final,
-    reached,
+    final_loss,
+    markdown_table,
     summarize,
-    table,
+    time_to_reach,
 )
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import TrainConfig, parse
@@ -59,56 +59,56 @@ def test_the_suites_flags_are_trains(suite):
     assert all(flag in SUITES["optimizers"] for flag in ("SGD", "Adam", "AdamW", "Muon + SGD", "Muon + AdamW"))
 
 
-def test_reached_lies_between_two_measurements():
+def test_time_to_reach_lies_between_two_measurements():
     points = curve((0, 8.0), (10, 6.0), (20, 4.0), (30, 4.5))
-    assert reached(points, 5.0) == (15.0, 30.0)
-    assert reached(points, 4.0) == (20.0, 40.0)
-    assert reached(points, 9.0) == (0, 0.0)
-    assert reached(points, 3.9) is None
-    assert reached(curve((0, None), (10, 3.0)), 4.0) == (10, 20.0)
+    assert time_to_reach(points, 5.0) == (15.0, 30.0)
+    assert time_to_reach(points, 4.0) == (20.0, 40.0)
+    assert time_to_reach(points, 9.0) == (0, 0.0)
+    assert time_to_reach(points, 3.9) is None
+    assert time_to_reach(curve((0, None), (10, 3.0)), 4.0) == (10, 20.0)
 
 
 def searched(losses_at, rates=3, seeds=1):
     """Factors in the order in which they are tried, of a case whose final loss is losses_at(factor)."""
     comparison = Comparison({"one": TrainConfig(seed=5)}, "one", seeds, rates, None, None, None, [], {})
     order = []
-    while todo := comparison.todo("one"):
-        order.append(todo)
-        factor, seed = todo
+    while next_run := comparison.next_run("one"):
+        order.append(next_run)
+        factor, seed = next_run
         comparison.runs.append(run_of("one", factor, seed, (0, 9.0), (10, losses_at(factor))))
         assert len(order) < 30
     return comparison, order
 
 
 @pytest.mark.parametrize("optimum", [-3.2, -2, -1, -0.4, 0, 1, 2.3, 3])
-def test_the_search_goes_on_until_the_best_rate_lies_between_two_others(optimum):
-    comparison, order = searched(lambda factor: (math.log(factor, RATIO) - optimum) ** 2)
-    assert [factor for factor, _ in order[:3]] == pytest.approx([1, 1 / RATIO, RATIO])
-    assert math.log(comparison.best_factor("one"), RATIO) == pytest.approx(round(optimum))
-    assert len(order) <= MOST_RATES
+def test_search_continues_until_the_best_rate_is_bracketed(optimum):
+    comparison, order = searched(lambda factor: (math.log(factor, FACTOR_STEP) - optimum) ** 2)
+    assert [factor for factor, _ in order[:3]] == pytest.approx([1, 1 / FACTOR_STEP, FACTOR_STEP])
+    assert math.log(comparison.best_factor("one"), FACTOR_STEP) == pytest.approx(round(optimum))
+    assert len(order) <= MAX_FACTORS
 
 
-def test_the_search_ends_where_nothing_is_best():
+def test_search_ends_at_the_limit_without_a_best_rate():
     _, order = searched(lambda factor: -factor)
-    assert len(order) == MOST_RATES
+    assert len(order) == MAX_FACTORS
 
 
-def test_one_rate_is_no_search_and_seeds_follow_the_best():
+def test_one_rate_disables_the_search_and_seeds_use_the_best():
     _, order = searched(lambda factor: factor, rates=1, seeds=3)
     assert order == [(1, 5), (1, 6), (1, 7)]
     _, order = searched(lambda factor: abs(math.log(factor)), seeds=3)
     assert order[3:] == [(1, 6), (1, 7)]
 
 
-def test_a_search_in_which_all_diverges_goes_on_to_lower_rates():
+def test_search_lowers_the_rate_if_all_diverge():
     _, order = searched(lambda factor: 3.0 if factor < 0.1 else None)
-    assert [round(math.log(factor, RATIO)) for factor, _ in order] == [0, -1, 1, -2, -3, -4]
+    assert [round(math.log(factor, FACTOR_STEP)) for factor, _ in order] == [0, -1, 1, -2, -3, -4]
     comparison, order = searched(lambda factor: None)
-    assert len(order) == MOST_RATES
+    assert len(order) == MAX_FACTORS
     assert summarize(comparison)[0]["value"] is None
 
 
-def test_a_baseline_that_diverged_is_no_mark():
+def test_diverged_baseline_gives_no_target():
     runs = [run_of("a", 1, 0, (0, 8.0), (5, None), diverged=True), run_of("b", 1, 0, (0, 8.0), (5, 2.0))]
     assert [(row["case"], row["steps_to_baseline"]) for row in summarize(comparison_of(runs))] == [
         ("b", None),
@@ -117,9 +117,9 @@ def test_a_baseline_that_diverged_is_no_mark():
 
 
 def test_a_diverged_run_is_the_worst():
-    assert final(run_of("a", 1, 0, (0, 8.0), (5, 1.0), diverged=True)) == math.inf
-    assert final(run_of("a", 1, 0, (0, 8.0), (5, None))) == math.inf
-    assert final(run_of("a", 1, 0, (0, 8.0), (5, 2.0))) == 2.0
+    assert final_loss(run_of("a", 1, 0, (0, 8.0), (5, 1.0), diverged=True)) == math.inf
+    assert final_loss(run_of("a", 1, 0, (0, 8.0), (5, None))) == math.inf
+    assert final_loss(run_of("a", 1, 0, (0, 8.0), (5, 2.0))) == 2.0
 
 
 def comparison_of(runs, costs=None):
@@ -149,7 +149,7 @@ def test_the_table_by_hand():
     assert (a["value"], a["steps_to_baseline"]) == (pytest.approx(4.2), pytest.approx(20.0))
     assert (c["value"], c["diverged"], c["steps_to_baseline"]) == (None, 1, None)
 
-    lines = table(rows, baseline="a", unit="bits per byte").splitlines()
+    lines = markdown_table(rows, baseline="a", unit="bits per byte").splitlines()
     assert lines[2] == "| b | x3 of 2 | 3.1000 ± 0.1414 | 2 | 13 | 26.2 | 40.0 | 1.50 | 6.00 |"
     assert "| 4.2000 ± 0.2828 | 2 | 20 | 40.0 |" in lines[3]
     assert "| c | x1 of 1 | 1 diverged | 1 | never | never |" in lines[4]
@@ -196,7 +196,7 @@ def figures(out):
     return [(r["case"], r["seed"], [(p["step"], p["value"]) for p in r["curve"]]) for r in record["runs"]]
 
 
-def test_a_killed_comparison_goes_on(folder, tmp_path):
+def test_killed_comparison_resumes(folder, tmp_path):
     torch.set_num_threads(1)
     assert compare.main(command(folder, tmp_path / "whole", steps=40, save_every=5)) == 0
     out = tmp_path / "killed"
@@ -214,7 +214,7 @@ def test_a_killed_comparison_goes_on(folder, tmp_path):
     assert figures(out) == figures(tmp_path / "whole")
 
 
-def test_ctrl_c_keeps_what_was_computed_and_goes_on(folder, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_results_and_the_comparison_resumes(folder, tmp_path, monkeypatch, capsys):
     torch.set_num_threads(1)
     count = iter(range(1000))
 
@@ -235,7 +235,7 @@ def test_ctrl_c_keeps_what_was_computed_and_goes_on(folder, tmp_path, monkeypatc
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
 
-def test_a_run_that_was_cut_is_never_taken_for_a_whole_one(folder, tmp_path, monkeypatch):
+def test_interrupted_run_without_checkpoint_is_repeated(folder, tmp_path, monkeypatch):
     """Ctrl-C where the checkpoint cannot be written."""
     torch.set_num_threads(1)
 
@@ -256,7 +256,7 @@ def test_a_run_that_was_cut_is_never_taken_for_a_whole_one(folder, tmp_path, mon
     assert [[step for step, _ in points][-1] for _, _, points in figures(tmp_path / "cut")] == [6, 6, 6, 6]
 
 
-def test_what_a_kill_leaves_is_cleared(folder, tmp_path, monkeypatch):
+def test_leftovers_of_a_kill_are_deleted(folder, tmp_path, monkeypatch):
     """A run's folder without its config, from before it began; and one that is in the result already."""
     torch.set_num_threads(1)
     out = tmp_path / "out"
@@ -283,7 +283,7 @@ def test_what_a_kill_leaves_is_cleared(folder, tmp_path, monkeypatch):
     assert not (out / "runs").exists()
 
 
-def test_cases_in_another_order_are_not_taken_for_each_other(folder, tmp_path, monkeypatch):
+def test_cases_in_another_order_keep_their_runs(folder, tmp_path, monkeypatch):
     torch.set_num_threads(1)
 
     def step(self, batches, real=Trainer.train_step):
@@ -314,7 +314,7 @@ def test_ctrl_c_while_costs_are_measured_loses_no_run(folder, tmp_path, monkeypa
     assert compare.main(command(folder, tmp_path / "out")) == 0
 
 
-def test_a_case_with_other_data_trains_on_it(folder, tmp_path):
+def test_case_with_its_own_data_trains_on_it(folder, tmp_path):
     torch.set_num_threads(1)
     cases = ("plain:", "small: --vocab-size 280")
     assert compare.main([*command(folder, tmp_path / "out", cases=cases), "--seeds", "1"]) == 0
@@ -322,7 +322,7 @@ def test_a_case_with_other_data_trains_on_it(folder, tmp_path):
     assert plain[0][1] != small[0][1], "at step 0 the loss is ln V of the case's own vocabulary"
 
 
-def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
+def test_more_seeds_resume_and_other_changes_are_refused(folder, tmp_path, capsys):
     torch.set_num_threads(1)
     out = tmp_path / "out"
     assert compare.main([*command(folder, out), "--seeds", "1"]) == 0
@@ -332,7 +332,7 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     assert len(figures(out)) == 4
     assert all(run in figures(out) for run in before)
     assert compare.main(command(folder, out, steps=7)) == 2
-    assert "holds another comparison (--num-iterations" in capsys.readouterr().err
+    assert "contains another comparison (--num-iterations" in capsys.readouterr().err
     text = (folder / "text.jsonl").read_text()
     other = tmp_path / "other.jsonl"
     other.write_text(text)
@@ -351,11 +351,11 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     assert "resume   " in capsys.readouterr().out
     other.write_text(text + text.replace("document", "paper"))
     assert compare.main([*same, "--seeds", "2"]) == 2
-    assert "holds another comparison (data)" in capsys.readouterr().err
+    assert "contains another comparison (data)" in capsys.readouterr().err
     for damaged in ("", "[]", "{}"):
         (tmp_path / "data" / "result.json").write_text(damaged)
         assert compare.main(same) == 2
-        assert "is no comparison" in capsys.readouterr().err
+        assert "is not a comparison" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     assert compare.main(command(folder, tmp_path / "mine")) == 2
@@ -366,19 +366,19 @@ def test_seeds_may_be_added_and_nothing_else_changed(folder, tmp_path, capsys):
     ("args", "message"),
     [
         (["--cases", "no colon"], "'name: flags'"),
-        (["--cases", "a: --depth 2", "a : --depth 3"], "names once"),
+        (["--cases", "a: --depth 2", "a : --depth 3"], "unique names"),
         (["--cases", "a: --run 'x"], "case 'a': No closing quotation"),
-        (["--cases", "a: --run x"], "--run is train's alone; case 'a' takes --out"),
+        (["--cases", "a: --run x"], "--run is for train only; case 'a' writes its result to --out"),
         (["--cases", "a: --dephts 2"], "case 'a': "),
         (["--cases", "a: --optimizer adamw --normuon"], "case 'a': --normuon needs Muon"),
         (["--cases", "a: --matrix-lr 0"], "a learning rate of 0"),
-        (["--baseline", "Lion"], "--baseline is 'Lion'"),
-        (["--rates", "2"], "--rates 2"),
-        (["--seeds", "0"], "--seeds is 0"),
-        (["--run", "x"], "--run is train's alone"),
+        (["--baseline", "Lion"], "got 'Lion'"),
+        (["--rates", "2"], "--rates must be an odd number >= 1, got 2"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--run", "x"], "--run is for train only"),
     ],
 )
-def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_flag_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     assert compare.main([*args, *of_train(folder)]) == 2
     error = capsys.readouterr().err.strip()
@@ -390,4 +390,4 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, 
 
 def test_bad_cases_are_named():
     with pytest.raises(ConfigError, match="'name: flags'"):
-        Options(cases=("",)).chosen()
+        Options(cases=("",)).selected_cases()

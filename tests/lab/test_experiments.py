@@ -43,20 +43,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_own_flags_and_trains(tmp_path):
-    options, config, _ = command_flags.configure(
+def test_own_flags_and_those_of_train_are_parsed(tmp_path):
+    options, config, _ = command_flags.parse_flags(
         Options, "lr_find", ["--depth", "3", "--size", "5", "--device", "cpu", "--cautious"]
     )
     assert options == Options(size=5)
     assert (config.depth, config.cautious, config.max_seq_len, config.dtype) == (3, True, 256, "float32")
-    _, config, _ = command_flags.configure(Options, "lr_find", ["--device", "cpu"], base=TrainConfig(depth=7))
+    _, config, _ = command_flags.parse_flags(Options, "lr_find", ["--device", "cpu"], base=TrainConfig(depth=7))
     assert config.depth == 7
 
 
 @pytest.mark.parametrize("flag", ["--run x", "--out-dir x", "--resume auto", "--overwrite", "--dry-run", "--json"])
 def test_flags_of_a_run_are_refused(flag):
-    with pytest.raises(ConfigError, match=f"{flag.split()[0]} is train's alone; lr_find takes --out"):
-        command_flags.configure(Options, "lr_find", flag.split())
+    with pytest.raises(ConfigError, match=f"{flag.split()[0]} is for train only; lr_find writes its result to --out"):
+        command_flags.parse_flags(Options, "lr_find", flag.split())
 
 
 def test_rates_are_those_that_train_takes():
@@ -134,7 +134,7 @@ def test_schedules_without_a_picture_leave_nothing(tmp_path, monkeypatch, capsys
     assert schedules.main(["--warmup-ratio", "2"]) == 2
     assert "--warmup-ratio is 2.0" in capsys.readouterr().err
     assert schedules.main(["--target-flops", "1e12"]) == 2
-    assert "schedules knows no model" in capsys.readouterr().err
+    assert "schedules builds no model" in capsys.readouterr().err
 
 
 # --- pictures ---
@@ -175,7 +175,7 @@ def test_a_picture_is_drawn_again_from_the_result_alone(finished, tmp_path, plac
 
 
 @pytest.mark.parametrize("name", ["lr_find", "batch_size", "compare", "schedules"])
-def test_a_result_says_how_it_came_to_be(finished, name):
+def test_result_records_its_flags_and_versions(finished, name):
     record = json.loads((finished / "results" / name / "result.json").read_text())
     assert record["format"] == results.FORMAT
     assert record["command"] == name
@@ -197,7 +197,7 @@ def test_pictures_of_a_run_are_drawn_again(finished, tmp_path, capsys):
     assert (run / "loss.png").exists()
 
 
-def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys, monkeypatch):
+def test_folder_without_a_picture_is_refused(tmp_path, capsys, monkeypatch):
     assert plot.main([str(tmp_path)]) == 2
     assert "neither a result.json nor a metrics.jsonl" in capsys.readouterr().err
     (tmp_path / "result.json").write_text('{"command": "bake"}')
@@ -227,7 +227,7 @@ def test_help_explains_every_flag(module, capsys):
     assert len(text.split("options")[0]) > 150
 
 
-def test_a_picture_that_cannot_be_drawn_or_told_leaves_the_result(tmp_path, monkeypatch, capsys):
+def test_failed_picture_keeps_the_result(tmp_path, monkeypatch, capsys):
     """lr_find | true, and a matplotlib that fails: the result is written, and the exit code tells of the report."""
 
     class Dead(io.StringIO):

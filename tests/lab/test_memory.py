@@ -17,10 +17,10 @@ from nanochat_native.lab.memory import (
     largest_batch,
     library_scratch,
     measure,
-    moments,
     peak,
     predict,
     prediction,
+    snapshots,
     static_bytes,
 )
 from nanochat_native.lab.memory.allocations import Allocations
@@ -169,7 +169,7 @@ def test_the_peak_of_a_step_is_as_predicted(phase, options):
 
 def predicted_phases(options):
     return {
-        phase: max(moment.bytes for moment in moments(options) if moment.phase == phase)
+        phase: max(snapshot.bytes for snapshot in snapshots(options) if snapshot.phase == phase)
         for phase in memory.allocations.PHASES
     }
 
@@ -205,13 +205,13 @@ def test_the_bound_of_the_librarys_scratch():
 
 def test_the_embedding_can_set_the_peak():
     _, options = case("backward", "sgd", "bfloat16", 3, 4, 200, 8000, grad_checkpoint=True)
-    *_, embedding, _ = moments(options)
+    *_, embedding, _ = snapshots(options)
     assert embedding.bytes == peak(options) == pytest.approx(measure(options).peak, rel=0.005)
 
 
 def test_muon_on_one_rank_batches_all_matrices_of_a_shape():
     """They are more than a bucket's 256 MiB."""
-    (step,) = (moment for moment in moments(Options(device="cpu")) if moment.phase == "optimizer step")
+    (step,) = (snapshot for snapshot in snapshots(Options(device="cpu")) if snapshot.phase == "optimizer step")
     assert step.parts["temporary tensors"] == 2 * 20 * 4 * 1280 * 5120
 
 
@@ -227,10 +227,10 @@ def test_the_largest_batch_fits_and_one_more_does_not(grad_checkpoint, micro_bat
     assert largest_batch(options, peak(dataclasses.replace(options, device_batch_size=1)) - 1) == 0
 
 
-def test_a_gpu_holds_logits_and_a_float32_sum_where_they_come_in_chunks():
+def test_gpu_keeps_logits_and_a_float32_sum_for_chunks():
     def work(rows):
-        found = moments(Options(device_batch_size=rows, device="cuda"))
-        return max(moment.parts["temporary tensors"] for moment in found if moment.phase == "forward")
+        found = snapshots(Options(device_batch_size=rows, device="cuda"))
+        return max(snapshot.parts["temporary tensors"] for snapshot in found if snapshot.phase == "forward")
 
     assert work(1) < 2 * 2048 * 1280 * 2 + (256 << 20) + 4 * 65536 * 1280
     assert work(2) >= (256 << 20) + 4 * 65536 * 1280
@@ -270,11 +270,11 @@ def test_measured_beside_predicted(tmp_path, capsys):
     assert "must be a new or an empty folder" in capsys.readouterr().err
 
 
-def test_the_librarys_scratch_is_said(tmp_path, capsys):
+def test_library_scratch_is_printed(tmp_path, capsys):
     out = tmp_path / "result"
     assert main([*SMALL, "--dtype", "bfloat16", "--device", "cpu", "--out", str(out)]) == 0
     bound = library_scratch(Options(2, 1, 2, 64, 515, dtype="bfloat16", device="cpu"))
-    assert f"in products of torch's library: {bound / 2**20:.1f} MiB, at most" in capsys.readouterr().out
+    assert f"in products of torch's library: {bound / 2**20:.1f} MiB at most" in capsys.readouterr().out
     assert json.loads((out / "result.json").read_text())["library_scratch"] == bound
     assert main([*SMALL, "--dtype", "float32", "--device", "cpu"]) == 0
     assert "torch's library" not in capsys.readouterr().out
@@ -322,17 +322,17 @@ def test_defaults_are_for_a_plan_and_small_where_steps_are_run():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ("--nproc 0", "--nproc is 0; it takes a whole number from 1"),
-        ("--device-batch-size -3", "--device-batch-size is -3"),
-        ("--nproc 2 --optimizer adam", "--optimizer is adam, which runs on one rank"),
-        ("--nproc 2 --measure", "--nproc is 2; --measure runs on one rank"),
-        ("--measure --checkpointing", "--measure and --checkpointing are given; take one"),
+        ("--nproc 0", "--nproc must be a whole number >= 1, got 0"),
+        ("--device-batch-size -3", "--device-batch-size must be a whole number >= 1, got -3"),
+        ("--nproc 2 --optimizer adam", "--optimizer must be hybrid or adamw on several ranks, got adam"),
+        ("--nproc 2 --measure", "--nproc must be 1 with --measure, got 2"),
+        ("--measure --checkpointing", "--measure and --checkpointing exclude each other"),
         ("--optimizer lion", "--optimizer"),
         ("--depth many", "--depth takes a whole number"),
         ("--dept 3", "perhaps you meant --depth"),
         ("--n-kv-head 7", "n_head must be a multiple of n_kv_head 7, got 10"),
-        ("--gpu-memory 0", "--gpu-memory is 0.0; it takes GiB"),
-        ("--gpu-memory 24 --dtype float32", "on a GPU it takes bfloat16"),
+        ("--gpu-memory 0", "--gpu-memory must be a finite number of GiB above 0, got 0.0"),
+        ("--gpu-memory 24 --dtype float32", "on a GPU --dtype must be bfloat16"),
     ],
 )
 def test_wrong_flags_are_one_line(args, says, capsys):

@@ -10,6 +10,7 @@ from tiny_run import write_text
 
 from nanochat_native import batch_size
 from nanochat_native.lab import command_flags
+from nanochat_native.lab import noise_scale as lab_noise_scale
 from nanochat_native.lab.noise_scale import Noise, Options, advice, measure_step, noise_scale
 from nanochat_native.runtime.console import SilentConsole
 from nanochat_native.training.trainer import Trainer
@@ -36,7 +37,7 @@ def test_the_noise_scale_of_a_synthetic_gradient_is_recovered(scale, small, larg
     assert found.low < found.scale < found.high
 
 
-def test_the_bounds_hold_as_often_as_they_say():
+def test_bounds_hold_in_95_of_100_measurements():
     """Two standard errors: the truth lies between them in about 95 of 100 measurements."""
     held = 0
     for seed in range(100):
@@ -53,10 +54,10 @@ def test_without_noise_it_is_zero_and_without_signal_unknown():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1.0], [1.0], 1, 2), "1 and 1 steps"),
-        (([1.0, 1.0], [1.0], 1, 2), "2 and 1 steps"),
-        (([1.0, 1.0], [1.0, 1.0], 2, 2), "small_batch is 2"),
-        (([1.0, 1.0], [1.0, 1.0], 0, 2), "small_batch is 0"),
+        (([1.0], [1.0], 1, 2), "got 1 and 1"),
+        (([1.0, 1.0], [1.0], 1, 2), "got 2 and 1"),
+        (([1.0, 1.0], [1.0, 1.0], 2, 2), "got 2 and 2"),
+        (([1.0, 1.0], [1.0, 1.0], 0, 2), "got 0 and 2"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -74,7 +75,7 @@ def folder(tmp_path_factory):
 
 def trainer_of(folder, **changes):
     torch.set_num_threads(1)
-    _, config, _ = command_flags.configure(Options, "batch_size", of_train(folder, **changes))
+    _, config, _ = command_flags.parse_flags(Options, "batch_size", of_train(folder, **changes))
     return Trainer(config, SilentConsole())
 
 
@@ -109,7 +110,11 @@ def test_a_steps_norms_are_those_of_its_micro_batches(folder):
 
 @pytest.mark.parametrize(
     ("scale", "words"),
-    [(1.0, "learn as much from fewer tokens"), (4.0, "near the noise scale"), (64.0, "saves nearly as many steps")],
+    [
+        (1.0, "same loss with fewer tokens"),
+        (4.0, "near the noise scale"),
+        (64.0, "saves almost proportionally many steps"),
+    ],
 )
 def test_advice_follows_the_noise_scale(scale, words):
     told = advice(Noise(scale, scale, scale), sequence_len=128, total_batch_size=512)
@@ -117,7 +122,7 @@ def test_advice_follows_the_noise_scale(scale, words):
     ratio = scale * 128 / 512
     assert f"needs {1 + ratio:.2g} times the steps" in told
     assert f"{1 + 1 / ratio:.2g} times the tokens" in told
-    assert "not to be told" in advice(Noise(None, None, None), sequence_len=128, total_batch_size=512)
+    assert "not distinguishable" in advice(Noise(None, None, None), sequence_len=128, total_batch_size=512)
 
 
 def test_the_command_leaves_a_result_that_can_be_computed_again(folder, tmp_path, capsys):
@@ -135,18 +140,18 @@ def test_the_command_leaves_a_result_that_can_be_computed_again(folder, tmp_path
     assert f"{again.scale * 32:,.0f} tokens" in capsys.readouterr().out
 
 
-def test_training_that_diverges_ends_it(folder, tmp_path, capsys):
+def test_diverged_training_ends_the_measurement(folder, tmp_path, capsys):
     rates = {"matrix_lr": 3e38, "embedding_lr": 1e38, "unembedding_lr": 1e38}
     out = tmp_path / "out"
     args = ["--skip", "1", "--out", str(out), *of_train(folder, device_batch_size=1, **rates)]
     assert batch_size.main(args) == 1
-    assert "has no finite loss or gradient; take lower rates" in capsys.readouterr().out
+    assert "has no finite loss or gradient; use lower rates" in capsys.readouterr().out
     record = json.loads((out / "result.json").read_text())
     assert not record["finished"]
     assert "NaN" not in (out / "result.json").read_text()
 
 
-def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_results(folder, tmp_path, monkeypatch):
     count = iter(range(1000))
 
     def measure(trainer, batch, real=measure_step):
@@ -154,7 +159,7 @@ def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return real(trainer, batch)
 
-    monkeypatch.setattr(noise_scale, "measure_step", measure)
+    monkeypatch.setattr(lab_noise_scale, "measure_step", measure)
     out = tmp_path / "out"
     args = ["--skip", "3", "--out", str(out), *of_train(folder, device_batch_size=1)]
     assert batch_size.main(args) == 130
@@ -167,12 +172,12 @@ def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--steps", "10", "--skip", "5"], "--steps is 10"),
+        (["--steps", "10", "--skip", "5"], "got --steps 10 --skip 5"),
         (["--device-batch-size", "4"], "--device-batch-size of at most 2"),
-        (["--overwrite"], "--overwrite is train's alone"),
+        (["--overwrite"], "--overwrite is for train only"),
     ],
 )
-def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_flag_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     assert batch_size.main([*of_train(folder), *args]) == 2
     error = capsys.readouterr().err.strip()

@@ -11,7 +11,7 @@ from tiny_run import tiny_flags, write_text
 
 from nanochat_native import lr_find
 from nanochat_native.lab import command_flags
-from nanochat_native.lab.range_test import Options, find_rate, flags, range_test, suggest
+from nanochat_native.lab.range_test import MARGIN, Options, find_rate, range_test, suggest, suggested_rates
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs.config import parse
 from nanochat_native.runtime.console import SilentConsole
@@ -62,7 +62,7 @@ def test_the_best_rate_under_noise(curvatures, seed):
     assert problem.best / 8 < found.rate < 2 / max(curvatures)
 
 
-def test_the_test_ends_soon_after_it_diverges():
+def test_range_test_ends_soon_after_divergence():
     tried = []
     problem = Quadratic(1.0)
 
@@ -76,7 +76,7 @@ def test_the_test_ends_soon_after_it_diverges():
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_diverging_is_to_lose_half_of_what_was_gained():
+def test_divergence_is_a_loss_of_half_the_decrease():
     """10 down to 5 and slowly up again: the mean of three passes 7.5 at 7.6. A tenth is never divergence."""
     falling, rising = [10 - 0.5 * i for i in range(11)], [5 + 0.1 * i for i in range(1, 60)]
     curve = iter(falling + rising)
@@ -106,7 +106,7 @@ def test_rates_rise_by_equal_factors_from_floor_to_ceiling():
     assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([10**0.1] * 30)
 
 
-def test_a_loss_that_is_not_finite_ends_it_and_is_left_out():
+def test_nonfinite_loss_ends_the_test_and_is_dropped():
     rates, losses, diverged = range_test(lambda r: math.nan if r > 1 else 2.0, floor=0.01, ceiling=100.0, steps=41)
     assert diverged
     assert max(rates) <= 1
@@ -121,14 +121,14 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_left_out():
         (lambda i: 5.0 - i / 40, "higher --ceiling"),
     ],
 )
-def test_no_rate_where_there_is_none(loss, word):
+def test_flat_or_falling_loss_gives_no_rate(loss, word):
     found = suggest([1.1**i for i in range(60)], [loss(i) for i in range(60)], steps=60, diverged=False)
     assert found.rate is None
     assert word in found.reason
     assert suggest([1.0], [1.0], steps=60, diverged=True).rate is None
 
 
-def test_a_test_that_was_stopped_says_so():
+def test_stopped_test_reports_it():
     found = suggest([1.1**i for i in range(30)], [5.0 - i / 20 for i in range(30)], steps=60, diverged=False)
     assert found.rate is None
     assert "the test was stopped" in found.reason
@@ -142,7 +142,7 @@ def test_the_steepest_and_the_lowest_point():
     # of ln(loss): the slope of 8 - 4 s is steepest a little to the right of 0
     assert 1.0 <= found.steepest < 1.7
     assert found.lowest == pytest.approx(math.exp(3), rel=0.3)
-    assert found.rate == pytest.approx(found.lowest / range_test.MARGIN)
+    assert found.rate == pytest.approx(found.lowest / MARGIN)
     assert f"lowest at {found.lowest:.3g}" in found.reason
 
 
@@ -163,7 +163,7 @@ def of_train(folder, **changes):
 
 def trainer_of(folder, **changes):
     torch.set_num_threads(1)
-    _, config, _ = command_flags.configure(Options, "lr_find", of_train(folder, **changes))
+    _, config, _ = command_flags.parse_flags(Options, "lr_find", of_train(folder, **changes))
     return Trainer(config, SilentConsole())
 
 
@@ -206,7 +206,7 @@ def test_the_losses_are_those_of_trains_steps_at_these_rates(folder):
 
 
 @pytest.mark.parametrize("group", ["matrix", "embedding", "unembedding"])
-def test_one_group_moves_and_the_others_stand_still(folder, group, monkeypatch):
+def test_only_the_tested_group_changes(folder, group, monkeypatch):
     trainer = trainer_of(folder)
     moved = set()
 
@@ -252,18 +252,18 @@ def test_the_command_leaves_a_result_and_flags_to_paste(folder, tmp_path, capsys
     assert "must be a new or an empty folder" in capsys.readouterr().err
 
 
-def test_flags_are_of_the_groups_that_were_tested(folder):
+def test_suggested_rates_cover_the_tested_groups(folder):
     config = parse(["--matrix-lr", "0.5"])
     tests = [{"group": "matrix", "suggestion": 2.0}, {"group": "embedding", "suggestion": None}]
-    assert flags(config, tests) == {"matrix_lr": 1.0}
-    assert flags(config, [{"group": "all", "suggestion": 0.5}]) == {
+    assert suggested_rates(config, tests) == {"matrix_lr": 1.0}
+    assert suggested_rates(config, [{"group": "all", "suggestion": 0.5}]) == {
         "matrix_lr": 0.25,
         "embedding_lr": 0.1,
         "unembedding_lr": 0.002,
     }
 
 
-def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_results(folder, tmp_path, monkeypatch, capsys):
     count = iter(range(1000))
 
     def measure(self, batches, real=Trainer.measure):
@@ -283,16 +283,16 @@ def test_ctrl_c_keeps_what_was_computed(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--floor", "2", "--ceiling", "1"], "--floor 2"),
-        (["--steps", "5"], "--steps is 5"),
+        (["--floor", "2", "--ceiling", "1"], "got --floor 2"),
+        (["--steps", "5"], "--steps must be at least 20, got 5"),
         (["--group", "everything"], "--group"),
         (["--dephts", "4"], "--depth"),
-        (["--resume", "auto"], "--resume is train's alone"),
+        (["--resume", "auto"], "--resume is for train only"),
         (["--data", "/nonexistent"], "/nonexistent"),
         (["--total-batch-size", "100"], "take --total-batch-size"),
     ],
 )
-def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_flag_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     assert lr_find.main([*of_train(folder), *args]) == 2
     error = capsys.readouterr().err.strip()

@@ -235,9 +235,9 @@ def test_bfloat16_parameters_keep_float32_state_when_loaded(backend):
 def test_settings_out_of_range(kind):
     parameters = [("blocks.0.weight", nn.Parameter(torch.zeros(2, 2)))]
     for bad, message in (
-        ({"lr": -1.0}, "lr is -1.0"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1; it takes a number from 0"),
+        ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
+        ({"lr": math.nan}, "lr must be a number >= 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number >= 0, got -0.1"),
     ):
         with pytest.raises(ValueError, match=message):
             kind(parameters, **bad)

@@ -135,11 +135,11 @@ def test_a_refused_step_counts_no_step():
     assert all(optimizer.state[p]["step"].item() == 1 for p in parameters)
 
 
-def test_what_adamw_does_not_take():
+def test_invalid_settings_of_adamw_are_refused():
     for bad, message in (
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"eps": -1e-8}, "eps"),
-        ({"cautious": 1}, "cautious is 1; it takes True or False"),
+        ({"cautious": 1}, "cautious must be True or False, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             AdamW(tensors(), **bad)

@@ -105,7 +105,7 @@ def in_bfloat16(gather):
 
 
 @pytest.mark.parametrize("gather", [False, True])
-def test_what_travels_may_be_bfloat16(gather):
+def test_bfloat16_communication(gather):
     expected, _ = steps(False, 3, mean_gradients(2))
     first, second = run(2, in_bfloat16, gather)
     assert all(map(torch.equal, first, second))
@@ -150,7 +150,7 @@ def after_backward(overlap):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_reductions_start_while_the_backward_pass_goes_on(size):
+def test_reductions_overlap_with_the_backward_pass(size):
     """After the last micro-batch's gradients alone, in the order in which they come; the results are the same."""
     plain, overlapped = run(size, after_backward, False), run(size, after_backward, True)
     for (a, _, _), (b, early, names) in zip(plain, overlapped, strict=True):

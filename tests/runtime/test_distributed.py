@@ -145,7 +145,7 @@ def test_exact_values_follow_a_change_of_ranks(folder, sizes):
         ({"total_batch_size": 96}, "--total-batch-size must be a multiple of"),
         ({"depth": 0}, "--depth must be a whole number from 1 to 1000, got 0"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd', which runs on one rank"),
+        ({"optimizer": "sgd"}, "optimizer must be hybrid or adamw on several ranks, got 'sgd'"),
     ],
 )
 def test_a_mistake_stops_all_ranks_with_one_message(folder, flags, message):

@@ -1,10 +1,10 @@
-"""What a training step holds in memory, bytes by part, predicted and measured.
+"""The memory of a training step, in bytes by part, predicted and measured.
 
-A step's memory rises and falls: activations pile up in the forward pass and go in the backward pass, while gradients
-come; then the optimizer needs space of its own. A prediction counts the tensors that are alive at the moments that may
-be the highest (`moments`), and the peak is the highest of them. `measure` runs real steps and asks torch's allocator.
-In bfloat16 on a CPU that counts scratch of torch's library too, as much as the processor's instruction set wants:
-`library_scratch` bounds it, and a measured peak lies between the predicted one and the sum of both.
+During a step the activations accumulate in the forward pass. The backward pass frees them and creates the gradients.
+The optimizer then needs memory of its own. The prediction counts the live tensors at each point that may be the peak
+(`snapshots`), and the largest snapshot is the peak. `measure` runs real steps and asks torch's allocator. In bfloat16
+on a CPU the measurement includes scratch memory of torch's library, whose size depends on the instruction set.
+`library_scratch` bounds it: a measured peak lies between the predicted peak and the sum of both.
 """
 
 from nanochat_native.lab.memory.measurement import Measured, Step, measure
@@ -14,9 +14,9 @@ from nanochat_native.lab.memory.prediction import (
     kernel_scratch,
     largest_batch,
     library_scratch,
-    moments,
     peak,
     predict,
+    snapshots,
     static_bytes,
 )
 
@@ -29,9 +29,9 @@ __all__ = [
     "largest_batch",
     "library_scratch",
     "measure",
-    "moments",
     "peak",
     "predict",
     "sized",
+    "snapshots",
     "static_bytes",
 ]

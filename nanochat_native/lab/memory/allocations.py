@@ -1,4 +1,4 @@
-"""What torch's CPU allocator gives and takes back."""
+"""Record what torch's CPU allocator allocates and frees."""
 
 import contextlib
 import gc
@@ -14,14 +14,17 @@ PHASES = ("forward", "backward", "optimizer step")
 
 
 class Allocations:
-    """Within the block, what torch's CPU allocator gives and takes back; after it, levels in bytes by the phases that
-    record_function marked, each the last time: `began`, and `highest`. "" is before all marks, where the level is 0.
+    """A context that records the allocations of torch's CPU allocator.
 
-    The allocator sees every tensor, but not the memory of this package's kernels (`kernel_scratch`), MKL and Python.
+    The allocator manages every tensor, but not the memory of this package's kernels (`kernel_scratch`), MKL and Python.
+
+    Attributes:
+        began: allocated bytes at the start of each phase that record_function marks, the last time it runs.
+        highest: the peak in each of these phases. The phase "" comes before all marks and starts at 0 bytes.
     """
 
     def __enter__(self) -> "Allocations":
-        gc.collect()  # what is freed inside and was not made there would be taken off
+        gc.collect()  # memory from before the block must not be freed, and subtracted, inside it
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         with _no_stderr():
             self._profile.__enter__()
@@ -44,7 +47,7 @@ class Allocations:
 
 @contextlib.contextmanager
 def _no_stderr() -> Iterator[None]:
-    """The profiler's library writes a line to the process's stderr whenever it starts and stops."""
+    """Hide the line that the profiler's library writes to stderr whenever it starts and stops."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,4 +1,4 @@
-"""Real steps on random tokens, and what torch's allocator says of them."""
+"""Measure real steps on random tokens with torch's allocator."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,16 +10,16 @@ from torch.profiler import record_function
 
 from nanochat_native.lab.memory.allocations import PHASES, Allocations
 from nanochat_native.lab.memory.options import Options, model_config, sized
-from nanochat_native.lab.memory.prediction import moments
+from nanochat_native.lab.memory.prediction import snapshots
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import clip_reduced_, setup_optimizers
 from nanochat_native.runtime.hardware import pick_device
 
-STEPS = 3  # the first makes the optimizers' state, the last one counts
+STEPS = 3  # the first creates the optimizers' state; the last is measured
 
 
 class Step:
-    """An optimizer step as train makes it, on random tokens."""
+    """An optimizer step, as train makes it, on random tokens."""
 
     def __init__(self, options: Options) -> None:
         self.options = options = sized(options)
@@ -53,7 +53,7 @@ class Step:
 
 
 class Measured(NamedTuple):
-    """Bytes: the highest level of each phase, and the activations that are kept for the backward pass."""
+    """Measured bytes: the peak of each phase, and the activations kept for the backward pass."""
 
     phases: dict[str, int]
     activations: int
@@ -64,10 +64,9 @@ class Measured(NamedTuple):
 
 
 def measure(options: Options) -> Measured:
-    """Runs steps, and asks torch's allocator what the last one holds, the model included.
+    """Run steps, and return the memory of the last one, with the model.
 
-    On a CPU that is the sum of all tensors that are alive (see Allocations), on a GPU what
-    torch.cuda.max_memory_allocated says.
+    On a CPU the memory is the sum of all live tensors (see Allocations), on a GPU torch.cuda.max_memory_allocated().
     """
     options = sized(options)
     if options.device == "cpu":
@@ -90,9 +89,9 @@ def measure(options: Options) -> Measured:
         step = Step(options)
         for _ in range(STEPS):
             step(phase)
-    # What the forward pass leaves, but for the gradients that the loss has made and copies of weights.
+    # Memory after the forward pass, without the gradients that the loss computes and without copies of weights.
     weight, element = step.model.lm_head.weight, 2 if options.dtype == "bfloat16" else 4
-    start = next(moment for moment in moments(options) if moment.phase == "backward")
+    start = next(snapshot for snapshot in snapshots(options) if snapshot.phase == "backward")
     of_loss = element * (weight.numel() + options.tokens * weight.size(1))
     left = began["backward"] - began["forward"]
     return Measured({name: highest[name] for name in PHASES}, left - of_loss - start.parts["weights in bfloat16"])

@@ -1,4 +1,4 @@
-"""The flags of `python -m nanochat_native.memory`, and the sizes that follow from them."""
+"""The flags of the memory command, and the sizes that follow from them."""
 
 import dataclasses
 import math
@@ -25,83 +25,84 @@ def _auto(metavar: str, default: str) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """Predict what a training step holds in memory, part by part, and measure whether it is so.
+    """Predict the memory of a training step, part by part, and measure it.
 
-    Without --measure, --checkpointing or --gpu-memory it only predicts, at once, whatever the size. With --measure or
-    --checkpointing it runs real steps, and sizes that are not given are small ones: on a CPU train's own, which take
-    less than a minute (depth 4, 8 x 256 tokens, vocabulary 8192, float32), on a GPU depth 12 and vocabulary 32768.
+    Without --measure, --checkpointing or --gpu-memory the command only predicts, which is immediate for any size. With
+    --measure or --checkpointing it runs real steps, and the default sizes are small: on a CPU those of train, which
+    take less than a minute (depth 4, 8 x 256 tokens, vocabulary 8192, float32), on a GPU depth 12 and vocabulary 32768.
     """
 
-    depth: Annotated[int, _auto("INT", "20; where steps are run 4 on a CPU, 12 on a GPU")] = UNSET
-    """Layers; the width is 64 times as much."""
+    depth: Annotated[int, _auto("INT", "20; if steps are run, 4 on a CPU and 12 on a GPU")] = UNSET
+    """Layers; the width is 64 times this."""
     nproc: int = 1
-    """Ranks. Several are only predicted, for hybrid and adamw, without the collectives' own buffers."""
-    device_batch_size: Annotated[int, _auto("INT", "16; 8 where steps are run on a CPU")] = UNSET
-    """Sequences of a micro-batch."""
-    max_seq_len: Annotated[int, _auto("INT", "2048; 256 where steps are run on a CPU")] = UNSET
-    """Tokens of a sequence."""
-    vocab_size: Annotated[int, _auto("INT", "65536; where steps are run 8192 on a CPU, 32768 on a GPU")] = UNSET
+    """Ranks. Several ranks are only predicted, for hybrid and adamw, without the buffers of the collectives."""
+    device_batch_size: Annotated[int, _auto("INT", "16; 8 if steps are run on a CPU")] = UNSET
+    """Sequences in a micro-batch."""
+    max_seq_len: Annotated[int, _auto("INT", "2048; 256 if steps are run on a CPU")] = UNSET
+    """Tokens in a sequence."""
+    vocab_size: Annotated[int, _auto("INT", "65536; if steps are run, 8192 on a CPU and 32768 on a GPU")] = UNSET
     """Tokens in the vocabulary."""
     head_dim: int = 128
-    """Channels of one attention head, at most."""
+    """Maximum number of channels of an attention head."""
     n_kv_head: Annotated[int, _auto("INT", "as many as query heads")] = UNSET
-    """Key/value heads; a divisor of the query heads."""
+    """Key/value heads; must divide the number of query heads."""
     optimizer: Literal["hybrid", "muon_sgd", "adamw", "adam", "sgd_momentum", "sgd"] = "hybrid"
-    """As train takes it; hybrid is Muon and AdamW."""
+    """Optimizer of train; hybrid is Muon and AdamW."""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        tyro.conf.arg(help_behavior_hint="(default: bfloat16; float32 where steps are run on a CPU)"),
+        tyro.conf.arg(help_behavior_hint="(default: bfloat16; float32 if steps are run on a CPU)"),
     ] = "auto"
-    """Of the activations; parameters are float32."""
+    """Type of the activations; parameters are float32."""
     grad_checkpoint: bool = False
-    """Blocks are computed again in the backward pass, and keep only their input until then."""
+    """Recompute each block in the backward pass, and keep only its input until then."""
     micro_batches: int = 1
-    """Of a step: train's --total-batch-size over what goes through the model at once. From the second one on, the
-    gradients of those before are there during the whole pass."""
+    """Micro-batches in a step: train's --total-batch-size divided by the tokens of a micro-batch. With more than one,
+    the gradients are allocated during the whole forward and backward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the step runs. auto: a GPU if there is one; with --gpu-memory always a GPU."""
+    """Device of the step. auto: a GPU if there is one; with --gpu-memory always a GPU."""
 
     measure: bool = False
-    """Run steps of random tokens, and print what they hold beside what is predicted."""
+    """Run steps on random tokens, and print the measured memory beside the predicted memory."""
     checkpointing: bool = False
-    """Run steps with and without --grad-checkpoint, and print memory and time of both."""
-    gpu_memory: Annotated[float | None, _auto("GIB", "not asked")] = None
-    """Print the largest --device-batch-size that fits a GPU of so many GiB (2^30 bytes), as they are sold: 24, 80."""
-    out: Annotated[Path | None, _auto("FOLDER", "nothing is written")] = None
-    """Write FOLDER/result.json too."""
+    """Run steps with and without --grad-checkpoint, and print the memory and the time of both."""
+    gpu_memory: Annotated[float | None, _auto("GIB", "not used")] = None
+    """Print the largest --device-batch-size that fits a GPU with this memory in GiB (2^30 bytes), e.g. 24 or 80."""
+    out: Annotated[Path | None, _auto("FOLDER", "no file is written")] = None
+    """Folder for result.json and the picture."""
 
     @property
     def runs_steps(self) -> bool:
+        """Whether steps are run, not only predicted."""
         return self.measure or self.checkpointing
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """The number of tokens in a micro-batch."""
         return self.device_batch_size * self.max_seq_len
 
 
 def sized(options: Options) -> Options:
-    """The options, checked, with device and sizes filled in.
+    """Check the options, and fill in the device and the sizes.
 
     Raises ValueError for a flag out of range, for flags that exclude each other, for a shape that no model has, and for
-    one that plain torch would serve on a GPU.
+    a shape that has no CUDA kernel.
     """
     for name in (*SIZES[:4], "nproc", "head_dim", "n_kv_head", "micro_batches"):
         value = getattr(options, name)
         if value < 1 and not value == UNSET == options.__dataclass_fields__[name].default:
-            raise ValueError(f"{flag(name)} is {value}; it takes a whole number from 1")
+            raise ValueError(f"{flag(name)} must be a whole number >= 1, got {value}")
     if options.gpu_memory is not None and not 0 < options.gpu_memory < math.inf:
-        raise ValueError(f"--gpu-memory is {options.gpu_memory}; it takes GiB, a finite number above 0")
+        raise ValueError(f"--gpu-memory must be a finite number of GiB above 0, got {options.gpu_memory}")
     if options.optimizer not in DEFAULT_LEARNING_RATES:
-        raise ValueError(f"--optimizer is {options.optimizer}; it takes {', '.join(DEFAULT_LEARNING_RATES)}")
+        raise ValueError(f"--optimizer must be one of {', '.join(DEFAULT_LEARNING_RATES)}, got {options.optimizer}")
     if options.nproc > 1 and options.optimizer not in ("hybrid", "adamw"):
-        raise ValueError(f"--optimizer is {options.optimizer}, which runs on one rank; on many take hybrid or adamw")
+        raise ValueError(f"--optimizer must be hybrid or adamw on several ranks, got {options.optimizer}")
     modes = {name: getattr(options, name) for name in ("measure", "checkpointing", "gpu_memory")}
     given = [flag(name) for name, value in modes.items() if value]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are given; take one of them")
+        raise ValueError(f"{' and '.join(given)} exclude each other; use one of them")
     if options.nproc > 1 and options.runs_steps:
-        raise ValueError(f"--nproc is {options.nproc}; {given[0]} runs on one rank")
+        raise ValueError(f"--nproc must be 1 with {given[0]}, got {options.nproc}")
 
     gpu = options.device == "cuda"
     if options.device == "auto":
@@ -113,13 +114,14 @@ def sized(options: Options) -> Options:
     head_dim = model_config(options).head_dim
     if gpu and (options.dtype != "bfloat16" or head_dim % 8 or head_dim > 128):
         raise ValueError(
-            f"--dtype is {options.dtype}, heads have {head_dim} channels; on a GPU it takes bfloat16 and a multiple of "
-            "8 up to 128, as the rest is served by plain torch, whose attention keeps all scores"
+            "on a GPU --dtype must be bfloat16 and heads must have a multiple of 8 channels up to 128, got "
+            f"{options.dtype} and {head_dim}; other shapes have no CUDA kernel for attention"
         )
     return options
 
 
 def model_config(options: Options) -> GPTConfig:
+    """Return the shape of the model that the options describe."""
     return GPTConfig.from_depth(
         options.depth,
         vocab_size=options.vocab_size,

@@ -1,4 +1,4 @@
-"""A step's memory by part: what is alive at the moments that may be its highest."""
+"""Predict the memory of a step by part, from the tensors that are alive at each point that may be its peak."""
 
 import dataclasses
 import functools
@@ -14,21 +14,22 @@ from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim.buckets import Layout, assign, split, split_rows
 
-# float32 numbers that an optimizer keeps for each element of wte and lm_head, and of the blocks' matrices.
+# float32 numbers that an optimizer keeps for each element of wte and lm_head, and for each element of the matrices.
 STATE = {"hybrid": (2, 1), "muon_sgd": (0, 1), "adamw": (2, 2), "adam": (2, 2), "sgd_momentum": (1, 1), "sgd": (0, 0)}
-LOGIT_BYTES = 256 << 20  # that the CUDA linear_cross_entropy holds at a time, at most
+LOGIT_BYTES = 256 << 20  # limit of the logits that the CUDA linear_cross_entropy holds at a time
 LIBRARY_BYTES = 32 << 20  # torch's workspace for cuBLAS on Hopper; 8 MiB on older GPUs
-THREAD_SCRATCH_BYTES = 1 << 20  # blocks of a product that a thread of torch's library pads and copies, at most
+THREAD_SCRATCH_BYTES = 1 << 20  # limit of the blocks of a product that a thread of torch's library copies
 
 
 @functools.cache
 def without_memory(config: GPTConfig) -> GPT:
+    """Return a model on the meta device."""
     with torch.device("meta"):
         return GPT(config)
 
 
-class Moment(NamedTuple):
-    """One that may be its phase's highest: bytes of what is alive, by part."""
+class Snapshot(NamedTuple):
+    """The live bytes by part at a point of a step that may be the peak of its phase."""
 
     phase: str
     parts: dict[str, int]
@@ -39,23 +40,24 @@ class Moment(NamedTuple):
 
 
 def predict(options: Options) -> dict[str, int]:
-    """Bytes by part at the step's highest moment, on the rank that holds most: their sum is the peak.
+    """Return the bytes by part at the peak of the step, on the rank that holds most. Their sum is the peak.
 
-    They are those of the tensors, the same on every processor. On a CPU `library_scratch` bounds what torch's library
-    takes from the same allocator beside them, and `kernel_scratch` is what the kernels take elsewhere.
+    The bytes are those of the tensors, which are the same on every processor. On a CPU `library_scratch` bounds the
+    additional memory that torch's library takes from the same allocator; `kernel_scratch` estimates the memory that the
+    kernels take elsewhere.
     """
-    return max(moments(options), key=lambda moment: moment.bytes).parts
+    return max(snapshots(options), key=lambda snapshot: snapshot.bytes).parts
 
 
 def peak(options: Options) -> int:
-    """Bytes at the step's highest moment."""
+    """Return the bytes at the peak of the step."""
     return sum(predict(options).values())
 
 
-def moments(options: Options) -> list[Moment]:
-    """The moments of a step on the native kernels that may be the highest, in their order.
+def snapshots(options: Options) -> list[Snapshot]:
+    """Return the snapshots of a step on the native kernels that may be its peak, in order.
 
-    Within a block the MLP's backward pass is higher than what follows it: attention, rotations and norms.
+    Within a block the backward pass of the MLP needs more than the rest of it: attention, rotations and norms.
     """
     options = sized(options)
     config = model_config(options)
@@ -67,18 +69,18 @@ def moments(options: Options) -> list[Moment]:
     attention, mlp, head = 2 * C * (C + K), 8 * C * C, model.lm_head.weight.numel()  # elements
     block = attention + mlp
     weights, state = static_bytes(model, options.nproc, options.optimizer)
-    held = weights if options.nproc > 1 or options.micro_batches > 1 else 0  # gradients that are there all the time
+    held = weights if options.nproc > 1 or options.micro_batches > 1 else 0  # gradients that are allocated throughout
     kept = tokens * block_activations(config, e)
     at_input = [stream + 4 * tokens + layer * (stream if again else kept) for layer in range(L)]  # of each block
     at_loss = activation_bytes(options)
-    copies = 0 if again else L * block  # elements of weights whose bfloat16 copies the backward pass begins with
+    copies = 0 if again else L * block  # elements of the bfloat16 copies of weights at the start of the backward pass
 
-    # On a GPU logits, and the gradient of lm_head in float32 where several chunks of them add to it.
+    # On a GPU: the logits; if they come in several chunks, also the gradient of lm_head, summed in float32.
     rows = min(tokens, max(1, LOGIT_BYTES // (e * config.vocab_size)))
     logits = (rows * config.vocab_size * e + (4 * head if rows < tokens else 0)) if gpu else 0
-    # Each: phase, bytes of gradients, elements of copied weights, bytes of activations, bytes of temporary tensors.
+    # (phase, bytes of gradients, elements of copied weights, bytes of activations, bytes of temporary tensors)
     found: list[tuple[str, int, int, int, int]] = [
-        # The last block's MLP: the stream before and behind attention, the square of the hidden tensor, the output.
+        # The MLP of the last block: the stream before and after attention, the square of the hidden tensor, the output.
         (
             "forward",
             held,
@@ -86,7 +88,7 @@ def moments(options: Options) -> list[Moment]:
             at_input[-1] + (0 if again else kept),
             stream * (11 if again else 6 + (L > 1)),
         ),
-        # The loss makes its gradients in the forward pass; autocast's copies live until its end.
+        # The loss computes its gradients in the forward pass; the copies of autocast live until its end.
         (
             "forward",
             held + e * head,
@@ -94,17 +96,18 @@ def moments(options: Options) -> list[Moment]:
             at_loss,
             stream + 4 * tokens + logits,
         ),
-        # They are scaled; then lm_head's goes on in float32, beside what it was.
+        # The gradients are scaled. That of lm_head is then converted to float32, beside the original.
         ("backward", held + 2 * e * head, copies, at_loss, 2 * stream),
         ("backward", held + (6 * head if e == 2 else 0), copies, at_loss, stream),
     ]
     for layer in reversed(range(L)):
-        # The MLP: first the hidden tensor's square, its gradient and proj's, then the hidden's gradient, fc's and x's.
+        # The MLP: the square of the hidden tensor, its gradient and that of proj; then the gradients of hidden, fc and
+        # x.
         work = max(8 * stream + 4 * C * C * e, 5 * stream + 8 * C * C * e)
         gradients = held or 4 * (head + (L - 1 - layer) * block)
         copied = block + (0 if again else layer * block)
         found.append(("backward", gradients, copied, at_input[layer] + kept, stream + work))
-    # The embedding, when all other gradients are there: the stream's gradient in float32.
+    # The embedding, after all other gradients: the gradient of the stream in float32.
     found.append(("backward", weights, 0, 0, 4 * tokens * C))
     found.append(("optimizer step", weights, 0, 0, optimizer_work(model, options)))
 
@@ -117,19 +120,19 @@ def moments(options: Options) -> list[Moment]:
     }
     names = ("gradients", "weights in bfloat16", "activations", "temporary tensors")
     return [
-        Moment(phase, always | dict(zip(names, (gradients, 2 * copied if e == 2 else 0, *rest), strict=True)))
+        Snapshot(phase, always | dict(zip(names, (gradients, 2 * copied if e == 2 else 0, *rest), strict=True)))
         for phase, gradients, copied, *rest in found
     ]
 
 
 def block_activations(config: GPTConfig, element: int) -> int:
-    """Bytes a token that a block keeps for its backward pass; the norms' and attention's sums are float32."""
+    """Return the bytes per token that a block keeps for its backward pass. Sums of norms and attention are float32."""
     C, K = config.n_embd, config.n_kv_head * config.head_dim
     return element * (8 * C + 2 * K) + 4 * (2 + 2 * config.n_head + config.n_kv_head)
 
 
 def activation_bytes(options: Options) -> int:
-    """Activations that are kept for the backward pass: of each block, and of the norms before and behind them all."""
+    """Return the bytes kept for the backward pass: of each block, and of the norms before and after all blocks."""
     options = sized(options)
     config, element = model_config(options), 2 if options.dtype == "bfloat16" else 4
     width, L = element * config.n_embd, config.n_layer
@@ -138,7 +141,7 @@ def activation_bytes(options: Options) -> int:
 
 
 def static_bytes(model: GPT, ranks: int, optimizer: str = "hybrid") -> tuple[int, int]:
-    """(weights, optimizers' state) of the rank that has most of both."""
+    """Return the bytes of (weights, optimizers' state) on the rank that has most of both."""
     of_ends, of_matrices = STATE[optimizer]
     by_rows = model.parameters() if optimizer == "adamw" else (model.wte.weight, model.lm_head.weight)
     rows = sum(split_rows(parameter, ranks).shard for parameter in by_rows)
@@ -152,19 +155,19 @@ def static_bytes(model: GPT, ranks: int, optimizer: str = "hybrid") -> tuple[int
 
 
 def _runs(model: GPT, ranks: int) -> Iterator[tuple[list[Tensor], Layout]]:
-    """Muon's buckets: the matrices of each, and who owns them."""
+    """Yield the matrices of each bucket of Muon, and their layout."""
     matrices = [(name, p) for name, p in model.named_parameters() if name.startswith("transformer.h.")]
     runs = [[parameter for _, parameter in run] for run in split(matrices, ranks)]
     return zip(runs, assign(runs, ranks), strict=True)
 
 
 def optimizer_work(model: GPT, options: Options) -> int:
-    """Bytes that clipping and the optimizers take beside gradients and state, whichever takes more."""
+    """Return the larger of the temporary bytes of clipping and those of the optimizers."""
     gpu, parameters = options.device == "cuda", list(model.parameters())
-    clipping = 0 if gpu else 12 * sum(p.size(0) for p in parameters)  # each row's norm, in float32 and in float64
+    clipping = 0 if gpu else 12 * sum(p.size(0) for p in parameters)  # the norm of each row, in float32 and in float64
     work = 0
     if options.optimizer in ("hybrid", "muon_sgd"):
-        # Those of one shape are one batch: the update, and on a CPU the orthogonal one, on a GPU 16-bit matrices.
+        # Matrices of one shape are a batch: the update, and on a CPU its orthogonalised copy, on a GPU 16-bit matrices.
         batches: Counter[tuple[int, ...]] = Counter()
         for bucket, (run, layout) in enumerate(_runs(model, options.nproc)):
             own = bucket if options.nproc > 1 else 0
@@ -172,52 +175,54 @@ def optimizer_work(model: GPT, options: Options) -> int:
         for (*_, M, N), count in batches.items():
             work = max(work, count * (8 * M * N + (10 * min(M, N) ** 2 if gpu else 0)))
     elif options.optimizer == "adam":
-        # The root of exp_avg_sq: on a GPU of all that have one rate; on a CPU of a tensor, and divided, beside that of
-        # the tensor before. The blocks' largest are two of one shape in a row.
+        # The root of exp_avg_sq: on a GPU of all parameters with one rate; on a CPU of a tensor, and divided, beside
+        # that of the previous tensor. The largest tensors of a block are two of one shape in a row.
         head, largest = model.lm_head.weight.numel(), max(p.numel() for p in model.blocks[0].parameters())
         work = 4 * max(head, model.num_params() - 2 * head) if gpu else max(8 * head, 12 * largest)
     return max(clipping, work)
 
 
 def library_scratch(options: Options) -> int:
-    """Bytes that torch's library (oneDNN) takes at most from torch's allocator while it multiplies bfloat16 on a CPU.
+    """Return a bound on the bytes that oneDNN takes from torch's allocator for bfloat16 products on a CPU.
 
-    How much depends on the processor's instruction set: with AVX2 nothing; with AVX-512 alone the result in float32;
-    with AVX512-BF16 or AMX blocks of the operands. So the bound is copies of both operands, the result in float32, and
-    THREAD_SCRATCH_BYTES for each of torch's threads. The gradient of a weight is a sum over the tokens: each thread may
-    hold its own. The MLP's products are a model's largest.
+    The amount depends on the instruction set: nothing with AVX2; the result in float32 with AVX-512 alone; blocks of
+    the operands with AVX512-BF16 or AMX. The bound is therefore copies of both operands, the result in float32, and
+    THREAD_SCRATCH_BYTES for each of torch's threads. The gradient of a weight is a sum over the tokens, of which each
+    thread may hold its own part. The products of the MLP are the largest of a model.
     """
     options = sized(options)
     if options.device != "cpu" or options.dtype != "bfloat16":
         return 0
     tokens, C, threads = options.tokens, model_config(options).n_embd, torch.get_num_threads()
     weight = 4 * C * C
-    result = 2 * tokens * C + 2 * weight + 4 * tokens * 4 * C  # of the layer that widens, or the gradient of the other
+    result = (
+        2 * tokens * C + 2 * weight + 4 * tokens * 4 * C
+    )  # of the layer that widens, or the gradient of the other layer
     gradient = 2 * tokens * 5 * C + 4 * weight * threads
     return max(result, gradient) + THREAD_SCRATCH_BYTES * threads
 
 
 def kernel_scratch(options: Options) -> int:
-    """Bytes that the CPU kernels hold beside torch's allocator, about: one stretch for all, as large as the largest."""
+    """Estimate the bytes of the one workspace that the CPU kernels share, outside torch's allocator."""
     options = sized(options)
     config, tokens = model_config(options), options.tokens
     C, V = config.n_embd, config.vocab_size
-    rows = min(tokens, 512, max(64, (24 << 20) // (4 * V)))  # of a chunk of logits
+    rows = min(tokens, 512, max(64, (24 << 20) // (4 * V)))  # in a chunk of logits
     needs = [4 * rows * (V + C) + (8 * (V + rows) * C if options.dtype == "bfloat16" else 0)]
     heads = options.device_batch_size * config.n_kv_head
     needs.append(8 * tokens * config.n_kv_head * config.head_dim)  # keys and values
-    ranges = min(-(-16 // heads), -(-options.max_seq_len // 256))  # of keys, each with its part of dq
+    ranges = min(-(-16 // heads), -(-options.max_seq_len // 256))  # ranges of keys, each with its part of dq
     needs.append(4 * ranges * tokens * C if ranges > 1 else 0)
     if options.optimizer in ("hybrid", "muon_sgd"):
         shapes = Counter(tuple(p.shape) for p in without_memory(config).transformer["h"].parameters())
         for (M, N), count in shapes.items():
-            small = 32 if max(M, N) >= 4 * min(M, N) else 8  # bytes of an element of the Gram matrices
+            small = 32 if max(M, N) >= 4 * min(M, N) else 8  # bytes per element of the Gram matrices
             needs.append(count * (4 * M * N * (2 if M < N else 1) + small * min(M, N) ** 2))
     return max(needs)
 
 
 def largest_batch(options: Options, available: int) -> int:
-    """The largest device_batch_size whose predicted peak is at most `available` bytes; 0 if not even 1 is."""
+    """Return the largest device_batch_size whose predicted peak is at most `available` bytes, or 0."""
 
     def fits(size: int) -> bool:
         return peak(dataclasses.replace(options, device_batch_size=size)) <= available

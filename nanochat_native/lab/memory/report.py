@@ -1,4 +1,4 @@
-"""Tables of the predicted and measured memory of a training step, for the command."""
+"""Print tables of the predicted and the measured memory of a training step."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from nanochat_native.lab.memory.prediction import (
     kernel_scratch,
     largest_batch,
     library_scratch,
-    moments,
     peak,
+    snapshots,
 )
 from nanochat_native.runs import results
 from nanochat_native.runtime import hardware
@@ -28,11 +28,11 @@ def _mib(sizes: Sequence[float]) -> str:
 
 
 def show_parts(options: Options) -> dict[str, Any]:
-    """The table of parts at the highest moment of each phase, and with --measure what is measured."""
-    found = moments(options)
+    """Print the parts at the peak of each phase, and with --measure the measured peaks. Returns the figures."""
+    found = snapshots(options)
     highest = [max((m for m in found if m.phase == phase), key=lambda m: m.bytes) for phase in PHASES]
-    parts = {name: [moment.parts[name] for moment in highest] for name in highest[0].parts}
-    totals = [moment.bytes for moment in highest]
+    parts = {name: [snapshot.parts[name] for snapshot in highest] for name in highest[0].parts}
+    totals = [snapshot.bytes for snapshot in highest]
     ranks = f", on each of {options.nproc} ranks" if options.nproc > 1 else ""
     print(f"{'MiB':<28}" + "".join(f"{phase:>16}" for phase in PHASES))
     for name, sizes in {**parts, "in all" + ranks: totals}.items():
@@ -53,17 +53,17 @@ def show_parts(options: Options) -> dict[str, Any]:
         record["kernel_scratch"] = kernel_scratch(options)
         record["library_scratch"] = library_scratch(options)
         if options.dtype == "bfloat16":
-            print(f"beside, in products of torch's library: {_mib([library_scratch(options)]).strip()} MiB, at most")
-        print(f"beside, not seen by the allocator: {_mib([kernel_scratch(options)]).strip()} MiB of the kernels, about")
+            print(f"additional, in products of torch's library: {_mib([library_scratch(options)]).strip()} MiB at most")
+        print(f"additional, outside the allocator: about {_mib([kernel_scratch(options)]).strip()} MiB of the kernels")
     return record
 
 
 def show_largest(options: Options) -> dict[str, Any]:
-    """The table of the largest batches, by prediction."""
+    """Print the largest batches by prediction. Returns the figures."""
     assert options.gpu_memory is not None
     available = int(options.gpu_memory * 2**30) - sizing.PROCESS_BYTES
-    columns = {"1 micro-batch a step": 1, "several": 2}
-    context = f"{sizing.PROCESS_BYTES >> 20} MiB of them for the CUDA context"
+    columns = {"1 micro-batch per step": 1, "several": 2}
+    context = f"{sizing.PROCESS_BYTES >> 20} MiB of which are for the CUDA context"
     print(f"largest --device-batch-size that fits {options.gpu_memory:g} GiB, {context}")
     print(f"{'':<22}" + "".join(f"{title:>26}" for title in columns))
     rows: list[dict[str, Any]] = []
@@ -84,7 +84,7 @@ def show_largest(options: Options) -> dict[str, Any]:
 
 
 def show_checkpointing(options: Options) -> dict[str, Any]:
-    """The table of gradient checkpointing: memory, and the time of steps that take turns."""
+    """Print the memory and the time of steps with and without gradient checkpointing. Returns the figures."""
     names = ("kept", "recomputed")
     variants = [dataclasses.replace(options, grad_checkpoint=again) for again in (False, True)]
     measured = [measure(variant) for variant in variants]
@@ -95,7 +95,7 @@ def show_checkpointing(options: Options) -> dict[str, Any]:
         "activations_predicted": [activation_bytes(variant) for variant in variants],
         "activations_measured": [found.activations for found in measured],
     }
-    print(f"{'':<16}{'peak, MiB':>32}{'activations, MiB':>32}{'ms a step':>16}")
+    print(f"{'':<16}{'peak, MiB':>32}{'activations, MiB':>32}{'ms per step':>16}")
     print(f"{'':<16}" + f"{'predicted':>16}{'measured':>16}" * 2)
     for row, name in enumerate(names):
         print(f"{name:<16}" + _mib([column[row] for column in columns.values()]) + f"{times[row]:>16,.1f}")
@@ -106,13 +106,13 @@ def show_checkpointing(options: Options) -> dict[str, Any]:
 
 
 def run(given: Options) -> None:
-    """Prints, and with --out writes, what the options ask for."""
+    """Print the tables that the options ask for, and with --out write the result."""
     options = sized(given)
     where = {"cpu": "on a CPU", "cuda": "on a GPU"}[options.device]
     if options.runs_steps:
         where = hardware.describe(pick_device(options.device))
     folder = None if options.out is None else results.open_folder(options.out, "memory")
-    batch = f"{options.max_seq_len} tokens a sequence"
+    batch = f"{options.max_seq_len} tokens per sequence"
     if options.gpu_memory is None:
         batch = f"{options.device_batch_size} x {options.max_seq_len} tokens"
     shape = f"depth {options.depth}, {batch}, vocabulary {options.vocab_size}"

@@ -1,4 +1,4 @@
-"""Timing on a device, CUDA or CPU: clocks, ceilings, peak memory, launches, and the row of a case."""
+"""Timing on a GPU, and for tests on a CPU: clocks, ceilings, peak memory, launches, and the row of a case."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanochat_native.bench import measure, record
+from nanochat_native.bench import measure, results_io
 from nanochat_native.bench.measure import Case
 from nanochat_native.runtime import timing
 
@@ -17,20 +17,20 @@ Function = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device gives: GB/s read and written by a copy, GFLOP/s of a product of random bfloat16 by torch.mm."""
+    """Measured limits of the device: GB/s read and written by a copy, GFLOP/s of torch.mm on random bfloat16."""
 
     copy: float
     bfloat16_product: float
 
 
 class CudaClock:
-    """Milliseconds of the device's own work for one call, by events.
+    """A clock for one call: the milliseconds that the device works, measured by events.
 
-    Before each call the L2 is filled with other data, and the device sleeps for as long as the host needs to enqueue
-    the call, so that gaps between launches stay out of the figure; host_milliseconds has them.
+    Before each call the L2 cache is filled with other data. The device then sleeps until the host has enqueued the
+    call, so that gaps between launches are not counted; host_milliseconds measures those.
     """
 
-    CYCLES_A_MS = 2_000_000  # of clocks up to 2 GHz
+    CYCLES_A_MS = 2_000_000  # enough for clocks up to 2 GHz
     LONGEST_SLEEP_MS = 50.0
 
     def __init__(self, device: torch.device, host_ms: float) -> None:
@@ -40,7 +40,7 @@ class CudaClock:
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, function: Function) -> float:
-        self.other_data.sum()  # read, not written: nothing is left to be written back while the call is timed
+        self.other_data.sum()  # reads only: nothing must be written back while the call is timed
         torch.cuda._sleep(self.cycles)
         self.start.record()
         function()
@@ -50,7 +50,7 @@ class CudaClock:
 
 
 def host_milliseconds(function: Function, repeats: int = 5) -> float:
-    """Median time in which the host enqueues one call on an idle device."""
+    """Return the median time in which the host enqueues one call on an idle device."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -60,7 +60,7 @@ def host_milliseconds(function: Function, repeats: int = 5) -> float:
 
 
 def peak_bytes(function: Function) -> int:
-    """Bytes of CUDA memory that one call adds at its highest, its results included."""
+    """Return the peak CUDA memory that one call adds, in bytes, its results included."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -70,7 +70,7 @@ def peak_bytes(function: Function) -> int:
 
 
 def count_launches(function: Function) -> int | None:
-    """Kernels, copies and fills that one call puts on the CUDA device; None where the profiler sees none at all."""
+    """Return how many kernels, copies and fills one call launches; None if the profiler sees none."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -86,7 +86,7 @@ def count_launches(function: Function) -> int | None:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Medians of 15 on large random data; on a CPU the sizes are a demonstration's."""
+    """Return the medians of 15 measurements on large random data, on a CPU on small data."""
     on_cuda = device.type == "cuda"
     count, size = (1 << 29, 8192) if on_cuda else (1 << 20, 256)
     source, target = torch.randn(count, device=device), torch.zeros(count, device=device)
@@ -102,7 +102,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """As measure.machine, and on CUDA the GPU, its driver, CUDA's version, and clocks as they are now."""
+    """Return measure.machine(), on CUDA with the GPU, its driver, CUDA's version and the current clocks."""
     found = measure.machine()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -113,20 +113,20 @@ def machine(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
             "cuda": torch.version.cuda,
-            **record.gpu_facts(),
+            **results_io.gpu_facts(),
         }
     return found
 
 
 def run(case: Case, ceilings: Ceilings, device: torch.device, *, seconds: float, repeats: int) -> dict[str, Any]:
-    """Checks, times, and returns the case's row. An opponent that the memory does not hold has no time."""
+    """Check and time a case, and return its row. A baseline that runs out of memory has no time."""
     case.check()
     functions: list[Function] = [case.ours, case.theirs]
     note = [case.note] if case.note else []
     try:
         case.theirs()
     except torch.OutOfMemoryError:
-        note.append("the opponent ran out of memory")
+        note.append("the baseline ran out of memory")
         functions = [case.ours]
     started = time.perf_counter()
     clock: Callable[[Function], float] = timing.milliseconds
@@ -153,5 +153,5 @@ def run(case: Case, ceilings: Ceilings, device: torch.device, *, seconds: float,
                 row[f"{who}_launches"] = count_launches(function)
     row |= {"turns": len(times[0]), "seconds": time.perf_counter() - started, "note": "; ".join(note)}
     if device.type == "cuda":
-        row["sm_mhz"] = record.gpu_facts().get("sm_mhz")
+        row["sm_mhz"] = results_io.gpu_facts().get("sm_mhz")
     return row

@@ -1,4 +1,4 @@
-"""The opponent of the training step: the same model and optimizers in torch's own calls, as nanochat writes them."""
+"""The baseline of the training step: the same model and optimizers in torch's own calls, as nanochat writes them."""
 
 import torch
 import torch.nn as nn
@@ -18,7 +18,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-class PlainBlock(nn.Module):
+class TorchBlock(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         C = config.n_embd
@@ -36,15 +36,15 @@ class PlainBlock(nn.Module):
         return x + self.mlp["c_proj"](F.relu(self.mlp["c_fc"](norm(x))).square())
 
 
-class PlainGPT(nn.Module):
-    """Same parameter names as GPT, whose state it loads. Full attention only, n_kv_head = n_head."""
+class TorchGPT(nn.Module):
+    """The model in torch's calls, with the parameter names of GPT. Full attention only, n_kv_head = n_head."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "h": nn.ModuleList([PlainBlock(config) for _ in range(config.n_layer)]),
+                "h": nn.ModuleList([TorchBlock(config) for _ in range(config.n_layer)]),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -63,7 +63,7 @@ class PlainGPT(nn.Module):
 
 
 def newton_schulz_by_mm(g: Tensor) -> Tensor:
-    """Five quintic steps in float32; torch.optim.Muon's own take bfloat16, many times slower on a CPU."""
+    """Run five quintic steps in float32. torch.optim.Muon uses bfloat16, which is many times slower on a CPU."""
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
@@ -73,7 +73,7 @@ def newton_schulz_by_mm(g: Tensor) -> Tensor:
 
 
 def newton_schulz_by_matmul(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Five quintic steps of a batch (B, M, K), as nanochat writes them."""
+    """Run five quintic steps on a batch (B, M, K), as nanochat writes them."""
     x = g.to(dtype)
     if g.size(-2) > g.size(-1):
         x = x.mT
@@ -84,7 +84,9 @@ def newton_schulz_by_matmul(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> T
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
-class PlainMuon(torch.optim.Optimizer):
+class Float32Muon(torch.optim.Optimizer):
+    """Muon with newton_schulz_by_mm."""
+
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
@@ -100,11 +102,11 @@ class PlainMuon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
 
 
-def plain_optimizers(model: PlainGPT) -> list[torch.optim.Optimizer]:
-    """nanochat's hybrid, with the rates that setup_optimizers gives."""
+def torch_optimizers(model: TorchGPT) -> list[torch.optim.Optimizer]:
+    """Return nanochat's optimizers, with the learning rates of setup_optimizers."""
     wte, lm_head = model.transformer["wte"].weight, model.lm_head.weight
     scale = (lm_head.size(1) / 768) ** -0.5
     groups = [{"params": [lm_head], "lr": 0.004 * scale}, {"params": [wte], "lr": 0.2 * scale}]
     adamw = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     matrices = list(model.transformer["h"].parameters())
-    return [adamw, PlainMuon(matrices, lr=0.02)]
+    return [adamw, Float32Muon(matrices, lr=0.02)]

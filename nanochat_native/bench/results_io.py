@@ -1,4 +1,4 @@
-"""What a run of the benchmarks leaves: its JSON file, and the words of each row. Needs no torch."""
+"""Results of the benchmarks: the JSON file, and each row as text. Needs no torch."""
 
 import argparse
 import json
@@ -22,14 +22,14 @@ GPU_FACTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """For commands that also run where no package but torch is: tells a wrong flag in one line, as the others do."""
+    """A parser for commands that must run without tyro. It reports a wrong flag in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all: a reader never sees a half-written file."""
+    """Write the file atomically: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1) + "\n")
 
@@ -44,7 +44,7 @@ def now() -> str:
 
 
 def commit() -> str:
-    """The commit of this source tree, or "unknown" outside of one."""
+    """Return the commit of this source tree, or "unknown" outside of a repository."""
     try:
         git = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -57,7 +57,7 @@ def commit() -> str:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """Name, driver, clocks and limits of the first GPU as nvidia-smi tells them now; empty where it does not."""
+    """Return what nvidia-smi reports of the first GPU now: name, driver, clocks, limits. Empty without nvidia-smi."""
     query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS.values())}", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
@@ -75,13 +75,13 @@ def _number(text: str) -> float | str:
 
 
 def table_parts(row: dict[str, Any]) -> list[str]:
-    """Case, times and ratio first; then what else the row knows, a phrase each."""
+    """Return the case with its times and ratio, followed by a phrase for each other figure of the row."""
     ours, theirs = f"{row['ours_ms']:>9.2f} ms", "        - ms"
     ratio = "     -"
     if row["theirs_ms"] is not None:
         theirs, ratio = f"{row['theirs_ms']:>9.2f} ms", f"{row['ratio']:>6.2f}x"
-    floor = f"(floor {row['floor']:.2f}x)" if row["floor"] else " " * 13
-    parts = [f"{row['group']:<23} {row['case']:<42} {ours} {theirs} {ratio}  {floor}  {row['opponent']:<24}"]
+    min_speedup = f"(min {row['floor']:.2f}x)" if row["floor"] else " " * 11
+    parts = [f"{row['group']:<23} {row['case']:<42} {ours} {theirs} {ratio}  {min_speedup}  {row['opponent']:<24}"]
     for share, name in (("share_of_sgemm", "torch.mm"), ("share_of_product", "bfloat16 torch.mm")):
         if share in row:
             parts.append(f"{row['gflops']:.0f} GFLOP/s, {row[share]:.0%} of {name}")

@@ -1,5 +1,8 @@
-"""The process that `make gpu` times cases in. It writes into the run's JSON before and after each case, so that a
-process that dies takes nothing with it, and the next one goes on behind the case that it died of."""
+"""The process in which `make gpu` times its cases.
+
+It updates the JSON file before and after each case. If the process dies, no result is lost, and the next process
+continues after the case at which it died.
+"""
 
 import argparse
 import faulthandler
@@ -12,12 +15,12 @@ from typing import Any
 import torch
 
 from nanochat_native import ops
-from nanochat_native.bench import device, gpu_cases, record
-from nanochat_native.bench.device import Ceilings
+from nanochat_native.bench import gpu_cases, gpu_clock, results_io
 from nanochat_native.bench.gpu_cases import Entry
+from nanochat_native.bench.gpu_clock import Ceilings
 from nanochat_native.bench.measure import UnavailableError
 
-CASE_SECONDS = 100  # no case takes longer, torch.compile's minute included: one that does, hangs
+CASE_SECONDS = 100  # limit of a case; none takes longer, torch.compile's minute included
 SECONDS_A_CASE = {"cpu": 0.0, "cuda": 0.6}
 REPEATS = {"cpu": 3, "cuda": 15}
 BROKEN_DEVICE = 3  # exit status
@@ -25,12 +28,12 @@ STDERR = 2
 
 
 def done(result: dict[str, Any]) -> set[str]:
-    """Titles of the cases that need not be run again."""
+    """Return the titles of the cases that have an outcome."""
     return {one["title"] for kind in ("rows", "skipped", "errors") for one in result[kind]}
 
 
 def run_entry(entry: Entry, target: torch.device, ceilings: Ceilings) -> tuple[str, dict[str, Any]]:
-    """The list of the result that the case goes to, and what goes there."""
+    """Run a case. Returns the list of the result that the outcome belongs to, and the outcome."""
     for operator in entry.operators:
         backend, why = ops.serves(operator, target)
         if backend != "native":
@@ -38,18 +41,18 @@ def run_entry(entry: Entry, target: torch.device, ceilings: Ceilings) -> tuple[s
     seconds, repeats = SECONDS_A_CASE[target.type], REPEATS[target.type]
     try:
         case = entry.make(device=target)
-        row = device.run(case, ceilings, target, seconds=seconds, repeats=repeats)
+        row = gpu_clock.run(case, ceilings, target, seconds=seconds, repeats=repeats)
     except UnavailableError as error:
         return "skipped", {"title": entry.title, "why": str(error)}
     except AssertionError as error:
         return "errors", {"title": entry.title, "error": f"WRONG, not timed: {error}"}
-    except Exception as error:  # whatever it is, the other cases go on
+    except Exception as error:  # any error: the other cases must run
         return "errors", {"title": entry.title, "error": f"{type(error).__name__}: {error}"}
     return "rows", {"title": entry.title, **row}
 
 
-def works(target: torch.device) -> bool:
-    """Whether the device still takes work: after an illegal access, no later call of the process succeeds."""
+def accepts_work(target: torch.device) -> bool:
+    """Return whether the device still accepts work: after an illegal access every later call of the process fails."""
     if target.type == "cpu":
         return True
     try:
@@ -62,18 +65,18 @@ def works(target: torch.device) -> bool:
 
 
 def run(path: Path, target: torch.device, *, quick: bool, only: str, seconds: float) -> int:
-    """Runs what is not done yet, as long as `seconds` last. Returns the process's exit status."""
+    """Run the cases without an outcome for up to `seconds`. Returns the exit status of the process."""
     end = time.monotonic() + seconds
-    result = record.load(path)
+    result = results_io.load(path)
     selected = [entry for entry in gpu_cases.entries(target.type, quick=quick) if only in entry.title]
     result["cases"] = [entry.title for entry in selected]
-    record.save(path, result)
+    results_io.save(path, result)
     if target.type == "cuda" and not torch.cuda.is_available():
         print("torch sees no CUDA device", file=sys.stderr)
         return BROKEN_DEVICE
     torch.manual_seed(0)
-    ceilings = device.measure_ceilings(target)
-    result["limits"], result["machine"] = vars(ceilings), device.machine(target)
+    ceilings = gpu_clock.measure_ceilings(target)
+    result["limits"], result["machine"] = vars(ceilings), gpu_clock.machine(target)
     for entry in selected:
         if entry.title in done(result):
             continue
@@ -81,24 +84,24 @@ def run(path: Path, target: torch.device, *, quick: bool, only: str, seconds: fl
         if left < 1:
             break
         result["running"] = entry.title
-        record.save(path, result)
+        results_io.save(path, result)
         faulthandler.dump_traceback_later(min(CASE_SECONDS, left), exit=True, file=STDERR)
         started = time.monotonic()
         kind, outcome = run_entry(entry, target, ceilings)
         faulthandler.cancel_dump_traceback_later()
         result[kind].append(outcome)
         del result["running"]
-        record.save(path, result)
+        results_io.save(path, result)
         what = outcome.get("why") or outcome.get("error") or "timed"
         print(f"{time.monotonic() - started:6.1f} s  {entry.title}: {what}", flush=True)
-        if not works(target):
-            print("the device takes no more work from this process", file=sys.stderr)
+        if not accepts_work(target):
+            print("the device accepts no more work from this process", file=sys.stderr)
             return BROKEN_DEVICE
     return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanochat_native.bench.gpu_run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m nanochat_native.bench.gpu_worker", description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--quick", action="store_true")
