@@ -401,10 +401,9 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
         raise ConfigError(f"--baseline must be one of {', '.join(map(repr, selected))}, got {baseline!r}")
     make_cases(options, config)
     plan = Trainer(config, console)
-    console.say(f"compare  {', '.join(selected)} | {report.describe_run(plan.setup)}, {plan.config.num_iterations} steps")
-    every = (
-        config.eval_every if config.eval_every != UNSET else math.ceil(plan.config.num_iterations / EVALUATIONS_PER_RUN)
-    )
+    steps = plan.config.num_iterations
+    console.say(f"compare  {', '.join(selected)} | {report.describe_run(plan.setup)}, {steps} steps")
+    every = config.eval_every if config.eval_every != UNSET else math.ceil(steps / EVALUATIONS_PER_RUN)
     folder = options.out or results.OUT / f"compare-{'own' if options.cases else options.suite}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every))
     comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {})

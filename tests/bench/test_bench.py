@@ -30,7 +30,7 @@ from nanochat_native.bench import (
 from nanochat_native.bench.attention import Problem, attention_case, instruction_set
 from nanochat_native.bench.gpu_cases import Entry
 from nanochat_native.bench.measure import Case, UnavailableError
-from nanochat_native.ops import native, reference
+from nanochat_native.ops import backends, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ NOT_ON_A_BARE_MACHINE = (
     "tqdm",
     "tyro",
 )
-needs_native = pytest.mark.skipif(bool(native.problem), reason=native.problem)
+needs_native = pytest.mark.skipif(bool(backends.load_error), reason=backends.load_error)
 
 
 def case(check=lambda: None, ours=lambda: None, theirs=lambda: None, **settings):
@@ -130,7 +130,7 @@ def run_cases(path, monkeypatch, *entries, seconds=60.0, only=""):
 
 
 def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch):
-    native_there = () if native.problem else ("adamw_",)
+    native_there = () if backends.load_error else ("adamw_",)
     status, result = run_cases(
         tmp_path / "result.json",
         monkeypatch,
@@ -176,8 +176,8 @@ def test_finished_cases_are_not_repeated_and_time_is_limited(tmp_path, monkeypat
 
 
 def test_the_cpus_benchmarks_write_table_and_json(tmp_path, monkeypatch, capsys):
-    if native.problem:
-        pytest.skip(native.problem)
+    if backends.load_error:
+        pytest.skip(backends.load_error)
     path = tmp_path / "folder" / "result.json"
     small = {"shapes": [(30, 7), (5,)], "name": "small", "min_speedup": 0.1}
     f32 = torch.float32
