@@ -56,11 +56,12 @@ struct AdamWTensor {
     int64_t numel;
 };
 
-// Decoupled weight decay, PyTorch's form: p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) after p *= 1
-// - lr * wd.
+// Decoupled weight decay in PyTorch's form:
+//   p *= 1 - lr * weight_decay
+//   p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 //
-// Each *_address may be null; else it replaces the number of its name, and lies in the memory of the device that runs
-// the kernel: a captured CUDA graph then reads what stands there when it is replayed.
+// Each *_address may be null. If not, the number at that address replaces the field of the same name. It lies in the
+// memory of the device that runs the kernel, so that a captured CUDA graph reads the current number on each replay.
 struct AdamW {
     const AdamWTensor* tensors;   // (count,)
     int64_t count;
@@ -75,8 +76,9 @@ struct AdamW {
     const double *lr_address, *weight_decay_address;
 };
 
-// Orthogonalises `batch` matrices. X0 = g / (norm_factor * |g|_F); per triple (a, b, c): A = X X^T, X = a X + (b A + c
-// A A) X.
+// Orthogonalises `batch` matrices:
+//   X = g / (norm_factor * |g|_F)
+//   for each triple (a, b, c):  A = X X^T,  X = a X + (b A + c A A) X
 struct NewtonSchulz {
     int64_t batch, M, K;
     DType dtype;                  // of g and out. CPU: float32 | float64; CUDA: float32, computed in 16 bits
@@ -127,9 +129,10 @@ void adamw(const AdamW&, int threads);
 void muon_momentum(const MuonMomentum&, int threads);
 void muon_update(const MuonUpdate&, int threads);
 
-// z = softcap * tanh(x W^T / softcap) (softcap 0: z = x W^T); loss[n] = logsumexp_v z[n] - z[n, target[n]], 0 where
-// ignored. Logits exist for one chunk of rows at a time. Gradients of grad_scale * sum(loss) are written where asked
-// for.
+// z = softcap * tanh(x W^T / softcap), or x W^T if softcap is 0
+// loss[n] = logsumexp(z[n]) - z[n, targets[n]], or 0 if the target is ignore_index
+// The gradients of grad_scale * sum(loss) are written where they are not null. Logits exist for one chunk of rows at a
+// time.
 struct LinearCrossEntropy {
     int64_t N, C, V;
     DType dtype;              // float32 | float64 | bfloat16 (computed in float32), of x, weight and both gradients
@@ -149,8 +152,8 @@ void linear_cross_entropy(const LinearCrossEntropy&);
 // Whether `linear` outruns torch's own product here: MKL takes a slower path on processors that are not Intel's.
 bool linear_pays();
 
-// c = a b in one of the three forms of a linear layer: y = x W^T, dx = dy W, dW = dy^T x. All float32, by rows,
-// contiguous.
+// c = a b in one of the three forms of a linear layer: y = x W^T, dx = dy W, dW = dy^T x.
+// All float32, row-major and contiguous.
 enum class LinearForm { forward, grad_input, grad_weight };
 struct Linear {
     LinearForm form;
@@ -239,9 +242,11 @@ void newton_schulz(const NewtonSchulz&, NewtonSchulzForm, const MuonUpdate* upda
                    void* stream);
 int64_t newton_schulz_workspace_bytes(const NewtonSchulz&, NewtonSchulzForm);
 
-// One chunk of rows of linear_cross_entropy, between the library's products: z = softcap * tanh(x / softcap) (softcap
-// 0: z = x), loss = logsumexp(z) - z[target], and on request the logits' gradient in their place. Computed in float32.
-// A target that is neither in [0, V) nor ignore_index gives NaN in its row: to say more, the stream would have to wait.
+// One chunk of rows of linear_cross_entropy, between the library's products, computed in float32:
+//   z = softcap * tanh(x / softcap), or x if softcap is 0
+//   loss = logsumexp(z) - z[target]
+// If grad_scale is not null, the gradient overwrites the logits. A target that is neither in [0, V) nor ignore_index
+// makes the loss and the gradient of its row NaN: an error message would need a wait for the stream.
 struct SoftcapCrossEntropy {
     int64_t rows, V;
     DType dtype;              // float32 | bfloat16, of logits

@@ -113,9 +113,9 @@ void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs
             bool stochastic_rounding, int64_t seed, bool cautious, const std::optional<Tensor>& step_tensor,
             const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<AdamWTensor> storage;
-    const AdamW arguments =
-        adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay,
-                        stochastic_rounding, seed, cautious, step_tensor, lr_tensor, weight_decay_tensor, storage);
+    const AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps,
+                                            weight_decay, stochastic_rounding, seed, cautious, step_tensor, lr_tensor,
+                                            weight_decay_tensor, storage);
     run_kernel([&] { cpu::adamw(arguments, threads()); });
     for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
 }

@@ -12,9 +12,8 @@ TORCH_LIBRARY(nanochat_native, m) {
         "-> (Tensor out, Tensor lse)",
         tags);
     m.def(
-        "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, int "
-        "window, "
-        "float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+        "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, "
+        "int window, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
         tags);
 
     // coefficients: a, b, c of each step in turn.

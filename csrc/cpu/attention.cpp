@@ -4,12 +4,13 @@
 // keys with AVX-512) that one of its rows can see. Keys lie transposed, in panels, so that scores come from the same
 // register tile as every other product.
 //
-// Forward:  work items are tiles of queries of one head, longest first.
-// Backward: work items are ranges of keys of one key/value head, which own their dK and dV; a range passes over the
-// queries of
-//           every head of its group: P = exp(S - lse), dS = P (dO V^T - rowsum(dO O)), dV += P^T dO, dK += dS^T Q, dQ
-//           += dS K. With several ranges a head, each leaves its part of dQ and the parts are added in order.
-// Item sizes follow from the shape alone, never from the number of threads, so neither do the bits of the result.
+// Forward:  a work item is a tile of queries of one head. The longest items come first.
+// Backward: a work item is a range of keys of one key/value head and owns the dK and dV of that range. It passes over
+//           the queries of every head of the group:
+//               P = exp(S - lse),  dS = P (dO V^T - rowsum(dO O)),
+//               dV += P^T dO,      dK += dS^T Q,                    dQ += dS K.
+//           If a head has several ranges, each range writes its part of dQ, and the parts are added in order.
+// Item sizes depend only on the shape, never on the number of threads, so the same holds for the bits of the result.
 #include <omp.h>
 
 #include "../kernels.h"
@@ -19,13 +20,17 @@
 namespace nanochat::NANOCHAT_ISA {
 namespace {
 
-constexpr int64_t kQueryTile = 96;   // forward: 16 strips share a block of keys
-constexpr int64_t kKeyBlock =
-    512;   // forward: 512 x 64 floats of K and of V fill a quarter of a 1 MB L2; scores of a strip fit L1
+// Forward: 16 strips share a block of keys.
+constexpr int64_t kQueryTile = 96;
+// Forward: 512 x 64 floats of K and of V fill a quarter of a 1 MB L2, and the scores of a strip fit L1.
+constexpr int64_t kKeyBlock = 512;
+// Backward: P and dS of a 96 x 256 block take 192 KB.
 constexpr int64_t kBackwardQueries = 96;
-constexpr int64_t kBackwardKeys = 256;   // P and dS of a 96 x 256 block take 192 KB
-constexpr int64_t kFewQueries = 4;       // below two thirds of a strip, transposing the keys costs more than it saves
-constexpr int64_t kItems = 16;   // backward: heads are cut into ranges of keys until there are about this many items
+constexpr int64_t kBackwardKeys = 256;
+// Up to two thirds of a strip, transposing the keys costs more than it saves.
+constexpr int64_t kFewQueries = 4;
+// Backward: heads are cut into ranges of keys until there are about this many items.
+constexpr int64_t kItems = 16;
 
 constexpr double kInfinity = __builtin_inf();
 

@@ -130,13 +130,14 @@ struct Product {
     int64_t a_batch = 0, b_batch = 0, c_batch = 0, source_batch = 0;   // elements from one of the batch to the next
 };
 
-constexpr int64_t kDepth =
-    128;   // a strip of B, 128 x 64 floats, stays in L1 (32 KB); short chains of sums lose less to rounding
-constexpr int64_t kBlockRows = 192;   // rows of A that share one packed strip of B
-constexpr int64_t kDirectStride =
-    2048;   // bytes between rows of B up to which a strip is read where it lies: two rows a page, L2 holds it
-constexpr int64_t kPrefetchRows =
-    8;   // packed rows are short and a stride apart: beyond the reach of the hardware's prefetcher
+// A strip of B, 128 x 64 floats, stays in L1 (32 KB). Short chains of sums lose less to rounding.
+constexpr int64_t kDepth = 128;
+// Rows of A that share one packed strip of B.
+constexpr int64_t kBlockRows = 192;
+// If the rows of B are at most this many bytes apart, a strip is read in place: two rows a page, and L2 holds it.
+constexpr int64_t kDirectStride = 2048;
+// Packed rows are short and a stride apart, so the hardware does not prefetch them.
+constexpr int64_t kPrefetchRows = 8;
 
 // Scratch of one thread, in elements: a strip of B and a block of A.
 template <class T>

@@ -15,8 +15,8 @@
 namespace nanochat::NANOCHAT_ISA {
 namespace {
 
-constexpr int64_t kChunkBytes =
-    int64_t{24} << 20;   // of logits at a time: about a shared cache; larger chunks pass over dW less often
+// Bytes of logits at a time: about a shared cache. Larger chunks would pass over dW less often.
+constexpr int64_t kChunkBytes = int64_t{24} << 20;
 
 template <class T>
 int64_t chunk_rows(int64_t N, int64_t V) {
@@ -131,8 +131,8 @@ void run(const cpu::LinearCrossEntropy& args) {
                 T sum = 0;
                 for (int64_t block = 0; block < blocks; block++) {
                     const T peak = maxima[block * R + r];
-                    sum +=
-                        sums[block * R + r] * exp_lanes(broadcast<T>(peak > -__builtin_inf() ? peak - top : T(0)))[0];
+                    sum += sums[block * R + r] *
+                           exp_lanes(broadcast<T>(peak > -__builtin_inf() ? peak - top : T(0)))[0];
                 }
                 lse[r] = top + static_cast<T>(__builtin_log(static_cast<double>(sum)));
                 const int64_t target = r < rows ? args.targets[n0 + r] : args.ignore_index;

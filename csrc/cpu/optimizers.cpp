@@ -123,8 +123,8 @@ void adamw_typed(const AdamW& a, int threads) {
                     const Vec<float> g = load(grad);
                     const Vec<float> m = load(exp_avg) * beta1 + g * rest1;
                     const Vec<float> v = load(exp_avg_sq) * beta2 + g * g * rest2;
-                    const Vec<float> p =
-                        decayed<cautious>(load(param), decay, m) - rate * (m / (sqrt_lanes<float>(v) * root + eps));
+                    const Vec<float> p = decayed<cautious>(load(param), decay, m) -
+                                         rate * (m / (sqrt_lanes<float>(v) * root + eps));
                     store(exp_avg, m);
                     store(exp_avg_sq, v);
                     if constexpr (stochastic)

@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
     M* exp_avg = static_cast<M*>(tensor.exp_avg);
     M* exp_avg_sq = static_cast<M*>(tensor.exp_avg_sq);
     // Tensors that lie in a bucket start at any element.
-    const bool aligned =
-        is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) && is_aligned<N>(exp_avg_sq);
+    const bool aligned = is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) &&
+                         is_aligned<N>(exp_avg_sq);
 
     if (aligned && (block + 1) * kThreads * kThreadElements <= end) {
         Pack<P, N> p[packs], g[packs];

@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
         for (int i = 0; i < D / 2; ++i) dq[i] = 0;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int64_t row =
-                tile.number * int64_t{a.padded_rows} + tile.first + first_row + warp_row + lane / 4 + 8 * h;
+            const int64_t row = tile.number * int64_t{a.padded_rows} + tile.first + first_row + warp_row + lane / 4 +
+                                8 * h;
             lse[h] = a.lses[row];
             delta[h] = a.deltas[row];
         }

@@ -8,9 +8,8 @@ namespace nanochat::cuda {
 
 constexpr int kGroupThreads = 128, kGroupRows = 64;
 
-NANOCHAT_ANYWHERE constexpr int ring_bytes(int stages) {
-    return 16 * stages;
-}   // of barriers, one for full and one for empty
+// A stage has two barriers of 8 bytes: full and empty.
+NANOCHAT_ANYWHERE constexpr int ring_bytes(int stages) { return 16 * stages; }
 
 // Registers of a thread: what the loader leaves of 65,536.
 template <int consumers_>

@@ -6,8 +6,8 @@
 // they commute, G becomes (a I + Z) G (a I + Z), and their product s I + P stays symmetric. What rounding does to G
 // grows with the square of what the steps do to the smallest singular values, so that G is computed from X again
 // ("restart") after three steps, and then after every two. With float16, whose rounding is an eighth of bfloat16's,
-// errors stay below those of the plain form in bfloat16 (tests/emulation/test_newton_schulz.py); with another split, 2
-// + 3, they do not. Gram form: Dao-AILab's "Gram Newton-Schulz" (2026).
+// errors stay below those of the plain form in bfloat16 (tests/emulation/test_newton_schulz.py); with the split 2 + 3
+// they do not. Gram form: Dao-AILab's "Gram Newton-Schulz" (2026).
 #include <cmath>
 #include <vector>
 

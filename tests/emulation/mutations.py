@@ -400,7 +400,7 @@ OPERATORS = [
         ("decay forgotten", "p[j] = decay * old", "p[j] = old"),
         ("table searched one too far", "table.first_block[middle] <= blockIdx.x", "table.first_block[middle] < blockIdx.x"),
         ("pack beyond the end taken for whole", "if (aligned && (block + 1) * kThreads * kThreadElements <= end) {", "if (aligned && block * kThreads * kThreadElements <= end) {", "address"),
-        ("alignment not looked at", "is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) && is_aligned<N>(exp_avg_sq)", "true", "address"),
+        ("alignment not looked at", "is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) &&\n                         is_aligned<N>(exp_avg_sq)", "true", "address"),
         ("two threads update one pack", "(block * packs * kThreads + threadIdx.x) * N", "(block * packs * kThreads + threadIdx.x % 255) * N", "thread"),
         ("second pack of a thread forgotten", "const int64_t first = start + i * kThreads * N;\n            update<", "const int64_t first = start;\n            update<"),
         ("tail of a tensor forgotten", "first += kThreads * N) {", "first += 2 * kThreads * N) {"),

@@ -20,7 +20,7 @@
 #include <stdexcept>
 #include <string>
 #define NANOCHAT_DEVICE __device__ __forceinline__
-#define NANOCHAT_SHARED(type, name) __shared__::nanochat::device::Same<type> name
+#define NANOCHAT_SHARED(type, name) __shared__ nanochat::device::Same<type> name
 #define NANOCHAT_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define NANOCHAT_LINE
 #define ON_DEVICE(...) __VA_ARGS__
