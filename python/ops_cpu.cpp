@@ -302,7 +302,15 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
         const int64_t shapes[kMatrices][2] = {{C, C}, {Hkv * D, C}, {Hkv * D, C}, {C, C}, {F, C}, {C, F}};
         for (size_t m = 0; m < kMatrices; ++m) check("blocks", own[m], shapes[m]);
         const auto data = [&](size_t m) { return own[m].const_data_ptr<float>(); };
-        weights.push_back({data(0), data(1), data(2), data(3), data(4), data(5), windows[layer]});
+        weights.push_back({
+            .q = data(0),
+            .k = data(1),
+            .v = data(2),
+            .out = data(3),
+            .fc = data(4),
+            .proj = data(5),
+            .window = windows[layer],
+        });
     }
     for (int64_t b = 0; b < B; ++b) {
         TORCH_CHECK_VALUE(slots[b] >= 0 && slots[b] < cache.size(1) && starts[b] >= 0 &&

@@ -150,7 +150,17 @@ inline AttentionShape check_attention(const char* op, const at::Tensor& q, const
     check_like(op, "k", k, q.scalar_type(), q.device(), k.sizes());
     check_like(op, "v", v, q.scalar_type(), q.device(), k.sizes());
     if (lengths) check_like(op, "lengths", *lengths, at::kLong, q.device(), {q.size(0)});
-    return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal || window >= 0, window, scale};
+    return {
+        .B = q.size(0),
+        .Tq = q.size(1),
+        .Tk = k.size(1),
+        .H = q.size(2),
+        .Hkv = k.size(2),
+        .D = q.size(3),
+        .causal = causal || window >= 0,
+        .window = window,
+        .scale = scale,
+    };
 }
 
 inline void check_attention_results(const char* op, const AttentionShape& shape, const at::Tensor& q,
@@ -231,8 +241,13 @@ inline AdamW adamw_arguments(at::TensorList params, at::TensorList grads, at::Te
     dtype_of(op, "grads", grads[0], {params[0].scalar_type()});
     dtype_of(op, "exp_avg_sqs", exp_avg_sqs[0], {exp_avgs[0].scalar_type()});
     for (size_t i = 0; i < params.size(); ++i) {
-        storage.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(), exp_avgs[i].mutable_data_ptr(),
-                           exp_avg_sqs[i].mutable_data_ptr(), params[i].numel()});
+        storage.push_back({
+            .param = params[i].mutable_data_ptr(),
+            .grad = grads[i].const_data_ptr(),
+            .exp_avg = exp_avgs[i].mutable_data_ptr(),
+            .exp_avg_sq = exp_avg_sqs[i].mutable_data_ptr(),
+            .numel = params[i].numel(),
+        });
     }
     return {.tensors = storage.data(),
             .count = static_cast<int64_t>(storage.size()),

@@ -46,18 +46,18 @@ struct Kernels {
     decltype(&avx512::cached_forward) cached_forward;
 };
 
-#define NANOCHAT_KERNELS(isa, supported) \
-    {#isa,                               \
-     supported,                          \
-     isa::attention_forward,             \
-     isa::attention_backward,            \
-     isa::newton_schulz,                 \
-     isa::adamw,                         \
-     isa::muon_momentum,                 \
-     isa::muon_update,                   \
-     isa::linear_cross_entropy,          \
-     isa::linear,                        \
-     isa::cached_forward}
+#define NANOCHAT_KERNELS(isa, supported_)               \
+    {.name = #isa,                                      \
+     .supported = supported_,                           \
+     .attention_forward = isa::attention_forward,       \
+     .attention_backward = isa::attention_backward,     \
+     .newton_schulz = isa::newton_schulz,               \
+     .adamw = isa::adamw,                               \
+     .muon_momentum = isa::muon_momentum,               \
+     .muon_update = isa::muon_update,                   \
+     .linear_cross_entropy = isa::linear_cross_entropy, \
+     .linear = isa::linear,                             \
+     .cached_forward = isa::cached_forward}
 
 const Kernels kKernels[] = {
     NANOCHAT_KERNELS(avx512,

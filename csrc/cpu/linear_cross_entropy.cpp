@@ -116,7 +116,18 @@ void run(const cpu::LinearCrossEntropy& args) {
                     for (int64_t r = rows; r < R; r++) x_transposed[(c + i) * R + r] = 0;
             }
 
-            Product<T> logits{V, R, C, weight, C, Layout::rows, x_transposed, R, z, R};
+            const Product<T> logits = {
+                .M = V,
+                .N = R,
+                .K = C,
+                .a = weight,
+                .a_stride = C,
+                .a_layout = Layout::rows,
+                .b = x_transposed,
+                .b_stride = R,
+                .c = z,
+                .c_stride = R,
+            };
 #pragma omp for schedule(dynamic, 1)
             for (int64_t block = 0; block < blocks; block++) {
                 const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
@@ -143,12 +154,21 @@ void run(const cpu::LinearCrossEntropy& args) {
             }
 
             if (gradients) {
-                Product<T> to_weight{V, C, rows, z, R, Layout::rows, chunk, C, grad_weight, C};
-                if (n0) {
-                    to_weight.source = grad_weight;
-                    to_weight.source_stride = C;
-                    to_weight.beta = 1;
-                }
+                const Product<T> to_weight = {
+                    .M = V,
+                    .N = C,
+                    .K = rows,
+                    .a = z,
+                    .a_stride = R,
+                    .a_layout = Layout::rows,
+                    .b = chunk,
+                    .b_stride = C,
+                    .c = grad_weight,
+                    .c_stride = C,
+                    .beta = static_cast<T>(n0 ? 1 : 0),
+                    .source = n0 ? grad_weight : nullptr,
+                    .source_stride = C,
+                };
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t block = 0; block < blocks; block++) {
                     const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
@@ -170,7 +190,19 @@ void run(const cpu::LinearCrossEntropy& args) {
             }
             if (args.grad_x) {
                 T* out = converts ? grad_x_chunk : reinterpret_cast<T*>(grad_x + n0 * C);
-                multiply_team(Product<T>{rows, C, V, z, R, Layout::columns, weight, C, out, C}, args.threads, own);
+                const Product<T> to_x = {
+                    .M = rows,
+                    .N = C,
+                    .K = V,
+                    .a = z,
+                    .a_stride = R,
+                    .a_layout = Layout::columns,
+                    .b = weight,
+                    .b_stride = C,
+                    .c = out,
+                    .c_stride = C,
+                };
+                multiply_team(to_x, args.threads, own);
                 if constexpr (converts) {
 #pragma omp for
                     for (int64_t r = 0; r < rows; r++)

@@ -47,18 +47,56 @@ struct Batch {
     template <class In>
     void symmetric(const In* a, Layout layout, int64_t depth, const In* b, T* c, T alpha, const T* source,
                    T beta) const {
-        multiply_team(Product<T, In, In, T>{R,     R,    depth,  a, R,    layout, b,         R,         c,     R,
-                                            alpha, beta, source, R, true, count,  depth * R, depth * R, R * R, R * R},
-                      threads, scratch);
+        const Product<T, In, In, T> product = {
+            .M = R,
+            .N = R,
+            .K = depth,
+            .a = a,
+            .a_stride = R,
+            .a_layout = layout,
+            .b = b,
+            .b_stride = R,
+            .c = c,
+            .c_stride = R,
+            .alpha = alpha,
+            .beta = beta,
+            .source = source,
+            .source_stride = R,
+            .lower = true,
+            .batch = count,
+            .a_batch = depth * R,
+            .b_batch = depth * R,
+            .c_batch = R * R,
+            .source_batch = R * R,
+        };
+        multiply_team(product, threads, scratch);
     }
     // out = x (scale I + factor)
     template <class Out>
     void apply(const Out* x, const T* factor, T scale, Out* out) const {
-        multiply_team(
-            Product<T, Out, T, Out>{
-                L, R,     R,     x,     R,     Layout::rows, factor, R, out, R, T(1), scale, scale != 0 ? x : nullptr,
-                R, false, count, L * R, R * R, L * R,        L * R},
-            threads, scratch);
+        const Product<T, Out, T, Out> product = {
+            .M = L,
+            .N = R,
+            .K = R,
+            .a = x,
+            .a_stride = R,
+            .a_layout = Layout::rows,
+            .b = factor,
+            .b_stride = R,
+            .c = out,
+            .c_stride = R,
+            .alpha = T(1),
+            .beta = scale,
+            .source = scale != 0 ? x : nullptr,
+            .source_stride = R,
+            .lower = false,
+            .batch = count,
+            .a_batch = L * R,
+            .b_batch = R * R,
+            .c_batch = L * R,
+            .source_batch = L * R,
+        };
+        multiply_team(product, threads, scratch);
     }
 };
 
@@ -163,14 +201,20 @@ void run(const NewtonSchulz& args, int threads) {
             for (int64_t i = 0; i < rows * K; i++) scaled[i] = static_cast<T>(static_cast<double>(from[i]) * inverse);
             if (wide) transpose(rows, K, scaled, K, x + index * size + row, M);
         }
+        const auto batch_with = [&]<class U>(U* thread_scratch) {
+            return Batch<U>{
+                .count = batch,
+                .L = L,
+                .R = R,
+                .coefficients = args.coefficients,
+                .steps = args.steps,
+                .threads = threads,
+                .scratch = thread_scratch,
+            };
+        };
         if constexpr (std::is_same_v<T, float>)
-            if (gram)
-                gram_form(
-                    {batch, L, R, args.coefficients, args.steps, threads, double_scratch + thread * kScratch<double>},
-                    x, small, last);
-        if (!gram)
-            plain_form<T>({batch, L, R, args.coefficients, args.steps, threads, scratch + thread * kScratch<T>}, x,
-                          other, G, F);
+            if (gram) gram_form(batch_with(double_scratch + thread * kScratch<double>), x, small, last);
+        if (!gram) plain_form<T>(batch_with(scratch + thread * kScratch<T>), x, other, G, F);
         if (wide) {
 #pragma omp for
             for (int64_t index = 0; index < batch; index++)

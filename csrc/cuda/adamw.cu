@@ -52,15 +52,17 @@ static_assert(sizeof(Table<kManyTensors>) + sizeof(Constants) + sizeof(void*) + 
 NANOCHAT_ANYWHERE Constants derive(const Numbers& n) {
     const double correction1 = 1 - pow(n.beta1, static_cast<double>(n.step));
     const double correction2 = 1 - pow(n.beta2, static_cast<double>(n.step));
-    return {static_cast<float>(n.beta1),
-            static_cast<float>(1 - n.beta1),
-            static_cast<float>(n.beta2),
-            static_cast<float>(1 - n.beta2),
-            static_cast<float>(1 - n.lr * n.weight_decay),
-            static_cast<float>(n.lr / correction1),
-            static_cast<float>(1 / sqrt(correction2)),
-            static_cast<float>(n.eps),
-            static_cast<uint32_t>(n.step)};
+    return {
+        .beta1 = static_cast<float>(n.beta1),
+        .one_minus_beta1 = static_cast<float>(1 - n.beta1),
+        .beta2 = static_cast<float>(n.beta2),
+        .one_minus_beta2 = static_cast<float>(1 - n.beta2),
+        .decay = static_cast<float>(1 - n.lr * n.weight_decay),
+        .step_size = static_cast<float>(n.lr / correction1),
+        .inverse_sqrt_correction2 = static_cast<float>(1 / sqrt(correction2)),
+        .eps = static_cast<float>(n.eps),
+        .step = static_cast<uint32_t>(n.step),
+    };
 }
 
 // One thread, for all of those that follow: double precision is slow on many GPUs.
@@ -225,7 +227,7 @@ void launch(const AdamW& a, const Constants& given, const Constants* derived, vo
         require(blocks <= INT32_MAX, "adamw_: ", table.count, " tensors take ", blocks, " blocks of ", block_elements,
                 " elements; takes up to ", INT32_MAX);
         if (blocks == 0) continue;
-        const Options options = {a.seed, static_cast<uint32_t>(start), a.cautious};
+        const Options options = {.seed = a.seed, .first_tensor = static_cast<uint32_t>(start), .cautious = a.cautious};
         device::launch("adamw_", adamw_kernel<stochastic, P, M, capacity>, dim3(static_cast<uint32_t>(blocks)),
                        dim3(kThreads), 0, stream, table, given, derived, options);
     }
@@ -248,7 +250,14 @@ int64_t adamw_workspace_bytes(const AdamW& a) {
 
 void adamw(const AdamW& a, void* workspace, void* stream) {
     using namespace adamw_kernels;
-    const Numbers numbers = {a.step, a.lr, a.beta1, a.beta2, a.eps, a.weight_decay};
+    const Numbers numbers = {
+        .step = a.step,
+        .lr = a.lr,
+        .beta1 = a.beta1,
+        .beta2 = a.beta2,
+        .eps = a.eps,
+        .weight_decay = a.weight_decay,
+    };
     const Constants given = derive(numbers);
     Constants* derived = nullptr;
     if (adamw_workspace_bytes(a) > 0) {

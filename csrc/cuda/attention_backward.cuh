@@ -34,34 +34,36 @@ inline Packing packing_of(const AttentionShape& s, bool hopper) {
 inline Backward backward_arguments(const AttentionBackward& a, bool hopper, float* workspace) {
     const AttentionShape& s = a.shape;
     const auto [pack, units, padded_rows] = packing_of(s, hopper);
-    Backward b = {};
-    b.q = a.q;
-    b.k = a.k;
-    b.v = a.v;
-    b.dout = a.dout;
-    b.dq = a.dq;
-    b.dk = a.dk;
-    b.dv = a.dv;
-    b.q_strides = a.q_strides;
-    b.k_strides = a.k_strides;
-    b.v_strides = a.v_strides;
-    b.dout_strides = a.dout_strides;
-    b.dq_strides = a.dq_strides;
-    b.dk_strides = a.dk_strides;
-    b.dv_strides = a.dv_strides;
-    b.lses = workspace;
-    b.deltas = workspace + int64_t{units} * padded_rows;
-    b.sight = sight_of(s);
-    b.scale = static_cast<float>(s.scale);
-    b.exponent_scale = static_cast<float>(s.scale / std::log(2.0));
-    b.H = static_cast<int>(s.H);
-    b.Hkv = static_cast<int>(s.Hkv);
-    b.D = static_cast<int>(s.D);
-    b.pack = pack;
-    b.units = units;
-    b.padded_rows = padded_rows;
-    b.unit_bytes = 4 * s.Tk * s.D;
-    return b;
+    return {
+        .q = a.q,
+        .k = a.k,
+        .v = a.v,
+        .dout = a.dout,
+        .dq = a.dq,
+        .dk = a.dk,
+        .dv = a.dv,
+        .q_strides = a.q_strides,
+        .k_strides = a.k_strides,
+        .v_strides = a.v_strides,
+        .dout_strides = a.dout_strides,
+        .dq_strides = a.dq_strides,
+        .dk_strides = a.dk_strides,
+        .dv_strides = a.dv_strides,
+        .lses = workspace,
+        .deltas = workspace + int64_t{units} * padded_rows,
+        .sight = sight_of(s),
+        .scale = static_cast<float>(s.scale),
+        .exponent_scale = static_cast<float>(s.scale / std::log(2.0)),
+        .H = static_cast<int>(s.H),
+        .Hkv = static_cast<int>(s.Hkv),
+        .D = static_cast<int>(s.D),
+        .pack = pack,
+        .units = units,
+        .padded_rows = padded_rows,
+        .unit_bytes = 4 * s.Tk * s.D,
+        .order = {},   // both depend on the tile
+        .row_order = {},
+    };
 }
 
 // Sets p[i] to zero where its key does not see its row: an accumulator whose rows are keys, `key` and key + 8, and

@@ -291,18 +291,22 @@ void launch(const AttentionBackward& f, Backward a, const Device& device, void* 
     };
     a.order = order_of(divide_up(a.sight.Tk, Keys::keys), static_cast<int>(s.B * s.Hkv), a.unit_bytes, false);
     a.row_order = order_of(divide_up(a.sight.Tq * a.pack, Rows::rows), a.units, a.unit_bytes, a.sight.causal);
-    const Maps for_keys = {q_map(a.q, a.q_strides, Keys::rows),
-                           k_map(a.k, a.k_strides, kGroupRows),
-                           k_map(a.v, a.v_strides, kGroupRows),
-                           q_map(a.dout, a.dout_strides, Keys::rows),
-                           number_map(a.lses),
-                           number_map(a.deltas)};
-    const Maps for_rows = {q_map(a.q, a.q_strides, kGroupRows),
-                           k_map(a.k, a.k_strides, Rows::keys),
-                           k_map(a.v, a.v_strides, Rows::keys),
-                           q_map(a.dout, a.dout_strides, kGroupRows),
-                           {},
-                           {}};
+    const Maps for_keys = {
+        .q = q_map(a.q, a.q_strides, Keys::rows),
+        .k = k_map(a.k, a.k_strides, kGroupRows),
+        .v = k_map(a.v, a.v_strides, kGroupRows),
+        .dout = q_map(a.dout, a.dout_strides, Keys::rows),
+        .lses = number_map(a.lses),
+        .deltas = number_map(a.deltas),
+    };
+    const Maps for_rows = {
+        .q = q_map(a.q, a.q_strides, kGroupRows),
+        .k = k_map(a.k, a.k_strides, Rows::keys),
+        .v = k_map(a.v, a.v_strides, Rows::keys),
+        .dout = q_map(a.dout, a.dout_strides, kGroupRows),
+        .lses = {},   // dQ's kernel reads both without a map
+        .deltas = {},
+    };
     device::launch("attention_backward", attention_backward_keys_hopper_kernel<T, Keys>,
                    dim3(static_cast<unsigned>(persistent_blocks(device, a.order))), dim3(Keys::threads),
                    Keys::shared_bytes, stream, for_keys, a);

@@ -230,26 +230,28 @@ void attention_forward(const AttentionForward& a, const int64_t* lengths, const 
     const int tiles = divide_up(static_cast<int>(s.Tq) * pack, rows), units = static_cast<int>(s.B * s.Hkv);
     const Sight sight = sight_of(s);
     auto* parts = static_cast<float*>(workspace);
-    const Arguments arguments = {a.q,
-                                 a.k,
-                                 a.v,
-                                 a.out,
-                                 static_cast<float*>(a.lse),
-                                 a.q_strides,
-                                 a.k_strides,
-                                 a.v_strides,
-                                 a.out_strides,
-                                 lengths,
-                                 sight,
-                                 scale_of(s.scale),
-                                 static_cast<int>(s.H),
-                                 static_cast<int>(s.Hkv),
-                                 static_cast<int>(s.D),
-                                 pack,
-                                 order_of(tiles, units, 4 * s.Tk * s.D, sight.causal),
-                                 parts,
-                                 parts + int64_t{splits} * units * s.Tq * pack * tile_columns(s.D),
-                                 splits};
+    const Arguments arguments = {
+        .q = a.q,
+        .k = a.k,
+        .v = a.v,
+        .out = a.out,
+        .lse = static_cast<float*>(a.lse),
+        .q_strides = a.q_strides,
+        .k_strides = a.k_strides,
+        .v_strides = a.v_strides,
+        .out_strides = a.out_strides,
+        .lengths = lengths,
+        .sight = sight,
+        .scale = scale_of(s.scale),
+        .H = static_cast<int>(s.H),
+        .Hkv = static_cast<int>(s.Hkv),
+        .D = static_cast<int>(s.D),
+        .pack = pack,
+        .order = order_of(tiles, units, 4 * s.Tk * s.D, sight.causal),
+        .parts = parts,
+        .part_lses = parts + int64_t{splits} * units * s.Tq * pack * tile_columns(s.D),
+        .splits = splits,
+    };
     a.dtype == DType::float16 ? launch<float16>(arguments, rows, stream) : launch<bfloat16>(arguments, rows, stream);
 }
 

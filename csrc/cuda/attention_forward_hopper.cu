@@ -167,16 +167,18 @@ void launch(const AttentionForward& f, const Arguments& a, const Device& device,
 
 void forward(const AttentionForward& f, const Device& device, void* stream) {
     const AttentionShape& s = f.shape;
-    const Arguments arguments = {f.out,
-                                 static_cast<float*>(f.lse),
-                                 f.out_strides,
-                                 sight_of(s),
-                                 scale_of(s.scale),
-                                 static_cast<int>(s.H),
-                                 static_cast<int>(s.Hkv),
-                                 static_cast<int>(s.D),
-                                 packing(s, true),
-                                 {}};
+    const Arguments arguments = {
+        .out = f.out,
+        .lse = static_cast<float*>(f.lse),
+        .out_strides = f.out_strides,
+        .sight = sight_of(s),
+        .scale = scale_of(s.scale),
+        .H = static_cast<int>(s.H),
+        .Hkv = static_cast<int>(s.Hkv),
+        .D = static_cast<int>(s.D),
+        .pack = packing(s, true),
+        .order = {},   // depends on the tile
+    };
     f.dtype == DType::float16 ? launch<float16>(f, arguments, device, stream)
                               : launch<bfloat16>(f, arguments, device, stream);
 }

@@ -298,14 +298,16 @@ void launch(const SoftcapCrossEntropy& a, void* stream) {
     const int packs = static_cast<int>(a.V / kPack<T>);
     const int threads = std::clamp((packs + kHeldPacks<cap> - 1) / kHeldPacks<cap>, 32, kMaxThreads);
     const double log2e = 1 / std::log(2.0), inner = cap == Cap::bounded ? 2 * log2e / a.softcap : 1 / a.softcap;
-    const Arguments arguments = {a.logits,
-                                 a.targets,
-                                 a.grad_scale,
-                                 a.loss,
-                                 a.ignore_index,
-                                 static_cast<int>(a.V),
-                                 static_cast<float>(inner),
-                                 static_cast<float>((cap == Cap::bounded ? 2 : 1) * log2e * a.softcap)};
+    const Arguments arguments = {
+        .logits = a.logits,
+        .targets = a.targets,
+        .grad_scale = a.grad_scale,
+        .loss = a.loss,
+        .ignore_index = a.ignore_index,
+        .V = static_cast<int>(a.V),
+        .inner = static_cast<float>(inner),
+        .outer = static_cast<float>((cap == Cap::bounded ? 2 : 1) * log2e * a.softcap),
+    };
     device::launch("linear_cross_entropy", softcap_cross_entropy_kernel<T, cap>, dim3(static_cast<uint32_t>(a.rows)),
                    dim3((threads + 31) / 32 * 32), 0, stream, arguments);
 }

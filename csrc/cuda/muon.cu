@@ -142,12 +142,14 @@ void launch_momentum(const MuonMomentum& a, double* partials, void* stream) {
             table.grads[i] = a.grads[start + i];
             table.buffers[i] = a.momentum_buffers[start + i];
         }
-        const MomentumOptions options = {a.update + start * a.numel,
-                                         partials ? partials + start * blocks : nullptr,
-                                         a.numel,
-                                         a.momentum,
-                                         a.momentum_address,
-                                         a.nesterov};
+        const MomentumOptions options = {
+            .update = a.update + start * a.numel,
+            .partials = partials ? partials + start * blocks : nullptr,
+            .numel = a.numel,
+            .momentum = a.momentum,
+            .momentum_address = a.momentum_address,
+            .nesterov = a.nesterov,
+        };
         device::launch("muon_momentum_", momentum_kernel<G, capacity>,
                        dim3(static_cast<uint32_t>(blocks), static_cast<uint32_t>(matrices)), dim3(kThreads), 0, stream,
                        table, options);
@@ -229,7 +231,11 @@ void launch_update(const MuonUpdate& a, void* stream) {
         UpdateTable<capacity> table;
         const int64_t matrices = std::min<int64_t>(a.count - start, capacity);
         for (int64_t i = 0; i < matrices; ++i) table.params[i] = a.params[start + i];
-        const UpdateOptions options = {a.update + start * a.numel, a.numel, update_rates(a)};
+        const UpdateOptions options = {
+            .update = a.update + start * a.numel,
+            .numel = a.numel,
+            .rates = update_rates(a),
+        };
         device::launch("muon_update_", update_kernel<P, capacity>,
                        dim3(static_cast<uint32_t>(blocks_per_matrix(a.numel)), static_cast<uint32_t>(matrices)),
                        dim3(kThreads), 0, stream, table, options);

@@ -13,7 +13,14 @@ struct UpdateRates {
 };
 
 inline UpdateRates update_rates(const MuonUpdate& a) {
-    return {a.lr, a.weight_decay, a.scale, a.lr_address, a.weight_decay_address, a.cautious};
+    return {
+        .lr = a.lr,
+        .weight_decay = a.weight_decay,
+        .scale = a.scale,
+        .lr_address = a.lr_address,
+        .weight_decay_address = a.weight_decay_address,
+        .cautious = a.cautious,
+    };
 }
 
 struct Rates {

@@ -325,14 +325,34 @@ struct Iteration {
     // d = alpha a b + beta a + gamma b, of symmetric matrices whose product is symmetric.
     void small_product(const Matrices& d, const Matrices& a, const Matrices& b, double alpha, double beta,
                        double gamma) const {
-        run({a, b, d, Major::k, Major::k, true, beta != 0 ? a.data : nullptr, gamma != 0 ? b.data : nullptr,
-             static_cast<float>(alpha), static_cast<float>(beta), static_cast<float>(gamma), count, d.rows, d.rows,
-             d.rows});
+        run({
+            .a = a,
+            .b = b,
+            .d = d,
+            .a_major = Major::k,
+            .b_major = Major::k,
+            .symmetric = true,
+            .s = beta != 0 ? a.data : nullptr,
+            .t = gamma != 0 ? b.data : nullptr,
+            .alpha = static_cast<float>(alpha),
+            .beta = static_cast<float>(beta),
+            .gamma = static_cast<float>(gamma),
+            .count = count,
+            .m = d.rows,
+            .n = d.rows,
+            .k = d.rows,
+        });
     }
 
     void operator()(const float* g, const double* norms, Result& result) const {
         const Matrices *x = &space.x[0], *other = &space.x[1];
-        const Normalise normalise = {g, norms, space.partials, a.norm_factor, *x};
+        const Normalise normalise = {
+            .g = g,
+            .norms = norms,
+            .partials = space.partials,
+            .norm_factor = a.norm_factor,
+            .x = *x,
+        };
         const dim3 grid(static_cast<unsigned>(parts_of(a)), static_cast<unsigned>(count));
         if (!norms) device::launch("newton_schulz", squares_kernel, grid, dim3(kThreads), 0, stream, normalise);
         device::launch("newton_schulz", normalise_kernel<T>, grid, dim3(kThreads), 0, stream, normalise);
@@ -343,8 +363,23 @@ struct Iteration {
             Matrices G = space.small[0], Z = space.small[1], P = space.small[2], spare = space.small[3],
                      Y = space.small[4];
             const Major along = wide ? Major::k : Major::mn;
-            run({*x, *x, G, along, along, true, nullptr, nullptr, 1, 0, 0, count, G.rows, G.rows,
-                 wide ? x->columns : x->rows});
+            run({
+                .a = *x,
+                .b = *x,
+                .d = G,
+                .a_major = along,
+                .b_major = along,
+                .symmetric = true,
+                .s = nullptr,
+                .t = nullptr,
+                .alpha = 1,
+                .beta = 0,
+                .gamma = 0,
+                .count = count,
+                .m = G.rows,
+                .n = G.rows,
+                .k = wide ? x->columns : x->rows,
+            });
             double scale = triple[0];   // the factors so far are scale I + P
             small_product(phases[phase] > 1 ? P : Z, G, G, triple[2], triple[1], 0);
             const Matrices* newest = phases[phase] > 1 ? &P : &Z;
@@ -361,21 +396,23 @@ struct Iteration {
             triple += 3;
             const Matrices& factor = phases[phase] > 1 ? P : Z;
             const bool last = phase + 1 == phases.size();
-            Product apply = {wide ? factor : *x,
-                             wide ? *x : factor,
-                             *other,
-                             Major::k,
-                             wide ? Major::mn : Major::k,
-                             false,
-                             x->data,
-                             nullptr,
-                             1,
-                             static_cast<float>(scale),
-                             0,
-                             count,
-                             x->rows,
-                             x->columns,
-                             G.rows};
+            const Product apply = {
+                .a = wide ? factor : *x,
+                .b = wide ? *x : factor,
+                .d = *other,
+                .a_major = Major::k,
+                .b_major = wide ? Major::mn : Major::k,
+                .symmetric = false,
+                .s = x->data,
+                .t = nullptr,
+                .alpha = 1,
+                .beta = static_cast<float>(scale),
+                .gamma = 0,
+                .count = count,
+                .m = x->rows,
+                .n = x->columns,
+                .k = G.rows,
+            };
             run(apply, last ? &result : nullptr);
             std::swap(x, other);
         }

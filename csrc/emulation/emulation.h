@@ -104,7 +104,15 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     const auto body = [](void* context) {
         std::apply(static_cast<Call*>(context)->kernel, static_cast<Call*>(context)->arguments);
     };
-    run({name, grid, block, shared_bytes, body, &call, sizeof call});
+    run({
+        .name = name,
+        .grid = grid,
+        .block = block,
+        .shared_bytes = shared_bytes,
+        .call = body,
+        .context = &call,
+        .argument_bytes = sizeof call,
+    });
 }
 
 // --- the thread that runs ---

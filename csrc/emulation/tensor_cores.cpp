@@ -153,7 +153,16 @@ void wgmma(float* d, int N, const uint32_t* a, uint64_t a_tile, uint64_t b_tile,
         is_first = false;
     }
     Product& own = current->products.add();
-    own.operands = {a_tile, b_tile, major_a, major_b, type, N, a != nullptr, accumulate};
+    own.operands = {
+        .a_tile = a_tile,
+        .b_tile = b_tile,
+        .major_a = major_a,
+        .major_b = major_b,
+        .type = type,
+        .N = N,
+        .a_in_registers = a != nullptr,
+        .accumulate = accumulate,
+    };
     own.d = d;
     own.group = current->product_group;
     if (a) copy_bytes(own.a, a, sizeof own.a);

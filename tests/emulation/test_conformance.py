@@ -57,7 +57,7 @@ EXACT = ("mma_d_", "swizzle_none_", "descriptor_start_")  # what these defects l
 def start_build(csrc, folder):
     compiler = toolchain.host_compiler()
     system = [toolchain.cute_include(), *toolchain.cuda_includes()]
-    command = [*compiler, "-std=c++17", "-O1", f"-I{csrc}", *(word for path in system for word in ("-isystem", path))]
+    command = [*compiler, "-std=c++20", "-O1", f"-I{csrc}", *(word for path in system for word in ("-isystem", path))]
     source = toolchain.ROOT / "tests/emulation/conformance.cpp"
     log = open(folder / "log", "w")  # noqa: SIM115
     return subprocess.Popen([*command, source, "-o", folder / "conformance"], stderr=log)
