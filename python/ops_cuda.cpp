@@ -34,6 +34,25 @@ Tensor workspace(int64_t bytes, at::Device device) {
     return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
+// Runs a kernel on the current stream of `device`, with the workspace that it asks for. `workspace_bytes` may be null.
+template <class Arguments>
+void launch(void (*kernel)(const Arguments&), int64_t (*workspace_bytes)(const Arguments&), Arguments arguments,
+            at::Device device) {
+    run_kernel([&] {
+        const Tensor space = workspace(workspace_bytes ? workspace_bytes(arguments) : 0, device);
+        arguments.execution.workspace = space.mutable_data_ptr();
+        arguments.execution.stream = current_stream(device);
+        kernel(arguments);
+    });
+}
+
+// The current GPU; what the runtime refuses is a Python error.
+cuda::Device current_gpu() {
+    cuda::Device gpu = {};
+    run_kernel([&] { gpu = cuda::current_device(); });
+    return gpu;
+}
+
 // --- attention ---
 
 // As the kernels read it: 16 bytes at a time, at multiples of 16. Others are copied, and so is what expand() repeats.
@@ -64,13 +83,9 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
     }
     const Tensor q = with_whole_chunks(q_), k = with_whole_chunks(k_), v = with_whole_chunks(v_);
     const Tensor lengths = lengths_ ? lengths_->contiguous() : Tensor();
-    const int64_t* length = lengths_ ? lengths.const_data_ptr<int64_t>() : nullptr;
-    const AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse);
-    run_kernel([&] {
-        const cuda::Device gpu = cuda::current_device();
-        const Tensor space = workspace(cuda::attention_forward_workspace_bytes(arguments, gpu), device);
-        cuda::attention_forward(arguments, length, gpu, space.mutable_data_ptr(), current_stream(device));
-    });
+    AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse, lengths);
+    arguments.execution.device = current_gpu();
+    launch(cuda::attention_forward, cuda::attention_forward_workspace_bytes, arguments, device);
     return {out, lse};
 }
 
@@ -91,25 +106,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
     }
     const Tensor q = with_whole_chunks(q_), k = with_whole_chunks(k_), v = with_whole_chunks(v_);
     const Tensor dout = with_whole_chunks(dout_), out = with_whole_chunks(out_), lse = lse_.contiguous();
-    const AttentionBackward arguments = attention_backward_arguments(shape, dtype, q, k, v, out, dout, lse, dq, dk, dv);
-    run_kernel([&] {
-        const cuda::Device gpu = cuda::current_device();
-        const Tensor space = workspace(cuda::attention_backward_workspace_bytes(arguments, gpu), device);
-        cuda::attention_backward(arguments, gpu, space.mutable_data_ptr(), current_stream(device));
-    });
+    AttentionBackward arguments = attention_backward_arguments(shape, dtype, q, k, v, out, dout, lse, dq, dk, dv);
+    arguments.execution.device = current_gpu();
+    launch(cuda::attention_backward, cuda::attention_backward_workspace_bytes, arguments, device);
     return {dq, dk, dv};
 }
 
 // --- newton_schulz ---
 
-// Into out, or with `update` into its params.
-void run_newton_schulz(const NewtonSchulz& arguments, const MuonUpdate* update, at::Device device) {
-    run_kernel([&] {
-        const cuda::Device gpu = cuda::current_device();
-        const cuda::NewtonSchulzForm form = cuda::newton_schulz_form(arguments);
-        const Tensor space = workspace(cuda::newton_schulz_workspace_bytes(arguments, form), device);
-        cuda::newton_schulz(arguments, form, update, gpu, space.mutable_data_ptr(), current_stream(device));
-    });
+void run_newton_schulz(NewtonSchulz arguments, at::Device device) {
+    arguments.execution.device = current_gpu();
+    arguments.form = cuda::newton_schulz_form(arguments);
+    launch(cuda::newton_schulz, cuda::newton_schulz_workspace_bytes, arguments, device);
 }
 
 Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double norm_factor,
@@ -120,7 +128,7 @@ Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double 
         newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms, {at::kFloat}, storage);
     Tensor out = at::empty(g.sizes(), g.options());
     arguments.out = out.mutable_data_ptr();
-    if (arguments.batch > 0) run_newton_schulz(arguments, nullptr, g.device());
+    if (arguments.batch > 0) run_newton_schulz(arguments, g.device());
     return out;
 }
 
@@ -136,8 +144,7 @@ void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs
                                             weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
-    const Tensor space = workspace(cuda::adamw_workspace_bytes(arguments), device);
-    run_kernel([&] { cuda::adamw(arguments, space.mutable_data_ptr(), current_stream(device)); });
+    launch(cuda::adamw, cuda::adamw_workspace_bytes, arguments, device);
     for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
 }
 
@@ -149,8 +156,7 @@ std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList m
         muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms, momentum_tensor, storage);
     const at::Device device = grads[0].device();
     const c10::DeviceGuard guard(device);
-    const Tensor space = workspace(cuda::muon_momentum_workspace_bytes(arguments), device);
-    run_kernel([&] { cuda::muon_momentum(arguments, space.mutable_data_ptr(), current_stream(device)); });
+    launch(cuda::muon_momentum, cuda::muon_momentum_workspace_bytes, arguments, device);
     mark_updated(momentum_buffers);
     return {storage.update, storage.norms};
 }
@@ -163,7 +169,7 @@ void muon_update_(at::TensorList params, const Tensor& update, double lr, double
                                                        cautious, lr_tensor, weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
-    run_kernel([&] { cuda::muon_update(arguments, current_stream(device)); });
+    launch(cuda::muon_update, {}, arguments, device);
     mark_updated(params);
 }
 
@@ -188,7 +194,8 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
     arguments.params = matrices.data();
     arguments.count = orthogonalise.batch;
     arguments.numel = numel;
-    if (orthogonalise.batch > 0) run_newton_schulz(orthogonalise, &arguments, update.device());
+    orthogonalise.update = &arguments;
+    if (orthogonalise.batch > 0) run_newton_schulz(orthogonalise, update.device());
     mark_updated(params);
 }
 
@@ -248,18 +255,19 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
         const int64_t own = std::min(rows, N - first);
         const Tensor chunk = x.narrow(0, first, own), logits = buffer.narrow(0, 0, own);
         multiply(logits, chunk, weight.t());
-        run_kernel([&] {
-            cuda::softcap_cross_entropy({.rows = own,
-                                         .V = V,
-                                         .dtype = dtype,
-                                         .logits = logits.mutable_data_ptr(),
-                                         .targets = targets.const_data_ptr<int64_t>() + first,
-                                         .ignore_index = ignore_index,
-                                         .softcap = softcap,
-                                         .grad_scale = gradients ? grad_scale.const_data_ptr<float>() : nullptr,
-                                         .loss = losses.mutable_data_ptr<float>() + first},
-                                        current_stream(device));
-        });
+        const cuda::SoftcapCrossEntropy arguments = {
+            .rows = own,
+            .V = V,
+            .dtype = dtype,
+            .logits = logits.mutable_data_ptr(),
+            .targets = targets.const_data_ptr<int64_t>() + first,
+            .ignore_index = ignore_index,
+            .softcap = softcap,
+            .grad_scale = gradients ? grad_scale.const_data_ptr<float>() : nullptr,
+            .loss = losses.mutable_data_ptr<float>() + first,
+            .execution = {},
+        };
+        launch(cuda::softcap_cross_entropy, {}, arguments, device);
         if (needs_grad_x) multiply(grad_x.narrow(0, first, own), logits, weight);
         if (needs_grad_weight) multiply(grad_weight, logits.t(), chunk, first > 0);
     }

@@ -175,7 +175,7 @@ inline Strides strides_of(const at::Tensor& tensor) { return {tensor.stride(0), 
 
 inline AttentionForward attention_forward_arguments(const AttentionShape& shape, DType dtype, const at::Tensor& q,
                                                     const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-                                                    const at::Tensor& lse) {
+                                                    const at::Tensor& lse, const at::Tensor& lengths) {
     return {.shape = shape,
             .dtype = dtype,
             .q = q.const_data_ptr(),
@@ -186,7 +186,8 @@ inline AttentionForward attention_forward_arguments(const AttentionShape& shape,
             .k_strides = strides_of(k),
             .v_strides = strides_of(v),
             .out_strides = strides_of(out),
-            .lse = lse.mutable_data_ptr()};
+            .lse = lse.mutable_data_ptr(),
+            .lengths = lengths.defined() ? lengths.const_data_ptr<int64_t>() : nullptr};
 }
 
 inline AttentionBackward attention_backward_arguments(const AttentionShape& shape, DType dtype, const at::Tensor& q,

@@ -152,7 +152,7 @@ void write_out(const AttentionForward& a, int64_t b, int64_t h, int64_t i, const
 }
 
 template <class T, class S>
-void forward(const AttentionForward& a, int threads) {
+void forward(const AttentionForward& a) {
     constexpr int64_t NR = kTileColumns<T>;
     const AttentionShape& s = a.shape;
     const int64_t padded = round_up(s.D, kLanes<T>), Tk_padded = round_up(s.Tk, NR), tiles = ceil_div(s.Tq, kQueryTile);
@@ -165,12 +165,12 @@ void forward(const AttentionForward& a, int threads) {
     const auto lay_out = [&](cpu::Arena arena) {
         k_panels = arena.take<T>(s.B * s.Hkv * Tk_padded * s.D);
         v_rows = arena.take<T>(s.B * s.Hkv * Tk_padded * padded);
-        scratch = arena.take<T>(threads * scratch_size);
+        scratch = arena.take<T>(a.execution.threads * scratch_size);
         return arena.used;
     };
     lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(a.execution.threads)
     {
         T* scores = scratch + omp_get_thread_num() * scratch_size;
         T* queries = scores + score_size;
@@ -214,13 +214,13 @@ void forward(const AttentionForward& a, int threads) {
 
 // A few queries (a step of generation): one pass over the keys and one over the values, where they lie.
 template <class T, class S>
-void forward_few(const AttentionForward& a, int threads) {
+void forward_few(const AttentionForward& a) {
     constexpr int64_t W = kLanes<T>;
     const AttentionShape& s = a.shape;
     const int64_t padded = round_up(s.D, W), scratch_size = 2 * padded + round_up(s.Tk, W), group = s.H / s.Hkv;
-    T* scratch = static_cast<T*>(cpu::workspace(threads * scratch_size * sizeof(T)));
+    T* scratch = static_cast<T*>(cpu::workspace(a.execution.threads * scratch_size * sizeof(T)));
     const S *q = static_cast<const S*>(a.q), *k = static_cast<const S*>(a.k), *v = static_cast<const S*>(a.v);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.execution.threads)
     for (int64_t item = 0; item < s.B * s.H * s.Tq; item++) {
         const int64_t b = item / (s.H * s.Tq), h = item / s.Tq % s.H, i = item % s.Tq;
         T* query = scratch + omp_get_thread_num() * scratch_size;
@@ -337,7 +337,7 @@ void backward_block(const AttentionShape& s, const BackwardScratch<T>& m, int64_
 }
 
 template <class T, class S>
-void backward(const AttentionBackward& a, int threads) {
+void backward(const AttentionBackward& a) {
     constexpr int64_t NR = kTileColumns<T>;
     const AttentionShape& s = a.shape;
     const int64_t padded = round_up(s.D, kLanes<T>), group = s.H / s.Hkv;
@@ -353,12 +353,12 @@ void backward(const AttentionBackward& a, int threads) {
     char* scratch;
     const auto lay_out = [&](cpu::Arena arena) {
         dq_parts = arena.take<T>(ranges > 1 ? ranges * s.B * s.H * s.Tq * s.D : 0);
-        scratch = arena.take<char>(threads * scratch_size);
+        scratch = arena.take<char>(a.execution.threads * scratch_size);
         return arena.used;
     };
     lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
 
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(a.execution.threads)
     {
         BackwardScratch<T> m;
         m.lay_out({scratch + omp_get_thread_num() * scratch_size}, range, s.D, padded);
@@ -434,19 +434,36 @@ void backward(const AttentionBackward& a, int threads) {
 
 }   // namespace
 
-void attention_forward(const AttentionForward& a, int threads) {
+static void attention_forward_batch(const AttentionForward& a) {
     const bool few = a.shape.Tq <= kFewQueries;
-    if (a.dtype == DType::float64)
-        return few ? forward_few<double, double>(a, threads) : forward<double, double>(a, threads);
-    if (a.dtype == DType::bfloat16)
-        return few ? forward_few<float, bfloat16>(a, threads) : forward<float, bfloat16>(a, threads);
-    few ? forward_few<float, float>(a, threads) : forward<float, float>(a, threads);
+    if (a.dtype == DType::float64) return few ? forward_few<double, double>(a) : forward<double, double>(a);
+    if (a.dtype == DType::bfloat16) return few ? forward_few<float, bfloat16>(a) : forward<float, bfloat16>(a);
+    few ? forward_few<float, float>(a) : forward<float, float>(a);
 }
 
-void attention_backward(const AttentionBackward& a, int threads) {
-    if (a.dtype == DType::float64) return backward<double, double>(a, threads);
-    if (a.dtype == DType::bfloat16) return backward<float, bfloat16>(a, threads);
-    backward<float, float>(a, threads);
+// The arguments of one sequence of a batch whose sequences have numbers of keys of their own.
+static AttentionForward sequence(AttentionForward a, int64_t b) {
+    const int64_t element = a.dtype == DType::float64 ? 8 : a.dtype == DType::bfloat16 ? 2 : 4;
+    const int64_t lse_element = a.dtype == DType::float64 ? 8 : 4;
+    a.q = static_cast<const char*>(a.q) + b * a.q_strides.b * element;
+    a.k = static_cast<const char*>(a.k) + b * a.k_strides.b * element;
+    a.v = static_cast<const char*>(a.v) + b * a.v_strides.b * element;
+    a.out = static_cast<char*>(a.out) + b * a.out_strides.b * element;
+    a.lse = static_cast<char*>(a.lse) + b * a.shape.H * a.shape.Tq * lse_element;
+    a.shape.B = 1;
+    a.shape.Tk = a.lengths[b];
+    return a;
+}
+
+void attention_forward(const AttentionForward& a) {
+    if (!a.lengths) return attention_forward_batch(a);
+    for (int64_t b = 0; b < a.shape.B; b++) attention_forward_batch(sequence(a, b));
+}
+
+void attention_backward(const AttentionBackward& a) {
+    if (a.dtype == DType::float64) return backward<double, double>(a);
+    if (a.dtype == DType::bfloat16) return backward<float, bfloat16>(a);
+    backward<float, float>(a);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

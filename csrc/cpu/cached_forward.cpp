@@ -307,7 +307,7 @@ struct Pass {
         hidden = arena.take<float>(N * F);
         values = arena.take<float>(N * args.H * chunks * args.D);
         partials = arena.take<Partial>(N * args.H * chunks);
-        inverse = arena.take<float>(args.threads * N);
+        inverse = arena.take<float>(args.execution.threads * N);
         barrier = arena.take<Barrier>(1);
     }
 
@@ -485,7 +485,7 @@ void cached_forward(const CachedForward& args) {
     arena = {static_cast<char*>(cpu::workspace(arena.used))};
     pass.lay_out(arena);
     *pass.barrier = {};
-#pragma omp parallel num_threads(args.threads)
+#pragma omp parallel num_threads(args.execution.threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads(), pass.barrier};
         pass.embed(team);

@@ -13,11 +13,11 @@ void linear(const cpu::Linear& args) {
     float *transposed, *scratch;
     const auto lay_out = [&](cpu::Arena arena) {
         transposed = arena.take<float>(forward ? I * O : 0);
-        scratch = arena.take<float>(args.threads * kScratch<float>);
+        scratch = arena.take<float>(args.execution.threads * kScratch<float>);
         return arena.used;
     };
     lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
-#pragma omp parallel num_threads(args.threads)
+#pragma omp parallel num_threads(args.execution.threads)
     {
         float* own = scratch + omp_get_thread_num() * kScratch<float>;
         if (forward) {
@@ -37,7 +37,7 @@ void linear(const cpu::Linear& args) {
                 .c = args.c,
                 .c_stride = O,
             };
-            multiply_team(product, args.threads, own);
+            multiply_team(product, args.execution.threads, own);
         } else {
             const bool grad_input = args.form == cpu::LinearForm::grad_input;
             const Product<float> product = {
@@ -52,7 +52,7 @@ void linear(const cpu::Linear& args) {
                 .c = args.c,
                 .c_stride = I,
             };
-            multiply_team(product, args.threads, own);
+            multiply_team(product, args.execution.threads, own);
         }
     }
 }

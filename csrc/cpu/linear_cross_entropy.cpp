@@ -75,7 +75,7 @@ void run(const cpu::LinearCrossEntropy& args) {
         lse = arena.take<T>(R);
         target_logit = arena.take<T>(R);
         row_scale = arena.take<T>(R);
-        scratch = arena.take<T>(args.threads * kScratch<T>);
+        scratch = arena.take<T>(args.execution.threads * kScratch<T>);
         x_chunk = arena.take<T>(converts ? R * C : 0);
         grad_x_chunk = arena.take<T>(converts ? R * C : 0);
         weight = arena.take<T>(converts ? V * C : 0);
@@ -89,7 +89,7 @@ void run(const cpu::LinearCrossEntropy& args) {
     }
     if (args.grad_weight && N == 0) memset(args.grad_weight, 0, V * C * sizeof(S));
 
-#pragma omp parallel num_threads(args.threads)
+#pragma omp parallel num_threads(args.execution.threads)
     {
         T* own = scratch + omp_get_thread_num() * kScratch<T>;
         if constexpr (converts) {
@@ -202,7 +202,7 @@ void run(const cpu::LinearCrossEntropy& args) {
                     .c = out,
                     .c_stride = C,
                 };
-                multiply_team(to_x, args.threads, own);
+                multiply_team(to_x, args.execution.threads, own);
                 if constexpr (converts) {
 #pragma omp for
                     for (int64_t r = 0; r < rows; r++)

@@ -147,7 +147,8 @@ void gram_form(const Batch<double>& batch, const float* x, double* const (&small
 }
 
 template <class T>
-void run(const NewtonSchulz& args, int threads) {
+void run(const NewtonSchulz& args) {
+    const int threads = args.execution.threads;
     const int64_t batch = args.batch, M = args.M, K = args.K;
     const bool wide = M < K;
     const int64_t L = wide ? K : M, R = wide ? M : K, size = M * K, square = R * R;
@@ -225,9 +226,9 @@ void run(const NewtonSchulz& args, int threads) {
 
 }   // namespace
 
-void newton_schulz(const NewtonSchulz& args, int threads) {
-    if (args.dtype == DType::float64) return run<double>(args, threads);
-    run<float>(args, threads);
+void newton_schulz(const NewtonSchulz& args) {
+    if (args.dtype == DType::float64) return run<double>(args);
+    run<float>(args);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

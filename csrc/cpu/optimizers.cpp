@@ -100,7 +100,7 @@ NANOCHAT_INLINE Vec<float> decayed(Vec<float> p, float decay, Vec<float> update)
 }
 
 template <class P, class Moment, bool stochastic, bool cautious>
-void adamw_typed(const AdamW& a, int threads) {
+void adamw_typed(const AdamW& a) {
     const int64_t step = at_address(a.step_address, a.step);
     const double lr = at_address(a.lr_address, a.lr);
     const double weight_decay = at_address(a.weight_decay_address, a.weight_decay);
@@ -110,9 +110,9 @@ void adamw_typed(const AdamW& a, int threads) {
     const float beta2 = static_cast<float>(a.beta2), rest2 = static_cast<float>(1 - a.beta2);
     const float decay = static_cast<float>(1 - lr * weight_decay), rate = static_cast<float>(lr / correction1);
     const float root = static_cast<float>(1 / __builtin_sqrt(correction2)), eps = static_cast<float>(a.eps);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(a.execution.threads)
     share(
-        a.count, threads, omp_get_thread_num(), [&](int64_t i) { return a.tensors[i].numel; },
+        a.count, a.execution.threads, omp_get_thread_num(), [&](int64_t i) { return a.tensors[i].numel; },
         [&](int64_t index, int64_t begin, int64_t end) {
             const AdamWTensor& t = a.tensors[index];
             const uint64_t key =
@@ -138,9 +138,8 @@ void adamw_typed(const AdamW& a, int threads) {
 }
 
 template <class P, class Moment, bool stochastic>
-void adamw_moments(const AdamW& a, int threads) {
-    a.cautious ? adamw_typed<P, Moment, stochastic, true>(a, threads)
-               : adamw_typed<P, Moment, stochastic, false>(a, threads);
+void adamw_moments(const AdamW& a) {
+    a.cautious ? adamw_typed<P, Moment, stochastic, true>(a) : adamw_typed<P, Moment, stochastic, false>(a);
 }
 
 // Adds the squares of x in double: squares of the smallest floats would vanish in float.
@@ -155,7 +154,7 @@ NANOCHAT_INLINE void add_squares(Vec<double>& sums, Vec<float> x) {
 }
 
 template <class G, bool with_norms>
-void momentum_typed(const MuonMomentum& a, int threads) {
+void momentum_typed(const MuonMomentum& a) {
     const double momentum = at_address(a.momentum_address, a.momentum);
     const float rest = static_cast<float>(1 - momentum), keep = static_cast<float>(momentum);
     const int64_t grains = ceil_div(a.numel, kGrain);   // of each tensor
@@ -164,9 +163,9 @@ void momentum_typed(const MuonMomentum& a, int threads) {
         cpu::Arena arena{static_cast<char*>(cpu::workspace(static_cast<size_t>(a.count * grains) * sizeof(double)))};
         squares = arena.take<double>(a.count * grains);
     }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(a.execution.threads)
     share(
-        a.count, threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
+        a.count, a.execution.threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
         [&](int64_t index, int64_t begin, int64_t end) {
             const int64_t width = with_norms ? kGrain : end - begin;
             for (int64_t from = begin; from < end; from += width) {
@@ -196,18 +195,18 @@ void momentum_typed(const MuonMomentum& a, int threads) {
 }
 
 template <class G>
-void momentum_norms(const MuonMomentum& a, int threads) {
-    a.norms ? momentum_typed<G, true>(a, threads) : momentum_typed<G, false>(a, threads);
+void momentum_norms(const MuonMomentum& a) {
+    a.norms ? momentum_typed<G, true>(a) : momentum_typed<G, false>(a);
 }
 
 template <class P, bool cautious>
-void update_typed(const MuonUpdate& a, int threads) {
+void update_typed(const MuonUpdate& a) {
     const double lr = at_address(a.lr_address, a.lr);
     const double weight_decay = at_address(a.weight_decay_address, a.weight_decay);
     const float decay = static_cast<float>(1 - lr * weight_decay), rate = static_cast<float>(lr * a.scale);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(a.execution.threads)
     share(
-        a.count, threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
+        a.count, a.execution.threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
         [&](int64_t index, int64_t begin, int64_t end) {
             over_vectors<1>(
                 begin, end,
@@ -220,27 +219,26 @@ void update_typed(const MuonUpdate& a, int threads) {
 }
 
 template <class P>
-void update_cautious(const MuonUpdate& a, int threads) {
-    a.cautious ? update_typed<P, true>(a, threads) : update_typed<P, false>(a, threads);
+void update_cautious(const MuonUpdate& a) {
+    a.cautious ? update_typed<P, true>(a) : update_typed<P, false>(a);
 }
 
 }   // namespace
 
-void adamw(const AdamW& a, int threads) {
-    if (a.param_dtype != DType::bfloat16) return adamw_moments<float, float, false>(a, threads);
+void adamw(const AdamW& a) {
+    if (a.param_dtype != DType::bfloat16) return adamw_moments<float, float, false>(a);
     if (a.moment_dtype == DType::bfloat16)
-        return a.stochastic_rounding ? adamw_moments<bfloat16, bfloat16, true>(a, threads)
-                                     : adamw_moments<bfloat16, bfloat16, false>(a, threads);
-    a.stochastic_rounding ? adamw_moments<bfloat16, float, true>(a, threads)
-                          : adamw_moments<bfloat16, float, false>(a, threads);
+        return a.stochastic_rounding ? adamw_moments<bfloat16, bfloat16, true>(a)
+                                     : adamw_moments<bfloat16, bfloat16, false>(a);
+    a.stochastic_rounding ? adamw_moments<bfloat16, float, true>(a) : adamw_moments<bfloat16, float, false>(a);
 }
 
-void muon_momentum(const MuonMomentum& a, int threads) {
-    a.grad_dtype == DType::bfloat16 ? momentum_norms<bfloat16>(a, threads) : momentum_norms<float>(a, threads);
+void muon_momentum(const MuonMomentum& a) {
+    a.grad_dtype == DType::bfloat16 ? momentum_norms<bfloat16>(a) : momentum_norms<float>(a);
 }
 
-void muon_update(const MuonUpdate& a, int threads) {
-    a.param_dtype == DType::bfloat16 ? update_cautious<bfloat16>(a, threads) : update_cautious<float>(a, threads);
+void muon_update(const MuonUpdate& a) {
+    a.param_dtype == DType::bfloat16 ? update_cautious<bfloat16>(a) : update_cautious<float>(a);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

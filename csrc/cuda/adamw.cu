@@ -248,8 +248,9 @@ int64_t adamw_workspace_bytes(const AdamW& a) {
     return a.step_address || a.lr_address || a.weight_decay_address ? sizeof(adamw_kernels::Constants) : 0;
 }
 
-void adamw(const AdamW& a, void* workspace, void* stream) {
+void adamw(const AdamW& a) {
     using namespace adamw_kernels;
+    void* const stream = a.execution.stream;
     const Numbers numbers = {
         .step = a.step,
         .lr = a.lr,
@@ -261,7 +262,7 @@ void adamw(const AdamW& a, void* workspace, void* stream) {
     const Constants given = derive(numbers);
     Constants* derived = nullptr;
     if (adamw_workspace_bytes(a) > 0) {
-        derived = static_cast<Constants*>(workspace);
+        derived = static_cast<Constants*>(a.execution.workspace);
         device::launch("adamw_", derive_kernel, dim3(1), dim3(1), 0, stream, numbers, a.step_address, a.lr_address,
                        a.weight_decay_address, derived);
     }

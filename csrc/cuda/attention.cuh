@@ -305,7 +305,7 @@ inline void require_shape(const char* op, const AttentionShape& s) {
 }
 
 namespace hopper {
-void forward(const AttentionForward&, const Device&, void* stream);
+void forward(const AttentionForward&);
 }
 
 }   // namespace nanochat::cuda::attention

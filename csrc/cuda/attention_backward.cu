@@ -46,10 +46,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void prepare_rows(const AttentionBackward& a, const Backward& b, void* stream) {
+void prepare_rows(const AttentionBackward& a, const Backward& b) {
     const int64_t blocks = int64_t{b.units} * b.padded_rows / kRowsABlock;   // padded_rows is a multiple
-    device::launch("attention_backward", rows_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
-                   b, static_cast<const T*>(a.out), a.out_strides, static_cast<const float*>(a.lse));
+    device::launch("attention_backward", rows_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+                   a.execution.stream, b, static_cast<const T*>(a.out), a.out_strides,
+                   static_cast<const float*>(a.lse));
 }
 
 // --- dK, dV ---
@@ -264,18 +265,19 @@ void launch(const Backward& a, void* stream) {
 
 namespace nanochat::cuda {
 
-int64_t attention_backward_workspace_bytes(const AttentionBackward& a, const Device& device) {
-    const attention::Packing packing = attention::packing_of(a.shape, device.hopper);
+int64_t attention_backward_workspace_bytes(const AttentionBackward& a) {
+    const attention::Packing packing = attention::packing_of(a.shape, a.execution.device.hopper);
     return 2 * int64_t{packing.units} * packing.padded_rows * 4;
 }
 
-void attention_backward(const AttentionBackward& a, const Device& device, void* workspace, void* stream) {
+void attention_backward(const AttentionBackward& a) {
     using namespace attention;
     require_shape("attention_backward", a.shape);
-    const Backward arguments = backward_arguments(a, device.hopper, static_cast<float*>(workspace));
+    const Backward arguments = backward_arguments(a);
+    void* const stream = a.execution.stream;
     const bool half = a.dtype == DType::float16;
-    half ? prepare_rows<float16>(a, arguments, stream) : prepare_rows<bfloat16>(a, arguments, stream);
-    if (device.hopper) return hopper::backward(a, arguments, device, stream);
+    half ? prepare_rows<float16>(a, arguments) : prepare_rows<bfloat16>(a, arguments);
+    if (a.execution.device.hopper) return hopper::backward(a, arguments);
     half ? launch<float16>(arguments, stream) : launch<bfloat16>(arguments, stream);
 }
 

@@ -31,9 +31,10 @@ inline Packing packing_of(const AttentionShape& s, bool hopper) {
             divide_up(static_cast<int>(s.Tq) * pack, kRowPadding) * kRowPadding};
 }
 
-inline Backward backward_arguments(const AttentionBackward& a, bool hopper, float* workspace) {
+inline Backward backward_arguments(const AttentionBackward& a) {
     const AttentionShape& s = a.shape;
-    const auto [pack, units, padded_rows] = packing_of(s, hopper);
+    const auto [pack, units, padded_rows] = packing_of(s, a.execution.device.hopper);
+    auto* const workspace = static_cast<float*>(a.execution.workspace);
     return {
         .q = a.q,
         .k = a.k,
@@ -82,7 +83,7 @@ NANOCHAT_DEVICE void hide_rows(float (&p)[count], const Sight& sight, int first_
 }
 
 namespace hopper {
-void backward(const AttentionBackward&, const Backward&, const Device&, void* stream);
+void backward(const AttentionBackward&, const Backward&);
 }
 
 }   // namespace nanochat::cuda::attention

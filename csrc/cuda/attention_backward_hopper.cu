@@ -270,10 +270,12 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 // --- choice and launch ---
 
 template <class T, class Keys, class Rows>
-void launch(const AttentionBackward& f, Backward a, const Device& device, void* stream) {
+void launch(const AttentionBackward& f, Backward a) {
     static_assert(kRowPadding % Keys::rows == 0 && kRowPadding % Rows::rows == 0);
     using P = Panels<Keys::D>;
     const AttentionShape& s = f.shape;
+    const Device& device = f.execution.device;
+    void* const stream = f.execution.stream;
     const auto map = [&](const void* tensor, int64_t positions, int64_t heads, const Strides& strides, int box_heads,
                          int box_positions) {
         return map_of(f.dtype, tensor, s.B, positions, heads, s.D, strides, P::columns, box_heads, box_positions,
@@ -316,15 +318,14 @@ void launch(const AttentionBackward& f, Backward a, const Device& device, void* 
 }
 
 template <class T>
-void launch(const AttentionBackward& f, const Backward& a, const Device& device, void* stream) {
-    choose_backward(tile_columns(a.D),
-                    [&](auto keys, auto rows) { launch<T, decltype(keys), decltype(rows)>(f, a, device, stream); });
+void launch(const AttentionBackward& f, const Backward& a) {
+    choose_backward(tile_columns(a.D), [&](auto keys, auto rows) { launch<T, decltype(keys), decltype(rows)>(f, a); });
 }
 
 }   // namespace
 
-void backward(const AttentionBackward& f, const Backward& a, const Device& device, void* stream) {
-    f.dtype == DType::float16 ? launch<float16>(f, a, device, stream) : launch<bfloat16>(f, a, device, stream);
+void backward(const AttentionBackward& f, const Backward& a) {
+    f.dtype == DType::float16 ? launch<float16>(f, a) : launch<bfloat16>(f, a);
 }
 
 }   // namespace nanochat::cuda::attention::hopper

@@ -213,23 +213,24 @@ void launch(const Arguments& a, int rows, void* stream) {
 
 namespace nanochat::cuda {
 
-int64_t attention_forward_workspace_bytes(const AttentionForward& a, const Device& device) {
-    const auto [pack, rows, splits] = attention::plan(a.shape, device);
+int64_t attention_forward_workspace_bytes(const AttentionForward& a) {
+    const auto [pack, rows, splits] = attention::plan(a.shape, a.execution.device);
     if (splits == 1) return 0;
     const int64_t all = a.shape.B * a.shape.H * a.shape.Tq;
     return splits * all * (attention::tile_columns(a.shape.D) + 1) * 4;
 }
 
-void attention_forward(const AttentionForward& a, const int64_t* lengths, const Device& device, void* workspace,
-                       void* stream) {
+void attention_forward(const AttentionForward& a) {
     using namespace attention;
     const AttentionShape& s = a.shape;
     require_shape("attention_forward", s);
+    const Device& device = a.execution.device;
+    void* const stream = a.execution.stream;
     const auto [pack, rows, splits] = plan(s, device);
-    if (device.hopper && rows == 128 && !lengths) return hopper::forward(a, device, stream);
+    if (device.hopper && rows == 128 && !a.lengths) return hopper::forward(a);
     const int tiles = divide_up(static_cast<int>(s.Tq) * pack, rows), units = static_cast<int>(s.B * s.Hkv);
     const Sight sight = sight_of(s);
-    auto* parts = static_cast<float*>(workspace);
+    auto* parts = static_cast<float*>(a.execution.workspace);
     const Arguments arguments = {
         .q = a.q,
         .k = a.k,
@@ -240,7 +241,7 @@ void attention_forward(const AttentionForward& a, const int64_t* lengths, const 
         .k_strides = a.k_strides,
         .v_strides = a.v_strides,
         .out_strides = a.out_strides,
-        .lengths = lengths,
+        .lengths = a.lengths,
         .sight = sight,
         .scale = scale_of(s.scale),
         .H = static_cast<int>(s.H),

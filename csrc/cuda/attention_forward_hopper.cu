@@ -144,28 +144,28 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 }
 
 template <class T, class Tile>
-void launch(const AttentionForward& f, Arguments a, const Device& device, void* stream) {
+void launch(const AttentionForward& f, Arguments a) {
     using P = Panels<Tile::D>;
     const AttentionShape& s = f.shape;
     const int units = static_cast<int>(s.B * s.H / a.pack), rows = static_cast<int>(s.Tq) * a.pack;
     a.order = order_of(divide_up(rows, Tile::rows), units, 4 * s.Tk * s.D, a.sight.causal);
     device::launch(
         "attention_forward", attention_forward_hopper_kernel<T, Tile>,
-        dim3(static_cast<unsigned>(persistent_blocks(device, a.order))), dim3(Tile::threads), Tile::shared_bytes,
-        stream,
+        dim3(static_cast<unsigned>(persistent_blocks(f.execution.device, a.order))), dim3(Tile::threads),
+        Tile::shared_bytes, f.execution.stream,
         map_of(f.dtype, f.q, s.B, s.Tq, s.H, s.D, f.q_strides, P::columns, a.pack, kGroupRows / a.pack, P::swizzle),
         map_of(f.dtype, f.k, s.B, s.Tk, s.Hkv, s.D, f.k_strides, P::columns, 1, Tile::keys, P::swizzle),
         map_of(f.dtype, f.v, s.B, s.Tk, s.Hkv, s.D, f.v_strides, P::columns, 1, Tile::keys, P::swizzle), a);
 }
 
 template <class T>
-void launch(const AttentionForward& f, const Arguments& a, const Device& device, void* stream) {
-    choose_forward(tile_columns(a.D), [&](auto tile) { launch<T, decltype(tile)>(f, a, device, stream); });
+void launch(const AttentionForward& f, const Arguments& a) {
+    choose_forward(tile_columns(a.D), [&](auto tile) { launch<T, decltype(tile)>(f, a); });
 }
 
 }   // namespace
 
-void forward(const AttentionForward& f, const Device& device, void* stream) {
+void forward(const AttentionForward& f) {
     const AttentionShape& s = f.shape;
     const Arguments arguments = {
         .out = f.out,
@@ -179,8 +179,7 @@ void forward(const AttentionForward& f, const Device& device, void* stream) {
         .pack = packing(s, true),
         .order = {},   // depends on the tile
     };
-    f.dtype == DType::float16 ? launch<float16>(f, arguments, device, stream)
-                              : launch<bfloat16>(f, arguments, device, stream);
+    f.dtype == DType::float16 ? launch<float16>(f, arguments) : launch<bfloat16>(f, arguments);
 }
 
 }   // namespace nanochat::cuda::attention::hopper

@@ -328,8 +328,9 @@ void launch(const SoftcapCrossEntropy& a, void* stream) {
 
 namespace nanochat::cuda {
 
-void softcap_cross_entropy(const SoftcapCrossEntropy& a, void* stream) {
+void softcap_cross_entropy(const SoftcapCrossEntropy& a) {
     using namespace softcap_cross_entropy_kernels;
+    void* const stream = a.execution.stream;
     require(a.rows <= INT32_MAX && a.V >= 1 && a.V <= INT32_MAX / 2, "linear_cross_entropy: the chunk has ", a.rows,
             " rows of ", a.V, " logits; takes up to ", INT32_MAX, " of ", INT32_MAX / 2);
     if (a.rows == 0) return;

@@ -262,11 +262,12 @@ int64_t muon_momentum_workspace_bytes(const MuonMomentum& a) {
     return partials * static_cast<int64_t>(sizeof(double));
 }
 
-void muon_momentum(const MuonMomentum& a, void* workspace, void* stream) {
+void muon_momentum(const MuonMomentum& a) {
     using namespace muon_kernels;
+    void* const stream = a.execution.stream;
     if (a.count == 0) return;
     require_grid("muon_momentum_", a.numel);
-    double* partials = a.norms ? static_cast<double*>(workspace) : nullptr;
+    double* partials = a.norms ? static_cast<double*>(a.execution.workspace) : nullptr;
     if (a.numel > 0) {
         a.grad_dtype == DType::bfloat16 ? launch_momentum<bfloat16>(a, partials, stream)
                                         : launch_momentum<float>(a, partials, stream);
@@ -278,8 +279,9 @@ void muon_momentum(const MuonMomentum& a, void* workspace, void* stream) {
     }
 }
 
-void muon_update(const MuonUpdate& a, void* stream) {
+void muon_update(const MuonUpdate& a) {
     using namespace muon_kernels;
+    void* const stream = a.execution.stream;
     if (a.count == 0 || a.numel == 0) return;
     require_grid("muon_update_", a.numel);
     a.param_dtype == DType::bfloat16 ? launch_update<bfloat16>(a, stream) : launch_update<float>(a, stream);

@@ -312,14 +312,13 @@ template <class T>
 struct Iteration {
     const NewtonSchulz& a;
     const std::vector<int>& phases;
-    const Device& device;
     Layout space;
     int count;
-    void* stream;
 
     void run(const Product& p, const Result* result = nullptr) const {
         const DType dtype = std::is_same_v<T, float16> ? DType::float16 : DType::bfloat16;
-        device.hopper ? hopper::multiply(p, dtype, result, device, stream) : multiply<T>(p, result, stream);
+        a.execution.device.hopper ? hopper::multiply(p, dtype, result, a.execution)
+                                  : multiply<T>(p, result, a.execution.stream);
     }
 
     // d = alpha a b + beta a + gamma b, of symmetric matrices whose product is symmetric.
@@ -345,6 +344,7 @@ struct Iteration {
     }
 
     void operator()(const float* g, const double* norms, Result& result) const {
+        void* const stream = a.execution.stream;
         const Matrices *x = &space.x[0], *other = &space.x[1];
         const Normalise normalise = {
             .g = g,
@@ -438,33 +438,32 @@ NewtonSchulzForm newton_schulz_form(const NewtonSchulz& a) {
     return pays && std::min(a.M, a.K) >= kLeastGram ? NewtonSchulzForm::gram : NewtonSchulzForm::plain;
 }
 
-int64_t newton_schulz_workspace_bytes(const NewtonSchulz& a, NewtonSchulzForm form) {
+int64_t newton_schulz_workspace_bytes(const NewtonSchulz& a) {
     using namespace newton_schulz_kernels;
-    return Layout(a, phases_of(a, form), std::min(a.batch, kMostMatrices), nullptr).bytes;
+    return Layout(a, phases_of(a, a.form), std::min(a.batch, kMostMatrices), nullptr).bytes;
 }
 
-void newton_schulz(const NewtonSchulz& a, NewtonSchulzForm form, const MuonUpdate* update, const Device& device,
-                   void* workspace, void* stream) {
+void newton_schulz(const NewtonSchulz& a) {
     using namespace newton_schulz_kernels;
     check(a);
-    const std::vector<int> phases = phases_of(a, form);
+    const std::vector<int> phases = phases_of(a, a.form);
     const bool small = fits_float16(a, phases);
     for (int64_t first = 0; first < a.batch; first += kMostMatrices) {
         const int64_t count = std::min(a.batch - first, kMostMatrices), offset = first * a.M * a.K;
-        const Layout space(a, phases, count, workspace);
+        const Layout space(a, phases, count, a.execution.workspace);
         Result result = {};
-        if (update) {
-            result.param_dtype = update->param_dtype;
-            result.rates = update_rates(*update);
-            std::copy_n(update->params + first, count, result.params);
+        if (a.update) {
+            result.param_dtype = a.update->param_dtype;
+            result.rates = update_rates(*a.update);
+            std::copy_n(a.update->params + first, count, result.params);
         } else {
             result.out = static_cast<float*>(a.out) + offset;
         }
         const float* g = static_cast<const float*>(a.g) + offset;
         const double* norms = a.norms ? a.norms + first : nullptr;
         const int matrices = static_cast<int>(count);
-        small ? Iteration<float16>{a, phases, device, space, matrices, stream}(g, norms, result)
-              : Iteration<bfloat16>{a, phases, device, space, matrices, stream}(g, norms, result);
+        small ? Iteration<float16>{a, phases, space, matrices}(g, norms, result)
+              : Iteration<bfloat16>{a, phases, space, matrices}(g, norms, result);
     }
 }
 

@@ -239,7 +239,7 @@ void choose_product(const Product& p, const Result* result, const Use& use) {
 
 // `result`: null where D goes to scratch memory.
 namespace hopper {
-void multiply(const Product&, DType, const Result* result, const Device&, void* stream);
+void multiply(const Product&, DType, const Result* result, const Execution&);
 }
 
 }   // namespace nanochat::cuda::newton_schulz_kernels

@@ -181,23 +181,23 @@ TensorMap map_of(DType dtype, const Matrices& x, Major major, int count) {
 }
 
 template <class T>
-void launch(const Product& p, DType dtype, const Result* result, const Device& device, void* stream) {
+void launch(const Product& p, DType dtype, const Result* result, const Execution& execution) {
     const Tiles tiles = tiles_of(p);
-    const int blocks = std::min(device.multiprocessors, (tiles.whole + tiles.half) * p.count);
+    const int blocks = std::min(execution.device.multiprocessors, (tiles.whole + tiles.half) * p.count);
     choose_product(p, result, [&](auto major_a, auto major_b, const auto& destination) {
         using Destination = std::decay_t<decltype(destination)>;
         device::launch("newton_schulz",
                        product_hopper_kernel<T, decltype(major_a)::value, decltype(major_b)::value, Destination>,
-                       dim3(static_cast<unsigned>(blocks)), dim3(Tile::threads), Tile::shared_bytes, stream,
+                       dim3(static_cast<unsigned>(blocks)), dim3(Tile::threads), Tile::shared_bytes, execution.stream,
                        map_of(dtype, p.a, p.a_major, p.count), map_of(dtype, p.b, p.b_major, p.count), p, destination);
     });
 }
 
 }   // namespace
 
-void multiply(const Product& p, DType dtype, const Result* result, const Device& device, void* stream) {
-    dtype == DType::float16 ? launch<float16>(p, dtype, result, device, stream)
-                            : launch<bfloat16>(p, dtype, result, device, stream);
+void multiply(const Product& p, DType dtype, const Result* result, const Execution& execution) {
+    dtype == DType::float16 ? launch<float16>(p, dtype, result, execution)
+                            : launch<bfloat16>(p, dtype, result, execution);
 }
 
 }   // namespace nanochat::cuda::newton_schulz_kernels::hopper

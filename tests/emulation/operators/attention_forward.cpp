@@ -17,13 +17,13 @@ ENTRY(attention_forward) {
     a.out = read;
     a.lse = read;
     for (Strides* strides : {&a.q_strides, &a.k_strides, &a.v_strides, &a.out_strides}) read_strides(read, *strides);
-    const int64_t* lengths = read;
+    a.lengths = read;
     read_shape(read, a.shape);
     a.dtype = read;
-    const cuda::Device device = read_device(read);
-    void* workspace = read;
-    require_workspace(read, cuda::attention_forward_workspace_bytes(a, device));
-    cuda::attention_forward(a, lengths, device, workspace, nullptr);
+    a.execution.device = read_device(read);
+    a.execution.workspace = read;
+    require_workspace(read, cuda::attention_forward_workspace_bytes(a));
+    cuda::attention_forward(a);
 }
 
 // tiles, units, section, last_first, then (tiles * units, 2) int32 on the host: tile and unit of each item
