@@ -1,4 +1,4 @@
-// Chooses the instruction set once, at run time, and forwards every call to its copy of the kernels.
+// Chooses the instruction set once, at run time, and forwards every call to the copy of the kernels compiled for it.
 #include <omp.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -84,8 +84,7 @@ const Kernels& kernels() {
     return chosen;
 }
 
-// A forked child inherits the state of the OpenMP pool but none of its threads: a parallel region there would wait for
-// ever.
+// A forked child inherits the state of the OpenMP pool but none of its threads. A parallel region there would never end.
 bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 

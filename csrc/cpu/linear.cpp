@@ -11,12 +11,12 @@ void linear(const cpu::Linear& args) {
     const int64_t N = args.N, I = args.I, O = args.O;
     const bool forward = args.form == cpu::LinearForm::forward;
     float *transposed, *scratch;
-    const auto lay_out = [&](cpu::Arena arena) {
+    const auto carve_workspace = [&](cpu::Arena arena) {
         transposed = arena.take<float>(forward ? I * O : 0);
         scratch = arena.take<float>(args.execution.threads * kScratch<float>);
         return arena.used;
     };
-    lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
+    carve_workspace({static_cast<char*>(cpu::workspace(carve_workspace({})))});
 #pragma omp parallel num_threads(args.execution.threads)
     {
         float* own = scratch + omp_get_thread_num() * kScratch<float>;
