@@ -62,7 +62,7 @@ void choose_backward(int D, const Use& use) {
 namespace hopper {
 
 template <int D_, int consumers_, int keys_>
-struct ForwardTile : Groups<consumers_> {
+struct ForwardTile : WarpgroupConfig<consumers_> {
     static constexpr int D = D_, rows = kGroupRows * consumers_, keys = keys_, stages = 2;
     static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
     static constexpr int tiles_bytes = 2 * consumers_ * group_bytes + 2 * stages * k_bytes;   // Q and O, K and V
@@ -70,7 +70,7 @@ struct ForwardTile : Groups<consumers_> {
 };
 
 template <int D_, int rows_, int stages_>
-struct KeyTile : Groups<2> {
+struct KeyTile : WarpgroupConfig<2> {
     static constexpr int D = D_, keys = kGroupRows * consumers, rows = rows_, stages = stages_;
     static constexpr int group_bytes = tile_bytes<D>(kGroupRows), q_bytes = tile_bytes<D>(rows);
     static constexpr int number_bytes = rows * 4;   // of log-sum-exp or delta
@@ -79,7 +79,7 @@ struct KeyTile : Groups<2> {
 };
 
 template <int D_, int keys_>
-struct QueryTile : Groups<2> {
+struct QueryTile : WarpgroupConfig<2> {
     static constexpr int D = D_, rows = kGroupRows * consumers, keys = keys_, stages = 2;
     static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
     static constexpr int tiles_bytes = 3 * consumers * group_bytes + 2 * stages * k_bytes;
@@ -105,9 +105,9 @@ void choose_backward(int D, const Use& use) {
 
 }   // namespace hopper
 
-// How many heads a unit has: those of a group. Tensor copies, of the rows of a warpgroup at a time, take whole groups
-// or one head.
-inline int packing(const AttentionShape& s, bool tensor_copies) {
+// Returns how many heads a head group has: all that share a key/value head. A tensor copy loads the rows of a warpgroup,
+// so that it takes all of these heads or one.
+inline int choose_heads_per_tile(const AttentionShape& s, bool tensor_copies) {
     const int group = static_cast<int>(s.H / s.Hkv);
     return tensor_copies && kGroupRows % group ? 1 : group;
 }

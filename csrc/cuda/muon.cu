@@ -1,7 +1,7 @@
-// The memory-bound halves of Muon (https://kellerjordan.github.io/posts/muon/) around Newton-Schulz, on a list of
+// The memory-bound parts of Muon (https://kellerjordan.github.io/posts/muon/) before and after Newton-Schulz, on a list of
 // matrices of one shape, optionally with cautious weight decay (arXiv:2510.12402). One pass each:
-//   momentum: 16 bytes an element, 14 with bfloat16 gradients; the norms that Newton-Schulz divides by come along;
-//   update: 12 bytes an element, 8 with bfloat16 parameters.
+//   momentum: 16 bytes per element, 14 with bfloat16 gradients; also computes the norms that Newton-Schulz divides by
+//   update:   12 bytes per element, 8 with bfloat16 parameters
 #include <cmath>
 #include <cstdint>
 
@@ -14,8 +14,10 @@ namespace nanochat::cuda::muon_kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPacks = 4;            // a thread: 96 to 128 bytes of loads under way, 96 to 128 KB a multiprocessor
-constexpr int kBlocksResident = 4;   // so many share a multiprocessor, which leaves 64 registers to a thread
+// Per thread: 96 to 128 bytes of loads in flight, 96 to 128 KB per multiprocessor.
+constexpr int kPacks = 4;
+// Blocks that share a multiprocessor, which leaves 64 registers per thread.
+constexpr int kBlocksResident = 4;
 constexpr int kPackElements = kPack<float>;
 constexpr int kStride = kThreads * kPackElements;   // between the packs of a thread
 constexpr int kBlockElements = kPacks * kStride;
@@ -53,9 +55,9 @@ NANOCHAT_DEVICE Momentum momentum_of(const MomentumOptions& o) {
     return {static_cast<float>(momentum), static_cast<float>(1 - momentum)};
 }
 
-// Makes `buffer` the new momentum and `update` the update, and adds its squares to `sum`: in double precision, where
-// they cannot underflow. Memory brings an H200's multiprocessor 1.4 elements a cycle, and 64 lanes add them; a GeForce
-// gets 0.2 and has 2.
+// Sets `buffer` to the new momentum and `update` to the update, and adds the squares of the update to `sum` in double
+// precision, where they cannot underflow. A multiprocessor of an H200 receives 1.4 elements per cycle from memory and has
+// 64 lanes to add them; a GeForce receives 0.2 and has 2.
 template <class G>
 NANOCHAT_DEVICE void momentum_step(Pack<float, kPackElements>& buffer, const Pack<G, kPackElements>& grad,
                                    Pack<float, kPackElements>& update, const Momentum& momentum, bool nesterov,
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksResident)
     }
 }
 
-// One block a matrix.
+// One block per matrix.
 __global__ void __launch_bounds__(kThreads) norms_kernel(const double* partials, int64_t count, double* norms) {
     NANOCHAT_SHARED(double[kThreads / 32], warps);
     const double* own = partials + blockIdx.x * count;

@@ -1,8 +1,8 @@
-// Muon's update of a parameter, for whoever holds the orthogonalised momentum.
+// Muon's update of a parameter, for the kernels that have the orthogonalised momentum.
 #pragma once
 
 #include "../kernels.h"
-#include "device/primitives.cuh"
+#include "ptx/primitives.cuh"
 
 namespace nanochat::cuda {
 

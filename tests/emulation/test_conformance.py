@@ -1,4 +1,4 @@
-"""Fragments, swizzles and descriptors, csrc/emulation/fragments.h and csrc/cuda/device/layouts.h, are CuTe's.
+"""Fragments, swizzles and descriptors, csrc/emulation/fragments.h and csrc/cuda/ptx/layouts.h, are CuTe's.
 
 conformance.cpp compares them element by element, on the host, and prints "name mismatches/total".
 """
@@ -38,7 +38,7 @@ def names():
 NAMES = sorted(names())
 
 # Wrong maps: file, text, what stands in its place; and the checks that must notice.
-FRAGMENTS, LAYOUTS = "emulation/fragments.h", "cuda/device/layouts.h"
+FRAGMENTS, LAYOUTS = "emulation/fragments.h", "cuda/ptx/layouts.h"
 DEFECTS = {
     "mma_a_": (FRAGMENTS, "i % 2 + 8 * (i / 4)}", "i % 2 + 4 * (i / 4)}"),
     "mma_b_": (FRAGMENTS, "i % 2 + 8 * (i / 2), lane / 4}", "i % 2 + 4 * (i / 2), lane / 4}"),

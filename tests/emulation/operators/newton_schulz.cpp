@@ -57,7 +57,7 @@ ENTRY(newton_schulz_plan) {
     for (const auto each : {NewtonSchulzForm::plain, NewtonSchulzForm::gram}) {
         a.form = each;
         *bytes++ = cuda::newton_schulz_workspace_bytes(a);
-        const std::vector<int> phases = cuda::newton_schulz_kernels::phases_of(a, each);
+        const std::vector<int> phases = cuda::newton_schulz_kernels::restart_schedule(a, each);
         std::copy(phases.begin(), phases.end(), steps);
         steps += a.steps;
         *float16++ = cuda::newton_schulz_kernels::fits_float16(a, phases);

@@ -1,6 +1,6 @@
 // DType, bool: integers. A list is the addresses of its tensors; `numels` and lists lie on the host, all else on the
 // device. An address that may be null is 0.
-#include "../../../csrc/cuda/linear_cross_entropy.cu"
+#include "../../../csrc/cuda/softcap_cross_entropy.cu"
 
 #include "reader.h"
 
