@@ -1,4 +1,4 @@
-// The operators on CPU tensors: check, allocate, call csrc/kernels.h.
+// The operators on CPU tensors: check the arguments, allocate the results, call csrc/kernels.h.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -11,6 +11,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "arguments.h"
 #include "tensor_checks.h"
 
 namespace nanochat {
@@ -251,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 
 // --- cached_forward_ ---
 
-constexpr size_t kMatrices = 6;   // of a block: q, k, v, out, fc, proj
+constexpr size_t kMatrices = 6;   // per block: q, k, v, out, fc, proj
 
 Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArrayRef starts, const Tensor& wte,
                        at::TensorList blocks, const Tensor& lm_head, at::IntArrayRef windows, const Tensor& cos,

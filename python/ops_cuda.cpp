@@ -17,6 +17,7 @@
 #include <optional>
 #include <tuple>
 
+#include "arguments.h"
 #include "tensor_checks.h"
 
 namespace nanochat {
@@ -24,12 +25,12 @@ namespace {
 
 using at::Tensor;
 
-// A cudaStream_t. Through the generic interface: torch's own CUDA headers do not compile against a CPU-only torch.
+// Returns a cudaStream_t, through the generic interface: torch's own CUDA headers do not compile with a CPU-only torch.
 void* current_stream(at::Device device) {
     return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-// Torch's allocator hands the memory out again on the same stream alone: it may go before the kernel has run.
+// The tensor may be freed before the kernel has run: torch's allocator reuses its memory on the same stream only.
 Tensor workspace(int64_t bytes, at::Device device) {
     return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
@@ -55,7 +56,7 @@ cuda::Device current_gpu() {
 
 // --- attention ---
 
-// As the kernels read it: 16 bytes at a time, at multiples of 16. Others are copied, and so is what expand() repeats.
+// Copies a tensor that the kernels cannot read in chunks of 16 bytes at multiples of 16, or that expand() repeats.
 Tensor with_whole_chunks(const Tensor& tensor) {
     constexpr int64_t kChunk = 16;
     const int64_t bytes = tensor.element_size();
@@ -68,7 +69,7 @@ Tensor with_whole_chunks(const Tensor& tensor) {
 
 constexpr at::ScalarType kAttentionTypes[] = {at::kBFloat16, at::kHalf};
 
-// lengths are not checked against Tk, which would wait for the stream: the kernel clamps them.
+// The kernel clamps `lengths`: a check here would have to wait for the stream.
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
                                              int64_t window, double scale, const std::optional<Tensor>& lengths_) {
     const char* op = "attention_forward";
@@ -173,7 +174,7 @@ void muon_update_(at::TensorList params, const Tensor& update, double lr, double
     mark_updated(params);
 }
 
-// The update of the parameters happens where the last product is written out: a pass less over memory, and no tensor.
+// The epilogue of the last product updates the parameters, which saves a pass over memory and a tensor.
 void newton_schulz_update_(at::TensorList params, const Tensor& update, at::ArrayRef<double> coefficients,
                            double norm_factor, const std::optional<Tensor>& norms, double lr, double weight_decay,
                            double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
@@ -201,10 +202,10 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
 
 // --- linear_cross_entropy ---
 
-// Logits exist for so many bytes of rows at a time: 2,048 rows of 65,536 in bfloat16, with which the three products
-// fill a large GPU, and each pass over the (V, C) sums of the weight's gradient is a tenth of its product's time.
+// The logits of one chunk of rows take at most this many bytes: 2,048 rows of 65,536 in bfloat16. The three products then
+// fill a large GPU, and a pass over the (V, C) gradient of the weight takes a tenth of the time of its product.
 constexpr int64_t kLogitBytes = int64_t{256} << 20;
-constexpr int64_t kRowTile = 128;   // of the library's products: chunks are multiples of it where they can be
+constexpr int64_t kRowTile = 128;   // of the library's products; chunks are multiples of it if possible
 
 int64_t chunk_rows(int64_t N, int64_t row_bytes) {
     const int64_t most = std::max<int64_t>(1, kLogitBytes / row_bytes), chunks = (N + most - 1) / most;
@@ -212,7 +213,7 @@ int64_t chunk_rows(int64_t N, int64_t row_bytes) {
     return std::min(most, (even + kRowTile - 1) / kRowTile * kRowTile);
 }
 
-// out = a b, or out += a b, by torch's library; factors of bfloat16 may have float32 sums.
+// out = a b, or out += a b, with torch's library. Factors of bfloat16 may have float32 sums.
 void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate = false) {
     const at::ScalarType type = out.scalar_type();
     if (type == a.scalar_type()) {
@@ -222,8 +223,7 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate = fa
     }
 }
 
-// The host never waits for the device: targets are not checked here (see kernels.h), nor is the count of those that
-// are not ignored known.
+// The host never waits for the device. It neither checks the targets (see kernels.h) nor knows how many are not ignored.
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tensor& targets_,
                                                         double softcap, int64_t ignore_index,
                                                         c10::string_view reduction, bool needs_grad_x,
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
     const at::Device device = x_.device();
     const int64_t N = x_.size(0), C = x_.size(1), V = weight_.size(0);
     const c10::DeviceGuard guard(device);
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;   // which would refuse the products' out=
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;   // it would reject the products' out=
     const Tensor x = x_.contiguous(), weight = weight_.contiguous(), targets = targets_.contiguous();
     const at::TensorOptions float32 = x.options().dtype(at::kFloat);
     const bool mean = reduction == "mean", gradients = needs_grad_x || needs_grad_weight;
@@ -241,12 +241,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 
     Tensor count, grad_scale;
     if (mean) count = at::sum(at::ne(targets, ignore_index));
-    // Where all are ignored this is infinity, which multiplies nothing.
+    // If all targets are ignored, this is infinity, and nothing is multiplied by it.
     if (gradients) grad_scale = mean ? at::reciprocal(count.to(at::kFloat)) : at::ones({}, float32);
 
     Tensor losses = at::empty({N}, float32);
     const Tensor grad_x = needs_grad_x ? at::empty({N, C}, x.options()) : at::empty({0}, x.options());
-    // In float32 where several chunks add to it, and rounded once.
+    // In float32 if several chunks add to it, so that it is rounded only once.
     Tensor grad_weight = at::empty({0}, x.options());
     if (needs_grad_weight) grad_weight = at::empty({V, C}, N > rows ? float32 : x.options());
     if (N == 0) grad_weight.zero_();
