@@ -181,7 +181,7 @@ struct StaticVariable {
     uint32_t offset;
 };
 
-// What edges within the block go through.
+// The tokens of the edges within a block.
 struct Tokens {
     char barriers[16], groups[kMaxThreads];   // a group of lanes has its first lane's
     char proxy_fences, proxy_reads, loads_landed, blocks;
@@ -193,7 +193,7 @@ struct Block {
     Warp warps[kMaxWarps];
     int thread_count, warp_count, live;
     Barrier barriers[16];
-    unsigned char *window, *guard;   // shared memory, and the page behind it that nobody may touch
+    unsigned char *window, *guard;   // shared memory, and the page behind it, which is protected
     unsigned char* stacks;
     uint32_t window_size, dynamic_offset, static_used;
     List<StaticVariable, 64> statics;
