@@ -20,7 +20,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 CLANG_FORMAT := $(if $(VENV),$(VENV)/bin/clang-format,clang-format)
 
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
-	csrc/*/*/*.cuh python/*.cpp python/*.h)
+	csrc/*/*/*.cuh csrc/*/*/*.h python/*.cpp python/*.h)
 CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcard tests/emulation/*.cpp \
 	tests/emulation/*.h tests/emulation/*/*.cu tests/emulation/*/*.cuh tests/emulation/*/*.cpp tests/emulation/*/*.h)
 

@@ -1,5 +1,5 @@
-// How native code refuses: it throws, with what it got and what it takes; it never prints and never exits.
-// Not for the files that are compiled once per instruction set: inline functions are shared between their copies.
+// Argument checks of native code, which reports errors by exceptions only: it never prints and never exits.
+// Files that are compiled once per instruction set must not include this: the copies would share inline functions.
 #pragma once
 
 #include <sstream>
@@ -8,7 +8,7 @@
 
 namespace nanochat {
 
-// For arguments: the caller sees a ValueError.
+// Throws std::invalid_argument, a ValueError in Python, with the parts of `message` if `holds` is false.
 template <class... Parts>
 void require(bool holds, const Parts&... message) {
     if (holds) return;

@@ -1,5 +1,5 @@
 // The whole native API. Every kernel takes one struct of named arguments: raw pointers, sizes, and where it runs.
-// Callers check shapes and types; a kernel throws std::invalid_argument only for what it does not take.
+// Callers check shapes and types. A kernel throws std::invalid_argument only for arguments that it does not support.
 //
 // Shape letters: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, D head size,
 //                N rows (tokens), C channels, V vocabulary, (M, K) one matrix.
@@ -14,6 +14,24 @@ enum class DType : int32_t { float32, float64, bfloat16, float16 };
 // Element strides of a (B, T, H, D) tensor whose D has unit stride.
 struct Strides {
     int64_t b, t, h;
+};
+
+namespace cuda {
+
+// The properties of a GPU that decide which kernels it runs.
+struct Device {
+    int multiprocessors;
+    bool hopper;   // runs code for sm_90a: tensor copies and wgmma
+};
+
+}   // namespace cuda
+
+// Where a kernel runs. CPU kernels read `threads`, CUDA kernels read the rest.
+struct Execution {
+    int threads = 1;
+    cuda::Device device = {};    // only read by kernels with a variant for Hopper
+    void* workspace = nullptr;   // as many bytes of device memory as *_workspace_bytes() returns, 16-byte aligned
+    void* stream = nullptr;      // a cudaStream_t
 };
 
 // Scores are scale * q.k. `causal` is aligned bottom-right: query i sees keys j <= i + Tk - Tq.
@@ -34,6 +52,10 @@ struct AttentionForward {
     void* out;       // (B, Tq, H, D)
     Strides q_strides, k_strides, v_strides, out_strides;
     void* lse;   // (B, H, Tq) contiguous, natural log; float64 if dtype is, else float32; -inf for a masked row
+    // (B,) number of keys of each sequence, at most Tk, or null: all have Tk. In the memory of the device that runs the
+    // kernel. CUDA clamps them to 0 .. Tk.
+    const int64_t* lengths;
+    Execution execution;
 };
 
 struct AttentionBackward {
@@ -45,6 +67,7 @@ struct AttentionBackward {
     void* dk;          // (B, Tk, Hkv, D)
     void* dv;          // (B, Tk, Hkv, D)
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
+    Execution execution;
 };
 
 // One parameter tensor of AdamW and its state; all contiguous, `numel` elements each.
@@ -56,11 +79,12 @@ struct AdamWTensor {
     int64_t numel;
 };
 
-// Decoupled weight decay, PyTorch's form: p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) after p *= 1
-// - lr * wd.
+// Decoupled weight decay in PyTorch's form:
+//   p *= 1 - lr * weight_decay
+//   p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 //
-// Each *_address may be null; else it replaces the number of its name, and lies in the memory of the device that runs
-// the kernel: a captured CUDA graph then reads what stands there when it is replayed.
+// Each *_address may be null. If not, the number at that address replaces the field of the same name. It lies in the
+// memory of the device that runs the kernel, so that a captured CUDA graph reads the current number on each replay.
 struct AdamW {
     const AdamWTensor* tensors;   // (count,)
     int64_t count;
@@ -70,22 +94,10 @@ struct AdamW {
     double lr, beta1, beta2, eps, weight_decay;
     bool stochastic_rounding;   // of bfloat16 parameters: unbiased, a pure function of (seed, step, tensor, element)
     uint64_t seed;
-    bool cautious;   // decays only where m * p >= 0, both in float32 (arXiv:2510.12402)
+    bool cautious;   // decay only where m * p >= 0, both in float32 (arXiv:2510.12402)
     const int64_t* step_address;
     const double *lr_address, *weight_decay_address;
-};
-
-// Orthogonalises `batch` matrices. X0 = g / (norm_factor * |g|_F); per triple (a, b, c): A = X X^T, X = a X + (b A + c
-// A A) X.
-struct NewtonSchulz {
-    int64_t batch, M, K;
-    DType dtype;                  // of g and out. CPU: float32 | float64; CUDA: float32, computed in 16 bits
-    const void* g;                // (batch, M, K) contiguous
-    void* out;                    // (batch, M, K) contiguous; may not overlap g
-    const double* norms;          // (batch,) |g|_F where it is known, else null
-    const double* coefficients;   // (steps, 3), on the host
-    int64_t steps;
-    double norm_factor;
+    Execution execution;
 };
 
 // buf = momentum * buf + (1 - momentum) * g;  update = nesterov ? momentum * buf + (1 - momentum) * g : buf
@@ -99,6 +111,7 @@ struct MuonMomentum {
     double momentum;
     bool nesterov;
     const double* momentum_address;   // as AdamW's
+    Execution execution;
 };
 
 // p = (1 - lr * weight_decay) * p - lr * scale * update
@@ -108,28 +121,53 @@ struct MuonUpdate {
     int64_t count, numel;
     DType param_dtype;   // float32 | bfloat16
     double lr, weight_decay, scale;
-    bool cautious;                                     // decays only where update * p >= 0, in float32
+    bool cautious;                                     // decay only where update * p >= 0, in float32
     const double *lr_address, *weight_decay_address;   // as AdamW's
+    Execution execution;
+};
+
+// The plain form takes one step after another on X. The Gram form takes several steps on X X^T or X^T X, whichever is
+// smaller, then multiplies X once and computes the Gram matrix anew ("restart").
+enum class NewtonSchulzForm : int32_t { plain, gram };
+
+// Orthogonalises `batch` matrices:
+//   X = g / (norm_factor * |g|_F)
+//   for each triple (a, b, c):  A = X X^T,  X = a X + (b A + c A A) X
+struct NewtonSchulz {
+    int64_t batch, M, K;
+    DType dtype;                  // of g and out. CPU: float32 | float64; CUDA: float32, computed in 16 bits
+    const void* g;                // (batch, M, K) contiguous
+    void* out;                    // (batch, M, K) contiguous; may not overlap g
+    const double* norms;          // (batch,) |g|_F where it is known, else null
+    const double* coefficients;   // (steps, 3), on the host
+    int64_t steps;
+    double norm_factor;
+    // Only CUDA reads the next two; the CPU kernel chooses its own form.
+    NewtonSchulzForm form;      // see cuda::newton_schulz_form
+    const MuonUpdate* update;   // null, or: the result updates its params (count = batch, numel = M K) instead of being
+                                // written to out, which may then be null. Its own `update` is not read.
+    Execution execution;
 };
 
 namespace cpu {
 
 // Name of the instruction set that the kernels run on: "avx512", "avx2" or "baseline". The environment variable
-// NANOCHAT_CPU_ISA lowers it; throws if it names one that is unknown or that this processor lacks.
+// NANOCHAT_CPU_ISA lowers it. Throws if the variable names a set that is unknown or that this processor lacks.
 const char* instruction_set();
 
-void attention_forward(const AttentionForward&, int threads);
-void attention_backward(const AttentionBackward&, int threads);
+void attention_forward(const AttentionForward&);
+void attention_backward(const AttentionBackward&);
 
-void newton_schulz(const NewtonSchulz&, int threads);
+void newton_schulz(const NewtonSchulz&);
 
-void adamw(const AdamW&, int threads);
-void muon_momentum(const MuonMomentum&, int threads);
-void muon_update(const MuonUpdate&, int threads);
+void adamw(const AdamW&);
+void muon_momentum(const MuonMomentum&);
+void muon_update(const MuonUpdate&);
 
-// z = softcap * tanh(x W^T / softcap) (softcap 0: z = x W^T); loss[n] = logsumexp_v z[n] - z[n, target[n]], 0 where
-// ignored. Logits exist for one chunk of rows at a time. Gradients of grad_scale * sum(loss) are written where asked
-// for.
+// z = softcap * tanh(x W^T / softcap), or x W^T if softcap is 0
+// loss[n] = logsumexp(z[n]) - z[n, targets[n]], or 0 if the target is ignore_index
+// The gradients of grad_scale * sum(loss) are written where they are not null. Logits exist for one chunk of rows at a
+// time.
 struct LinearCrossEntropy {
     int64_t N, C, V;
     DType dtype;              // float32 | float64 | bfloat16 (computed in float32), of x, weight and both gradients
@@ -142,15 +180,15 @@ struct LinearCrossEntropy {
     void* loss;          // (N,) float64 if dtype is, else float32
     void* grad_x;        // (N, C) or null
     void* grad_weight;   // (V, C) or null
-    int threads;
+    Execution execution;
 };
 void linear_cross_entropy(const LinearCrossEntropy&);
 
-// Whether `linear` outruns torch's own product here: MKL takes a slower path on processors that are not Intel's.
+// Whether `linear` is faster here than torch's own product: MKL takes a slower path on processors that are not Intel's.
 bool linear_pays();
 
-// c = a b in one of the three forms of a linear layer: y = x W^T, dx = dy W, dW = dy^T x. All float32, by rows,
-// contiguous.
+// c = a b in one of the three forms of a linear layer: y = x W^T, dx = dy W, dW = dy^T x.
+// All float32, row-major and contiguous.
 enum class LinearForm { forward, grad_input, grad_weight };
 struct Linear {
     LinearForm form;
@@ -158,22 +196,22 @@ struct Linear {
     const float* a;    // forward: x (N, I);  grad_input: dy (N, O);  grad_weight: dy (N, O)
     const float* b;    // forward: W (O, I);  grad_input: W (O, I);   grad_weight: x (N, I)
     float* c;          // forward: y (N, O);  grad_input: dx (N, I);  grad_weight: dW (O, I)
-    int threads;
+    Execution execution;
 };
 void linear(const Linear&);
 
-// One block's matrices, (outputs, inputs) by rows. window -1: none.
+// The matrices of one transformer block, (outputs, inputs) row-major.
 struct BlockWeights {
     const float *q, *k, *v;   // (H D, C), (Hkv D, C), (Hkv D, C)
     const float* out;         // (C, H D)
     const float* fc;          // (F, C)
     const float* proj;        // (C, F)
-    int64_t window;
+    int64_t window;           // as AttentionShape's
 };
 
-// The whole model, B sequences of T tokens each that continue what the cache holds: token (b, t) stands at position
-// starts[b] + t of slot slots[b], and sees that slot's positions up to its own. All float32, contiguous; C = H D. The
-// bits of a token's numbers depend on neither B, T nor threads.
+// The whole model on a KV cache. B sequences of T tokens each continue what the cache holds: token (b, t) has position
+// starts[b] + t of slot slots[b] and sees the positions of that slot up to its own. All float32 and contiguous; C = H D.
+// The bits of a token's numbers depend neither on B and T nor on the number of threads.
 struct CachedForward {
     int64_t B, T, C, H, Hkv, D, F, V, layers;
     const int64_t* tokens;           // (B, T), in [0, V)
@@ -181,67 +219,55 @@ struct CachedForward {
     const float* wte;                // (V, C)
     const BlockWeights* blocks;      // (layers,)
     const float* lm_head;            // (V, C)
-    const float *cos, *sin;          // (positions, D / 2), rows of cos cos_stride apart
+    const float *cos, *sin;          // (positions, D / 2); rows of cos are cos_stride apart
     int64_t cos_stride;
     float* cache;   // (layers, slot_count, capacity, 2 Hkv, D): keys, then values; written
     int64_t slot_count, capacity;
     double softcap;   // 0: none
     float* logits;    // (B, V) of each sequence's last token, or null
-    int threads;
+    Execution execution;
 };
 void cached_forward(const CachedForward&);
 
 }   // namespace cpu
 
+// CUDA kernels enqueue their work on the stream; launch errors throw std::runtime_error. The same inputs give the same
+// bits on one kind of GPU.
 namespace cuda {
 
-// What kernels are chosen by: of the GPU that is current.
-struct Device {
-    int multiprocessors;
-    bool hopper;   // takes what was compiled for sm_90a: tensor copies and wgmma
-};
-
-// Asks the runtime, once a GPU; throws std::runtime_error where there is none. The environment variable
-// NANOCHAT_CUDA_ISA, sm_80 or sm_90a, lowers the instruction set; std::invalid_argument if it names one that is unknown
-// or that this GPU, or this build, lacks.
+// Asks the runtime about the current GPU, once per GPU. Throws std::runtime_error if there is none. The environment
+// variable NANOCHAT_CUDA_ISA, sm_80 or sm_90a, lowers the instruction set. Throws std::invalid_argument if the variable
+// names a set that is unknown or that this GPU, or this build, lacks.
 Device current_device();
 
-// No size is 0; D is a multiple of 8 up to 128; addresses are multiples of 16 bytes, strides of 8 elements. `lengths`
-// (B,), or null, lies on the device: sequence b has lengths[b] keys (clamped to 0 .. Tk), and Tk is but the room for
-// them. The same inputs give the same bits on one kind of GPU.
-void attention_forward(const AttentionForward&, const int64_t* lengths, const Device&, void* workspace, void* stream);
-int64_t attention_forward_workspace_bytes(const AttentionForward&, const Device&);
+// No size is 0; D is a multiple of 8 up to 128; addresses are multiples of 16 bytes, strides of 8 elements.
+void attention_forward(const AttentionForward&);
+int64_t attention_forward_workspace_bytes(const AttentionForward&);
 
-void attention_backward(const AttentionBackward&, const Device&, void* workspace, void* stream);
-int64_t attention_backward_workspace_bytes(const AttentionBackward&, const Device&);
+void attention_backward(const AttentionBackward&);
+int64_t attention_backward_workspace_bytes(const AttentionBackward&);
 
-// stream: a cudaStream_t. Work is enqueued on it; launch errors throw std::runtime_error.
-// The number of launches does not grow with the number of tensors: one for every several hundred of them.
-void adamw(const AdamW&, void* workspace, void* stream);
-int64_t adamw_workspace_bytes(const AdamW&);   // of device memory, 16-byte aligned, contents of no account; 0: none
+// One launch handles several hundred tensors, so the number of launches hardly grows with the number of tensors.
+void adamw(const AdamW&);
+int64_t adamw_workspace_bytes(const AdamW&);   // 0: none is needed
 
-void muon_momentum(const MuonMomentum&, void* workspace, void* stream);
+void muon_momentum(const MuonMomentum&);
 int64_t muon_momentum_workspace_bytes(const MuonMomentum&);
 
-void muon_update(const MuonUpdate&, void* stream);
+void muon_update(const MuonUpdate&);
 
-// How the steps are taken: one after another on X, or, in the Gram form, several at once on X X^T or X^T X, whichever
-// is smaller, with X multiplied once and the Gram matrix computed anew ("restart") in between.
-enum class NewtonSchulzForm : int32_t { plain, gram };
-NewtonSchulzForm newton_schulz_form(const NewtonSchulz&);   // the one with less work
-
-// Products of float16 with float32 sums, or of bfloat16 where the coefficients let numbers grow too large for that.
-// With `update` (of count = batch, numel = M K) the result goes into its params instead of to out, which may be null;
-// its own `update` is not read. The number of launches does not grow with batch: one series for every kMostMatrices.
-// The same inputs give the same bits on one kind of GPU.
+// Products of float16 with float32 sums, or of bfloat16 if the coefficients let numbers grow too large for float16. One
+// series of launches handles kMostMatrices matrices.
 constexpr int64_t kMostMatrices = 512;
-void newton_schulz(const NewtonSchulz&, NewtonSchulzForm, const MuonUpdate* update, const Device&, void* workspace,
-                   void* stream);
-int64_t newton_schulz_workspace_bytes(const NewtonSchulz&, NewtonSchulzForm);
+void newton_schulz(const NewtonSchulz&);
+int64_t newton_schulz_workspace_bytes(const NewtonSchulz&);
+NewtonSchulzForm newton_schulz_form(const NewtonSchulz&);   // the form with less work; does not read `form`
 
-// One chunk of rows of linear_cross_entropy, between the library's products: z = softcap * tanh(x / softcap) (softcap
-// 0: z = x), loss = logsumexp(z) - z[target], and on request the logits' gradient in their place. Computed in float32.
-// A target that is neither in [0, V) nor ignore_index gives NaN in its row: to say more, the stream would have to wait.
+// One chunk of rows of linear_cross_entropy, between the library's products, computed in float32:
+//   z = softcap * tanh(x / softcap), or x if softcap is 0
+//   loss = logsumexp(z) - z[target]
+// If grad_scale is not null, the gradient overwrites the logits. A target that is neither in [0, V) nor ignore_index
+// makes the loss and the gradient of its row NaN: an error message would need a wait for the stream.
 struct SoftcapCrossEntropy {
     int64_t rows, V;
     DType dtype;              // float32 | bfloat16, of logits
@@ -251,8 +277,9 @@ struct SoftcapCrossEntropy {
     double softcap;
     const float* grad_scale;   // one number in device memory; null: logits are only read
     float* loss;               // (rows,), 0 where ignored
+    Execution execution;
 };
-void softcap_cross_entropy(const SoftcapCrossEntropy&, void* stream);
+void softcap_cross_entropy(const SoftcapCrossEntropy&);
 
 }   // namespace cuda
 

@@ -1,4 +1,4 @@
-// The Python module: importing it registers the operators; build_info() says what was built.
+// The Python module. Importing it registers the operators; build_info() returns what was built.
 #include <pybind11/pybind11.h>
 
 #include "../csrc/kernels.h"

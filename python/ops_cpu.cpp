@@ -1,4 +1,4 @@
-// The operators on CPU tensors: check, allocate, call csrc/kernels.h.
+// The operators on CPU tensors: check the arguments, allocate the results, call csrc/kernels.h.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -11,6 +11,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "arguments.h"
 #include "tensor_checks.h"
 
 namespace nanochat {
@@ -18,8 +19,8 @@ namespace {
 
 using at::Tensor;
 
-// The kernels run alone where they may not start a team: inside a parallel region, and in a forked child.
-int threads() { return at::get_num_threads(); }
+// The kernels use one thread where they may not start a team: inside a parallel region and in a forked child.
+Execution execution() { return {.threads = at::get_num_threads()}; }
 
 at::ScalarType accumulate_type(const Tensor& tensor) {
     return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -29,24 +30,6 @@ at::ScalarType accumulate_type(const Tensor& tensor) {
 
 Tensor with_unit_stride(const Tensor& tensor) {
     return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
-}
-
-// Runs each sequence by itself, with its own number of keys.
-void attention_forward_by_length(AttentionForward arguments, const int64_t* lengths) {
-    const int64_t B = arguments.shape.B, rows = arguments.shape.H * arguments.shape.Tq;
-    const int64_t element = arguments.dtype == DType::float64 ? 8 : arguments.dtype == DType::bfloat16 ? 2 : 4;
-    const auto advance = [](const void* address, int64_t bytes) { return static_cast<const char*>(address) + bytes; };
-    const auto advance_written = [](void* address, int64_t bytes) { return static_cast<char*>(address) + bytes; };
-    arguments.shape.B = 1;
-    for (int64_t b = 0; b < B; ++b) {
-        arguments.shape.Tk = lengths[b];
-        cpu::attention_forward(arguments, threads());
-        arguments.q = advance(arguments.q, arguments.q_strides.b * element);
-        arguments.k = advance(arguments.k, arguments.k_strides.b * element);
-        arguments.v = advance(arguments.v, arguments.v_strides.b * element);
-        arguments.out = advance_written(arguments.out, arguments.out_strides.b * element);
-        arguments.lse = advance_written(arguments.lse, rows * std::max<int64_t>(4, element));
-    }
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
@@ -65,11 +48,9 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
     if (k.numel() == 0 || q.numel() == 0) {
         return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
     }
-    const AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse);
-    run_kernel([&] {
-        lengths_ ? attention_forward_by_length(arguments, lengths.const_data_ptr<int64_t>())
-                 : cpu::attention_forward(arguments, threads());
-    });
+    AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse, lengths);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::attention_forward(arguments); });
     return {out, lse};
 }
 
@@ -88,8 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
     if (k.numel() == 0 || q.numel() == 0) {
         return {dq.zero_(), dk.zero_(), dv.zero_()};
     }
-    const AttentionBackward arguments = attention_backward_arguments(shape, dtype, q, k, v, out, dout, lse, dq, dk, dv);
-    run_kernel([&] { cpu::attention_backward(arguments, threads()); });
+    AttentionBackward arguments = attention_backward_arguments(shape, dtype, q, k, v, out, dout, lse, dq, dk, dv);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::attention_backward(arguments); });
     return {dq, dk, dv};
 }
 
@@ -102,7 +84,8 @@ Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double 
                                                      {at::kFloat, at::kDouble}, storage);
     Tensor out = at::empty(g.sizes(), g.options());
     arguments.out = out.mutable_data_ptr();
-    if (arguments.batch > 0) run_kernel([&] { cpu::newton_schulz(arguments, threads()); });
+    arguments.execution = execution();
+    if (arguments.batch > 0) run_kernel([&] { cpu::newton_schulz(arguments); });
     return out;
 }
 
@@ -113,10 +96,11 @@ void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs
             bool stochastic_rounding, int64_t seed, bool cautious, const std::optional<Tensor>& step_tensor,
             const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<AdamWTensor> storage;
-    const AdamW arguments =
-        adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay,
-                        stochastic_rounding, seed, cautious, step_tensor, lr_tensor, weight_decay_tensor, storage);
-    run_kernel([&] { cpu::adamw(arguments, threads()); });
+    AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay,
+                                      stochastic_rounding, seed, cautious, step_tensor, lr_tensor, weight_decay_tensor,
+                                      storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::adamw(arguments); });
     for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
 }
 
@@ -124,9 +108,10 @@ std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList m
                                           bool nesterov, bool with_norms,
                                           const std::optional<Tensor>& momentum_tensor) {
     MuonMomentumStorage storage;
-    const MuonMomentum arguments =
+    MuonMomentum arguments =
         muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms, momentum_tensor, storage);
-    run_kernel([&] { cpu::muon_momentum(arguments, threads()); });
+    arguments.execution = execution();
+    run_kernel([&] { cpu::muon_momentum(arguments); });
     mark_updated(momentum_buffers);
     return {storage.update, storage.norms};
 }
@@ -135,9 +120,10 @@ void muon_update_(at::TensorList params, const Tensor& update, double lr, double
                   bool cautious, const std::optional<Tensor>& lr_tensor,
                   const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<void*> storage;
-    const MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, lr, weight_decay, scale,
-                                                       cautious, lr_tensor, weight_decay_tensor, storage);
-    run_kernel([&] { cpu::muon_update(arguments, threads()); });
+    MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, lr, weight_decay, scale, cautious,
+                                                 lr_tensor, weight_decay_tensor, storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::muon_update(arguments); });
     mark_updated(params);
 }
 
@@ -153,10 +139,11 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
     const Tensor orthogonal = at::empty(update.sizes(), update.options());
     orthogonalise.out = orthogonal.mutable_data_ptr();
     arguments.update = orthogonal.const_data_ptr<float>();
+    orthogonalise.execution = arguments.execution = execution();
     if (orthogonalise.batch > 0) {
         run_kernel([&, &orthogonalise = orthogonalise, &arguments = arguments] {
-            cpu::newton_schulz(orthogonalise, threads());
-            cpu::muon_update(arguments, threads());
+            cpu::newton_schulz(orthogonalise);
+            cpu::muon_update(arguments);
         });
     }
     mark_updated(params);
@@ -182,7 +169,7 @@ Tensor multiply(cpu::LinearForm form, const Tensor& a, const Tensor& b, int64_t 
                      .a = a.const_data_ptr<float>(),
                      .b = b.const_data_ptr<float>(),
                      .c = c.mutable_data_ptr<float>(),
-                     .threads = threads()});
+                     .execution = execution()});
     });
     return c;
 }
@@ -250,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
                                        .loss = losses.mutable_data_ptr(),
                                        .grad_x = needs_grad_x ? grad_x.mutable_data_ptr() : nullptr,
                                        .grad_weight = needs_grad_weight ? grad_weight.mutable_data_ptr() : nullptr,
-                                       .threads = threads()});
+                                       .execution = execution()});
         });
     }
     if (reduction == "none") return {losses, grad_x, grad_weight};
@@ -265,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 
 // --- cached_forward_ ---
 
-constexpr size_t kMatrices = 6;   // of a block: q, k, v, out, fc, proj
+constexpr size_t kMatrices = 6;   // per block: q, k, v, out, fc, proj
 
 Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArrayRef starts, const Tensor& wte,
                        at::TensorList blocks, const Tensor& lm_head, at::IntArrayRef windows, const Tensor& cos,
@@ -302,7 +289,15 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
         const int64_t shapes[kMatrices][2] = {{C, C}, {Hkv * D, C}, {Hkv * D, C}, {C, C}, {F, C}, {C, F}};
         for (size_t m = 0; m < kMatrices; ++m) check("blocks", own[m], shapes[m]);
         const auto data = [&](size_t m) { return own[m].const_data_ptr<float>(); };
-        weights.push_back({data(0), data(1), data(2), data(3), data(4), data(5), windows[layer]});
+        weights.push_back({
+            .q = data(0),
+            .k = data(1),
+            .v = data(2),
+            .out = data(3),
+            .fc = data(4),
+            .proj = data(5),
+            .window = windows[layer],
+        });
     }
     for (int64_t b = 0; b < B; ++b) {
         TORCH_CHECK_VALUE(slots[b] >= 0 && slots[b] < cache.size(1) && starts[b] >= 0 &&
@@ -343,7 +338,7 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
                              .capacity = cache.size(2),
                              .softcap = softcap,
                              .logits = with_logits ? logits.mutable_data_ptr<float>() : nullptr,
-                             .threads = threads()});
+                             .execution = execution()});
     });
     mark_updated(cache);
     return logits;

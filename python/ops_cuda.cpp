@@ -17,6 +17,7 @@
 #include <optional>
 #include <tuple>
 
+#include "arguments.h"
 #include "tensor_checks.h"
 
 namespace nanochat {
@@ -24,19 +25,38 @@ namespace {
 
 using at::Tensor;
 
-// A cudaStream_t. Through the generic interface: torch's own CUDA headers do not compile against a CPU-only torch.
+// Returns a cudaStream_t, through the generic interface: torch's own CUDA headers do not compile with a CPU-only torch.
 void* current_stream(at::Device device) {
     return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-// Torch's allocator hands the memory out again on the same stream alone: it may go before the kernel has run.
+// The tensor may be freed before the kernel has run: torch's allocator reuses its memory on the same stream only.
 Tensor workspace(int64_t bytes, at::Device device) {
     return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
+// Runs a kernel on the current stream of `device`, with the workspace that it asks for. `workspace_bytes` may be null.
+template <class Arguments>
+void launch(void (*kernel)(const Arguments&), int64_t (*workspace_bytes)(const Arguments&), Arguments arguments,
+            at::Device device) {
+    run_kernel([&] {
+        const Tensor space = workspace(workspace_bytes ? workspace_bytes(arguments) : 0, device);
+        arguments.execution.workspace = space.mutable_data_ptr();
+        arguments.execution.stream = current_stream(device);
+        kernel(arguments);
+    });
+}
+
+// The current GPU; what the runtime refuses is a Python error.
+cuda::Device current_gpu() {
+    cuda::Device gpu = {};
+    run_kernel([&] { gpu = cuda::current_device(); });
+    return gpu;
+}
+
 // --- attention ---
 
-// As the kernels read it: 16 bytes at a time, at multiples of 16. Others are copied, and so is what expand() repeats.
+// Copies a tensor that the kernels cannot read in chunks of 16 bytes at multiples of 16, or that expand() repeats.
 Tensor with_whole_chunks(const Tensor& tensor) {
     constexpr int64_t kChunk = 16;
     const int64_t bytes = tensor.element_size();
@@ -49,7 +69,7 @@ Tensor with_whole_chunks(const Tensor& tensor) {
 
 constexpr at::ScalarType kAttentionTypes[] = {at::kBFloat16, at::kHalf};
 
-// lengths are not checked against Tk, which would wait for the stream: the kernel clamps them.
+// The kernel clamps `lengths`: a check here would have to wait for the stream.
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
                                              int64_t window, double scale, const std::optional<Tensor>& lengths_) {
     const char* op = "attention_forward";
@@ -64,13 +84,9 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
     }
     const Tensor q = with_whole_chunks(q_), k = with_whole_chunks(k_), v = with_whole_chunks(v_);
     const Tensor lengths = lengths_ ? lengths_->contiguous() : Tensor();
-    const int64_t* length = lengths_ ? lengths.const_data_ptr<int64_t>() : nullptr;
-    const AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse);
-    run_kernel([&] {
-        const cuda::Device gpu = cuda::current_device();
-        const Tensor space = workspace(cuda::attention_forward_workspace_bytes(arguments, gpu), device);
-        cuda::attention_forward(arguments, length, gpu, space.mutable_data_ptr(), current_stream(device));
-    });
+    AttentionForward arguments = attention_forward_arguments(shape, dtype, q, k, v, out, lse, lengths);
+    arguments.execution.device = current_gpu();
+    launch(cuda::attention_forward, cuda::attention_forward_workspace_bytes, arguments, device);
     return {out, lse};
 }
 
@@ -91,25 +107,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
     }
     const Tensor q = with_whole_chunks(q_), k = with_whole_chunks(k_), v = with_whole_chunks(v_);
     const Tensor dout = with_whole_chunks(dout_), out = with_whole_chunks(out_), lse = lse_.contiguous();
-    const AttentionBackward arguments = attention_backward_arguments(shape, dtype, q, k, v, out, dout, lse, dq, dk, dv);
-    run_kernel([&] {
-        const cuda::Device gpu = cuda::current_device();
-        const Tensor space = workspace(cuda::attention_backward_workspace_bytes(arguments, gpu), device);
-        cuda::attention_backward(arguments, gpu, space.mutable_data_ptr(), current_stream(device));
-    });
+    AttentionBackward arguments = attention_backward_arguments(shape, dtype, q, k, v, out, dout, lse, dq, dk, dv);
+    arguments.execution.device = current_gpu();
+    launch(cuda::attention_backward, cuda::attention_backward_workspace_bytes, arguments, device);
     return {dq, dk, dv};
 }
 
 // --- newton_schulz ---
 
-// Into out, or with `update` into its params.
-void run_newton_schulz(const NewtonSchulz& arguments, const MuonUpdate* update, at::Device device) {
-    run_kernel([&] {
-        const cuda::Device gpu = cuda::current_device();
-        const cuda::NewtonSchulzForm form = cuda::newton_schulz_form(arguments);
-        const Tensor space = workspace(cuda::newton_schulz_workspace_bytes(arguments, form), device);
-        cuda::newton_schulz(arguments, form, update, gpu, space.mutable_data_ptr(), current_stream(device));
-    });
+void run_newton_schulz(NewtonSchulz arguments, at::Device device) {
+    arguments.execution.device = current_gpu();
+    arguments.form = cuda::newton_schulz_form(arguments);
+    launch(cuda::newton_schulz, cuda::newton_schulz_workspace_bytes, arguments, device);
 }
 
 Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double norm_factor,
@@ -120,7 +129,7 @@ Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double 
         newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms, {at::kFloat}, storage);
     Tensor out = at::empty(g.sizes(), g.options());
     arguments.out = out.mutable_data_ptr();
-    if (arguments.batch > 0) run_newton_schulz(arguments, nullptr, g.device());
+    if (arguments.batch > 0) run_newton_schulz(arguments, g.device());
     return out;
 }
 
@@ -131,13 +140,12 @@ void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs
             bool stochastic_rounding, int64_t seed, bool cautious, const std::optional<Tensor>& step_tensor,
             const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<AdamWTensor> storage;
-    const AdamW arguments =
-        adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay,
-                        stochastic_rounding, seed, cautious, step_tensor, lr_tensor, weight_decay_tensor, storage);
+    const AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps,
+                                            weight_decay, stochastic_rounding, seed, cautious, step_tensor, lr_tensor,
+                                            weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
-    const Tensor space = workspace(cuda::adamw_workspace_bytes(arguments), device);
-    run_kernel([&] { cuda::adamw(arguments, space.mutable_data_ptr(), current_stream(device)); });
+    launch(cuda::adamw, cuda::adamw_workspace_bytes, arguments, device);
     for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
 }
 
@@ -149,8 +157,7 @@ std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList m
         muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms, momentum_tensor, storage);
     const at::Device device = grads[0].device();
     const c10::DeviceGuard guard(device);
-    const Tensor space = workspace(cuda::muon_momentum_workspace_bytes(arguments), device);
-    run_kernel([&] { cuda::muon_momentum(arguments, space.mutable_data_ptr(), current_stream(device)); });
+    launch(cuda::muon_momentum, cuda::muon_momentum_workspace_bytes, arguments, device);
     mark_updated(momentum_buffers);
     return {storage.update, storage.norms};
 }
@@ -163,11 +170,11 @@ void muon_update_(at::TensorList params, const Tensor& update, double lr, double
                                                        cautious, lr_tensor, weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
-    run_kernel([&] { cuda::muon_update(arguments, current_stream(device)); });
+    launch(cuda::muon_update, {}, arguments, device);
     mark_updated(params);
 }
 
-// The update of the parameters happens where the last product is written out: a pass less over memory, and no tensor.
+// The epilogue of the last product updates the parameters, which saves a pass over memory and a tensor.
 void newton_schulz_update_(at::TensorList params, const Tensor& update, at::ArrayRef<double> coefficients,
                            double norm_factor, const std::optional<Tensor>& norms, double lr, double weight_decay,
                            double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
@@ -188,16 +195,17 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
     arguments.params = matrices.data();
     arguments.count = orthogonalise.batch;
     arguments.numel = numel;
-    if (orthogonalise.batch > 0) run_newton_schulz(orthogonalise, &arguments, update.device());
+    orthogonalise.update = &arguments;
+    if (orthogonalise.batch > 0) run_newton_schulz(orthogonalise, update.device());
     mark_updated(params);
 }
 
 // --- linear_cross_entropy ---
 
-// Logits exist for so many bytes of rows at a time: 2,048 rows of 65,536 in bfloat16, with which the three products
-// fill a large GPU, and each pass over the (V, C) sums of the weight's gradient is a tenth of its product's time.
+// The logits of one chunk of rows take at most this many bytes: 2,048 rows of 65,536 in bfloat16. The three products then
+// fill a large GPU, and a pass over the (V, C) gradient of the weight takes a tenth of the time of its product.
 constexpr int64_t kLogitBytes = int64_t{256} << 20;
-constexpr int64_t kRowTile = 128;   // of the library's products: chunks are multiples of it where they can be
+constexpr int64_t kRowTile = 128;   // of the library's products; chunks are multiples of it if possible
 
 int64_t chunk_rows(int64_t N, int64_t row_bytes) {
     const int64_t most = std::max<int64_t>(1, kLogitBytes / row_bytes), chunks = (N + most - 1) / most;
@@ -205,7 +213,7 @@ int64_t chunk_rows(int64_t N, int64_t row_bytes) {
     return std::min(most, (even + kRowTile - 1) / kRowTile * kRowTile);
 }
 
-// out = a b, or out += a b, by torch's library; factors of bfloat16 may have float32 sums.
+// out = a b, or out += a b, with torch's library. Factors of bfloat16 may have float32 sums.
 void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate = false) {
     const at::ScalarType type = out.scalar_type();
     if (type == a.scalar_type()) {
@@ -215,8 +223,7 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate = fa
     }
 }
 
-// The host never waits for the device: targets are not checked here (see kernels.h), nor is the count of those that
-// are not ignored known.
+// The host never waits for the device. It neither checks the targets (see kernels.h) nor knows how many are not ignored.
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tensor& targets_,
                                                         double softcap, int64_t ignore_index,
                                                         c10::string_view reduction, bool needs_grad_x,
@@ -226,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
     const at::Device device = x_.device();
     const int64_t N = x_.size(0), C = x_.size(1), V = weight_.size(0);
     const c10::DeviceGuard guard(device);
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;   // which would refuse the products' out=
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;   // it would reject the products' out=
     const Tensor x = x_.contiguous(), weight = weight_.contiguous(), targets = targets_.contiguous();
     const at::TensorOptions float32 = x.options().dtype(at::kFloat);
     const bool mean = reduction == "mean", gradients = needs_grad_x || needs_grad_weight;
@@ -234,12 +241,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 
     Tensor count, grad_scale;
     if (mean) count = at::sum(at::ne(targets, ignore_index));
-    // Where all are ignored this is infinity, which multiplies nothing.
+    // If all targets are ignored, this is infinity, and nothing is multiplied by it.
     if (gradients) grad_scale = mean ? at::reciprocal(count.to(at::kFloat)) : at::ones({}, float32);
 
     Tensor losses = at::empty({N}, float32);
     const Tensor grad_x = needs_grad_x ? at::empty({N, C}, x.options()) : at::empty({0}, x.options());
-    // In float32 where several chunks add to it, and rounded once.
+    // In float32 if several chunks add to it, so that it is rounded only once.
     Tensor grad_weight = at::empty({0}, x.options());
     if (needs_grad_weight) grad_weight = at::empty({V, C}, N > rows ? float32 : x.options());
     if (N == 0) grad_weight.zero_();
@@ -248,18 +255,19 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
         const int64_t own = std::min(rows, N - first);
         const Tensor chunk = x.narrow(0, first, own), logits = buffer.narrow(0, 0, own);
         multiply(logits, chunk, weight.t());
-        run_kernel([&] {
-            cuda::softcap_cross_entropy({.rows = own,
-                                         .V = V,
-                                         .dtype = dtype,
-                                         .logits = logits.mutable_data_ptr(),
-                                         .targets = targets.const_data_ptr<int64_t>() + first,
-                                         .ignore_index = ignore_index,
-                                         .softcap = softcap,
-                                         .grad_scale = gradients ? grad_scale.const_data_ptr<float>() : nullptr,
-                                         .loss = losses.mutable_data_ptr<float>() + first},
-                                        current_stream(device));
-        });
+        const cuda::SoftcapCrossEntropy arguments = {
+            .rows = own,
+            .V = V,
+            .dtype = dtype,
+            .logits = logits.mutable_data_ptr(),
+            .targets = targets.const_data_ptr<int64_t>() + first,
+            .ignore_index = ignore_index,
+            .softcap = softcap,
+            .grad_scale = gradients ? grad_scale.const_data_ptr<float>() : nullptr,
+            .loss = losses.mutable_data_ptr<float>() + first,
+            .execution = {},
+        };
+        launch(cuda::softcap_cross_entropy, {}, arguments, device);
         if (needs_grad_x) multiply(grad_x.narrow(0, first, own), logits, weight);
         if (needs_grad_weight) multiply(grad_weight, logits.t(), chunk, first > 0);
     }

@@ -1,33 +1,32 @@
-// Every operator's signature, once. ops_cpu.cpp and ops_cuda.cpp implement them; nanochat_native/ops/native.py adds the
-// fakes and gradients. What the arguments mean stands in nanochat_native/ops/__init__.py.
+// The signature of every operator. ops_cpu.cpp and ops_cuda.cpp implement them; nanochat_native/ops adds fakes, gradients
+// and the documentation of the arguments.
 #include <torch/library.h>
 
 TORCH_LIBRARY(nanochat_native, m) {
     const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
-    // window -1: none. lengths (B,): of the keys of each sequence. lse (B, H, Tq) is the log-sum-exp of the scaled
-    // scores, which the backward pass needs.
+    // window -1: none. lengths (B,): the number of keys of each sequence. lse (B, H, Tq): the log-sum-exp of the scaled
+    // scores, for the backward pass.
     m.def(
         "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, int window, float scale, Tensor? lengths=None) "
         "-> (Tensor out, Tensor lse)",
         tags);
     m.def(
-        "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, int "
-        "window, "
-        "float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+        "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, "
+        "int window, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
         tags);
 
-    // coefficients: a, b, c of each step in turn.
+    // coefficients: a, b, c of each step, in order.
     m.def("newton_schulz(Tensor g, float[] coefficients, float norm_factor, Tensor? norms) -> Tensor", tags);
 
-    // A *_tensor, 0-d and on the device, replaces the number of its name (step int64, the others float64): what a
-    // captured CUDA graph reads when it is replayed.
+    // A *_tensor, 0-d and on the device, replaces the number of the same name (step int64, the others float64). A captured
+    // CUDA graph reads it on each replay.
     m.def(
         "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, *, int step, "
         "float lr, float beta1, float beta2, float eps, float weight_decay, bool stochastic_rounding, int seed, "
         "bool cautious, Tensor? step_tensor, Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
         tags);
-    // norms is empty unless asked for, else (count,) float64.
+    // norms: (count,) float64 if requested, else empty.
     m.def(
         "muon_momentum_(Tensor[] grads, Tensor(a!)[] momentum_buffers, float momentum, bool nesterov, bool with_norms, "
         "Tensor? momentum_tensor) -> (Tensor update, Tensor norms)",
@@ -44,15 +43,15 @@ TORCH_LIBRARY(nanochat_native, m) {
         "Tensor? weight_decay_tensor) -> ()",
         tags);
 
-    // x (N, I), weight (O, I); dy (N, O). A gradient that is not needed is empty.
+    // x (N, I), weight (O, I), dy (N, O). A gradient that is not needed is empty.
     m.def("linear(Tensor x, Tensor weight) -> Tensor", tags);
     m.def(
         "linear_backward(Tensor dy, Tensor x, Tensor weight, bool needs_grad_x, bool needs_grad_weight) "
         "-> (Tensor dx, Tensor dweight)",
         tags);
 
-    // blocks: c_q, c_k, c_v, c_proj, c_fc, c_proj of each layer in turn; windows: of each layer, -1 none. logits is
-    // empty unless asked for, else (B, V).
+    // blocks: c_q, c_k, c_v, c_proj, c_fc, c_proj of each layer, in order. windows: one per layer, -1 none. logits: (B, V)
+    // if requested, else empty.
     m.def(
         "cached_forward_(Tensor tokens, int[] slots, int[] starts, Tensor wte, Tensor[] blocks, Tensor lm_head, "
         "int[] windows, Tensor cos, Tensor sin, Tensor(a!) cache, float softcap, bool with_logits) -> Tensor logits",

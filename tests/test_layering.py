@@ -43,7 +43,7 @@ def test_kernels_include_nothing_of_torch_or_python(path):
             assert not re.match(r"<(torch|ATen|c10|pybind11|Python\.h|numpy)", include)
         else:
             target = (path.parent / include[1:]).resolve()
-            home = ROOT / ("csrc/cuda/device" if path.parent.name == "device" else "csrc")
+            home = ROOT / ("csrc/cuda/ptx" if path.parent.name == "ptx" else "csrc")
             assert target.is_file(), include
             assert target.is_relative_to(home), include
 
@@ -72,7 +72,7 @@ def test_kernels_know_nothing_of_the_emulation_and_it_is_in_no_binary():
 def test_the_emulation_includes_nothing_of_the_kernels_but_layouts():
     for path in native_files("csrc/emulation", ".h", ".cpp"):
         outside = {include[1:] for include in includes(path) if include.startswith('"../')}
-        assert outside <= {"../kernels.h", "../cuda/device/layouts.h"}, path
+        assert outside <= {"../kernels.h", "../cuda/ptx/layouts.h"}, path
 
 
 def test_every_operator_is_declared_once_and_has_a_cpu_kernel():

@@ -1,8 +1,8 @@
-// The whole model on a KV cache, in one call: generation multiplies matrices by few rows, so it is bound by reading the
-// weights once, and by what lies between two products. One team of threads runs all of it with barriers of its own.
+// The whole model on a KV cache, in one call. Generation multiplies matrices by few rows, so its time goes into reading
+// the weights once and into the gaps between products. One team of threads runs all of it, with barriers of its own.
 //
-// Every number is computed by one chain of operations that neither the other rows nor the number of threads change, so
-// a token has the same bits whatever it is batched with and however its prompt is cut.
+// Every number is computed by one chain of operations, which depends neither on the other rows nor on the number of
+// threads. So a token has the same bits whatever it is batched with and however its prompt is cut.
 #include <linux/futex.h>
 #include <omp.h>
 #include <sys/syscall.h>
@@ -20,8 +20,8 @@ using cpu::CachedForward;
 
 constexpr float kEps = 1.1920929e-7f;   // 2^-23, of every RMSNorm
 constexpr int W = kLanes<float>;
-constexpr int64_t kKeys = 64;   // scores of a query that are computed, and normalised, at a time
-constexpr int kSpins = 1000;    // some 50 us: longer than a barrier takes, unless another program has the core
+constexpr int64_t kKeyChunk = 64;   // scores of a query that are computed and normalised at a time
+constexpr int kSpins = 1000;        // about 50 us: longer than a barrier takes, unless another program has the core
 
 // --- the team ---
 
@@ -29,8 +29,8 @@ struct Barrier {
     int arrived, passed, asleep;
 };
 
-// Spins, since the others are mostly about to come, and then sleeps: a thread that shares its core with the one that it
-// waits for must leave it.
+// Spins first, because the others usually arrive soon, and then sleeps: a thread that shares its core with the thread
+// that it waits for must give up the core.
 NANOCHAT_INLINE void wait_for_all(Barrier* barrier, int team) {
     if (team == 1) return;
     const int passed = __atomic_load_n(&barrier->passed, __ATOMIC_RELAXED);
@@ -55,7 +55,7 @@ struct Team {
     int rank, size;
     Barrier* barrier;
     NANOCHAT_INLINE void wait() const { wait_for_all(barrier, size); }
-    // This thread's share of n things, in whole multiples of `unit`.
+    // This thread's share of n items, in whole multiples of `unit`.
     NANOCHAT_INLINE int64_t begin(int64_t n, int64_t unit = 1) const { return ceil_div(n, unit) * rank / size * unit; }
     NANOCHAT_INLINE int64_t end(int64_t n, int64_t unit = 1) const {
         return minimum(n, ceil_div(n, unit) * (rank + 1) / size * unit);
@@ -74,8 +74,8 @@ struct Sums {
     Vec<float> v[W];
 };
 
-// Adds v[i] and v[i + s] into v[i], lanes in pairs that are s apart: of v[i] in the lanes without bit s, of v[i + s] in
-// those with it.
+// Adds pairs of lanes that are s apart. v[i] receives the sums of v[i] in the lanes without bit s, and those of v[i + s]
+// in the lanes with it.
 template <int s>
 NANOCHAT_INLINE void fold(Sums& sums) {
     typedef Vec<int32_t> Index;
@@ -93,13 +93,14 @@ NANOCHAT_INLINE void fold(Sums& sums) {
     if constexpr (s > 1) fold<s / 2>(sums);
 }
 
-// Lane i of the result is the sum of the lanes of sums.v[i], each added up in the same order.
+// Lane i of the result is the sum of the lanes of sums.v[i]. All of them are added in the same order.
 NANOCHAT_INLINE Vec<float> sum_each(Sums sums) {
     fold<W / 2>(sums);
     return sums.v[0];
 }
 
-// x[r] . w[j] of R rows of x and W / R rows of w, in lane r * (W / R) + j; rows are x_stride and w_stride apart.
+// Lane r * (W / R) + j of the result is x[r] . w[j], for R rows of x and W / R rows of w. The rows are x_stride and
+// w_stride apart.
 template <int R, bool prefetch>
 NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride, const float* w, int64_t w_stride) {
     constexpr int J = W / R;
@@ -121,7 +122,7 @@ NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride,
     return sum_each(sums);
 }
 
-// The same of one row each, in every lane, for K that is no multiple of W: the rest is filled up with zeros.
+// The same for one row each and any K, with the result in every lane. Zeros fill the last vector.
 NANOCHAT_INLINE Vec<float> dot_part(int64_t K, const float* x, const float* w) {
     Sums sums{};
     for (int64_t k = 0; k < K; k += W)
@@ -131,7 +132,7 @@ NANOCHAT_INLINE Vec<float> dot_part(int64_t K, const float* x, const float* w) {
     return sum_each(sums);
 }
 
-// put(row, output, sum) for R rows of x (rows, K), from `row` on, and the rows of w (outputs, K) in [begin, end).
+// Calls put(row, output, sum) for R rows of x (rows, K) from `row` on and the rows of w (outputs, K) in [begin, end).
 template <int R, class Put>
 NANOCHAT_INLINE void multiply_tile(int64_t K, const float* x, int64_t row, const float* w, int64_t begin, int64_t end,
                                    bool prefetch, const Put& put) {
@@ -153,8 +154,8 @@ NANOCHAT_INLINE void multiply_tile(int64_t K, const float* x, int64_t row, const
         for (int j = 0; j < J; j++) put(row + r, begin + j, sums[r * J + j]);
 }
 
-// put(row, output, sum) for all rows of x (rows, K) and the rows of w (outputs, K) in [begin, end). Weights are read
-// once: few rows of them stay in L1 while all rows of x pass by.
+// Calls put(row, output, sum) for all rows of x (rows, K) and the rows of w (outputs, K) in [begin, end). Weights are
+// read once: a few of their rows stay in L1 while all rows of x pass by.
 template <class Put>
 __attribute__((noinline)) void multiply(int64_t K, const float* x, int64_t rows, const float* w, int64_t begin,
                                         int64_t end, const Put& put) {
@@ -181,7 +182,7 @@ NANOCHAT_INLINE float inverse_rms(const float* x, int64_t n) {
     return 1.0f / __builtin_sqrtf(sum_lanes<float>(sum) / static_cast<float>(n) + kEps);
 }
 
-// to = norm(x rotated by its position's angles), D numbers: (x1 cos + x2 sin, x2 cos - x1 sin) of the halves.
+// to = norm(x rotated by the angles of its position), D numbers. The halves become (x1 cos + x2 sin, x2 cos - x1 sin).
 NANOCHAT_INLINE void rotate_and_norm(const float* x, const float* cos, const float* sin, int64_t D, float* to) {
     const int64_t half = D / 2;
     for (int64_t i = 0; i < half; i++) {
@@ -195,21 +196,21 @@ NANOCHAT_INLINE void rotate_and_norm(const float* x, const float* cos, const flo
 
 // --- attention ---
 
-// What one chunk of keys says to one query: the largest score, the sum of exp(score - largest), and the values weighted
-// by that.
+// The softmax of one query over one chunk of keys: the largest score and the sum of exp(score - largest). The values,
+// weighted by exp(score - largest), are stored beside it.
 struct Partial {
     float largest, sum;
 };
 
-// R queries, q_stride apart, see keys [first[r], last[r]) of one chunk, at least one each; keys and values of a head
-// are `stride` apart. A key that only others of the queries see weighs 0. Lanes are those of the place in the chunk, so
-// that sums are in one order whatever R is.
+// Attention of R queries, q_stride apart, over keys [first[r], last[r]) of one chunk, at least one key each. Keys and
+// values of a head are `stride` apart. A key that a query does not see has weight 0. The lane of a key depends on its
+// place in the chunk alone, so that sums are in one order whatever R is.
 template <int R>
 NANOCHAT_INLINE void attend(const float* q, int64_t q_stride, const float* keys, const float* values, int64_t stride,
                             int64_t D, const int64_t (&first)[R], const int64_t (&last)[R], float scale,
                             Partial* const (&partials)[R], float* const (&out)[R]) {
     constexpr int J = W / R;
-    float scores[R][kKeys];
+    float scores[R][kKeyChunk];
     int64_t begin = first[0], end = last[0];
     for (int r = 1; r < R; r++) begin = minimum(begin, first[r]), end = maximum(end, last[r]);
     const int64_t begin_lane = begin / W * W;
@@ -275,7 +276,7 @@ NANOCHAT_INLINE void attend(const float* q, int64_t q_stride, const float* keys,
         }
 }
 
-// out = the chunks' values, weighted by what each says of the others.
+// out = the softmax over all chunks, from the softmax of each.
 NANOCHAT_INLINE void combine(const Partial* partials, const float* values, int64_t chunks, int64_t D, float* out) {
     float largest = partials[0].largest, sum = 0;
     for (int64_t c = 1; c < chunks; c++) largest = maximum(largest, partials[c].largest);
@@ -292,13 +293,13 @@ NANOCHAT_INLINE void combine(const Partial* partials, const float* values, int64
 
 struct Pass {
     const CachedForward& args;
-    int64_t N, heads, chunks;   // rows; heads of q, k and v together; most chunks of keys that a row sees
+    int64_t N, heads, chunks;   // rows; heads of q, k and v together; chunks of keys that a row sees at most
     float *x = nullptr, *qkv = nullptr, *q = nullptr, *attended = nullptr, *hidden = nullptr, *values = nullptr;
     Partial* partials = nullptr;
     float* inverse = nullptr;   // (threads, N)
     Barrier* barrier = nullptr;
 
-    void lay_out(cpu::Arena& arena) {
+    void carve_workspace(cpu::Arena& arena) {
         const int64_t F = args.F, HD = args.H * args.D;
         x = arena.take<float>(N * args.C);
         qkv = arena.take<float>(N * heads * args.D);
@@ -307,7 +308,7 @@ struct Pass {
         hidden = arena.take<float>(N * F);
         values = arena.take<float>(N * args.H * chunks * args.D);
         partials = arena.take<Partial>(N * args.H * chunks);
-        inverse = arena.take<float>(args.threads * N);
+        inverse = arena.take<float>(args.execution.threads * N);
         barrier = arena.take<Barrier>(1);
     }
 
@@ -315,7 +316,7 @@ struct Pass {
     NANOCHAT_INLINE int64_t first_key(int64_t row, int64_t window) const {
         return window < 0 ? 0 : maximum<int64_t>(0, position(row) - window);
     }
-    NANOCHAT_INLINE float* cell(int64_t layer, int64_t slot, int64_t at) const {
+    NANOCHAT_INLINE float* cache_at(int64_t layer, int64_t slot, int64_t at) const {
         return args.cache + ((layer * args.slot_count + slot) * args.capacity + at) * 2 * args.Hkv * args.D;
     }
 
@@ -344,12 +345,12 @@ struct Pass {
                      [&](int64_t n, int64_t o, float sum) { qkv[n * width + at + o] = sum * scale[n]; });
     }
 
-    NANOCHAT_INLINE void place(const Team& team, int64_t layer) const {
+    NANOCHAT_INLINE void rotate_and_store(const Team& team, int64_t layer) const {
         const int64_t D = args.D, H = args.H, Hkv = args.Hkv;
         for (int64_t i = team.begin(N * heads); i < team.end(N * heads); i++) {
             const int64_t n = i / heads, head = i % heads, at = position(n);
             const float *from = qkv + i * D, *cos = args.cos + at * args.cos_stride, *sin = args.sin + at * D / 2;
-            float* to = cell(layer, args.slots[n / args.T], at) + (head - H) * D;
+            float* to = cache_at(layer, args.slots[n / args.T], at) + (head - H) * D;
             if (head < H)
                 rotate_and_norm(from, cos, sin, D, q + (n * H + head) * D);
             else if (head < H + Hkv)
@@ -359,34 +360,34 @@ struct Pass {
         }
     }
 
-    // A unit of work: a chunk of keys of a head, for all rows of a sequence and all query heads that share it.
-    NANOCHAT_INLINE void attend_all(const Team& team, int64_t layer, int64_t window) const {
+    // A work item is a chunk of keys of one head, for all rows of a sequence and all query heads that share the head.
+    NANOCHAT_INLINE void attention(const Team& team, int64_t layer, int64_t window) const {
         const int64_t D = args.D, H = args.H, Hkv = args.Hkv, group = H / Hkv, stride = 2 * Hkv * D;
         const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
         int64_t unit = 0;
         for (int64_t b = 0; b < args.B; b++) {
-            const int64_t oldest = first_key(b * args.T, window) / kKeys,
-                          newest = position(b * args.T + args.T - 1) / kKeys;
+            const int64_t oldest = first_key(b * args.T, window) / kKeyChunk,
+                          newest = position(b * args.T + args.T - 1) / kKeyChunk;
             for (int64_t c = oldest; c <= newest; c++)
                 for (int64_t head = 0; head < Hkv; head++, unit++) {
                     if (unit % team.size != team.rank) continue;
-                    const float* keys = cell(layer, args.slots[b], c * kKeys) + head * D;
-                    // Four queries at a time: of neighbouring rows, or in a single row of neighbouring heads.
+                    const float* keys = cache_at(layer, args.slots[b], c * kKeyChunk) + head * D;
+                    // Four queries at a time: from neighbouring rows or, if there is one row, neighbouring heads.
                     const int64_t rows = args.T, across = rows > 1 ? rows : group, along = rows > 1 ? group : 1;
                     for (int64_t a = 0; a < along; a++) {
                         const int64_t row = b * rows, h = head * group + a;
                         int64_t i = 0;
                         while (i < across)
-                            i += attend_some(rows > 1 ? row + i : row, rows > 1 ? h : h + i, rows > 1, across - i, c,
-                                             window, keys, stride, scale);
+                            i += attend_queries(rows > 1 ? row + i : row, rows > 1 ? h : h + i, rows > 1, across - i, c,
+                                                window, keys, stride, scale);
                     }
                 }
         }
     }
 
-    // The queries from (n, h) on, four or one of those that are left: how many.
-    NANOCHAT_INLINE int64_t attend_some(int64_t n, int64_t h, bool by_rows, int64_t left, int64_t chunk, int64_t window,
-                                        const float* keys, int64_t stride, float scale) const {
+    // Computes four of the queries that are left from (n, h) on, or one, and returns how many.
+    NANOCHAT_INLINE int64_t attend_queries(int64_t n, int64_t h, bool by_rows, int64_t left, int64_t chunk,
+                                           int64_t window, const float* keys, int64_t stride, float scale) const {
         const int64_t D = args.D, H = args.H;
         const float* values = keys + args.Hkv * D;
         int64_t first[4], last[4];
@@ -394,10 +395,10 @@ struct Pass {
         float* out[4];
         bool all = left >= 4;
         for (int64_t i = 0; i < minimum<int64_t>(4, left); i++) {
-            const int64_t row = by_rows ? n + i : n, oldest = first_key(row, window), from = chunk * kKeys;
-            const int64_t place = (row * H + (by_rows ? h : h + i)) * chunks + chunk - oldest / kKeys;
+            const int64_t row = by_rows ? n + i : n, oldest = first_key(row, window), from = chunk * kKeyChunk;
+            const int64_t place = (row * H + (by_rows ? h : h + i)) * chunks + chunk - oldest / kKeyChunk;
             first[i] = maximum<int64_t>(0, oldest - from);
-            last[i] = minimum<int64_t>(kKeys, position(row) + 1 - from);
+            last[i] = minimum<int64_t>(kKeyChunk, position(row) + 1 - from);
             to[i] = partials + place;
             out[i] = this->values + place * D;
             all = all && first[i] < last[i];
@@ -410,10 +411,10 @@ struct Pass {
         return all ? 4 : 1;
     }
 
-    NANOCHAT_INLINE void combine_all(const Team& team, int64_t window) const {
+    NANOCHAT_INLINE void combine_chunks(const Team& team, int64_t window) const {
         const int64_t D = args.D, H = args.H;
         for (int64_t i = team.begin(N * H); i < team.end(N * H); i++) {
-            const int64_t n = i / H, count = position(n) / kKeys - first_key(n, window) / kKeys + 1;
+            const int64_t n = i / H, count = position(n) / kKeyChunk - first_key(n, window) / kKeyChunk + 1;
             combine(partials + i * chunks, values + i * chunks * D, count, D, attended + i * D);
         }
     }
@@ -424,15 +425,15 @@ struct Pass {
                  [&](int64_t n, int64_t c, float sum) { x[n * args.C + c] += sum; });
     }
 
-    NANOCHAT_INLINE void run_block(const Team& team, int64_t layer) const {
+    NANOCHAT_INLINE void transformer_block(const Team& team, int64_t layer) const {
         const BlockWeights& block = args.blocks[layer];
         project(team, block);
         team.wait();
-        place(team, layer);
+        rotate_and_store(team, layer);
         team.wait();
-        attend_all(team, layer, block.window);
+        attention(team, layer, block.window);
         team.wait();
-        combine_all(team, block.window);
+        combine_chunks(team, block.window);
         team.wait();
         add_product(team, args.H * args.D, attended, block.out);
         team.wait();
@@ -447,10 +448,10 @@ struct Pass {
         team.wait();
     }
 
-    // Of each sequence's last row.
-    NANOCHAT_INLINE void predict(const Team& team) const {
+    // The logits of the last row of each sequence.
+    NANOCHAT_INLINE void lm_head(const Team& team) const {
         const int64_t C = args.C, T = args.T, V = args.V, begin = team.begin(V, W), end = team.end(V, W);
-        float* last = q;   // of no use any more, and one row of C a sequence fits: C = H D
+        float* last = q;   // no longer needed; a row of C for each sequence fits, since C = H D
         for (int64_t b = team.begin(args.B); b < team.end(args.B); b++) {
             const float* from = x + (b * T + T - 1) * C;
             const float scale = inverse_rms(from, C);
@@ -478,20 +479,20 @@ void cached_forward(const CachedForward& args) {
     for (int64_t layer = 0; layer < args.layers; layer++)
         for (int64_t n = 0; n < pass.N; n++) {
             const int64_t first = pass.first_key(n, args.blocks[layer].window);
-            pass.chunks = maximum(pass.chunks, pass.position(n) / kKeys - first / kKeys + 1);
+            pass.chunks = maximum(pass.chunks, pass.position(n) / kKeyChunk - first / kKeyChunk + 1);
         }
     cpu::Arena arena;
-    pass.lay_out(arena);
+    pass.carve_workspace(arena);
     arena = {static_cast<char*>(cpu::workspace(arena.used))};
-    pass.lay_out(arena);
+    pass.carve_workspace(arena);
     *pass.barrier = {};
-#pragma omp parallel num_threads(args.threads)
+#pragma omp parallel num_threads(args.execution.threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads(), pass.barrier};
         pass.embed(team);
         team.wait();
-        for (int64_t layer = 0; layer < args.layers; layer++) pass.run_block(team, layer);
-        if (args.logits) pass.predict(team);
+        for (int64_t layer = 0; layer < args.layers; layer++) pass.transformer_block(team, layer);
+        if (args.logits) pass.lm_head(team);
     }
 }
 

@@ -1,4 +1,4 @@
-// Chooses the instruction set once, at run time, and forwards every call to its copy of the kernels.
+// Chooses the instruction set once, at run time, and forwards every call to the copy of the kernels compiled for it.
 #include <omp.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -13,51 +13,48 @@
 #include "../kernels.h"
 #include "runtime.h"
 
-#define NANOCHAT_DECLARE(isa)                                  \
-    namespace nanochat::isa {                                  \
-    void attention_forward(const AttentionForward&, int);      \
-    void attention_backward(const AttentionBackward&, int);    \
-    void newton_schulz(const NewtonSchulz&, int threads);      \
-    void adamw(const AdamW&, int threads);                     \
-    void muon_momentum(const MuonMomentum&, int threads);      \
-    void muon_update(const MuonUpdate&, int threads);          \
-    void linear_cross_entropy(const cpu::LinearCrossEntropy&); \
-    void linear(const cpu::Linear&);                           \
-    void cached_forward(const cpu::CachedForward&);            \
-    }
-NANOCHAT_DECLARE(baseline)
-NANOCHAT_DECLARE(avx2)
-NANOCHAT_DECLARE(avx512)
+// Every kernel and its struct of arguments.
+#define NANOCHAT_FOR_EACH_KERNEL(use)                                                                                \
+    use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward)                              \
+        use(newton_schulz, NewtonSchulz) use(adamw, AdamW) use(muon_momentum, MuonMomentum)                          \
+            use(muon_update, MuonUpdate) use(linear_cross_entropy, cpu::LinearCrossEntropy) use(linear, cpu::Linear) \
+                use(cached_forward, cpu::CachedForward)
+
+#define NANOCHAT_DECLARE(kernel, Arguments) void kernel(const Arguments&);
+namespace nanochat {
+namespace baseline {
+NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
+}
+namespace avx2 {
+NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
+}
+namespace avx512 {
+NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
+}
+}   // namespace nanochat
 
 namespace nanochat::cpu {
 namespace {
 
+#define NANOCHAT_MEMBER(kernel, Arguments) void (*kernel)(const Arguments&);
 struct Kernels {
     const char* name;
     bool (*supported)();
-    decltype(&avx512::attention_forward) attention_forward;
-    decltype(&avx512::attention_backward) attention_backward;
-    decltype(&avx512::newton_schulz) newton_schulz;
-    decltype(&avx512::adamw) adamw;
-    decltype(&avx512::muon_momentum) muon_momentum;
-    decltype(&avx512::muon_update) muon_update;
-    decltype(&avx512::linear_cross_entropy) linear_cross_entropy;
-    decltype(&avx512::linear) linear;
-    decltype(&avx512::cached_forward) cached_forward;
+    NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_MEMBER)
 };
 
-#define NANOCHAT_KERNELS(isa, supported) \
-    {#isa,                               \
-     supported,                          \
-     isa::attention_forward,             \
-     isa::attention_backward,            \
-     isa::newton_schulz,                 \
-     isa::adamw,                         \
-     isa::muon_momentum,                 \
-     isa::muon_update,                   \
-     isa::linear_cross_entropy,          \
-     isa::linear,                        \
-     isa::cached_forward}
+#define NANOCHAT_KERNELS(isa, supported_)               \
+    {.name = #isa,                                      \
+     .supported = supported_,                           \
+     .attention_forward = isa::attention_forward,       \
+     .attention_backward = isa::attention_backward,     \
+     .newton_schulz = isa::newton_schulz,               \
+     .adamw = isa::adamw,                               \
+     .muon_momentum = isa::muon_momentum,               \
+     .muon_update = isa::muon_update,                   \
+     .linear_cross_entropy = isa::linear_cross_entropy, \
+     .linear = isa::linear,                             \
+     .cached_forward = isa::cached_forward}
 
 const Kernels kKernels[] = {
     NANOCHAT_KERNELS(avx512,
@@ -87,16 +84,15 @@ const Kernels& kernels() {
     return chosen;
 }
 
-// A forked child inherits the state of the OpenMP pool but none of its threads: a parallel region there would wait for
-// ever.
+// A forked child inherits the state of the OpenMP pool but none of its threads. A parallel region there would never end.
 bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-int team(int threads) { return forked || registered != 0 || omp_in_parallel() || threads < 1 ? 1 : threads; }
-
+// The arguments with the number of threads that may run here.
 template <class Arguments>
 Arguments with_team(Arguments arguments) {
-    arguments.threads = team(arguments.threads);
+    int& threads = arguments.execution.threads;
+    if (forked || registered != 0 || omp_in_parallel() || threads < 1) threads = 1;
     return arguments;
 }
 
@@ -130,14 +126,8 @@ void* workspace(size_t bytes) {
 const char* instruction_set() { return kernels().name; }
 bool linear_pays() { return !__builtin_cpu_is("intel") && kernels().linear != baseline::linear; }
 
-void attention_forward(const AttentionForward& a, int threads) { kernels().attention_forward(a, team(threads)); }
-void attention_backward(const AttentionBackward& a, int threads) { kernels().attention_backward(a, team(threads)); }
-void newton_schulz(const NewtonSchulz& a, int threads) { kernels().newton_schulz(a, team(threads)); }
-void adamw(const AdamW& a, int threads) { kernels().adamw(a, team(threads)); }
-void muon_momentum(const MuonMomentum& a, int threads) { kernels().muon_momentum(a, team(threads)); }
-void muon_update(const MuonUpdate& a, int threads) { kernels().muon_update(a, team(threads)); }
-void linear_cross_entropy(const LinearCrossEntropy& a) { kernels().linear_cross_entropy(with_team(a)); }
-void linear(const Linear& a) { kernels().linear(with_team(a)); }
-void cached_forward(const CachedForward& a) { kernels().cached_forward(with_team(a)); }
+#define NANOCHAT_FORWARD(kernel, Arguments) \
+    void kernel(const Arguments& arguments) { kernels().kernel(with_team(arguments)); }
+NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_FORWARD)
 
 }   // namespace nanochat::cpu

@@ -1,7 +1,7 @@
-// Matrix products in registers. The micro-kernel multiplies a strip of 6 rows of A into a strip of up to kTileVectors
-// vectors of columns of B, holding the 6 x n product in registers over the whole depth (Goto & van de Geijn, "Anatomy
-// of high-performance matrix multiplication", 2008). A is read where it lies, by broadcasts, so it is never packed
-// unless its stride would thrash the cache; B is read as rows of contiguous columns.
+// Matrix products in registers. The micro-kernel multiplies a strip of 6 rows of A by a strip of up to kTileVectors
+// vectors of columns of B and holds the 6 x n product in registers over the whole depth (Goto & van de Geijn, "Anatomy
+// of high-performance matrix multiplication", 2008). A is read in place, by broadcasts, and packed only if its stride
+// would thrash the cache. B is read as rows of contiguous columns.
 #pragma once
 
 #include <cstring>
@@ -14,7 +14,7 @@ constexpr int kTileRows = 6;
 template <class T>
 constexpr int kTileColumns = kTileVectors * kLanes<T>;
 
-// Where A(i, k) lies: by rows at a[i * stride + k], or by columns at a[k * stride + i].
+// The place of A(i, k): a[i * stride + k] by rows, a[k * stride + i] by columns.
 enum class Layout { rows, columns };
 
 // tile[r][v] = sum over k of A(r, k) * B(k, v-th vector). 6 rows of A and NV vectors of B must be readable.
@@ -38,7 +38,7 @@ NANOCHAT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t a_stride, 
     }
 }
 
-// c (6, columns) = A B, or += with `accumulate`; columns is a multiple of the vector's width, and all 6 rows of A and c
+// c (6, columns) = A B, or += with `accumulate`. `columns` is a multiple of the vector width, and all 6 rows of A and c
 // exist.
 template <class T, Layout layout, bool accumulate, int NV>
 NANOCHAT_INLINE void multiply_strip_vectors(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
@@ -108,9 +108,9 @@ NANOCHAT_INLINE void transpose(int64_t rows, int64_t columns, const T* src, int6
         }
 }
 
-// C = alpha * A B + beta * S, for each of a batch. B and C by rows. `lower`: the result is known to be symmetric; only
-// its lower triangle is computed and mirrored. C may be S, and neither A nor B. A result does not depend on how many
-// threads compute it. All is computed in T; A, B, and C with S may be stored in other types.
+// C = alpha * A B + beta * S, for each matrix of a batch. B and C are row-major. `lower`: the result is known to be
+// symmetric; only its lower triangle is computed, and mirrored. C may be S, but neither A nor B. The result does not
+// depend on the number of threads. All is computed in T; A, B, and C with S may be stored in other types.
 template <class T, class A = T, class B = T, class C = T>
 struct Product {
     int64_t M, N, K;
@@ -130,20 +130,21 @@ struct Product {
     int64_t a_batch = 0, b_batch = 0, c_batch = 0, source_batch = 0;   // elements from one of the batch to the next
 };
 
-constexpr int64_t kDepth =
-    128;   // a strip of B, 128 x 64 floats, stays in L1 (32 KB); short chains of sums lose less to rounding
-constexpr int64_t kBlockRows = 192;   // rows of A that share one packed strip of B
-constexpr int64_t kDirectStride =
-    2048;   // bytes between rows of B up to which a strip is read where it lies: two rows a page, L2 holds it
-constexpr int64_t kPrefetchRows =
-    8;   // packed rows are short and a stride apart: beyond the reach of the hardware's prefetcher
+// A strip of B, 128 x 64 floats, stays in L1 (32 KB). Short chains of sums lose less to rounding.
+constexpr int64_t kDepth = 128;
+// Rows of A that share one packed strip of B.
+constexpr int64_t kBlockRows = 192;
+// If the rows of B are at most this many bytes apart, a strip is read in place: two rows a page, and L2 holds it.
+constexpr int64_t kDirectStride = 2048;
+// Packed rows are short and a stride apart, so the hardware does not prefetch them.
+constexpr int64_t kPrefetchRows = 8;
 
-// Scratch of one thread, in elements: a strip of B and a block of A.
+// Elements of one thread's scratch: a strip of B and a block of A.
 template <class T>
 constexpr int64_t kScratch = kDepth * (kTileColumns<T> + kBlockRows);
 
-// c[r][j] = alpha * tile + beta * source for the part of the tile inside rows x columns. With `lower`, only elements at
-// or below the diagonal (row0, column0 place the tile); `mirror` writes their transposes too.
+// c = alpha * tile + beta * source for the part of the tile inside rows x columns; `row` and `column` are the place of
+// the tile. With `lower`, only elements on or below the diagonal are written; `mirror` writes their transposes too.
 template <class T, class A, class B, class C>
 NANOCHAT_INLINE void store_tile(const Vec<T> (&tile)[kTileRows][kTileVectors], const Product<T, A, B, C>& p, C* c,
                                 const C* source, int64_t source_stride, T beta, int64_t row, int64_t rows,
@@ -187,7 +188,7 @@ NANOCHAT_INLINE void prefetch_row(const In* row, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(In))) __builtin_prefetch(row + i);
 }
 
-// count elements of a row of A or B as T, zero up to `padded`.
+// Copies `count` elements of a row of A or B as T, and zeros up to `padded`.
 template <class T, class In>
 NANOCHAT_INLINE void pack_row(const In* from, int64_t count, T* to, int64_t padded) {
     int64_t i = 0;
@@ -210,8 +211,8 @@ void multiply_rows(const Product<T, A, B, C>& p, int64_t index, int64_t row, int
     const int64_t padded = round_up(rows, kTileRows);
     const int64_t end = p.lower ? minimum(column + columns, row + rows) : column + columns;
     const bool by_columns = p.a_layout == Layout::columns;
-    // Packed: A by columns, a stride apart each on another page; A in another type; and, of any A, a last tile of fewer
-    // than 6 rows.
+    // Packed are: A by columns, where every element is on another page; A in another type; and the last tile of any A if
+    // it has fewer than 6 rows.
     const int64_t first_packed = std::is_same_v<T, A> ? rows / kTileRows * kTileRows : 0;
     for (int64_t k0 = 0; k0 < p.K || k0 == 0; k0 += kDepth) {
         const int64_t depth = minimum(kDepth, p.K - k0);
@@ -278,7 +279,7 @@ void multiply_team(const Product<T, A, B, C>& p, int threads, T* scratch) {
     int64_t rows = kBlockRows;
     while (rows > 4 * kTileRows && p.batch * strips * ceil_div(p.M, rows) < 4 * threads) rows /= 2;
     const int64_t blocks = ceil_div(p.M, rows);
-    // From the last rows up: a lower triangle's longest rows first.
+    // From the last rows up, because the longest rows of a lower triangle come first.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < p.batch * blocks * strips; item++) {
         const int64_t index = item / (blocks * strips);

@@ -11,13 +11,13 @@ void linear(const cpu::Linear& args) {
     const int64_t N = args.N, I = args.I, O = args.O;
     const bool forward = args.form == cpu::LinearForm::forward;
     float *transposed, *scratch;
-    const auto lay_out = [&](cpu::Arena arena) {
+    const auto carve_workspace = [&](cpu::Arena arena) {
         transposed = arena.take<float>(forward ? I * O : 0);
-        scratch = arena.take<float>(args.threads * kScratch<float>);
+        scratch = arena.take<float>(args.execution.threads * kScratch<float>);
         return arena.used;
     };
-    lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
-#pragma omp parallel num_threads(args.threads)
+    carve_workspace({static_cast<char*>(cpu::workspace(carve_workspace({})))});
+#pragma omp parallel num_threads(args.execution.threads)
     {
         float* own = scratch + omp_get_thread_num() * kScratch<float>;
         if (forward) {
@@ -25,12 +25,34 @@ void linear(const cpu::Linear& args) {
 #pragma omp for
             for (int64_t o = 0; o < O; o += rows)
                 transpose(minimum(rows, O - o), I, args.b + o * I, I, transposed + o, O);
-            multiply_team(Product<float>{N, O, I, args.a, I, Layout::rows, transposed, O, args.c, O}, args.threads,
-                          own);
-        } else if (args.form == cpu::LinearForm::grad_input) {
-            multiply_team(Product<float>{N, I, O, args.a, O, Layout::rows, args.b, I, args.c, I}, args.threads, own);
+            const Product<float> product = {
+                .M = N,
+                .N = O,
+                .K = I,
+                .a = args.a,
+                .a_stride = I,
+                .a_layout = Layout::rows,
+                .b = transposed,
+                .b_stride = O,
+                .c = args.c,
+                .c_stride = O,
+            };
+            multiply_team(product, args.execution.threads, own);
         } else {
-            multiply_team(Product<float>{O, I, N, args.a, O, Layout::columns, args.b, I, args.c, I}, args.threads, own);
+            const bool grad_input = args.form == cpu::LinearForm::grad_input;
+            const Product<float> product = {
+                .M = grad_input ? N : O,
+                .N = I,
+                .K = grad_input ? O : N,
+                .a = args.a,
+                .a_stride = O,
+                .a_layout = grad_input ? Layout::rows : Layout::columns,
+                .b = args.b,
+                .b_stride = I,
+                .c = args.c,
+                .c_stride = I,
+            };
+            multiply_team(product, args.execution.threads, own);
         }
     }
 }

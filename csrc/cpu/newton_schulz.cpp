@@ -1,15 +1,15 @@
 // Newton-Schulz orthogonalisation (Bernstein & Newhouse 2024; Jordan et al., "Muon", 2024) of a batch of matrices.
 //
-// Every matrix is held tall, X (L, R) with R <= L, so that the Gram matrix X^T X is the small one and every product
-// reads its operands by rows. Products that are symmetric (X^T X, and polynomials of it) are computed by half and
-// mirrored.
+// Every matrix is held tall, X (L, R) with R <= L, so that X^T X is the smaller Gram matrix and every product reads its
+// operands by rows. For symmetric products (X^T X and its polynomials), one half is computed and mirrored.
 //
 // Per triple (a, b, c) the factor of the step is F = a I + b G + c G^2 with G = X^T X, and X becomes X F. The Gram form
 // runs all steps on the small side: every F is a polynomial of the first G, so they commute, G becomes F G F, their
-// product Q stays symmetric, and X is multiplied once, by Q. G's rounding is amplified by the square of what the steps
-// amplify the smallest singular values by (485^2 for five quintic steps), which in float would lose to the plain form;
-// the small side is therefore held in double, and the result is the more exact one. The last product runs in double
-// too: Q's large part cancels in it. In units of R^3, with r = L / R: plain 5 (3 r + 1), Gram 6 r + 34.
+// product Q stays symmetric, and X is multiplied once, by Q. The rounding of G is amplified by the square of the factor
+// by which the steps amplify the smallest singular values (485^2 for five quintic steps). In float that would lose to
+// the plain form, so the small side is held in double, and the result is more exact than the plain form's. The last
+// product runs in double too, because the large part of Q cancels in it.
+// Work in units of R^3, with r = L / R:  plain 5 (3 r + 1),  Gram 6 r + 34.
 #include <omp.h>
 
 #include "../kernels.h"
@@ -43,26 +43,64 @@ struct Batch {
     int threads;
     T* scratch;   // of this thread
 
-    // c = alpha a b + beta source for symmetric (R, R) results.
+    // c = alpha a b + beta source, whose (R, R) results are symmetric.
     template <class In>
     void symmetric(const In* a, Layout layout, int64_t depth, const In* b, T* c, T alpha, const T* source,
                    T beta) const {
-        multiply_team(Product<T, In, In, T>{R,     R,    depth,  a, R,    layout, b,         R,         c,     R,
-                                            alpha, beta, source, R, true, count,  depth * R, depth * R, R * R, R * R},
-                      threads, scratch);
+        const Product<T, In, In, T> product = {
+            .M = R,
+            .N = R,
+            .K = depth,
+            .a = a,
+            .a_stride = R,
+            .a_layout = layout,
+            .b = b,
+            .b_stride = R,
+            .c = c,
+            .c_stride = R,
+            .alpha = alpha,
+            .beta = beta,
+            .source = source,
+            .source_stride = R,
+            .lower = true,
+            .batch = count,
+            .a_batch = depth * R,
+            .b_batch = depth * R,
+            .c_batch = R * R,
+            .source_batch = R * R,
+        };
+        multiply_team(product, threads, scratch);
     }
     // out = x (scale I + factor)
     template <class Out>
     void apply(const Out* x, const T* factor, T scale, Out* out) const {
-        multiply_team(
-            Product<T, Out, T, Out>{
-                L, R,     R,     x,     R,     Layout::rows, factor, R, out, R, T(1), scale, scale != 0 ? x : nullptr,
-                R, false, count, L * R, R * R, L * R,        L * R},
-            threads, scratch);
+        const Product<T, Out, T, Out> product = {
+            .M = L,
+            .N = R,
+            .K = R,
+            .a = x,
+            .a_stride = R,
+            .a_layout = Layout::rows,
+            .b = factor,
+            .b_stride = R,
+            .c = out,
+            .c_stride = R,
+            .alpha = T(1),
+            .beta = scale,
+            .source = scale != 0 ? x : nullptr,
+            .source_stride = R,
+            .lower = false,
+            .batch = count,
+            .a_batch = L * R,
+            .b_batch = R * R,
+            .c_batch = L * R,
+            .source_batch = L * R,
+        };
+        multiply_team(product, threads, scratch);
     }
 };
 
-// G, F: (count, R, R). The result is in x after an even number of steps, else in other.
+// G, F: (count, R, R). The result is in x after an even number of steps, and in `other` after an odd one.
 template <class T>
 void plain_form(const Batch<T>& batch, T* x, T* other, T* G, T* F) {
     for (int64_t step = 0; step < batch.steps; step++) {
@@ -76,11 +114,11 @@ void plain_form(const Batch<T>& batch, T* x, T* other, T* G, T* F) {
     }
 }
 
-// small: four of (count, R, R).
-void gram_form(const Batch<double>& batch, const float* x, double* const (&small)[4], float* out) {
+// square: four batches of (count, R, R).
+void gram_form(const Batch<double>& batch, const float* x, double* const (&square)[4], float* out) {
     const int64_t R = batch.R;
-    double *G = small[0], *F = small[1], *product = small[2], *spare = small[3];
-    double scale = 0;   // the factors gathered so far are scale I + product
+    double *G = square[0], *F = square[1], *product = square[2], *spare = square[3];
+    double scale = 0;   // the product of the factors so far is scale I + product
     batch.symmetric(x, Layout::columns, batch.L, x, G, 1.0, nullptr, 0.0);
     for (int64_t step = 0; step < batch.steps; step++) {
         const double a = batch.coefficients[3 * step], b = batch.coefficients[3 * step + 1],
@@ -109,29 +147,30 @@ void gram_form(const Batch<double>& batch, const float* x, double* const (&small
 }
 
 template <class T>
-void run(const NewtonSchulz& args, int threads) {
+void run(const NewtonSchulz& args) {
+    const int threads = args.execution.threads;
     const int64_t batch = args.batch, M = args.M, K = args.K;
     const bool wide = M < K;
-    const int64_t L = wide ? K : M, R = wide ? M : K, size = M * K, square = R * R;
+    const int64_t L = wide ? K : M, R = wide ? M : K, size = M * K;
     const bool gram = std::is_same_v<T, float> && L >= kGramAspect * R && args.steps > 1;
     const int64_t parts = ceil_div(M, kNormRows);
     const T* g = static_cast<const T*>(args.g);
     T* out = static_cast<T*>(args.out);
 
-    double *partial, *small[4], *double_scratch;
+    double *partial, *square[4], *double_scratch;
     T *spare, *second, *G, *F, *scratch;
-    const auto lay_out = [&](cpu::Arena arena) {
+    const auto carve_workspace = [&](cpu::Arena arena) {
         partial = arena.take<double>(args.norms ? 0 : batch * parts);
         spare = arena.take<T>(batch * size);
         second = arena.take<T>(wide ? batch * size : 0);
-        F = arena.take<T>(gram ? 0 : batch * square);
-        G = arena.take<T>(gram ? 0 : batch * square);
-        for (double*& matrix : small) matrix = arena.take<double>(gram ? batch * square : 0);
+        F = arena.take<T>(gram ? 0 : batch * R * R);
+        G = arena.take<T>(gram ? 0 : batch * R * R);
+        for (double*& matrices : square) matrices = arena.take<double>(gram ? batch * R * R : 0);
         double_scratch = arena.take<double>(gram ? threads * kScratch<double> : 0);
         scratch = arena.take<T>(gram ? 0 : threads * kScratch<T>);
         return arena.used;
     };
-    lay_out({static_cast<char*>(cpu::workspace(lay_out({})))});
+    carve_workspace({static_cast<char*>(cpu::workspace(carve_workspace({})))});
     // X alternates between two buffers; the result of a tall matrix must end in `out`.
     T* const last = wide ? second : out;
     T* const x = gram || args.steps % 2 ? spare : last;
@@ -163,14 +202,20 @@ void run(const NewtonSchulz& args, int threads) {
             for (int64_t i = 0; i < rows * K; i++) scaled[i] = static_cast<T>(static_cast<double>(from[i]) * inverse);
             if (wide) transpose(rows, K, scaled, K, x + index * size + row, M);
         }
+        const auto batch_with = [&]<class U>(U* thread_scratch) {
+            return Batch<U>{
+                .count = batch,
+                .L = L,
+                .R = R,
+                .coefficients = args.coefficients,
+                .steps = args.steps,
+                .threads = threads,
+                .scratch = thread_scratch,
+            };
+        };
         if constexpr (std::is_same_v<T, float>)
-            if (gram)
-                gram_form(
-                    {batch, L, R, args.coefficients, args.steps, threads, double_scratch + thread * kScratch<double>},
-                    x, small, last);
-        if (!gram)
-            plain_form<T>({batch, L, R, args.coefficients, args.steps, threads, scratch + thread * kScratch<T>}, x,
-                          other, G, F);
+            if (gram) gram_form(batch_with(double_scratch + thread * kScratch<double>), x, square, last);
+        if (!gram) plain_form<T>(batch_with(scratch + thread * kScratch<T>), x, other, G, F);
         if (wide) {
 #pragma omp for
             for (int64_t index = 0; index < batch; index++)
@@ -181,9 +226,9 @@ void run(const NewtonSchulz& args, int threads) {
 
 }   // namespace
 
-void newton_schulz(const NewtonSchulz& args, int threads) {
-    if (args.dtype == DType::float64) return run<double>(args, threads);
-    run<float>(args, threads);
+void newton_schulz(const NewtonSchulz& args) {
+    if (args.dtype == DType::float64) return run<double>(args);
+    run<float>(args);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

@@ -1,4 +1,4 @@
-// What kernels need from the process: memory that outlives a call, so that its pages are touched once.
+// Memory that outlives a call, so that its pages are touched only once.
 #pragma once
 
 #include <cstddef>
@@ -6,11 +6,11 @@
 
 namespace nanochat::cpu {
 
-// At least `bytes` of 64-byte aligned memory, owned by the calling thread and valid until its next call. Throws
-// std::bad_alloc.
+// Returns at least `bytes` of 64-byte aligned memory, which belongs to the calling thread and is valid until its next
+// call. Throws std::bad_alloc.
 void* workspace(size_t bytes);
 
-// Hands out consecutive 64-byte aligned arrays; with a null base it only measures.
+// Hands out consecutive 64-byte aligned arrays. With a null base it only counts bytes.
 struct Arena {
     char* base = nullptr;
     size_t used = 0;

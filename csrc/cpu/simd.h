@@ -1,7 +1,7 @@
 // Vectors of the instruction set that this file is compiled for. Every kernel file is compiled once per set, with
-// NANOCHAT_ISA as the name of the namespace that keeps the copies apart. Nothing here or in the kernels may emit a
-// symbol that the linker merges across those copies (no inline function of the standard library): code for a newer
-// processor could then be picked on an older one.
+// NANOCHAT_ISA as the name of the namespace that keeps the copies apart. Neither this file nor a kernel may emit a
+// symbol that the linker merges across the copies (no inline function of the standard library): an older processor
+// could then run code for a newer one.
 #pragma once
 
 #include <cstddef>
@@ -66,7 +66,7 @@ NANOCHAT_INLINE void store(T* p, Vec<T> v) {
 
 NANOCHAT_INLINE float to_float(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
 
-// Round to nearest even; a NaN stays a NaN.
+// Rounds to nearest even; a NaN stays a NaN.
 NANOCHAT_INLINE bfloat16 to_bfloat16(float x) {
     const uint32_t u = __builtin_bit_cast(uint32_t, x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40u)};
@@ -86,7 +86,7 @@ NANOCHAT_INLINE void store(bfloat16* p, Vec<float> v) {
     __builtin_memcpy(p, &h, sizeof h);
 }
 
-// One element of a tensor as the type that the kernel computes in, and back.
+// Read an element of a tensor as the type that the kernel computes in, and write it back.
 NANOCHAT_INLINE float read(const float* p) { return *p; }
 NANOCHAT_INLINE double read(const double* p) { return *p; }
 NANOCHAT_INLINE float read(const bfloat16* p) { return to_float(*p); }
@@ -126,8 +126,8 @@ NANOCHAT_INLINE Vec<T> sqrt_lanes(Vec<T> v) {
 }
 
 // e^x within 2 ulp. x = n ln 2 + r, |r| <= ln(2) / 2; polynomial in r (Taylor, to the precision of the type); scaled by
-// 2^n through the exponent bits. Below the smallest normal result it gives 0, above the largest inf; -inf gives 0 and
-// NaN stays NaN.
+// 2^n through the exponent bits. The result is 0 below the smallest normal number and inf above the largest; -inf gives
+// 0, and NaN stays NaN.
 NANOCHAT_INLINE Vec<float> exp_lanes(Vec<float> x) {
     const Vec<float> lowest = broadcast(-87.33654f), highest = broadcast(88.72283f);
     const Vec<float> clamped = x < lowest ? lowest : (x > highest ? highest : x);
@@ -141,7 +141,7 @@ NANOCHAT_INLINE Vec<float> exp_lanes(Vec<float> x) {
     p = p * r + 1.66666667e-1f;
     p = p * r + 0.5f;
     p = p * (r * r) + r + 1.0f;
-    // Two factors: n reaches 128, whose power of two alone would overflow.
+    // Two factors, because n reaches 128 and 2^128 would overflow.
     typedef Vec<int32_t> Int;
     const Int exponent = __builtin_bit_cast(Int, shifted) - __builtin_bit_cast(int32_t, shifter);
     const Int half = exponent >> 1;

@@ -1,9 +1,8 @@
-// AdamW (arXiv:1711.05101), optionally with cautious weight decay (arXiv:2510.12402), on a list of tensors in one
-// launch.
+// AdamW (arXiv:1711.05101), optionally with cautious weight decay (arXiv:2510.12402), on a list of tensors in one launch.
 //
-// Bound by memory: 28 bytes a float32 parameter, 22 a bfloat16 one with float32 moments, 14 all in bfloat16. While they
-// pass, an H200 can issue 190, 150 and 96 instructions an element; it takes 43, 73 and 66, the latter two with
-// stochastic rounding.
+// Memory-bound: 28 bytes per float32 parameter, 22 per bfloat16 parameter with float32 moments, 14 if all are bfloat16.
+// In that time an H200 can issue 190, 150 and 96 instructions per element. The kernel needs 43, 73 and 66, the last two
+// with stochastic rounding.
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -16,9 +15,9 @@ namespace nanochat::cuda::adamw_kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kThreadElements = 8;   // 64 to 128 bytes of loads under way, 48 to 128 KB a multiprocessor
+constexpr int kThreadElements = 8;   // 64 to 128 bytes of loads in flight, 48 to 128 KB per multiprocessor
 
-// So many blocks share a multiprocessor, which leaves a thread 64 registers, or the 80 that packs of 8 need.
+// Blocks that share a multiprocessor, which leaves 64 registers per thread, or the 80 that packs of 8 need.
 template <int N>
 constexpr int kBlocksResident = N == 8 ? 3 : 4;
 
@@ -28,7 +27,7 @@ constexpr int kFewTensors = 64, kManyTensors = 740;
 template <int capacity>
 struct Table {
     AdamWTensor tensors[capacity];
-    uint32_t first_block[capacity];   // tensor i is worked on by blocks first_block[i] .. first_block[i + 1] - 1
+    uint32_t first_block[capacity];   // tensor i belongs to blocks first_block[i] .. first_block[i + 1] - 1
     int count;
 };
 
@@ -52,18 +51,20 @@ static_assert(sizeof(Table<kManyTensors>) + sizeof(Constants) + sizeof(void*) + 
 NANOCHAT_ANYWHERE Constants derive(const Numbers& n) {
     const double correction1 = 1 - pow(n.beta1, static_cast<double>(n.step));
     const double correction2 = 1 - pow(n.beta2, static_cast<double>(n.step));
-    return {static_cast<float>(n.beta1),
-            static_cast<float>(1 - n.beta1),
-            static_cast<float>(n.beta2),
-            static_cast<float>(1 - n.beta2),
-            static_cast<float>(1 - n.lr * n.weight_decay),
-            static_cast<float>(n.lr / correction1),
-            static_cast<float>(1 / sqrt(correction2)),
-            static_cast<float>(n.eps),
-            static_cast<uint32_t>(n.step)};
+    return {
+        .beta1 = static_cast<float>(n.beta1),
+        .one_minus_beta1 = static_cast<float>(1 - n.beta1),
+        .beta2 = static_cast<float>(n.beta2),
+        .one_minus_beta2 = static_cast<float>(1 - n.beta2),
+        .decay = static_cast<float>(1 - n.lr * n.weight_decay),
+        .step_size = static_cast<float>(n.lr / correction1),
+        .inverse_sqrt_correction2 = static_cast<float>(1 / sqrt(correction2)),
+        .eps = static_cast<float>(n.eps),
+        .step = static_cast<uint32_t>(n.step),
+    };
 }
 
-// One thread, for all of those that follow: double precision is slow on many GPUs.
+// Runs on one thread, for all threads of the next kernel: double precision is slow on many GPUs.
 __global__ void derive_kernel(Numbers numbers, const int64_t* step, const double* lr, const double* weight_decay,
                               Constants* constants) {
     if (step) numbers.step = *step;
@@ -73,7 +74,7 @@ __global__ void derive_kernel(Numbers numbers, const int64_t* step, const double
 }
 
 // Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"), with its published constants.
-// A call gives 16 random bits to each of 8 elements: they depend on nothing but the element's place.
+// A call returns 16 random bits for each of 8 elements. They depend only on the place of the element.
 constexpr int kPhiloxElements = 8;
 struct Philox {
     uint32_t words[4];
@@ -95,8 +96,8 @@ NANOCHAT_DEVICE Philox philox(uint64_t seed, uint64_t counter, uint32_t tensor, 
     return {{c0, c1, c2, c3}};
 }
 
-// To a bfloat16 below or above, with the probabilities that make the expectation x: adds 16 random bits below the last
-// that is kept and cuts, which is unbiased for both signs. Infinity and NaN are kept.
+// Rounds to the bfloat16 below or above, with the probabilities that make x the expectation: adds 16 random bits below the
+// last bit that is kept, and truncates. That is unbiased for both signs. Infinity and NaN are kept.
 NANOCHAT_DEVICE uint32_t round_randomly(float x, uint32_t noise) {
     const uint32_t bits = __float_as_uint(x);
     const uint32_t quiet = bits | ((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x400000 : 0);
@@ -109,11 +110,11 @@ NANOCHAT_DEVICE void set_pair_randomly(Pack<bfloat16, N>& pack, int i, float low
 template <int N>
 NANOCHAT_DEVICE void set_pair_randomly(Pack<float, N>&, int, float, float, uint32_t) {}
 
-// The exact root and quotient branch off for rare cases, zero among them, and take 30 instructions an element; these
-// take 10, with errors of 2^-22.
+// The exact root and quotient branch for rare cases such as zero, and take 30 instructions per element. The approximate
+// ones take 10, with errors of 2^-22.
 NANOCHAT_DEVICE float root(float x) { return x * rsqrtf(fminf(fmaxf(x, FLT_MIN), FLT_MAX)); }
 
-// `first` is the place of the packs' first element in their tensor, a multiple of N.
+// `first` is the index of the packs' first element in their tensor, a multiple of N.
 template <bool stochastic, class P, class M, int N>
 NANOCHAT_DEVICE void update(Pack<P, N>& param, const Pack<P, N>& grad, Pack<M, N>& exp_avg, Pack<M, N>& exp_avg_sq,
                             int64_t first, uint32_t tensor, const Options& options, const Constants& c) {
@@ -170,9 +171,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
     const P* grad = static_cast<const P*>(tensor.grad);
     M* exp_avg = static_cast<M*>(tensor.exp_avg);
     M* exp_avg_sq = static_cast<M*>(tensor.exp_avg_sq);
-    // Tensors that lie in a bucket start at any element.
-    const bool aligned =
-        is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) && is_aligned<N>(exp_avg_sq);
+    // A tensor in a bucket may start at any element.
+    const bool aligned = is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) &&
+                         is_aligned<N>(exp_avg_sq);
 
     if (aligned && (block + 1) * kThreads * kThreadElements <= end) {
         Pack<P, N> p[packs], g[packs];
@@ -225,7 +226,7 @@ void launch(const AdamW& a, const Constants& given, const Constants* derived, vo
         require(blocks <= INT32_MAX, "adamw_: ", table.count, " tensors take ", blocks, " blocks of ", block_elements,
                 " elements; takes up to ", INT32_MAX);
         if (blocks == 0) continue;
-        const Options options = {a.seed, static_cast<uint32_t>(start), a.cautious};
+        const Options options = {.seed = a.seed, .first_tensor = static_cast<uint32_t>(start), .cautious = a.cautious};
         device::launch("adamw_", adamw_kernel<stochastic, P, M, capacity>, dim3(static_cast<uint32_t>(blocks)),
                        dim3(kThreads), 0, stream, table, given, derived, options);
     }
@@ -246,13 +247,21 @@ int64_t adamw_workspace_bytes(const AdamW& a) {
     return a.step_address || a.lr_address || a.weight_decay_address ? sizeof(adamw_kernels::Constants) : 0;
 }
 
-void adamw(const AdamW& a, void* workspace, void* stream) {
+void adamw(const AdamW& a) {
     using namespace adamw_kernels;
-    const Numbers numbers = {a.step, a.lr, a.beta1, a.beta2, a.eps, a.weight_decay};
+    void* const stream = a.execution.stream;
+    const Numbers numbers = {
+        .step = a.step,
+        .lr = a.lr,
+        .beta1 = a.beta1,
+        .beta2 = a.beta2,
+        .eps = a.eps,
+        .weight_decay = a.weight_decay,
+    };
     const Constants given = derive(numbers);
     Constants* derived = nullptr;
     if (adamw_workspace_bytes(a) > 0) {
-        derived = static_cast<Constants*>(workspace);
+        derived = static_cast<Constants*>(a.execution.workspace);
         device::launch("adamw_", derive_kernel, dim3(1), dim3(1), 0, stream, numbers, a.step_address, a.lr_address,
                        a.weight_decay_address, derived);
     }

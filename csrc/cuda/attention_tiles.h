@@ -1,5 +1,5 @@
-// Every tile configuration of attention, and what chooses it: a line each. tests/emulation/test_ptxas.py tells whether
-// one fits the registers. D is that of the kernels: tile_columns() of what was given.
+// Every tile configuration of attention and its choice, a line each. tests/emulation/test_ptxas.py checks that each fits
+// the registers. D is the D of the kernel: tile_columns() of the D that was given.
 #pragma once
 
 #include "attention.cuh"
@@ -7,11 +7,11 @@
 
 namespace nanochat::cuda::attention {
 
-// --- mma.sync: four warps, 16 rows each or, with two fragments, 32, which halves what they read from shared memory ---
+// --- mma.sync: four warps, 16 rows each, or 32 with two fragments, which halves the reads from shared memory ---
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 
-// blocks: that share a multiprocessor, which bounds the registers of a thread.
+// blocks: the number that share a multiprocessor, which limits the registers per thread.
 template <int D_, int rows_, int keys_, int blocks_>
 struct ForwardTile {
     static constexpr int D = D_, rows = rows_, keys = keys_, blocks = blocks_, fragments = rows / (16 * kWarps);
@@ -19,7 +19,7 @@ struct ForwardTile {
     static constexpr int shared_bytes = 1024 + q_bytes + 2 * stage_bytes;
 };
 
-// dK, dV: a block of threads owns keys, and rows pass by.
+// dK, dV: a block of threads owns keys and passes over rows.
 template <int D_, int fragments_, int rows_>
 struct KeyTile {
     static constexpr int D = D_, fragments = fragments_, keys = 16 * kWarps * fragments, rows = rows_;
@@ -28,7 +28,7 @@ struct KeyTile {
     static constexpr int shared_bytes = 1024 + 2 * k_bytes + 2 * stage_bytes + 2 * row_numbers * 4;
 };
 
-// dQ: it owns rows, and keys pass by.
+// dQ: a block of threads owns rows and passes over keys.
 template <int D_, int fragments_, int keys_>
 struct QueryTile {
     static constexpr int D = D_, fragments = fragments_, rows = 16 * kWarps * fragments, keys = keys_;
@@ -36,8 +36,8 @@ struct QueryTile {
     static constexpr int shared_bytes = 1024 + 2 * q_bytes + 2 * stage_bytes;
 };
 
-// 128 rows: as many keys as the 255 registers of a thread hold scores of, beside the sums. 64 rows, for a step of
-// generation: as many as keep 64 KB of loads under way in the blocks of a multiprocessor.
+// 128 rows: as many keys as the 255 registers of a thread can hold scores of, beside the sums. 64 rows, for a step of
+// generation: as many keys as keep 64 KB of loads in flight in the blocks of a multiprocessor.
 template <class Use>
 void choose_forward(int D, int rows, const Use& use) {
     if (rows == 128 && D == 64) return use(ForwardTile<64, 128, 64, 2>());
@@ -48,8 +48,8 @@ void choose_forward(int D, int rows, const Use& use) {
     return use(ForwardTile<128, 64, 64, 2>());
 }
 
-// What fits the registers, and the 99 KB of shared memory that GeForce GPUs have. Where D leaves no room for two
-// fragments, more passes by at a time.
+// The largest tiles that fit the registers and the 99 KB of shared memory of GeForce GPUs. If D leaves no room for two
+// fragments, the tile that passes by is larger.
 template <class Use>
 void choose_backward(int D, const Use& use) {
     if (D == 64) return use(KeyTile<64, 2, 32>(), QueryTile<64, 2, 64>());
@@ -57,12 +57,12 @@ void choose_backward(int D, const Use& use) {
     return use(KeyTile<128, 1, 64>(), QueryTile<128, 2, 32>());
 }
 
-// --- Hopper: a warpgroup that loads, and consumers, 64 rows or keys each ---
+// --- Hopper: a producer, and consumers with 64 rows or keys each ---
 
 namespace hopper {
 
 template <int D_, int consumers_, int keys_>
-struct ForwardTile : Groups<consumers_> {
+struct ForwardTile : WarpgroupConfig<consumers_> {
     static constexpr int D = D_, rows = kGroupRows * consumers_, keys = keys_, stages = 2;
     static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
     static constexpr int tiles_bytes = 2 * consumers_ * group_bytes + 2 * stages * k_bytes;   // Q and O, K and V
@@ -70,7 +70,7 @@ struct ForwardTile : Groups<consumers_> {
 };
 
 template <int D_, int rows_, int stages_>
-struct KeyTile : Groups<2> {
+struct KeyTile : WarpgroupConfig<2> {
     static constexpr int D = D_, keys = kGroupRows * consumers, rows = rows_, stages = stages_;
     static constexpr int group_bytes = tile_bytes<D>(kGroupRows), q_bytes = tile_bytes<D>(rows);
     static constexpr int number_bytes = rows * 4;   // of log-sum-exp or delta
@@ -79,7 +79,7 @@ struct KeyTile : Groups<2> {
 };
 
 template <int D_, int keys_>
-struct QueryTile : Groups<2> {
+struct QueryTile : WarpgroupConfig<2> {
     static constexpr int D = D_, rows = kGroupRows * consumers, keys = keys_, stages = 2;
     static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
     static constexpr int tiles_bytes = 3 * consumers * group_bytes + 2 * stages * k_bytes;
@@ -105,9 +105,9 @@ void choose_backward(int D, const Use& use) {
 
 }   // namespace hopper
 
-// How many heads a unit has: those of a group. Tensor copies, of the rows of a warpgroup at a time, take whole groups
-// or one head.
-inline int packing(const AttentionShape& s, bool tensor_copies) {
+// Returns how many heads a head group has: all that share a key/value head. A tensor copy loads the rows of a warpgroup,
+// so that it takes all of these heads or one.
+inline int choose_heads_per_tile(const AttentionShape& s, bool tensor_copies) {
     const int group = static_cast<int>(s.H / s.Hkv);
     return tensor_copies && kGroupRows % group ? 1 : group;
 }

@@ -1,7 +1,7 @@
-// The memory-bound halves of Muon (https://kellerjordan.github.io/posts/muon/) around Newton-Schulz, on a list of
+// The memory-bound parts of Muon (https://kellerjordan.github.io/posts/muon/) before and after Newton-Schulz, on a list of
 // matrices of one shape, optionally with cautious weight decay (arXiv:2510.12402). One pass each:
-//   momentum: 16 bytes an element, 14 with bfloat16 gradients; the norms that Newton-Schulz divides by come along;
-//   update: 12 bytes an element, 8 with bfloat16 parameters.
+//   momentum: 16 bytes per element, 14 with bfloat16 gradients; also computes the norms that Newton-Schulz divides by
+//   update:   12 bytes per element, 8 with bfloat16 parameters
 #include <cmath>
 #include <cstdint>
 
@@ -14,8 +14,10 @@ namespace nanochat::cuda::muon_kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPacks = 4;            // a thread: 96 to 128 bytes of loads under way, 96 to 128 KB a multiprocessor
-constexpr int kBlocksResident = 4;   // so many share a multiprocessor, which leaves 64 registers to a thread
+// Per thread: 96 to 128 bytes of loads in flight, 96 to 128 KB per multiprocessor.
+constexpr int kPacks = 4;
+// Blocks that share a multiprocessor, which leaves 64 registers per thread.
+constexpr int kBlocksResident = 4;
 constexpr int kPackElements = kPack<float>;
 constexpr int kStride = kThreads * kPackElements;   // between the packs of a thread
 constexpr int kBlockElements = kPacks * kStride;
@@ -53,9 +55,9 @@ NANOCHAT_DEVICE Momentum momentum_of(const MomentumOptions& o) {
     return {static_cast<float>(momentum), static_cast<float>(1 - momentum)};
 }
 
-// Makes `buffer` the new momentum and `update` the update, and adds its squares to `sum`: in double precision, where
-// they cannot underflow. Memory brings an H200's multiprocessor 1.4 elements a cycle, and 64 lanes add them; a GeForce
-// gets 0.2 and has 2.
+// Sets `buffer` to the new momentum and `update` to the update, and adds the squares of the update to `sum` in double
+// precision, where they cannot underflow. A multiprocessor of an H200 receives 1.4 elements per cycle from memory and has
+// 64 lanes to add them; a GeForce receives 0.2 and has 2.
 template <class G>
 NANOCHAT_DEVICE void momentum_step(Pack<float, kPackElements>& buffer, const Pack<G, kPackElements>& grad,
                                    Pack<float, kPackElements>& update, const Momentum& momentum, bool nesterov,
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksResident)
     }
 }
 
-// One block a matrix.
+// One block per matrix.
 __global__ void __launch_bounds__(kThreads) norms_kernel(const double* partials, int64_t count, double* norms) {
     NANOCHAT_SHARED(double[kThreads / 32], warps);
     const double* own = partials + blockIdx.x * count;
@@ -142,12 +144,14 @@ void launch_momentum(const MuonMomentum& a, double* partials, void* stream) {
             table.grads[i] = a.grads[start + i];
             table.buffers[i] = a.momentum_buffers[start + i];
         }
-        const MomentumOptions options = {a.update + start * a.numel,
-                                         partials ? partials + start * blocks : nullptr,
-                                         a.numel,
-                                         a.momentum,
-                                         a.momentum_address,
-                                         a.nesterov};
+        const MomentumOptions options = {
+            .update = a.update + start * a.numel,
+            .partials = partials ? partials + start * blocks : nullptr,
+            .numel = a.numel,
+            .momentum = a.momentum,
+            .momentum_address = a.momentum_address,
+            .nesterov = a.nesterov,
+        };
         device::launch("muon_momentum_", momentum_kernel<G, capacity>,
                        dim3(static_cast<uint32_t>(blocks), static_cast<uint32_t>(matrices)), dim3(kThreads), 0, stream,
                        table, options);
@@ -229,7 +233,11 @@ void launch_update(const MuonUpdate& a, void* stream) {
         UpdateTable<capacity> table;
         const int64_t matrices = std::min<int64_t>(a.count - start, capacity);
         for (int64_t i = 0; i < matrices; ++i) table.params[i] = a.params[start + i];
-        const UpdateOptions options = {a.update + start * a.numel, a.numel, update_rates(a)};
+        const UpdateOptions options = {
+            .update = a.update + start * a.numel,
+            .numel = a.numel,
+            .rates = update_rates(a),
+        };
         device::launch("muon_update_", update_kernel<P, capacity>,
                        dim3(static_cast<uint32_t>(blocks_per_matrix(a.numel)), static_cast<uint32_t>(matrices)),
                        dim3(kThreads), 0, stream, table, options);
@@ -256,11 +264,12 @@ int64_t muon_momentum_workspace_bytes(const MuonMomentum& a) {
     return partials * static_cast<int64_t>(sizeof(double));
 }
 
-void muon_momentum(const MuonMomentum& a, void* workspace, void* stream) {
+void muon_momentum(const MuonMomentum& a) {
     using namespace muon_kernels;
+    void* const stream = a.execution.stream;
     if (a.count == 0) return;
     require_grid("muon_momentum_", a.numel);
-    double* partials = a.norms ? static_cast<double*>(workspace) : nullptr;
+    double* partials = a.norms ? static_cast<double*>(a.execution.workspace) : nullptr;
     if (a.numel > 0) {
         a.grad_dtype == DType::bfloat16 ? launch_momentum<bfloat16>(a, partials, stream)
                                         : launch_momentum<float>(a, partials, stream);
@@ -272,8 +281,9 @@ void muon_momentum(const MuonMomentum& a, void* workspace, void* stream) {
     }
 }
 
-void muon_update(const MuonUpdate& a, void* stream) {
+void muon_update(const MuonUpdate& a) {
     using namespace muon_kernels;
+    void* const stream = a.execution.stream;
     if (a.count == 0 || a.numel == 0) return;
     require_grid("muon_update_", a.numel);
     a.param_dtype == DType::bfloat16 ? launch_update<bfloat16>(a, stream) : launch_update<float>(a, stream);

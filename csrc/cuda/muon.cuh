@@ -1,8 +1,8 @@
-// Muon's update of a parameter, for whoever holds the orthogonalised momentum.
+// Muon's update of a parameter, for the kernels that have the orthogonalised momentum.
 #pragma once
 
 #include "../kernels.h"
-#include "device/primitives.cuh"
+#include "ptx/primitives.cuh"
 
 namespace nanochat::cuda {
 
@@ -13,7 +13,14 @@ struct UpdateRates {
 };
 
 inline UpdateRates update_rates(const MuonUpdate& a) {
-    return {a.lr, a.weight_decay, a.scale, a.lr_address, a.weight_decay_address, a.cautious};
+    return {
+        .lr = a.lr,
+        .weight_decay = a.weight_decay,
+        .scale = a.scale,
+        .lr_address = a.lr_address,
+        .weight_decay_address = a.weight_decay_address,
+        .cautious = a.cautious,
+    };
 }
 
 struct Rates {

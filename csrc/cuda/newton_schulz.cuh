@@ -1,7 +1,7 @@
-// What the products of Newton-Schulz have in common: D = alpha A B + beta S + gamma T on a batch of matrices, of 16-bit
-// elements with float32 sums, and what becomes of a tile of D.
+// Shared by the products of Newton-Schulz: D = alpha A B + beta S + gamma T on a batch of matrices, with 16-bit elements
+// and float32 sums, and the epilogues that write a tile of D.
 //
-// In scratch memory a row is a whole number of 16-byte chunks; what lies behind a matrix's last column is zero.
+// In scratch memory a row is a whole number of 16-byte chunks, and the elements beyond a matrix's last column are zero.
 #pragma once
 
 #include <algorithm>
@@ -19,12 +19,12 @@ using device::Major;
 
 // A tile of D is multiplied in steps of kDepth along K. Symmetric results come in blocks of kTile.
 constexpr int kTile = 128, kDepth = 64;
-constexpr int kStripColumns = 64, kStripBytes = 16 * kStripColumns * 2;   // what a warp writes at a time
+constexpr int kStripColumns = 64, kStripBytes = 16 * kStripColumns * 2;   // written by a warp at a time
 
 constexpr int64_t kChunk = 8;   // elements in 16 bytes
 inline int64_t pitch_of(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
 
-// `rows` x `columns` in memory, one after another.
+// A batch of matrices of rows x columns, one after another in memory.
 struct Matrices {
     void* data;
     int rows, columns, pitch;
@@ -32,32 +32,32 @@ struct Matrices {
     NANOCHAT_ANYWHERE int64_t size() const { return int64_t{rows} * pitch; }
 };
 
-// Major::k: the rows of memory are rows of A, or columns of B; Major::mn: they are steps along K.
+// Major::k: the rows in memory are the rows of A, or the columns of B. Major::mn: they are steps along K.
 struct Product {
     Matrices a, b, d;
     Major a_major, b_major;
-    bool symmetric;      // D is: its lower half is computed and mirrored
+    bool symmetric;      // whether D is symmetric: its lower half is then computed and mirrored
     const void *s, *t;   // (rows, columns) with the pitch of D, or null
     float alpha, beta, gamma;
     int count, m, n, k;
 };
 
-// Where the last product's D goes: to `out`, or into the params of a Muon update.
-struct Result {
+// Epilogue of the last product: writes D to `out`, or updates the params of a Muon update.
+struct OutputEpilogue {
     float* out;
     DType param_dtype;
     UpdateRates rates;
     void* params[kMostMatrices];
 };
-struct Scratch {};   // D goes to scratch memory, whole ...
-struct Mirror {};    // ... or as a lower half and its mirror
+struct ScratchEpilogue {};     // writes the whole of D to scratch memory
+struct SymmetricEpilogue {};   // writes the lower half of D and its mirror image
 
 // The matrix that a tile belongs to, and its first row and column.
-struct TilePlace {
+struct TileCoord {
     int matrix, row, column;
 };
 
-// --- what becomes of a tile ---
+// --- epilogues ---
 
 template <class T>
 NANOCHAT_DEVICE float low(uint32_t pair) {
@@ -68,7 +68,7 @@ NANOCHAT_DEVICE float high(uint32_t pair) {
     return to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
 
-// A strip's part of a source, in pairs; zeros where there is none. All loads are issued before one is used.
+// Loads a strip's part of a source, in pairs, with zeros where there is none. All loads are issued before one is used.
 template <class T>
 NANOCHAT_DEVICE void load_source(uint32_t (&pairs)[kStripColumns / 4], const Product& p, const void* source, int matrix,
                                  int row, int column) {
@@ -99,8 +99,8 @@ NANOCHAT_DEVICE void add_sources(float (&sums)[kStripColumns / 2], const Product
     }
 }
 
-// Makes what lies on the diagonal of a symmetric D, in blocks of 8 x 8, symmetric to the last bit: where two orders of
-// summation differ, D taken for its own transpose would have an error that later steps amplify.
+// Makes the 8 x 8 blocks on the diagonal of a symmetric D symmetric to the last bit. Otherwise elements that were summed
+// in two orders would differ, and later steps, which use D as its own transpose, would amplify the error.
 NANOCHAT_DEVICE void mirror_diagonal(float (&sums)[kStripColumns / 2], int row, int column) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = 2 * (lane % 4);
 #pragma unroll
@@ -120,8 +120,8 @@ NANOCHAT_DEVICE void mirror_diagonal(float (&sums)[kStripColumns / 2], int row, 
     }
 }
 
-// Stores the strip's chunks whose blocks of 8 x 8 are on or below the diagonal, and those below it once more as
-// columns: 32 bytes a lane.
+// Stores the strip's chunks whose 8 x 8 blocks are on or below the diagonal, and those below it again as columns: 32
+// bytes per lane.
 template <class T>
 NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip, int matrix, int row, int column) {
     T* const d = static_cast<T*>(p.d.data) + matrix * p.d.size();
@@ -136,8 +136,8 @@ NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip
         uint32_t words[4];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            const Cursor<kStripColumns, 16> cursor(0, 8 * h + j);
-            const uint32_t bits = *reinterpret_cast<const uint16_t*>(strip + cursor(c / 8) + 2 * (c % 8));
+            const SwizzledRow<kStripColumns, 16> smem_row(0, 8 * h + j);
+            const uint32_t bits = *reinterpret_cast<const uint16_t*>(strip + smem_row(c / 8) + 2 * (c % 8));
             words[j / 2] = j % 2 ? words[j / 2] | bits << 16 : bits;
         }
         T* const to = d + int64_t{column + c} * p.d.pitch + row + 8 * h;
@@ -145,8 +145,9 @@ NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip
     }
 }
 
-// Calls use(i, place, count) for each pair of the lane's part of a strip's upper or lower half: sums[i] is its first,
-// place where it lies in its matrix of n columns, and count how many of it exist, which may be none.
+// Calls use(i, place, count) for each pair of elements that the lane holds of the upper or lower half of a strip. sums[i]
+// is the first element, `place` its index in the matrix of n columns, and `count` how many of the pair exist; it may be
+// zero or negative.
 template <class Use>
 NANOCHAT_DEVICE void for_each_pair(const Product& p, int row, int column, int h, const Use& use) {
     const int lane = threadIdx.x % 32, r = row + lane / 4 + 8 * h;
@@ -165,7 +166,7 @@ NANOCHAT_DEVICE void update_params(P* params, const Product& p, const Rates& rat
     for (int h = 0; h < 2; ++h) {
         Pack<P, 2> packs[kStripColumns / 8];
         for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
-            packs[i / 4] = load<2>(params + place, count, aligned);   // all before the first is used
+            packs[i / 4] = load<2>(params + place, count, aligned);   // all loads before the first use
         });
         for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
             Pack<P, 2>& pack = packs[i / 4];
@@ -175,10 +176,10 @@ NANOCHAT_DEVICE void update_params(P* params, const Product& p, const Rates& rat
     }
 }
 
-NANOCHAT_DEVICE void write_result(const Product& p, const Result& result, const float (&sums)[kStripColumns / 2],
-                                  int matrix, int row, int column) {
-    if (result.out) {
-        float* const out = result.out + int64_t{matrix} * p.m * p.n;
+NANOCHAT_DEVICE void write_output(const Product& p, const OutputEpilogue& output,
+                                  const float (&sums)[kStripColumns / 2], int matrix, int row, int column) {
+    if (output.out) {
+        float* const out = output.out + int64_t{matrix} * p.m * p.n;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
@@ -189,25 +190,25 @@ NANOCHAT_DEVICE void write_result(const Product& p, const Result& result, const 
         }
         return;
     }
-    const Rates rates = rates_of(result.rates);
-    void* const params = result.params[matrix];
-    if (result.param_dtype == DType::bfloat16) {
+    const Rates rates = rates_of(output.rates);
+    void* const params = output.params[matrix];
+    if (output.param_dtype == DType::bfloat16) {
         update_params(static_cast<bfloat16*>(params), p, rates, sums, row, column);
     } else {
         update_params(static_cast<float*>(params), p, rates, sums, row, column);
     }
 }
 
-// Finishes a strip of 16 rows of a warp, as accumulators of mma.sync and wgmma hold it. `strip`: shared memory of the
-// warp's own.
-template <class T, class Destination>
-NANOCHAT_DEVICE void finish_strip(const Product& p, const Destination& destination, unsigned char* strip,
+// Finishes a strip of 16 rows of a warp, as accumulators of mma.sync and wgmma hold it. `strip` is shared memory that
+// belongs to the warp.
+template <class T, class Epilogue>
+NANOCHAT_DEVICE void finish_strip(const Product& p, const Epilogue& epilogue, unsigned char* strip,
                                   float (&sums)[kStripColumns / 2], int matrix, int row, int column) {
-    constexpr bool symmetric = std::is_same_v<Destination, Mirror>;
+    constexpr bool symmetric = std::is_same_v<Epilogue, SymmetricEpilogue>;
     if (symmetric && column > row + 15) return;
     add_sources<T>(sums, p, matrix, row, column);
-    if constexpr (std::is_same_v<Destination, Result>) {
-        write_result(p, destination, sums, matrix, row, column);
+    if constexpr (std::is_same_v<Epilogue, OutputEpilogue>) {
+        write_output(p, epilogue, sums, matrix, row, column);
     } else if constexpr (symmetric) {
         mirror_diagonal(sums, row, column);
         stage_rows<T, kStripColumns, 16>(strip, sums, 0);
@@ -219,27 +220,30 @@ NANOCHAT_DEVICE void finish_strip(const Product& p, const Destination& destinati
     }
 }
 
-// --- the host's side ---
+// --- host ---
 
-// Calls use(major of A, major of B, destination), types, for what kernels are compiled for: Gram matrices of wide and
-// tall matrices, products of symmetric ones, and X times a symmetric one from either side.
+// Calls use(major of A, major of B, epilogue) with the types of the kernel for a product. There are kernels for the Gram
+// matrices of wide and of tall matrices, for products of symmetric matrices, and for X times a symmetric matrix from
+// either side.
 template <Major major>
 using MajorType = std::integral_constant<Major, major>;
 using AlongK = MajorType<Major::k>;
 using AlongMN = MajorType<Major::mn>;
 
 template <class Use>
-void choose_product(const Product& p, const Result* result, const Use& use) {
+void choose_product(const Product& p, const OutputEpilogue* output, const Use& use) {
     if (p.symmetric) {
-        return p.a_major == Major::k ? use(AlongK(), AlongK(), Mirror()) : use(AlongMN(), AlongMN(), Mirror());
+        return p.a_major == Major::k ? use(AlongK(), AlongK(), SymmetricEpilogue())
+                                     : use(AlongMN(), AlongMN(), SymmetricEpilogue());
     }
-    if (p.b_major == Major::k) return result ? use(AlongK(), AlongK(), *result) : use(AlongK(), AlongK(), Scratch());
-    return result ? use(AlongK(), AlongMN(), *result) : use(AlongK(), AlongMN(), Scratch());
+    if (p.b_major == Major::k)
+        return output ? use(AlongK(), AlongK(), *output) : use(AlongK(), AlongK(), ScratchEpilogue());
+    return output ? use(AlongK(), AlongMN(), *output) : use(AlongK(), AlongMN(), ScratchEpilogue());
 }
 
-// `result`: null where D goes to scratch memory.
+// `output`: null where D goes to scratch memory.
 namespace hopper {
-void multiply(const Product&, DType, const Result* result, const Device&, void* stream);
+void multiply(const Product&, DType, const OutputEpilogue* output, const Execution&);
 }
 
 }   // namespace nanochat::cuda::newton_schulz_kernels

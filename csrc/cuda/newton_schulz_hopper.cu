@@ -1,5 +1,5 @@
-// The products of Newton-Schulz on Hopper: a warpgroup loads by tensor copies, two multiply 128 x 128 each, of which
-// they share the columns. Blocks of threads stay, so that the next tile's loads go on while one is written out.
+// The products of Newton-Schulz on Hopper. One warpgroup loads by tensor copies; two multiply 128 x 128 each and share
+// the columns. Blocks of threads are persistent, so that the loads of the next tile go on while one is written out.
 #include "hopper.cuh"
 #include "newton_schulz.cuh"
 #include "tensor_map.h"
@@ -9,9 +9,9 @@ namespace {
 
 using device::TensorMap;
 
-// 256 x 128: 48 bytes from the L2 cache for 4,096 FLOP, which a multiprocessor needs a cycle for; 128 x 128 would
-// be 64.
-struct Tile : Groups<2> {
+// 256 x 128 reads 48 bytes from the L2 cache for 4,096 FLOP, a multiprocessor's work of one cycle; 128 x 128 would read
+// 64.
+struct Tile : WarpgroupConfig<2> {
     static constexpr int rows = kTile * consumers, stages = 4;
     static constexpr int block_bytes = tile_bytes<kDepth>(kTile);   // kTile x kDepth
     static constexpr int stage_bytes = (consumers + 1) * block_bytes, strips_bytes = 4 * consumers * kStripBytes;
@@ -19,13 +19,13 @@ struct Tile : Groups<2> {
     static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(stages);
 };
 
-// Whether a consumer has work in a tile: its block exists, and is not left to the mirror of the lower half.
-NANOCHAT_DEVICE bool has_work(const Product& p, const TilePlace& place, int consumer) {
-    const int row = place.row + consumer * kTile;
-    return row < p.m && !(p.symmetric && row < place.column);
+// Returns whether a consumer has work in a tile: its block exists, and is not the mirror image of another one.
+NANOCHAT_DEVICE bool has_work(const Product& p, const TileCoord& coord, int consumer) {
+    const int row = coord.row + consumer * kTile;
+    return row < p.m && !(p.symmetric && row < coord.column);
 }
 
-// Tiles of one matrix in which both consumers have work, and in which one has.
+// The numbers of tiles of one matrix in which both consumers have work, and in which one has.
 struct Tiles {
     int whole, half;
 };
@@ -36,9 +36,9 @@ NANOCHAT_ANYWHERE Tiles tiles_of(const Product& p) {
     return {pairs * columns, rows % 2 ? columns : 0};
 }
 
-// Whole tiles of all matrices come first, so that half ones even out when blocks of threads end. Row i of a symmetric
-// result has 2 i + 1 whole tiles, and a half one at its end.
-NANOCHAT_DEVICE TilePlace tile_place(const Product& p, const Tiles& tiles, int item) {
+// The whole tiles of all matrices come first, so that the half ones balance the work at the end. Row i of a symmetric
+// result has 2 i + 1 whole tiles and ends with a half one.
+NANOCHAT_DEVICE TileCoord tile_coord(const Product& p, const Tiles& tiles, int item) {
     const int columns = divide_up(p.n, kTile), whole = tiles.whole * p.count;
     int matrix, tile, row, column;
     if (item < whole) {
@@ -61,13 +61,13 @@ NANOCHAT_DEVICE TilePlace tile_place(const Product& p, const Tiles& tiles, int i
     return {matrix, row * Tile::rows, column * kTile};
 }
 
-// A block of kTile rows or columns of an operand, kDepth along K from k on.
+// Loads a block of an operand: kTile rows or columns, and kDepth along K from k on.
 template <Major major>
 NANOCHAT_DEVICE void load_block(uint32_t block, const TensorMap& map, uint32_t barrier, int first, int k, int matrix) {
     if constexpr (major == Major::k) {
         device::tma_load(block, map, barrier, k, first, matrix);
     } else {
-        using P = Panels<kTile>;
+        using P = SmemLayout<kTile>;
 #pragma unroll
         for (int panel = 0; panel < P::count; ++panel) {
             device::tma_load(block + panel * kDepth * P::width, map, barrier, first + panel * P::columns, k, matrix);
@@ -75,17 +75,18 @@ NANOCHAT_DEVICE void load_block(uint32_t block, const TensorMap& map, uint32_t b
     }
 }
 
-// 16 along K of a block; the first 64 rows or columns, or the last.
+// The descriptor of 16 along K of a block, for its first or its last 64 rows or columns.
 template <Major major>
 NANOCHAT_DEVICE uint64_t descriptor(uint32_t block, int half, int step) {
-    if constexpr (major == Major::k) return along_columns<kDepth, kTile>(block + half * tile_bytes<kDepth>(64), step);
-    return along_rows<kTile, kDepth>(block + half * tile_bytes<kDepth>(64), step);
+    if constexpr (major == Major::k)
+        return k_major_descriptor<kDepth, kTile>(block + half * tile_bytes<kDepth>(64), step);
+    return mn_major_descriptor<kTile, kDepth>(block + half * tile_bytes<kDepth>(64), step);
 }
 
-template <class T, Major major_a, Major major_b, class Destination>
+template <class T, Major major_a, Major major_b, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, 1)
     product_hopper_kernel(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-                          const __grid_constant__ Product p, const __grid_constant__ Destination destination) {
+                          const __grid_constant__ Product p, const __grid_constant__ Epilogue epilogue) {
 #ifdef NANOCHAT_HOPPER
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t start = device::shared_address(shared), stages = (start + 1023) & ~1023u;
@@ -100,23 +101,23 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     __syncthreads();
 
     if (group == 0) {
-        device::setmaxnreg_decrease<Tile::loader_registers>();
+        device::setmaxnreg_decrease<Tile::producer_registers>();
         if (threadIdx.x != 0) return;
         for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x) {
-            const TilePlace place = tile_place(p, tiles, item);
-            const bool work[2] = {has_work(p, place, 0), has_work(p, place, 1)};
+            const TileCoord coord = tile_coord(p, tiles, item);
+            const bool work[2] = {has_work(p, coord, 0), has_work(p, coord, 1)};
             const int bytes = (1 + work[0] + work[1]) * Tile::block_bytes;
             for (int step = 0; step < steps; ++step, ++n) {
                 const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
-                ring.start(n, bytes);
+                ring.producer_acquire(n, bytes);
 #pragma unroll
                 for (int c = 0; c < Tile::consumers; ++c) {
                     if (!work[c]) continue;
-                    load_block<major_a>(stage + c * Tile::block_bytes, a_map, ring.full(n), place.row + c * kTile,
-                                        step * kDepth, place.matrix);
+                    load_block<major_a>(stage + c * Tile::block_bytes, a_map, ring.full(n), coord.row + c * kTile,
+                                        step * kDepth, coord.matrix);
                 }
-                load_block<major_b>(stage + Tile::consumers * Tile::block_bytes, b_map, ring.full(n), place.column,
-                                    step * kDepth, place.matrix);
+                load_block<major_b>(stage + Tile::consumers * Tile::block_bytes, b_map, ring.full(n), coord.column,
+                                    step * kDepth, coord.matrix);
             }
         }
         return;
@@ -127,11 +128,11 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     const uint32_t own_strip = stages + Tile::stages * Tile::stage_bytes + (consumer * 4 + warp) * kStripBytes;
     unsigned char* const strip = shared + (own_strip - start);
     for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x) {
-        const TilePlace place = tile_place(p, tiles, item);
-        if (!has_work(p, place, consumer)) {
+        const TileCoord coord = tile_coord(p, tiles, item);
+        if (!has_work(p, coord, consumer)) {
             for (int step = 0; step < steps; ++step, ++n) {
-                ring.wait(n);
-                ring.release(n);
+                ring.consumer_wait(n);
+                ring.consumer_release(n);
             }
             continue;
         }
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
         for (int step = 0; step < steps; ++step, ++n) {
             const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
             const uint32_t a = stage + consumer * Tile::block_bytes, b = stage + Tile::consumers * Tile::block_bytes;
-            ring.wait(n);
+            ring.consumer_wait(n);
             device::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kDepth / 16; ++k) {
@@ -154,19 +155,19 @@ __global__ void __launch_bounds__(Tile::threads, 1)
             }
             device::wgmma_commit();
             device::wgmma_wait<1>();   // of the step before
-            if (step > 0) ring.release(n - 1);
+            if (step > 0) ring.consumer_release(n - 1);
         }
-        finish<0>(sums[0]);
+        wait_for_products<0>(sums[0]);
         device::pin_registers(sums[1]);
-        ring.release(n - 1);
-        const int first_row = place.row + consumer * kTile;
+        ring.consumer_release(n - 1);
+        const int first_row = coord.row + consumer * kTile;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int part = 0; part < kTile / kStripColumns; ++part) {
                 auto& own = reinterpret_cast<float (&)[kStripColumns / 2]>(sums[half][part * kStripColumns / 2]);
-                finish_strip<T>(p, destination, strip, own, place.matrix, first_row + 64 * half + 16 * warp,
-                                place.column + part * kStripColumns);
+                finish_strip<T>(p, epilogue, strip, own, coord.matrix, first_row + 64 * half + 16 * warp,
+                                coord.column + part * kStripColumns);
             }
         }
     }
@@ -181,23 +182,23 @@ TensorMap map_of(DType dtype, const Matrices& x, Major major, int count) {
 }
 
 template <class T>
-void launch(const Product& p, DType dtype, const Result* result, const Device& device, void* stream) {
+void launch(const Product& p, DType dtype, const OutputEpilogue* output, const Execution& execution) {
     const Tiles tiles = tiles_of(p);
-    const int blocks = std::min(device.multiprocessors, (tiles.whole + tiles.half) * p.count);
-    choose_product(p, result, [&](auto major_a, auto major_b, const auto& destination) {
-        using Destination = std::decay_t<decltype(destination)>;
+    const int blocks = std::min(execution.device.multiprocessors, (tiles.whole + tiles.half) * p.count);
+    choose_product(p, output, [&](auto major_a, auto major_b, const auto& epilogue) {
+        using Epilogue = std::decay_t<decltype(epilogue)>;
         device::launch("newton_schulz",
-                       product_hopper_kernel<T, decltype(major_a)::value, decltype(major_b)::value, Destination>,
-                       dim3(static_cast<unsigned>(blocks)), dim3(Tile::threads), Tile::shared_bytes, stream,
-                       map_of(dtype, p.a, p.a_major, p.count), map_of(dtype, p.b, p.b_major, p.count), p, destination);
+                       product_hopper_kernel<T, decltype(major_a)::value, decltype(major_b)::value, Epilogue>,
+                       dim3(static_cast<unsigned>(blocks)), dim3(Tile::threads), Tile::shared_bytes, execution.stream,
+                       map_of(dtype, p.a, p.a_major, p.count), map_of(dtype, p.b, p.b_major, p.count), p, epilogue);
     });
 }
 
 }   // namespace
 
-void multiply(const Product& p, DType dtype, const Result* result, const Device& device, void* stream) {
-    dtype == DType::float16 ? launch<float16>(p, dtype, result, device, stream)
-                            : launch<bfloat16>(p, dtype, result, device, stream);
+void multiply(const Product& p, DType dtype, const OutputEpilogue* output, const Execution& execution) {
+    dtype == DType::float16 ? launch<float16>(p, dtype, output, execution)
+                            : launch<bfloat16>(p, dtype, output, execution);
 }
 
 }   // namespace nanochat::cuda::newton_schulz_kernels::hopper

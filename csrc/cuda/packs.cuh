@@ -1,30 +1,30 @@
-// What the kernels that memory bounds have in common: packs, the consecutive elements that a thread moves in one
-// access, and sums over a block in a fixed order.
+// Shared by the memory-bound kernels: packs, which are the consecutive elements that a thread moves in one access, and
+// sums over a block in a fixed order.
 //
-// A pack has as many elements as 16 bytes hold of the widest type of a kernel. (With more, 8 where bfloat16 meets
-// float32, a warp's access to the float32 would touch every 32-byte sector twice, by halves.) An H200 keeps its memory
-// busy with 4.3 TB/s x 0.8 us = 26 KB of loads under way on each of its 132 multiprocessors (Little's law): a thread
-// issues the loads of several packs before it uses the first.
+// A pack has as many elements as 16 bytes hold of the widest type of a kernel. (With more, such as 8 of bfloat16 and
+// float32, a warp's access to the float32 would touch each 32-byte sector twice.) An H200 keeps its memory busy with
+// 4.3 TB/s x 0.8 us = 26 KB of loads in flight on each of its 132 multiprocessors (Little's law), so a thread issues the
+// loads of several packs before it uses the first.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "device/primitives.cuh"
+#include "ptx/primitives.cuh"
 
 namespace nanochat::cuda {
 
 using device::bfloat16;
 using device::to_float;
 
-// A list of tensors travels as a kernel argument of up to so many bytes (CUDA 12.1, sm_70): no copy to the device, and
-// none that a CUDA graph would have to keep.
+// A list of tensors is passed as a kernel argument of up to this many bytes (CUDA 12.1, sm_70). That needs no copy to the
+// device, and none that a CUDA graph would have to keep.
 constexpr int kArgumentBytes = 32764;
 
 template <class... Types>
 constexpr int kPack = 16 / static_cast<int>(std::max({sizeof(Types)...}));
 
-// N elements of type T, as the 32-bit words that lie in memory.
+// N elements of type T, as 32-bit words of memory.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {
     static constexpr int kElementsPerWord = 4 / sizeof(T);
@@ -52,7 +52,7 @@ NANOCHAT_DEVICE void store(T* to, const Pack<T, N>& pack) {
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
-// Of a pack of which only `count` elements exist, or which is not aligned: element by element.
+// The same, element by element, for a pack that is not aligned or of which only `count` elements exist.
 template <int N, class T>
 NANOCHAT_DEVICE Pack<T, N> load(const T* from, int64_t count, bool aligned) {
     if (aligned && count >= N) return load<N>(from);
@@ -89,7 +89,7 @@ NANOCHAT_DEVICE float element(const Pack<device::float16, N>& pack, int i) {
     return to_float(device::float16{static_cast<uint16_t>(pack.words[i / 2] >> (i % 2 * 16))});
 }
 
-// Sets elements i and i + 1, i even; to nearest, ties to even.
+// Sets elements i and i + 1, with i even; rounds to nearest, ties to even.
 template <int N>
 NANOCHAT_DEVICE void set_pair(Pack<float, N>& pack, int i, float low, float high) {
     pack.words[i] = __float_as_uint(low);
@@ -109,7 +109,8 @@ NANOCHAT_DEVICE T warp_sum(T x) {
     return x;
 }
 
-// By all threads of the block, whole warps; every one gets the sum. `warps` is shared memory that nobody else uses.
+// Called by all threads of the block, which has whole warps; all of them get the sum. `warps` is shared memory with no
+// other use.
 template <class T, int count>
 NANOCHAT_DEVICE T block_sum(T x, T (&warps)[count]) {
     x = warp_sum(x);

@@ -1,17 +1,17 @@
-// Describes a tensor in global memory, and the boxes of it that are copied, to the tensor copy engine. On the host.
+// Describes a tensor in global memory and the boxes that are copied to the tensor copy engine. Host code.
 #pragma once
 
 #include <initializer_list>
 #include <stdexcept>
 
 #include "../kernels.h"
-#include "device/primitives.cuh"
+#include "ptx/primitives.cuh"
 
 namespace nanochat::cuda {
 
 // sizes and box: elements along each of 2 to 4 dimensions, innermost first; strides: bytes, of all but the innermost.
 // address and strides are multiples of 16, rows of the box multiples of 16 bytes that fit the swizzle's width, the box
-// at most 256 along each dimension. Throws std::runtime_error for what the driver refuses.
+// at most 256 along each dimension. Throws std::runtime_error if the driver rejects the arguments.
 inline device::TensorMap make_tensor_map(DType dtype, const void* address, std::initializer_list<int64_t> sizes,
                                          std::initializer_list<int64_t> strides, std::initializer_list<int32_t> box,
                                          device::Swizzle swizzle) {

@@ -1,4 +1,4 @@
-// The state of the block that runs, shared by the parts of the emulation; kernels see emulation.h only.
+// The state of the running block, shared by the parts of the emulation. Kernels see emulation.h only.
 //
 // These files are compiled without sanitizers, but ThreadSanitizer still intercepts memcpy, memset, malloc and free:
 // what fibers touch lies in arrays of fixed size and is copied by copy_bytes and fill_bytes.
@@ -37,8 +37,8 @@ inline void release(void* token) {
     if (under_tsan()) __tsan_release(token);
 }
 
-// An identity is a thread to ThreadSanitizer, ordered after what its creator has done so far. Running code counts as
-// the identity's that it becomes; no edge comes of that.
+// To ThreadSanitizer an identity is a thread, ordered after what its creator has done so far. Running code belongs to the
+// identity that it has become; the switch adds no edge.
 inline void* create_identity() { return under_tsan() ? __tsan_create_fiber(0) : nullptr; }
 inline void destroy_identity(void* identity) {
     if (identity) __tsan_destroy_fiber(identity);
@@ -71,7 +71,7 @@ struct List {
         if (size == capacity) fail("the emulation holds at most %d operations in flight", capacity);
         return items[size++];
     }
-    // Calls done for each in order, and keeps those for which it is false.
+    // Calls done for each item in order, and keeps the items for which it returns false.
     template <class Done>
     void remove_if(const Done& done) {
         int kept = 0;
@@ -181,7 +181,7 @@ struct StaticVariable {
     uint32_t offset;
 };
 
-// What edges within the block go through.
+// The tokens of the edges within a block.
 struct Tokens {
     char barriers[16], groups[kMaxThreads];   // a group of lanes has its first lane's
     char proxy_fences, proxy_reads, loads_landed, blocks;
@@ -193,7 +193,7 @@ struct Block {
     Warp warps[kMaxWarps];
     int thread_count, warp_count, live;
     Barrier barriers[16];
-    unsigned char *window, *guard;   // shared memory, and the page behind it that nobody may touch
+    unsigned char *window, *guard;   // shared memory, and the page behind it, which is protected
     unsigned char* stacks;
     uint32_t window_size, dynamic_offset, static_used;
     List<StaticVariable, 64> statics;
@@ -222,8 +222,8 @@ void wake(const void* place);
 
 // --- lanes together ---
 
-// This thread and the other lanes of `mask` come together. One of them, for which it is not null, acts for all and then
-// ends the meeting. Orders no memory.
+// Waits until all lanes of `mask` have called it. One of them gets a result that is not null; it acts for all lanes and
+// then ends the meeting. Orders no memory.
 Meeting* meet(const char* operation, int line, uint32_t mask, void* argument);
 void end_meeting(Meeting& meeting);
 
@@ -266,7 +266,7 @@ void as_proxy(const Read& read) {
 // One of the tensor loads in flight, chosen at random, arrives. On the scheduler's stack.
 void land_tensor_load();
 
-// What a thread may not leave behind; and the four warps of a warpgroup must have started equally many products.
+// Checks that a thread leaves no copy behind, and that the four warps of a warpgroup have started equally many products.
 void finish_copies();
 void check_warpgroups();
 

@@ -1,9 +1,10 @@
-// CUDA kernels on the CPU, for tests: g++ -x c++ -include csrc/emulation/emulation.h kernel.cu. The kernels' own source
-// runs; csrc/cuda/device/primitives.cuh calls what is declared here in place of PTX. In no shipped binary.
+// CUDA kernels on the CPU, for tests: g++ -x c++ -include csrc/emulation/emulation.h kernel.cu. The unchanged source of
+// the kernels runs; csrc/cuda/ptx/primitives.cuh calls the functions declared here instead of PTX. No shipped binary
+// contains it.
 //
-// A CUDA thread is a fiber; blocks run one after another, the fibers of a block by one of four schedules that the seed
-// chooses (in order, in reverse, random lanes, one warp ahead of the others). What the hardware leaves open is decided
-// against the kernel:
+// A CUDA thread is a fiber. Blocks run one after another; the fibers of a block run by one of four schedules, which the
+// seed chooses (in order, in reverse, random lanes, one warp ahead of the others). Whatever the hardware leaves undefined
+// is decided against the kernel:
 //   - shared memory starts as NaN (0xFF), its dynamic part at a multiple of 16 bytes and no more; so does the kernel's
 //     stack, or where a sanitizer is, local variables as 0xFE (-1.7e38), by -ftrivial-auto-var-init=pattern;
 //   - copies in the background fill their target with NaN at once and land late: cp.async at its wait, tensor loads in
@@ -39,7 +40,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../cuda/device/layouts.h"
+#include "../cuda/ptx/layouts.h"
 #include "../kernels.h"
 
 #define __global__
@@ -104,7 +105,15 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     const auto body = [](void* context) {
         std::apply(static_cast<Call*>(context)->kernel, static_cast<Call*>(context)->arguments);
     };
-    run({name, grid, block, shared_bytes, body, &call, sizeof call});
+    run({
+        .name = name,
+        .grid = grid,
+        .block = block,
+        .shared_bytes = shared_bytes,
+        .call = body,
+        .context = &call,
+        .argument_bytes = sizeof call,
+    });
 }
 
 // --- the thread that runs ---

@@ -3,7 +3,7 @@
 // tests/emulation compares every map with CuTe's layouts.
 #pragma once
 
-#include "../cuda/device/layouts.h"
+#include "../cuda/ptx/layouts.h"
 
 namespace nanochat::emulation {
 

@@ -233,7 +233,17 @@ TensorMap make_tensor_map(DType dtype, const void* address, int rank, const int6
     require(rank >= 2 && rank <= 4, "takes 2 to 4 dimensions");
     require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "the address must be a multiple of 16");
     auto* first = static_cast<unsigned char*>(const_cast<void*>(address));
-    TensorMap map{first, {}, {}, {}, bytes_of(dtype), rank, dtype, swizzle, kMapMark};
+    TensorMap map = {
+        .address = first,
+        .sizes = {},
+        .strides = {},
+        .box = {},
+        .box_bytes = bytes_of(dtype),
+        .rank = rank,
+        .dtype = dtype,
+        .swizzle = swizzle,
+        .mark = kMapMark,
+    };
     for (int i = 0; i < rank; ++i) {
         map.sizes[i] = sizes[i];
         map.strides[i] = i ? strides[i - 1] : bytes_of(dtype);

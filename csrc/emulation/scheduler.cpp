@@ -277,7 +277,7 @@ static void set_up_threads(uint3 index) {
         thread.stack = b.stacks + i * kStackBytes;
         unsigned char* top = thread.stack + kStackBytes - 64;
         if (!under_asan() && !under_tsan()) memset(top - launch.argument_bytes - kFreshStack, 0xFF, kFreshStack);
-        // As nanochat_switch_stack leaves a stack: six registers, the address to return to, and its caller's.
+        // The stack as nanochat_switch_stack leaves it: six registers, the return address, and its caller's.
         void** frame = reinterpret_cast<void**>(top) - 8;
         std::fill(frame, frame + 8, nullptr);
         frame[6] = reinterpret_cast<void*>(fiber);
@@ -348,7 +348,7 @@ static std::string deadlock() {
 // grid has those of two to eight rooms, and blocks that share a room count as ordered.
 constexpr int kRooms = 8, kEnoughIdentities = 1024;
 static struct Room {
-    unsigned char* memory;   // a window for shared memory up to a page that nobody may touch, threads, stacks
+    unsigned char* memory;               // a window for shared memory that ends at a protected page, threads, stacks
     void* identities[kMaxThreads + 1];   // of the threads, then the asynchronous proxy
     Tokens tokens;
 } rooms[kRooms];

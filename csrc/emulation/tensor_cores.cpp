@@ -89,7 +89,7 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Half type) {
 
 // --- wgmma: each warp computes its 16 rows ---
 
-// What a warp multiplies, and its sums.
+// The operands of a warp's product, and its sums.
 static float A[16][16], B[16][256], C[16][256];
 
 // The elements (0 .. count - 1 along MN, from `first` on; 0 .. 15 along K) of an operand in shared memory, where 16
@@ -108,7 +108,7 @@ static void read_tile(uint64_t tile, device::Major major, Half type, int first, 
     }
 }
 
-// As this thread and as the asynchronous proxy.
+// Reads the operands twice: as this thread, and as the asynchronous proxy.
 static void read_operands(const Operands& o) {
     const auto read = [&] {
         const int row = static_cast<int>(current->warp - block->warps) % 4 * 16;
@@ -153,7 +153,16 @@ void wgmma(float* d, int N, const uint32_t* a, uint64_t a_tile, uint64_t b_tile,
         is_first = false;
     }
     Product& own = current->products.add();
-    own.operands = {a_tile, b_tile, major_a, major_b, type, N, a != nullptr, accumulate};
+    own.operands = {
+        .a_tile = a_tile,
+        .b_tile = b_tile,
+        .major_a = major_a,
+        .major_b = major_b,
+        .type = type,
+        .N = N,
+        .a_in_registers = a != nullptr,
+        .accumulate = accumulate,
+    };
     own.d = d;
     own.group = current->product_group;
     if (a) copy_bytes(own.a, a, sizeof own.a);
@@ -197,7 +206,7 @@ void wgmma_wait(int newest) {
 
 void check_warpgroups() {
     for (int i = 0; i < block->warp_count; ++i) {
-        // Of a warpgroup that is not whole, the absent warps have started none.
+        // The missing warps of an incomplete warpgroup have started no product.
         const int first = i / 4 * 4, products = first + 4 <= block->warp_count ? block->warps[i].products : 0;
         if (block->warps[first].products != products) {
             fail("wgmma: the warps of warpgroup %d start different numbers of products", i / 4);

@@ -1,4 +1,4 @@
-// Compares csrc/emulation/fragments.h and csrc/cuda/device/layouts.h with CuTe's layouts, element by element. Host
+// Compares csrc/emulation/fragments.h and csrc/cuda/ptx/layouts.h with CuTe's layouts, element by element. Host
 // code; prints "name mismatches/total", a line a check. test_conformance.py compiles it, and holds the names.
 #include <cstdint>
 #include <cstdio>

@@ -18,9 +18,9 @@ CORE = ("scheduler", "memory", "tensor_cores")
 CXX = os.environ.get("CXX", "g++").split()
 # The core tells the sanitizers what the kernels do and is not watched itself. Loops must not become calls of memcpy,
 # which ThreadSanitizer intercepts.
-CORE_FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-tree-loop-distribute-patterns"]
+CORE_FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-tree-loop-distribute-patterns"]
 KERNEL_FLAGS = [
-    *("-std=c++17", "-g", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"),
+    *("-std=c++20", "-g", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
 ]
 SANITIZERS = {
@@ -98,7 +98,7 @@ def build_for_gpu(source: Path, target: Path) -> Path:
     run(
         [
             "nvcc",
-            "-std=c++17",
+            "-std=c++20",
             "-O3",
             f"-arch={architecture}",
             "-shared",

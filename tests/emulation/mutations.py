@@ -388,7 +388,7 @@ SMALL = [
     ),
 ]
 
-ADAMW, MUON, LOSS = (f"csrc/cuda/{name}.cu" for name in ("adamw", "muon", "linear_cross_entropy"))
+ADAMW, MUON, LOSS = (f"csrc/cuda/{name}.cu" for name in ("adamw", "muon", "softcap_cross_entropy"))
 PACKS = "csrc/cuda/packs.cuh"
 ADAMW_LIBRARY, MUON_LIBRARY, LOSS_LIBRARY = (f"tests/emulation/{name}" for name in (operators.ADAMW, operators.MUON, operators.LOSS))
 
@@ -400,7 +400,7 @@ OPERATORS = [
         ("decay forgotten", "p[j] = decay * old", "p[j] = old"),
         ("table searched one too far", "table.first_block[middle] <= blockIdx.x", "table.first_block[middle] < blockIdx.x"),
         ("pack beyond the end taken for whole", "if (aligned && (block + 1) * kThreads * kThreadElements <= end) {", "if (aligned && block * kThreads * kThreadElements <= end) {", "address"),
-        ("alignment not looked at", "is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) && is_aligned<N>(exp_avg_sq)", "true", "address"),
+        ("alignment not looked at", "is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) &&\n                         is_aligned<N>(exp_avg_sq)", "true", "address"),
         ("two threads update one pack", "(block * packs * kThreads + threadIdx.x) * N", "(block * packs * kThreads + threadIdx.x % 255) * N", "thread"),
         ("second pack of a thread forgotten", "const int64_t first = start + i * kThreads * N;\n            update<", "const int64_t first = start;\n            update<"),
         ("tail of a tensor forgotten", "first += kThreads * N) {", "first += 2 * kThreads * N) {"),
@@ -467,22 +467,33 @@ OPERATORS = [
     ),
 ]
 
-TILES, TILES_HOPPER, ATTENTION_COMMON = (f"csrc/cuda/{name}.cuh" for name in ("tiles", "hopper", "attention"))
+TILES, TILES_HOPPER = "csrc/cuda/tiles.cuh", "csrc/cuda/hopper.cuh"
+ATTENTION_MASK, ATTENTION_SOFTMAX, ATTENTION_PACKING = (f"csrc/cuda/attention_{name}.cuh" for name in ("mask", "softmax", "packing"))
 FORWARD, FORWARD_HOPPER = "csrc/cuda/attention_forward.cu", "csrc/cuda/attention_forward_hopper.cu"
 BACKWARD, BACKWARD_HOPPER = "csrc/cuda/attention_backward.cu", "csrc/cuda/attention_backward_hopper.cu"
 FORWARD_LIBRARY, BACKWARD_LIBRARY = (f"tests/emulation/{name}" for name in (operators.ATTENTION_FORWARD, operators.ATTENTION_BACKWARD))
 
 ATTENTION_OPERATOR = [
     *of(
-        ATTENTION_COMMON,
+        ATTENTION_MASK,
         forward_ampere,
-        ("window too narrow by a key", "newest(first) - window : 0", "newest(first) - window + 1 : 0"),
-        ("own key hidden", "newest(last) + 1 < Tk ? newest(last) + 1 : Tk", "newest(last) < Tk ? newest(last) : Tk"),
-        ("border blocks taken for full", "keys(first).end / size};", "divide_up(keys(first).end, size)};"),
-        ("sum of weights not shrunk", "total[h] = total[h] * shrink[h] + sum;", "total[h] = total[h] + sum;"),
+        ("window too narrow by a key", "diagonal(first) - window : 0", "diagonal(first) - window + 1 : 0"),
+        ("own key hidden", "diagonal(last) + 1 < Tk ? diagonal(last) + 1 : Tk", "diagonal(last) < Tk ? diagonal(last) : Tk"),
+        ("border blocks taken for full", "visible_keys(first).end / size};", "divide_up(visible_keys(first).end, size)};"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        ATTENTION_SOFTMAX,
+        forward_ampere,
+        ("sum of weights not rescaled", "row_sum[h] = row_sum[h] * rescale[h] + sum;", "row_sum[h] = row_sum[h] + sum;"),
         ("highest score of two lanes alone", "            highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFF, highest, 2));\n", ""),
-        ("rows that see nothing divided by zero", "total[h] == 0 ? 0 : 1 / total[h]", "1 / total[h]"),
-        ("first head of the group for all", "(row - query * pack) * h;", "0 * h;"),
+        ("rows that see nothing divided by zero", "row_sum[h] == 0 ? 0 : 1 / row_sum[h]", "1 / row_sum[h]"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        ATTENTION_PACKING,
+        forward_ampere,
+        ("first head of the group for all", "(row - query * heads_per_tile) * h;", "0 * h;"),
         library=FORWARD_LIBRARY,
     ),
     *of(
@@ -497,10 +508,10 @@ ATTENTION_OPERATOR = [
         FORWARD,
         forward_ampere,
         ("block read before it has landed", "        device::cp_async_wait<0>();\n", ""),
-        ("stage overwritten while it is read", "        __syncthreads();   // this block has landed, and nobody reads the last one any more\n", "", "thread"),
+        ("stage overwritten while it is read", "        __syncthreads();   // this block has landed, and no thread reads the previous one\n", "", "thread"),
         ("one stage for all blocks", "block % 2 * Tile::stage_bytes", "0 * Tile::stage_bytes"),
-        ("sums not shrunk", "            scale_rows(sums[f], shrink);\n", ""),
-        ("sign of the scale forgotten", "if (a.scale.negative) {", "if (false) {"),
+        ("sums not rescaled", "            scale_rows(sums[f], rescale);\n", ""),
+        ("sign of the scale forgotten", "if (a.scale.negated) {", "if (false) {"),
         library=FORWARD_LIBRARY,
     ),
     *of(
@@ -508,18 +519,18 @@ ATTENTION_OPERATOR = [
         decode,
         ("splits overlap by a block", "min(blocks.end, begin + share)", "min(blocks.end, begin + share + 1)"),
         ("parts weighed by their own highest", "exp2_approx(a.part_lses[s * all + place] - lse)", "exp2_approx(a.part_lses[s * all + place] - reference)"),
-        ("lengths not looked at", "if (a.lengths) sight.Tk", "if (false) sight.Tk"),
-        ("parts of all units in one place", "+ tile.number) * tile.all", "+ 0) * tile.all"),
+        ("lengths not looked at", "if (a.lengths) mask.Tk", "if (false) mask.Tk"),
+        ("parts of all head groups in one place", "a.scheduler.head_groups + tile.head_group_index;", "a.scheduler.head_groups + 0;"),
         library=FORWARD_LIBRARY,
     ),
     *of(
         FORWARD_HOPPER,
         forward_hopper,
-        ("values given back before the sums are done", "finish<0>(sums);\n                v_ring.release(n);", "v_ring.release(n);\n                finish<0>(sums);", "thread"),
-        ("values not waited for", "                v_ring.wait(n);\n                start_sums", "                start_sums"),
-        ("sums shrunk while they are computed", "finish<0>(sums);\n                v_ring.release(n);\n                scale_rows(sums, shrink);", "scale_rows(sums, shrink);\n                finish<0>(sums);\n                v_ring.release(n);"),
-        ("turn not passed on", "                turns.pass();\n                finish<1>(scores);", "                finish<1>(scores);"),
-        ("queries given back with the last scores to come", "            q_ring.wait(turn);\n", "            q_ring.wait(turn);\n            if (threadIdx.x % 32 == 0) device::mbarrier_arrive(q_ring.empty(turn));\n"),
+        ("values given back before the sums are done", "wait_for_products<0>(sums);\n                v_ring.consumer_release(n);", "v_ring.consumer_release(n);\n                wait_for_products<0>(sums);", "thread"),
+        ("values not waited for", "                v_ring.consumer_wait(n);\n                start_sums", "                start_sums"),
+        ("sums rescaled while they are computed", "wait_for_products<0>(sums);\n                v_ring.consumer_release(n);\n                scale_rows(sums, rescale);", "scale_rows(sums, rescale);\n                wait_for_products<0>(sums);\n                v_ring.consumer_release(n);"),
+        ("turn not passed on", "                ping_pong.arrive_next();\n                wait_for_products<1>(scores);", "                wait_for_products<1>(scores);"),
+        ("queries given back with the last scores to come", "            q_ring.consumer_wait(turn);\n", "            q_ring.consumer_wait(turn);\n            if (threadIdx.x % 32 == 0) device::mbarrier_arrive(q_ring.empty(turn));\n"),
         library=FORWARD_LIBRARY,
     ),
     *of(
@@ -536,14 +547,14 @@ ATTENTION_OPERATOR = [
         backward_ampere,
         ("delta forgotten", "ds[f][i] = p[f][i] * (ds[f][i] - delta);", "ds[f][i] = p[f][i] * ds[f][i];"),
         ("rows that see nothing weigh", "own_lse == -INFINITY ? INFINITY : own_lse * kLog2e", "own_lse * kLog2e"),
-        ("last rows forgotten", "divide_up(queries.end * a.pack, rows)}", "queries.end * a.pack / rows}"),
+        ("last rows forgotten", "divide_up(queries.end * a.heads_per_tile, rows)}", "queries.end * a.heads_per_tile / rows}"),
         ("dK not scaled", "        scale_rows(dk[f], scale);\n", ""),
         ("numbers of the other stage", "+ tile % 2 * Tile::row_numbers;", "+ (tile + 1) % 2 * Tile::row_numbers;"),
-        ("rows overwritten while they are read", "        __syncthreads();   // this tile has landed, and nobody reads the last one any more\n", "", "thread"),
+        ("rows overwritten while they are read", "        __syncthreads();   // this tile has landed, and no thread reads the previous one\n", "", "thread"),
         library=BACKWARD_LIBRARY,
     ),
     *of(
-        "csrc/cuda/attention_backward.cuh",
+        ATTENTION_MASK,
         backward_ampere,
         ("lower keys hidden by the upper", "key + 8 >= visible.end", "key >= visible.end"),
         library=BACKWARD_LIBRARY,
@@ -551,11 +562,11 @@ ATTENTION_OPERATOR = [
     *of(
         BACKWARD_HOPPER,
         backward_hopper,
-        ("rows given back before dK is done", "finish<0>(dk);\n                q_ring.release(n);", "q_ring.release(n);\n                finish<0>(dk);", "thread"),
-        ("units of the group forgotten", "const int end = n + (tiles.end - tiles.begin) * subunits;", "const int end = n + (tiles.end - tiles.begin);"),
-        ("scores read before they are done", "                finish<1>(ds);\n", ""),
-        ("first unit's numbers for all", "maps.deltas, dout_ring.full(n), tile * rows,\n                                     unit);", "maps.deltas, dout_ring.full(n), tile * rows,\n                                     place.unit * subunits);"),
-        ("keys given back before dQ is done", "finish<0>(dq);\n                k_ring.release(n);", "k_ring.release(n);\n                finish<0>(dq);", "thread"),
+        ("rows given back before dK is done", "wait_for_products<0>(dk);\n                q_ring.consumer_release(n);", "q_ring.consumer_release(n);\n                wait_for_products<0>(dk);", "thread"),
+        ("head groups that share a head forgotten", "const int end = n + (tiles.end - tiles.begin) * subgroups;", "const int end = n + (tiles.end - tiles.begin);"),
+        ("scores read before they are done", "                wait_for_products<1>(ds);\n", ""),
+        ("first head group's numbers for all", "maps.deltas, dout_ring.full(n), tile * rows,\n                                     head_group);", "maps.deltas, dout_ring.full(n), tile * rows,\n                                     place.head_group * subgroups);"),
+        ("keys given back before dQ is done", "wait_for_products<0>(dq);\n                k_ring.consumer_release(n);", "k_ring.consumer_release(n);\n                wait_for_products<0>(dq);", "thread"),
         library=BACKWARD_LIBRARY,
     ),
     *of(
@@ -566,7 +577,8 @@ ATTENTION_OPERATOR = [
     ),
 ]
 
-PRODUCTS, SCHULZ, SCHULZ_HOPPER = (f"csrc/cuda/{name}" for name in ("newton_schulz.cuh", "newton_schulz.cu", "newton_schulz_hopper.cu"))
+PRODUCTS, SCHULZ_PLAN = "csrc/cuda/newton_schulz.cuh", "csrc/cuda/newton_schulz_plan.cuh"
+SCHULZ, SCHULZ_HOPPER = "csrc/cuda/newton_schulz.cu", "csrc/cuda/newton_schulz_hopper.cu"
 SCHULZ_LIBRARY = f"tests/emulation/{operators.NEWTON_SCHULZ}"
 
 NEWTON_SCHULZ = [
@@ -574,14 +586,14 @@ NEWTON_SCHULZ = [
         PRODUCTS,
         newton_schulz_ampere,
         ("mirror forgotten", "|| column + c >= row + 8 * h) continue;", "|| true) continue;"),
-        ("mirror of the wrong row", "const Cursor<kStripColumns, 16> cursor(0, 8 * h + j);", "const Cursor<kStripColumns, 16> cursor(0, 8 * h + (j ^ 1));"),
+        ("mirror of the wrong row", "const SwizzledRow<kStripColumns, 16> smem_row(0, 8 * h + j);", "const SwizzledRow<kStripColumns, 16> smem_row(0, 8 * h + (j ^ 1));"),
         ("diagonal not symmetric to the last bit", "        mirror_diagonal(sums, row, column);\n", ""),
         ("half of the diagonal from the wrong lane", "const int source = (t + j) * 4 + g / 2;", "const int source = t * 4 + g / 2;"),
         ("chunks above the diagonal stored", "column + 8 * chunk <= row + r;", "true;"),
         ("rows behind the last stored", "const bool stored = row + r < p.m && ", "const bool stored = ", "address"),
         ("strip stored before it is complete", "        stage_rows<T, kStripColumns, 16>(strip, sums, 0);\n        store_mirrored", "        store_mirrored"),
         ("results behind the last row", "r < p.m ? p.n - c : 0", "p.n - c", "address"),
-        ("first matrix's parameters for all", "= result.params[matrix];", "= result.params[0];"),
+        ("first matrix's parameters for all", "= output.params[matrix];", "= output.params[0];"),
         ("odd columns of parameters taken for pairs", "p.n % 2 == 0 && is_aligned<2>(params)", "is_aligned<2>(params)", "address"),
         ("odd columns taken for pairs", "store(out + place, pack, count, p.n % 2 == 0);", "store(out + place, pack, count, true);", "address"),
         ("source read beyond the last row", "source && r < p.m && c < p.d.pitch", "source && c < p.d.pitch", "address"),
@@ -589,7 +601,7 @@ NEWTON_SCHULZ = [
         ("second source forgotten", "load_source<T>(t, p, p.t,", "load_source<T>(t, p, p.s,"),
         ("factor of the product forgotten", "sums[2 * i] = p.alpha * sums[2 * i]", "sums[2 * i] = sums[2 * i]"),
         ("first matrix's source for all", "static_cast<const T*>(source) + matrix * p.d.size()", "static_cast<const T*>(source) + 0 * p.d.size()"),
-        ("bfloat16 parameters taken for float32", "result.param_dtype == DType::bfloat16", "false", "address"),
+        ("bfloat16 parameters taken for float32", "output.param_dtype == DType::bfloat16", "false", "address"),
         library=SCHULZ_LIBRARY,
     ),
     *of(
@@ -602,31 +614,36 @@ NEWTON_SCHULZ = [
         ("last row of tiles forgotten", "columns * (columns + 1) / 2", "columns * columns / 2"),
         ("zeros behind a row not written", "load<4>(from + 4 * i, a.x.columns - column - 4 * i,", "load<4>(from + 4 * i, 4,"),
         ("step read before it has landed", "        device::cp_async_wait<0>();\n", ""),
-        ("stage overwritten while it is read", "        __syncthreads();   // this step has landed, and nobody reads the last one any more\n", "", "thread"),
+        ("stage overwritten while it is read", "        __syncthreads();   // this step has landed, and no thread reads the previous one\n", "", "thread"),
         ("one stage for all steps", "stages + step % 2 * Tile::stage_bytes;\n        load_block", "stages + 0 * Tile::stage_bytes;\n        load_block"),
-        ("strips written while stages are read", "    __syncthreads();   // strips lie where the stages were\n", "", "thread"),
+        ("strips written while stages are read", "    __syncthreads();   // the strips overwrite the stages\n", "", "thread"),
         ("strips of all warps in one place", "+ warp * kStripBytes;", "+ 0 * kStripBytes;", "thread"),
         ("rows behind the last copied", "x.rows - k,\n", "2 * x.rows,\n"),
-        ("transposed operand read as it lies", "device::ldmatrix_x4_trans(r, cursor(", "device::ldmatrix_x4(r, cursor("),
+        ("transposed operand read as it lies", "device::ldmatrix_x4_trans(r, smem_row(", "device::ldmatrix_x4(r, smem_row("),
         ("operands' lanes exchanged", "left == (major == Major::k)", "left"),
         ("lower half of the columns twice", "fragment(sums[f], n + 1), left[f], {right[2], right[3]}", "fragment(sums[f], n + 1), left[f], {right[0], right[1]}"),
-        ("Gram matrix multiplied once", "small_product(G, *newest, Y, 1, 0, triple[0]);", "small_product(G, *newest, G, 1, 0, triple[0]);"),
+        library=SCHULZ_LIBRARY,
+    ),
+    *of(
+        SCHULZ_PLAN,
+        newton_schulz_ampere,
+        ("Gram matrix multiplied once", "symmetric_product(G, *newest, Y, 1, 0, triple[0]);", "symmetric_product(G, *newest, G, 1, 0, triple[0]);"),
         ("scale of the Gram form not gathered", "                scale *= triple[0];\n", ""),
-        ("step's own factor forgotten", "small_product(spare, P, Z, 1, triple[0], scale);", "small_product(spare, P, Z, 1, 0, scale);"),
+        ("step's own factor forgotten", "symmetric_product(spare, P, Z, 1, triple[0], scale);", "symmetric_product(spare, P, Z, 1, 0, scale);"),
         library=SCHULZ_LIBRARY,
     ),
     *of(
         SCHULZ_HOPPER,
         newton_schulz_hopper,
-        ("idle group gives no stage back", "                ring.wait(n);\n                ring.release(n);\n", ""),
+        ("idle group gives no stage back", "                ring.consumer_wait(n);\n                ring.consumer_release(n);\n", ""),
         ("sums not started from zero", "        float sums[2][kTile / 2] = {};", "        float sums[2][kTile / 2];", "address"),
         ("tiles of an odd row forgotten", "pairs + (rows % 2 ? columns : 0)};", "pairs};"),
         ("first tile of a half row", "column = tile < diagonal ? 2 * tile + 1 :", "column = tile < diagonal ? 2 * tile :"),
-        ("half a stage announced", "ring.start(n, bytes);", "ring.start(n, bytes / 2);"),
-        ("stage not waited for", "            ring.wait(n);\n            device::wgmma_fence();", "            device::wgmma_fence();"),
-        ("last stage given back before the products are done", "        finish<0>(sums[0]);\n        device::pin_registers(sums[1]);\n        ring.release(n - 1);", "        ring.release(n - 1);\n        finish<0>(sums[0]);\n        device::pin_registers(sums[1]);", "thread"),
+        ("half a stage announced", "ring.producer_acquire(n, bytes);", "ring.producer_acquire(n, bytes / 2);"),
+        ("stage not waited for", "            ring.consumer_wait(n);\n            device::wgmma_fence();", "            device::wgmma_fence();"),
+        ("last stage given back before the products are done", "        wait_for_products<0>(sums[0]);\n        device::pin_registers(sums[1]);\n        ring.consumer_release(n - 1);", "        ring.consumer_release(n - 1);\n        wait_for_products<0>(sums[0]);\n        device::pin_registers(sums[1]);", "thread"),
         ("stage given back before the products are done", "            device::wgmma_wait<1>();   // of the step before\n", "", "thread"),
-        ("first consumer's rows for both", "ring.full(n), place.row + c * kTile,", "ring.full(n), place.row,"),
+        ("first consumer's rows for both", "ring.full(n), coord.row + c * kTile,", "ring.full(n), coord.row,"),
         ("both halves of the columns from one", "load_block<major_b>(stage + Tile::consumers * Tile::block_bytes", "load_block<major_b>(stage + 1 * Tile::block_bytes"),
         ("second panel over the first", "block + panel * kDepth * P::width, map", "block + 0 * kDepth * P::width, map"),
         ("lower half of the rows twice", "descriptor<major_a>(a, half, k)", "descriptor<major_a>(a, 0, k)"),

@@ -11,7 +11,7 @@ from nanochat_native.ops import reference
 
 ADAMW, MUON, LOSS, ATTENTION_FORWARD, ATTENTION_BACKWARD, NEWTON_SCHULZ = (
     f"operators/{name}.cpp"
-    for name in ("adamw", "muon", "linear_cross_entropy", "attention_forward", "attention_backward", "newton_schulz")
+    for name in ("adamw", "muon", "softcap_cross_entropy", "attention_forward", "attention_backward", "newton_schulz")
 )
 LIBRARIES = {
     "adamw": ADAMW,

@@ -1,4 +1,4 @@
-"""Fragments, swizzles and descriptors, csrc/emulation/fragments.h and csrc/cuda/device/layouts.h, are CuTe's.
+"""Fragments, swizzles and descriptors, csrc/emulation/fragments.h and csrc/cuda/ptx/layouts.h, are CuTe's.
 
 conformance.cpp compares them element by element, on the host, and prints "name mismatches/total".
 """
@@ -38,7 +38,7 @@ def names():
 NAMES = sorted(names())
 
 # Wrong maps: file, text, what stands in its place; and the checks that must notice.
-FRAGMENTS, LAYOUTS = "emulation/fragments.h", "cuda/device/layouts.h"
+FRAGMENTS, LAYOUTS = "emulation/fragments.h", "cuda/ptx/layouts.h"
 DEFECTS = {
     "mma_a_": (FRAGMENTS, "i % 2 + 8 * (i / 4)}", "i % 2 + 4 * (i / 4)}"),
     "mma_b_": (FRAGMENTS, "i % 2 + 8 * (i / 2), lane / 4}", "i % 2 + 4 * (i / 2), lane / 4}"),
@@ -57,7 +57,7 @@ EXACT = ("mma_d_", "swizzle_none_", "descriptor_start_")  # what these defects l
 def start_build(csrc, folder):
     compiler = toolchain.host_compiler()
     system = [toolchain.cute_include(), *toolchain.cuda_includes()]
-    command = [*compiler, "-std=c++17", "-O1", f"-I{csrc}", *(word for path in system for word in ("-isystem", path))]
+    command = [*compiler, "-std=c++20", "-O1", f"-I{csrc}", *(word for path in system for word in ("-isystem", path))]
     source = toolchain.ROOT / "tests/emulation/conformance.cpp"
     log = open(folder / "log", "w")  # noqa: SIM115
     return subprocess.Popen([*command, source, "-o", folder / "conformance"], stderr=log)

@@ -1,4 +1,4 @@
-"""Each primitive of device/primitives.cuh against its definition: emulated, under sanitizers, and on a GPU."""
+"""Each primitive of ptx/primitives.cuh against its definition: emulated, under sanitizers, and on a GPU."""
 
 import itertools
 

@@ -35,7 +35,7 @@ def build(tmp_path):
 
     def compile_text(text, architecture=HOPPER):
         source = tmp_path / "kernel.cu"
-        source.write_text(f'#include "cuda/device/primitives.cuh"\nusing namespace nanochat::device;\n{text}')
+        source.write_text(f'#include "cuda/ptx/primitives.cuh"\nusing namespace nanochat::device;\n{text}')
         result = toolchain.compile_cuda(source, architecture, tmp_path)
         assert not result.error, result.error
         return result

@@ -183,7 +183,7 @@ def parse_ptxas(text):
 def compile_cuda(source, architecture, folder, options=()):
     """Compiles to machine code, into `folder`."""
     source, cubin = Path(source), Path(folder) / f"{Path(source).stem}.{architecture}.cubin"
-    command = [nvcc(), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    command = [nvcc(), "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
     result = subprocess.run([*command, *options, str(source), "-o", str(cubin)], capture_output=True, text=True)
     text = result.stdout + result.stderr
     return Compiled(source, architecture, cubin, text if result.returncode else "", *parse_ptxas(text))

@@ -1,6 +1,6 @@
 // Causal attention forward, head size 64, grouped heads, bfloat16: cp.async through two stages, ldmatrix, mma.sync and
 // an online softmax, the shape that Ampere's kernels have. For tests of the primitives; not tuned.
-#include "../../../csrc/cuda/device/primitives.cuh"
+#include "../../../csrc/cuda/ptx/primitives.cuh"
 #include "../entry.h"
 
 namespace {

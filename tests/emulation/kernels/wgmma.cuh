@@ -1,7 +1,7 @@
 // One warpgroup multiplies tiles that it has laid out itself, in every form that wgmma takes.
 #pragma once
 
-#include "../../../csrc/cuda/device/primitives.cuh"
+#include "../../../csrc/cuda/ptx/primitives.cuh"
 #include "../entry.h"
 
 namespace {

@@ -36,7 +36,7 @@ ENTRY(adamw) {
     a.step_address = read;
     a.lr_address = read;
     a.weight_decay_address = read;
-    void* workspace = read;
+    a.execution.workspace = read;
     require_workspace(read, cuda::adamw_workspace_bytes(a));
-    cuda::adamw(a, workspace, nullptr);
+    cuda::adamw(a);
 }

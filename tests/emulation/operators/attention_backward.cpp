@@ -26,8 +26,8 @@ ENTRY(attention_backward) {
     }
     read_shape(read, a.shape);
     a.dtype = read;
-    const cuda::Device device = read_device(read);
-    void* workspace = read;
-    require_workspace(read, cuda::attention_backward_workspace_bytes(a, device));
-    cuda::attention_backward(a, device, workspace, nullptr);
+    a.execution.device = read_device(read);
+    a.execution.workspace = read;
+    require_workspace(read, cuda::attention_backward_workspace_bytes(a));
+    cuda::attention_backward(a);
 }

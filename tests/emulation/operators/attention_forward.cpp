@@ -17,25 +17,25 @@ ENTRY(attention_forward) {
     a.out = read;
     a.lse = read;
     for (Strides* strides : {&a.q_strides, &a.k_strides, &a.v_strides, &a.out_strides}) read_strides(read, *strides);
-    const int64_t* lengths = read;
+    a.lengths = read;
     read_shape(read, a.shape);
     a.dtype = read;
-    const cuda::Device device = read_device(read);
-    void* workspace = read;
-    require_workspace(read, cuda::attention_forward_workspace_bytes(a, device));
-    cuda::attention_forward(a, lengths, device, workspace, nullptr);
+    a.execution.device = read_device(read);
+    a.execution.workspace = read;
+    require_workspace(read, cuda::attention_forward_workspace_bytes(a));
+    cuda::attention_forward(a);
 }
 
-// tiles, units, section, last_first, then (tiles * units, 2) int32 on the host: tile and unit of each item
+// tiles, head_groups, section, last_first, then (tiles * head_groups, 2) int32 on the host: tile and head group of each item
 ENTRY(places) {
     Reader read{arguments};
-    const int64_t tiles = read, units = read, section = read;
-    const cuda::attention::Order order = {static_cast<int>(tiles), static_cast<int>(units), static_cast<int>(section),
-                                          read};
+    const int64_t tiles = read, head_groups = read, section = read;
+    const cuda::attention::TileScheduler scheduler = {static_cast<int>(tiles), static_cast<int>(head_groups),
+                                                      static_cast<int>(section), read};
     int* to = read;
-    for (int item = 0; item < order.items(); ++item) {
-        const auto [tile, unit] = order(item);
+    for (int item = 0; item < scheduler.items(); ++item) {
+        const auto [tile, head_group] = scheduler.coord(item);
         *to++ = tile;
-        *to++ = unit;
+        *to++ = head_group;
     }
 }

@@ -1,4 +1,4 @@
-// What both directions of attention take.
+// Readers of the arguments that both passes of attention share.
 #pragma once
 
 #include "device_reader.h"

@@ -1,4 +1,4 @@
-// What kernels that are chosen by the GPU take.
+// Reads the GPU's properties, for kernels that depend on them.
 #pragma once
 
 #include "reader.h"

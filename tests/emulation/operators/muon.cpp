@@ -21,9 +21,9 @@ ENTRY(muon_momentum) {
     a.momentum = read;
     a.nesterov = read;
     a.momentum_address = read;
-    void* workspace = read;
+    a.execution.workspace = read;
     require_workspace(read, cuda::muon_momentum_workspace_bytes(a));
-    cuda::muon_momentum(a, workspace, nullptr);
+    cuda::muon_momentum(a);
 }
 
 // List params, then update (count, numel), count, numel, param DType, lr, weight_decay, scale, cautious, lr_address,
@@ -42,5 +42,5 @@ ENTRY(muon_update) {
     a.cautious = read;
     a.lr_address = read;
     a.weight_decay_address = read;
-    cuda::muon_update(a, nullptr);
+    cuda::muon_update(a);
 }

@@ -27,6 +27,7 @@ ENTRY(newton_schulz) {
     Reader read{arguments};
     NewtonSchulz a = read_newton_schulz(read);
     const int64_t form = read;
+    a.form = static_cast<NewtonSchulzForm>(form);
     a.out = read;
     MuonUpdate update = {};
     update.params = static_cast<void**>(read);
@@ -39,23 +40,24 @@ ENTRY(newton_schulz) {
     update.cautious = read;
     update.lr_address = read;
     update.weight_decay_address = read;
-    const cuda::Device device = read_device(read);
-    void* workspace = read;
-    const auto chosen = static_cast<cuda::NewtonSchulzForm>(form);
-    require_workspace(read, cuda::newton_schulz_workspace_bytes(a, chosen));
-    cuda::newton_schulz(a, chosen, a.out ? nullptr : &update, device, workspace, nullptr);
+    if (!a.out) a.update = &update;
+    a.execution.device = read_device(read);
+    a.execution.workspace = read;
+    require_workspace(read, cuda::newton_schulz_workspace_bytes(a));
+    cuda::newton_schulz(a);
 }
 
 // As newton_schulz's, to norm_factor; then, on the host: (1,) int64 the form, (2,) int64 the bytes of workspace of
 // each form, (2, steps) int64 the steps on one Gram matrix of each form, in turn, and (2,) int64 whether float16 serves
 ENTRY(newton_schulz_plan) {
     Reader read{arguments};
-    const NewtonSchulz a = read_newton_schulz(read);
+    NewtonSchulz a = read_newton_schulz(read);
     int64_t *form = read, *bytes = read, *steps = read, *float16 = read;
     *form = static_cast<int64_t>(cuda::newton_schulz_form(a));
-    for (const auto each : {cuda::NewtonSchulzForm::plain, cuda::NewtonSchulzForm::gram}) {
-        *bytes++ = cuda::newton_schulz_workspace_bytes(a, each);
-        const std::vector<int> phases = cuda::newton_schulz_kernels::phases_of(a, each);
+    for (const auto each : {NewtonSchulzForm::plain, NewtonSchulzForm::gram}) {
+        a.form = each;
+        *bytes++ = cuda::newton_schulz_workspace_bytes(a);
+        const std::vector<int> phases = cuda::newton_schulz_kernels::restart_schedule(a, each);
         std::copy(phases.begin(), phases.end(), steps);
         steps += a.steps;
         *float16++ = cuda::newton_schulz_kernels::fits_float16(a, phases);

@@ -1,9 +1,10 @@
-// Every primitive that C++ has no words for, each with two bodies: PTX for the device, and a call of csrc/emulation for
-// the host, where the same kernels run under test. The only file with inline PTX; kernels include it alone.
+// Every primitive that CUDA C++ does not offer, each with two bodies: PTX for the device, and a call of csrc/emulation for
+// the host, where tests run the same kernels. This is the only file with inline PTX, and the only one of csrc/cuda/ptx
+// that kernels include.
 //
-// What CUDA C++ itself offers (threadIdx, __syncthreads, __syncwarp, __shfl_*_sync, votes, atomicAdd, ...) kernels use
-// under its own name; the emulation supplies those names too. Shared memory is declared through NANOCHAT_SHARED and
-// NANOCHAT_DYNAMIC_SHARED, and kernels start through launch().
+// Kernels use the names of CUDA C++ itself (threadIdx, __syncthreads, __syncwarp, __shfl_*_sync, votes, atomicAdd, ...)
+// directly; the emulation supplies them too. Shared memory is declared with NANOCHAT_SHARED and NANOCHAT_DYNAMIC_SHARED,
+// and kernels are started with launch().
 //
 // Shared-memory addresses are the 32-bit ones of shared_address(). PTX ISA 8.7 describes each instruction by its name.
 #pragma once
@@ -20,7 +21,7 @@
 #include <stdexcept>
 #include <string>
 #define NANOCHAT_DEVICE __device__ __forceinline__
-#define NANOCHAT_SHARED(type, name) __shared__::nanochat::device::Same<type> name
+#define NANOCHAT_SHARED(type, name) __shared__ nanochat::device::Same<type> name
 #define NANOCHAT_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define NANOCHAT_LINE
 #define ON_DEVICE(...) __VA_ARGS__
@@ -70,7 +71,7 @@ inline void launch_check(cudaError_t status, const char* name) {
     }
 }
 
-// Enqueues kernel(arguments...); throws std::runtime_error, with `name`, when the device refuses.
+// Enqueues kernel(arguments...). Throws std::runtime_error, with `name`, if the launch fails.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Arguments&&... arguments) {
@@ -98,7 +99,7 @@ NANOCHAT_DEVICE float to_float(float16 x) {
     return wide;
 }
 
-// Two numbers rounded to nearest even and packed, `low` in the low half: what mma takes.
+// Two numbers, rounded to nearest even and packed for mma, with `low` in the low half.
 template <class T>
 NANOCHAT_DEVICE uint32_t pack(float low, float high);
 template <>
@@ -116,7 +117,7 @@ NANOCHAT_DEVICE uint32_t pack<float16>(float low, float high) {
     return packed;
 }
 
-// 2^x, 1/x and tanh(x) of the special function unit: relative errors of 2^-22, 2^-23 and 2^-11. Subnormals are zero.
+// 2^x, 1/x and tanh(x) by the special function unit, with relative errors of 2^-22, 2^-23 and 2^-11. Subnormals are zero.
 NANOCHAT_DEVICE float exp2_approx(float x) {
     float y;
     ON_DEVICE(asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)));
@@ -136,7 +137,7 @@ NANOCHAT_DEVICE float tanh_approx(float x) {
     return y;
 }
 
-// The same number, but new to the compiler: what follows from it is computed where it stands, not kept in registers.
+// Returns x, but the compiler does not know that: values derived from the result are recomputed, not kept in registers.
 NANOCHAT_DEVICE int opaque(int x) {
     ON_DEVICE(asm volatile("" : "+r"(x)));
     return x;
@@ -144,8 +145,8 @@ NANOCHAT_DEVICE int opaque(int x) {
 
 // --- order between threads ---
 
-// Named barriers: bar_sync waits until `threads` of the block, a multiple of 32, have come to barrier `id`, 0 to 15;
-// bar_arrive counts and goes on.
+// Named barriers: bar_sync waits until `threads` threads of the block, a multiple of 32, have arrived at barrier `id`, 0 to
+// 15. bar_arrive arrives without waiting.
 NANOCHAT_DEVICE void bar_sync(int id, int threads NANOCHAT_LINE) {
     ON_DEVICE(asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"));
     ON_HOST(emulation::bar_sync(id, threads, line));
@@ -155,7 +156,7 @@ NANOCHAT_DEVICE void bar_arrive(int id, int threads) {
     ON_HOST(emulation::bar_arrive(id, threads));
 }
 
-// Adds and returns the old value; what this thread wrote before is seen by whoever sees the sum, on the whole device.
+// Adds and returns the old value. A thread of the device that sees the sum also sees what this thread wrote before.
 NANOCHAT_DEVICE uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value) {
     uint32_t old;
     ON_DEVICE(asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter),
@@ -181,7 +182,7 @@ NANOCHAT_DEVICE uint32_t shared_address(const void* pointer) {
 
 // Copies 16 bytes from global to shared memory, both aligned to 16, in the background; of the 16 the last
 // 16 - source_bytes are zeros that are not read. A commit closes a group, wait<n> leaves the n newest groups in flight.
-// The copied bytes are this thread's own until a barrier.
+// Only this thread may read the copied bytes before a barrier.
 NANOCHAT_DEVICE void cp_async_16(uint32_t target, const void* source, int source_bytes = 16) {
     ON_DEVICE(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                            "r"(source_bytes) : "memory"));
@@ -220,7 +221,7 @@ NANOCHAT_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t row) {
     ON_HOST(emulation::ldmatrix(r, row, 2, true));
 }
 
-// The way back (sm_90).
+// The reverse of ldmatrix (sm_90).
 NANOCHAT_DEVICE void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) {
     ON_DEVICE(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]),
                            "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
@@ -262,7 +263,7 @@ NANOCHAT_DEVICE void mbarrier_init(uint32_t barrier, int count) {
     ON_DEVICE(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory"));
     ON_HOST(emulation::mbarrier_init(barrier, count));
 }
-// Makes initialised barriers known to the asynchronous proxy; a __syncthreads must follow.
+// Makes initialised barriers visible to the asynchronous proxy. A __syncthreads must follow.
 NANOCHAT_DEVICE void fence_mbarrier_init() {
     ON_DEVICE(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
     ON_HOST(emulation::fence_mbarrier_init());

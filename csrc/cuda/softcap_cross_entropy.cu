@@ -1,14 +1,14 @@
-// Softcap, cross-entropy and its gradient on one chunk of logits (rows, V), in place: what stands between the matrix
-// products of linear_cross_entropy. One block a row.
+// Softcap, cross-entropy and its gradient on one chunk of logits (rows, V), in place: the part of linear_cross_entropy
+// between the matrix products. One block per row.
 //
 //   r = 1 / (1 + 2^(2 log2(e) x / softcap)),   z = softcap tanh(x / softcap) = softcap (1 - 2 r),
 //   loss = log(sum e^z) - z[target],   d loss / d x = (softmax(z) - onehot) 4 (r - r^2).
 //
-// Moves 4 bytes an element of bfloat16, 2 without the gradient: 4.6 elements a cycle for a multiprocessor of an H200,
-// so that 3.5 operations of its special function unit and 28 instructions fit into an element's time. To stay below:
-//   - z <= softcap, so e^(z - softcap) = 2^(-2 softcap log2(e) r) needs no maximum, nor a second look at x;
-//   - the gradient needs of an element only e^z (r - r^2), which the thread keeps until the row's sum is known.
-// That makes 3 special operations (two 2^x and 1/x) and about 17 instructions.
+// Moves 4 bytes per element of bfloat16, 2 without the gradient. That is 4.6 elements per cycle for a multiprocessor of an
+// H200, so an element has time for 3.5 operations of the special function unit and 28 instructions. To stay below that:
+//   - z <= softcap, so e^(z - softcap) = 2^(-2 softcap log2(e) r) needs neither a maximum nor a second pass over x;
+//   - for the gradient the thread keeps only e^z (r - r^2) of an element, until the sum of the row is known.
+// So an element takes 3 special operations (two 2^x and 1/x) and about 17 instructions.
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -25,16 +25,16 @@ using device::reciprocal_approx;
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// Threads take what fits: 512 for V = 32,768 in bfloat16 (two blocks a multiprocessor), 1,024 for 65,536. Longer rows
-// are read again for the gradient, mostly from the L2 cache.
+// Rows that fit are held by the threads: 512 for V = 32,768 in bfloat16 (two blocks per multiprocessor), 1,024 for 65,536.
+// Longer rows are read again for the gradient, mostly from the L2 cache.
 constexpr int kMaxThreads = 1024;
 
-// none: z = x. bounded: z <= softcap serves as the row's maximum; e^(z - softcap) >= e^-60 for the largest such
-// softcap, which leaves 2^-39 of float32's range to the factor r - r^2. wide: needs a true maximum, as none does.
+// none: z = x. bounded: softcap takes the place of the row's maximum; e^(z - softcap) >= e^-60 for the largest such
+// softcap, which leaves 2^-39 of float32's range to the factor r - r^2. wide: needs a true maximum, like none.
 enum class Cap { none, bounded, wide };
 constexpr double kLargestBound = 30;
 
-// A thread: 128 bytes of loads under way, 32 of its 64 registers. The exact tanh of wide needs more of them.
+// Per thread: 128 bytes of loads in flight, 32 of 64 registers. The exact tanh of `wide` needs more registers.
 template <Cap cap>
 constexpr int kHeldPacks = cap == Cap::wide ? 4 : 8;
 constexpr int kPassingPacks = 2;   // of longer rows, beside the held ones
@@ -65,7 +65,7 @@ NANOCHAT_DEVICE Point point(float x, const Arguments& a) {
     return {-a.outer * r, r - r * r};
 }
 
-// sum 2^(exponent - top) over elements of a row; top is 0 for a bounded row, else their largest exponent.
+// sum 2^(exponent - top) over elements of a row. top is 0 for a bounded row, else the largest exponent.
 struct Total {
     float top, sum;
 };
@@ -82,7 +82,7 @@ NANOCHAT_DEVICE Total nothing() {
     return {cap == Cap::bounded ? 0 : -FLT_MAX, 0};   // -FLT_MAX: a row may hold -infinity
 }
 
-// Of a warp, in a fixed order, to every lane.
+// Merges the totals of a warp in a fixed order; every lane gets the result.
 template <Cap cap>
 NANOCHAT_DEVICE Total warp_total(Total total) {
 #pragma unroll
@@ -93,9 +93,9 @@ NANOCHAT_DEVICE Total warp_total(Total total) {
     return total;
 }
 
-// Keeps the weights 2^exponent (r - r^2) of a bounded row in the place of its logits. They lie in [0, 1], so that of
-// their 32 bits the upper two are zero: of the others the upper 16 serve for bfloat16, 7 of exponent and 9 of mantissa,
-// and add a quarter to the error of the final rounding.
+// Stores the weights 2^exponent (r - r^2) of a bounded row in place of its logits. The weights are in [0, 1], so the upper
+// two of their 32 bits are zero. For bfloat16 the next 16 bits are kept, 7 of the exponent and 9 of the mantissa, which
+// adds a quarter to the error of the final rounding.
 template <int N>
 NANOCHAT_DEVICE void hold_pair(Pack<float, N>& pack, int i, float low, float high) {
     set_pair(pack, i, low, high);
@@ -115,7 +115,7 @@ NANOCHAT_DEVICE float held(const Pack<bfloat16, N>& pack, int i) {
     return __uint_as_float(__float_as_uint(element(pack, i)) >> 2);
 }
 
-// Adds a pack's elements; `hold` replaces them by their weights.
+// Adds the elements of a pack; `hold` replaces them by their weights.
 template <Cap cap, bool hold, class T, int N>
 NANOCHAT_DEVICE void add(Total& total, Pack<T, N>& pack, const Arguments& a) {
     if (cap == Cap::bounded) {
@@ -147,7 +147,7 @@ NANOCHAT_DEVICE float gradient(float x, float top, float factor, const Arguments
     return exp2_approx(p.exponent - top) * p.slope * factor;
 }
 
-// Turns a pack into its gradient, but for the target's term: from the weights where it was held, else from the logits.
+// Turns a pack into its gradient without the target's term: from the weights if it was held, else from the logits.
 template <Cap cap, bool was_held, class T, int N>
 NANOCHAT_DEVICE void differentiate(Pack<T, N>& pack, float top, float factor, const Arguments& a) {
 #pragma unroll
@@ -166,8 +166,8 @@ NANOCHAT_DEVICE void store_one(bfloat16* to, float x) {
     to->bits = static_cast<uint16_t>(device::pack<bfloat16>(x, 0));
 }
 
-// A row is `packs` aligned packs from `body` on, and up to N - 1 single elements before and after them, `edges` in all:
-// one each for the first threads.
+// A row is `packs` aligned packs from `body` on, with up to N - 1 single elements before and after them, `edges` in all.
+// Each of the first threads handles one of those.
 template <class T>
 struct Row {
     static constexpr int N = kPack<T>;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kMaxThreads) softcap_cross_entropy_kernel(cons
     const int thread = threadIdx.x, threads = blockDim.x;
     const Row<T> row(static_cast<T*>(a.logits) + blockIdx.x * int64_t{a.V}, a.V);
 
-    // All loads set out before the first is waited for.
+    // All loads are issued before the first is used.
     const int64_t target = a.targets[blockIdx.x];
     const float grad_scale = a.grad_scale ? *a.grad_scale : 0;
     const bool has_edge = thread < row.edges;
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads) softcap_cross_entropy_kernel(cons
         const int p = i * threads + thread;
         if (p < row.packs) pack[i] = load<N>(row.body + p * N);
     }
-    __syncwarp();   // keeps the compiler from moving them behind the branch
+    __syncwarp();   // keeps the compiler from moving the loads behind the branch
 
     const bool ignored = target == a.ignore_index;
     if (ignored || target < 0 || target >= a.V) {
@@ -298,14 +298,16 @@ void launch(const SoftcapCrossEntropy& a, void* stream) {
     const int packs = static_cast<int>(a.V / kPack<T>);
     const int threads = std::clamp((packs + kHeldPacks<cap> - 1) / kHeldPacks<cap>, 32, kMaxThreads);
     const double log2e = 1 / std::log(2.0), inner = cap == Cap::bounded ? 2 * log2e / a.softcap : 1 / a.softcap;
-    const Arguments arguments = {a.logits,
-                                 a.targets,
-                                 a.grad_scale,
-                                 a.loss,
-                                 a.ignore_index,
-                                 static_cast<int>(a.V),
-                                 static_cast<float>(inner),
-                                 static_cast<float>((cap == Cap::bounded ? 2 : 1) * log2e * a.softcap)};
+    const Arguments arguments = {
+        .logits = a.logits,
+        .targets = a.targets,
+        .grad_scale = a.grad_scale,
+        .loss = a.loss,
+        .ignore_index = a.ignore_index,
+        .V = static_cast<int>(a.V),
+        .inner = static_cast<float>(inner),
+        .outer = static_cast<float>((cap == Cap::bounded ? 2 : 1) * log2e * a.softcap),
+    };
     device::launch("linear_cross_entropy", softcap_cross_entropy_kernel<T, cap>, dim3(static_cast<uint32_t>(a.rows)),
                    dim3((threads + 31) / 32 * 32), 0, stream, arguments);
 }
@@ -326,8 +328,9 @@ void launch(const SoftcapCrossEntropy& a, void* stream) {
 
 namespace nanochat::cuda {
 
-void softcap_cross_entropy(const SoftcapCrossEntropy& a, void* stream) {
+void softcap_cross_entropy(const SoftcapCrossEntropy& a) {
     using namespace softcap_cross_entropy_kernels;
+    void* const stream = a.execution.stream;
     require(a.rows <= INT32_MAX && a.V >= 1 && a.V <= INT32_MAX / 2, "linear_cross_entropy: the chunk has ", a.rows,
             " rows of ", a.V, " logits; takes up to ", INT32_MAX, " of ", INT32_MAX / 2);
     if (a.rows == 0) return;

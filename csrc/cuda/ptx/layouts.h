@@ -13,23 +13,24 @@
 
 namespace nanochat::device {
 
-// Rows of so many bytes, whose 16-byte chunks are permuted within groups of 8 rows. Values: the descriptor's field.
+// The number of bytes of a row; the 16-byte chunks of rows are permuted within groups of 8 rows. The values are those of
+// the descriptor's field.
 enum class Swizzle : uint32_t { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
 
-// Whether the elements of a row (K, the summed dimension) or those of a column (M or N) lie side by side.
+// Whether the elements of a row (along K, the summed dimension) or of a column (along M or N) are contiguous.
 enum class Major : int { k = 0, mn = 1 };
 
 NANOCHAT_ANYWHERE constexpr uint32_t swizzle_bytes(Swizzle swizzle) {
     return swizzle == Swizzle::none ? 16u : 256u >> static_cast<uint32_t>(swizzle);
 }
 
-// The place of the byte at `address` of an unswizzled tile whose base is aligned to 8 rows: its chunk's number, bits 4
-// to 6, is XORed with bits 7 to 9, as many of them as the width has.
+// The swizzled address of the byte at `address` of an unswizzled tile whose base is aligned to 8 rows: the number of its
+// chunk, bits 4 to 6, is XORed with bits 7 to 9, as many of them as the width has.
 NANOCHAT_ANYWHERE constexpr uint32_t swizzled(uint32_t address, Swizzle swizzle) {
     return address ^ ((address >> 7 & (swizzle_bytes(swizzle) / 16 - 1)) << 4);
 }
 
-// Of a tile in shared memory, for wgmma. leading and stride are distances in bytes, multiples of 16:
+// The descriptor of a tile in shared memory, for wgmma. leading and stride are distances in bytes, multiples of 16:
 //   K-major, swizzled: stride between groups of 8 rows; leading is not read.
 //   MN-major, swizzled: leading between atoms of one swizzle's width along MN, stride between groups of 8 along K.
 //   not swizzled, either order: between core matrices of 8 rows x 16 bytes, leading along K, stride along MN.

@@ -1,6 +1,6 @@
 // DType, bool: integers. A list is the addresses of its tensors; `numels` and lists lie on the host, all else on the
 // device. An address that may be null is 0.
-#include "../../../csrc/cuda/linear_cross_entropy.cu"
+#include "../../../csrc/cuda/softcap_cross_entropy.cu"
 
 #include "reader.h"
 
@@ -20,5 +20,5 @@ ENTRY(softcap_cross_entropy) {
     a.dtype = read;
     a.ignore_index = read;
     a.softcap = read;
-    cuda::softcap_cross_entropy(a, nullptr);
+    cuda::softcap_cross_entropy(a);
 }

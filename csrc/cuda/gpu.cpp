@@ -1,4 +1,4 @@
-// What this GPU is, and which kernels it takes.
+// The current GPU, and which kernels it can run.
 #include <cuda_runtime_api.h>
 
 #include <array>
