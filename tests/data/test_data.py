@@ -1380,7 +1380,7 @@ def test_parquet_keeps_its_cached_folder_unless_it_is_read_otherwise(tmp_path):
         ("a.ndjson", LINES.encode()),
         ("a.JSONL", LINES.encode()),
         ("a.json", json.dumps(RECORDS).encode()),
-        ("a.TXT.GZ", gzip.compress(b"words")),
+        ("a.TXT.GZ", gzip.compress(b"words", mtime=0)),
         ("a.txt", "\ufeffwords".encode("utf-16-le")),
         ("a.jsonl", b'{"header": "x"}\n' + LINES.encode()),
     ],
