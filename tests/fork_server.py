@@ -1,14 +1,15 @@
 """Python programs that start at once: a server that has imported torch and the package forks a child for each.
 
-`python()` is the path of a program that stands for sys.executable: `[python(), "-m", "nanochat_native.train", ...]` runs
-in a child of the server, with the caller's arguments, environment, folder and standard streams. The program itself waits
-for the child, passes signals on to it, and ends as the child ends; if the program is killed, so is the child. What a
-child cannot have runs in a real interpreter, which then takes the program's place: other flags of Python, a closed
-standard stream, further open files, and other variables of the environment that are read while a library is loaded.
+`python()` is the path of a program that stands for sys.executable: `[python(), "-m", "nanochat_native.train", ...]`
+runs in a child of the server, with the caller's arguments, environment, folder and standard streams. The program
+itself waits for the child, passes signals on to it, and ends as the child ends; if the program is killed, so is the
+child. What a child cannot have runs in a real interpreter, which then takes the program's place: other flags of Python,
+a closed standard stream, further open files, and other variables of the environment that are read while a library is
+loaded.
 
 A child differs from a real process in these ways: it is not the process that the caller started (its number, its group,
-its limits, SIGSTOP), the hashes of strings have one seed in all children, and modules are imported already. A test that
-depends on one of them uses sys.executable.
+its limits, SIGSTOP), the hashes of strings have one seed in all children, modules are imported already, and they are
+not freed at the end. A test that depends on one of them uses sys.executable.
 """
 
 import contextlib
@@ -190,11 +191,10 @@ def _import_all():
     import importlib
     import pkgutil
 
-    import torch.distributed.checkpoint
-    import torch.distributed.run
-
     import nanochat_native
 
+    for name in ("torch.distributed.checkpoint", "torch.distributed.run"):
+        importlib.import_module(name)
     for module in pkgutil.walk_packages(nanochat_native.__path__, "nanochat_native."):
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ImportError):  # of an optional package
@@ -218,11 +218,11 @@ def _become(request):
     os.environ.clear()
     os.environ.update(request["environment"])
     tempfile.tempdir = None
-    numpy.random.seed()
+    numpy.random.seed()  # noqa: NPY002
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     for number, (name, mode) in enumerate((("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb"))):
         old, unbuffered = getattr(sys, name), request["unbuffered"] and number
-        binary = open(number, mode, buffering=0 if unbuffered else -1, closefd=False)
+        binary = open(number, mode, buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
         lines = number == 2 or os.isatty(number)
         text = io.TextIOWrapper(binary, old.encoding, old.errors, "\n", line_buffering=lines, write_through=unbuffered)
         setattr(sys, name, text)
