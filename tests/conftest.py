@@ -61,7 +61,7 @@ def pytest_xdist_auto_num_workers():
     return min(len(os.sched_getaffinity(0)), 16)
 
 
-@pytest.hookimpl(wrapper=True, trylast=True)
+@pytest.hookimpl(hookwrapper=True, trylast=True)
 def pytest_sessionfinish(session):
     """Fail the session if tests have left something in the checkout."""
     yield

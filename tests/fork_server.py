@@ -24,9 +24,8 @@ import sys
 READ_AT_START = (
     *("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_"),
     *("DNNL_", "TORCH", "PYTORCH", "CUDA", "NANOCHAT_CPU_ISA", "NANOCHAT_CUDA_ISA", "NANOCHAT_LINEAR"),
-    "NANOCHAT_NATIVE_BACKEND",
 )
-DEFAULTS = {"NANOCHAT_NATIVE_BACKEND": "native", "NANOCHAT_LINEAR": "auto"}
+BACKEND = "NANOCHAT_NATIVE_BACKEND"
 # The server must have one thread, and OpenBLAS would start more at its import.
 OF_THE_SERVER = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
 # Not compared: what the server has for its own reasons, what a child sets itself, and torchrun's variables.
@@ -71,11 +70,14 @@ def _start():
 
 def _read_at_start(environment):
     """Return the variables that decide what a process is before its first line."""
-    return DEFAULTS | {
+    found = {
         name: value
         for name, value in environment.items()
         if value and name.startswith(READ_AT_START) and not name.startswith(NOT_COMPARED)
     }
+    if environment.get(BACKEND, "native") not in ("native", "torch"):  # a child sets one of these itself
+        found[BACKEND] = environment[BACKEND]
+    return found
 
 
 def _send_number(connection, number):
@@ -212,6 +214,8 @@ def _become(request):
     import numpy
     import torch
 
+    from nanochat_native import ops
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.chdir(request["folder"])
@@ -219,6 +223,8 @@ def _become(request):
     os.environ.update(request["environment"])
     tempfile.tempdir = None
     numpy.random.seed()  # noqa: NPY002
+    if (backend := os.environ.get(BACKEND) or "native") != ops.backend():
+        ops.use_backend(backend)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     for number, (name, mode) in enumerate((("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb"))):
         old, unbuffered = getattr(sys, name), request["unbuffered"] and number
