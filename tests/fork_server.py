@@ -273,7 +273,7 @@ def _end(function, *args):
         shown = error.__traceback__
         while shown.tb_next and shown.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
             shown = shown.tb_next
-        sys.excepthook(type(error), error, shown)
+        sys.excepthook(type(error), error.with_traceback(shown), shown)
         status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()
     atexit._run_exitfuncs()
