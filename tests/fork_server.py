@@ -225,12 +225,15 @@ def _become(request):
     numpy.random.seed()  # noqa: NPY002
     if (backend := os.environ.get(BACKEND) or "native") != ops.backend():
         ops.use_backend(backend)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS") or cores), cores))
+    all_at_once = request["unbuffered"] or bool(os.environ.get("PYTHONUNBUFFERED"))
     for number, (name, mode) in enumerate((("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb"))):
-        old, unbuffered = getattr(sys, name), request["unbuffered"] and number
+        old, unbuffered = getattr(sys, name), all_at_once and number > 0
         binary = open(number, mode, buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
         lines = number == 2 or os.isatty(number)
         text = io.TextIOWrapper(binary, old.encoding, old.errors, "\n", line_buffering=lines, write_through=unbuffered)
+        text.mode = mode[0]
         setattr(sys, name, text)
         setattr(sys, f"__{name}__", text)
 
