@@ -233,7 +233,7 @@ def _become(request):
         binary = open(number, mode, buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
         lines = number == 2 or os.isatty(number)
         text = io.TextIOWrapper(binary, old.encoding, old.errors, "\n", line_buffering=lines, write_through=unbuffered)
-        text.mode = mode[0]
+        getattr(binary, "raw", binary).name, text.mode = f"<{name}>", mode[0]
         setattr(sys, name, text)
         setattr(sys, f"__{name}__", text)
 
