@@ -231,7 +231,7 @@ def _become(request):
     for number, (name, mode) in enumerate((("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb"))):
         old, unbuffered = getattr(sys, name), all_at_once and number > 0
         binary = open(number, mode, buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
-        lines = number == 2 or os.isatty(number)
+        lines = not all_at_once and (number == 2 or os.isatty(number))
         text = io.TextIOWrapper(binary, old.encoding, old.errors, "\n", line_buffering=lines, write_through=unbuffered)
         getattr(binary, "raw", binary).name, text.mode = f"<{name}>", mode[0]
         setattr(sys, name, text)
