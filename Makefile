@@ -1,4 +1,4 @@
-# make train | test | test-under-load | bench | lint | gpu | clean. Each sets up what it needs and is quick when nothing
+# make train | test | test-all | test-under-load | bench | lint | gpu | clean. Each sets up what it needs and is quick when nothing
 # changed.
 #
 #   ARGS="--depth 6"      flags for the program that the target runs
@@ -24,17 +24,23 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/
 CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcard tests/emulation/*.cpp \
 	tests/emulation/*.h tests/emulation/*/*.cu tests/emulation/*/*.cuh tests/emulation/*/*.cpp tests/emulation/*/*.h)
 
-.PHONY: train test test-under-load bench lint gpu clean
+.PHONY: train test test-all test-under-load bench lint gpu clean
 .DELETE_ON_ERROR:
 
 train: $(STATE)/native $(STATE)/extras
 	$(RUN) -m nanochat_native.train --resume auto $(ARGS)
 
+# A process for each core; ARGS="-n 0" runs the tests in one. `test` leaves out what is marked as slow.
+PARALLEL := -n auto --dist worksteal
+
 test: $(STATE)/native $(STATE)/dev
-	$(RUN) -m pytest -q $(ARGS)
+	$(RUN) -m pytest -q $(PARALLEL) -m "not slow" $(ARGS)
+
+test-all: $(STATE)/native $(STATE)/dev
+	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
 
 test-under-load: $(STATE)/native $(STATE)/dev
-	$(RUN) tests/under_load.py $(ARGS)
+	$(RUN) tests/under_load.py $(PARALLEL) $(ARGS)
 
 bench: $(STATE)/native
 	$(RUN) -m nanochat_native.bench $(ARGS)

@@ -1,3 +1,4 @@
+import gc
 import multiprocessing.util
 import os
 import shutil
@@ -23,12 +24,13 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 HOMES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
+BEFORE, LEFT = pytest.StashKey[set](), pytest.StashKey[list]()  # files that git does not hold
 
 
 def pytest_sessionstart(session):
     """Give the tests, and all processes that they start, a home and a temporary directory that are removed at the end.
     This is done before the tests are imported: some libraries ask at their import."""
-    folder = Path(tempfile.mkdtemp(prefix="nanochat-"))
+    folder = Path(tempfile.mkdtemp(prefix="w" if _is_worker(session.config) else "nanochat-"))
     # Behind multiprocessing's own removal of its folder in there, which has priority -100.
     multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
     os.environ["PYTHONUSERBASE"] = site.getuserbase()  # packages below the real home are still found
@@ -39,17 +41,43 @@ def pytest_sessionstart(session):
         place.mkdir()
         os.environ[name] = str(place)
     tempfile.tempdir = None  # it is asked for again
+    # Threads that spin while they wait would take the cores from other workers, which inherit this.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not _is_worker(session.config):
+        session.config.stash[BEFORE] = _untracked()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def same_checkout():
-    """What tests leave in the checkout is an error."""
-    before = _untracked()
+def pytest_collection_finish():
+    """Keep the garbage collector from looking at thousands of tests time and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Return the number of processes for `-n auto`: one for each core, as far as their memory goes."""
+    return min(len(os.sched_getaffinity(0)), 16)
+
+
+@pytest.hookimpl(hookwrapper=True, trylast=True)
+def pytest_sessionfinish(session):
+    """Fail the session if tests have left something in the checkout."""
     yield
-    left = sorted(_untracked() - before)
-    assert not left, f"tests have left in the checkout: {', '.join(left)}"
+    if not _is_worker(session.config):
+        left = session.config.stash[LEFT] = sorted(_untracked() - session.config.stash[BEFORE])
+        session.exitstatus = session.exitstatus or int(bool(left))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left := config.stash[LEFT]:
+        terminalreporter.write_line(f"ERROR: tests have left in the checkout: {', '.join(left)}", red=True)
+
+
+def _is_worker(config):
+    """Whether this is a process of pytest-xdist that runs a part of the tests."""
+    return hasattr(config, "workerinput")
 
 
 def _untracked():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from backends import module_of, operators
+from fork_server import python
 
 from nanochat_native import doctor, ops
 from nanochat_native.ops import backends, self_test
@@ -16,10 +17,11 @@ OPERATORS = list(self_test.CHECKS)
 
 
 def run(before="", **environment):
-    script = f"{before}\nimport runpy; runpy.run_module('nanochat_native.doctor', run_name='__main__')"
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | environment, timeout=120
-    )
+    command = [python(), "-m", "nanochat_native.doctor"]
+    if before:
+        script = f"{before}\nimport runpy; runpy.run_module('nanochat_native.doctor', run_name='__main__')"
+        command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
 
 
 def test_a_healthy_machine():

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fork_server import python
 from tiny_run import BACKEND
 
 from nanochat_native import generate, schedules, serve
@@ -267,7 +268,7 @@ def run(command, **kwargs):
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_examples_run(number, tmp_path):
-    printed = run([sys.executable, "-c", PYTHON[number]], cwd=tmp_path)
+    printed = run([python(), "-c", PYTHON[number]], cwd=tmp_path)
     assert float(printed) < (1e-4 if "twin" in PYTHON[number] else 6.3)
 
 
@@ -279,17 +280,17 @@ def test_documented_training_commands_run_in_order(tmp_path):
         words = " ".join(f"Once there was a kernel {number * i % 7} and it was fast." for i in range(60))
         (tmp_path / "my_texts" / f"{number}.txt").write_text(words)
     small = ["--device", "cpu", "--cache-dir", "cache", "--eval-tokens", "512", "--total-batch-size", "512"]
-    python = [sys.executable, "-m"]
+    interpreter = [python(), "-m"]
     for args in TRAIN:
         if "--resume" in args:
-            out = run([*python, "nanochat_native.train", *args, "--num-iterations", "5"], cwd=tmp_path)
+            out = run([*interpreter, "nanochat_native.train", *args, "--num-iterations", "5"], cwd=tmp_path)
             assert "resume   runs/mine from step 3" in out
         else:
             steps = [a if a != "500" else "3" for a in args]
             steps += [] if "--num-iterations" in args else ["--num-iterations", "2"]
-            assert "done     step" in run([*python, "nanochat_native.train", *steps, *small], cwd=tmp_path)
+            assert "done     step" in run([*interpreter, "nanochat_native.train", *steps, *small], cwd=tmp_path)
     drawn = [c[2:] for c in commands("README.md") if c[2:3] == ["nanochat_native.plot"]]
-    assert [run([*python, *command], cwd=tmp_path).split() for command in drawn] == [
+    assert [run([*interpreter, *command], cwd=tmp_path).split() for command in drawn] == [
         ["runs/looked/loss.png", "runs/looked/diagnosis.png"]
     ]
     tools = [
@@ -297,15 +298,13 @@ def test_documented_training_commands_run_in_order(tmp_path):
     ]
     assert len(tools) == 2
     for _, _, *tool in tools:
-        assert run([*python, *tool], cwd=tmp_path).strip()
+        assert run([*interpreter, *tool], cwd=tmp_path).strip()
 
 
 @pytest.mark.slow
 def test_training_without_flags_lowers_the_loss(tmp_path):
     """The first run, cut short: the untrained level is left at once."""
-    out = run(
-        [sys.executable, "-m", "nanochat_native.train", "--num-iterations", "20", "--device", "cpu"], cwd=tmp_path
-    )
+    out = run([python(), "-m", "nanochat_native.train", "--num-iterations", "20", "--device", "cpu"], cwd=tmp_path)
     levels = [float(bpb) for bpb in re.findall(r"validation ([\d.]+) bits per byte on", out)]
     assert levels[0] > 3
     assert levels[-1] < 2.6

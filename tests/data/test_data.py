@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import python
 from tiny_run import train, write_text
 
 from nanochat_native.data import DamagedFileError, TokenStream, documents, prepare, sources
@@ -423,14 +424,14 @@ print(prepare(texts, vocab_size=300, cache_dir=cache, progress=progress, log=log
 """
 
 
-def start(folder: Path, cache: Path, stage: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(cache), stage]
+def start(folder: Path, cache: Path, stage: str, interpreter: str) -> subprocess.Popen:
+    command = [interpreter, "-c", PROGRAM, str(folder), str(cache), stage]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("stage", ["training the tokenizer", "tokenizing"])
 def test_killed_build_leaves_nothing_half_used(build, folder, tmp_path, stage):
-    process = start(folder, tmp_path / "cache", stage)
+    process = start(folder, tmp_path / "cache", stage, sys.executable)
     assert process.stdout.readline() == "there\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -442,9 +443,9 @@ def test_killed_build_leaves_nothing_half_used(build, folder, tmp_path, stage):
 
 
 def test_two_processes_at_once(build, folder, tmp_path):
-    builder = start(folder, tmp_path / "cache", "tokenizing")
+    builder = start(folder, tmp_path / "cache", "tokenizing", python())
     assert builder.stdout.readline() == "there\n"
-    waiter = start(folder, tmp_path / "cache", "tokenizing")
+    waiter = start(folder, tmp_path / "cache", "tokenizing", python())
     assert waiter.stdout.readline() == "waiting for another process that is preparing this data\n"
     (tmp_path / "cache" / "go").touch()
     outputs = [process.communicate(timeout=300)[0] for process in (builder, waiter)]
@@ -1388,7 +1389,7 @@ def test_parquet_keeps_its_cached_folder_unless_it_is_read_otherwise(tmp_path):
         ("a.ndjson", LINES.encode()),
         ("a.JSONL", LINES.encode()),
         ("a.json", json.dumps(RECORDS).encode()),
-        ("a.TXT.GZ", gzip.compress(b"words")),
+        ("a.TXT.GZ", gzip.compress(b"words", mtime=0)),
         ("a.txt", "\ufeffwords".encode("utf-16-le")),
         ("a.jsonl", b'{"header": "x"}\n' + LINES.encode()),
     ],

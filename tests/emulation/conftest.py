@@ -4,9 +4,9 @@ from harness import ROOT, Library, Program, build, build_core, build_for_gpu
 
 
 @pytest.fixture(scope="session")
-def core(tmp_path_factory):
+def core():
     """Objects of the emulation that every build links."""
-    return build_core(tmp_path_factory.mktemp("core"))
+    return build_core()
 
 
 class Kernels:
@@ -21,12 +21,12 @@ class Kernels:
     def __call__(self, name):
         """The entries of tests/emulation/`name`."""
         if name not in self.built:
-            source, path = ROOT / "tests/emulation" / name, self.folder / name.replace("/", "_")
+            source = ROOT / "tests/emulation" / name
             if self.target == "cuda":
-                self.built[name] = Library(build_for_gpu(source, path.with_suffix(".so")), "cuda")
+                self.built[name] = Library(build_for_gpu(source, self.folder / f"{source.stem}.so"), "cuda")
             else:
-                build(source, self.core, path, self.target)
-                self.built[name] = Library(path) if self.target == "plain" else Program(path)
+                path = build(source, self.core, self.target)
+                self.built[name] = Library(path) if self.target == "plain" else Program(path, self.folder)
         return self.built[name]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from compiled import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ("scheduler", "memory", "tensor_cores")
@@ -20,14 +21,16 @@ CXX = os.environ.get("CXX", "g++").split()
 # which ThreadSanitizer intercepts.
 CORE_FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-tree-loop-distribute-patterns"]
 KERNEL_FLAGS = [
-    *("-std=c++20", "-g", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"),
+    *("-std=c++20", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
 ]
 SANITIZERS = {
     "plain": ["-O1"],
-    "thread": ["-O1", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern"],
+    "thread": ["-O1", "-g", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern"],
     # Unrolled loops full of checks take an optimiser longer to compile than they then take to run.
-    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern"],
+    "address": [
+        *("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern"),
+    ],
 }
 SANITIZER_OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_signal_unsafe=0",
@@ -53,42 +56,37 @@ def run(command: Sequence[str | Path], **options):
     return result
 
 
-def build_core(folder: Path) -> list[Path]:
-    """Objects of the emulation and of the runner; every build of kernels links them."""
+def build_core() -> list[Path]:
+    """Return the objects of the emulation and of the runner; every build of kernels links them."""
     sources = {f"{name}.o": ROOT / f"csrc/emulation/{name}.cpp" for name in CORE}
     sources["runner.o"] = ROOT / "tests/emulation/runner.cpp"
-    folder.mkdir(parents=True, exist_ok=True)
-    compilers = [
-        subprocess.Popen([*CXX, *CORE_FLAGS, "-Wall", "-Wextra", "-Werror", "-c", source, "-o", folder / name])
-        for name, source in sources.items()
-    ]
-    failed = [compiler.wait() for compiler in compilers]
-    if any(failed):
-        raise RuntimeError("the emulation does not compile")
+    command = [*CXX, *CORE_FLAGS, "-Wall", "-Wextra", "-Werror", "-c"]
+
+    def make(folder: Path) -> None:
+        compilers = [subprocess.Popen([*command, path, "-o", folder / name]) for name, path in sources.items()]
+        failed = [compiler.wait() for compiler in compilers]
+        if any(failed):
+            raise RuntimeError("the emulation does not compile")
+
+    folder = compiled("core", command, sources.values(), make, ROOT / "csrc")
     return [folder / name for name in sources]
 
 
-def build(source: Path, core: list[Path], target: Path, sanitizer: str = "plain", options: Sequence[str] = ()) -> Path:
-    """A shared library (plain) or a program (with a sanitizer) of one file of kernels."""
-    header = source.parents[2 if source.parent.name == "emulation" else 3] / "csrc/emulation/emulation.h"
-    kernels = [
-        *CXX,
-        *KERNEL_FLAGS,
-        *SANITIZERS[sanitizer],
-        *options,
-        "-include",
-        header,
-        "-x",
-        "c++",
-        source,
-        "-x",
-        "none",
-    ]
-    if sanitizer == "plain":
-        run([*kernels, "-shared", *(path for path in core if path.name != "runner.o"), "-o", target])
-    else:
-        run([*kernels, "-rdynamic", *core, "-o", target, "-ldl"])
-    return target
+def build(source: Path, core: list[Path], sanitizer: str = "plain", options: Sequence[str] = ()) -> Path:
+    """Return a shared library (plain) or a program (with a sanitizer) of one file of kernels."""
+    csrc = source.parents[2 if source.parent.name == "emulation" else 3] / "csrc"
+    header = csrc / "emulation/emulation.h"
+    flags = [*CXX, *KERNEL_FLAGS, *SANITIZERS[sanitizer], *options]
+
+    def make(folder: Path) -> None:
+        kernels = [*flags, "-include", header, "-x", "c++", source, "-x", "none"]
+        if sanitizer == "plain":
+            objects = (path for path in core if path.name != "runner.o")
+            run([*kernels, "-shared", *objects, "-o", folder / "kernels"])
+        else:
+            run([*kernels, "-rdynamic", *core, "-o", folder / "kernels", "-ldl"])
+
+    return compiled(source.name, [*flags, core[0].parent.name], [source, header], make, csrc) / "kernels"
 
 
 def build_for_gpu(source: Path, target: Path) -> Path:
@@ -164,8 +162,8 @@ class Program:
 
     device = "cpu"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path, self.folder = path, folder  # calls and results are written into the folder
 
     def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
         """As Library.call; KernelError also carries the sanitizer's report."""
@@ -183,7 +181,7 @@ class Program:
                 parts.append(struct.pack("=cd", b"d", value))
             else:
                 parts.append(struct.pack("=cq", b"i", value))
-        calls, results = self.path.with_suffix(".calls"), self.path.with_suffix(".results")
+        calls, results = (self.folder / f"{self.path.parent.name}.{kind}" for kind in ("calls", "results"))
         calls.write_bytes(b"".join(parts))
         command = [*without_randomisation(), str(self.path), str(calls), str(results)]
         result = subprocess.run(

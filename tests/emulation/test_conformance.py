@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import toolchain
+from compiled import compiled
 
 MAJORS = ("k", "mn")
 SWIZZLES = ("none", "32", "64", "128")
@@ -54,56 +55,63 @@ DEFECTS = {
 EXACT = ("mma_d_", "swizzle_none_", "descriptor_start_")  # what these defects leave as it is
 
 
-def start_build(csrc, folder):
-    compiler = toolchain.host_compiler()
-    system = [toolchain.cute_include(), *toolchain.cuda_includes()]
-    command = [*compiler, "-std=c++20", "-O1", f"-I{csrc}", *(word for path in system for word in ("-isystem", path))]
+def results(csrc):
+    """Return what conformance.cpp prints with the headers of a folder: {check: (mismatches, total)}."""
+    try:
+        system = [toolchain.cute_include(), *toolchain.cuda_includes()]
+    except toolchain.MissingError as error:
+        pytest.skip(str(error))
+    flags = [*toolchain.host_compiler(), "-std=c++20", "-O1", *(word for path in system for word in ("-isystem", path))]
     source = toolchain.ROOT / "tests/emulation/conformance.cpp"
-    log = open(folder / "log", "w")  # noqa: SIM115
-    return subprocess.Popen([*command, source, "-o", folder / "conformance"], stderr=log)
 
+    def make(folder):
+        command = [*flags, f"-I{csrc}", source, "-o", folder / "conformance"]
+        compiler = subprocess.run(command, capture_output=True, text=True)
+        assert compiler.returncode == 0, compiler.stderr
 
-def results(build, folder):
-    assert build.wait() == 0, (folder / "log").read_text()
-    lines = subprocess.run([folder / "conformance"], capture_output=True, text=True, check=True).stdout.splitlines()
+    program = compiled("conformance", flags, [source], make, csrc) / "conformance"
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     checks = [(name, *map(int, counts.split("/"))) for name, counts in map(str.split, lines)]
     assert len({name for name, *_ in checks}) == len(checks)
     return {name: counts for name, *counts in checks}
 
 
 @pytest.fixture(scope="session")
-def both(tmp_path_factory):
-    """Results of the checks, for our headers and for a copy with all defects; compiled side by side."""
-    ours, wrong = tmp_path_factory.mktemp("conformance"), tmp_path_factory.mktemp("conformance-defects")
+def ours():
+    return results(toolchain.ROOT / "csrc")
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory):
+    """Results for a copy of our headers with all defects."""
+    folder = tmp_path_factory.mktemp("conformance-defects")
     for name in (FRAGMENTS, LAYOUTS):
-        (wrong / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(toolchain.ROOT / "csrc" / name, wrong / name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(toolchain.ROOT / "csrc" / name, folder / name)
     for name, text, replacement in set(DEFECTS.values()):
-        content = (wrong / name).read_text()
+        content = (folder / name).read_text()
         assert content.count(text) == 1, text
-        (wrong / name).write_text(content.replace(text, replacement))
-    try:
-        builds = start_build(toolchain.ROOT / "csrc", ours), start_build(wrong, wrong)
-    except toolchain.MissingError as error:
-        pytest.skip(str(error))
-    return results(builds[0], ours), results(builds[1], wrong)
+        (folder / name).write_text(content.replace(text, replacement))
+    return results(folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_agrees_with_cute(both, name):
-    mismatches, total = both[0][name]
+def test_agrees_with_cute(ours, name):
+    mismatches, total = ours[name]
     assert total > 0
     assert mismatches == 0
 
 
-def test_no_check_is_left_out(both):
-    assert sorted(both[0]) == NAMES
+def test_no_check_is_left_out(ours):
+    assert sorted(ours) == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", DEFECTS)
-def test_a_wrong_map_is_found(both, prefix):
-    assert any(mismatches > 0 for name, (mismatches, _) in both[1].items() if name.startswith(prefix))
+def test_a_wrong_map_is_found(wrong, prefix):
+    assert any(mismatches > 0 for name, (mismatches, _) in wrong.items() if name.startswith(prefix))
 
 
-def test_a_wrong_map_spoils_no_other_check(both):
-    assert not [name for name, (mismatches, _) in both[1].items() if name.startswith(EXACT) and mismatches]
+@pytest.mark.slow
+def test_a_wrong_map_spoils_no_other_check(wrong):
+    assert not [name for name, (mismatches, _) in wrong.items() if name.startswith(EXACT) and mismatches]

@@ -239,7 +239,7 @@ def kernels(core, tmp_path_factory):
         for m in (*MISUSES, ORDER, STORE, FRESH)
     ]
     source.write_text(SOURCE + "".join(all_kernels) + ENTRIES)
-    return Library(build(source, core, folder / "misuse"))
+    return Library(build(source, core))
 
 
 def message(kernels, entry, *values, seed=0):

@@ -6,8 +6,6 @@ import subprocess
 import pytest
 import toolchain
 
-pytestmark = pytest.mark.slow
-
 ROOT = toolchain.ROOT
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu")) + sorted((ROOT / "tests/emulation/kernels").glob("*.cu"))
 ARCHITECTURES = toolchain.architectures()
@@ -16,27 +14,30 @@ HOPPER = "sm_90a"
 # warpgroup.wait and warpgroup.arrive where ptxas misses one: the kernels that are shipped have their own.
 INJECTED = ("(C7517)", "(C7519)")
 
+# The others take minutes.
+QUICK = [path for path in SOURCES if path.name == "adamw.cu"]
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+
+@pytest.fixture(autouse=True, scope="module")
+def compiler():
     try:
-        return toolchain.compile_all(SOURCES, tmp_path_factory.mktemp("cubins"))
+        return toolchain.nvcc()
     except toolchain.MissingError as error:
         pytest.skip(str(error))
+
+
+def marked(sources):
+    return [pytest.param(path, marks=() if path in QUICK else pytest.mark.slow) for path in sources]
 
 
 @pytest.fixture
 def build(tmp_path):
     """Compiles a text, for Hopper unless told otherwise."""
-    try:
-        toolchain.nvcc()
-    except toolchain.MissingError as error:
-        pytest.skip(str(error))
 
     def compile_text(text, architecture=HOPPER):
         source = tmp_path / "kernel.cu"
         source.write_text(f'#include "cuda/ptx/primitives.cuh"\nusing namespace nanochat::device;\n{text}')
-        result = toolchain.compile_cuda(source, architecture, tmp_path)
+        result = toolchain.compile_cuda(source, architecture)
         assert not result.error, result.error
         return result
 
@@ -53,17 +54,17 @@ def calls_wgmma(source):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_cuda_kernels_spill_nothing_and_please_ptxas(compiled, source, architecture):
-    result = compiled[source, architecture]
+@pytest.mark.parametrize("source", marked(SOURCES), ids=lambda path: path.name)
+def test_cuda_kernels_spill_nothing_and_please_ptxas(source, architecture):
+    result = toolchain.compile_cuda(source, architecture)
     assert not result.error, result.error
     assert result.kernels
     assert result.complaints(allowed=() if source.parent == toolchain.CUDA else INJECTED) == []
 
 
-@pytest.mark.parametrize("source", [path for path in SOURCES if calls_wgmma(path)], ids=lambda path: path.name)
-def test_hopper_kernels_hold_hgmma(compiled, source):
-    result = compiled[source, HOPPER]
+@pytest.mark.parametrize("source", marked(path for path in SOURCES if calls_wgmma(path)), ids=lambda path: path.name)
+def test_hopper_kernels_hold_hgmma(source):
+    result = toolchain.compile_cuda(source, HOPPER)
     assert not result.error, result.error
     assert sum(toolchain.count_hgmma(result.cubin).values()) > 0
 
@@ -132,17 +133,20 @@ def test_a_spill_is_found(build, architecture):
     assert any(line.startswith("spill: spills, ") for line in result.complaints())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_stack_frame_is_found(build, architecture):
     assert build(STACK, architecture).complaints() == ["stack: a stack frame of 128 bytes"]
 
 
+@pytest.mark.slow
 def test_shared_memory_is_counted(build):
     text = "__global__ void hold(float* y) { NANOCHAT_SHARED(float[100], held);\n"
     text += "held[threadIdx.x] = y[threadIdx.x]; __syncthreads(); y[threadIdx.x] = held[99 - threadIdx.x]; }"
     assert only(build(text)).shared == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bounds", "registers", "number"), [("", 232, "(C7508)"), ("__launch_bounds__(256, 1)", 24, "(C7507)")]
 )
@@ -153,12 +157,14 @@ def test_an_ignored_setmaxnreg_is_found(build, bounds, registers, number):
     assert "'setmaxnreg' ignored" in complaint
 
 
+@pytest.mark.slow
 def test_serialised_wgmma_is_found(build):
     touched = "wgmma_commit(); d[0] += 1; wgmma_fence(); wgmma<64, bfloat16>(d, a, b, true); wgmma_commit();"
     complaints = build(product(after=touched + "wgmma_wait<0>();")).complaints(allowed=INJECTED)
     assert any("wgmma.mma_async instructions are serialized" in line for line in complaints)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "number"), [("before", "(C7519)"), ("after", "(C7517)")])
 def test_a_missing_fence_or_wait_is_found(build, part, number):
     complaints = build(product(**{part: ""})).complaints()
@@ -173,6 +179,7 @@ def test_hgmma_is_counted_by_kernel(build):
     assert toolchain.count_hgmma(result.cubin) == {"_Z7productPfmm": 2, "_Z5stackPKfPfPKi": 0}
 
 
+@pytest.mark.slow
 def test_hgmma_is_counted_as_nvdisasm_does(build):
     try:
         disassembler = toolchain.nvdisasm()

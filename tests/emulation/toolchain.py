@@ -14,10 +14,11 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from compiled import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc/cuda"
@@ -180,26 +181,33 @@ def parse_ptxas(text):
     return list(kernels.values()), remarks
 
 
-def compile_cuda(source, architecture, folder, options=()):
-    """Compiles to machine code, into `folder`."""
-    source, cubin = Path(source), Path(folder) / f"{Path(source).stem}.{architecture}.cubin"
-    command = [nvcc(), "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
-    result = subprocess.run([*command, *options, str(source), "-o", str(cubin)], capture_output=True, text=True)
-    text = result.stdout + result.stderr
-    return Compiled(source, architecture, cubin, text if result.returncode else "", *parse_ptxas(text))
+def compile_cuda(source, architecture, options=()):
+    """Compiles to machine code, once for the same content."""
+    source = Path(source)
+    flags = [nvcc(), "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", *options]
+
+    def make(folder):
+        command = [*flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(folder / "cubin")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        (folder / "said").write_text(result.stdout + result.stderr)
+        (folder / "status").write_text(str(result.returncode))
+
+    folder = compiled(source.name, flags, [source], make, ROOT / "csrc")
+    text, failed = (folder / "said").read_text(), (folder / "status").read_text() != "0"
+    return Compiled(source, architecture, folder / "cubin", text if failed else "", *parse_ptxas(text))
 
 
-def compile_all(sources, folder, jobs=2):
-    """Every source for every architecture: {(source, architecture): Compiled}."""
+def compile_all(sources, jobs=2):
+    """Every source for every architecture."""
     pairs = [(source, architecture) for source in sources for architecture in architectures()]
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(pairs, pool.map(lambda pair: compile_cuda(*pair, folder), pairs), strict=True))
+        return list(pool.map(lambda pair: compile_cuda(*pair), pairs))
 
 
-def table(compiled):
+def table(results):
     """What every kernel uses, a line each."""
     rows = [("kernel", "arch", "registers", "shared", "stack", "spills")]
-    for one in compiled:
+    for one in results:
         for kernel in sorted(one.kernels, key=lambda kernel: kernel.name):
             registers = "-" if kernel.registers is None else kernel.registers
             numbers = (registers, kernel.shared, kernel.stack, kernel.spill_stores + kernel.spill_loads)
@@ -236,10 +244,9 @@ def count_hgmma(cubin):
 
 def main():
     sources = [Path(name) for name in sys.argv[1:]] or sorted(CUDA.glob("*.cu"))
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = compile_all(sources, folder).values()
-    print(table(compiled))
-    for one in compiled:
+    results = compile_all(sources)
+    print(table(results))
+    for one in results:
         for line in [one.error] if one.error else one.complaints():
             print(f"{one.source.name} {one.architecture}: {line}")
 

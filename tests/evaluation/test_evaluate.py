@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from backends import BACKENDS, use
+from fork_server import python
 from ranks import run
 from test_core_score import write_bundle
 from tiny_run import BACKEND
@@ -363,12 +364,12 @@ def test_ranks_find_what_one_process_does(run_dir, bundle, capsys):
 @pytest.mark.slow
 def test_under_torchrun(run_dir, bundle, capsys):
     def torchrun(*args):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         return subprocess.run(
             [*command, "-m", "nanochat_native.evaluate", "--", *map(str, args)],
             capture_output=True,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "NANOCHAT_NATIVE_BACKEND": BACKEND},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "NANOCHAT_NATIVE_BACKEND": BACKEND, "PYTHON_EXEC": python()},
         )
 
     with use(BACKEND):

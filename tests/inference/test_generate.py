@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from backends import BACKENDS, use
+from fork_server import python
 
 from nanochat_native import generate
 from nanochat_native.data.tokenizer import Tokenizer
@@ -300,7 +301,7 @@ def test_what_outgrows_the_training_is_said_once(run_dir, tokenizer, capsys, mor
 
 
 def test_a_closed_pipe_ends_it_without_a_word(run_dir):
-    module = [sys.executable, "-m", "nanochat_native.generate", "--checkpoint", str(run_dir), "--max-tokens", "5"]
+    module = [python(), "-m", "nanochat_native.generate", "--checkpoint", str(run_dir), "--max-tokens", "5"]
     env = {**os.environ, "NANOCHAT_NATIVE_BACKEND": "torch"}
     read, write = os.pipe()
     os.close(read)

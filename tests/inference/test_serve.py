@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import python
 from tiny_run import BACKEND, HANGS, train, wait_until, write_text
 
 pytest.importorskip("starlette")
@@ -1255,7 +1256,7 @@ def test_buckets_add_up_and_labels_are_escaped():
 
 
 def run_command(folder, *flags, program=("-m", "nanochat_native.serve"), **environment):
-    args = [sys.executable, *program, "--checkpoint", str(folder / "runs/base"), *flags]
+    args = [python(), *program, "--checkpoint", str(folder / "runs/base"), *flags]
     env = os.environ | {"NANOCHAT_NATIVE_BACKEND": BACKEND} | environment
     return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
@@ -1368,7 +1369,7 @@ def test_the_readmes_example(server):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI" in block]
     example = example.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}").replace("d4-chat", "tiny")
-    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=HANGS, check=True)
+    result = subprocess.run([python(), "-c", example], capture_output=True, text=True, timeout=HANGS, check=True)
     assert len(result.stdout) > 10
     assert result.stderr == ""
 

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from fork_server import python
 from ranks import run
 from tiny_run import HANGS, losses, records, tiny_flags, train, wait_until, write_text
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
@@ -26,14 +27,16 @@ MATRIX = "transformer.h.0.attn.c_q.weight"
 ALL = {"device_batch_size": 1, "steps": STEPS}  # with one row at a time, 4 ranks have a row each
 
 
-def torchrun(size, args, agent=("--standalone",), program=("-m", "nanochat_native.train"), **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc_per_node", str(size), *program]
+def torchrun(size, args, agent=("--standalone",), program=("-m", "nanochat_native.train"), real=False, **environment):
+    """Start the ranks of a program; `real`: as processes that can be killed and stopped themselves."""
+    interpreter = sys.executable if real else python()
+    command = [interpreter, "-m", "torch.distributed.run", *agent, "--nproc_per_node", str(size), *program]
     return subprocess.Popen(
         [*command, "--", *args],  # without the "--", torchrun reads --run as its own flag
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": interpreter} | environment,
     )
 
 
@@ -189,7 +192,7 @@ def test_sigterm_ends_all_ranks_with_a_checkpoint(folder):
 def test_a_killed_rank_ends_the_job_and_the_run_resumes(folder):
     run = folder / "runs/killed"
     flags = {"run": "killed", "steps": 100_000, "save_every": 50, "device_batch_size": 2}
-    process = torchrun(2, tiny_flags(folder, **flags))
+    process = torchrun(2, tiny_flags(folder, **flags), real=True)
     wait_for_checkpoints(run, 2, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -207,7 +210,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(folder):
 def test_a_stalled_rank_ends_the_job_in_time(folder):
     run = folder / "runs/stalled"
     flags = tiny_flags(folder, run="stalled", steps=100_000, save_every=50, device_batch_size=2)
-    process = torchrun(2, flags, NANOCHAT_RANK_TIMEOUT="30")
+    process = torchrun(2, flags, real=True, NANOCHAT_RANK_TIMEOUT="30")
     wait_for_checkpoints(run, 1, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGSTOP)

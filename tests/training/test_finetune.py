@@ -1,12 +1,13 @@
 """Fine-tuning: targets and their weights, resumed runs, answers that change, errors in one line."""
 
 import json
+import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
+from fork_server import python
 from tiny_run import BACKEND, losses, records, train, write_text
 
 from nanochat_native import evaluate, finetune
@@ -243,9 +244,10 @@ def test_few_conversations_are_their_own_validation_and_long_ones_are_cut(base, 
 @pytest.mark.slow
 def test_ranks_have_the_losses_of_one_process(base):
     assert run(base, "one", batch_rows=8) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["nanochat_native.finetune", "--", *flags(base, "two", batch_rows=8)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python()}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     for one, two in zip(losses(base / "runs" / "one"), losses(base / "runs" / "two"), strict=True):
         assert one[:2] == two[:2]

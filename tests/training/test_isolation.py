@@ -11,6 +11,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from fork_server import python
 from test_resume import assert_same_run, killed
 from tiny_run import losses, records, tiny_flags, train, write_text
 
@@ -142,7 +143,7 @@ def started(folder, **streams):
     """Start a run of 4 steps in its own process."""
     args = tiny_flags(folder, steps=4, overwrite=True, **streams.pop("flags", {}))
     env = {**os.environ, "OMP_NUM_THREADS": "1"} | streams.pop("env", {})
-    return subprocess.Popen([sys.executable, "-m", "nanochat_native.train", *args], env=env, **streams)
+    return subprocess.Popen([python(), "-m", "nanochat_native.train", *args], env=env, **streams)
 
 
 def test_a_closed_pipe_does_not_end_training(folder):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from fork_server import python
 from tiny_run import HANGS, losses, records, tiny_flags, train, wait_until, write_text
 
 from nanochat_native.runs import checkpoint
@@ -319,7 +320,7 @@ def test_two_processes_do_not_share_a_run(folder, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(folder, number, code):
     args = tiny_flags(folder, steps=100_000, save_every=0, eval_every=0)
-    command = [sys.executable, "-m", "nanochat_native.train", *args]
+    command = [python(), "-m", "nanochat_native.train", *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = folder / "runs" / "tiny"
     wait_until(lambda: process.poll() is not None or ((run / "metrics.jsonl").exists() and records(run, "train")))
