@@ -12,7 +12,17 @@ from tiny_run import train, wait_until, write_text
 
 from nanochat_native import compare
 from nanochat_native.lab import comparison
-from nanochat_native.lab.comparison import RATIO, SUITES, Comparison, Options, final, reached, summarize, table
+from nanochat_native.lab.comparison import (
+    MOST_RATES,
+    RATIO,
+    SUITES,
+    Comparison,
+    Options,
+    final,
+    reached,
+    summarize,
+    table,
+)
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import TrainConfig, parse
 from nanochat_native.runtime.errors import ConfigError
@@ -75,12 +85,12 @@ def test_the_search_goes_on_until_the_best_rate_lies_between_two_others(optimum)
     comparison, order = searched(lambda factor: (math.log(factor, RATIO) - optimum) ** 2)
     assert [factor for factor, _ in order[:3]] == pytest.approx([1, 1 / RATIO, RATIO])
     assert math.log(comparison.best_factor("one"), RATIO) == pytest.approx(round(optimum))
-    assert len(order) <= comparison.MOST_RATES
+    assert len(order) <= MOST_RATES
 
 
 def test_the_search_ends_where_nothing_is_best():
     _, order = searched(lambda factor: -factor)
-    assert len(order) == comparison.MOST_RATES
+    assert len(order) == MOST_RATES
 
 
 def test_one_rate_is_no_search_and_seeds_follow_the_best():
@@ -94,7 +104,7 @@ def test_a_search_in_which_all_diverges_goes_on_to_lower_rates():
     _, order = searched(lambda factor: 3.0 if factor < 0.1 else None)
     assert [round(math.log(factor, RATIO)) for factor, _ in order] == [0, -1, 1, -2, -3, -4]
     comparison, order = searched(lambda factor: None)
-    assert len(order) == comparison.MOST_RATES
+    assert len(order) == MOST_RATES
     assert summarize(comparison)[0]["value"] is None
 
 
