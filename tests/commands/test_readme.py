@@ -1,4 +1,4 @@
-"""The commands, examples, links and figures of README.md, HACKING.md and the other documents are right."""
+"""Checks of the documents: their commands, examples, links, and the figures that come from committed results."""
 
 import ast
 import contextlib
@@ -29,13 +29,13 @@ def blocks(name, language):
 
 
 def commands(*names):
-    """The command lines in the shell blocks of documents, each once."""
+    """Return the command lines in the shell blocks of these documents, each once."""
     lines = "".join(block for name in names for block in blocks(name, "sh")).replace("\\\n", " ").splitlines()
     return list(map(list, dict.fromkeys(tuple(shlex.split(line, comments=True)) for line in lines if line.strip())))
 
 
 def of_module(name, found):
-    """The arguments of each of these command lines that runs the module nanochat_native.<name>."""
+    """Return the arguments of each command line that runs the module nanochat_native.<name>."""
     return [c[3:] for c in found if c[:3] == ["python", "-m", f"nanochat_native.{name}"]]
 
 
@@ -43,7 +43,7 @@ SHOWN = commands(*DOCUMENTS)
 TRAIN = of_module("train", commands("README.md"))
 TRAIN_ON_RANKS = [c[c.index("--") + 1 :] for c in SHOWN if c[:1] == ["torchrun"] and "--" in c]
 FINETUNE = of_module("finetune", SHOWN)
-# Modules that parse their flags with command.run_command, before they do anything else.
+# Modules that pass their flags to command.run_command.
 PLAIN = [
     (name, args)
     for name in ("chat", "export", "generate", "import_checkpoint", "memory", "plot", "serve")
@@ -75,13 +75,13 @@ def test_fine_tuning_commands_are_taken(args):
 )
 def test_other_commands_are_taken(name, args, monkeypatch):
     main = importlib.import_module(f"nanochat_native.{name}").main
-    monkeypatch.setattr(command_line, "exit_code", lambda work: 0)  # the flags are parsed, and the work is left out
+    monkeypatch.setattr(command_line, "exit_code", lambda work: 0)  # parse the flags, do not run
     assert main(args) == 0
     assert main([*args, "--no-such-flag"]) == 2
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_module_flag_and_path_that_is_named_exists(name):
+def test_every_documented_module_flag_and_file_exists(name):
     text = DOCUMENTS[name].replace("\\\n", " ")
     modules = set(re.findall(r"python -m (nanochat_native[\w.]*\w)", text))
     assert all(importlib.util.find_spec(module) for module in modules)
@@ -100,14 +100,14 @@ def test_every_module_flag_and_path_that_is_named_exists(name):
 
 
 def anchors(text):
-    """The anchors of a document's headings, as GitHub makes them."""
+    """Return the anchors that GitHub gives to the headings of a document."""
     outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)", outside, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def broken_links(path, text):
-    """The links of a document to files of the repository, or headings in them, that are not there."""
+    """Return the links of a document to files, or headings in files, that do not exist."""
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if not link.startswith("https://"):
@@ -119,7 +119,7 @@ def broken_links(path, text):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_link_leads_somewhere(name):
+def test_every_link_has_a_target(name):
     assert broken_links(ROOT / name, DOCUMENTS[name]) == []
 
 
@@ -302,7 +302,7 @@ def test_a_flag_that_is_not_taken_is_noticed(module, text):
     assert [NAMED_FLAG.findall(t) for t in strings(tree)] == [NAMED_FLAG.findall(text)]
 
 
-def test_every_target_of_make_that_is_named_exists():
+def test_every_documented_make_target_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {t for text in DOCUMENTS.values() for t in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)}
     assert {"train", "test", "bench", "lint", "gpu"} <= named <= targets
