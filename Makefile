@@ -3,10 +3,10 @@
 #
 #   ARGS="--depth 6"      flags for the program that the target runs
 #   PYTHON=python3.12     the Python to start from, 3.11 or newer
-#   VENV=PATH             the virtual environment, made when missing; VENV= (empty) uses PYTHON as it is, with its torch
-#   TORCH="torch==2.12.0" what pip installs where no torch >= 2.11 is found; PyPI's torch brings gigabytes of CUDA with it,
-#                         and options of pip's, such as another index, may stand here too
-#   NANOCHAT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS   for the build, see setup.py
+#   VENV=PATH             the virtual environment, created if it is missing; VENV= (empty) uses PYTHON and its torch
+#   TORCH="torch==2.12.0" what pip installs if it finds no torch >= 2.11; may contain options of pip, such as an index
+#                         (the torch of PyPI includes gigabytes of CUDA libraries)
+#   NANOCHAT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS   settings of the build, see setup.py
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,6 +39,9 @@ test: $(STATE)/native $(STATE)/dev
 test-all: $(STATE)/native $(STATE)/dev
 	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
 
+test-all: $(STATE)/native $(STATE)/dev
+	$(RUN) -m pytest -q $(ARGS)
+
 test-under-load: $(STATE)/native $(STATE)/dev
 	$(RUN) tests/under_load.py $(PARALLEL) $(ARGS)
 
@@ -50,9 +53,9 @@ lint: $(STATE)/dev
 	$(RUN) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
 
-# For a GPU machine without network: builds in place with the Python, torch, CMake, Ninja and nvcc that are there, runs
-# the GPU tests, times the kernels against torch, and leaves one JSON in benchmarks/results. Under 9 minutes, with
-# ARGS=--quick under 3; ARGS=--help tells the rest.
+# For a GPU machine without network. Builds in place with the installed Python, torch, CMake, Ninja and nvcc, runs the
+# GPU tests, times the kernels against torch, and writes one JSON file to benchmarks/results. Takes less than 9 minutes,
+# or less than 3 with ARGS=--quick. ARGS=--help lists the flags.
 gpu:
 	$(PYTHON) -m nanochat_native.bench.gpu $(ARGS)
 
@@ -62,12 +65,12 @@ clean:
 
 $(STATE)/python:
 	@command -v $(firstword $(PYTHON)) > /dev/null || \
-		{ echo "make: $(PYTHON) was not found: install Python 3.11 or newer, or give PYTHON=/path/to/python" >&2; exit 1; }
+		{ echo "make: $(PYTHON) was not found: install Python 3.11 or newer, or set PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "make: $$($(PYTHON) --version) is too old: give PYTHON=/path/to/python3.11 or newer" >&2; exit 1; }
+		{ echo "make: $$($(PYTHON) --version) is too old: set PYTHON=/path/to/python3.11 or newer" >&2; exit 1; }
 ifneq ($(VENV),)
 	@$(PYTHON) -c 'import ensurepip, venv' || \
-		{ echo "make: $(PYTHON) cannot make virtual environments: apt-get install python3-venv, or give VENV=" >&2; exit 1; }
+		{ echo "make: $(PYTHON) cannot create virtual environments: apt-get install python3-venv, or set VENV=" >&2; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 endif
 	@mkdir -p $(@D) && touch $@
@@ -87,7 +90,7 @@ $(STATE)/extras: $(STATE)/native pyproject.toml
 	$(PIP) --no-build-isolation -e '.[plot,logging]'
 	@touch $@
 
-# Of nvidia-cutlass tests read headers alone: not what it depends on.
+# The tests read only the headers of nvidia-cutlass, so its dependencies are not installed.
 $(STATE)/dev: $(STATE)/native pyproject.toml
 	$(PIP) --no-build-isolation -e '.[dev]'
 	$(PIP) --no-deps 'nvidia-cutlass>=4.2,<4.3'

@@ -1,11 +1,11 @@
-"""The commands and examples of README.md and HACKING.md do what they say."""
+"""Checks of the documents: their commands, examples, links, and the figures that come from committed results."""
 
 import ast
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -17,42 +17,51 @@ import pytest
 from fork_server import python
 from tiny_run import BACKEND
 
-from nanochat_native import generate, schedules, serve
-from nanochat_native.bench import load
-from nanochat_native.evaluation import session
-from nanochat_native.inference import chat_session
-from nanochat_native.interop import importing, transformers_export
-from nanochat_native.lab import comparison, memory, noise_scale, range_test
 from nanochat_native.runs.config import FinetuneConfig, parse
-from nanochat_native.runtime.flags import flag
+from nanochat_native.runtime import command as command_line
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "HACKING.md")}
+FILES = [ROOT / "README.md", ROOT / "HACKING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
 
 
 def blocks(name, language):
     return re.findall(rf"```{language}\n(.*?)```", DOCUMENTS[name], re.DOTALL)
 
 
-def commands(name):
-    lines = "".join(blocks(name, "sh")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+def commands(*names):
+    """Return the command lines in the shell blocks of these documents, each once."""
+    lines = "".join(block for name in names for block in blocks(name, "sh")).replace("\\\n", " ").splitlines()
+    return list(map(list, dict.fromkeys(tuple(shlex.split(line, comments=True)) for line in lines if line.strip())))
 
 
-TRAIN = [c[3:] for c in commands("README.md") if c[:3] == ["python", "-m", "nanochat_native.train"]]
-TRAIN_ON_RANKS = [c[c.index("--") + 1 :] for c in commands("README.md") if c[:1] == ["torchrun"] and "--" in c]
-FINETUNE = [c[3:] for c in commands("README.md") if c[:3] == ["python", "-m", "nanochat_native.finetune"]]
+def of_module(name, found):
+    """Return the arguments of each command line that runs the module nanochat_native.<name>."""
+    return [c[3:] for c in found if c[:3] == ["python", "-m", f"nanochat_native.{name}"]]
+
+
+SHOWN = commands(*DOCUMENTS)
+TRAIN = of_module("train", commands("README.md"))
+TRAIN_ON_RANKS = [c[c.index("--") + 1 :] for c in SHOWN if c[:1] == ["torchrun"] and "--" in c]
+FINETUNE = of_module("finetune", SHOWN)
+# Modules that pass their flags to command.run_command.
+PLAIN = [
+    (name, args)
+    for name in ("chat", "export", "generate", "import_checkpoint", "memory", "plot", "serve")
+    for args in of_module(name, SHOWN)
+]
 PYTHON = [block for block in blocks("README.md", "python") if "OpenAI" not in block]  # see test_serve.py
 
 
 def test_the_documents_have_commands_and_examples():
     assert len(TRAIN) >= 4
-    assert TRAIN_ON_RANKS
+    assert len(TRAIN_ON_RANKS) >= 2
     assert FINETUNE
+    assert len({name for name, _ in PLAIN}) == 7
     assert len(PYTHON) >= 2
 
 
-@pytest.mark.parametrize("args", [*TRAIN, *TRAIN_ON_RANKS], ids=" ".join)
+@pytest.mark.parametrize("args", [*of_module("train", SHOWN), *TRAIN_ON_RANKS], ids=" ".join)
 def test_training_commands_are_taken(args):
     parse(args)
 
@@ -62,33 +71,80 @@ def test_fine_tuning_commands_are_taken(args):
     parse(args, kind=FinetuneConfig)
 
 
+@pytest.mark.parametrize(
+    ("name", "args"), PLAIN, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
+def test_other_commands_are_taken(name, args, monkeypatch):
+    main = importlib.import_module(f"nanochat_native.{name}").main
+    monkeypatch.setattr(command_line, "exit_code", lambda work: 0)  # parse the flags, do not run
+    assert main(args) == 0
+    assert main([*args, "--no-such-flag"]) == 2
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_documented_module_flag_and_file_exists(name):
-    text = DOCUMENTS[name]
-    modules = set(re.findall(r"python -m (nanochat_native[.\w]*)", text))
-    assert modules
+    text = DOCUMENTS[name].replace("\\\n", " ")
+    modules = set(re.findall(r"python -m (nanochat_native[\w.]*\w)", text))
     assert all(importlib.util.find_spec(module) for module in modules)
-    own = {flag(field.name) for field in dataclasses.fields(FinetuneConfig)}
-    for module in (
-        chat_session,
-        comparison,
-        generate,
-        importing,
-        load,
-        memory,
-        noise_scale,
-        range_test,
-        schedules,
-        serve,
-        session,
-        transformers_export,
-    ):
-        own |= {flag(field.name) for field in dataclasses.fields(module.Options)}
-    other = {"--help", "--no-build-isolation", "--only", "--quick", "--model", "--tasks"}
-    other |= {"--standalone", "--nnodes", "--rdzv", "--ntasks-per-node"}  # torchrun's and Slurm's
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= own | other
-    paths = re.findall(r"`((?:csrc|python|nanochat_native|tests)/[\w/]+\.\w+|[A-Z]\w+\.(?:md|txt))`", text)
-    assert all((ROOT / path).is_file() for path in paths)
+    for module, flags in re.findall(r"python -m (nanochat_native[\w.]*\w)([^`#\n]*)", text):
+        if module not in WITHOUT_FLAGS:
+            assert set(NAMED_FLAG.findall(flags)) <= flags_of(module)
+    own = set().union(*map(flags_of, PARSERS))
+    other = {"--no-build-isolation", "--model", "--model_args", "--tasks", "--version"}
+    other |= {"--standalone", "--nnodes", "--nproc_per_node", "--ntasks-per-node"}  # torchrun's and Slurm's
+    other |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
+    assert set(NAMED_FLAG.findall(text)) <= own | other
+    paths = re.findall(
+        r"`((?:csrc|python|nanochat_native|tests|docs|benchmarks)/[\w/.-]*\w|[A-Z]\w+\.(?:md|txt))`", text
+    )
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def anchors(text):
+    """Return the anchors that GitHub gives to the headings of a document."""
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", outside, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path, text):
+    """Return the links of a document to files, or headings in files, that do not exist."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+                broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_has_a_target(name):
+    assert broken_links(ROOT / name, DOCUMENTS[name]) == []
+
+
+def test_a_broken_link_is_found():
+    text = "[a](README.md#train) [b](no.md) [c](README.md#no-such-heading) [d](#in-place)\n# In place\n[e](docs)"
+    assert broken_links(ROOT / "README.md", text) == ["no.md", "README.md#no-such-heading", "#in-place"]
+
+
+def test_every_document_is_linked():
+    linked = {
+        (ROOT / name).parent / link.partition("#")[0]
+        for name, text in DOCUMENTS.items()
+        for link in re.findall(r"\]\(([^)\s]+)\)", text)
+    }
+    assert {str(path) for path in FILES} - {str(path.resolve()) for path in linked} == set()
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_the_ratios_are_those_of_the_committed_results(name):
+    results = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("cpu-*.json")]
+    measured = {f"{row['ratio']:.2f}x" for result in results for row in result["rows"]}
+    shown = set(re.findall(r"\d+\.\d\dx", DOCUMENTS[name]))
+    assert len(shown) >= 4
+    assert shown <= measured
 
 
 # Flags that messages of the package name, against the parsers of its commands.
@@ -249,14 +305,14 @@ def test_unknown_flag_in_a_message_is_found(module, text):
 
 
 def test_every_documented_make_target_exists():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {t for text in DOCUMENTS.values() for t in re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {t for text in DOCUMENTS.values() for t in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)}
     assert {"train", "test", "bench", "lint", "gpu"} <= named <= targets
 
 
-def test_hacking_names_every_module():
-    modules = {p.name for p in (ROOT / "nanochat_native").glob("*.py")} - {"__init__.py"}
-    assert {m for m in modules if m not in DOCUMENTS["HACKING.md"]} == set()
+def test_hacking_names_every_command():
+    modules = {path.name for path in (ROOT / "nanochat_native").glob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if f"`{name}`" not in DOCUMENTS["HACKING.md"]} == set()
 
 
 def run(command, **kwargs):
@@ -269,7 +325,7 @@ def run(command, **kwargs):
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_examples_run(number, tmp_path):
     printed = run([python(), "-c", PYTHON[number]], cwd=tmp_path)
-    assert float(printed) < (1e-4 if "twin" in PYTHON[number] else 6.3)
+    assert float(printed) < (1e-4 if "use_backend" in PYTHON[number] else 6.3)
 
 
 @pytest.mark.slow
