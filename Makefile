@@ -39,9 +39,6 @@ test: $(STATE)/native $(STATE)/dev
 test-all: $(STATE)/native $(STATE)/dev
 	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
 
-test-all: $(STATE)/native $(STATE)/dev
-	$(RUN) -m pytest -q $(ARGS)
-
 test-under-load: $(STATE)/native $(STATE)/dev
 	$(RUN) tests/under_load.py $(PARALLEL) $(ARGS)
 
