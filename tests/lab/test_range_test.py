@@ -289,7 +289,7 @@ def test_ctrl_c_keeps_the_results(folder, tmp_path, monkeypatch, capsys):
         (["--dephts", "4"], "--depth"),
         (["--resume", "auto"], "--resume is for train only"),
         (["--data", "/nonexistent"], "/nonexistent"),
-        (["--total-batch-size", "100"], "take --total-batch-size"),
+        (["--total-batch-size", "100"], "use --total-batch-size"),
     ],
 )
 def test_wrong_flag_is_one_line(folder, tmp_path, monkeypatch, capsys, args, message):

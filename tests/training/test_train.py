@@ -178,7 +178,7 @@ def test_overwrite_keeps_the_old_run_when_the_new_one_cannot_start(folder):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"total_batch_size": 100}, "take --total-batch-size"),
+        ({"total_batch_size": 100}, "use --total-batch-size"),
         ({"data": "/nonexistent/text"}, "/nonexistent/text"),
         ({"n_kv_head": 3}, "n_kv_head 3"),
         ({"total_batch_size": 2**20, "device_batch_size": 2**15}, "smaller batch"),
