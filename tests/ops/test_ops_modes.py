@@ -807,8 +807,14 @@ def of_formula(case, name):
 
 
 @pytest.mark.filterwarnings("ignore:nanochat_native. .* is served by plain torch")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("case", "name"), CELLS)
+@pytest.mark.parametrize(
+    ("case", "name", "backend"),
+    [
+        pytest.param(*cell, backend, marks=pytest.mark.slow if backend == "torch" and cell[1] in TRACING else ())
+        for backend in BACKENDS
+        for cell in CELLS
+    ],
+)
 def test_right_or_an_error_that_tells_what_to_do(case, name, backend, monkeypatch):
     key, case, run = case, CASES[case], MODES[name][1]
     monkeypatch.setattr(native, "_linear", "native")  # the kernel, whatever this processor prefers
