@@ -1,5 +1,5 @@
-# make train | test | test-all | test-under-load | bench | lint | gpu | clean. Each sets up what it needs and is quick when nothing
-# changed.
+# make train | test | test-all | test-under-load | bench | lint | gpu | clean. Each sets up what it needs and is quick
+# when nothing changed.
 #
 #   ARGS="--depth 6"      flags for the program that the target runs
 #   PYTHON=python3.12     the Python to start from, 3.11 or newer

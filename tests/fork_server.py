@@ -8,8 +8,9 @@ a closed standard stream, further open files, and other variables of the environ
 loaded.
 
 A child differs from a real process in these ways: it is not the process that the caller started (its number, its group,
-its limits, SIGSTOP), the hashes of strings have one seed in all children, modules are imported already, and they are
-not freed at the end. A test that depends on one of them uses sys.executable.
+its limits, SIGSTOP), the package's kernels use one thread (as in every forked child), the hashes of strings have one
+seed in all children, modules are imported already, and they are not freed at the end. A test that depends on one of
+them uses sys.executable.
 """
 
 import contextlib

@@ -67,6 +67,7 @@ def empty_result():
 # --- end to end ---
 
 
+@pytest.mark.slow
 @needs_native
 def test_make_gpu_on_a_cpu_without_the_packages_of_a_bare_machine(tmp_path):
     for package in NOT_ON_A_BARE_MACHINE:

@@ -315,6 +315,16 @@ def test_hacking_names_every_command():
     assert {name for name in modules if f"`{name}`" not in DOCUMENTS["HACKING.md"]} == set()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PARSERS)
+def test_every_command_starts_in_a_real_interpreter(command, tmp_path):
+    """Other tests start most commands through the fork server."""
+    module = command.removesuffix(".__main__")
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--help" in result.stdout
+
+
 def run(command, **kwargs):
     environment = os.environ | {"NANOCHAT_NATIVE_BACKEND": BACKEND, "OMP_NUM_THREADS": "2"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, **kwargs)

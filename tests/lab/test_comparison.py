@@ -196,6 +196,7 @@ def figures(out):
     return [(r["case"], r["seed"], [(p["step"], p["value"]) for p in r["curve"]]) for r in record["runs"]]
 
 
+@pytest.mark.slow
 def test_killed_comparison_resumes(folder, tmp_path):
     torch.set_num_threads(1)
     assert compare.main(command(folder, tmp_path / "whole", steps=40, save_every=5)) == 0

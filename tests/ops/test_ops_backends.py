@@ -87,7 +87,7 @@ def test_environment_with_an_unknown_backend():
         ("NANOCHAT_LINEAR", "NANOCHAT_LINEAR must be auto, native or torch, got 'wrong'"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "memory"])
+@pytest.mark.parametrize("command", ["train", pytest.param("memory", marks=pytest.mark.slow)])
 def test_a_wrong_choice_in_the_environment_is_one_line(command, variable, message, tmp_path):
     flags = ["--depth", "1", "--device", "cpu"] + ["--out-dir", str(tmp_path)] * (command == "train")
     command = [sys.executable, "-m", f"nanochat_native.{command}", *flags]

@@ -806,9 +806,15 @@ def of_formula(case, name):
 
 
 @pytest.mark.filterwarnings("ignore:nanochat_native. .* is served by plain torch")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("case", "name"), CELLS)
-def test_right_or_an_error_that_says_what_to_do(case, name, backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "name", "backend"),
+    [
+        pytest.param(*cell, backend, marks=pytest.mark.slow if backend == "torch" and cell[1] in TRACING else ())
+        for backend in BACKENDS
+        for cell in CELLS
+    ],
+)
+def test_right_or_an_error_that_tells_what_to_do(case, name, backend, monkeypatch):
     key, case, run = case, CASES[case], MODES[name][1]
     monkeypatch.setattr(ops_backends, "_linear_product", "native")  # use the kernel on every processor
     if "compiled" in name:
