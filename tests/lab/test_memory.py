@@ -328,7 +328,7 @@ def test_defaults_are_for_a_plan_and_small_where_steps_are_run():
         ("--nproc 2 --measure", "--nproc is 2; --measure runs on one rank"),
         ("--measure --checkpointing", "--measure and --checkpointing are given; take one"),
         ("--optimizer lion", "--optimizer"),
-        ("--depth many", "--depth takes a whole number"),
+        ("--depth many", "--depth must be a whole number"),
         ("--dept 3", "perhaps you meant --depth"),
         ("--n-kv-head 7", "n_head 10 is no multiple of n_kv_head 7"),
         ("--gpu-memory 0", "--gpu-memory is 0.0; it takes GiB"),
