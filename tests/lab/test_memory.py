@@ -328,7 +328,7 @@ def test_defaults_are_for_a_plan_and_small_where_steps_are_run():
         ("--nproc 2 --measure", "--nproc must be 1 with --measure, got 2"),
         ("--measure --checkpointing", "--measure and --checkpointing exclude each other"),
         ("--optimizer lion", "--optimizer"),
-        ("--depth many", "--depth takes a whole number"),
+        ("--depth many", "--depth must be a whole number"),
         ("--dept 3", "perhaps you meant --depth"),
         ("--n-kv-head 7", "n_head must be a multiple of n_kv_head 7, got 10"),
         ("--gpu-memory 0", "--gpu-memory must be a finite number of GiB above 0, got 0.0"),

@@ -182,7 +182,7 @@ def test_overwrite_keeps_the_old_run_when_the_new_one_cannot_start(folder):
         ({"data": "/nonexistent/text"}, "/nonexistent/text"),
         ({"n_kv_head": 3}, "n_kv_head 3"),
         ({"total_batch_size": 2**20, "device_batch_size": 2**15}, "smaller batch"),
-        ({"depth": "deep"}, "--depth takes a whole number"),
+        ({"depth": "deep"}, "--depth must be a whole number"),
         ({"resume": "/nonexistent/run"}, "no run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
