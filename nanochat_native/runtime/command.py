@@ -65,7 +65,7 @@ def run_command(
 
 
 def mistake(error: Exception) -> int:
-    """Print an error that the user can fix on stderr, in one line. Returns its exit code, 2."""
+    """Print an error that the user can fix on stderr, in one line. Return its exit code, 2."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
@@ -121,9 +121,8 @@ def run_reporting(run: Callable[[Sequence[str], ReportFailures], int], args: Seq
 def run_on_ranks(work: Callable[[World], int]) -> int:
     """Join the ranks that torchrun started, do the work on each, and return the exit code of this rank.
 
-    Without torchrun there is one rank, and its exceptions pass through. With torchrun, rank 0
-    prints an error that all ranks share (exit code 2), and each rank prints its own other errors, with its number (exit
-    code 1).
+    Without torchrun there is one rank, and its exceptions pass through. With torchrun, rank 0 prints an error that all
+    ranks share (exit code 2), and each rank prints other errors of its own, with its number (exit code 1).
     """
     try:
         with distributed.init_process_group() as world:
