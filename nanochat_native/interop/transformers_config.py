@@ -51,7 +51,7 @@ def config_of(config: GPTConfig, *, bos_id: int | None, dtype: str) -> dict[str,
     """
     if any(window is not None for window in config.windows):
         raise ValueError(
-            f"--window-pattern of the run must be L, got {config.window_pattern}: transformers has no windows; "
+            f"train's --window-pattern must be L, got {config.window_pattern}: transformers has no windows; "
             "--format safetensors supports every model"
         )
     return {

@@ -145,7 +145,7 @@ def test_large_models_come_in_shards(folder, exported, tmp_path):
 def test_what_transformers_cannot_express_is_refused_by_name(folder, tmp_path, capsys):
     args = ["--checkpoint", str(folder / "runs/windows"), "--out", str(tmp_path / "out")]
     assert export.main(args) == 2
-    assert "--window-pattern of the run must be L, got SL" in capsys.readouterr().err
+    assert "--window-pattern must be L, got SL" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert export.main([*args, "--format", "safetensors"]) == 0
     assert json.loads((tmp_path / "out/model_config.json").read_text())["window_pattern"] == "SL"
