@@ -32,8 +32,10 @@ def lr_multiplier(
         ValueError: an argument is out of range, the warmup is longer than the run, or f is 0 for the shape exponential
             or step, which cannot reach 0.
     """
-    if num_iterations < 1 or not 0 <= step <= num_iterations:
-        raise ValueError(f"step must be 0 to num_iterations, and that >= 1, got step {step} of {num_iterations}")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be >= 1, got {num_iterations}")
+    if not 0 <= step <= num_iterations:
+        raise ValueError(f"step must be from 0 to num_iterations, {num_iterations}, got {step}")
     if warmup_steps < 0 or not 0 <= warmup_ratio <= 1 or (warmup_steps and warmup_ratio):
         raise ValueError(
             "the warmup must be either warmup_steps >= 0 or warmup_ratio from 0 to 1, got warmup_steps "

@@ -296,7 +296,7 @@ def test_invalid_settings_of_muon_are_refused():
         ({"ns_steps": 0}, "ns_steps must be a number >= 1, got 0"),
         ({"cautious": None}, "cautious must be True or False, got None"),
         ({"normuon": 1}, "normuon must be True or False, got 1"),
-        ({"beta2": 1.0}, "beta2 is 1.0"),
+        ({"beta2": 1.0}, "beta2 must be a number >= 0 and < 1, got 1.0"),
         ({"heads": 3}, r"heads must divide the 16 rows of parameter 0 of its group, shape \(16, 16\), got 3"),
         ({"heads": 0}, "heads must divide .* got 0"),
         ({"head_axis": "row"}, "head_axis must be 'rows' or 'columns', got 'row'"),

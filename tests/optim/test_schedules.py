@@ -62,19 +62,19 @@ def test_a_run_of_one_step_trains():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"step": -1}, "got step -1 of 10"),
-        ({"step": 11}, "got step 11 of 10"),
-        ({"num_iterations": 0, "step": 0}, "at least 1"),
+        ({"step": -1}, "step must be from 0 to num_iterations, 10, got -1"),
+        ({"step": 11}, "step must be from 0 to num_iterations, 10, got 11"),
+        ({"num_iterations": 0, "step": 0}, "num_iterations must be >= 1, got 0"),
         ({"warmup_steps": 11}, "warmup_steps must be at most num_iterations, 10, got 11"),
         ({"warmup_steps": -1}, "got warmup_steps -1"),
-        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "one of them"),
-        ({"warmup_ratio": 1.5}, "warmup_ratio 1.5"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "must be either .* got warmup_steps 1 and warmup_ratio 0.1"),
+        ({"warmup_ratio": 1.5}, "got warmup_steps 0 and warmup_ratio 1.5"),
         ({"warmdown_ratio": -0.1}, "got -0.1 and"),
-        ({"final_lr_frac": 2.0}, "final_lr_frac 2.0"),
-        ({"final_lr_frac": math.nan}, "final_lr_frac nan"),
+        ({"final_lr_frac": 2.0}, "got 0.2 and 2.0"),
+        ({"final_lr_frac": math.nan}, "got 0.2 and nan"),
         ({"shape": "triangle"}, "triangle"),
-        ({"shape": "exponential"}, "final_lr_frac of 0"),
-        ({"shape": "step"}, "final_lr_frac of 0"),
+        ({"shape": "exponential"}, "final_lr_frac must be above 0 with the shape 'exponential'"),
+        ({"shape": "step"}, "final_lr_frac must be above 0 with the shape 'step'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
