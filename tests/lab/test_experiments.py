@@ -132,7 +132,7 @@ def test_schedules_without_a_picture_leave_nothing(tmp_path, monkeypatch, capsys
     assert [line.split()[0] for line in lines] == ["step", "0", *(str(round(i * 99.9)) for i in range(1, 11))]
     assert list(tmp_path.iterdir()) == []
     assert schedules.main(["--warmup-ratio", "2"]) == 2
-    assert "--warmup-ratio is 2.0" in capsys.readouterr().err
+    assert "--warmup-ratio must be a number in [0, 1], got 2.0" in capsys.readouterr().err
     assert schedules.main(["--target-flops", "1e12"]) == 2
     assert "schedules builds no model" in capsys.readouterr().err
 

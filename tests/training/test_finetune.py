@@ -315,9 +315,9 @@ def test_a_line_that_is_no_conversation_is_named(base, capsys, content, message)
         ({"vocab_size": 400}, "--vocab-size follows from the base model"),
         ({"total_batch_size": 64}, "--total-batch-size is a flag of pretraining; fine-tuning has --batch-rows"),
         ({"max_seq_len": 65}, "--max-seq-len must be <= 64, the base model's, got 65"),
-        ({"epochs": 0}, "--epochs is 0.0"),
-        ({"rate_scale": -1}, "--rate-scale is -1.0"),
-        ({"batch_rows": 0}, "--batch-rows is 0"),
+        ({"epochs": 0}, "--epochs must be a finite number > 0, got 0.0"),
+        ({"rate_scale": -1}, "--rate-scale must be a finite number > 0, got -1.0"),
+        ({"batch_rows": 0}, "--batch-rows must be a whole number >= 1, got 0"),
     ],
     ids=str,
 )
@@ -395,7 +395,7 @@ def test_conversations_of_a_folder_are_those_of_its_files(base, capsys):
     (folder / "LICENSE").write_text("words")
     notes = []
     assert finetuning.read_conversations(folder, notes) == [chat("q", "a"), chat("r", "b")]
-    assert notes[0] == f"not read, as no JSON: 1 of 3 files (first: {folder / 'LICENSE'})"
+    assert notes[0] == f"not read, because not JSON: 1 of 3 files (first: {folder / 'LICENSE'})"
     assert finetuning.read_conversations(f"{folder}/*.jsonl") == [chat("q", "a")]
     assert run(base, "of_a_folder", data=folder, val_data=f"{folder}/*.jsonl", num_iterations=1) == 0
     out = capsys.readouterr().out
