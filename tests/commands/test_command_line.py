@@ -96,7 +96,7 @@ def test_torchrun_starts_a_subcommand_on_two_ranks(tmp_path):
     write_text(tmp_path / "text.jsonl")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launch, "-m", "nanochat_native", "train", *tiny_flags(tmp_path, steps=1)]
+    command = [*launch, "-m", "nanochat_native", "--", "train", *tiny_flags(tmp_path, steps=1)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ranks    2 over gloo" in done.stdout
