@@ -1,14 +1,17 @@
-"""python -m nanochat_native.doctor: what is installed, was built, is in this machine, and serves each operator.
+"""python -m nanochat_native.doctor: check the installation, the build, the machine and every operator.
 
-Runs the native kernels of every operator once against its plain-torch twin, values and gradients. Exits with 1 when
-something is broken, after saying how to mend it.
+Compares the native kernels of every operator with its plain-torch reference, values and gradients. Exits with 1 if
+something is broken, and says how to fix it.
 """
 
 import platform
 import sys
 from collections.abc import Sequence
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"broken: torch cannot be imported ({error}); install torch >= 2.11")
 
 import nanochat_native
 from nanochat_native import ops
@@ -17,7 +20,7 @@ from nanochat_native.ops.self_test import CHECKS, TOLERANCE, covers, difference,
 
 
 def main(args: Sequence[str] = ()) -> int:
-    """Looks at everything, and prints. Returns the exit code: 1 where something is broken."""
+    """Check everything and print the results. Return the exit code: 1 if something is broken."""
     record.Parser(prog="python -m nanochat_native.doctor", description=__doc__).parse_args(args)
     torch.manual_seed(0)
     broken: list[str] = []
@@ -46,10 +49,10 @@ def main(args: Sequence[str] = ()) -> int:
             f"CPU for {info['instruction_sets']}; {cuda}"
         )
         if info["version"] != nanochat_native.__version__:
-            broken.append(f"the native module is of version {info['version']}: install again")
+            broken.append(f"the native module has version {info['version']}: install again")
         instruction_set = ops.instruction_set()
         if len(openmp_libraries()) > 1:
-            broken.append(f"two OpenMP libraries are loaded, import torch first: {sorted(openmp_libraries())}")
+            broken.append(f"two OpenMP libraries are loaded; import torch first: {sorted(openmp_libraries())}")
 
     print(f"machine    {processor()}, instruction set {instruction_set}, {torch.get_num_threads()} threads")
     gpus = torch.cuda.device_count()
@@ -59,7 +62,7 @@ def main(args: Sequence[str] = ()) -> int:
         print(f"           GPU {index}: {name}")
         if architectures and not covers(architectures, capability):
             broken.append(
-                f"GPU {index} ({name}) is not among the architectures built ({architectures}): "
+                f"the architectures built ({architectures}) do not cover GPU {index} ({name}): "
                 f"install again with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
             )
     if gpus and architectures:
@@ -68,7 +71,7 @@ def main(args: Sequence[str] = ()) -> int:
         except (RuntimeError, ValueError) as error:
             broken.append(str(error).splitlines()[0])
     if gpus == 0:
-        print(f"           no GPU: {'none is visible' if torch.version.cuda else 'this torch is built without CUDA'}")
+        print(f"           no GPU: {'none is visible' if torch.version.cuda else 'this torch was built without CUDA'}")
 
     print(f"backend    {ops.backend()}")
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
@@ -77,20 +80,20 @@ def main(args: Sequence[str] = ()) -> int:
         for device in devices:
             backend, why = ops.serves(op, device)
             state = f"{device}: {backend} ({why})"
-            there = backend == "native" or (device == "cpu" and ops.backend() == "native")
-            if there and instruction_set != "not used":
+            has_kernel = backend == "native" or (device == "cpu" and ops.backend() == "native")
+            if has_kernel and instruction_set != "not used":
                 where = f"the CPU ({instruction_set})" if device == "cpu" else "the GPU"
                 try:
                     with torch.device(device):
                         off = difference(*check())
-                except RuntimeError as error:  # of the CUDA runtime: no code for this GPU, a driver that is too old
+                except RuntimeError as error:  # from the CUDA runtime: no code for this GPU, a driver that is too old
                     state = f"{device}: native, fails"
                     broken.append(f"{op} on {where}: {str(error).splitlines()[0]}")
                 else:
                     kernel = f"{device}: native," if backend == "native" else f"{state}, its kernel"
-                    state = f"{kernel} off its twin by {off:.0e}"
+                    state = f"{kernel} differs from the reference by {off:.0e}"
                     if not off < TOLERANCE:
-                        broken.append(f"{op} on {where} is off its twin by {off:.1e}")
+                        broken.append(f"{op} on {where} differs from the reference by {off:.1e}")
             states.append(state)
         print(f"{op:<22}{'; '.join(states)}")
 

@@ -1,5 +1,4 @@
-"""The backends that a test runs on; the native one is skipped, with the reason, where its module is not built. And all
-operators that there are."""
+"""The backends that a test runs on (native is skipped where its module is not built), and the list of all operators."""
 
 import inspect
 import os
@@ -16,7 +15,7 @@ BACKENDS = ("torch", "native")
 
 
 def use(name):
-    """ops.use_backend, or a skip."""
+    """Choose the backend, or skip the test."""
     try:
         return ops.use_backend(name)
     except RuntimeError as error:
@@ -24,7 +23,7 @@ def use(name):
 
 
 def usable_instruction_sets():
-    """The instruction sets that the module was built for and this processor has."""
+    """Return the instruction sets that the module was built for and this processor has."""
     command = [sys.executable, "-c", "from nanochat_native import ops; print(ops.instruction_set())"]
 
     def served(isa):
@@ -35,11 +34,15 @@ def usable_instruction_sets():
 
 
 def operators():
-    """The names of all public operators: every function of ops that takes tensors."""
+    """Return the names of all public operators: every function of ops that takes tensors."""
     return {
         name
         for name in ops.__all__
         if inspect.isfunction(function := getattr(ops, name))
-        and function.__module__ == ops.__name__
         and any(p.annotation in (Tensor, Sequence[Tensor]) for p in inspect.signature(function).parameters.values())
     }
+
+
+def module_of(operator):
+    """Return the module that defines a public operator, its reference and its native call."""
+    return sys.modules[getattr(ops, operator).__module__]

@@ -12,7 +12,7 @@ import torch
 
 import nanochat_native
 from nanochat_native import ops
-from nanochat_native.ops import native
+from nanochat_native.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,7 +130,7 @@ def test_build_info():
 
 
 def test_the_module_needs_no_driver_and_names_no_folder():
-    dynamic = tool("readelf", "-d", native._C.__file__)
+    dynamic = tool("readelf", "-d", backends._C.__file__)
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert "libc10.so" in needed
     assert not [name for name in needed if "cuda" in name]
@@ -139,10 +139,10 @@ def test_the_module_needs_no_driver_and_names_no_folder():
 
 
 def test_the_module_exports_its_entry_only():
-    symbols = tool("nm", "-D", "--defined-only", native._C.__file__).splitlines()
+    symbols = tool("nm", "-D", "--defined-only", backends._C.__file__).splitlines()
     assert [line.split()[-1] for line in symbols if line.split()[-2] == "T"] == ["PyInit__C"]
 
 
 def test_cuda_kernels_are_in_the_module():
-    sections = tool("readelf", "-SW", native._C.__file__)
+    sections = tool("readelf", "-SW", backends._C.__file__)
     assert (".nv_fatbin" in sections) == bool(ops.build_info()["cuda"])

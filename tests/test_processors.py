@@ -47,14 +47,14 @@ SIDES = {
 # Files, and which of their tests: those with few numbers where they come in many sizes.
 KERNELS = tuple(
     f"ops/test_ops_{name}.py"
-    for name in ("attention", "newton_schulz", "optimizers", "linear_cross_entropy", "cached_forward", "linear")
+    for name in ("attention", "newton_schulz", "adamw", "muon", "linear_cross_entropy", "cached_forward", "linear")
 )
 MODEL = ("training/test_golden.py", "model/test_model.py", "inference/test_engine.py")
 TOUCHED = {
     KERNELS: "(match or windows or sizes or spectra or muon or bits or prod) and not 1023",
     MODEL: "(golden or plain or bits or autocast or whole) and not scores",
     ("lab/test_memory.py",): "scratch and hybrid or trainers and flags0",
-    ("model/test_model.py", "ops/test_ops_linear_cross_entropy.py"): "autocast or twin",
+    ("model/test_model.py", "ops/test_ops_linear_cross_entropy.py"): "autocast or reference",
 }
 *OURS, MEMORY, PRODUCTS = TOUCHED
 # Without AVX-512 oneDNN has no products of bfloat16, whatever its bound; with it, it has nothing else that is touched.

@@ -6,10 +6,10 @@ import time
 
 import torch
 
-from nanochat_native.ops import native
+from nanochat_native.ops import backends
 from nanochat_native.train import main
 
-BACKEND = "torch" if native.problem else "native"
+BACKEND = "torch" if backends.load_error else "native"
 HANGS = 300  # seconds after which what is waited for will not come; no test is to need them on a busy machine
 
 

@@ -1,10 +1,9 @@
-"""torch's modes beyond a plain backward pass: torch.func transforms, forward-mode AD, derivatives of derivatives.
+"""The modes of torch beyond a plain backward pass: torch.func transforms, forward-mode AD, higher derivatives.
 
-Kernels, and functions whose backward pass is written by hand, know none of them. A caller asks here which one is on,
-and runs plain torch, which knows all of them, or refuses.
+Native kernels, and functions with a backward pass written by hand, support none of them. A caller asks here which one
+is active, and then runs plain torch, which supports all of them, or raises an error.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,6 +15,7 @@ Argument = Tensor | float | None | Sequence[Tensor]
 TRANSFORM = "torch.func transforms"
 FORWARD = "forward-mode AD"
 GRADIENT = "gradients"
+SECOND = "second derivatives"
 
 
 def _tensors(arguments: Sequence[Argument]) -> Iterator[Tensor]:
@@ -27,11 +27,16 @@ def _tensors(arguments: Sequence[Argument]) -> Iterator[Tensor]:
 
 
 def beyond_backward(*arguments: Argument) -> str:
-    """TRANSFORM within torch.func.grad, vmap, jvp and so on; FORWARD where one of `arguments`, tensors or lists of
-    them, has a tangent; "" where all that can be asked for is a backward pass.
+    """Return the active mode that needs more than a backward pass, "" if there is none.
 
-    Within a transform the answer does not depend on the arguments: what is captured may be differentiated too. While
+    Within a transform the answer does not depend on the arguments: a captured tensor may be differentiated too. While
     torch.compile traces within forward-mode AD, every tensor counts as one with a tangent.
+
+    Args:
+        arguments: The arguments of the caller. Tensors and lists of tensors count, others are ignored.
+
+    Returns:
+        TRANSFORM within torch.func.grad, vmap, jvp and so on; FORWARD if an argument has a tangent; otherwise "".
     """
     if torch._C._are_functorch_transforms_active():
         return TRANSFORM
@@ -43,39 +48,39 @@ def beyond_backward(*arguments: Argument) -> str:
 
 
 def derivative(*arguments: Argument) -> str:
-    """As beyond_backward; and GRADIENT where one of `arguments` requires a gradient while grad mode is on."""
+    """Return beyond_backward(), or GRADIENT if an argument requires a gradient while grad mode is on."""
     if mode := beyond_backward(*arguments):
         return mode
     return GRADIENT if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(arguments)) else ""
 
 
+def beyond_first_derivative(*grads: Tensor) -> str:
+    """Return the mode that needs more than the result of a backward pass, given its incoming gradients, or ""."""
+    # Grad mode is on during a backward pass only under create_graph=True.
+    return beyond_backward(*grads) or (SECOND if torch.is_grad_enabled() else "")
+
+
+def unsupported(mode: str) -> str:
+    """Return, as a phrase, why no kernel runs in `mode`; "" for no mode."""
+    return f"its kernel does not support {mode}" if mode else ""
+
+
 _REFUSAL = {
-    TRANSFORM: "does not run under torch.func transforms; call it outside of grad, vmap, jvp and the others",
-    FORWARD: "has no derivative, and a tensor has a tangent of forward-mode AD; "
-    "give it the primal (torch.autograd.forward_ad.unpack_dual)",
-    GRADIENT: "has no derivative, and a tensor requires a gradient; call it under torch.no_grad()",
+    TRANSFORM: "does not support torch.func transforms; call it outside grad, vmap, jvp and the other transforms",
+    FORWARD: "has no derivative, but a tensor has a forward-mode tangent; "
+    "pass the primal (torch.autograd.forward_ad.unpack_dual)",
+    GRADIENT: "has no derivative, but a tensor requires a gradient; call it under torch.no_grad()",
 }
 
 
 def refuse(op: str, *arguments: Argument) -> None:
-    """Raises RuntimeError when a derivative or a transform of `op`, which has none, is asked for."""
+    """Raise RuntimeError if `op`, which has no derivative, is called for a derivative or within a transform."""
     if mode := derivative(*arguments):
         raise RuntimeError(f"{op}: {_REFUSAL[mode]}")
 
 
-def refuse_beside(op: str, name: str, *arguments: Argument) -> None:
-    """Raises ValueError when a derivative or a transform of `op` is asked for beside its argument `name`."""
+def refuse_with(op: str, name: str, *arguments: Argument) -> None:
+    """Raise ValueError if `op` is called for a derivative or within a transform although `name` is given."""
     if mode := derivative(*arguments):
-        asked = "and a gradient is asked for" if mode == GRADIENT else f"under {mode}"
-        raise ValueError(f"{op}: {name} is given {asked}; takes one of the two")
-
-
-warned: set[tuple[str, str, str]] = set()
-
-
-@torch.compiler.assume_constant_result  # run while torch.compile traces: the warning survives, the graph is whole
-def warn_twin_serves(op: str, kind: str, why: str) -> None:
-    """Says once that plain torch serves `op` on devices of this kind, and why."""
-    if (op, kind, why) not in warned:
-        warned.add((op, kind, why))
-        warnings.warn(f"nanochat_native: {op} on {kind} is served by plain torch: {why}", stacklevel=4)
+        when = "when a tensor requires a gradient" if mode == GRADIENT else f"under {mode}"
+        raise ValueError(f"{op}: {name} must be None {when}, got a tensor")

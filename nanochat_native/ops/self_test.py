@@ -1,26 +1,23 @@
-"""Compares every native CPU operator with its reference."""
+"""Compares every native operator with its reference: what `python -m nanochat_native.doctor` runs."""
 
 import functools
 import itertools
 import math
 import platform
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat_native import ops
-from nanochat_native.ops import native, reference
+import torch
 
-try:
-    import torch
-except ImportError as error:
-    sys.exit(f"broken: torch cannot be imported ({error}); install torch >= 2.11")
+from nanochat_native import ops
+from nanochat_native.ops import reference
+from nanochat_native.ops.linear import native_linear
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels built for `architectures` ("8.0+PTX 9.0a") run on a GPU of this compute capability."""
+    """Return whether kernels built for `architectures` ("8.0+PTX 9.0a") run on a GPU of this compute capability."""
     for entry in architectures.split():
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
@@ -34,6 +31,7 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 def processor() -> str:
+    """Return the name of this machine's processor."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -41,7 +39,7 @@ def processor() -> str:
 
 
 def openmp_libraries() -> set[str]:
-    """Paths of the libgomp copies that this process has loaded. Two would each keep threads of their own."""
+    """Return the paths of the libgomp copies that this process has loaded. Each would keep threads of its own."""
     maps = Path("/proc/self/maps").read_text()
     return {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
 
@@ -51,7 +49,7 @@ Results = Sequence[torch.Tensor]
 
 def _attention() -> tuple[Results, Results]:
     q, k, v, dout = (torch.randn(2, 70, heads, 16) for heads in (4, 2, 2, 4))
-    if q.is_cuda:  # whose kernels take 16 bits
+    if q.is_cuda:  # the CUDA kernels take types of 16 bits
         q, k, v, dout = q.half(), k.half(), v.half(), dout.half()
     lengths = torch.tensor([70, 33])
     ours, theirs = (
@@ -74,45 +72,45 @@ def _with_gradients(
 
 def _newton_schulz() -> tuple[Results, Results]:
     g = torch.randn(2, 400, 240)
-    return [ops.newton_schulz(g)], [_newton_schulz_twin(g)]
+    return [ops.newton_schulz(g)], [_newton_schulz_reference(g)]
 
 
-def _newton_schulz_twin(g: torch.Tensor) -> torch.Tensor:
-    """In float32, which on a GPU the twin itself is not."""
+def _newton_schulz_reference(g: torch.Tensor) -> torch.Tensor:
+    """Return the reference in float32: on a GPU it would compute in bfloat16."""
     return reference.newton_schulz(g.cpu()).to(g.device)
 
 
 def _adamw() -> tuple[Results, Results]:
     state = [[torch.randn(999)], [torch.randn(999)], [torch.randn(999)], [torch.rand(999)]]
-    twin = [[tensor.clone() for tensor in tensors] for tensors in state]
+    expected = [[tensor.clone() for tensor in tensors] for tensors in state]
     settings: dict[str, Any] = {"step": 3, "lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
     ops.adamw_(*state, **settings)
-    reference.adamw_(*twin, **settings)
-    return [*itertools.chain(*state)], [*itertools.chain(*twin)]
+    reference.adamw_(*expected, **settings)
+    return [*itertools.chain(*state)], [*itertools.chain(*expected)]
 
 
 def _muon_momentum() -> tuple[Results, Results]:
     grads, buffers = [torch.randn(33, 7)], [torch.randn(33, 7)]
-    twin = [buffers[0].clone()]
+    expected = [buffers[0].clone()]
     ours = ops.muon_momentum_(grads, buffers, momentum=0.9, return_norm=True)
-    theirs = reference.muon_momentum_(grads, twin, momentum=0.9, return_norm=True)
-    return (*ours, *buffers), (*theirs, *twin)
+    theirs = reference.muon_momentum_(grads, expected, momentum=0.9, return_norm=True)
+    return (*ours, *buffers), (*theirs, *expected)
 
 
 def _muon_update() -> tuple[Results, Results]:
     params, update = [torch.randn(33, 7)], torch.randn(1, 33, 7)
-    twin = [params[0].clone()]
+    expected = [params[0].clone()]
     ops.muon_update_(params, update, lr=0.1, weight_decay=0.1)
-    reference.muon_update_(twin, update, lr=0.1, weight_decay=0.1)
-    return params, twin
+    reference.muon_update_(expected, update, lr=0.1, weight_decay=0.1)
+    return params, expected
 
 
 def _newton_schulz_update() -> tuple[Results, Results]:
     params, update = [torch.randn(133, 70)], torch.randn(1, 133, 70)
-    twin = [params[0].clone()]
+    expected = [params[0].clone()]
     ops.newton_schulz_update_(params, update, lr=1.0, weight_decay=0.1)
-    reference.muon_update_(twin, _newton_schulz_twin(update), lr=1.0, weight_decay=0.1)
-    return params, twin
+    reference.muon_update_(expected, _newton_schulz_reference(update), lr=1.0, weight_decay=0.1)
+    return params, expected
 
 
 def _linear_cross_entropy() -> tuple[Results, Results]:
@@ -125,11 +123,9 @@ def _linear_cross_entropy() -> tuple[Results, Results]:
 
 
 def _linear_with_gradients() -> tuple[Results, Results]:
-    """By the kernel, whatever product this processor prefers."""
+    """Return the results of the kernel, whichever product `linear` uses on this processor."""
     x, weight, dout = torch.randn(70, 24), torch.randn(33, 24), torch.randn(70, 33)
-    ours, theirs = (
-        _with_gradients(linear, (x, weight), dout) for linear in (native.linear, torch.nn.functional.linear)
-    )
+    ours, theirs = (_with_gradients(linear, (x, weight), dout) for linear in (native_linear, reference.linear))
     return ours, theirs
 
 
@@ -159,19 +155,19 @@ def _cached_forward() -> tuple[Results, Results]:
         "sin": angles.sin(),
         "softcap": 15.0,
     }
-    tokens, twin = torch.randint(0, V, (2, 4)), cache.clone()
+    tokens, expected = torch.randint(0, V, (2, 4)), cache.clone()
     ours = ops.cached_forward_(tokens, [2, 0], [0, 5], cache=cache, **settings)
-    theirs = reference.cached_forward_(tokens, [2, 0], [0, 5], cache=twin, **settings)
-    return (ours, cache), (theirs, twin)
+    theirs = reference.cached_forward_(tokens, [2, 0], [0, 5], cache=expected, **settings)
+    return (ours, cache), (theirs, expected)
 
 
 def difference(ours: Results, theirs: Results) -> float:
-    """The largest, each relative to the largest number of the twin's tensor; NaN where there is one."""
+    """Return the largest difference relative to the reference's largest number, or NaN if there is one."""
     offs = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)]
     return math.nan if any(map(math.isnan, offs)) else max(offs)
 
 
-# What a kernel gives and what its twin gives: values, what is updated in place, and gradients.
+# The results of a kernel and of its reference: values, tensors updated in place, and gradients.
 CHECKS: dict[str, Callable[[], tuple[Results, Results]]] = {
     "attention": _attention,
     "newton_schulz": _newton_schulz,
@@ -184,4 +180,4 @@ CHECKS: dict[str, Callable[[], tuple[Results, Results]]] = {
     "linear_backward": _linear_backward,
     "cached_forward_": _cached_forward,
 }
-TOLERANCE = 1e-2  # kernels of 16 bits are off by some 1e-3, those of float32 by 1e-6, a wrong one by far more
+TOLERANCE = 1e-2  # 16-bit kernels differ by about 1e-3, float32 kernels by 1e-6, a wrong kernel by far more

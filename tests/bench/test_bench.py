@@ -20,7 +20,7 @@ from nanochat_native.bench import device, generation, gpu, gpu_cases, gpu_run, m
 from nanochat_native.bench.attention import Problem, attention_case, instruction_set
 from nanochat_native.bench.gpu_cases import Entry
 from nanochat_native.bench.measure import Case, UnavailableError
-from nanochat_native.ops import native, reference
+from nanochat_native.ops import backends, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ NOT_ON_A_BARE_MACHINE = (
     "tqdm",
     "tyro",
 )
-needs_native = pytest.mark.skipif(bool(native.problem), reason=native.problem)
+needs_native = pytest.mark.skipif(bool(backends.load_error), reason=backends.load_error)
 
 
 def case(check=lambda: None, ours=lambda: None, theirs=lambda: None, **settings):
@@ -120,7 +120,7 @@ def run_cases(path, monkeypatch, *entries, seconds=60.0, only=""):
 
 
 def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch):
-    native_there = () if native.problem else ("adamw_",)
+    native_there = () if backends.load_error else ("adamw_",)
     status, result = run_cases(
         tmp_path / "result.json",
         monkeypatch,
@@ -147,7 +147,7 @@ def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch)
 
 
 def test_a_twin_is_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat_native.ops._backend", "torch")
+    monkeypatch.setattr(backends, "_backend", "torch")
     _, result = run_cases(tmp_path / "result.json", monkeypatch, entry("ours", lambda: fail(SystemError()), "adamw_"))
     assert result["rows"] == result["errors"] == []
     assert "adamw_ is not native: chosen by" in result["skipped"][0]["why"]
@@ -166,8 +166,8 @@ def test_what_is_done_is_not_run_again_and_the_time_is_kept(tmp_path, monkeypatc
 
 
 def test_the_cpus_benchmarks_write_table_and_json(tmp_path, monkeypatch, capsys):
-    if native.problem:
-        pytest.skip(native.problem)
+    if backends.load_error:
+        pytest.skip(backends.load_error)
     path = tmp_path / "folder" / "result.json"
     small = {"shapes": [(30, 7), (5,)], "name": "small", "floor": 0.1}
     f32 = torch.float32

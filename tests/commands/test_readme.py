@@ -116,7 +116,7 @@ OF_ANOTHER = {
         "nvidia-smi": {"--format", "--query-gpu"},
     },
     "nanochat_native.runtime.distributed": {"torchrun": {"--nproc_per_node"}},
-    "nanochat_native.ops.native": {"pip": {"--no-build-isolation"}},
+    "nanochat_native.ops.backends": {"pip": {"--no-build-isolation"}},
     "nanochat_native.lm_eval_adapter": {"lm_eval": {"--model", "--model_args", "--tasks"}},
 }
 # A message of such a module comes up in every command that has the flag.
@@ -238,11 +238,11 @@ def test_every_flag_that_a_message_names_is_taken(module):
         ("evaluate", "give --held-out"),
         ("report", "python -m nanochat_native.chat --data {}"),
         ("chat", "train's --slots"),
-        ("ops.native", "take --dtype"),
+        ("ops.backends", "take --dtype"),
     ],
 )
 def test_a_flag_that_is_not_taken_is_noticed(module, text):
-    if module != "ops.native":
+    if module != "ops.backends":
         assert unknown_flags(f"nanochat_native.{module}", [text]) == [NAMED_FLAG.findall(text)[0]]
     tree = ast.parse(f'raise ValueError(f"{{1}}: " f"{text.replace("{}", "{2}")}")')
     assert [NAMED_FLAG.findall(t) for t in strings(tree)] == [NAMED_FLAG.findall(text)]

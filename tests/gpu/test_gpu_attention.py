@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat_native import ops
-from nanochat_native.ops import modes, reference
+from nanochat_native.ops import backends, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -277,7 +277,7 @@ def test_the_same_bits_250_times(path, sizes):
 )
 def test_what_the_kernels_do_not_take_is_served_by_the_twin(cuda, require_native, monkeypatch, dtype, D, words):
     require_native("attention")
-    monkeypatch.setattr(modes, "warned", set())
+    monkeypatch.setattr(backends, "warned", set())
     q, k, v, dout = inputs(cuda, 1, 70, 70, 2, 1, D, dtype)
     with pytest.warns(UserWarning, match=words) as caught:
         results = both(ops.attention, q, k, v, dout)

@@ -1,13 +1,14 @@
-"""linear: the native product, where it serves, against torch's own."""
+"""linear: the native product, where it is used, against torch's own."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import module_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_native import ops
-from nanochat_native.ops import native
+from nanochat_native.ops import backends
 
 OPERATOR = torch.ops.nanochat_native.linear.default
 
@@ -70,20 +71,24 @@ def test_opcheck_and_compile():
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_bad_arguments(backend):
     ops.use_backend(backend)
-    with pytest.raises(ValueError, match=r"linear: x has shape \(3, 4\), weight \(5, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"linear: x and weight must have shapes \(..., I\) and \(O, I\), got \(3, 4\) and \(5, 6\)"
+    ):
         ops.linear(torch.zeros(3, 4), torch.zeros(5, 6))
-    with pytest.raises(ValueError, match="linear: x has shape"):
+    with pytest.raises(ValueError, match="linear: x and weight must have shapes"):
         ops.linear(torch.zeros(3, 4), torch.zeros(4))
 
 
 @pytest.mark.parametrize("choice", ["native", "torch", "auto"])
 def test_the_environment_chooses_the_product(choice, monkeypatch):
-    """NANOCHAT_LINEAR, on every processor; what it is made of, and its values."""
-    monkeypatch.setattr(native, "_linear", choice)
-    is_native = native._linear_pays if choice == "auto" else choice == "native"
+    """NANOCHAT_LINEAR decides on every processor whether the kernel is called."""
+    monkeypatch.setattr(backends, "_linear_product", choice)
+    is_native = backends.native_linear_is_faster if choice == "auto" else choice == "native"
     x, weight = torch.randn(2, 40, 24, requires_grad=True), torch.randn(33, 24, requires_grad=True)
     called = []
-    monkeypatch.setattr(native, "linear", lambda *args, run=native.linear: called.append(args) or run(*args))
+    module = module_of("linear")
+    run = module.native_linear
+    monkeypatch.setattr(module, "native_linear", lambda *args: called.append(args) or run(*args))
     y = ops.linear(x, weight)
     assert bool(called) == is_native
     torch.testing.assert_close(y, F.linear(x, weight))
@@ -93,11 +98,11 @@ def test_the_environment_chooses_the_product(choice, monkeypatch):
         ops.linear(x, weight)
     with ops.use_backend("torch"):
         ops.linear(x, weight)
-    assert len(called) == is_native, "few rows, other types, autocast and the twins take torch's"
+    assert len(called) == is_native, "few rows, other types, autocast and the torch backend use torch's product"
 
 
 def test_an_unknown_choice_is_refused(monkeypatch):
-    monkeypatch.setattr(native, "_linear", "yes")
+    monkeypatch.setattr(backends, "_linear_product", "yes")
     for call in (ops.check_environment, lambda: ops.linear(torch.zeros(2, 3), torch.zeros(4, 3))):
-        with pytest.raises(ValueError, match="NANOCHAT_LINEAR is 'yes'; takes auto, native or torch"):
+        with pytest.raises(ValueError, match="NANOCHAT_LINEAR must be auto, native or torch, got 'yes'"):
             call()

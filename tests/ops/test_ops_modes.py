@@ -1,8 +1,8 @@
-"""Every public operator, and the model, in every mode of torch's differentiation, on both backends: right, or an error
+"""Every public operator, and the model, in every autograd mode of torch on both backends: the right result, or an error
 that says what to do instead.
 
 A cell of the table is an operator's case, a mode and a backend. The mode runs the operator and, in the same way, its
-formula in plain torch and float64; the results must agree.
+formula in plain torch and float64. The results must agree.
 """
 
 import functools
@@ -26,7 +26,8 @@ from nanochat_native import ops
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.model.kv_cache import KVCache
-from nanochat_native.ops import modes, native, reference
+from nanochat_native.ops import backends as ops_backends
+from nanochat_native.ops import reference
 
 # --- cases ---
 
@@ -36,35 +37,34 @@ ALWAYS_RIGHT = dict.fromkeys((VALUES, GRADIENT, SECOND, TRANSFORM, FORWARD), RIG
 
 
 def beside(op, name):
-    """The cells of an operator that takes `name` or a derivative."""
-    given = f"{op}: {name} is given"
-    gradient = f"{given} and a gradient is asked for; takes one of the two"
+    """Return the cells of an operator whose argument `name` excludes derivatives."""
+    gradient = f"{op}: {name} must be None when a tensor requires a gradient, got a tensor"
     return {
         VALUES: RIGHT,
         GRADIENT: gradient,
         SECOND: gradient,
-        TRANSFORM: f"{given} under torch.func transforms; takes one of the two",
-        FORWARD: f"{given} under forward-mode AD; takes one of the two",
+        TRANSFORM: f"{op}: {name} must be None under torch.func transforms, got a tensor",
+        FORWARD: f"{op}: {name} must be None under forward-mode AD, got a tensor",
     }
 
 
 def without(op):
-    """The cells of an operator that has no derivative."""
-    gradient = f"{op}: has no derivative, and a tensor requires a gradient; call it under torch.no_grad()"
+    """Return the cells of an operator without a derivative."""
+    gradient = f"{op}: has no derivative, but a tensor requires a gradient; call it under torch.no_grad()"
     return {
         VALUES: RIGHT,
         GRADIENT: gradient,
         SECOND: gradient,
-        TRANSFORM: f"{op}: does not run under torch.func transforms; call it outside of grad, vmap, jvp and the others",
-        FORWARD: f"{op}: has no derivative, and a tensor has a tangent of forward-mode AD; give it the primal",
+        TRANSFORM: f"{op}: does not support torch.func transforms; call it outside grad, vmap, jvp and the other",
+        FORWARD: f"{op}: has no derivative, but a tensor has a forward-mode tangent; pass the primal",
     }
 
 
 @dataclass
 class Case:
-    """call and formula take float64 tensors of `shapes`, and return a tensor or a tuple of them.
+    """A call of an operator and its formula: both take float64 tensors of `shapes` and return a tensor or a tuple.
 
-    cells: what is expected of a kind of modes, of one mode by its name, or of either on one backend, by a pair.
+    cells: The expected outcome by kind of mode, by the name of one mode, or by a pair of either and a backend.
     """
 
     op: str
@@ -89,7 +89,7 @@ def attention_formula(q, k, v, window=None, causal=True):
 
 
 def logsumexp(x, seen):
-    """Of the last dimension where `seen`; torch's own has no backward pass of its tangents."""
+    """Return it over the last dimension where `seen`; torch's own has no backward pass through its tangents."""
     top = x.detach().amax(-1, keepdim=True)
     return ((x - top).exp() * seen).sum(-1).log() + top[..., 0]
 
@@ -113,7 +113,7 @@ def loss_formula(x, weight, reduction="mean"):
 
 
 def in_float32(op):
-    """The operator in float32 on float64 tensors: linear has a kernel for it alone."""
+    """Return the operator in float32 on float64 tensors: the kernel of linear takes float32 alone."""
 
     def call(*tensors):
         out = op(*(x.float() for x in tensors))
@@ -159,7 +159,7 @@ def newton_schulz_update(p, update):
 
 
 def cached_forward(run):
-    """A model of one block, with the weights as tensors; its tokens go on from position 2 of slot 1."""
+    """Return a model of one block as a function of its weights. Its tokens start at position 2 of slot 1."""
 
     def call(*tensors):
         dtype = torch.float32 if run is ops.cached_forward_ else torch.float64
@@ -184,13 +184,13 @@ def cached_forward(run):
 
 CACHED = [(9, 8), (8, 8), (4, 8), (4, 8), (8, 8), (16, 8), (8, 16), (9, 8), (6, 2), (1, 2, 6, 2, 4)]
 
-NO_WHOLE_GRAPH = "attention: lengths makes no whole graph on the torch backend; takes fullgraph=False"
+NO_WHOLE_GRAPH = "attention: lengths needs fullgraph=False on the torch backend"
 ON_TORCH = {("compiled", "torch"): NO_WHOLE_GRAPH, ("compiled_tangents", "torch"): NO_WHOLE_GRAPH}
 
 QKV = [(2, 5, 4, 3), (2, 7, 2, 3), (2, 7, 2, 3)]
 LOSS = [(5, 4), (7, 4)]
-NO_SECOND = "linear_cross_entropy: its kernel has no second derivative; takes create_graph=False, or its call under ops"
-NO_GRADIENT = "linear_cross_entropy: reduction 'none' gives no gradient; call it under torch.no_grad()"
+NO_SECOND = "linear_cross_entropy: the native kernel has no second derivative; use create_graph=False, or ops.use"
+NO_GRADIENT = "linear_cross_entropy: reduction must be 'mean' or 'sum' when a tensor requires a gradient, got 'none'"
 
 TINY = GPTConfig(sequence_len=8, vocab_size=5, n_layer=1, n_head=2, n_kv_head=1, n_embd=4)
 IDX, NEXT = torch.tensor([[1, 0, 4, 3, 3, 2]]), torch.tensor([[0, 4, -1, 3, 2, 1]])
@@ -199,7 +199,7 @@ with torch.device("meta"):
 
 
 def model(*targets, **settings):
-    """The model as a function of its weights; of its logits where no targets are given."""
+    """Return the model as a function from its weights to the loss, or to the logits if no targets are given."""
     module = GPT(TINY, **settings).double()
     return lambda *weights: functional_call(module, dict(zip(WEIGHTS, weights, strict=True)), (IDX, *targets))
 
@@ -342,13 +342,13 @@ CASES = {
         [*WEIGHTS.values()],
         model(grad_checkpoint=True),
         logits_formula,
-        # vmap of torch.autograd.grad computes the blocks again within vmap, where plain torch serves and saves others.
+        # vmap of torch.autograd.grad recomputes the blocks within vmap, where plain torch runs and saves other tensors.
         ALWAYS_RIGHT | NOT_IN_AUTOCAST | {"vmapped_backward": RECOMPUTED_OTHERWISE},
         1e-5,
     ),
 }
 
-# --- modes: each runs f on the tensors xs and returns what it gives ---
+# --- modes: each runs f on the tensors xs and returns the results ---
 
 MODES: dict[str, tuple[str, Callable[..., Any]]] = {}
 
@@ -366,7 +366,7 @@ def listed(out):
 
 
 def loss_of(f):
-    """A scalar of f's outputs, not linear in them."""
+    """Return a function from xs to a scalar that is not linear in f's outputs."""
     return lambda *xs: sum(out.sin().sum() for out in listed(f(*xs)))
 
 
@@ -375,7 +375,7 @@ def leaves(xs):
 
 
 def directions(xs):
-    """Other numbers of the same shapes."""
+    """Return other numbers of the same shapes."""
     return [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).cos().view(x.shape) for x in xs]
 
 
@@ -496,7 +496,7 @@ def saved_tensor_hooks(f, xs):
 
 @mode(GRADIENT)
 def batched_gradients(f, xs):
-    """is_grads_batched: several gradients of the outputs at once."""
+    """Several gradients of the outputs at once, by is_grads_batched."""
     xs = leaves(xs)
     out = listed(f(*xs))
     return gradients(out, xs, grad_outputs=[stacked(d) for d in directions(out)], is_grads_batched=True)
@@ -604,7 +604,7 @@ def func_jvp(f, xs):
 
 @mode(TRANSFORM)
 def func_jvp_of_captured(f, xs):
-    """The tangent comes in by a closure's variable, not by the operator's first argument."""
+    """The tangent is in a variable of a closure, not in the operator's first argument."""
     *others, last = xs
     return jvp(lambda x: f(*others, x), (last,), tuple(directions([last])))[1]
 
@@ -642,7 +642,7 @@ def per_sample_gradients(f, xs):
 
 @mode(TRANSFORM)
 def captured(f, xs):
-    """func.grad for the first tensor, and a backward pass through it to the others."""
+    """func.grad of the first tensor, and a backward pass through it to the others."""
     first, *others = xs
     others = leaves(others) or leaves([torch.ones_like(first)])
     inner = grad(lambda x: loss_of(f)(x, *others[: len(xs) - 1]) + others[0].sum() * x.sum())(first)
@@ -681,7 +681,7 @@ def compiled_within_jvp(f, xs):
 
 
 def dual(f, primals, tangents):
-    """tangents: one each, or None."""
+    """Return the output tangents; each primal has a tangent or None."""
     with forward_ad.dual_level():
         xs = [x if t is None else forward_ad.make_dual(x, t) for x, t in zip(primals, tangents, strict=True)]
         pairs = [forward_ad.unpack_dual(out) for out in listed(f(*xs))]
@@ -766,7 +766,7 @@ def flat(result):
     return [tensor for part in result for tensor in flat(part)]
 
 
-# These differ from a case before them in a mask alone, or in which side is longer; what traces a call does the same.
+# These differ from an earlier case only in a mask or in which side is longer, which tracing does not depend on.
 TRACED_ALREADY = {
     "attention with a window",
     "attention, not causal",
@@ -778,7 +778,7 @@ TRACING = {"linearised", *(name for name in MODES if "compiled" in name)}
 
 
 def repeats(case, name):
-    """Whether a slow cell runs what another cell runs: under transforms and tangents nothing is checkpointed."""
+    """Return whether a slow cell repeats another cell: under transforms and tangents nothing is checkpointed."""
     if case == "the model's logits with grad_checkpoint":
         return name in TRACING and MODES[name][0] in (TRANSFORM, FORWARD)
     return case in TRACED_ALREADY and name in TRACING
@@ -794,7 +794,7 @@ def inputs(case):
 
 @functools.cache
 def of_formula(case, name):
-    """What a mode gives for a case's formula, which nothing compiles and autocast leaves alone."""
+    """Return the results of a mode for a case's formula, without compiling and autocast."""
     case = CASES[case]
 
     def formula(*xs):
@@ -809,9 +809,9 @@ def of_formula(case, name):
 @pytest.mark.filterwarnings("ignore:nanochat_native. .* is served by plain torch")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("case", "name"), CELLS)
-def test_right_or_an_error_that_tells_what_to_do(case, name, backend, monkeypatch):
+def test_right_or_an_error_that_says_what_to_do(case, name, backend, monkeypatch):
     key, case, run = case, CASES[case], MODES[name][1]
-    monkeypatch.setattr(native, "_linear", "native")  # the kernel, whatever this processor prefers
+    monkeypatch.setattr(ops_backends, "_linear_product", "native")  # use the kernel on every processor
     if "compiled" in name:
         torch._dynamo.reset()
     cell = expected(case, name, backend)
@@ -835,8 +835,8 @@ def test_right_or_an_error_that_tells_what_to_do(case, name, backend, monkeypatc
 # --- beside the table ---
 
 
-def test_a_twin_that_serves_a_mode_is_said_once(monkeypatch):
-    monkeypatch.setattr(modes, "warned", set())
+def test_a_reference_that_runs_in_a_mode_warns_once(monkeypatch):
+    monkeypatch.setattr(ops_backends, "warned", set())
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in QKV)
 
     def calls():
@@ -850,20 +850,20 @@ def test_a_twin_that_serves_a_mode_is_said_once(monkeypatch):
         warnings.simplefilter("always")
         calls()
         calls()
-    said = [str(warning.message) for warning in caught if "nanochat_native" in str(warning.message)]
-    why = "on cpu is served by plain torch: its kernel has no rule for"
-    assert said == [
-        f"nanochat_native: attention {why} torch.func transforms",
-        f"nanochat_native: attention {why} forward-mode AD",
-        f"nanochat_native: attention {why} second derivatives",
-        f"nanochat_native: newton_schulz {why} gradients",
-        f"nanochat_native: linear_cross_entropy {why} torch.func transforms",
+    messages = [str(warning.message) for warning in caught if "nanochat_native" in str(warning.message)]
+    where = "on cpu is served by plain torch: its kernel does not support"
+    assert messages == [
+        f"nanochat_native: attention {where} torch.func transforms",
+        f"nanochat_native: attention {where} forward-mode AD",
+        f"nanochat_native: attention {where} second derivatives",
+        f"nanochat_native: newton_schulz {where} gradients",
+        f"nanochat_native: linear_cross_entropy {where} torch.func transforms",
     ]
 
 
-def test_what_is_asked_for_nothing_runs_the_kernels(monkeypatch):
-    """Within a dual level, and where tensors need no gradient, nothing is left to the twins."""
-    monkeypatch.setattr(modes, "warned", set())
+def test_kernels_run_where_no_derivative_is_needed(monkeypatch):
+    """No reference runs within a dual level without tangents, nor where tensors need no gradient."""
+    monkeypatch.setattr(ops_backends, "warned", set())
     q, k, v = (torch.randn(shape) for shape in QKV)
     with use("native"), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -880,7 +880,7 @@ def test_what_is_asked_for_nothing_runs_the_kernels(monkeypatch):
 def test_targets_out_of_range_under_vmap(backend, target):
     x, weight = torch.randn(5, 4), torch.randn(7, 4)
     targets = torch.stack((TARGETS, TARGETS.masked_fill(TARGETS == 6, target)))
-    with use(backend), pytest.raises(ValueError, match=f"linear_cross_entropy: targets holds {target}; takes 0 to 6"):
+    with use(backend), pytest.raises(ValueError, match=f"targets must be from 0 to 6 .*, got {target}"):
         vmap(lambda y: ops.linear_cross_entropy(x, weight, y))(targets)
 
 
@@ -894,14 +894,14 @@ def test_targets_and_lengths_may_be_mapped_or_not(backend):
         mapped = vmap(lambda y: ops.linear_cross_entropy(x, weight, y, reduction="sum"))(targets)
         each = [ops.linear_cross_entropy(x, weight, y, reduction="sum") for y in targets]
         torch.testing.assert_close(mapped, torch.stack(each))
-        words = "attention: lengths is given under torch.func transforms"
+        words = "attention: lengths must be None under torch.func transforms"
         with pytest.raises(ValueError, match=words):
             vmap(lambda n: ops.attention(q, k, v, lengths=n))(torch.stack((LENGTHS, LENGTHS)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numbers_of_a_step_that_have_tangents_or_gradients_are_refused(backend):
-    """A rate that is a tensor is an input like the others."""
+    """A rate in a tensor is an input like the other tensors."""
     p, g = torch.randn(3, 4), torch.randn(3, 4)
     rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     with use(backend):
@@ -911,9 +911,9 @@ def test_numbers_of_a_step_that_have_tangents_or_gradients_are_refused(backend):
             lambda lr: ops.muon_momentum_([g], [p.clone()], momentum=lr),
             lambda lr: adamw_with(p, g, lr),
         ):
-            with pytest.raises(RuntimeError, match="_: has no derivative, and a tensor requires a gradient"):
+            with pytest.raises(RuntimeError, match="_: has no derivative, but a tensor requires a gradient"):
                 call(rate)
-            with pytest.raises(RuntimeError, match=r"_: does not run under torch\.func transforms"):
+            with pytest.raises(RuntimeError, match=r"_: does not support torch\.func transforms"):
                 vmap(call)(rate.detach()[None])
             with torch.no_grad():
                 call(rate)
@@ -925,7 +925,7 @@ def adamw_with(p, g, lr):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_refused_is_left_as_it_was(backend):
+def test_a_refused_step_changes_nothing(backend):
     tensors = [torch.rand(3, 4) for _ in range(4)]
     before = [x.clone() for x in tensors]
     tensors[1].requires_grad_()
@@ -937,7 +937,7 @@ def test_what_is_refused_is_left_as_it_was(backend):
 
 def test_norms_with_a_gradient_are_refused():
     g = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="newton_schulz: norms is given and a gradient is asked for"):
+    with pytest.raises(ValueError, match="newton_schulz: norms must be None when a tensor requires a gradient"):
         ops.newton_schulz(g, norms=g.double().norm().requires_grad_())
 
 
@@ -953,7 +953,7 @@ def test_a_cache_goes_with_no_transform(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_keeps_its_type(backend, dtype):
-    """Tangents, gradients of gradients and mapped results come in the type of the inputs, near those of float64."""
+    """Tangents, second gradients and mapped results have the type of the inputs, and are near those of float64."""
     exact = [torch.randn(shape, dtype=torch.float64) for shape in QKV]
     xs = [x.to(dtype) for x in exact]
     exact = [x.double() for x in xs]

@@ -1,4 +1,4 @@
-"""The switch between native and torch, the mends for an unusable module, instruction sets, threads, forked children."""
+"""The choice of the backend, repairs of an unusable module, instruction sets, threads, forked children."""
 
 import os
 import subprocess
@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 import torch
-from backends import usable_instruction_sets
+from backends import module_of, operators, usable_instruction_sets
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat_native import ops
-from nanochat_native.ops import modes, native, reference
+from nanochat_native.ops import backends, reference
 
 # Tensors of fewer elements than the 32,768 from which torch uses its own threads: after a fork those would hang.
 CALLS = """
@@ -54,14 +54,14 @@ def test_use_backend_as_a_call_and_as_a_context():
     assert ops.backend() == "native"
     ops.use_backend("torch")
     assert ops.backend() == "torch"
-    with pytest.raises(ValueError, match="name is 'cuda'; takes 'native' or 'torch'"):
+    with pytest.raises(ValueError, match="name must be 'native' or 'torch', got 'cuda'"):
         ops.use_backend("cuda")
 
 
 def test_the_switch_chooses(monkeypatch):
     called = []
-    monkeypatch.setattr(native, "newton_schulz", lambda *_: called.append("native"))
-    monkeypatch.setattr(reference, "newton_schulz", lambda *_, **__: called.append("torch"))
+    monkeypatch.setattr(module_of("newton_schulz"), "native_newton_schulz", lambda *_: called.append("native"))
+    monkeypatch.setattr(module_of("newton_schulz"), "reference_newton_schulz", lambda *_, **__: called.append("torch"))
     for name in ("native", "torch"):
         with ops.use_backend(name):
             ops.newton_schulz(torch.ones(2, 2))
@@ -76,15 +76,15 @@ def test_environment_sets_the_initial_backend(name):
 def test_environment_with_an_unknown_backend():
     for call in ("ops.backend()", "ops.newton_schulz(torch.ones(2, 2))"):
         result = run(call, NANOCHAT_NATIVE_BACKEND="triton")
-        assert "ValueError: NANOCHAT_NATIVE_BACKEND is 'triton'; takes native or torch" in result.stderr
+        assert "ValueError: NANOCHAT_NATIVE_BACKEND must be native or torch, got 'triton'" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("NANOCHAT_NATIVE_BACKEND", "NANOCHAT_NATIVE_BACKEND is 'wrong'; takes native or torch"),
+        ("NANOCHAT_NATIVE_BACKEND", "NANOCHAT_NATIVE_BACKEND must be native or torch, got 'wrong'"),
         ("NANOCHAT_CPU_ISA", "NANOCHAT_CPU_ISA=wrong: takes avx512, avx2 or baseline"),
-        ("NANOCHAT_LINEAR", "NANOCHAT_LINEAR is 'wrong'; takes auto, native or torch"),
+        ("NANOCHAT_LINEAR", "NANOCHAT_LINEAR must be auto, native or torch, got 'wrong'"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "memory"])
@@ -111,7 +111,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("what", UNUSABLE)
-def test_unusable_module_names_the_mend(what):
+def test_an_unusable_module_raises_an_error_with_the_repair(what):
     script = f"""
 {textwrap.dedent(UNUSABLE[what])}
 import torch
@@ -135,10 +135,10 @@ with ops.use_backend("torch"):
     assert shape == "torch.Size([2, 2])"
 
 
-def test_a_device_without_a_kernel_is_served_by_the_twin_with_one_warning(monkeypatch):
-    monkeypatch.setitem(native.DEVICES, "attention", ())
-    monkeypatch.setattr(modes, "warned", set())
-    monkeypatch.setattr(native, "attention", None)
+def test_a_device_without_a_kernel_runs_the_reference_with_one_warning(monkeypatch):
+    monkeypatch.setitem(backends.DEVICES, "attention", ())
+    monkeypatch.setattr(backends, "warned", set())
+    monkeypatch.setattr(module_of("attention"), "native_attention", None)
     q = torch.randn(1, 5, 2, 4)
     with pytest.warns(UserWarning, match="attention on cpu is served by plain torch: no native kernel for cpu yet"):
         out = ops.attention(q, q, q)
@@ -159,41 +159,51 @@ def test_a_device_without_a_kernel_is_served_by_the_twin_with_one_warning(monkey
     ],
 )
 def test_what_attention_on_cuda_takes(monkeypatch, dtype, D, words):
-    """The choice alone: fake tensors have a device, and no data."""
-    monkeypatch.setitem(native.DEVICES, "attention", ("cuda",))
-    monkeypatch.setattr(modes, "warned", set())
-    monkeypatch.setattr(native, "attention", lambda *_: "native")
-    monkeypatch.setattr(reference, "attention", lambda *_, **__: "twin")
+    """The choice alone is tested: fake tensors have a device but no data."""
+    monkeypatch.setitem(backends.DEVICES, "attention", ("cuda",))
+    monkeypatch.setattr(backends, "warned", set())
+    monkeypatch.setattr(module_of("attention"), "native_attention", lambda *_: "native")
+    monkeypatch.setattr(module_of("attention"), "reference_attention", lambda *_, **__: "reference")
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         q = torch.empty(1, 5, 2, D, dtype=dtype, device="cuda")
-        assert [ops.attention(q, q, q) for _ in range(2)] == [("twin" if words else "native")] * 2
-    said = [str(warning.message) for warning in caught if "nanochat_native" in str(warning.message)]
-    assert said == ([f"nanochat_native: attention on cuda is served by plain torch: {words}"] if words else [])
+        assert [ops.attention(q, q, q) for _ in range(2)] == [("reference" if words else "native")] * 2
+    messages = [str(warning.message) for warning in caught if "nanochat_native" in str(warning.message)]
+    assert messages == ([f"nanochat_native: attention on cuda is served by plain torch: {words}"] if words else [])
 
 
 def test_that_warning_survives_compilation(monkeypatch):
-    monkeypatch.setitem(native.DEVICES, "attention", ())
-    monkeypatch.setattr(modes, "warned", set())
+    monkeypatch.setitem(backends.DEVICES, "attention", ())
+    monkeypatch.setattr(backends, "warned", set())
     q = torch.randn(1, 5, 2, 4)
     with pytest.warns(UserWarning, match="attention on cpu is served by plain torch"):
         out = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")(q, q, q)
     torch.testing.assert_close(out, reference.attention(q, q, q))
 
 
-def test_serves():
-    assert ops.serves("adamw_", "cpu") == ("native", "kernel built")
+def test_serves(monkeypatch):
     built = ops.build_info()["cuda"]
     for op in ops.OPERATORS:
-        assert ops.serves(op, "cuda")[0] == ("native" if built else "torch")
+        expected = "torch" if op in backends.LINEAR_OPERATORS else "native"
+        monkeypatch.setattr(backends, "_linear_product", "torch")
+        assert ops.serves(op, "cpu")[0] == expected
+        monkeypatch.setattr(backends, "_linear_product", "native")
+        assert ops.serves(op, "cpu") == ("native", "kernel built")
+        assert ops.serves(op, "cuda")[0] == ("native" if built and op in backends.CUDA_OPERATORS else "torch")
+    for op in ("linear", "linear_backward", "cached_forward_"):
+        assert ops.serves(op, "cuda") == ("torch", "composed of torch's products on cuda")
     with ops.use_backend("torch"):
         assert ops.serves("adamw_", "cpu")[0] == "torch"
-    with pytest.raises(ValueError, match="op is 'softmax'"):
+    with pytest.raises(ValueError, match=r"op must be one of attention, .*, got 'softmax'"):
         ops.serves("softmax", "cpu")
 
 
+def test_operators_are_all_public_operators_and_have_a_reference():
+    assert set(ops.OPERATORS) == operators() == operators() & set(reference.__all__)
+
+
 def test_instruction_sets_agree():
-    """Every set that this processor has: the same values, to rounding."""
+    """Every set of this processor gives the same values, up to rounding."""
     names = usable_instruction_sets()
     assert "baseline" in names
     script = "print([round(tensor.double().abs().sum().item(), 2) for tensor in call_all()])"
@@ -215,7 +225,7 @@ def test_a_forked_child_neither_hangs_nor_differs():
         import signal
         child = os.fork()
         if child == 0:
-            signal.alarm(60)   # a hang ends here, not as an orphan
+            signal.alarm(60)   # ends a hang, which would outlive the test
             same = all(map(torch.equal, call_all(), expected))
             os._exit(0 if same else 7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,0 +1,321 @@
+"""The steps of Muon around newton_schulz, for lists of tensors of one shape."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from nanochat_native.ops import backends, checks, modes, schema
+from nanochat_native.ops.adamw import decayed
+from nanochat_native.ops.dtypes import PARAM_DTYPES
+from nanochat_native.ops.newton_schulz import Triple, check_newton_schulz, flattened, reference_newton_schulz
+
+# --- muon_momentum_ ---
+
+
+@overload
+def muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the part of Muon before newton_schulz, for tensors of one shape in one pass.
+
+    buf = momentum buf + (1 - momentum) g;  update = momentum buf + (1 - momentum) g with Nesterov, else buf.
+
+    Args:
+        grads: At least one contiguous tensor; one shape, all float32 or all bfloat16.
+        momentum_buffers: As many contiguous float32 tensors with that shape. Updated.
+        momentum: In [0, 1): a number, or a 0-d float64 tensor on the grads' device, like adamw_'s lr.
+        return_norm: Also return the norms, computed in the same pass over memory.
+
+    Returns:
+        update: (len(grads), *shape) float32, contiguous: ready for one batched newton_schulz.
+        norms: (len(grads),) float64, the Frobenius norm of each update, summed in float64 in a fixed order: the same
+            bits for every number of threads. For matrices, they are the `norms` that newton_schulz takes.
+
+    Raises:
+        ValueError, TypeError: An argument is wrong.
+        RuntimeError: A derivative is asked for.
+    """
+    op = "muon_momentum_"
+    modes.refuse(op, grads, momentum_buffers, momentum)
+    checks.check_lists(op, grads=grads, momentum_buffers=momentum_buffers)
+    checks.check_one_shape(op, "grads", grads)
+    checks.check_number(op, "momentum", momentum, grads[0].device, below=1)
+    checks.check_dtype(op, "grads[0]", grads[0], PARAM_DTYPES)
+    checks.check_list_dtypes(op, grads[0].dtype, grads=grads)
+    checks.check_list_dtypes(op, torch.float32, momentum_buffers=momentum_buffers)
+    function = native_muon_momentum_ if backends.runs_native(op, grads[0]) else reference_muon_momentum_
+    return function(grads, momentum_buffers, momentum=momentum, nesterov=nesterov, return_norm=return_norm)
+
+
+@overload
+def reference_muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def reference_muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@torch.no_grad()
+def reference_muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool = True,
+    return_norm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Do what `muon_momentum_` does, on stacked tensors."""
+    g = torch.stack([grad.float() for grad in grads])
+    buffers = momentum * torch.stack(list(momentum_buffers)) + (1 - momentum) * g
+    for old, new in zip(momentum_buffers, buffers, strict=True):
+        old.copy_(new)
+    update = momentum * buffers + (1 - momentum) * g if nesterov else buffers
+    if not return_norm:
+        return update
+    return update, torch.linalg.vector_norm(update.view(len(grads), grads[0].numel()), dim=1, dtype=torch.float64)
+
+
+@torch.no_grad()
+def native_muon_momentum_(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool,
+    return_norm: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the kernel."""
+    momentum, momentum_tensor = schema.number_and_tensor(momentum, 0.0)
+    update, norms = torch.ops.nanochat_native.muon_momentum_(
+        grads, momentum_buffers, momentum, nesterov, return_norm, momentum_tensor
+    )
+    return (update, norms) if return_norm else update
+
+
+def _muon_momentum_fake(
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    momentum: float,
+    nesterov: bool,
+    with_norms: bool,
+    momentum_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    count = len(grads)
+    update = grads[0].new_empty((count, *grads[0].shape), dtype=torch.float32)
+    return update, grads[0].new_empty(count if with_norms else 0, dtype=torch.float64)
+
+
+# --- muon_update_ ---
+
+
+def muon_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
+) -> None:
+    """Run the part of Muon after newton_schulz, in one pass: p = (1 - lr weight_decay) p - lr scale update[i].
+
+    Args:
+        params: At least one contiguous tensor; one shape, all float32 or all bfloat16. Updated.
+        update: (len(params), *shape) float32, contiguous.
+        lr, weight_decay: Numbers, or 0-d float64 tensors on the params' device, like adamw_'s.
+        scale: The factor of the update, e.g. sqrt(max(1, rows / columns)).
+        cautious: Decay, like adamw_, only where update[i] p >= 0.
+
+    Raises:
+        ValueError, TypeError: An argument is wrong.
+        RuntimeError: A derivative is asked for.
+    """
+    _check_muon_update("muon_update_", params, update, lr, weight_decay)
+    function = native_muon_update_ if backends.runs_native("muon_update_", update) else reference_muon_update_
+    function(params, update, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious)
+
+
+def _check_muon_update(
+    op: str, params: Sequence[Tensor], update: Tensor, lr: float | Tensor, weight_decay: float | Tensor
+) -> None:
+    modes.refuse(op, params, update, lr, weight_decay)
+    checks.check_lists(op, params=params)
+    checks.check_one_shape(op, "params", params)
+    shape = (len(params), *params[0].shape)
+    if update.shape != shape or not update.is_contiguous():
+        raise ValueError(
+            f"{op}: update must be contiguous with shape {shape}, "
+            f"got shape {tuple(update.shape)}, strides {update.stride()}"
+        )
+    checks.check_number(op, "lr", lr, params[0].device)
+    checks.check_number(op, "weight_decay", weight_decay, params[0].device)
+    checks.check_dtype(op, "params[0]", params[0], PARAM_DTYPES)
+    checks.check_list_dtypes(op, params[0].dtype, params=params)
+    checks.check_dtype(op, "update", update, (torch.float32,))
+    checks.check_device(op, "update", update, params[0].device, "params")
+
+
+@torch.no_grad()
+def reference_muon_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
+) -> None:
+    """Do what `muon_update_` does, tensor by tensor."""
+    decay = 1 - lr * weight_decay
+    for param, change in zip(params, update, strict=True):
+        param.copy_(decayed(param, decay, change, cautious) - lr * scale * change)
+
+
+@torch.no_grad()
+def native_muon_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    scale: float,
+    cautious: bool,
+) -> None:
+    """Run the kernel."""
+    lr, lr_tensor = schema.number_and_tensor(lr, 0.0)
+    weight_decay, weight_decay_tensor = schema.number_and_tensor(weight_decay, 0.0)
+    torch.ops.nanochat_native.muon_update_(
+        params, update, lr, weight_decay, scale, cautious, lr_tensor, weight_decay_tensor
+    )
+
+
+# --- newton_schulz_update_ ---
+
+
+def newton_schulz_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
+    steps: int = 5,
+    coefficients: str | Sequence[Triple] = "quintic",
+    norms: Tensor | None = None,
+) -> None:
+    """Run newton_schulz and muon_update_ in one: p = (1 - lr weight_decay) p - lr scale newton_schulz(update[i]).
+
+    On CUDA the kernel that writes the last product updates the parameters, so the result of newton_schulz needs neither
+    memory nor the time to write and read it.
+
+    Args:
+        params: At least one contiguous tensor; one shape (..., M, K), all float32 or all bfloat16. Updated.
+        update: (len(params), ..., M, K) float32, contiguous, as muon_momentum_ returns it.
+        lr, weight_decay, scale, cautious: As for muon_update_.
+        steps, coefficients, norms: As for newton_schulz; norms is (len(params), ...).
+
+    Raises:
+        ValueError, TypeError: An argument is wrong.
+        RuntimeError: A derivative is asked for.
+    """
+    op = "newton_schulz_update_"
+    modes.refuse(op, norms)
+    _check_muon_update(op, params, update, lr, weight_decay)
+    if params[0].dim() < 2:
+        raise ValueError(f"{op}: params must have shape (..., M, K), got {tuple(params[0].shape)}")
+    triples, norm_factor = check_newton_schulz(op, "update", update, steps, coefficients, norms)
+    rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "scale": scale, "cautious": cautious}
+    if backends.runs_native(op, update):
+        native_newton_schulz_update_(params, update, triples, norm_factor, norms, **rates)
+    else:
+        iteration: dict[str, Any] = {"steps": steps, "coefficients": coefficients, "norms": norms}
+        reference_newton_schulz_update_(params, update, **rates, **iteration)
+
+
+@torch.no_grad()
+def reference_newton_schulz_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
+    steps: int = 5,
+    coefficients: str | Sequence[Sequence[float]] = "quintic",
+    norms: Tensor | None = None,
+) -> None:
+    """Do what `newton_schulz_update_` does, with the two references."""
+    orthogonal = reference_newton_schulz(update, steps=steps, coefficients=coefficients, norms=norms)
+    reference_muon_update_(params, orthogonal, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious)
+
+
+@torch.no_grad()
+def native_newton_schulz_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    triples: Sequence[Triple],
+    norm_factor: float,
+    norms: Tensor | None,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    scale: float,
+    cautious: bool,
+) -> None:
+    """Run the kernel."""
+    lr, lr_tensor = schema.number_and_tensor(lr, 0.0)
+    weight_decay, weight_decay_tensor = schema.number_and_tensor(weight_decay, 0.0)
+    torch.ops.nanochat_native.newton_schulz_update_(
+        params,
+        update,
+        flattened(triples),
+        norm_factor,
+        norms,
+        lr,
+        weight_decay,
+        scale,
+        cautious,
+        lr_tensor,
+        weight_decay_tensor,
+    )
+
+
+schema.register("muon_momentum_", _muon_momentum_fake)
+schema.register("muon_update_", schema.returns_nothing)
+schema.register("newton_schulz_update_", schema.returns_nothing)
