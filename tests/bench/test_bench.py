@@ -158,7 +158,7 @@ def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch)
 
 
 def test_reference_backend_is_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat_native.ops._backend", "torch")
+    monkeypatch.setattr(backends, "_backend", "torch")
     _, result = run_cases(tmp_path / "result.json", monkeypatch, entry("ours", lambda: fail(SystemError()), "adamw_"))
     assert result["rows"] == result["errors"] == []
     assert "adamw_ is not native: chosen by" in result["skipped"][0]["why"]
