@@ -55,7 +55,7 @@ def find_nvcc(choice=None):
     """Path of nvcc, or why CUDA is left out: (path, reason), one of them empty. choice: NANOCHAT_CUDA's, by default."""
     choice = choice or os.environ.get("NANOCHAT_CUDA") or "auto"
     if choice not in ("auto", "on", "off"):
-        fail(f"NANOCHAT_CUDA is {choice!r}; it takes auto, on or off.")
+        fail(f"NANOCHAT_CUDA must be auto, on or off, got {choice!r}.")
     if choice == "off":
         return "", "NANOCHAT_CUDA=off"
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -80,7 +80,7 @@ def cuda_architectures():
     for entry in entries:
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
         if not match:
-            fail(f"TORCH_CUDA_ARCH_LIST holds {entry!r}; it takes entries like 8.0;9.0a;8.0+PTX.")
+            fail(f"TORCH_CUDA_ARCH_LIST must have entries like 8.0;9.0a;8.0+PTX, got {entry!r}.")
         found.append(match[1] + match[2] + ("" if match[3] else "-real"))
     return entries, found
 

@@ -96,7 +96,7 @@ inline AdamW adamw_arguments(at::TensorList params, at::TensorList grads, at::Te
     const int64_t* step_address = number_address<int64_t>(op, "step", step_tensor, device);
     // The number in a GPU's memory is not checked: the host would have to wait for the stream.
     const int64_t known_step = step_address && device.is_cpu() ? *step_address : step;
-    TORCH_CHECK_VALUE(known_step >= 1, op, ": step is ", known_step, "; takes at least 1");
+    TORCH_CHECK_VALUE(known_step >= 1, op, ": step must be at least 1, got ", known_step);
     const DType param_dtype = dtype_of(op, "params", params[0], {at::kFloat, at::kBFloat16});
     const DType moment_dtype = dtype_of(op, "exp_avgs", exp_avgs[0], {at::kFloat, params[0].scalar_type()});
     dtype_of(op, "grads", grads[0], {params[0].scalar_type()});
@@ -176,8 +176,7 @@ inline MuonUpdate muon_update_arguments(const char* op, at::TensorList params, c
     check_lists(op, lists);
     const at::Device device = params[0].device();
     check_like(op, "update", update, at::kFloat, device, stacked_shape(params));
-    TORCH_CHECK_VALUE(update.is_contiguous(), op, ": update has strides ", update.strides(),
-                      "; takes a contiguous tensor");
+    TORCH_CHECK_VALUE(update.is_contiguous(), op, ": update must be contiguous, got strides ", update.strides());
     check_no_overlap(op, {lists[0], {"update", update, false}});
     const DType param_dtype = dtype_of(op, "params", params[0], {at::kFloat, at::kBFloat16});
     for (const at::Tensor& param : params) storage.push_back(param.mutable_data_ptr());
@@ -204,9 +203,9 @@ inline NewtonSchulz newton_schulz_arguments(const char* op, const char* name, co
                                             at::ArrayRef<double> coefficients, double norm_factor,
                                             const std::optional<at::Tensor>& norms, at::ArrayRef<at::ScalarType> taken,
                                             NewtonSchulzStorage& storage) {
-    TORCH_CHECK_VALUE(g.dim() >= 2, op, ": ", name, " has shape ", g.sizes(), "; takes (..., M, K)");
-    TORCH_CHECK_VALUE(!coefficients.empty() && coefficients.size() % 3 == 0, op, ": coefficients has ",
-                      coefficients.size(), " numbers; takes three for each step");
+    TORCH_CHECK_VALUE(g.dim() >= 2, op, ": ", name, " must have shape (..., M, K), got ", g.sizes());
+    TORCH_CHECK_VALUE(!coefficients.empty() && coefficients.size() % 3 == 0, op,
+                      ": coefficients must have three numbers for each step, got ", coefficients.size(), " numbers");
     const DType dtype = dtype_of(op, name, g, taken);
     if (norms) check_like(op, "norms", *norms, at::kDouble, g.device(), g.sizes().slice(0, g.dim() - 2));
     storage = {g.contiguous(), norms ? norms->contiguous() : at::Tensor()};
@@ -232,7 +231,7 @@ inline std::pair<NewtonSchulz, MuonUpdate> newton_schulz_update_arguments(
     const char* op = "newton_schulz_update_";
     const MuonUpdate muon = muon_update_arguments(op, params, update, lr, weight_decay, scale, cautious, lr_tensor,
                                                   weight_decay_tensor, storage);
-    TORCH_CHECK_VALUE(params[0].dim() >= 2, op, ": params has shape ", params[0].sizes(), "; takes (..., M, K)");
+    TORCH_CHECK_VALUE(params[0].dim() >= 2, op, ": params must have shape (..., M, K), got ", params[0].sizes());
     return {newton_schulz_arguments(op, "update", update, coefficients, norm_factor, norms, {at::kFloat},
                                     newton_schulz_storage),
             muon};

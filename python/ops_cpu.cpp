@@ -41,7 +41,8 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
     const Tensor lengths = lengths_ ? lengths_->contiguous() : Tensor();
     for (int64_t b = 0; lengths_ && b < shape.B; ++b) {
         const int64_t length = lengths.const_data_ptr<int64_t>()[b];
-        TORCH_CHECK_VALUE(length >= 0 && length <= shape.Tk, op, ": lengths holds ", length, "; takes 0 to ", shape.Tk);
+        TORCH_CHECK_VALUE(length >= 0 && length <= shape.Tk, op, ": lengths must be from 0 to ", shape.Tk, ", got ",
+                          length);
     }
     Tensor out = at::empty(q.sizes(), q.options());
     Tensor lse = at::empty({shape.B, shape.H, shape.Tq}, q.options().dtype(accumulate_type(q)));
@@ -152,8 +153,9 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
 // --- linear ---
 
 void check_linear(const char* op, const Tensor& x, const Tensor& weight) {
-    TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), op, ": x has shape ", x.sizes(),
-                      ", weight ", weight.sizes(), "; takes (N, I) and (O, I)");
+    TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), op,
+                      ": x and weight must have the shapes (N, I) and (O, I), got ", x.sizes(), " and ",
+                      weight.sizes());
     dtype_of(op, "x", x, {at::kFloat});
     check_like(op, "weight", weight, at::kFloat, x.device(), weight.sizes());
 }
@@ -208,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
     int64_t count = 0;
     for (int64_t n = 0; n < N; ++n) {
         if (target[n] == ignore_index) continue;
-        TORCH_CHECK_VALUE(target[n] >= 0 && target[n] < V, "linear_cross_entropy: targets holds ", target[n],
-                          "; takes 0 to ", V - 1, ", or ignore_index ", ignore_index);
+        TORCH_CHECK_VALUE(target[n] >= 0 && target[n] < V, "linear_cross_entropy: targets must be from 0 to ", V - 1,
+                          " or ignore_index ", ignore_index, ", got ", target[n]);
         ++count;
     }
 
@@ -260,21 +262,23 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
     const char* op = "cached_forward_";
     const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape) {
         check_like(op, name, tensor, at::kFloat, at::kCPU, shape);
-        TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " has strides ", tensor.strides(),
-                          "; takes a contiguous tensor");
+        TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
+                          tensor.strides());
     };
-    TORCH_CHECK_VALUE(tokens_.dim() == 2 && tokens_.size(1) > 0 && cache.dim() == 5 && wte.dim() == 2, op,
-                      ": tokens has shape ", tokens_.sizes(), ", cache ", cache.sizes(), ", wte ", wte.sizes(),
-                      "; takes (B, T), T from 1, (layers, slots, capacity, 2 Hkv, D) and (V, C)");
+    TORCH_CHECK_VALUE(
+        tokens_.dim() == 2 && tokens_.size(1) > 0 && cache.dim() == 5 && wte.dim() == 2, op,
+        ": tokens, cache and wte must have the shapes (B, T), T from 1, (layers, slots, capacity, 2 Hkv, D) "
+        "and (V, C), got ",
+        tokens_.sizes(), ", ", cache.sizes(), " and ", wte.sizes());
     const int64_t B = tokens_.size(0), T = tokens_.size(1), V = wte.size(0), C = wte.size(1);
     const int64_t layers = cache.size(0), Hkv = cache.size(3) / 2, D = cache.size(4), H = D ? C / D : 0;
     TORCH_CHECK_VALUE(Hkv > 0 && H > 0 && H * D == C && H % Hkv == 0 && D % 2 == 0 && cache.size(3) % 2 == 0, op,
                       ": C is ", C, ", cache has shape ", cache.sizes(), "; they do not fit together");
     TORCH_CHECK_VALUE(static_cast<int64_t>(windows.size()) == layers && blocks.size() == kMatrices * windows.size(), op,
-                      ": windows has ", windows.size(), " entries, blocks ", blocks.size(), "; takes ", layers, " and ",
-                      kMatrices * layers);
+                      ": windows and blocks must have ", layers, " and ", kMatrices * layers, " entries, got ",
+                      windows.size(), " and ", blocks.size());
     TORCH_CHECK_VALUE(static_cast<int64_t>(slots.size()) == B && static_cast<int64_t>(starts.size()) == B, op,
-                      ": slots has ", slots.size(), " entries, starts ", starts.size(), "; takes ", B);
+                      ": slots and starts must have ", B, " entries, got ", slots.size(), " and ", starts.size());
     check_like(op, "tokens", tokens_, at::kLong, at::kCPU, tokens_.sizes());
     check("wte", wte, {V, C});
     check("lm_head", lm_head, {V, C});
@@ -310,7 +314,7 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
     const Tensor tokens = tokens_.contiguous();
     const int64_t* token = tokens.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < B * T; ++i)
-        TORCH_CHECK_VALUE(token[i] >= 0 && token[i] < V, op, ": tokens holds ", token[i], "; takes 0 to ", V - 1);
+        TORCH_CHECK_VALUE(token[i] >= 0 && token[i] < V, op, ": tokens must be from 0 to ", V - 1, ", got ", token[i]);
 
     Tensor logits = at::empty({with_logits ? B : 0, V}, wte.options());
     if (B == 0) return logits;

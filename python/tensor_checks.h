@@ -28,7 +28,7 @@ void run_kernel(Kernel&& kernel) {
 
 inline DType dtype_of(const char* op, const char* name, const at::Tensor& tensor, at::ArrayRef<at::ScalarType> taken) {
     if (std::find(taken.begin(), taken.end(), tensor.scalar_type()) == taken.end()) {
-        TORCH_CHECK_TYPE(false, op, ": ", name, " is ", tensor.scalar_type(), "; takes ", taken);
+        TORCH_CHECK_TYPE(false, op, ": ", name, " must have one of the dtypes ", taken, ", got ", tensor.scalar_type());
     }
     switch (tensor.scalar_type()) {
         case at::kDouble:
@@ -44,9 +44,10 @@ inline DType dtype_of(const char* op, const char* name, const at::Tensor& tensor
 
 inline void check_like(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype,
                        at::Device device, at::IntArrayRef shape) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", name, " is ", tensor.scalar_type(), "; takes ", dtype);
-    TORCH_CHECK_VALUE(tensor.device() == device, op, ": ", name, " is on ", tensor.device(), "; takes ", device);
-    TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": ", name, " has shape ", tensor.sizes(), "; takes ", shape);
+    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype, ", got ",
+                     tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.device() == device, op, ": ", name, " must be on ", device, ", got ", tensor.device());
+    TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": ", name, " must have shape ", shape, ", got ", tensor.sizes());
 }
 
 // A list of tensors that a kernel reads or updates through bare pointers.
@@ -61,14 +62,14 @@ struct TensorList {
 inline void check_lists(const char* op, const std::vector<TensorList>& lists) {
     const TensorList& first = lists[0];
     for (const TensorList& list : lists) {
-        TORCH_CHECK_VALUE(list.tensors.size() == first.tensors.size(), op, ": ", list.name, " has ",
-                          list.tensors.size(), " tensors; takes ", first.tensors.size(), ", as ", first.name);
+        TORCH_CHECK_VALUE(list.tensors.size() == first.tensors.size(), op, ": ", list.name, " must have ",
+                          first.tensors.size(), " tensors, as ", first.name, ", got ", list.tensors.size());
         for (size_t i = 0; i < list.tensors.size(); ++i) {
             const at::Tensor& tensor = list.tensors[i];
             check_like(op, list.name, tensor, list.tensors[0].scalar_type(), first.tensors[0].device(),
                        first.tensors[i].sizes());
-            TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", list.name, "[", i, "] has strides ", tensor.strides(),
-                              "; takes a contiguous tensor");
+            TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", list.name, "[", i, "] must be contiguous, got strides ",
+                              tensor.strides());
         }
     }
 }
@@ -91,9 +92,9 @@ inline void check_no_overlap(const char* op, const std::vector<TensorList>& list
     const Memory *furthest = nullptr, *furthest_updated = nullptr;
     for (const Memory& span : spans) {
         const Memory* other = span.list->updated ? furthest : furthest_updated;
-        TORCH_CHECK_VALUE(!other || other->end <= span.begin, op, ": ", span.list->name, "[", span.index, "] and ",
-                          other ? other->list->name : "", "[", other ? other->index : 0,
-                          "] share memory; takes tensors that do not overlap");
+        TORCH_CHECK_VALUE(!other || other->end <= span.begin, op, ": tensors must not overlap, but ", span.list->name,
+                          "[", span.index, "] and ", other ? other->list->name : "", "[", other ? other->index : 0,
+                          "] share memory");
         if (!furthest || span.end > furthest->end) furthest = &span;
         if (span.list->updated && (!furthest_updated || span.end > furthest_updated->end)) furthest_updated = &span;
     }
@@ -107,28 +108,29 @@ inline void mark_updated(at::TensorList tensors) {
 }
 
 inline void check_not_empty(const char* op, const char* name, at::TensorList tensors) {
-    TORCH_CHECK_VALUE(!tensors.empty(), op, ": ", name, " is empty; takes at least one tensor");
+    TORCH_CHECK_VALUE(!tensors.empty(), op, ": ", name, " must hold at least one tensor, got none");
 }
 
 // Checks that there is at least one tensor and that all have one shape.
 inline void check_one_shape(const char* op, const char* name, at::TensorList tensors) {
     check_not_empty(op, name, tensors);
     for (const at::Tensor& tensor : tensors) {
-        TORCH_CHECK_VALUE(tensor.sizes() == tensors[0].sizes(), op, ": ", name, " has shapes ", tensors[0].sizes(),
-                          " and ", tensor.sizes(), "; takes one shape");
+        TORCH_CHECK_VALUE(tensor.sizes() == tensors[0].sizes(), op, ": ", name, " must have one shape, got ",
+                          tensors[0].sizes(), " and ", tensor.sizes());
     }
 }
 
 inline AttentionShape check_attention(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                       bool causal, int64_t window, double scale,
                                       const std::optional<at::Tensor>& lengths) {
-    TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, op, ": q has shape ", q.sizes(), ", k ", k.sizes(),
-                      "; takes (B, Tq, H, D) and (B, Tk, Hkv, D)");
-    TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(3) == k.size(3) && q.size(3) > 0, op, ": q ", q.sizes(),
-                      " and k ", k.sizes(), " do not fit; takes the same B and D, D at least 1");
-    TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) > 0 && q.size(2) % k.size(2) == 0, op, ": H is ", q.size(2),
-                      ", Hkv is ", k.size(2), "; takes H a multiple of Hkv");
-    TORCH_CHECK_VALUE(window >= -1, op, ": window is ", window, "; takes -1 (none) or the number of earlier keys");
+    TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4, op,
+                      ": q and k must have the shapes (B, Tq, H, D) and (B, Tk, Hkv, D), got ", q.sizes(), " and ",
+                      k.sizes());
+    TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(3) == k.size(3) && q.size(3) > 0, op,
+                      ": q and k must have the same B and D, D at least 1, got ", q.sizes(), " and ", k.sizes());
+    TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) > 0 && q.size(2) % k.size(2) == 0, op,
+                      ": H must be a multiple of Hkv, got ", q.size(2), " and ", k.size(2));
+    TORCH_CHECK_VALUE(window >= -1, op, ": window must be -1 (none) or the number of earlier keys, got ", window);
     check_like(op, "k", k, q.scalar_type(), q.device(), k.sizes());
     check_like(op, "v", v, q.scalar_type(), q.device(), k.sizes());
     if (lengths) check_like(op, "lengths", *lengths, at::kLong, q.device(), {q.size(0)});
@@ -159,10 +161,11 @@ inline DType check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& w
                                         at::ArrayRef<at::ScalarType> taken) {
     const char* op = "linear_cross_entropy";
     TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && weight.numel() > 0, op,
-                      ": x has shape ", x.sizes(), ", weight ", weight.sizes(), "; takes (N, C) and (V, C)");
-    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap is ", softcap, "; takes at least 0");
-    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", op, ": reduction is ",
-                      reduction, "; takes mean, sum or none");
+                      ": x and weight must have the shapes (N, C) and (V, C), got ", x.sizes(), " and ",
+                      weight.sizes());
+    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must be at least 0, got ", softcap);
+    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", op,
+                      ": reduction must be mean, sum or none, got ", reduction);
     const DType dtype = dtype_of(op, "x", x, taken);
     check_like(op, "weight", weight, x.scalar_type(), x.device(), weight.sizes());
     check_like(op, "targets", targets, at::kLong, x.device(), {x.size(0)});

@@ -68,7 +68,7 @@ def test_cuda_choices(setup, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"NANOCHAT_CUDA=on, but nvcc was not found: install a CUDA toolkit >= 12\.8"):
         setup.find_nvcc()
     monkeypatch.setenv("NANOCHAT_CUDA", "yes")
-    with pytest.raises(SystemExit, match="NANOCHAT_CUDA is 'yes'; it takes auto, on or off"):
+    with pytest.raises(SystemExit, match="NANOCHAT_CUDA must be auto, on or off, got 'yes'"):
         setup.find_nvcc()
 
     nvcc = tmp_path / "nvcc"
@@ -90,7 +90,7 @@ def test_cuda_architectures(setup, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 10.0a;12.0+PTX")
     assert setup.cuda_architectures()[1] == ["86-real", "100a-real", "120"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST holds 'Hopper'; it takes entries like"):
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must have entries like .*, got 'Hopper'"):
         setup.cuda_architectures()
 
 

@@ -76,7 +76,7 @@ const Kernels& choose() {
             throw std::invalid_argument(std::string("NANOCHAT_CPU_ISA=") + wanted +
                                         ": this processor does not have it");
     }
-    throw std::invalid_argument(std::string("NANOCHAT_CPU_ISA=") + wanted + ": takes avx512, avx2 or baseline");
+    throw std::invalid_argument(std::string("NANOCHAT_CPU_ISA must be avx512, avx2 or baseline, got ") + wanted);
 }
 
 const Kernels& kernels() {

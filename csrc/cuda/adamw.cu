@@ -223,8 +223,8 @@ void launch(const AdamW& a, const Constants& given, const Constants* derived, vo
             table.first_block[i] = static_cast<uint32_t>(blocks);
             blocks += (table.tensors[i].numel + block_elements - 1) / block_elements;
         }
-        require(blocks <= INT32_MAX, "adamw_: ", table.count, " tensors take ", blocks, " blocks of ", block_elements,
-                " elements; takes up to ", INT32_MAX);
+        require(blocks <= INT32_MAX, "adamw_: the tensors must need at most ", INT32_MAX, " blocks of ", block_elements,
+                " elements, got ", blocks);
         if (blocks == 0) continue;
         const Options options = {.seed = a.seed, .first_tensor = static_cast<uint32_t>(start), .cautious = a.cautious};
         device::launch("adamw_", adamw_kernel<stochastic, P, M, capacity>, dim3(static_cast<uint32_t>(blocks)),

@@ -16,10 +16,11 @@ constexpr int tile_columns(int64_t D) { return D <= 64 ? 64 : D <= 96 ? 96 : 128
 
 // Throws if D is not supported, or if the numbers of positions, rows and blocks do not fit 32 bits.
 inline void require_shape(const char* op, const AttentionShape& s) {
-    require(s.D >= 8 && s.D <= 128 && s.D % 8 == 0, op, ": D is ", s.D, "; takes a multiple of 8 up to 128");
+    require(s.D >= 8 && s.D <= 128 && s.D % 8 == 0, op, ": D must be a multiple of 8 up to 128, got ", s.D);
     require((s.Tq + s.Tk) * (s.H / s.Hkv) < 1 << 30 && s.B * s.H < 1 << 30 &&
                 s.B * s.H * ((s.Tq + s.Tk) / 64 + 2) < INT32_MAX,
-            op, ": B is ", s.B, ", H ", s.H, ", Tq ", s.Tq, ", Tk ", s.Tk, "; takes fewer than 2^31 tiles of 64 rows");
+            op, ": the shape must give fewer than 2^31 tiles of 64 rows, got B ", s.B, ", H ", s.H, ", Tq ", s.Tq,
+            ", Tk ", s.Tk);
 }
 
 namespace hopper {

@@ -46,14 +46,14 @@ Device current_device() {
     static std::array<std::once_flag, kMost> asked;
     int device = 0;
     check(cudaGetDevice(&device));
-    require(device < kMost, "the current GPU is number ", device, "; takes numbers below ", kMost);
+    require(device < kMost, "the number of the current GPU must be below ", kMost, ", got ", device);
     std::call_once(asked[device], [&] { known[device] = ask(device); });
 
     Device chosen = known[device];
     const char* wanted = std::getenv("NANOCHAT_CUDA_ISA");
     if (!wanted || !*wanted) return chosen;
     const std::string isa = wanted;
-    require(isa == "sm_80" || isa == "sm_90a", "NANOCHAT_CUDA_ISA=", isa, ": takes sm_80 or sm_90a");
+    require(isa == "sm_80" || isa == "sm_90a", "NANOCHAT_CUDA_ISA must be sm_80 or sm_90a, got ", isa);
     require(isa == "sm_80" || chosen.hopper, "NANOCHAT_CUDA_ISA=sm_90a: this GPU, or this build, does not have it");
     chosen.hopper = isa == "sm_90a";
     return chosen;

@@ -250,8 +250,8 @@ void launch_update(const MuonUpdate& a, void* stream) {
 }
 
 void require_grid(const char* op, int64_t numel) {
-    require(blocks_per_matrix(numel) <= INT32_MAX, op, ": a matrix has ", numel, " elements; takes up to ",
-            int64_t{INT32_MAX} * kBlockElements);
+    require(blocks_per_matrix(numel) <= INT32_MAX, op, ": a matrix must have at most ",
+            int64_t{INT32_MAX} * kBlockElements, " elements, got ", numel);
 }
 
 }   // namespace
@@ -275,7 +275,8 @@ void muon_momentum(const MuonMomentum& a) {
                                         : launch_momentum<float>(a, partials, stream);
     }
     if (a.norms) {
-        require(a.count <= INT32_MAX, "muon_momentum_: grads has ", a.count, " matrices; takes up to ", INT32_MAX);
+        require(a.count <= INT32_MAX, "muon_momentum_: grads must hold at most ", INT32_MAX, " matrices, got ",
+                a.count);
         device::launch("muon_momentum_", norms_kernel, dim3(static_cast<uint32_t>(a.count)), dim3(kThreads), 0, stream,
                        static_cast<const double*>(partials), blocks_per_matrix(a.numel), a.norms);
     }

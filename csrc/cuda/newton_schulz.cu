@@ -221,10 +221,10 @@ namespace {
 
 void check(const NewtonSchulz& a) {
     constexpr int64_t kMost = int64_t{1} << 20;
-    require(a.M <= kMost && a.K <= kMost, "newton_schulz: a matrix is ", a.M, " x ", a.K, "; takes up to ", kMost,
-            " rows and columns on CUDA");
+    require(a.M <= kMost && a.K <= kMost, "newton_schulz: on CUDA a matrix must have at most ", kMost,
+            " rows and columns, got ", a.M, " x ", a.K);
     require(((a.M + kTile - 1) / kTile) * ((a.K + kTile - 1) / kTile) * kMostMatrices <= INT32_MAX,
-            "newton_schulz: a matrix is ", a.M, " x ", a.K, "; takes up to 2^22 tiles of 128 x 128 on CUDA");
+            "newton_schulz: on CUDA a matrix must have at most 2^22 tiles of 128 x 128, got ", a.M, " x ", a.K);
 }
 
 }   // namespace

@@ -331,8 +331,9 @@ namespace nanochat::cuda {
 void softcap_cross_entropy(const SoftcapCrossEntropy& a) {
     using namespace softcap_cross_entropy_kernels;
     void* const stream = a.execution.stream;
-    require(a.rows <= INT32_MAX && a.V >= 1 && a.V <= INT32_MAX / 2, "linear_cross_entropy: the chunk has ", a.rows,
-            " rows of ", a.V, " logits; takes up to ", INT32_MAX, " of ", INT32_MAX / 2);
+    require(a.rows <= INT32_MAX && a.V >= 1 && a.V <= INT32_MAX / 2,
+            "linear_cross_entropy: the chunk must have at most ", INT32_MAX, " rows of ", INT32_MAX / 2,
+            " logits, got ", a.rows, " of ", a.V);
     if (a.rows == 0) return;
     a.dtype == DType::bfloat16 ? launch<bfloat16>(a, stream) : launch<float>(a, stream);
 }

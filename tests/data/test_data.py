@@ -1428,7 +1428,7 @@ def test_a_run_from_before_the_flag_goes_on(tmp_path):
 
 @pytest.mark.parametrize("name", ["data", "text_column"])
 def test_an_empty_flag_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{flag(name)} is ''; it takes"):
+    with pytest.raises(ConfigError, match=f"{flag(name)} must be .*, got ''"):
         parse([flag(name), ""])
 
 

@@ -255,7 +255,7 @@ def test_many_queries_with_lengths(unwatched):
 @pytest.mark.parametrize("D", [0, 4, 20, 136])
 def test_head_sizes_that_are_refused(unwatched, D):
     q = torch.zeros(1, 3, 1, D, dtype=BF16, device=unwatched.device)
-    with pytest.raises(Exception, match=f"attention_forward: D is {D}; takes a multiple of 8 up to 128"):
+    with pytest.raises(Exception, match=f"attention_forward: D must be a multiple of 8 up to 128, got {D}"):
         unwatched.forward(q, q, q, scale=1.0)
 
 

@@ -293,5 +293,5 @@ def test_instruction_sets_that_are_refused(cuda, require_native, monkeypatch):
     require_native("attention")
     q, k, v, _ = inputs(cuda, 1, 70, 70, 2, 1, 64)
     monkeypatch.setenv("NANOCHAT_CUDA_ISA", "sm_70")
-    with pytest.raises(ValueError, match="NANOCHAT_CUDA_ISA=sm_70: takes sm_80 or sm_90a"):
+    with pytest.raises(ValueError, match="NANOCHAT_CUDA_ISA must be sm_80 or sm_90a, got sm_70"):
         ops.attention(q, k, v)

@@ -332,20 +332,20 @@ def test_the_raw_operator_checks_too():
     params, grads, exp_avgs, exp_avg_sqs = state([(4,)])
     raw = torch.ops.nanochat_native
     options = SETTINGS | RAW_ADAMW
-    with pytest.raises(ValueError, match="params is empty; takes at least one"):
+    with pytest.raises(ValueError, match="params must hold at least one tensor, got none"):
         raw.adamw_([], [], [], [], step=1, **(options | {"lr_tensor": number(0.1)}))
     for change, error, words in (
-        ({"step_tensor": number(0)}, ValueError, "step is 0; takes at least 1"),
-        ({"step_tensor": number(1.0)}, TypeError, "step is Double; takes Long"),
-        ({"lr_tensor": torch.tensor(0.1)}, TypeError, "lr is Float; takes Double"),
-        ({"lr_tensor": number(0.1)[None]}, ValueError, r"lr has shape \[1\]; takes \[\]"),
-        ({"weight_decay_tensor": number(1)}, TypeError, "weight_decay is Long; takes Double"),
+        ({"step_tensor": number(0)}, ValueError, "step must be at least 1, got 0"),
+        ({"step_tensor": number(1.0)}, TypeError, "step must have dtype Long, got Double"),
+        ({"lr_tensor": torch.tensor(0.1)}, TypeError, "lr must have dtype Double, got Float"),
+        ({"lr_tensor": number(0.1)[None]}, ValueError, r"lr must have shape \[\], got \[1\]"),
+        ({"weight_decay_tensor": number(1)}, TypeError, "weight_decay must have dtype Double, got Long"),
     ):
         with pytest.raises(error, match=words):
             raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=1, **(options | change))
     with pytest.raises(ValueError, match="step is 0"):
         raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=0, **options)
-    with pytest.raises(TypeError, match="exp_avgs is BFloat16; takes"):
+    with pytest.raises(TypeError, match=r"exp_avgs must have one of the dtypes .*, got BFloat16"):
         raw.adamw_(params, grads, [exp_avgs[0].bfloat16()], exp_avg_sqs, step=1, **options)
     with pytest.raises(ValueError, match="contiguous"):
         raw.adamw_(params, [torch.zeros(8)[::2]], exp_avgs, exp_avg_sqs, step=1, **options)

@@ -122,8 +122,8 @@ def test_lengths_of_sequences_in_a_cache(Tq, options, dtype, backend):
         (torch.tensor([3]), ValueError, r"lengths must have shape \(2,\), one per sequence, got \(1,\)"),
         (torch.tensor([3, 4], dtype=torch.int32), TypeError, "lengths must be torch.int64, got torch.int32"),
         (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "lengths must be on cpu like q, got meta"),
-        (torch.tensor([3, 8]), ValueError, "lengths (must be from 0 to 7, got 8|holds 8; takes 0 to 7)"),
-        (torch.tensor([-1, 3]), ValueError, "lengths (must be from 0 to 7, got -1|holds -1; takes 0 to 7)"),
+        (torch.tensor([3, 8]), ValueError, "lengths must be from 0 to 7, got 8"),
+        (torch.tensor([-1, 3]), ValueError, "lengths must be from 0 to 7, got -1"),
     ],
 )
 def test_bad_lengths(lengths, error, words, backend):
@@ -411,9 +411,9 @@ def test_the_raw_operator_checks_too():
     q, k, v = inputs(1, 4, 4, 2, 2, 4)
     with pytest.raises(ValueError, match="H is 2, Hkv is 3"):
         FORWARD(q, torch.zeros(1, 4, 3, 4), torch.zeros(1, 4, 3, 4), True, -1, 1.0)
-    with pytest.raises(TypeError, match="v is Double; takes Float"):
+    with pytest.raises(TypeError, match="v must have dtype Float, got Double"):
         FORWARD(q, k, v.double(), True, -1, 1.0)
-    with pytest.raises(ValueError, match="lse has shape"):
+    with pytest.raises(ValueError, match="lse must have shape"):
         BACKWARD(q, q, k, v, q, torch.zeros(1, 2, 5), True, -1, 1.0)
 
 

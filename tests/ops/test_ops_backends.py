@@ -83,7 +83,7 @@ def test_environment_with_an_unknown_backend():
     ("variable", "message"),
     [
         ("NANOCHAT_NATIVE_BACKEND", "NANOCHAT_NATIVE_BACKEND must be native or torch, got 'wrong'"),
-        ("NANOCHAT_CPU_ISA", "NANOCHAT_CPU_ISA=wrong: takes avx512, avx2 or baseline"),
+        ("NANOCHAT_CPU_ISA", "NANOCHAT_CPU_ISA must be avx512, avx2 or baseline, got wrong"),
         ("NANOCHAT_LINEAR", "NANOCHAT_LINEAR must be auto, native or torch, got 'wrong'"),
     ],
 )

@@ -126,7 +126,7 @@ def test_targets_out_of_range(target, backend):
     targets[3] = target
     with pytest.raises(
         ValueError,
-        match=rf"targets (must be from 0 to 8 or ignore_index -1, got {target}|holds {target}; takes 0 to 8)",
+        match=f"targets must be from 0 to 8 or ignore_index -1, got {target}",
     ):
         ops.linear_cross_entropy(x, weight, targets)
 
@@ -278,9 +278,9 @@ def test_bad_arguments(change, error, words, backend):
 
 def test_the_raw_operator_checks_too():
     x, weight, targets = inputs(5, 4, 9, requires_grad=False)
-    with pytest.raises(ValueError, match="targets has shape"):
+    with pytest.raises(ValueError, match="targets must have shape"):
         OPERATOR(x, weight, targets[:4], 15.0, -1, "mean", False, False)
-    with pytest.raises(TypeError, match="weight is Double; takes Float"):
+    with pytest.raises(TypeError, match="weight must have dtype Float, got Double"):
         OPERATOR(x, weight.double(), targets, 15.0, -1, "mean", False, False)
     with pytest.raises(ValueError, match="reduction is average"):
         OPERATOR(x, weight, targets, 15.0, -1, "average", False, False)
