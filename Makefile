@@ -30,7 +30,7 @@ CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcar
 train: $(STATE)/native $(STATE)/extras
 	$(RUN) -m nanochat_native.train --resume auto $(ARGS)
 
-# A process for each core; ARGS="-n 0" runs the tests in one. `test` leaves out what is marked as slow.
+# One process per core; ARGS="-n 0" uses a single process. `test` leaves out the tests that are marked slow.
 PARALLEL := -n auto --dist worksteal
 
 test: $(STATE)/native $(STATE)/dev

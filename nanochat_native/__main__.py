@@ -1,7 +1,7 @@
 """nanochat-native SUBCOMMAND ...: every command of the package under one name.
 
 `nanochat-native SUBCOMMAND FLAGS` does what `python -m nanochat_native.SUBCOMMAND FLAGS` does, with the same exit code.
-This module must stay fast: it imports torch only by running a subcommand.
+This module must start fast, so torch is imported only when a subcommand that needs it runs.
 """
 
 import runpy
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import nanochat_native
 
-# The subcommands by group, each with a line of help. A name is that of a module, with hyphens for underscores.
+# The subcommands by group, each with a line of help. A subcommand is named as its module, with hyphens for underscores.
 GROUPS = {
     "Train": {
         "train": "train a GPT",
@@ -52,7 +52,7 @@ OPTIONS = {"-h, --help": "show this message and exit", "--version": "show the ve
 
 
 def help_text() -> str:
-    """Return the subcommands in their groups, a line each."""
+    """Return the help: the usage, and the subcommands in their groups with one line each."""
     width = max(map(len, SUBCOMMANDS)) + 2
     sections = [f"{USAGE}\n\nTrain nanochat-style GPTs on hand-written CPU and CUDA kernels."]
     for title, entries in {**GROUPS, "Options": OPTIONS}.items():
@@ -66,10 +66,10 @@ def module_of(subcommand: str) -> str:
 
 
 def unknown_subcommand(name: str) -> str:
-    """Return a one-line error for a name that is no subcommand, with the nearest subcommand if one is near."""
+    """Return a one-line error for an unknown subcommand, with the nearest name if one is similar."""
     if name.startswith("-"):
         return f"unrecognized option {name!r} before the subcommand; nanochat-native --help lists the subcommands"
-    import difflib  # only an error needs it
+    import difflib  # here, because only an error needs it
 
     near = difflib.get_close_matches(name.replace("_", "-"), SUBCOMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "nanochat-native --help lists the subcommands"
@@ -77,7 +77,7 @@ def unknown_subcommand(name: str) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the subcommand that `args`, or sys.argv, names. Returns the exit code; a subcommand raises SystemExit."""
+    """Run the subcommand that `args` or sys.argv names. Return the exit code. A subcommand may raise SystemExit."""
     given = sys.argv[1:] if args is None else list(args)
     if not given or given[0] in ("-h", "--help"):
         print(help_text())

@@ -16,14 +16,14 @@ from nanochat_native.runtime.isolation import ReportFailures
 
 
 def run(args: Sequence[str], failures: ReportFailures) -> int:
-    """Measure, and print what the noise scale means for the batch size."""
+    """Measure the noise scale and print what it means for the batch size. Return the exit code."""
     options, config, _ = parse_flags(noise_scale.Options, "batch_size", args)
     diverged, signal = noise_scale.run(options, config, Console(failures=failures))
     return 128 + signal if signal else int(diverged)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, or sys.argv's. Returns the exit code: 1 if training diverged."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code: 1 if training diverged."""
     return command.run_reporting(run, args)
 
 

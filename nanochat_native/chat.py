@@ -14,13 +14,16 @@ from nanochat_native.runtime.hardware import autocast, pick_device
 
 
 def run(options: Options) -> None:
-    """Chat. Raises the errors of load_model and check_sampling, and ValueError for a prompt that does not fit."""
+    """Chat in the terminal, or answer one --prompt.
+
+    Raises the errors of load_model and check_sampling, and ValueError for a prompt that does not fit.
+    """
     check_sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     if options.max_tokens < 1:
         raise ValueError(f"--max-tokens must be a whole number >= 1, got {options.max_tokens}")
     check_text(options.system or "", "--system")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # check_text reports invalid text, for each message
+        sys.stdin.reconfigure(errors="surrogateescape")  # check_text reports invalid text in each message
     device = pick_device(options.device)
     terminal = Terminal()
     model, tokenizer, meta = load_model(options.checkpoint, options.step, device, warn=terminal.note)
@@ -43,7 +46,7 @@ def run(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, by default those of sys.argv; return the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return run_command(Options, "chat", args, run)
 
 

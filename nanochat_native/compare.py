@@ -1,6 +1,6 @@
 """python -m nanochat_native.compare: compare optimizers, or options of Muon, on one model and the same data.
 
-Each case trains at its own best learning rate, over several seeds. Its runs are the same as those of `train`.
+Each case trains at its own best learning rate, with several seeds. Its runs use the training loop of `train`.
 result.json keeps the finished runs: the same command resumes a comparison that was stopped or killed.
 """
 
@@ -16,7 +16,7 @@ from nanochat_native.runtime.isolation import ReportFailures
 
 
 def run(args: Sequence[str], failures: ReportFailures) -> int:
-    """Run the comparison, or the rest of it. Returns 128 plus the number of a signal that stopped it."""
+    """Run the comparison, or what remains of it. Return 0, or 128 plus the number of the signal that stopped it."""
     options, config, _ = parse_flags(comparison.Options, "compare", args, base=comparison.defaults(args))
     console = Console(failures=failures)
     code = comparison.run(options, config, console)
@@ -26,7 +26,7 @@ def run(args: Sequence[str], failures: ReportFailures) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, or sys.argv's. Returns the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return command.run_reporting(run, args)
 
 

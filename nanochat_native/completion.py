@@ -4,7 +4,7 @@
     source <(nanochat-native completion zsh)           # in ~/.zshrc, after compinit
     nanochat-native completion fish | source           # in ~/.config/fish/config.fish
 
-The flags are read from the source of the dataclasses that the commands parse: to import those would take seconds.
+The flags are read from the source code of the commands, because importing the commands would take seconds.
 """
 
 import re
@@ -17,7 +17,7 @@ from nanochat_native.runtime import declared_flags
 from nanochat_native.runtime.declared_flags import Flag
 
 PACKAGE = Path(__file__).resolve().parent
-# The classes whose fields are a subcommand's flags, as "file:class". A file alone adds its flags with add_argument.
+# The classes whose fields are the flags of a subcommand, as "file:class". A file without a class uses add_argument.
 TRAIN = "runs/config.py:TrainConfig"
 FLAGS = {
     "train": [TRAIN],
@@ -26,7 +26,7 @@ FLAGS = {
     "chat": ["inference/chat_session.py:Options"],
     "serve": ["serve.py:Options"],
     "evaluate": ["evaluation/session.py:Options"],
-    "lm-eval-adapter": [],  # they belong to lm-eval
+    "lm-eval-adapter": [],  # its flags belong to lm-eval
     "lr-find": ["lab/range_test.py:Options", TRAIN],
     "batch-size": ["lab/noise_scale.py:Options", TRAIN],
     "compare": ["lab/comparison.py:Options", TRAIN],
@@ -44,7 +44,7 @@ FLAGS = {
 
 
 def flags_of(subcommand: str) -> list[Flag]:
-    """Return the flags of a subcommand, --help included."""
+    """Return the flags of a subcommand, including --help."""
     found = {"--help": Flag("--help", is_switch=True, summary="show the flags and exit")}
     for place in FLAGS[subcommand]:
         file, _, class_name = place.partition(":")
@@ -139,7 +139,7 @@ SHELLS: dict[str, Callable[[], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Print the script of the shell that `args`, or sys.argv, names. Returns the exit code."""
+    """Print the script for the shell that `args` or sys.argv names. Return the exit code."""
     given = sys.argv[1:] if args is None else list(args)
     if "--help" in given or "-h" in given:
         print(f"usage: nanochat-native completion {{{','.join(SHELLS)}}}\n\n{__doc__}\noptions:\n  -h, --help")

@@ -1,7 +1,7 @@
 """python -m nanochat_native.doctor: check the installation, the build, the machine and every operator.
 
-Compares the native kernels of every operator with its plain-torch reference, values and gradients. Exits with 1 if
-something is broken, and says how to fix it.
+Compares the values and gradients of each native kernel with those of its reference in plain PyTorch. If something is
+broken, prints how to fix it and exits with 1.
 """
 
 import platform

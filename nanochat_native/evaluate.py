@@ -1,4 +1,4 @@
-"""python -m nanochat_native.evaluate: measure bits per byte and CORE of one checkpoint, or of two side by side."""
+"""python -m nanochat_native.evaluate: measure bits per byte and the CORE score of one or two checkpoints."""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from nanochat_native.runtime.distributed import World
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, by default those of sys.argv; return the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
 
     def command(world: World) -> int:
         return run(world.run_collectively(lambda: parse_options(Options, "evaluate", args), *MISTAKES), world)

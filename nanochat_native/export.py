@@ -2,7 +2,7 @@
 
     config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json  README.md
 
-`--format safetensors` writes the weights under nanochat's names instead, and the shape of the model in a JSON file.
+With `--format safetensors` it writes the weights under nanochat's names, and the model's shape as a JSON file, instead.
 """
 
 import sys
@@ -13,7 +13,7 @@ from nanochat_native.runtime.command import run_command
 
 
 def run(options: Options) -> None:
-    """Export the model, and verify the folder with --verify."""
+    """Export the model. With --verify, also verify the folder."""
     if options.verify and options.format != "transformers":
         raise ValueError(f"--verify requires --format transformers, got {options.format}")
     export(options)
@@ -24,7 +24,7 @@ def run(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, by default those of sys.argv; return the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return run_command(Options, "export", args, run)
 
 

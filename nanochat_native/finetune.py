@@ -1,8 +1,10 @@
-"""python -m nanochat_native.finetune: fine-tune a model to chat. --help lists the flags, launch.py the exit codes.
+"""python -m nanochat_native.finetune: fine-tune a model to chat.
 
-Supervised fine-tuning continues training, by the same loop, on conversations (data/conversations.py). Only the
-assistant's messages are trained on. Each row of a batch is one conversation, cut at --max-seq-len. Rows are not packed:
-no conversation sees another.
+--help lists the flags. training/launch.py lists the exit codes.
+
+Supervised fine-tuning continues training with the same loop, on conversations (data/conversations.py). The loss counts
+only the messages of the assistant. Each row of a batch is one conversation, cut at --max-seq-len. Rows are not packed,
+so no conversation attends to another.
 """
 
 import sys
@@ -16,7 +18,7 @@ from nanochat_native.training.launch import launch
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Fine-tune as `args`, by default sys.argv's, say. Return the exit code."""
+    """Fine-tune with the flags `args`, which default to those of sys.argv. Return the exit code."""
     given = sys.argv[1:] if args is None else args
     return launch(given, lambda args: resolve_config(args, FinetuneConfig, resolve_finetuning), make_trainer)
 

@@ -44,7 +44,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Print the prompt and its continuation as it arrives, and a note if that exceeds the sequences of the training.
+    """Print the prompt, then its continuation as it arrives, and a note if the text is longer than trained on.
 
     Raises ValueError for flags out of range, and the errors of load_model and complete.
     """
@@ -84,7 +84,7 @@ def run(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, by default those of sys.argv; return the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return run_command(Options, "generate", args, run)
 
 

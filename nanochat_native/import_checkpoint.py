@@ -14,7 +14,7 @@ from nanochat_native.runtime.command import run_command
 
 
 def run(options: Options) -> None:
-    """Import the model and print what was found."""
+    """Import the model and print its shape and the notes of the import."""
     source = read(options)
     notes = list(source.notes)
     if source.eps != EPS:
@@ -36,7 +36,7 @@ def run(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, by default those of sys.argv; return the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return run_command(Options, "import_checkpoint", args, run)
 
 

@@ -2,7 +2,7 @@
 
     python -m nanochat_native.lm_eval_adapter run --model nanochat_native --model_args checkpoint=runs/d4 --tasks piqa
 
-This is the harness's own command line; importing this module registers the model. It requires the extra:
+This is the harness's own command line. Importing this module registers the model. It requires an extra:
 pip install 'nanochat-native[eval]'.
 """
 

@@ -1,7 +1,7 @@
 """python -m nanochat_native.lr_find: find a learning rate with a range test (Smith, arXiv:1506.01186).
 
-The test makes one step at each of a series of rising rates until the loss diverges. The rate at which the loss falls
-most steeply and the rate at which it starts to rise bound the useful range.
+The test takes one step at each of a series of increasing rates until the loss diverges. The rate at which the loss
+falls most steeply and the rate at which it starts to rise bound the useful range.
 """
 
 import shlex
@@ -18,7 +18,7 @@ from nanochat_native.runtime.isolation import ReportFailures
 
 
 def run(args: Sequence[str], failures: ReportFailures) -> int:
-    """Run the test, and print the command that trains at the suggested rates."""
+    """Run the test and print the command that trains at the suggested rates. Return the exit code."""
     options, config, train_args = parse_flags(range_test.Options, "lr_find", args)
     console = Console(failures=failures)
     rates, signal = range_test.run(options, config, console)
@@ -29,7 +29,7 @@ def run(args: Sequence[str], failures: ReportFailures) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, or sys.argv's. Returns the exit code: 1 if no rate was found."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code: 1 if no rate was found."""
     return command.run_reporting(run, args)
 
 

@@ -12,7 +12,7 @@ from nanochat_native.runtime.command import run_command
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, or sys.argv's. Returns the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return run_command(Options, "memory", args, run, config=(tyro.conf.FlagCreatePairsOff,))
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of a folder again: `python -m nanochat_native.plot FOLDER`."""
+"""python -m nanochat_native.plot FOLDER: draw the pictures of a run or an experiment again."""
 
 import importlib.util
 import sys
@@ -41,7 +41,7 @@ def run(folder: Path) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, by default those of sys.argv. Return the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return run_command(Options, "plot", args, lambda options: run(options.folder))
 
 

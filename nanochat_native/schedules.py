@@ -30,12 +30,12 @@ class Options:
     """Folder for the result; default: lab/schedules, or the next free name."""
 
 
-# Final multiplier of the shapes that cannot end at 0, if --final-lr-frac is 0.
+# The final multiplier of shapes that cannot end at 0. It replaces a --final-lr-frac of 0.
 SMALLEST_FINAL = 0.1
 
 
 def run(args: Sequence[str]) -> None:
-    """Print eleven points of every schedule. With --plot also draw the schedules."""
+    """Print eleven points of every schedule. With --plot, also draw the schedules."""
     if any(argument.startswith("--target") for argument in args):
         raise ConfigError(
             "schedules builds no model, so it cannot derive the steps from a target; use --num-iterations"
@@ -59,7 +59,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, or sys.argv's. Returns the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return exit_code(lambda: run(sys.argv[1:] if args is None else args))
 
 

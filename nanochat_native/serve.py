@@ -18,7 +18,7 @@ EXTRA = "serve requires starlette and uvicorn: pip install 'nanochat-native[serv
 BACKLOG = 1024  # connections that wait to be accepted
 GRACE_SECONDS = 5  # for running requests when the server shuts down
 MAX_SLOTS = 4096
-MAX_SECONDS = 1e6  # of a timeout; asyncio's clock overflows after some hundred years
+MAX_SECONDS = 1e6  # largest timeout; asyncio's clock overflows after a few hundred years
 
 
 @dataclass
@@ -34,24 +34,24 @@ class Options:
     host: str = "127.0.0.1"
     """Address to listen on; the default is reachable only from this machine."""
     port: int = 8000
-    """Port to listen on; 0 for any free port."""
+    """Port to listen on; 0 means any free port."""
     api_key: str | None = None
-    """Key that requests must send. The environment variable NANOCHAT_API_KEY sets it too, and stays out of process
-    lists."""
+    """Key that requests must send. The environment variable NANOCHAT_API_KEY sets it too, and does not appear in
+    process lists."""
     slots: int = 8
     """Number of requests that run at once."""
     max_waiting: int = 64
-    """Number of requests that can wait for a slot; further ones get the answer 429."""
+    """Number of requests that can wait for a slot; further requests are answered with status 429."""
     max_tokens: int = 4096
     """Largest number of tokens that a request can ask for."""
     capacity: int | None = None
-    """Largest number of tokens of prompt and continuation; default: the model's positions, at most 4096."""
+    """Largest number of tokens of a prompt and its continuation; default: the model's positions, at most 4096."""
     max_body_bytes: int = 1 << 20
-    """Largest size of a request in bytes; a larger one gets the answer 413."""
+    """Largest size of a request in bytes; a larger request is answered with status 413."""
     timeout: float = 300.0
-    """Time limit for a request in seconds; after it the answer is 408 or 504."""
+    """Time limit for a request in seconds; a request that exceeds it is answered with status 408 or 504."""
     connection_timeout: int = 30
-    """Seconds that a connection waits for its client to send the headers of a request or to read an answer; then it is
+    """Seconds to wait for a client to send the headers of a request, or to read an answer, before the connection is
     closed."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to run on; default: the GPU if there is one."""
@@ -85,7 +85,7 @@ class Options:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on host and port. Raises OSError, naming the address."""
+    """Return a socket that listens on host and port. Raises an OSError that names the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -99,7 +99,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(options: Options) -> int:
-    """Serve until SIGINT or SIGTERM; return the exit code.
+    """Serve until SIGINT or SIGTERM. Return the exit code.
 
     Raises ImportError without the extra, ValueError for flags out of range, OSError for an address that is not
     available, and the errors of load_model.
@@ -167,7 +167,7 @@ def run(options: Options) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with `args`, by default those of sys.argv; return the exit code."""
+    """Run the command with `args`, which default to those of sys.argv. Return the exit code."""
     return run_command(Options, "serve", args, run)
 
 

@@ -1,4 +1,7 @@
-"""python -m nanochat_native.train: train a GPT. --help lists the flags, launch.py the exit codes."""
+"""python -m nanochat_native.train: train a GPT.
+
+--help lists the flags. training/launch.py lists the exit codes.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +13,7 @@ from nanochat_native.training.trainer import Trainer
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train as `args`, by default sys.argv's, say. Return the exit code."""
+    """Train with the flags `args`, which default to those of sys.argv. Return the exit code."""
     return launch(sys.argv[1:] if args is None else args, resolve_config, Trainer)
 
 

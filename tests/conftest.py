@@ -9,6 +9,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+import nanochat_native.runtime.openmp  # noqa: F401  before torch, in all processes: waiting threads must not spin
+
+# isort: split
 import torch
 
 from nanochat_native import ops
@@ -41,8 +45,6 @@ def pytest_sessionstart(session):
         place.mkdir()
         os.environ[name] = str(place)
     tempfile.tempdir = None  # it is asked for again
-    # Threads that spin while they wait would take the cores from other workers, which inherit this.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not _is_worker(session.config):

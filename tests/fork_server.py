@@ -29,8 +29,15 @@ READ_AT_START = (
 BACKEND = "NANOCHAT_NATIVE_BACKEND"
 # The server must have one thread, and OpenBLAS would start more at its import.
 OF_THE_SERVER = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
-# Not compared: what the server has for its own reasons, what a child sets itself, and torchrun's variables.
-NOT_COMPARED = ("OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "TORCHELASTIC_", "TORCH_NCCL_")
+# Not compared: what the server has for its own reasons, what a child sets itself, and what torchrun reads or sets.
+NOT_COMPARED = (
+    "OMP_WAIT_POLICY",
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "PYTHON_EXEC",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+)
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REFUSED = 0  # instead of a child's number
 

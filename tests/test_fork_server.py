@@ -71,7 +71,7 @@ def is_forked(*flags, **environment):
 
 def test_what_a_child_cannot_have_runs_in_a_real_interpreter():
     assert is_forked()
-    assert is_forked("-u", OMP_NUM_THREADS="1", NANOCHAT_NATIVE_BACKEND="torch", HOME="/")
+    assert is_forked("-u", PYTHON_EXEC="python", OMP_NUM_THREADS="1", NANOCHAT_NATIVE_BACKEND="torch", HOME="/")
     assert not is_forked("-E")
     assert not is_forked(PYTHONHASHSEED="5")
     assert not is_forked(NANOCHAT_CPU_ISA="baseline")

@@ -357,7 +357,7 @@ def test_documented_training_commands_run_in_order(tmp_path):
             assert "done     step" in run([*interpreter, "nanochat_native.train", *steps, *small], cwd=tmp_path)
     drawn = [c[2:] for c in commands("README.md") if c[2:3] == ["nanochat_native.plot"]]
     assert [run([*interpreter, *command], cwd=tmp_path).split() for command in drawn] == [
-        ["runs/looked/loss.png", "runs/looked/diagnosis.png"]
+        ["runs/diagnosed/loss.png", "runs/diagnosed/diagnosis.png"]
     ]
     tools = [
         c for c in commands("README.md") if c[2:3] and c[2] in ("nanochat_native.generate", "nanochat_native.evaluate")
