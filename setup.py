@@ -31,10 +31,10 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     fail(f"setuptools {setuptools.__version__} is too old: `pip install -U 'setuptools>=77'`, then install again.")
 
 
-def program(name, mend):
+def program(name, advice):
     """Path of a program: on PATH, or beside this Python where `pip install` puts it."""
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-    return shutil.which(name, path=search) or fail(f"{name} was not found: {mend}.")
+    return shutil.which(name, path=search) or fail(f"{name} was not found: {advice}.")
 
 
 def find_torch():

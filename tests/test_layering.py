@@ -147,6 +147,14 @@ def test_the_table_of_dependencies_has_an_order_and_is_complete():
         assert import_graph.reachable(ALLOWED, name) == others, f"{name}: the table leaves out what its packages need"
 
 
+@pytest.mark.parametrize("name", MAY_DEPEND_ON)
+def test_packages_say_what_they_may_depend_on(name):
+    docstring = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
+    *others, last = [f"`{other}`" for other in MAY_DEPEND_ON[name].split()] or ["no other package of nanochat_native"]
+    listed = f"{', '.join(others)} and {last}" if others else last
+    assert re.search(f"It may depend on {re.escape(listed)}[.,]", " ".join(docstring.split())), listed
+
+
 def test_no_module_depends_on_itself():
     assert import_graph.circles(GRAPH) == []
     assert import_graph.circles(import_graph.packages(GRAPH)) == []

@@ -10,11 +10,11 @@ from nanochat_native.ops import backends
 from nanochat_native.train import main
 
 BACKEND = "torch" if backends.load_error else "native"
-HANGS = 300  # seconds after which what is waited for will not come; no test is to need them on a busy machine
+HANGS = 300  # seconds after which a wait fails; on a busy machine no test needs as many
 
 
 def wait_until(condition, seconds=HANGS):
-    """Until condition() is true; what it then gives. Fails after `seconds`, which only end a hang."""
+    """Wait until condition() is true, and return its value. Fails after `seconds`, which only end a hang."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "what was waited for did not come"

@@ -1,6 +1,6 @@
 // Shared by the attention kernels for Hopper. One warpgroup, the producer, loads tiles by tensor copies into rings of
 // stages. The others, the consumers, multiply them by wgmma, 64 rows each. Blocks of threads are persistent: they take
-// one work item after another, so that the loads of the next item go on while the last one is written out.
+// one work item after another, so that the loads of the next item continue while the last one is written out.
 #pragma once
 
 #include "attention_tiles.h"

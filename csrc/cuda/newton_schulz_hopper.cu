@@ -1,5 +1,5 @@
 // The products of Newton-Schulz on Hopper. One warpgroup loads by tensor copies; two multiply 128 x 128 each and share
-// the columns. Blocks of threads are persistent, so that the loads of the next tile go on while one is written out.
+// the columns. Blocks of threads are persistent, so that the loads of the next tile continue while one is written out.
 #include "hopper.cuh"
 #include "newton_schulz.cuh"
 #include "tensor_map.h"

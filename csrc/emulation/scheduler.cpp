@@ -302,7 +302,7 @@ static Thread* choose_thread() {
     return chosen->threads + (__builtin_ctz(turned) + turn) % 32;
 }
 
-// Until all threads have left, one has failed, or none can go on.
+// Runs until all threads have left, one has failed, or none can continue.
 static void run_threads() {
     Block& b = *block;
     while (!b.failed) {

@@ -1,6 +1,6 @@
 """Turns files of text, tokens and conversations into token streams, and streams into batches.
 
-It depends on `runtime`.
+It may depend on `ops` and `runtime`.
 """
 
 from nanochat_native.data.conversation_rows import ConversationRows

@@ -15,7 +15,6 @@ from typing import Any
 from nanochat_native.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-CHAT_TOKENS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 CHAT_TRAINED = "chat_trained"  # a key in the meta of a checkpoint; absent for a base model
 _OTHER_ROLES = {"developer": "system", "tool": "user", "function": "user"}  # from OpenAI's API; see as_turns
 _PARTS = {

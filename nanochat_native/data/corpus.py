@@ -1,4 +1,4 @@
-"""From `--data` to token streams: tokenize text once into a cached folder of shards, or open shards where they are.
+"""Turns `--data` into token streams: tokenizes text once into a cached folder, or opens shards where they are.
 
 A corpus folder holds train_*.bin, val_*.bin, tokenizer/ and manifest.json with the SHA-256 of every shard. Its name
 ends in a hash of everything that decides its content: the bytes of the source files, the tokenizer or the settings to
@@ -33,7 +33,7 @@ from nanochat_native.data.file_names import printable
 from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, token_dtype
 from nanochat_native.data.sources import Skipped, Source, find_source
 from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer
-from nanochat_native.runtime.files import fsync, sha256_file, write_atomically
+from nanochat_native.runtime.files import fsync, sha256_file, sha256_json, write_atomically
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[str], None]
@@ -187,7 +187,7 @@ class _Recipe:
             "val_fraction": self.val_fraction,
             "skip_damaged": self.skip_damaged,
         }
-        return _json_hash(how)[:16]
+        return sha256_json(how)[:16]
 
     def source_hash(self) -> str:
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()
@@ -265,7 +265,7 @@ class _Builder:
                 raise ValueError(f"{printable(path)}: changed while it was read")
         tokenizer.save(folder / "tokenizer")
         content = self._manifest(tokenizer, writers, notes)
-        write_atomically(folder / MANIFEST, json.dumps({**content, "sha256": _json_hash(content)}, indent=1))
+        write_atomically(folder / MANIFEST, json.dumps({**content, "sha256": sha256_json(content)}, indent=1))
 
     def _count_and_train(self) -> Tokenizer:
         """Count all text. Return the tokenizer that was given, or one that is trained on the text."""
@@ -422,7 +422,7 @@ def _open(folder: Path, verify: bool | None) -> Corpus:
         raise ValueError(f"{path}: damaged, or not a corpus of this program ({error!r})") from error
     if found != (_FORMAT, _VERSION):
         raise ValueError(f"{path}: must be {_FORMAT} version {_VERSION}, got {found[0]} version {found[1]}")
-    if _json_hash(manifest) != digest:
+    if sha256_json(manifest) != digest:
         raise ValueError(f"{path}: damaged: its content does not match its SHA-256")
     shards: dict[str, list[dict[str, str]]] = manifest["shards"]
     train, val = (TokenStream([open_shard(folder / shard["file"]) for shard in shards[s]]) for s in SPLITS)
@@ -442,7 +442,7 @@ def _open(folder: Path, verify: bool | None) -> Corpus:
         val=val,
         description=manifest["description"],
         notes=tuple(manifest["notes"]),
-        hash=_json_hash([manifest["tokenizer_hash"], manifest["shards"]]),
+        hash=sha256_json([manifest["tokenizer_hash"], manifest["shards"]]),
         bytes_per_token=manifest["bytes_per_token"],
     )
 
@@ -496,7 +496,7 @@ def _open_tokens(
         notes.append(f"no shard is named for validation: the last {val_fraction:.0%} of the tokens validate")
     if tokenizer is None:
         notes.append("no tokenizer beside the shards: no samples, and the loss is in nats instead of bits per byte")
-    content = _json_hash(digests if sides == _version_1_sides(source.files) else [digests, sides])
+    content = sha256_json(digests if sides == _version_1_sides(source.files) else [digests, sides])
     return Corpus(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -505,7 +505,7 @@ def _open_tokens(
         description=f"{source.name}, {len(source.files):,} shards, {(len(train) + len(val)) / 1e6:.1f}M tokens, "
         f"sha {content[:8]} | vocabulary {vocab_size}",
         notes=tuple(notes),
-        hash=_json_hash([tokenizer.hash if tokenizer else vocab_size, content]),
+        hash=sha256_json([tokenizer.hash if tokenizer else vocab_size, content]),
         bytes_per_token=None if tokenizer is None else _mean_bytes(train if len(train) else val, tokenizer),
     )
 
@@ -601,7 +601,3 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
             log("waiting for another process that is preparing this data")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _json_hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -31,7 +31,7 @@ from nanochat_native.data.file_names import (
 from nanochat_native.data.sources import Skipped
 
 TEXT_COLUMNS = ("text", "content", "document", "story", "code", "body")
-# Size of the sample that `plan_reading` takes of a file; it goes on to the first record that has text.
+# Size of the sample that `plan_reading` takes of a file; it continues to the first record that has text.
 SAMPLE_RECORDS = 1000
 SAMPLE_CHARS = 1 << 24
 BLOCK_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""What the name of a file tells: its kind, its compression, and whether it is for validation."""
+"""Reads from the name of a file its kind, its compression, and whether it is for validation."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ A saved tokenizer is a folder with three files, none of them pickled:
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanochat_native.runtime.files import write_atomically
+from nanochat_native.runtime.files import sha256_json, write_atomically
 
 # GPT-4's pattern with \p{N}{1,2} instead of \p{N}{1,3}, as in nanochat: small vocabularies lack room for 1000 numbers.
 SPLIT_PATTERN = (
@@ -95,7 +94,7 @@ class Tokenizer:
         self.token_bytes = np.array([len(token) for token in tokens] + [0] * len(specials), dtype=np.int32)
         self._bytes = [*tokens, *(name.encode() for name in specials)]
         self._encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.hash = _content_hash(self._content())
+        self.hash = sha256_json(self._content())
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -138,7 +137,7 @@ class Tokenizer:
             raise ValueError(f"{path}: damaged, or not a tokenizer of this program ({error!r})") from error
         if found != (_FORMAT, _VERSION):
             raise ValueError(f"{path}: must be {_FORMAT} version {_VERSION}, got {found[0]} version {found[1]}")
-        if _content_hash(stored) != digest:
+        if sha256_json(stored) != digest:
             raise ValueError(f"{path}: damaged: its content does not match its SHA-256")
         tokens = [base64.b64decode(token) for token in stored["tokens"]]
         return cls(tokens, pattern=stored["pattern"], specials=stored["special_tokens"])
@@ -278,10 +277,6 @@ def _training_chunks(text: str) -> Iterator[str]:
             yield chunk[start : match.end()]
             start = match.end()
         yield chunk[start:]
-
-
-def _content_hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def byte_letters() -> list[str]:

@@ -1,4 +1,8 @@
 """Quality measures of a trained model: bits per byte, the CORE score, lm-evaluation-harness.
 
-It depends on `model`, `data`, `runs`, `inference` and `runtime`.
+It may depend on `ops`, `runtime`, `model`, `data`, `runs` and `inference`.
 """
+
+from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
+
+__all__ = ["Evaluation", "measure_text"]

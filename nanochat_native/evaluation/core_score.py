@@ -121,7 +121,7 @@ class TaskResult(NamedTuple):
 
 
 def read_bundle(folder: Path, max_per_task: int | None = None) -> list[Task]:
-    """Read the tasks of a bundle: of each, shuffled as in nanochat, the first max_per_task items.
+    """Read the tasks of a bundle: the first max_per_task items of each, after nanochat's shuffle.
 
     Raises ValueError, naming file, task and line, for anything missing or malformed, and ImportError without PyYAML.
     """

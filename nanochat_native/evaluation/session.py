@@ -74,7 +74,7 @@ class Options:
 
 @dataclass
 class Session:
-    """What the command measures with.
+    """The options, ranks, device and tasks of one `evaluate` command.
 
     Attributes:
         tasks: CORE tasks; empty without --core.
@@ -151,9 +151,9 @@ class Session:
         with autocast(self.device):
             result = measure_text(model, batches, tokenizer.token_bytes, world)
             record |= result._asdict()
-            results: list[core_score.TaskResult] = []
+            task_results: list[core_score.TaskResult] = []
             for number, task in enumerate(self.tasks, 1):
-                results.append(
+                task_results.append(
                     core_score.evaluate_task(
                         model,
                         tokenizer,
@@ -165,8 +165,8 @@ class Session:
                 )
                 finished = number == len(self.tasks)
                 record["core"] = {
-                    "score": core_score.score(results) if finished else None,
-                    "tasks": [result._asdict() for result in results],
+                    "score": core_score.score(task_results) if finished else None,
+                    "tasks": [result._asdict() for result in task_results],
                 }
                 keep()
 

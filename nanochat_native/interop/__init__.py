@@ -1,4 +1,4 @@
 """Models in the formats of other programs: transformers (import and export) and nanochat (import).
 
-It depends on `model`, `data`, `runs`, `inference` and `runtime`.
+It may depend on `ops`, `runtime`, `model`, `data`, `runs` and `inference`.
 """

@@ -1,4 +1,5 @@
 """Experiments: the range test, the comparison of optimizers, the gradient noise scale, the memory of a step.
 
-They drive `training`. Only commands depend on this package.
+It may depend on `ops`, `runtime`, `model`, `optim`, `data`, `runs`, `inference`, `evaluation` and `training`. Each
+module has its own Options and run(), so the package exports no names.
 """

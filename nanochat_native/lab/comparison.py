@@ -30,7 +30,7 @@ from nanochat_native.runs.run_folder import COMPARED_BY_CONTENT, PER_CALL_FLAGS,
 from nanochat_native.runtime.console import Console, SilentConsole, bar
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.files import is_temporary
-from nanochat_native.runtime.flags import UNSET, flag
+from nanochat_native.runtime.flags import UNSET, flag, is_unset
 from nanochat_native.runtime.timing import side_by_side
 from nanochat_native.training import report, resolve
 from nanochat_native.training.pretraining import Pretraining
@@ -403,7 +403,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     plan = Trainer(config, console)
     steps = plan.config.num_iterations
     console.say(f"compare  {', '.join(selected)} | {report.describe_run(plan.setup)}, {steps} steps")
-    every = config.eval_every if config.eval_every != UNSET else math.ceil(steps / EVALUATIONS_PER_RUN)
+    every = math.ceil(steps / EVALUATIONS_PER_RUN) if is_unset(config, "eval_every") else config.eval_every
     folder = options.out or results.OUT / f"compare-{'own' if options.cases else options.suite}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every))
     comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {})

@@ -22,7 +22,7 @@ from nanochat_native.runs import results
 from nanochat_native.runs.config import TrainConfig
 from nanochat_native.runtime.console import Console, bar
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.flags import UNSET
+from nanochat_native.runtime.flags import is_unset
 from nanochat_native.runtime.signals import StopSignals
 from nanochat_native.training.report import describe_run
 from nanochat_native.training.trainer import Trainer
@@ -166,7 +166,7 @@ class Outcome(NamedTuple):
 
 def run(options: Options, config: TrainConfig, console: Console) -> Outcome:
     """Train and measure, print what the noise scale means, and write the result with its picture."""
-    if config.device_batch_size == UNSET:
+    if is_unset(config, "device_batch_size"):
         config = dataclasses.replace(config, device_batch_size=1)
     trainer = Trainer(config, console)
     config = trainer.config

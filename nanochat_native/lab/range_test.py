@@ -65,7 +65,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What a range test suggests.
+    """The suggestion of a range test.
 
     Attributes:
         rate: the suggested rate, or None.

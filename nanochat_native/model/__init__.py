@@ -1,6 +1,6 @@
 """The transformer: its shape, its forward pass, its decoder for generation, and its operation counts.
 
-It depends on `ops` alone.
+It may depend on `ops`.
 """
 
 from nanochat_native.model.config import GPTConfig

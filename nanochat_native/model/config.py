@@ -69,6 +69,6 @@ class GPTConfig:
 
     @property
     def windows(self) -> list[int | None]:
-        """For each layer the number of earlier positions that a query sees; None for all."""
+        """The number of earlier positions that a query sees, for each layer; None for all."""
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
         return [self.sequence_len // 4 if letter == "S" else None for letter in letters]

@@ -1,6 +1,6 @@
 """The operators: each is one public call that checks its arguments, then runs its native kernel or its reference.
 
-`ops` depends on no other package of nanochat_native, and it alone touches the native module `_C`. Each operator's call,
+It may depend on no other package of nanochat_native, and it alone touches the native module `_C`. Each operator's call,
 reference, fake and gradient stand in one module, named as in csrc/; `backends` chooses what runs, `checks` has the rule
 for checking arguments, and `reference` lists every operator in plain torch.
 

@@ -12,7 +12,7 @@ from nanochat_native.ops import backends, checks, modes, schema
 from nanochat_native.ops.attention import attention, reference_attention
 from nanochat_native.ops.dtypes import compute_dtype
 
-EPS = torch.finfo(torch.float32).eps  # of every RMSNorm
+EPS = torch.finfo(torch.float32).eps  # added to the mean square in every RMSNorm
 
 
 def cached_forward_(

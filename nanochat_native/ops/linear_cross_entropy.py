@@ -101,7 +101,7 @@ def reference_linear_cross_entropy(
     ignored = flat == ignore_index
     # gather checks the range itself on every device, but by an IndexError or a device-side assert.
     if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Within vmap, `if` does not take the values of one mapped call: look at those of all calls.
+        # Under vmap, `if` cannot use the values of one mapped call, so those of all calls are checked.
         every = torch.func.debug_unwrap(targets)
         outside = every[(every != ignore_index) & ((every < 0) | (every >= weight.size(0)))]
         if outside.numel():

@@ -1,4 +1,4 @@
-"""What Python adds to the operators that python/schema.cpp declares: fakes (results without data) and gradients."""
+"""Registers fakes (results without data) and gradients for the operators that python/schema.cpp declares."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Compares every native operator with its reference: what `python -m nanochat_native.doctor` runs."""
+"""Compares every native operator with its reference, for `python -m nanochat_native.doctor`."""
 
 import functools
 import itertools
@@ -39,7 +39,7 @@ def processor() -> str:
 
 
 def openmp_libraries() -> set[str]:
-    """Return the paths of the libgomp copies that this process has loaded. Each would keep threads of its own."""
+    """Return the paths of the libgomp copies that this process has loaded. Each has its own threads."""
     maps = Path("/proc/self/maps").read_text()
     return {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
 

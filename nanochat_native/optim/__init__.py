@@ -1,4 +1,7 @@
-"""Muon and AdamW on the native operators, the routing of parameters to them, gradient clipping, and schedules."""
+"""Muon and AdamW on the native operators, the routing of parameters to them, gradient clipping, and schedules.
+
+It may depend on `ops`.
+"""
 
 from nanochat_native.optim.adamw import AdamW
 from nanochat_native.optim.base import buckets_of

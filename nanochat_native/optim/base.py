@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Sharding(NamedTuple):
-    """How an optimizer is sharded; the types are those in which data travels, None for the type of the parameters."""
+    """The ranks of a sharded optimizer, and the types in which data travels; None for the type of the parameters."""
 
     process_group: dist.ProcessGroup
     reduce_dtype: torch.dtype | None

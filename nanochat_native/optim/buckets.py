@@ -17,7 +17,7 @@ BUCKET_BYTES = 256 << 20  # of gradients; small enough that reductions overlap w
 MATRICES_PER_SHARD = 4  # at least so many of the largest matrix fit into a shard
 ALIGNMENT = 64  # elements: shards and matrices start at multiples of 256 bytes
 
-# The names since torch 2.13, and the earlier names.
+# torch 2.13 introduced the first name of each pair; earlier versions have the second.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -54,7 +54,7 @@ class Bucket:
         layout: the place of each parameter.
         reduce_dtype: the type in which gradients travel, None for that of the parameters.
         gather_dtype: the type in which parameters travel, None for that of the parameters. With it the owner keeps the
-            exact values separately, and all ranks, with the owner, use the rounded values.
+            exact values separately, and all ranks, including the owner, use the rounded values.
     """
 
     def __init__(
@@ -280,13 +280,13 @@ def split(named: Sequence[tuple[str, Tensor]], ranks: int, limit: int = BUCKET_B
         return []
     limit = max(limit, MATRICES_PER_SHARD * ranks * max(parameter.nbytes for _, parameter in named))
     runs: list[list[tuple[str, Tensor]]] = []
-    room = 0
+    left = 0  # bytes that fit into the last run
     for name, parameter in reversed(named):
-        if not runs or parameter.nbytes > room:
+        if not runs or parameter.nbytes > left:
             runs.append([])
-            room = limit
+            left = limit
         runs[-1].append((name, parameter))
-        room -= parameter.nbytes
+        left -= parameter.nbytes
     return runs
 
 

@@ -85,8 +85,8 @@ def setup_optimizers(
         sharding = {"process_group": process_group, "reduce_dtype": reduce_dtype, "gather_dtype": gather_dtype}
     adam: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": weight_decay}
     sgd: dict[str, Any] = {"momentum": MOMENTUM if optimizer == "sgd_momentum" else 0.0, "weight_decay": weight_decay}
-    of_adam = optimizer in ("hybrid", "adamw", "adam")
-    scale = (wte[0][1].size(1) / 768) ** -0.5 if of_adam else 1.0
+    uses_adam = optimizer in ("hybrid", "adamw", "adam")
+    scale = (wte[0][1].size(1) / 768) ** -0.5 if uses_adam else 1.0
     ends = [
         {"params": lm_head, "lr": rates.unembedding * scale},
         {"params": wte, "lr": rates.embedding * scale},
@@ -97,8 +97,8 @@ def setup_optimizers(
     if optimizer in ("hybrid", "muon_sgd"):
         groups = _by_heads(model, matrices) if per_head else matrices
         muon = Muon(groups, lr=rates.matrix, weight_decay=matrix_weight_decay, **muon_options, **sharding)
-        of_ends = AdamW(ends, **adam, **sharding) if of_adam else torch.optim.SGD(ends, **sgd)
-        optimizers = [of_ends, muon]
+        other = AdamW(ends, **adam, **sharding) if uses_adam else torch.optim.SGD(ends, **sgd)
+        optimizers = [other, muon]
     elif optimizer == "adamw":
         optimizers = [AdamW(everything, **adam, **sharding)]
     elif optimizer == "adam":

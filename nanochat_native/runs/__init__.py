@@ -1,4 +1,4 @@
 """A run on the disk: its flags, folder, checkpoints, log, results and pictures.
 
-It depends on `model`, `data` and `runtime`.
+It may depend on `ops`, `runtime`, `model` and `data`.
 """

@@ -197,9 +197,9 @@ class TrainConfig:
             self._require("run", "a name without slashes (--out-dir sets the folder)", plain)
 
         fields = self.__dataclass_fields__
-        of_muon = [name for name in MUON_FLAGS if getattr(self, name) != fields[name].default]
-        if of_muon and self.optimizer not in WITH_MUON:
-            raise ConfigError(f"{flag(of_muon[0])} needs Muon, which --optimizer {self.optimizer} does not use")
+        muon_flags = [name for name in MUON_FLAGS if getattr(self, name) != fields[name].default]
+        if muon_flags and self.optimizer not in WITH_MUON:
+            raise ConfigError(f"{flag(muon_flags[0])} needs Muon, which --optimizer {self.optimizer} does not use")
 
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError(

@@ -31,7 +31,7 @@ class MetricsLog:
         recorded: the records of `last_step` that were already in the log, by kind.
     """
 
-    def __init__(self, run_dir: Path, last_step: int = -1, console: "Console | None" = None) -> None:
+    def __init__(self, run_dir: Path, last_step: int = -1, console: Console | None = None) -> None:
         """Open the log, and drop the records after `last_step`, the step from which a run is resumed; -1 drops all."""
         self._console = console or SilentConsole()
         self._descriptor = -1

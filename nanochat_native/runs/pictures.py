@@ -194,9 +194,9 @@ def draw_compare(figure: Any, record: dict[str, Any]) -> None:
         if search:
             right.plot(*zip(*search, strict=True), color=color, marker="o", markersize=4, label=row["case"])
     if seen:
-        room = 0.03 * (max(seen) - min(seen))
-        left.set_ylim(min(seen) - room, max(seen))
-        right.set_ylim(min(seen) - room, max(seen))  # a rate that is far too high may end anywhere
+        margin = 0.03 * (max(seen) - min(seen))
+        left.set_ylim(min(seen) - margin, max(seen))
+        right.set_ylim(min(seen) - margin, max(seen))  # a rate that is far too high may end anywhere
     left.set(xlabel="step", ylabel=f"validation, {record['unit']}", title="each at its best rate")
     right.set(xscale="log", xlabel="factor of the rates", ylabel=f"final, {record['unit']}", title="search, first seed")
     for axes in (left, right):

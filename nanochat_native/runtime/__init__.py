@@ -1,4 +1,4 @@
 """The environment of a command: ranks, devices, files, the console, signals and errors.
 
-It depends on `ops` alone.
+It may depend on `ops`. It exports no names, because `runtime.openmp` must be imported before torch.
 """

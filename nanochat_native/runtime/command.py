@@ -1,4 +1,4 @@
-"""What every command does: parse the flags, do the work, and map errors to exit codes."""
+"""Runs a command: parses its flags, does its work, and maps errors to exit codes."""
 
 from __future__ import annotations
 

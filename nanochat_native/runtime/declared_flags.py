@@ -1,4 +1,4 @@
-"""Read the flags of a command from its source, for shell completion: to import the command would take seconds."""
+"""Reads the flags of a command from its source, for shell completion: importing the command would take seconds."""
 
 import ast
 import functools

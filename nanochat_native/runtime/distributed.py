@@ -148,7 +148,7 @@ def init_process_group() -> Iterator[World]:
         what = "does not answer" if re.search(r"[Tt]imed? ?out", str(error)) else "has ended"
         reason = str(error).splitlines()[0]
         raise LostRankError(f"another rank {what}, after at most {seconds:.0f} s ({reason})") from None
-    # Not after an error: to destroy the group, a rank would wait for the others.
+    # After an error the group is not destroyed, because that would wait for the other ranks.
     dist.destroy_process_group()
 
 

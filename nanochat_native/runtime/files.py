@@ -1,11 +1,12 @@
-"""Files that appear whole or not at all, and hashes of files."""
+"""Files that appear whole or not at all, and hashes."""
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
@@ -58,3 +59,8 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(content: Any) -> str:
+    """Return the SHA-256 of a value as JSON with sorted keys, in hex."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -69,7 +69,7 @@ def _shortened(text: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within the block, raise tyro's report of a bad flag as a ConfigError of one line."""
+    """Raise tyro's report of a bad flag, in the block, as a ConfigError of one line."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

@@ -23,7 +23,8 @@ class Checkpointer:
     A single process writes a checkpoint at once. Several ranks only begin it in save(), and write it in the background:
     poll() after each step takes it to its next part, and wait() to its end.
 
-    saved_step: of the newest checkpoint that is complete; -1 if there is none.
+    Attributes:
+        saved_step: the step of the newest checkpoint that is complete; -1 if there is none.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class Checkpointer:
         self._model, self._named = model, list(model.named_parameters())
         self._optimizers = optimizers
         self._saving: checkpoint.ShardedSave | None = None
-        self._meta: dict[str, Any] | None = None  # of the checkpoint in the background, until it is sealed
-        self._measured: dict[int, float] = {}  # bits per byte by step, until they are beside their checkpoint
+        self._meta: dict[str, Any] | None = None  # meta of the checkpoint in the background, until it is sealed
+        self._measured: dict[int, float] = {}  # bits per byte by step, until their checkpoint is complete
 
     def save(self, step: int, meta: dict[str, Any]) -> None:
         """Write the checkpoint of `step`. If a value is not finite or the disk is full, say so and keep the others."""
@@ -81,7 +82,7 @@ class Checkpointer:
         self._saving, self._meta = saving, meta
 
     def _as_shards(self, state: dict[str, Tensor]) -> dict[str, Tensor | DTensor]:
-        """Return this rank's state on the CPU; of a parameter that is cut by rows, as a DTensor of all ranks' rows."""
+        """Return this rank's state on the CPU. State that is split by rows becomes a DTensor of all ranks' rows."""
         cut = {id(bucket.parameters[0]) for bucket in buckets_of(self._optimizers) if not bucket.whole}
         names = {name for name, parameter in self._named if id(parameter) in cut}
         own = {key: t for key, t in state.items() if t.ndim and key.rsplit(".", 1)[0] in names}
@@ -120,7 +121,7 @@ class Checkpointer:
             time.sleep(0.01)
 
     def add_measurement(self, step: int, bpb: float) -> None:
-        """Put the bits per byte of `step` beside its checkpoint, as soon as that is complete."""
+        """Store the bits per byte of `step` with its checkpoint, as soon as that is complete."""
         self._measured[step] = bpb
         self._note_measurement()
 

@@ -32,7 +32,7 @@ from nanochat_native.training.sizing import largest_divisor
 from nanochat_native.training.task import SAMPLE_TOKENS, Sample
 from nanochat_native.training.trainer import Trainer
 
-VAL_SHARE = 0.1  # of the conversations is held out if there is no --val-data
+VAL_SHARE = 0.1  # share of the conversations that is held out without --val-data
 LENGTHS = 16  # the length of a row, that of the longest conversation, is rounded up to a multiple of this
 CPU_ROWS, GPU_ROWS = 8, 32
 INHERITED_FLAGS = ("depth", "head_dim", "n_kv_head", "window_pattern", "vocab_size")

@@ -17,7 +17,7 @@ from nanochat_native.training import resolve
 from nanochat_native.training.task import SAMPLE_TOKENS, Sample
 
 PYTHON_PROMPTS = ("def __init__(self", "import os\n", "class")
-PROMPT_TOKENS = 16  # of the validation text, for a prompt if the text need not be Python
+PROMPT_TOKENS = 16  # tokens of the validation text in a prompt, for other data than the standard library
 
 
 class Pretraining:

@@ -1,4 +1,4 @@
-"""What a run prints about itself: what it will do, its progress, how it ended and how to continue."""
+"""The messages of a run: what it will do, its progress, how it ended and how to continue."""
 
 import shlex
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ EXPECTED_MFU = {"cpu": 0.9, "cuda": 0.4}  # for the time that is announced befor
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is going to do."""
+    """The plan of a run, for its announcement."""
 
     config: TrainConfig
     world_size: int
@@ -38,11 +38,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of train() ended.
+    """The outcome of a call of train().
 
-    steps, seconds: of this call; step: of the run.
-    saved_step: of the newest checkpoint; -1 if there is none.
-    diagnosed, diagnosis_seconds: steps whose layers were measured, and the time that it took.
+    Attributes:
+        step: the optimizer steps of the run.
+        steps, seconds: the steps of this call, and the time that they took.
+        saved_step: the step of the newest checkpoint; -1 if there is none.
+        diagnosed, diagnosis_seconds: the steps whose layers were measured, and the time that it took.
     """
 
     config: TrainConfig
@@ -185,7 +187,7 @@ def next_commands(outcome: Outcome) -> list[str]:
     if outcome.saved_step < config.num_iterations:
         lines = [f"resume   {train}"]
     else:
-        lines = [f"go on    {train} --num-iterations {2 * config.num_iterations}"]
+        lines = [f"extend   {train} --num-iterations {2 * config.num_iterations}"]
     if isinstance(config, FinetuneConfig):
         lines.append(f"talk     python -m nanochat_native.chat --checkpoint {folder}")
     elif outcome.has_tokenizer:

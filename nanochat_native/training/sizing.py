@@ -1,4 +1,4 @@
-"""How a batch is divided into micro-batches that fit the device, and how much memory a run takes."""
+"""Divides a batch into micro-batches that fit the device, and estimates the memory of a run."""
 
 import dataclasses
 

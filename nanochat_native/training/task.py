@@ -1,4 +1,4 @@
-"""What a run trains on: the parts of training in which pretraining and fine-tuning differ."""
+"""The task of a run: the parts of training in which pretraining and fine-tuning differ."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol

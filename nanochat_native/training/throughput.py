@@ -1,4 +1,4 @@
-"""How fast a run is, against the peak rate of its device."""
+"""The speed of a run, in steps and as a share of the peak rate of its device."""
 
 import time
 

@@ -1,7 +1,8 @@
 """One training run, from its config to its last checkpoint.
 
-What a step computes is a pure function of the config, the data and the step: batches are found by (seed, step), and
-samples have a random generator of their own. So a run that was killed resumes with exactly the same losses.
+A step is a pure function of the weights, the config, the data and the number of the step: batches are found by
+(seed, step), and samples have their own random generator. A run that was killed therefore resumes with exactly the same
+losses.
 """
 
 import contextlib
@@ -118,7 +119,7 @@ class Trainer:
         self.diagnosis = Diagnosis(self.model, self.optimizers, world) if config.diagnose else None
 
         self.step = 0  # optimizer steps done
-        self.stop_signal = 0  # that a rank has received
+        self.stop_signal = 0  # the signal that a rank has received
         self.skipped = self.skipped_in_a_row = 0
         self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
@@ -126,7 +127,7 @@ class Trainer:
 
     @property
     def setup(self) -> report.Setup:
-        """What the run is going to do, for its announcement."""
+        """The plan of the run, for its announcement."""
         return report.Setup(
             config=self.config,
             world_size=self.world.size,
@@ -314,8 +315,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _isolated(self, name: str) -> Iterator[None]:
-        """Within a block that all ranks run, turn an error into a failed report. An error that not all ranks share, as
-        when a rank is lost, still ends the run."""
+        """Turn an error in a block that all ranks run into a failed report.
+
+        An error that not all ranks share, as when a rank is lost, still ends the run.
+        """
         try:
             yield
         except Exception as error:

@@ -42,7 +42,7 @@ Value = torch.Tensor | Sequence[torch.Tensor] | int | float
 
 
 class KernelError(Exception):
-    """What a launch reported: the emulation's message, or the sanitizer's."""
+    """The message of a launch that failed, from the emulation or the sanitizer."""
 
 
 class Argument(ctypes.Union):
@@ -119,7 +119,7 @@ class Library:
         self._library = ctypes.CDLL(str(path))
 
     def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
-        """Calls an entry on tensors of `device`, which it may change. Raises KernelError."""
+        """Call an entry on tensors of `device`, which it may change. Raises KernelError."""
         if self.device == "cpu":
             self._call("set_schedule", seed, misalignment)
         self._call(entry, *values)
@@ -148,9 +148,9 @@ class Library:
 
 @functools.cache
 def without_randomisation() -> list[str]:
-    """What to start a program with: ThreadSanitizer may find no room for its shadow where mappings spread too widely.
+    """Return a command that starts a program without randomised addresses, which ThreadSanitizer's shadow may not fit.
 
-    Empty where that is not allowed, as in some containers.
+    It is empty where that is not allowed, as in some containers.
     """
     command = ["setarch", "-R"]
     allowed = shutil.which("setarch") and subprocess.run([*command, "true"], capture_output=True).returncode == 0
@@ -166,7 +166,7 @@ class Program:
         self.path, self.folder = path, folder  # calls and results are written into the folder
 
     def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
-        """As Library.call; KernelError also carries the sanitizer's report."""
+        """Call an entry as Library.call does; KernelError also carries the sanitizer's report."""
         tensors: list[torch.Tensor] = []
         name = entry.encode()
         parts = [struct.pack("=ii", 1, len(name)), name, struct.pack("=qqi", seed, misalignment, len(values))]

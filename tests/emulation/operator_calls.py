@@ -38,7 +38,7 @@ class Operators:
 
 
 def number_and_address(value, default):
-    """What a number or a tensor travels as: the number, and where the number stands."""
+    """Return a number or a tensor in the form of an entry: the number, and the address of the number."""
     return (default, value) if isinstance(value, torch.Tensor) else (type(default)(value), 0)
 
 
@@ -204,7 +204,7 @@ FORMS = {"plain": 0, "gram": 1}
 
 @dataclass(frozen=True)
 class Plan:
-    """How newton_schulz goes about it; of each form: bytes of workspace, steps on one Gram matrix in turn, float16?"""
+    """The plan of newton_schulz. For each form: bytes of workspace, steps on one Gram matrix in turn, float16?"""
 
     form: str
     bytes: dict[str, int]

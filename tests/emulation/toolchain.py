@@ -1,4 +1,4 @@
-"""What the tests of CUDA sources need of a toolkit: its compiler, headers and disassembler, and what ptxas says.
+"""The CUDA toolkit for the tests of CUDA sources: its compiler, headers and disassembler, and the report of ptxas.
 
 `python tests/emulation/toolchain.py [file.cu ...]` prints what each kernel uses; without files, those of csrc/cuda.
 """
@@ -26,7 +26,7 @@ HGMMA = 0x1F0  # wgmma in machine code: the low 9 bits of the instruction, for e
 
 
 class MissingError(Exception):
-    """What is not installed."""
+    """A part of the toolkit that is not installed."""
 
 
 # --- tools and headers ---
@@ -49,7 +49,7 @@ def nvcc():
 
 
 def architectures():
-    """What setup.py builds for, as nvcc's -arch takes it: sm_80, sm_90a."""
+    """Return the architectures that setup.py builds for, in the form of nvcc's -arch: sm_80, sm_90a."""
     entries = _setup().DEFAULT_ARCHITECTURES.split(";")
     return ["sm_" + entry.removesuffix("+PTX").replace(".", "") for entry in entries]
 
@@ -63,13 +63,13 @@ def host_compiler():
 
 
 def _package_folders(name):
-    """Where an installed package lies, without importing it."""
+    """Return the folders of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
 
 
 def _nvcc_plan():
-    """What nvcc would run, with the folders that it would look into."""
+    """Return the commands that nvcc would run, with the folders that it would search."""
     command = [nvcc(), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
     return subprocess.run(command, capture_output=True, text=True).stderr
 
@@ -112,7 +112,7 @@ def nvdisasm():
 
 @dataclass
 class Kernel:
-    """What ptxas says of one function; bytes. A function that is not a kernel has no registers of its own."""
+    """The report of ptxas on one function, in bytes. A function that is not a kernel has no registers of its own."""
 
     symbol: str
     name: str
@@ -135,7 +135,7 @@ class Compiled:
     remarks: list[str]  # ptxas's warnings and what it gives a number, "(C7508) ... 'setmaxnreg' ignored ..."
 
     def complaints(self, allowed=()):
-        """What a kernel must not have: stack frames, spills, and remarks, but those that start as `allowed`."""
+        """Return stack frames, spills, and remarks that do not start with `allowed`, which no kernel may have."""
         found = [remark for remark in self.remarks if not remark.startswith(allowed)]
         for kernel in self.kernels:
             if kernel.stack:
@@ -205,7 +205,7 @@ def compile_all(sources, jobs=2):
 
 
 def table(results):
-    """What every kernel uses, a line each."""
+    """Return the resources of every kernel, a line each."""
     rows = [("kernel", "arch", "registers", "shared", "stack", "spills")]
     for one in results:
         for kernel in sorted(one.kernels, key=lambda kernel: kernel.name):

@@ -92,6 +92,8 @@ def measure(options: Options) -> Measured:
     # Memory after the forward pass, without the gradients that the loss computes and without copies of weights.
     weight, element = step.model.lm_head.weight, 2 if options.dtype == "bfloat16" else 4
     start = next(snapshot for snapshot in snapshots(options) if snapshot.phase == "backward")
-    of_loss = element * (weight.numel() + options.tokens * weight.size(1))
+    loss_gradients = element * (weight.numel() + options.tokens * weight.size(1))
     left = began["backward"] - began["forward"]
-    return Measured({name: highest[name] for name in PHASES}, left - of_loss - start.parts["weights in bfloat16"])
+    return Measured(
+        {name: highest[name] for name in PHASES}, left - loss_gradients - start.parts["weights in bfloat16"]
+    )

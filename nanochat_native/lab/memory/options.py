@@ -11,16 +11,12 @@ import tyro
 
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.optim.routing import DEFAULT_LEARNING_RATES
-from nanochat_native.runtime.flags import UNSET, flag
+from nanochat_native.runtime.flags import UNSET, auto_flag, flag, is_unset
 
 SIZES = ("depth", "device_batch_size", "max_seq_len", "vocab_size", "dtype")
 PLANNED = (20, 16, 2048, 65536, "bfloat16")
 RUN_ON_GPU = (12, 16, 2048, 32768, "bfloat16")
 RUN_ON_CPU = (4, 8, 256, 8192, "float32")
-
-
-def _auto(metavar: str, default: str) -> Any:
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass(frozen=True)
@@ -32,19 +28,19 @@ class Options:
     take less than a minute (depth 4, 8 x 256 tokens, vocabulary 8192, float32), on a GPU depth 12 and vocabulary 32768.
     """
 
-    depth: Annotated[int, _auto("INT", "20; if steps are run, 4 on a CPU and 12 on a GPU")] = UNSET
+    depth: Annotated[int, auto_flag("INT", "20; if steps are run, 4 on a CPU and 12 on a GPU")] = UNSET
     """Layers; the width is 64 times this."""
     nproc: int = 1
     """Ranks. Several ranks are only predicted, for hybrid and adamw, without the buffers of the collectives."""
-    device_batch_size: Annotated[int, _auto("INT", "16; 8 if steps are run on a CPU")] = UNSET
+    device_batch_size: Annotated[int, auto_flag("INT", "16; 8 if steps are run on a CPU")] = UNSET
     """Sequences in a micro-batch."""
-    max_seq_len: Annotated[int, _auto("INT", "2048; 256 if steps are run on a CPU")] = UNSET
+    max_seq_len: Annotated[int, auto_flag("INT", "2048; 256 if steps are run on a CPU")] = UNSET
     """Tokens in a sequence."""
-    vocab_size: Annotated[int, _auto("INT", "65536; if steps are run, 8192 on a CPU and 32768 on a GPU")] = UNSET
+    vocab_size: Annotated[int, auto_flag("INT", "65536; if steps are run, 8192 on a CPU and 32768 on a GPU")] = UNSET
     """Tokens in the vocabulary."""
     head_dim: int = 128
     """Maximum number of channels of an attention head."""
-    n_kv_head: Annotated[int, _auto("INT", "as many as query heads")] = UNSET
+    n_kv_head: Annotated[int, auto_flag("INT", "as many as query heads")] = UNSET
     """Key/value heads; must divide the number of query heads."""
     optimizer: Literal["hybrid", "muon_sgd", "adamw", "adam", "sgd_momentum", "sgd"] = "hybrid"
     """Optimizer of train; hybrid is Muon and AdamW."""
@@ -65,9 +61,9 @@ class Options:
     """Run steps on random tokens, and print the measured memory beside the predicted memory."""
     checkpointing: bool = False
     """Run steps with and without --grad-checkpoint, and print the memory and the time of both."""
-    gpu_memory: Annotated[float | None, _auto("GIB", "not used")] = None
+    gpu_memory: Annotated[float | None, auto_flag("GIB", "not used")] = None
     """Print the largest --device-batch-size that fits a GPU with this memory in GiB (2^30 bytes), e.g. 24 or 80."""
-    out: Annotated[Path | None, _auto("FOLDER", "no file is written")] = None
+    out: Annotated[Path | None, auto_flag("FOLDER", "no file is written")] = None
     """Folder for result.json and the picture."""
 
     @property
@@ -89,7 +85,7 @@ def sized(options: Options) -> Options:
     """
     for name in (*SIZES[:4], "nproc", "head_dim", "n_kv_head", "micro_batches"):
         value = getattr(options, name)
-        if value < 1 and not value == UNSET == options.__dataclass_fields__[name].default:
+        if value < 1 and not is_unset(options, name):
             raise ValueError(f"{flag(name)} must be a whole number >= 1, got {value}")
     if options.gpu_memory is not None and not 0 < options.gpu_memory < math.inf:
         raise ValueError(f"--gpu-memory must be a finite number of GiB above 0, got {options.gpu_memory}")
@@ -127,5 +123,5 @@ def model_config(options: Options) -> GPTConfig:
         vocab_size=options.vocab_size,
         sequence_len=options.max_seq_len,
         head_dim=options.head_dim,
-        n_kv_head=None if options.n_kv_head == UNSET else options.n_kv_head,
+        n_kv_head=None if is_unset(options, "n_kv_head") else options.n_kv_head,
     )

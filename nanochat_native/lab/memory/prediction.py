@@ -96,7 +96,7 @@ def snapshots(options: Options) -> list[Snapshot]:
             at_loss,
             stream + 4 * tokens + logits,
         ),
-        # The gradients are scaled. That of lm_head is then converted to float32, beside the original.
+        # The gradients are scaled. That of lm_head is then converted to float32, next to the original.
         ("backward", held + 2 * e * head, copies, at_loss, 2 * stream),
         ("backward", held + (6 * head if e == 2 else 0), copies, at_loss, stream),
     ]
@@ -142,15 +142,15 @@ def activation_bytes(options: Options) -> int:
 
 def static_bytes(model: GPT, ranks: int, optimizer: str = "hybrid") -> tuple[int, int]:
     """Return the bytes of (weights, optimizers' state) on the rank that has most of both."""
-    of_ends, of_matrices = STATE[optimizer]
+    per_end, per_matrix = STATE[optimizer]
     by_rows = model.parameters() if optimizer == "adamw" else (model.wte.weight, model.lm_head.weight)
     rows = sum(split_rows(parameter, ranks).shard for parameter in by_rows)
-    weights, state = 4 * ranks * rows, 4 * of_ends * rows
+    weights, state = 4 * ranks * rows, 4 * per_end * rows
     held = [0] * ranks
     for run, layout in _runs(model, ranks) if optimizer != "adamw" else ():
         weights += 4 * ranks * layout.shard
         for parameter, owner in zip(run, layout.owners, strict=True):
-            held[owner] += 4 * of_matrices * parameter.numel()
+            held[owner] += 4 * per_matrix * parameter.numel()
     return weights, state + max(held)
 
 
@@ -175,8 +175,8 @@ def optimizer_work(model: GPT, options: Options) -> int:
         for (*_, M, N), count in batches.items():
             work = max(work, count * (8 * M * N + (10 * min(M, N) ** 2 if gpu else 0)))
     elif options.optimizer == "adam":
-        # The root of exp_avg_sq: on a GPU of all parameters with one rate; on a CPU of a tensor, and divided, beside
-        # that of the previous tensor. The largest tensors of a block are two of one shape in a row.
+        # The root of exp_avg_sq: on a GPU for all parameters with one rate; on a CPU for one tensor, with its quotient,
+        # while the root of the previous tensor still exists. The two largest tensors of a block follow each other.
         head, largest = model.lm_head.weight.numel(), max(p.numel() for p in model.blocks[0].parameters())
         work = 4 * max(head, model.num_params() - 2 * head) if gpu else max(8 * head, 12 * largest)
     return max(clipping, work)
