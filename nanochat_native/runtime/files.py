@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -32,7 +33,11 @@ def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], obj
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        fsync(path.parent)
+        try:
+            fsync(path.parent)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
+                raise
     except OSError as error:
         if error.errno is not None:
             error.filename, error.filename2 = str(path), None
