@@ -135,7 +135,7 @@ def test_attention_logits_against_every_pair():
                         largest = max(largest, abs(logit))
         expected[f"h.{number}"] = largest
         assert largest <= math.sqrt(8) * 1.001
-        x = block(x, cos, sin, None)
+        x = block(x, cos, sin)
     assert of(found, "attention_logit") == pytest.approx(expected, rel=1e-4)
     assert model.blocks[0].attn.window == 6
     assert largest_logit(model.blocks[0].attn, x, cos, sin) > 0

@@ -107,7 +107,7 @@ def test_each_row_holds_a_conversation_whose_answers_are_the_targets():
         [1, 2],
         [2, 3],
     ]
-    with pytest.raises(ValueError, match="rows of 6"):
+    with pytest.raises(ValueError, match="a row of 6 tokens, got 6"):
         rows.pair(3, 6)
 
 
@@ -202,7 +202,7 @@ def test_other_commands_take_the_run(base, capsys):
     assert run_folder.load_config(folder).rate_scale == 0.5
     capsys.readouterr()
     assert train_main(["--resume", str(folder)]) == 2
-    assert "a run of nanochat_native.finetune" in capsys.readouterr().err
+    assert "was created by nanochat_native.finetune" in capsys.readouterr().err
     assert finetune.main(["--resume", str(base / "runs" / "base")]) == 2
     assert "a run of nanochat_native.train" in capsys.readouterr().err
     assert evaluate.main(["--checkpoint", str(folder)]) == 2
@@ -383,7 +383,7 @@ def test_a_file_may_hold_several_forms_and_the_notes_name_them(base):
 
 
 def test_an_error_after_many_good_records_names_its_line(base):
-    with pytest.raises(ValueError, match=r"made.jsonl, line 51: the record has the keys 'text'; it takes messages"):
+    with pytest.raises(ValueError, match=r"made.jsonl, line 51: the record has the keys 'text'; it must have messages"):
         chats_of(base, [chat("q", "a")] * 50 + [{"text": "x"}])
 
 

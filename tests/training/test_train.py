@@ -162,7 +162,7 @@ def test_overwrite_deletes_nothing_that_is_no_run(folder, capsys):
     (foreign / "checkpoints" / "chapter.txt").write_text("all of it")
     (foreign / "config.json").write_text('{"format": "another program"}')
     assert train(folder, run="thesis", overwrite=True) == 2
-    assert "no run" in capsys.readouterr().err
+    assert "not a run" in capsys.readouterr().err
     assert (foreign / "checkpoints" / "chapter.txt").read_text() == "all of it"
     assert {p.name for p in foreign.iterdir()} == {"checkpoints", "config.json"}
 
@@ -183,7 +183,7 @@ def test_overwrite_keeps_the_old_run_when_the_new_one_cannot_start(folder):
         ({"n_kv_head": 3}, "n_kv_head 3"),
         ({"total_batch_size": 2**20, "device_batch_size": 2**15}, "smaller batch"),
         ({"depth": "deep"}, "--depth must be a whole number"),
-        ({"resume": "/nonexistent/run"}, "no run"),
+        ({"resume": "/nonexistent/run"}, "not a run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
