@@ -343,7 +343,7 @@ def test_the_raw_operator_checks_too():
     ):
         with pytest.raises(error, match=words):
             raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=1, **(options | change))
-    with pytest.raises(ValueError, match="step is 0"):
+    with pytest.raises(ValueError, match="step must be at least 1, got 0"):
         raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=0, **options)
     with pytest.raises(TypeError, match=r"exp_avgs must have one of the dtypes .*, got BFloat16"):
         raw.adamw_(params, grads, [exp_avgs[0].bfloat16()], exp_avg_sqs, step=1, **options)

@@ -217,7 +217,7 @@ def test_schema_fake_and_version_of_the_cache():
         ({"tokens": [[1], [2]], "slots": [1, 1], "starts": [0, 0]}, "twice|distinct"),
         ({"slots": [1, 2]}, "slots"),
         ({"starts": []}, "starts"),
-        ({"tokens": [1, 2]}, "tokens (has|and cache must have) shape"),
+        ({"tokens": [1, 2]}, "tokens(, cache and wte| and cache) must have"),
         ({"tokens": [[]]}, "T (from|>=) 1"),
     ],
     ids=lambda value: str(value)[:40],

@@ -282,5 +282,5 @@ def test_the_raw_operator_checks_too():
         OPERATOR(x, weight, targets[:4], 15.0, -1, "mean", False, False)
     with pytest.raises(TypeError, match="weight must have dtype Float, got Double"):
         OPERATOR(x, weight.double(), targets, 15.0, -1, "mean", False, False)
-    with pytest.raises(ValueError, match="reduction is average"):
+    with pytest.raises(ValueError, match="reduction must be mean, sum or none, got average"):
         OPERATOR(x, weight, targets, 15.0, -1, "average", False, False)

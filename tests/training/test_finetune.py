@@ -204,7 +204,7 @@ def test_other_commands_take_the_run(base, capsys):
     assert train_main(["--resume", str(folder)]) == 2
     assert "was created by nanochat_native.finetune" in capsys.readouterr().err
     assert finetune.main(["--resume", str(base / "runs" / "base")]) == 2
-    assert "a run of nanochat_native.train" in capsys.readouterr().err
+    assert "was created by nanochat_native.train" in capsys.readouterr().err
     assert evaluate.main(["--checkpoint", str(folder)]) == 2
     assert "was fine-tuned on conversations; give text by --data" in capsys.readouterr().err
     assert evaluate.main(["--checkpoint", str(folder), "--data", str(base / "text.jsonl")]) == 0
