@@ -409,7 +409,7 @@ def test_float16_is_refused_on_the_cpu():
 
 def test_the_raw_operator_checks_too():
     q, k, v = inputs(1, 4, 4, 2, 2, 4)
-    with pytest.raises(ValueError, match="H is 2, Hkv is 3"):
+    with pytest.raises(ValueError, match="H must be a multiple of Hkv, got 2 and 3"):
         FORWARD(q, torch.zeros(1, 4, 3, 4), torch.zeros(1, 4, 3, 4), True, -1, 1.0)
     with pytest.raises(TypeError, match="v must have dtype Float, got Double"):
         FORWARD(q, k, v.double(), True, -1, 1.0)

@@ -206,7 +206,7 @@ def test_other_commands_take_the_run(base, capsys):
     assert finetune.main(["--resume", str(base / "runs" / "base")]) == 2
     assert "was created by nanochat_native.train" in capsys.readouterr().err
     assert evaluate.main(["--checkpoint", str(folder)]) == 2
-    assert "was fine-tuned on conversations; give text by --data" in capsys.readouterr().err
+    assert "was fine-tuned on conversations; set --data to a text" in capsys.readouterr().err
     assert evaluate.main(["--checkpoint", str(folder), "--data", str(base / "text.jsonl")]) == 0
     assert run(base, "again", checkpoint=folder) == 0, "a fine-tuned model is fine-tuned again"
 
