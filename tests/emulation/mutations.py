@@ -167,13 +167,13 @@ def adamw(kernels, schedule, dtype=torch.float32, moments=torch.float32, **optio
     exp_avgs, squares = ([randn(generator, n, dtype=moments, offset=at) for n, at in sizes] for _ in range(2))
     exp_avg_sqs = [square.abs_() for square in squares]
     ours = (params, grads, exp_avgs, exp_avg_sqs)
-    twin = [[tensor.clone() for tensor in tensors] for tensors in ours]
+    expected = [[tensor.clone() for tensor in tensors] for tensors in ours]
     options = SETTINGS | {"step": 3} | options
     operators.adamw_(kernels, *ours, schedule=schedule, **options)
     if options.get("stochastic_rounding"):
-        return check_rounding(ours, twin, options)
-    reference.adamw_(*twin, **options)
-    for mine, other in zip(ours, twin, strict=True):
+        return check_rounding(ours, expected, options)
+    reference.adamw_(*expected, **options)
+    for mine, other in zip(ours, expected, strict=True):
         for a, b in zip(mine, other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=2e-5 if a.dtype == torch.float32 else 2**-7)
     return None
@@ -211,16 +211,18 @@ def muon(kernels, seed):
     generator = torch.Generator().manual_seed(seed)
     for shape, offset in (((64, 64), 0), ((33, 67), 0), ((16, 20), 1)):
         grads, buffers, params = ([randn(generator, *shape, offset=offset) for _ in range(3)] for _ in range(3))
-        twin_buffers, twin_params = ([tensor.clone() for tensor in tensors] for tensors in (buffers, params))
+        expected_buffers, expected_params = ([tensor.clone() for tensor in tensors] for tensors in (buffers, params))
         update, norms = operators.muon_momentum_(kernels, grads, buffers, momentum=0.9, return_norm=True, schedule=seed)
         operators.muon_update_(
             kernels, params, update, lr=0.1, weight_decay=0.5, scale=2.0, cautious=True, schedule=seed
         )
-        twin_update, twin_norms = reference.muon_momentum_(grads, twin_buffers, momentum=0.9, return_norm=True)
-        reference.muon_update_(twin_params, twin_update, lr=0.1, weight_decay=0.5, scale=2.0, cautious=True)
-        torch.testing.assert_close(update, twin_update)
-        torch.testing.assert_close(norms, twin_norms, rtol=1e-6, atol=0)
-        for mine, other in zip((*buffers, *params), (*twin_buffers, *twin_params), strict=True):
+        expected_update, expected_norms = reference.muon_momentum_(
+            grads, expected_buffers, momentum=0.9, return_norm=True
+        )
+        reference.muon_update_(expected_params, expected_update, lr=0.1, weight_decay=0.5, scale=2.0, cautious=True)
+        torch.testing.assert_close(update, expected_update)
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
+        for mine, other in zip((*buffers, *params), (*expected_buffers, *expected_params), strict=True):
             torch.testing.assert_close(mine, other)
 
 
@@ -254,11 +256,11 @@ def into_params(kernels, seed, dtype, *shape, **path):
     update = torch.randn(3, *shape, generator=generator)
     norms = torch.linalg.matrix_norm(update.double())
     params = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
-    twin = [param.clone() for param in params]
+    expected = [param.clone() for param in params]
     options = {"lr": 0.1, "weight_decay": 0.5, "scale": 3.0, "cautious": True, "steps": 1, "norms": norms}
     operators.newton_schulz(kernels, update, params=params, schedule=seed, **options, **path)
-    reference.newton_schulz_update_(twin, update, **options)
-    for mine, other in zip(params, twin, strict=True):
+    reference.newton_schulz_update_(expected, update, **options)
+    for mine, other in zip(params, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-3, rtol=2**-7)
 
 

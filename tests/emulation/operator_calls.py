@@ -1,6 +1,6 @@
 """The CUDA operators of csrc/cuda without torch's bindings: raw pointers, through tests/emulation/operators/*.cpp.
 
-Each function has the arguments of its twin in nanochat_native.ops.reference, and `schedule`, the emulation's seed.
+Each function has the arguments of its reference in nanochat_native.ops.reference, and `schedule`, the emulation's seed.
 """
 
 from dataclasses import dataclass

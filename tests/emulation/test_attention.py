@@ -1,4 +1,4 @@
-"""The CUDA kernels of attention against their twin in float64: emulated, under sanitizers, and on a GPU; both paths."""
+"""CUDA attention against its reference in float64: emulated, under sanitizers, and on a GPU. Both paths."""
 
 import operator_calls as operators
 import pytest
@@ -51,7 +51,7 @@ def inputs(device, B, Tq, Tk, H, Hkv, D, dtype=BF16):
     return [torch.randn(B, T, heads, D, device=device).to(dtype) for T, heads in shapes]
 
 
-def by_twin(dtype, q, k, v, dout, **options):
+def run_reference(dtype, q, k, v, dout, **options):
     """out, dq, dk, dv, computed from and in `dtype`."""
     q, k, v = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v))
     out = reference.attention(q, k, v, **options)
@@ -63,10 +63,10 @@ def check(attention, q, k, v, dout, *, schedule=0, multiprocessors=2, **options)
     out, lse = attention.forward(q, k, v, schedule=schedule, multiprocessors=multiprocessors, **options)
     places = {"schedule": schedule, "multiprocessors": multiprocessors}
     grads = attention.backward(dout, q, k, v, out, lse, **places, **options)
-    exact = by_twin(torch.float64, q, k, v, dout, **options)
-    twin = by_twin(q.dtype, q, k, v, dout, **options)
+    exact = run_reference(torch.float64, q, k, v, dout, **options)
+    expected = run_reference(q.dtype, q, k, v, dout, **options)
     cancellation = 16 * torch.finfo(torch.float32).eps * max(q.size(1), k.size(1)) ** 0.5
-    for name, mine, theirs, ref in zip(("out", "dq", "dk", "dv"), (out, *grads), twin, exact, strict=True):
+    for name, mine, theirs, ref in zip(("out", "dq", "dk", "dv"), (out, *grads), expected, exact, strict=True):
         rounding = ((ref.to(q.dtype) + 0.3 - 0.3).double() - ref).abs().max()
         bound = 2 * (theirs.double() - ref).abs().max() + 2 * rounding + cancellation
         assert (mine.double() - ref).abs().max() <= bound, name

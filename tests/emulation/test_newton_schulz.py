@@ -201,11 +201,11 @@ def test_same_bits_for_every_schedule_address_and_number_of_multiprocessors(unwa
 def check_update(newton_schulz, shape, dtype, cautious, form=None, count=3, steps=5):
     update = torch.randn(count, *shape, device=newton_schulz.device)
     params = [torch.randn(shape, device=update.device).to(dtype) for _ in range(count)]
-    twin = [param.clone() for param in params]
+    expected = [param.clone() for param in params]
     rates = {"lr": 0.1, "weight_decay": 0.5, "scale": 3.0, "cautious": cautious}
-    reference.muon_update_(twin, newton_schulz(update, form=form, steps=steps), **rates)
+    reference.muon_update_(expected, newton_schulz(update, form=form, steps=steps), **rates)
     newton_schulz(update, form=form, steps=steps, params=params, **rates)
-    for mine, other in zip(params, twin, strict=True):
+    for mine, other in zip(params, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=2e-5 if dtype == F32 else 2**-7)
 
 

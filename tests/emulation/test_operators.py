@@ -1,4 +1,4 @@
-"""The CUDA kernels of the optimizers and the loss against their twins: emulated, under sanitizers, and on a GPU."""
+"""CUDA optimizers and loss against their references: emulated, under sanitizers, and on a GPU."""
 
 import operator_calls as operators
 import pytest
@@ -56,20 +56,20 @@ def assert_near(mine, other):
 
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize(("dtype", "moments"), TYPES)
-def test_adamw_matches_the_twin(unwatched, dtype, moments, cautious):
+def test_adamw_matches_the_reference(unwatched, dtype, moments, cautious):
     check_adamw(unwatched, dtype, moments, cautious)
 
 
 def check_adamw(library, dtype, moments, cautious):
     ours = random_lists(library.device, dtype, moments)
-    twin, grads = clone(ours), clone(ours)[1]
+    expected, grads = clone(ours), clone(ours)[1]
     operators.adamw_(library, *ours, step=3, cautious=cautious, schedule=2, **SETTINGS)
-    reference.adamw_(*twin, step=3, cautious=cautious, **SETTINGS)
+    reference.adamw_(*expected, step=3, cautious=cautious, **SETTINGS)
     assert_same_bits([ours[1]], [grads])
     for index in (2, 3):
-        for mine, other in zip(ours[index], twin[index], strict=True):
+        for mine, other in zip(ours[index], expected[index], strict=True):
             assert_near(mine, other)
-    for mine, other, m in zip(ours[0], twin[0], twin[2], strict=True):
+    for mine, other, m in zip(ours[0], expected[0], expected[2], strict=True):
         sure = m.float().abs() > 1e-3  # where m all but vanishes, rounding decides its sign
         assert_near(mine[sure], other[sure])
 
@@ -94,10 +94,10 @@ def check_adamw_alignment(library, dtype, moments, rounding):
 def test_adamw_takes_more_tensors_than_a_table_holds(unwatched):
     sizes = [1 + i % 5 for i in range(745)]
     ours = random_lists(unwatched.device, torch.float32, torch.float32, sizes)
-    twin = clone(ours)
+    expected = clone(ours)
     operators.adamw_(unwatched, *ours, step=1, **SETTINGS)
-    reference.adamw_(*twin, step=1, **SETTINGS)
-    for mine, other in zip(ours[0], twin[0], strict=True):
+    reference.adamw_(*expected, step=1, **SETTINGS)
+    for mine, other in zip(ours[0], expected[0], strict=True):
         assert_near(mine, other)
 
 
@@ -189,14 +189,14 @@ def test_muon_momentum(unwatched, shape, dtype, nesterov, place):
 def check_muon_momentum(library, shape, dtype, nesterov, place):
     grads = place([torch.randn(shape, device=library.device).to(dtype) for _ in range(3)])
     buffers = place([torch.randn(shape, device=library.device) for _ in range(3)])
-    twin_buffers = clone([buffers])[0]
+    expected_buffers = clone([buffers])[0]
     options = {"momentum": 0.9, "nesterov": nesterov, "return_norm": True}
     update, norms = operators.muon_momentum_(library, grads, buffers, **options)
-    twin_update, twin_norms = reference.muon_momentum_(grads, twin_buffers, **options)
-    torch.testing.assert_close(update, twin_update)
+    expected_update, expected_norms = reference.muon_momentum_(grads, expected_buffers, **options)
+    torch.testing.assert_close(update, expected_update)
     torch.testing.assert_close(norms, update.double().flatten(1).norm(dim=1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(norms, twin_norms, rtol=1e-6, atol=0)
-    for mine, other in zip(buffers, twin_buffers, strict=True):
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
+    for mine, other in zip(buffers, expected_buffers, strict=True):
         torch.testing.assert_close(mine, other)
 
 
@@ -223,12 +223,12 @@ def test_muon_update(unwatched, shape, dtype, cautious, place):
 
 def check_muon_update(library, shape, dtype, cautious, place):
     params = place([torch.randn(shape, device=library.device).to(dtype) for _ in range(3)])
-    twin = clone([params])[0]
+    expected = clone([params])[0]
     update = place([torch.randn(3, *shape, device=library.device)])[0]
     options = {"lr": 0.1, "weight_decay": 0.5, "scale": 3.0, "cautious": cautious}
     operators.muon_update_(library, params, update, **options)
-    reference.muon_update_(twin, update, **options)
-    for mine, other in zip(params, twin, strict=True):
+    reference.muon_update_(expected, update, **options)
+    for mine, other in zip(params, expected, strict=True):
         assert_near(mine, other)
 
 
@@ -248,13 +248,13 @@ def test_muon_reads_its_numbers_where_they_stand(library):
 def test_muon_takes_more_matrices_than_a_table_holds(unwatched):
     count = 2003
     grads, buffers, params = ([torch.randn(3, device=unwatched.device) for _ in range(count)] for _ in range(3))
-    twin_buffers, twin_params = clone([buffers, params])
+    expected_buffers, expected_params = clone([buffers, params])
     update, norms = operators.muon_momentum_(unwatched, grads, buffers, momentum=0.9, return_norm=True)
     operators.muon_update_(unwatched, params, update, lr=0.1)
-    twin_update, twin_norms = reference.muon_momentum_(grads, twin_buffers, momentum=0.9, return_norm=True)
-    reference.muon_update_(twin_params, twin_update, lr=0.1)
-    torch.testing.assert_close(norms, twin_norms, rtol=1e-6, atol=0)
-    torch.testing.assert_close(torch.stack(params), torch.stack(twin_params))
+    expected_update, expected_norms = reference.muon_momentum_(grads, expected_buffers, momentum=0.9, return_norm=True)
+    reference.muon_update_(expected_params, expected_update, lr=0.1)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.stack(params), torch.stack(expected_params))
 
 
 # --- softcap_cross_entropy ---

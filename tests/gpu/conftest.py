@@ -26,7 +26,7 @@ def cuda(device):
 
 @pytest.fixture
 def require_native(device):
-    """Skips, with the reason, where an operator has no native kernel: its twin would be compared with itself."""
+    """Skips, with the reason, where an operator has no native kernel: its reference would be compared with itself."""
 
     def require(*operators):
         for operator in operators:

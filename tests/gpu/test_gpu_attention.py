@@ -1,4 +1,4 @@
-"""attention on the GPU against its twin, on each instruction set that it takes: errors, masks, decoding, memory."""
+"""Attention on the GPU against its reference, on each instruction set: errors, masks, decoding, memory."""
 
 import warnings
 
@@ -50,11 +50,11 @@ def both(attention, q, k, v, dout, **options):
 
 def exact_and_bounds(q, k, v, dout, **options):
     """Results in float64, and for each the bound of the FlashAttention papers, as in test_ops_attention.py."""
-    twin = both(reference.attention, q, k, v, dout, **options)
+    expected = both(reference.attention, q, k, v, dout, **options)
     exact = both(reference.attention, q.double(), k.double(), v.double(), dout.double(), **options)
     cancellation = 16 * torch.finfo(torch.float32).eps * max(q.size(1), k.size(1)) ** 0.5
     bounds = []
-    for theirs, ref in zip(twin, exact, strict=True):
+    for theirs, ref in zip(expected, exact, strict=True):
         rounding = ((ref.to(q.dtype) + 0.3 - 0.3).double() - ref).abs().max()
         bounds.append(2 * (theirs.double() - ref).abs().max() + 2 * rounding + cancellation)
     return exact, bounds
@@ -252,7 +252,7 @@ def test_lengths(path, Tq, D, window):
     torch.testing.assert_close(out, expected, atol=1e-2, rtol=2e-2)
 
 
-# --- determinism, and what is served by the twin ---
+# --- determinism, and what is served by the reference ---
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ def test_the_same_bits_250_times(path, sizes):
         (BF16, 256, "a multiple of 8 up to 128, not 256"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_served_by_the_twin(cuda, require_native, monkeypatch, dtype, D, words):
+def test_what_the_kernels_do_not_take_is_served_by_the_reference(cuda, require_native, monkeypatch, dtype, D, words):
     require_native("attention")
     monkeypatch.setattr(backends, "warned", set())
     q, k, v, dout = inputs(cuda, 1, 70, 70, 2, 1, D, dtype)

@@ -266,9 +266,9 @@ def test_tensors_of_another_device_than_the_current_one(cuda, require_native, na
     other = torch.device("cuda", 1)
     call = CALLS[name](other)
     require_native(*call.operators)
-    twin = [tensor.to("cuda:0") for tensor in call.tensors]
+    copies = [tensor.to("cuda:0") for tensor in call.tensors]
     with torch.cuda.device(0):
-        results, expected = call(), call.run(twin)
+        results, expected = call(), call.run(copies)
     assert all(result.device == other for result in results)
     for mine, value in zip(results, expected, strict=True):
         torch.testing.assert_close(mine.cpu(), value.cpu())
@@ -304,8 +304,8 @@ def test_compute_sanitizer_finds_nothing(cuda, require_native, tool):
     assert (result.returncode, "all calls ran" in output) == (0, True), output[-4000:]
 
 
-def test_twins_agree_on_the_device(device):
-    """The oracle of these tests itself, against the CPU's: a twin that is wrong on a GPU would hide a wrong kernel."""
+def test_references_agree_on_the_device(device):
+    """Compare the references on the GPU with those on the CPU: a wrong reference would hide a wrong kernel."""
     grads = [torch.randn(5, 7, device=device)]
     for kind in (torch.device("cpu"), device):
         buffers = [torch.zeros(5, 7, device=kind)]

@@ -1,4 +1,4 @@
-"""linear_cross_entropy on the GPU against its twin in float64: loss and gradients, ignored and impossible targets."""
+"""linear_cross_entropy on the GPU against its reference in float64: loss, gradients, ignored and impossible targets."""
 
 import pytest
 import torch

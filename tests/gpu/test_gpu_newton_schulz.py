@@ -104,11 +104,11 @@ def test_zero_and_nan_stay_in_their_matrix(device, isa):
 )
 def test_update_is_newton_schulz_and_muon_update(device, isa, dtype, cautious, count, shape):
     params = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
-    twin, update = [param.clone() for param in params], torch.randn(count, *shape, device=device)
+    expected, update = [param.clone() for param in params], torch.randn(count, *shape, device=device)
     rates = {"lr": 0.1, "weight_decay": 0.2, "scale": 1.5, "cautious": cautious}
     ops.newton_schulz_update_(params, update, **rates)
-    ops.muon_update_(twin, ops.newton_schulz(update), **rates)
-    for mine, other in zip(params, twin, strict=True):
+    ops.muon_update_(expected, ops.newton_schulz(update), **rates)
+    for mine, other in zip(params, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=2e-5 if dtype == F32 else 2**-7)
 
 

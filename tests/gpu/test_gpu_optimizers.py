@@ -1,4 +1,4 @@
-"""adamw_, muon_momentum_, muon_update_ on the GPU: against twins and torch, at odd sizes and addresses, rounding."""
+"""adamw_, muon_momentum_, muon_update_ on the GPU against references and torch: odd sizes and addresses, rounding."""
 
 import pytest
 import torch
@@ -69,16 +69,16 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize(("dtype", "moments"), KINDS)
-def test_adamw_matches_the_twin(device, dtype, moments, cautious):
+def test_adamw_matches_the_reference(device, dtype, moments, cautious):
     ours = state(device, dtype=dtype, moments=moments)
-    twin = clone(ours)
+    expected = clone(ours)
     ops.adamw_(*ours, step=3, cautious=cautious, **SETTINGS)
-    reference.adamw_(*twin, step=3, cautious=cautious, **SETTINGS)
-    assert all(map(torch.equal, ours[1], twin[1]))
+    reference.adamw_(*expected, step=3, cautious=cautious, **SETTINGS)
+    assert all(map(torch.equal, ours[1], expected[1]))
     if cautious:  # a first moment that cancels to nothing has the sign of its rounding
-        for mine, other, first in zip(ours[0], twin[0], twin[2], strict=True):
+        for mine, other, first in zip(ours[0], expected[0], expected[2], strict=True):
             mine[first.abs() < 1e-6] = other[first.abs() < 1e-6] = 0
-    for mine, other in zip(ours, twin, strict=True):
+    for mine, other in zip(ours, expected, strict=True):
         assert_close(mine, other)
 
 
@@ -101,10 +101,10 @@ def test_adamw_matches_torch_in_float64_over_many_steps(device):
 @pytest.mark.parametrize("step", [1, 2, 1000, 1_000_000])
 def test_adamw_corrects_the_bias_of_early_and_late_steps(device, step):
     ours = state(device, [(5000,)])
-    twin = clone(ours)
+    expected = clone(ours)
     ops.adamw_(*ours, step=step, **SETTINGS)
-    reference.adamw_(*twin, step=step, **SETTINGS)
-    assert_close(ours[0], twin[0])
+    reference.adamw_(*expected, step=step, **SETTINGS)
+    assert_close(ours[0], expected[0])
 
 
 @pytest.mark.parametrize("rounding", [False, True])
@@ -126,10 +126,10 @@ def test_adamw_of_unaligned_views_gives_the_same_bits_and_writes_nothing_else(
 def test_adamw_of_hundreds_of_tensors_of_odd_sizes(device, dtype, moments):
     shapes = [(n,) for n in torch.randint(0, 3000, (700,)).tolist()]
     ours = state(device, shapes, dtype, moments)
-    twin = clone(ours)
+    expected = clone(ours)
     ops.adamw_(*ours, step=5, **SETTINGS)
-    reference.adamw_(*twin, step=5, **SETTINGS)
-    for mine, other in zip(ours, twin, strict=True):
+    reference.adamw_(*expected, step=5, **SETTINGS)
+    for mine, other in zip(ours, expected, strict=True):
         assert_close([torch.cat(mine)], [torch.cat(other)])
 
 
@@ -214,15 +214,15 @@ def test_adamw_of_more_than_two_billion_elements(cuda):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (7,)), (300, (37, 53)), (4, (512, 1536)), (2, (0, 4))])
-def test_muon_momentum_matches_the_twin(device, dtype, nesterov, count, shape):
+def test_muon_momentum_matches_the_reference(device, dtype, nesterov, count, shape):
     grads = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     buffers = [torch.randn(shape, device=device) for _ in range(count)]
-    twin, plain, kept = clone([buffers, buffers, grads])
+    expected_buffers, plain, kept = clone([buffers, buffers, grads])
     update, norms = ops.muon_momentum_(grads, buffers, momentum=0.9, nesterov=nesterov, return_norm=True)
-    expected, _ = reference.muon_momentum_(grads, twin, momentum=0.9, nesterov=nesterov, return_norm=True)
+    expected, _ = reference.muon_momentum_(grads, expected_buffers, momentum=0.9, nesterov=nesterov, return_norm=True)
     assert all(map(torch.equal, grads, kept))
     torch.testing.assert_close(update, expected, atol=1e-6, rtol=2e-6)
-    assert_close(buffers, twin)
+    assert_close(buffers, expected_buffers)
     assert norms.dtype == torch.float64
     torch.testing.assert_close(norms, update.double().flatten(1).norm(dim=1), rtol=1e-9, atol=0)
     assert torch.equal(ops.muon_momentum_(grads, plain, momentum=0.9, nesterov=nesterov), update)
@@ -246,14 +246,14 @@ def test_muon_momentum_of_unaligned_views_gives_the_same_bits(device, dtype, off
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (7,)), (300, (37, 53)), (4, (512, 1536)), (2, (0, 4))])
-def test_muon_update_matches_the_twin(device, dtype, cautious, count, shape):
+def test_muon_update_matches_the_reference(device, dtype, cautious, count, shape):
     params = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     update = torch.randn(count, *shape, device=device)
-    twin, kept = clone([params])[0], update.clone()
+    expected, kept = clone([params])[0], update.clone()
     settings = {"lr": 0.1, "weight_decay": 0.2, "scale": 1.5, "cautious": cautious}
     ops.muon_update_(params, update, **settings)
-    reference.muon_update_(twin, update, **settings)
-    assert_close(params, twin)
+    reference.muon_update_(expected, update, **settings)
+    assert_close(params, expected)
     assert torch.equal(update, kept)
 
 

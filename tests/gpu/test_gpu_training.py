@@ -39,10 +39,10 @@ def losses(device, backend, autocast):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_model_learns_alike_on_both_backends(device, require_native, autocast):
     require_native("attention", "adamw_", "linear_cross_entropy")
-    native, twin = (losses(device, backend, autocast) for backend in ("native", "torch"))
+    native, expected = (losses(device, backend, autocast) for backend in ("native", "torch"))
     assert native[0] == pytest.approx(math.log(1003), abs=0.01)
     assert native[-1] < 0.8 * native[0]
-    assert native == pytest.approx(twin, rel=0.03)
+    assert native == pytest.approx(expected, rel=0.03)
 
 
 def test_a_run(device, tmp_path):
