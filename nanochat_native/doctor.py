@@ -16,7 +16,8 @@ except ImportError as error:
 import nanochat_native
 from nanochat_native import ops
 from nanochat_native.bench import results_io
-from nanochat_native.ops.self_test import CHECKS, TOLERANCE, covers, difference, openmp_libraries, processor
+from nanochat_native.ops.self_test import CHECKS, TOLERANCE, covers, difference, openmp_libraries
+from nanochat_native.runtime import hardware
 
 
 def main(args: Sequence[str] = ()) -> int:
@@ -54,7 +55,8 @@ def main(args: Sequence[str] = ()) -> int:
         if len(openmp_libraries()) > 1:
             broken.append(f"two OpenMP libraries are loaded; import torch first: {sorted(openmp_libraries())}")
 
-    print(f"machine    {processor()}, instruction set {instruction_set}, {torch.get_num_threads()} threads")
+    name = hardware.cpu_name() or platform.processor() or "unknown processor"
+    print(f"machine    {name}, instruction set {instruction_set}, {torch.get_num_threads()} threads")
     gpus = torch.cuda.device_count()
     for index in range(gpus):
         capability = torch.cuda.get_device_capability(index)

@@ -4,13 +4,13 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanochat_native import ops
 from nanochat_native.bench import results_io
+from nanochat_native.runtime import hardware
 from nanochat_native.runtime.timing import milliseconds, side_by_side
 
 
@@ -85,16 +85,8 @@ def figures(case: Case, ours: float, theirs: float | None) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return the processor, the versions and the commit to which a figure belongs."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
-        "cpu": model,
+        "cpu": hardware.cpu_name() or platform.processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": ops.instruction_set(),

@@ -9,11 +9,10 @@ from typing import Protocol, TypeVar
 import tyro
 
 from nanochat_native.runs.config import TrainConfig, parse, resolve_device
+from nanochat_native.runs.run_folder import PER_CALL_FLAGS
 from nanochat_native.runtime import distributed
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import check_values, flag, one_line_errors
-
-RUN_FLAGS = ("run", "out_dir", "resume", "overwrite", "dry_run", "print_config", "json")
 
 
 class Options(Protocol):
@@ -56,6 +55,6 @@ def parse_flags(
 
 def refuse_run_flags(config: TrainConfig, base: TrainConfig, command: str) -> None:
     """Raise ConfigError if a flag that concerns a run folder differs from `base`."""
-    for name in RUN_FLAGS:
+    for name in PER_CALL_FLAGS:
         if getattr(config, name) != getattr(base, name):
             raise ConfigError(f"{flag(name)} is for train only; {command} writes its result to --out")

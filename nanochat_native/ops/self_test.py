@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,14 +27,6 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
         if not match[3] and built[0] == capability[0] and built <= capability:
             return True
     return False
-
-
-def processor() -> str:
-    """Return the name of this machine's processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown processor"
 
 
 def openmp_libraries() -> set[str]:

@@ -88,7 +88,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device).removeprefix('NVIDIA ')} sm_{major}{minor}"
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def memory(device: torch.device) -> tuple[int, int]:
@@ -99,13 +99,14 @@ def memory(device: torch.device) -> tuple[int, int]:
     return used, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cpu_model() -> str:
+def cpu_name() -> str | None:
+    """Return the name of the processor as Linux gives it, or None."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.machine()
+    return None
 
 
 def pick_device(name: str | None) -> torch.device:

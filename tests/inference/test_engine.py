@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from backends import BACKENDS, use
+from backends import use
+from models import build
 
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.inference import engine as engine_module
@@ -16,7 +17,6 @@ from nanochat_native.inference.sampling import Sampling, sample
 from nanochat_native.inference.text_stream import TextStream
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.decoder import Decoder
-from nanochat_native.model.gpt import GPT
 
 TOKENIZER = Tokenizer.train(["def f(x): return x + 1\n" * 50], 300)
 V = TOKENIZER.vocab_size
@@ -24,23 +24,6 @@ LENGTHS = (1, 2, 3, 16, 17, 18, 33, 60)  # of prompts, around the chunks of 16 t
 WINDOWS = GPTConfig(sequence_len=32, vocab_size=V, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
 ONE_KV_HEAD = dataclasses.replace(WINDOWS, n_kv_head=1, window_pattern="SSL", n_layer=4)
 WIDE = dataclasses.replace(WINDOWS, n_embd=256, n_head=2, n_kv_head=2, n_layer=2, window_pattern="L", vocab_size=V)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with use(request.param):
-        yield request.param
-
-
-def build(config=WINDOWS, seed=0):
-    model = GPT(config)
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(100 + seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "c_proj" in name or "lm_head" in name:
-                parameter.normal_(0, 0.2, generator=generator)
-    return model
 
 
 MODELS = {name: build(config) for name, config in (("w", WINDOWS), ("1", ONE_KV_HEAD), ("wide", WIDE))}
@@ -422,7 +405,7 @@ def test_a_bias_bends_the_draws_and_not_the_scores():
 
 def test_a_broken_row_fails_alone(backend):
     """A token whose embedding is NaN: its request fails with a reason, and its slot serves another afterwards."""
-    model = build(seed=3)
+    model = build(WINDOWS, seed=3)
     with torch.no_grad():
         model.wte.weight[5] = float("nan")
         model.lm_head.weight[5] = 0

@@ -6,37 +6,20 @@ import sys
 
 import pytest
 import torch
-from backends import BACKENDS, use
+from backends import use
 from fork_server import python
+from models import build
 
 from nanochat_native import generate
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.inference.engine import Engine, complete
 from nanochat_native.inference.sampling import Sampling, sample
 from nanochat_native.model.config import GPTConfig
-from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.saved_model import load_model
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=60, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with use(request.param):
-        yield request.param
-
-
-def build(config=CONFIG, seed=0):
-    model = GPT(config)
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(100 + seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "c_proj" in name or "lm_head" in name:
-                parameter.normal_(0, 0.2, generator=generator)
-    return model
 
 
 def drawn(model, prompt=PROMPT, tokenizer=None, **settings):
@@ -63,7 +46,7 @@ def test_greedy_equals_the_whole_forward(backend, config):
 
 def test_draws_equal_those_from_the_whole_forward(backend):
     """Sampled tokens too: the same generator draws from the logits of the plain forward pass."""
-    model, tokens = build(), list(PROMPT)
+    model, tokens = build(CONFIG), list(PROMPT)
     settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.95}
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -74,13 +57,13 @@ def test_draws_equal_those_from_the_whole_forward(backend):
 
 
 def test_same_seed_same_tokens(backend):
-    model = build()
+    model = build(CONFIG)
     first, again, other = (drawn(model, max_tokens=20, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_global_random_state_is_neither_read_nor_changed():
-    model = build()
+    model = build(CONFIG)
     with use("torch"):
         torch.manual_seed(5)
         before = torch.get_rng_state()
@@ -91,7 +74,7 @@ def test_global_random_state_is_neither_read_nor_changed():
 
 
 def test_a_stop_token_ends_the_tokens(backend):
-    model = build()
+    model = build(CONFIG)
     free = drawn(model, max_tokens=40, seed=1)
     stop = free[4]
     assert drawn(model, max_tokens=40, seed=1, stop_tokens=(stop,)) == free[: free.index(stop)]
@@ -131,7 +114,7 @@ def test_frequencies_of_the_draws():
 
 
 def test_bad_arguments_are_refused_at_the_call():
-    model = build()
+    model = build(CONFIG)
     with use("torch"):
         for settings, prompt, message in (
             ({"max_tokens": 153}, PROMPT, r"must have at most 160 tokens together, got 8 \+ 153"),
@@ -146,7 +129,7 @@ def test_bad_arguments_are_refused_at_the_call():
 
 
 def test_as_many_tokens_as_there_are_positions():
-    model = build()
+    model = build(CONFIG)
     with use("torch"):
         tokens = drawn(model, max_tokens=152, temperature=0)
         assert len(tokens) == 152
@@ -157,12 +140,12 @@ def test_as_many_tokens_as_there_are_positions():
 
 def test_one_token_of_a_prompt_of_one():
     with use("torch"):
-        assert drawn(build(), [3], max_tokens=0) == []
-        assert len(drawn(build(), [3], max_tokens=1)) == 1
+        assert drawn(build(CONFIG), [3], max_tokens=0) == []
+        assert len(drawn(build(CONFIG), [3], max_tokens=1)) == 1
 
 
 def test_a_diverged_model_is_said_to_be_one():
-    model = build()
+    model = build(CONFIG)
     with use("torch"), torch.no_grad():
         model.lm_head.weight[3, 3] = float("nan")
         with pytest.raises(ValueError, match="diverged"):
@@ -175,7 +158,7 @@ def tokenizer():
 
 
 def test_a_penalty_and_a_share_of_the_likeliest():
-    model = build()
+    model = build(CONFIG)
     with use("torch"):
         kept = drawn(model, max_tokens=30, temperature=0, repetition_penalty=1e6)
         assert len({*kept, *PROMPT}) == len(kept) + len(set(PROMPT)), "no token comes twice"
