@@ -1,6 +1,6 @@
 """The Muon of the original guide, for comparison: see docs/guide/a-original-guide.md.
 
-Each of its differences from Muon is a switch of its own, so that `compare --suite guide` can measure them one at a time.
+Each of its differences from Muon is a switch of its own, so that `compare --suite guide` can measure each by itself.
 """
 
 from collections.abc import Sequence

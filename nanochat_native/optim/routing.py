@@ -73,7 +73,8 @@ def setup_optimizers(
         Muon.
 
     Raises:
-        ValueError: the optimizer is unknown or does not support an option, or a parameter belongs to no group or has two names.
+        ValueError: the optimizer is unknown or does not support an option, or a parameter belongs to no group or has
+            two names.
     """
     if optimizer not in DEFAULT_LEARNING_RATES:
         raise ValueError(f"optimizer must be one of {', '.join(DEFAULT_LEARNING_RATES)}, got {optimizer!r}")

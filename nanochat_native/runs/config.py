@@ -97,9 +97,9 @@ class TrainConfig:
     per_head: bool = False
     """Muon: orthogonalise the attention matrices separately for each head."""
     muon_form: Literal["nanochat", "cropped", "momentum_after", "original_guide"] = "nanochat"
-    """Muon: nanochat's, or on one rank, for comparison, forms of the original guide. cropped: only the leading square of
-    each matrix is updated; momentum_after: the momentum sums orthogonalised gradients; original_guide: both, without the
-    factor of the aspect ratio. compare --suite guide uses them."""
+    """Muon: nanochat's, or on one rank, for comparison, forms of the original guide. cropped: only the leading square
+    of each matrix is updated; momentum_after: the momentum sums orthogonalised gradients; original_guide: both, without
+    the factor of the aspect ratio. compare --suite guide uses them."""
     grad_clip: float = 1.0
     """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it. 0: no clipping."""
     schedule: Literal["linear", "cosine", "exponential", "step", "constant"] = "linear"
