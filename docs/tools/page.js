@@ -30,8 +30,6 @@
   const menu = $("#menu");
   const chapters = $("#chapters");
   const current = $("a[aria-current='page']", chapters);
-  const sections = $("#sections");
-  if (current && sections && sections.content.querySelector("li")) current.after(sections.content.cloneNode(true));
   function openMenu(open) {
     root.classList.toggle("menu-open", open);
     menu.setAttribute("aria-expanded", String(open));
@@ -42,7 +40,7 @@
   if (current && current.offsetTop > chapters.clientHeight - 160) chapters.scrollTop = current.offsetTop - 160;
 
   // The section that is being read is marked in the menu.
-  const links = new Map($$("ol ol a", chapters).map((link) => [link.getAttribute("href").split("#")[1], link]));
+  const links = new Map($$("ul ul a", chapters).map((link) => [link.getAttribute("href").split("#")[1], link]));
   const headings = $$("article h2[id]").filter((heading) => links.has(heading.id));
   let waiting = false;
   function markSection() {
@@ -152,7 +150,7 @@
     const asked = [...new Set(words(field.value))];
     const found = find(field.value);
     results.replaceChildren(...found.map((entry, index) =>
-      make("a", { role: "option", id: "result-" + index, href: entry.page + (entry.id ? "#" + entry.id : ""), tabindex: "-1", "aria-selected": "false", click: close },
+      make("a", { role: "option", id: "result-" + index, href: entry.page + ".html" + (entry.id ? "#" + entry.id : ""), tabindex: "-1", "aria-selected": "false", click: close },
         make("b", {}, ...highlighted(entry.title, asked)), make("span", {}, ...highlighted(excerpt(entry.text, asked), asked)))));
     if (asked.length && !found.length) results.append(make("p", {}, "Nothing found."));
     results.hidden = !asked.length;
