@@ -33,6 +33,9 @@ GROUPS = {
         "memory": "predict and measure the memory of a training step",
         "plot": "redraw the pictures of a run or an experiment",
     },
+    "Learn": {
+        "guide": "show the exercises of the guide and check their answers",
+    },
     "Interchange": {
         "export": "export a model to transformers or safetensors",
         "import-checkpoint": "import a checkpoint of nanochat or transformers",

@@ -33,6 +33,7 @@ FLAGS = {
     "schedules": ["schedules.py:Options", TRAIN],
     "memory": ["lab/memory/options.py:Options"],
     "plot": ["plot.py:Options"],
+    "guide": ["guide.py:Options"],
     "export": ["interop/transformers_export.py:Options"],
     "import-checkpoint": ["interop/importing.py:Options"],
     "doctor": ["doctor.py"],
