@@ -279,6 +279,12 @@
       select.addEventListener("change", () => change(select.value));
       return make("label", {}, label, select);
     },
+    /** Return the width to draw in, so that texts keep their size on a phone. */
+    width: (element) => Math.max(280, Math.min(640, element.clientWidth - 36)),
+    /** Return the linear map that takes a to c and b to d. */
+    scale: (a, b, c, d) => (x) => c + (x - a) / (b - a) * (d - c),
+    /** Return an SVG of this size with these children. The texts outside say what it shows. */
+    svg: (width, height, ...children) => make("svg", { viewBox: "0 0 " + width + " " + height, "aria-hidden": "true" }, ...children),
     button: (text, press) => make("button", { type: "button", click: press }, text),
   };
   for (const element of $$(".widget[data-widget]")) {
