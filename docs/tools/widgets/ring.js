@@ -49,9 +49,8 @@ window.GUIDE_WIDGETS["ring"] = function (element) {
         const outgoing = state.step < STEPS && sent(r, state.step) === c;
         if (outgoing) {
           const x = left + box + 3, end = left + box + gap - 3, middle = y + high / 2;
-          const last = r === RANKS - 1;
-          nodes.push(make("path", { d: last ? "M" + (left + box / 2) + " " + (y + high) : "M" + x + " " + middle + "H" + end + "m-5 -4l5 4l-5 4", fill: "none", stroke: "var(--orange)", "stroke-width": 2 }));
-          if (last) nodes.push(make("path", { d: "M" + left + " " + middle + "h-" + (gap - 8), fill: "none", stroke: "none" }));
+          const path = r === RANKS - 1 ? "M" + (left + box / 2) + " " + (y + high) : "M" + x + " " + middle + "H" + end + "m-5 -4l5 4l-5 4";
+          nodes.push(make("path", { d: path, fill: "none", stroke: "var(--orange)", "stroke-width": 2 }));
         }
       }
     }
@@ -69,7 +68,7 @@ window.GUIDE_WIDGETS["ring"] = function (element) {
       : state.step === RANKS - 1 ? "Reduce-scatter is complete: each rank holds one chunk of the whole sum, marked in green."
       : state.step < STEPS ? "All-gather: the receiver replaces its chunk by the whole sum."
       : "All-gather is complete: every rank holds every sum.";
-    readout.replaceChildren(phase + " Each rank has sent ", make("b", {}, mebibytes + " MiB"), " of a gradient of " + state.size + " MiB, that is " + state.step + " times a quarter.");
+    readout.replaceChildren(phase + " Each rank has sent ", make("b", {}, mebibytes + " MiB"), ", that is " + state.step + " × " + state.size + " / " + RANKS + ".");
     back.disabled = state.step === 0;
     next.disabled = state.step === STEPS;
     element.dataset.value = mebibytes;

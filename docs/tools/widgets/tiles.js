@@ -16,7 +16,7 @@ window.GUIDE_WIDGETS["tiles"] = function (element) {
   element.append(make("div", { class: "controls" },
     choice("Tile", [[2, "2 × 2"], [4, "4 × 4"]], 2, (value) => { state.size = Number(value); begin(); }),
     choice("Scores", ["ordinary", "one of 800"], state.scores, (value) => { state.scores = value; draw(); }),
-    progress, make("div", { class: "row" }, back, next)), drawing, table, readout);
+    progress, make("div", { class: "row" }, back, next)), make("div", { class: "beside" }, drawing, table), readout);
 
   /** Return the score of query i and key j. */
   function score(i, j) {
@@ -56,7 +56,7 @@ window.GUIDE_WIDGETS["tiles"] = function (element) {
   }
   function draw() {
     const list = tiles(), done = list.slice(0, state.step), current = done.at(-1), rows = walk(done);
-    const cell = Math.min(44, Math.floor((width(element) - 26) / T)), left = 24, size = left + T * cell + 2;
+    const cell = Math.min(36, Math.floor((width(element) - 26) / T)), left = 24, size = left + T * cell + 2;
     const nodes = [];
     const inside = ([i0, j0], i, j) => i >= i0 && i < i0 + state.size && j >= j0 && j < j0 + state.size;
     for (let i = 0; i < T; i++) {
@@ -70,18 +70,18 @@ window.GUIDE_WIDGETS["tiles"] = function (element) {
     }
     if (current) nodes.push(make("rect", { x: left + current[1] * cell, y: 22 + current[0] * cell, width: state.size * cell, height: state.size * cell, fill: "none", stroke: "var(--orange)", "stroke-width": 2.5 }));
     const picture = svg(size, 26 + T * cell, ...nodes);
-    picture.style.maxWidth = size + "px";
+    picture.style.width = size + "px";
     drawing.replaceChildren(picture);
     const number = (x) => (Number.isFinite(x) ? x.toFixed(x > 99 ? 1 : 3).replace("-", "−") : x === -Infinity ? "−∞" : Number.isNaN(x) ? "NaN" : "∞");
     const line = (cells, tag) => make("tr", {}, ...cells.map((text) => make(tag, {}, text)));
-    table.replaceChildren(make("table", {}, make("thead", {}, line(["row", "m", "l", "o / l so far", "direct softmax", "without maximum"], "th")), make("tbody", {}, ...rows.map((row, i) => {
+    table.replaceChildren(make("table", {}, make("thead", {}, line(["row", "m", "l", "o / l", "direct", "naive"], "th")), make("tbody", {}, ...rows.map((row, i) => {
       const found = row.l ? number(row.o / row.l) : "–";
       const tr = line([String(i), number(row.m), number(row.l), found, number(direct(i, Math.max(...values.slice(0, i + 1).map((_, j) => score(i, j))))), number(direct(i, 0))], "td");
       if (current && i >= current[0] && i < current[0] + state.size) tr.style.background = "color-mix(in srgb, var(--orange) 16%, transparent)";
       return tr;
     }))));
     const total = rows.reduce((sum, row) => sum + (row.l ? row.o / row.l : 0), 0);
-    readout.textContent = state.step === 0 ? "Nothing is computed yet. Rows are queries, columns are keys, and value j is j + 1."
+    readout.textContent = state.step === 0 ? "Nothing is computed yet. Rows are queries, columns are keys, and value j is j + 1. “Direct” is the softmax of the whole row, “naive” the same without subtracting the maximum."
       : "Tile " + state.step + " of " + list.length + ": queries " + current[0] + " to " + (current[0] + state.size - 1) + ", keys " + current[1] + " to " + (current[1] + state.size - 1) + ". " +
         (state.step === list.length ? "Every row has reached the direct result, and no more than " + state.size * state.size + " scores were held at a time." : "Tiles above the diagonal are never computed.");
     back.disabled = state.step === 0;
