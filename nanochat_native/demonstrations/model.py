@@ -20,7 +20,7 @@ from nanochat_native.runs.saved_model import load_model
 
 DEPTHS = (4, 6, 8, 12, 16, 20, 26)
 VOCABULARIES = (8192, 65536)
-GROUPS = ("wte", "c_q", "c_k", "c_v", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head")
+GROUPS = ("wte", "c_q", "c_k", "c_v", "attn_c_proj", "c_fc", "mlp_c_proj", "lm_head")
 ROWS = 8  # sequences on which a trained model is looked at
 
 
@@ -36,9 +36,9 @@ def on_meta(config: GPTConfig) -> GPT:
 
 
 def group_of(name: str) -> str:
-    """Return the group of a parameter: transformer.h.0.mlp.c_proj.weight -> mlp.c_proj."""
+    """Return the group of a parameter: transformer.h.0.mlp.c_proj.weight -> mlp_c_proj."""
     parts = name.removesuffix(".weight").split(".")
-    return ".".join(parts[-2:]) if parts[-1] == "c_proj" else parts[-1]
+    return "_".join(parts[-2:]) if parts[-1] == "c_proj" else parts[-1]
 
 
 def parameters_by_group(model: GPT) -> dict[str, int]:
@@ -59,8 +59,8 @@ def parameters() -> dict[str, Any]:
         for depth in DEPTHS:
             model = on_meta(GPTConfig.from_depth(depth, vocab_size=vocab_size, sequence_len=2048))
             groups = parameters_by_group(model)
-            attention = sum(groups[name] for name in ("c_q", "c_k", "c_v", "attn.c_proj"))
-            mlp = groups["c_fc"] + groups["mlp.c_proj"]
+            attention = sum(groups[name] for name in ("c_q", "c_k", "c_v", "attn_c_proj"))
+            mlp = groups["c_fc"] + groups["mlp_c_proj"]
             total = model.num_params()
             found[f"d{depth}_v{vocab_size}"] = {
                 "depth": depth,

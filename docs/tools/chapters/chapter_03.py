@@ -6,6 +6,7 @@ from typing import Any
 
 import style
 from chapters import Figure, Values, command, demonstration, reference
+from matplotlib.patches import Rectangle
 
 RESULTS = {
     "merges_by_hand": demonstration("merges-by-hand"),
@@ -28,10 +29,11 @@ FILLS = ("#cfe4f3", "#f9d9c4", "#cdebdf", "#f3dbe6", "#fbe6bd", "#dbeefb")
 MONOSPACE = {"family": "DejaVu Sans Mono"}
 
 
-def letters_box(axes: Any, x: float, y: float, text: str, width: float, fill: str, **look: Any) -> float:
+def letters_box(axes: Any, x: float, y: float, text: str, width: float, fill: str) -> float:
     """Draw a token with its lower left corner at (x, y), `width` for each letter, and return its right end."""
     right = x + width * len(text)
-    style.box(axes, x + 0.012, y, right - x - 0.024, 0.27, facecolor=fill, edgecolor="#777777", linewidth=0.5, **look)
+    corner, size = (x + 0.012, y), (right - x - 0.024, 0.27)
+    axes.add_patch(Rectangle(corner, *size, facecolor=fill, edgecolor="#777777", linewidth=0.5))
     axes.text((x + right) / 2, y + 0.125, text, ha="center", va="center", fontsize=9, **MONOSPACE)
     return right
 
@@ -64,32 +66,30 @@ def draw_merges(values: Values) -> Any:
 
 def draw_line(values: Values) -> Any:
     """Draw a line of code with a color for each token and its id, and some phrases."""
-    figure, axes = style.new_diagram(7.0, 3.05)
-    axes.text(0.1, 2.9, f"{values['line_count']} tokens", fontsize=8.5, color=style.COLORS["gray"], va="center")
+    figure, axes = style.new_diagram(7.0, 3.3)
+
+    def heading(x: float, y: float, text: str) -> None:
+        axes.text(x, y, text, fontsize=8.5, color=style.COLORS["gray"], va="center")
+
+    heading(0.1, 3.17, f"a line of Python, {values['line_count']} tokens, with their ids")
     tokens, ids = values["line_tokens"].split(" "), values["line_ids"].split(" ")
-    for half, begin, y in ((0, 0, 2.3), (1, 10, 1.6)):
+    for begin, end, y in ((0, 10, 2.72), (10, len(tokens), 2.1)):
         x = 0.1
-        for number, (token, index) in enumerate(zip(tokens, ids, strict=True)):
-            if (number >= 10) != bool(half):
-                continue
-            right = letters_box(axes, x, y, token, 0.128, FILLS[(number - begin) % len(FILLS)])
-            right = max(right, x + 0.068 * len(index) + 0.03)
-            axes.text(
-                (x + max(right, x)) / 2,
-                y - 0.12,
-                index,
-                fontsize=8,
-                ha="center",
-                va="center",
-                color=style.COLORS["gray"],
-            )
-            x = right + 0.05
-    names = ("function", "Function", "function_after_space", "unhappiness", "hello", "number")
-    names += ("naive", "mathematics_in_chinese", "smile")
-    for number, name in enumerate(names):
-        x, y = (0.1, 2.75, 4.75)[number // 3], 0.95 - 0.36 * (number % 3)
-        for place, token in enumerate(values["phrases"][name].split(" ")):
-            x = letters_box(axes, x, y, token, 0.128 if len(token) < 4 or token[0] != "<" else 0.094, FILLS[place % 6])
+        for number in range(begin, end):
+            right = letters_box(axes, x, y, tokens[number], 0.145, FILLS[number % len(FILLS)])
+            axes.text((x + right) / 2, y - 0.11, ids[number], fontsize=8, ha="center", va="center", color="#666666")
+            x = max(right, x + 0.075 * len(ids[number])) + 0.05
+    columns = (
+        (0.1, "one word, three tokens", ("function", "Function", "function_after_space")),
+        (2.0, "words and numbers", ("unhappiness", "hello", "number")),
+        (4.3, "naïve, 数学 and a smile, by bytes", ("naive", "mathematics_in_chinese", "smile")),
+    )
+    for left, title, names in columns:
+        heading(left, 1.5, title.replace("数学", "two Chinese characters"))
+        for row, name in enumerate(names):
+            x, y = left, 1.06 - 0.4 * row
+            for place, token in enumerate(values["phrases"][name].split(" ")):
+                x = letters_box(axes, x, y, token, 0.1 if token[0] == "<" and len(token) == 4 else 0.14, FILLS[place % 6])
     return figure
 
 

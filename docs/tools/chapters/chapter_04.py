@@ -30,7 +30,7 @@ REFERENCES = {
     "2310.17813": reference("Yang, Simon and Bernstein", "A Spectral Condition for Feature Learning", 2023),
     "2408.00118": reference("Gemma Team", "Gemma 2: Improving Open Language Models at a Practical Size", 2024),
 }
-GROUPS = ("lm_head", "mlp.c_proj", "attn.c_proj", "wte", "c_fc", "c_v", "c_k", "c_q")
+GROUPS = ("lm_head", "mlp_c_proj", "attn_c_proj", "wte", "c_fc", "c_v", "c_k", "c_q")
 
 
 def draw_flow() -> Any:
@@ -124,7 +124,7 @@ def draw_waking(values: Values) -> Any:
     for row, group in enumerate(GROUPS):
         for step in range(steps):
             value = norms[group][step]
-            text = f"{value:.2g}" if value else "0"
+            text = f"{value:#.2g}" if value else "0"
             color = "white" if value and math.log10(value) > -0.9 else style.COLORS["black"]
             axes.text(step, row, text, ha="center", va="center", fontsize=8.5, color=color)
     axes.set_yticks(range(len(GROUPS)), GROUPS)
@@ -175,7 +175,7 @@ def draw_residual(values: Values) -> Any:
         numbers = values[name]["stream"]
         left.plot(range(layers), numbers, "o-", markersize=4, color=style.COLORS[color], label=name)
         for layer, value in enumerate(numbers):
-            if name == "trained" or layer in (0, layers - 1):
+            if layer and (name == "trained" or layer == layers - 1):
                 above = name == "trained"
                 left.annotate(
                     f"{value:.1f}",
@@ -199,7 +199,7 @@ def draw_residual(values: Values) -> Any:
     right.set(ylabel="RMS of what it adds, trained", ylim=(0, 1.15 * max(values["trained"]["mlp"])))
     right.set_xticks(range(layers - 1), [f"block {n}" for n in range(layers - 1)])
     right.grid(visible=False, axis="x")
-    right.legend(loc="upper center")
+    right.legend(loc="upper center", frameon=False)
     return figure
 
 
@@ -223,7 +223,7 @@ def draw_softcap(values: Values) -> Any:
         below.axvline(value, color=style.COLORS["black"], linewidth=0.7, linestyle=(0, (2, 2)))
         name = "largest" if value > 0 else "smallest"
         shift = 0.3 if value > 0 else -0.3
-        below.text(value + shift, 0.12, f"{name}\n{value:.1f}", ha=align, va="center", fontsize=8)
+        below.text(value + shift, 0.12, f"{name}\n{value:.1f}".replace("-", "−"), ha=align, va="center", fontsize=8)
     return figure
 
 
