@@ -111,6 +111,18 @@ def with_exercise_forms(body: str) -> str:
     return re.sub(pattern, r'\g<0><form class="check" data-exercise="\1_\2"></form>', body)
 
 
+def with_images(body: str, page: Page, out: Path) -> str:
+    """Copy the images of a page to the folder of the figures, and point to them there."""
+
+    def copied(match: re.Match[str]) -> str:
+        source = (page.path.parent / match[1]).resolve()
+        (out / "figures").mkdir(exist_ok=True)
+        shutil.copy(source, out / "figures")
+        return f'<img src="figures/{source.name}"'
+
+    return re.sub(r'<img src="([^":]+)"', copied, body)
+
+
 def sections(body: str) -> list[tuple[str, str, str]]:
     """Return (id, heading, text) of each section of an HTML page, for the search."""
     parts = re.split(r'<h[1-3]\b[^>]*?id="([^"]*)"[^>]*>(.*?)</h[1-3]>', body, flags=re.DOTALL)
@@ -144,7 +156,7 @@ def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool
     widgets = sorted(path.stem for path in (TOOLS / "widgets").glob("*.js"))
     index = []
     for page, body in zip(everything, bodies, strict=True):
-        body = with_exercise_forms(body)
+        body = with_images(with_exercise_forms(body), page, out)
         index += [{"page": page.name, "id": name, "title": title, "text": text} for name, title, text in sections(body)]
         toc = "".join(
             f'<li><a href="#{name}">{title}</a></li>'
@@ -175,13 +187,10 @@ def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool
     (out / "widget-data.js").write_text(f"window.WIDGET_DATA = {json.dumps(widget_data())};\n", encoding="utf-8")
     for name in STATIC:
         shutil.copy(TOOLS / name, out)
-    shutil.copytree(declarations.FIGURES_FOLDER, out / "figures")
+    (out / "figures").mkdir(exist_ok=True)
     (out / "widgets").mkdir(exist_ok=True)
     for name in widgets:
         shutil.copy(TOOLS / f"widgets/{name}.js", out / "widgets")
-    for path in (ROOT / "docs").glob("*.*"):
-        if path.suffix in (".svg", ".png"):
-            shutil.copy(path, out)
 
 
 def link_to(page: Page | None, rel: str) -> str:
