@@ -70,7 +70,8 @@ def test_native_code_is_quoted_to_the_end_of_its_braces():
 
 
 def test_claims_are_found_by_number():
-    text = '> [!IMPORTANT]\n> <a id="claim-5-1"></a>\n> **Claim 5.1.** A\n> b.\n>\n> *Shown by* `x`\n\nno\n\n> [!NOTE]\n> c\n'
+    text = '> [!IMPORTANT]\n> <a id="claim-5-1"></a>\n> **Claim 5.1.** A\n> b.\n>\n> *Shown by* `x`\n'
+    text += "\nno\n\n> [!NOTE]\n> c\n"
     assert marks.claims(text) == {"5.1": '<a id="claim-5-1"></a>\n**Claim 5.1.** A\nb.\n\n*Shown by* `x`\n'}
     with pytest.raises(marks.MarkError, match="twice"):
         marks.claims(text + text)
