@@ -1,7 +1,8 @@
 """python -m nanochat_native.compare: compare optimizers, or options of Muon, on one model and the same data.
 
 Each case trains at its own best learning rate, with several seeds. Its runs use the training loop of `train`.
-result.json keeps the finished runs: the same command resumes a comparison that was stopped or killed.
+With --fork all runs continue from one checkpoint of another run. result.json keeps the finished runs: the same command
+resumes a comparison that was stopped or killed.
 """
 
 import sys
@@ -17,7 +18,9 @@ from nanochat_native.runtime.isolation import ReportFailures
 
 def run(args: Sequence[str], failures: ReportFailures) -> int:
     """Run the comparison, or what remains of it. Return 0, or 128 plus the number of the signal that stopped it."""
-    options, config, _ = parse_flags(comparison.Options, "compare", args, base=comparison.defaults(args))
+    options, config, _ = parse_flags(
+        comparison.Options, "compare", args, base=lambda own: comparison.defaults(own, args)
+    )
     console = Console(failures=failures)
     code = comparison.run(options, config, console)
     if code:

@@ -40,7 +40,7 @@ def run(args: Sequence[str]) -> None:
         raise ConfigError(
             "schedules builds no model, so it cannot derive the steps from a target; use --num-iterations"
         )
-    options, config, _ = parse_flags(Options, "schedules", args, base=TrainConfig(num_iterations=1000))
+    options, config, _ = parse_flags(Options, "schedules", args, base=lambda own: TrainConfig(num_iterations=1000))
     total = config.num_iterations
     multipliers: dict[str, list[float]] = {}
     for shape in SHAPES:

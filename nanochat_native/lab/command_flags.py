@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,7 +25,10 @@ T = TypeVar("T", bound=Options)
 
 
 def parse_flags(
-    options: type[T], command: str, args: Sequence[str], base: TrainConfig | None = None
+    options: type[T],
+    command: str,
+    args: Sequence[str],
+    base: Callable[[T], TrainConfig | None] = lambda own: None,
 ) -> tuple[T, TrainConfig, list[str]]:
     """Split the flags of an experiment from those of train, and parse both.
 
@@ -33,7 +36,7 @@ def parse_flags(
         options: the dataclass of the experiment's own flags.
         command: its name, for usage and errors.
         args: the command line.
-        base: the defaults of train's flags.
+        base: returns the defaults of train's flags, given the experiment's own; None: those of train.
 
     Returns:
         The experiment's own flags; train's flags with all sizes filled in; the arguments of train as they were given.
@@ -48,7 +51,7 @@ def parse_flags(
             options, prog=f"python -m nanochat_native.{command}", args=list(args), return_unknown_args=True
         )
     check_values(own, args)
-    config = parse(rest, base)
+    config = parse(rest, base(own))
     refuse_run_flags(config, TrainConfig(), command)
     return own, resolve_device(config), rest
 

@@ -1,7 +1,7 @@
 """Compare optimizers, or options of Muon, on one model and the same data, each at its own best rate.
 
 A comparison is a set of runs of the trainer. result.json keeps the finished runs, so that a comparison that was stopped
-or killed can be resumed.
+or killed can be resumed. The runs start with new weights, or all from one checkpoint of another run.
 """
 
 import dataclasses
@@ -16,13 +16,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from nanochat_native import ops
 from nanochat_native.data import Corpus
+from nanochat_native.lab import fork
 from nanochat_native.lab.command_flags import refuse_run_flags
+from nanochat_native.lab.fork import Fork
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import metrics_log, pictures, results
 from nanochat_native.runs.config import TrainConfig, parse, to_json
@@ -30,7 +32,7 @@ from nanochat_native.runs.run_folder import COMPARED_BY_CONTENT, PER_CALL_FLAGS,
 from nanochat_native.runtime.console import Console, SilentConsole, bar
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.files import is_temporary
-from nanochat_native.runtime.flags import UNSET, flag, is_unset
+from nanochat_native.runtime.flags import UNSET, auto_flag, flag, is_unset
 from nanochat_native.runtime.timing import side_by_side
 from nanochat_native.training import report, resolve
 from nanochat_native.training.pretraining import Pretraining
@@ -75,6 +77,16 @@ SUITES: dict[str, dict[str, str]] = {
         "Frobenius renormalisation": "--frobenius-renormalisation",
         "per head": "--per-head",
     },
+    # The factors multiply all learning rates. The first rates of the matrices are therefore those of a short search in
+    # which the other rates were fixed.
+    "guide": {
+        "AdamW": "--optimizer adamw --weight-decay 0.01",
+        "Muon + AdamW": "",
+        "cubic": "--ns-coefficients cubic",
+        "cropped to a square": "--muon-form cropped",
+        "momentum after": "--muon-form momentum_after --matrix-lr 0.002",
+        "original guide": "--muon-form original_guide --ns-coefficients cubic --matrix-lr 0.006",
+    },
 }
 # The defaults on a CPU: a model so small that the default comparison takes minutes.
 CPU_DEFAULTS = TrainConfig(
@@ -90,15 +102,24 @@ class Options:
     the edge. It then runs at the best factor with more seeds. All flags of train are accepted too, and apply to every
     case: e.g. --depth 4 --num-iterations 400. Without a GPU the defaults are a model of 0.7M parameters and 64 steps.
     The same command resumes a comparison.
+
+    With --fork all cases continue from one checkpoint of a run, e.g. each with its own schedule.
     """
 
-    suite: Literal["optimizers", "newton_schulz", "momentum", "muon"] = "optimizers"
-    """Cases to compare: optimizers, coefficients and steps of Newton-Schulz, Muon's momentum, or Muon's options."""
+    suite: Literal["optimizers", "newton_schulz", "momentum", "muon", "guide"] = "optimizers"
+    """Cases to compare: optimizers, coefficients and steps of Newton-Schulz, Muon's momentum, Muon's options, or the
+    Muon of the original guide (docs/guide/a-original-guide.md) and each of its differences from ours."""
     cases: tuple[str, ...] = ()
     """Own cases instead of a suite, each "name: flags of train", e.g. "warm: --warmup-ratio 0.1" "cold:"."""
-    seeds: int = 2
-    """Number of runs of each case at its best rate, with the seeds --seed, --seed + 1, ..."""
-    rates: int = 3
+    fork: Path | None = None
+    """Folder of a run of train: every case continues from the weights, the optimizer state and the step of one of its
+    checkpoints. The flags of train default to those of this run, and its model, data and batch are kept."""
+    fork_step: int | None = None
+    """Step of the checkpoint to fork; default: the newest."""
+    seeds: Annotated[int, auto_flag("INT", "2, or 1 with --fork")] = UNSET
+    """Number of runs of each case at its best rate, with the seeds --seed, --seed + 1, ... With --fork the seeds change
+    only the order of the data."""
+    rates: Annotated[int, auto_flag("INT", "3, or 1 with --fork")] = UNSET
     """Number of factors to start with, odd; 1 disables the search."""
     baseline: str | None = None
     """Case whose final loss the others must reach; default: the first case, for optimizers AdamW."""
@@ -106,6 +127,12 @@ class Options:
     """Folder for result.json, table.md, the picture, and the unfinished runs; default: lab/compare-<suite>."""
 
     def __post_init__(self) -> None:
+        if self.fork is None and self.fork_step is not None:
+            raise ConfigError("--fork-step needs --fork, the run that it is a step of")
+        if is_unset(self, "seeds"):
+            self.seeds = 2 if self.fork is None else 1
+        if is_unset(self, "rates"):
+            self.rates = 3 if self.fork is None else 1
         if self.seeds < 1:
             raise ConfigError(f"--seeds must be at least 1, got {self.seeds}")
         if self.rates < 1 or self.rates % 2 == 0:
@@ -135,6 +162,7 @@ class Comparison:
         corpus: the data of `plan`.
         runs: the finished runs.
         costs: the time of an update and the bytes of the state, by case.
+        fork: the state from which all runs continue; None: they begin with new weights.
     """
 
     cases: dict[str, TrainConfig]
@@ -146,6 +174,7 @@ class Comparison:
     corpus: Corpus | None
     runs: list[dict[str, Any]]
     costs: dict[str, dict[str, float]]
+    fork: Fork | None = None
 
     def folder_of(self, case: str, factor: float, seed: int) -> Path:
         """Return the folder of an unfinished run."""
@@ -308,12 +337,14 @@ def markdown_table(rows: Sequence[dict[str, Any]], *, baseline: str, unit: str) 
     return text
 
 
-def make_cases(options: Options, config: TrainConfig) -> dict[str, TrainConfig]:
+def make_cases(options: Options, config: TrainConfig, origin: Fork | None) -> dict[str, TrainConfig]:
     """Return the config of each case. Raises ConfigError, with the name of the case, for wrong flags."""
     cases = {}
     for name, flags in options.selected_cases().items():
         try:
             cases[name] = parse(shlex.split(flags), base=config)
+            if origin is not None:
+                origin.check(cases[name])
         except ValueError as error:
             raise ConfigError(f"case {name!r}: {error}") from None
         refuse_run_flags(cases[name], config, f"case {name!r}")
@@ -331,8 +362,10 @@ def train_case(comparison: Comparison, case: str, factor: float, seed: int, cons
         shutil.rmtree(folder)
     rates: dict[str, Any] = {rate: size * factor for rate, size in resolve.learning_rates(config).items()}
     location: dict[str, Any] = {"out_dir": folder.parent, "run": folder.name}
-    location["resume"] = "auto" if is_run(folder) else None
     config = dataclasses.replace(config, **rates, **location, seed=seed, sample_every=0)
+    if comparison.fork is not None and not folder.exists():
+        comparison.fork.start(config)
+    config = dataclasses.replace(config, resume="auto" if is_run(folder) else None)
     trainer = Trainer(config, console, task=Pretraining(comparison.corpus_of(case)))
     code = trainer.train()
     if trainer.stop_signal:
@@ -399,14 +432,22 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     baseline = next(iter(selected)) if options.baseline is None else options.baseline
     if baseline not in selected:
         raise ConfigError(f"--baseline must be one of {', '.join(map(repr, selected))}, got {baseline!r}")
-    make_cases(options, config)
+    origin = None if options.fork is None else fork.open_fork(options.fork, options.fork_step, console)
+    make_cases(options, config, origin)
     plan = Trainer(config, console)
-    steps = plan.config.num_iterations
+    steps, first = plan.config.num_iterations, 0
+    name = "own" if options.cases else options.suite
+    if origin is not None:
+        origin.check_data(config, plan.corpus.hash)
+        first, name = origin.step, f"{name}-from-{origin.run.run}-{origin.step}"
+        console.say(f"fork     {origin.run.run_dir} after {first} of its {origin.run.num_iterations} steps")
     console.say(f"compare  {', '.join(selected)} | {report.describe_run(plan.setup)}, {steps} steps")
-    every = math.ceil(steps / EVALUATIONS_PER_RUN) if is_unset(config, "eval_every") else config.eval_every
-    folder = options.out or results.OUT / f"compare-{'own' if options.cases else options.suite}"
-    cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every))
-    comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {})
+    every = math.ceil((steps - first) / EVALUATIONS_PER_RUN) if is_unset(config, "eval_every") else config.eval_every
+    folder = options.out or results.OUT / f"compare-{name}"
+    cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every), origin)
+    comparison = Comparison(
+        cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {}, origin
+    )
     if folder.exists() and not all(map(is_temporary, folder.iterdir())):
         stored = read_result(folder)
         wanted = json.loads(json.dumps(fingerprint(comparison)))
@@ -435,7 +476,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Return the names of the differences between two fingerprints. A flag that one lacks has its default there."""
     defaults = to_json(TrainConfig())
-    names = [name for name in ("baseline", "rates", "data") if stored.get(name) != wanted.get(name)]
+    names = [name for name in ("baseline", "rates", "data", "fork") if stored.get(name) != wanted.get(name)]
     cases = [plan.get("cases", {}) for plan in (stored, wanted)]
     if set(cases[0]) != set(cases[1]):
         names.append("cases")
@@ -455,11 +496,17 @@ def fingerprint(comparison: Comparison) -> dict[str, Any]:
         flags = to_json(config)
         cases[case] = {name: flags[name] for name in flags if name not in ignored}
     data = comparison.corpus.hash if comparison.corpus else None
-    return {"cases": cases, "baseline": comparison.baseline, "rates": comparison.rates, "data": data}
+    found = {"cases": cases, "baseline": comparison.baseline, "rates": comparison.rates, "data": data}
+    if comparison.fork is not None:
+        found["fork"] = {"step": comparison.fork.step, "weights": comparison.fork.weights}
+    return found
 
 
-def defaults(args: Sequence[str]) -> TrainConfig | None:
-    """Return the defaults of train's flags: None for train's own, or a small model on a CPU."""
+def defaults(options: Options, args: Sequence[str]) -> TrainConfig | None:
+    """Return the defaults of train's flags: those of the run that is forked, None for train's own, or a small model on
+    a CPU."""
+    if options.fork is not None:
+        return fork.defaults_of(options.fork)
     if torch.cuda.is_available() and "cpu" not in args:
         return None
     if any(argument.startswith("--target") for argument in args):

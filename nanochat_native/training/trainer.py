@@ -99,7 +99,7 @@ class Trainer:
         task.init_weights(self.model, config.seed)
         muon = {name: getattr(config, name) for name in MUON_OPTIONS}
         if config.optimizer in WITH_MUON:
-            muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients}
+            muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients, "muon_form": config.muon_form}
         self.optimizers = setup_optimizers(
             self.model,
             **{name: getattr(config, name) for name in LEARNING_RATE_FLAGS if not is_unset(config, name)},
@@ -185,13 +185,14 @@ class Trainer:
 
     def _catch_up(self) -> None:
         """Evaluate and sample at the first step of this call if the log has no record of it: a run may have been killed
-        after its checkpoint and before its reports."""
+        after its checkpoint and before its reports. Evaluate too if the log has no record of that step at all: the run
+        begins here, with new weights or as a fork of another one."""
         recorded = self.world.all_gather_object(self.log.recorded)[0]
         if "val" in recorded:
             self.last_bpb = value_of(recorded["val"], "bpb")
             if self.last_bpb is not None:
                 self.checkpointer.add_measurement(self.step, self.last_bpb)
-        elif self.step == 0 or self._due(self.config.eval_every):
+        elif not recorded or self._due(self.config.eval_every):
             self.evaluate()
         if self.step > 0 and self._due(self.config.sample_every) and "sample" not in recorded:
             self.sample()
