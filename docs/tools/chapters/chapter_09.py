@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 import style
-from chapters import ROOT, Figure, Values, demonstration, lab, own, reference
+
+from chapters import ROOT, Figure, Values, command, demonstration, lab, own, reference
 
 COMPARE_GUIDE = (
     "compare --suite guide --depth 3 --vocab-size 2048 --max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 "
@@ -214,6 +215,7 @@ RESULTS = {
     "momentum_order": demonstration("momentum-order"),
     "momentum_horizon": demonstration("momentum-horizon"),
     "momentum_spectrum": demonstration("momentum-spectrum", trained=True),
+    "momentum_spectrum_output": command("demonstrate momentum-spectrum"),
     "loss_scale": demonstration("loss-scale"),
     "update_size": demonstration("update-size"),
     "update_by_width": demonstration("update-by-width"),
@@ -221,7 +223,9 @@ RESULTS = {
     "adamw_forms": demonstration("adamw-forms"),
     "embedding_rows": demonstration("embedding-rows"),
     "gradient_by_width": demonstration("gradient-by-width"),
-    "compare_optimizers": own("python -m nanochat_native.plot benchmarks/laboratory/compare-optimizers-d3", six_optimizers),
+    "compare_optimizers": own(
+        "python -m nanochat_native.plot benchmarks/laboratory/compare-optimizers-d3", six_optimizers
+    ),
     "compare_guide": lab(COMPARE_GUIDE, keep=keep_comparison),
     "compare_guide_rate": lab(AT_THE_STATED_RATE, keep=keep_comparison),
 }
@@ -236,7 +240,11 @@ REFERENCES = {
     "1412.6980": reference("Kingma, Ba", "Adam: A Method for Stochastic Optimization", 2014),
     "1711.05101": reference("Loshchilov, Hutter", "Decoupled Weight Decay Regularization", 2017),
     "2502.16982": reference("Liu et al.", "Muon is Scalable for LLM Training", 2025),
-    "2505.16932": reference("Amsel et al.", "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm", 2025),
+    "2505.16932": reference(
+        "Amsel et al.",
+        "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm",
+        2025,
+    ),
     "2510.05491": reference("Li et al.", "NorMuon: Making Muon more efficient and scalable", 2025),
     "2510.12402": reference("Chen et al.", "Cautious Weight Decay", 2025),
 }
