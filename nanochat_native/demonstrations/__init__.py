@@ -1,0 +1,1 @@
+"""Seeded demonstrations of the claims of the guide."""
