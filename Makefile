@@ -1,5 +1,5 @@
-# make train | test | test-all | test-under-load | bench | lint | gpu | clean. Each sets up what it needs and is quick
-# when nothing changed.
+# make train | test | test-all | test-under-load | bench | lint | guide | guide-figures | guide-results | gpu | clean.
+# Each sets up what it needs and is quick when nothing changed.
 #
 #   ARGS="--depth 6"      flags for the program that the target runs
 #   PYTHON=python3.12     the Python to start from, 3.11 or newer
@@ -24,7 +24,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/
 CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcard tests/emulation/*.cpp \
 	tests/emulation/*.h tests/emulation/*/*.cu tests/emulation/*/*.cuh tests/emulation/*/*.cpp tests/emulation/*/*.h)
 
-.PHONY: train test test-all test-under-load bench lint gpu clean
+.PHONY: train test test-all test-under-load bench lint guide guide-figures guide-results gpu clean
 .DELETE_ON_ERROR:
 
 train: $(STATE)/native $(STATE)/extras
@@ -49,6 +49,19 @@ lint: $(STATE)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(CXX_SOURCES)
+
+# docs/guide as pages, a PDF and notebooks in build/guide; needs no network once the extra "docs" is installed.
+guide: $(STATE)/docs
+	$(RUN) docs/tools/build.py $(ARGS)
+
+# guide-results computes the numbers that the guide cites, guide-figures draws its figures from them. ARGS=NAMES for some.
+guide-figures: $(STATE)/docs
+	$(RUN) docs/tools/draw.py $(ARGS)
+	$(RUN) docs/tools/build.py --update
+
+guide-results: $(STATE)/docs
+	$(RUN) docs/tools/measure.py $(ARGS)
+	$(RUN) docs/tools/build.py --update
 
 # For a GPU machine without network. Builds in place with the installed Python, torch, CMake, Ninja and nvcc, runs the
 # GPU tests, times the kernels against torch, and writes one JSON file to benchmarks/results. Takes less than 9 minutes,
@@ -85,6 +98,10 @@ $(STATE)/native: $(STATE)/torch pyproject.toml $(NATIVE_SOURCES)
 
 $(STATE)/extras: $(STATE)/native pyproject.toml
 	$(PIP) --no-build-isolation -e '.[plot,logging]'
+	@touch $@
+
+$(STATE)/docs: $(STATE)/native pyproject.toml
+	$(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
 
 # The tests read only the headers of nvidia-cutlass, so its dependencies are not installed.

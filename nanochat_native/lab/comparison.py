@@ -77,6 +77,16 @@ SUITES: dict[str, dict[str, str]] = {
         "Frobenius renormalisation": "--frobenius-renormalisation",
         "per head": "--per-head",
     },
+    # The factors multiply all learning rates. The first rates of the matrices are therefore those of a short search in
+    # which the other rates were fixed.
+    "guide": {
+        "AdamW": "--optimizer adamw --weight-decay 0.01",
+        "Muon + AdamW": "",
+        "cubic": "--ns-coefficients cubic",
+        "cropped to a square": "--muon-form cropped",
+        "momentum after": "--muon-form momentum_after --matrix-lr 0.002",
+        "original guide": "--muon-form original_guide --ns-coefficients cubic --matrix-lr 0.006",
+    },
 }
 # The defaults on a CPU: a model so small that the default comparison takes minutes.
 CPU_DEFAULTS = TrainConfig(
@@ -96,8 +106,9 @@ class Options:
     With --fork all cases continue from one checkpoint of a run, e.g. each with its own schedule.
     """
 
-    suite: Literal["optimizers", "newton_schulz", "momentum", "muon"] = "optimizers"
-    """Cases to compare: optimizers, coefficients and steps of Newton-Schulz, Muon's momentum, or Muon's options."""
+    suite: Literal["optimizers", "newton_schulz", "momentum", "muon", "guide"] = "optimizers"
+    """Cases to compare: optimizers, coefficients and steps of Newton-Schulz, Muon's momentum, Muon's options, or the
+    Muon of the original guide (docs/guide/a-original-guide.md) and each of its differences from ours."""
     cases: tuple[str, ...] = ()
     """Own cases instead of a suite, each "name: flags of train", e.g. "warm: --warmup-ratio 0.1" "cold:"."""
     fork: Path | None = None

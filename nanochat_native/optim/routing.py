@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanochat_native.optim.adamw import AdamW
 from nanochat_native.optim.muon import Muon
+from nanochat_native.optim.original_guide import FORMS, UNSUPPORTED, OriginalGuideMuon
 
 WTE, LM_HEAD, BLOCKS = "transformer.wte.weight", "lm_head.weight", "transformer.h."
 
@@ -45,6 +46,7 @@ def setup_optimizers(
     matrix_weight_decay: float = 0.0,
     optimizer: str = "hybrid",
     per_head: bool = False,
+    muon_form: str = "nanochat",
     process_group: dist.ProcessGroup | None = None,
     reduce_dtype: torch.dtype | None = None,
     gather_dtype: torch.dtype | None = None,
@@ -63,18 +65,27 @@ def setup_optimizers(
         matrix_weight_decay: the decay of Muon.
         per_head: Muon orthogonalises c_q, c_k and c_v by blocks of rows and c_proj by blocks of columns, one block for
             each head in model.config.
+        muon_form: "nanochat", or for comparison on one rank "cropped", "momentum_after" or "original_guide": the
+            switches of OriginalGuideMuon that FORMS names.
         process_group: the ranks over which AdamW and Muon are sharded, with reduce_dtype and gather_dtype. torch's Adam
             and SGD cannot be sharded.
         muon_options: cautious, row_equilibration, frobenius_renormalisation, normuon, ns_steps and coefficients of
         Muon.
 
     Raises:
-        ValueError: the optimizer is unknown, or a parameter belongs to no group or has two names.
+        ValueError: the optimizer is unknown or does not support an option, or a parameter belongs to no group or has
+            two names.
     """
     if optimizer not in DEFAULT_LEARNING_RATES:
         raise ValueError(f"optimizer must be one of {', '.join(DEFAULT_LEARNING_RATES)}, got {optimizer!r}")
     if process_group is not None and optimizer not in ("hybrid", "adamw"):
         raise ValueError(f"optimizer must be hybrid or adamw on several ranks, got {optimizer!r}")
+    if muon_form not in FORMS:
+        raise ValueError(f"muon_form must be one of {', '.join(FORMS)}, got {muon_form!r}")
+    if muon_form != "nanochat" and process_group is not None:
+        raise ValueError(f"muon_form must be nanochat on several ranks, got {muon_form!r}")
+    if muon_form != "nanochat" and (given_options := _on({**muon_options, "per_head": per_head})):
+        raise ValueError(f"muon_form {muon_form!r} does not support {given_options[0]}")
     wte, lm_head, matrices = _route(model)
     given = {"embedding": embedding_lr, "unembedding": unembedding_lr, "matrix": matrix_lr}
     rates = DEFAULT_LEARNING_RATES[optimizer]._replace(
@@ -96,7 +107,12 @@ def setup_optimizers(
     optimizers: list[torch.optim.Optimizer]
     if optimizer in ("hybrid", "muon_sgd"):
         groups = _by_heads(model, matrices) if per_head else matrices
-        muon = Muon(groups, lr=rates.matrix, weight_decay=matrix_weight_decay, **muon_options, **sharding)
+        settings: dict[str, Any] = {"lr": rates.matrix, "weight_decay": matrix_weight_decay, **muon_options}
+        if muon_form == "nanochat":
+            muon = Muon(groups, **settings, **sharding)
+        else:
+            kept = {name: value for name, value in settings.items() if name not in UNSUPPORTED}
+            muon = OriginalGuideMuon(groups, **kept, **FORMS[muon_form])
         other = AdamW(ends, **adam, **sharding) if uses_adam else torch.optim.SGD(ends, **sgd)
         optimizers = [other, muon]
     elif optimizer == "adamw":
@@ -109,6 +125,11 @@ def setup_optimizers(
         for group in each.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def _on(options: dict[str, Any]) -> list[str]:
+    """Return the names of the options that are on and that OriginalGuideMuon does not support."""
+    return [name for name in UNSUPPORTED if options.get(name)]
 
 
 def _route(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:

@@ -96,6 +96,10 @@ class TrainConfig:
     """Muon: equalise the variance of the rows of each update (NorMuon)."""
     per_head: bool = False
     """Muon: orthogonalise the attention matrices separately for each head."""
+    muon_form: Literal["nanochat", "cropped", "momentum_after", "original_guide"] = "nanochat"
+    """Muon: nanochat's, or on one rank, for comparison, forms of the original guide. cropped: only the leading square
+    of each matrix is updated; momentum_after: the momentum sums orthogonalised gradients; original_guide: both, without
+    the factor of the aspect ratio. compare --suite guide uses them."""
     grad_clip: float = 1.0
     """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it. 0: no clipping."""
     schedule: Literal["linear", "cosine", "exponential", "step", "constant"] = "linear"
@@ -201,6 +205,10 @@ class TrainConfig:
         if muon_flags and self.optimizer not in WITH_MUON:
             raise ConfigError(f"{flag(muon_flags[0])} needs Muon, which --optimizer {self.optimizer} does not use")
 
+        unsupported = [name for name in NANOCHAT_FORM_ONLY if getattr(self, name)]
+        if self.muon_form != "nanochat" and unsupported:
+            raise ConfigError(f"{flag(unsupported[0])} needs --muon-form nanochat, got {self.muon_form}")
+
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError(
                 "the sum of --warmup-ratio and --warmdown-ratio must be <= 1, "
@@ -262,6 +270,7 @@ class FinetuneConfig(TrainConfig):
 LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr")
 WITH_MUON = ("hybrid", "muon_sgd")
 MUON_OPTIONS = ("cautious", "row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
+NANOCHAT_FORM_ONLY = ("row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
 MUON_FLAGS = (
     "matrix_weight_decay",
     "ns_steps",
@@ -269,6 +278,7 @@ MUON_FLAGS = (
     "momentum_start",
     "momentum_end",
     "momentum_warmup_steps",
+    "muon_form",
     *MUON_OPTIONS,
 )
 _HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio")

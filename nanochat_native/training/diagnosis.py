@@ -139,7 +139,9 @@ class Diagnosis:
                 if group["cautious"]:  # Muon decays only where update and weight have the same sign
                     decay = decay * (update * before > 0)
                 blocks = split_heads((update - decay)[None], group["heads"], group["head_axis"])
-                yield name, orthogonality_error(blocks / max(1.0, blocks.size(-2) / blocks.size(-1)) ** 0.5)
+                with_factor = group.get("aspect_factor", True)
+                factor = max(1.0, blocks.size(-2) / blocks.size(-1)) ** 0.5 if with_factor else 1.0
+                yield name, orthogonality_error(blocks / factor)
 
 
 def orthogonality_error(matrices: Tensor) -> float:

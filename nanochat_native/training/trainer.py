@@ -99,7 +99,7 @@ class Trainer:
         task.init_weights(self.model, config.seed)
         muon = {name: getattr(config, name) for name in MUON_OPTIONS}
         if config.optimizer in WITH_MUON:
-            muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients}
+            muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients, "muon_form": config.muon_form}
         self.optimizers = setup_optimizers(
             self.model,
             **{name: getattr(config, name) for name in LEARNING_RATE_FLAGS if not is_unset(config, name)},

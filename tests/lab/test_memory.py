@@ -1,5 +1,9 @@
+import csv
 import dataclasses
+import errno
+import itertools
 import json
+import os
 import re
 from typing import get_args, get_type_hints
 
@@ -23,6 +27,8 @@ from nanochat_native.lab.memory import (
     snapshots,
     static_bytes,
 )
+from nanochat_native.lab.memory import options as options_module
+from nanochat_native.lab.memory import table as table_module
 from nanochat_native.lab.memory.allocations import Allocations
 from nanochat_native.memory import main
 from nanochat_native.model.config import GPTConfig
@@ -236,6 +242,78 @@ def test_gpu_keeps_logits_and_a_float32_sum_for_chunks():
     assert work(2) >= (256 << 20) + 4 * 65536 * 1280
 
 
+@pytest.fixture
+def small_grid(monkeypatch):
+    """Two values of each flag of the table, to be quick."""
+    monkeypatch.setattr(options_module, "GRID", {name: values[-2:] for name, values in options_module.GRID.items()})
+    monkeypatch.setattr(table_module, "GRID", options_module.GRID)
+    return options_module.GRID
+
+
+def rows_of(path):
+    """The rows of a table in a JSON file, as dicts, with the names that indices stand for."""
+    content = json.loads(path.read_text())
+    for values in content["rows"]:
+        row = dict(zip(content["columns"], values, strict=True))
+        row["optimizer"], row["phase"] = content["grid"]["optimizer"][row["optimizer"]], content["phases"][row["phase"]]
+        row["grad_checkpoint"] = bool(row["grad_checkpoint"])
+        yield row
+
+
+@pytest.mark.parametrize("fixed", [{}, {"vocab_size": 8192, "dtype": "float32", "micro_batches": 2}])
+def test_each_row_of_the_table_is_the_prediction(small_grid, fixed, tmp_path, capsys):
+    flags = [text for name, value in fixed.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    assert main([*flags, "--device", "cpu", "--table", str(tmp_path / "table.json")]) == 0
+    assert "64 rows of 16 columns in" in capsys.readouterr().out
+    rows = list(rows_of(tmp_path / "table.json"))
+    points = {tuple(row[name] for name in small_grid) for row in rows}
+    assert points == set(itertools.product(*small_grid.values()))
+    for row in rows:
+        options = Options(**{name: row[name] for name in small_grid}, **fixed, device="cpu")
+        highest = max(snapshots(options), key=lambda snapshot: snapshot.bytes)
+        assert row["phase"] == highest.phase
+        assert {name: row[name] for name in highest.parts} == {
+            name: round(size / 2**20) for name, size in predict(options).items()
+        }
+
+
+def test_the_place_of_a_row_follows_from_the_grid(small_grid, tmp_path):
+    content = table_module.write(Options(device="cpu"), tmp_path / "table.json")
+    assert json.loads((tmp_path / "table.json").read_text()) == content
+    assert content["columns"][: len(small_grid)] == list(small_grid)
+    assert len({tuple(row[: len(small_grid)]) for row in content["rows"]}) == len(content["rows"]) == 2**6
+    assert [row[: len(small_grid)] for row in content["rows"][:3]] == [
+        [26, 16, 1024, 4, 0, 0],
+        [26, 16, 1024, 4, 0, 1],
+        [26, 16, 1024, 4, 1, 0],
+    ]
+
+
+def test_the_table_as_csv_names_what_json_numbers(small_grid, tmp_path):
+    for name in ("table.json", "table.csv"):
+        table_module.write(Options(device="cpu"), tmp_path / name)
+    with open(tmp_path / "table.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    expected = [row | {"grad_checkpoint": int(row["grad_checkpoint"])} for row in rows_of(tmp_path / "table.json")]
+    assert found == [{name: str(value) for name, value in row.items()} for row in expected]
+
+
+@pytest.mark.slow
+def test_the_whole_table_is_small(tmp_path):
+    table_module.write(Options(device="cpu"), tmp_path / "table.json")
+    assert (tmp_path / "table.json").stat().st_size < 150_000
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 2160
+
+
+def test_a_table_that_fails_leaves_the_old_file(small_grid, tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    path.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    assert main(["--device", "cpu", "--table", str(path)]) == 2
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def numbers(line):
     return [float(number.replace(",", "")) for number in re.findall(r"[-+]?[\d,]+\.\d+", line)]
 
@@ -333,6 +411,11 @@ def test_defaults_are_for_a_plan_and_small_where_steps_are_run():
         ("--n-kv-head 7", "n_head must be a multiple of n_kv_head 7, got 10"),
         ("--gpu-memory 0", "--gpu-memory must be a finite number of GiB above 0, got 0.0"),
         ("--gpu-memory 24 --dtype float32", "on a GPU --dtype must be bfloat16"),
+        ("--table memory.txt", "--table must be a file that ends in .json or .csv, got memory.txt"),
+        ("--table memory.json --depth 4", "--table excludes --depth: the table has rows for its values"),
+        ("--table memory.json --out lab/memory", "--table excludes --out: it writes one file"),
+        ("--table memory.json --measure", "--measure and --table exclude each other"),
+        ("--table nowhere/memory.json", "nowhere/memory.json: No such file or directory"),
     ],
 )
 def test_wrong_flags_are_one_line(args, says, capsys):

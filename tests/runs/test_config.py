@@ -66,6 +66,11 @@ def test_help_documents_every_flag_with_its_default(capsys):
         (["--matrix-lr", "inf"], "--matrix-lr must be a finite number >= 0, got inf"),
         (["--matrix-weight-decay", "-1"], "--matrix-weight-decay must be a finite number >= 0, got -1.0"),
         (["--normuon", "--optimizer", "adamw"], "--normuon needs Muon, which --optimizer adamw does not use"),
+        (
+            ["--muon-form", "cropped", "--optimizer", "adamw"],
+            "--muon-form needs Muon, which --optimizer adamw does not",
+        ),
+        (["--muon-form", "cropped", "--per-head"], "--per-head needs --muon-form nanochat, got cropped"),
         (["--target-flops", "0"], "--target-flops must be a finite number > 0, got 0.0"),
         (
             ["--num-iterations", "5", "--target-flops", "1e9"],

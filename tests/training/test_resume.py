@@ -232,6 +232,16 @@ def test_muons_options_and_their_state_are_resumed(tmp_path):
     assert records(tmp_path / "runs/whole", "train")[0]["loss"] > records(tmp_path / "runs/whole", "train")[-1]["loss"]
 
 
+def test_the_original_guides_muon_and_its_state_are_resumed(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    options = {"muon_form": "original_guide", "ns_coefficients": "cubic", "matrix_weight_decay": 0.1}
+    assert train(tmp_path, run="whole", steps=STEPS, **options) == 0
+    killed(tmp_path, 7, "training.trainer.Trainer", "train_step", run="cut", **options)
+    assert train(tmp_path, run="cut", steps=STEPS, resume="auto", **options) == 0
+    whole, cut = (losses(tmp_path / "runs" / run) for run in ("whole", "cut"))
+    assert cut == whole
+
+
 def test_an_sgd_run_from_when_it_had_one_rate_keeps_it(tmp_path):
     write_text(tmp_path / "text.jsonl")
     assert train(tmp_path, run="old", steps=2, optimizer="sgd") == 0

@@ -17,15 +17,24 @@ SIZES = ("depth", "device_batch_size", "max_seq_len", "vocab_size", "dtype")
 PLANNED = (20, 16, 2048, 65536, "bfloat16")
 RUN_ON_GPU = (12, 16, 2048, 32768, "bfloat16")
 RUN_ON_CPU = (4, 8, 256, 8192, "float32")
+GRID: dict[str, list[Any]] = {  # the values of each flag in the rows of --table
+    "depth": [4, 6, 8, 12, 16, 20, 24, 26, 32],
+    "device_batch_size": [1, 4, 8, 16, 32],
+    "max_seq_len": [256, 1024, 2048],
+    "nproc": [1, 2, 4, 8],
+    "grad_checkpoint": [False, True],
+    "optimizer": ["hybrid", "adamw"],
+}
 
 
 @dataclass(frozen=True)
 class Options:
     """Predict the memory of a training step, part by part, and measure it.
 
-    Without --measure, --checkpointing or --gpu-memory the command only predicts, which is immediate for any size. With
-    --measure or --checkpointing it runs real steps, and the default sizes are small: on a CPU those of train, which
-    take less than a minute (depth 4, 8 x 256 tokens, vocabulary 8192, float32), on a GPU depth 12 and vocabulary 32768.
+    Without --measure, --checkpointing, --gpu-memory or --table the command only predicts, which is immediate for any
+    size. With --measure or --checkpointing it runs real steps, and the default sizes are small: on a CPU those of
+    train, which take less than a minute (depth 4, 8 x 256 tokens, vocabulary 8192, float32), on a GPU depth 12 and
+    vocabulary 32768.
     """
 
     depth: Annotated[int, auto_flag("INT", "20; if steps are run, 4 on a CPU and 12 on a GPU")] = UNSET
@@ -63,6 +72,9 @@ class Options:
     """Run steps with and without --grad-checkpoint, and print the memory and the time of both."""
     gpu_memory: Annotated[float | None, auto_flag("GIB", "not used")] = None
     """Print the largest --device-batch-size that fits a GPU with this memory in GiB (2^30 bytes), e.g. 24 or 80."""
+    table: Annotated[Path | None, auto_flag("FILE", "not used")] = None
+    """Write the predictions for a grid of depths, batches, lengths, ranks, checkpointing and optimizers to this file,
+    .json or .csv. The other flags hold for every row."""
     out: Annotated[Path | None, auto_flag("FOLDER", "no file is written")] = None
     """Folder for result.json and the picture."""
 
@@ -93,10 +105,12 @@ def sized(options: Options) -> Options:
         raise ValueError(f"--optimizer must be one of {', '.join(DEFAULT_LEARNING_RATES)}, got {options.optimizer}")
     if options.nproc > 1 and options.optimizer not in ("hybrid", "adamw"):
         raise ValueError(f"--optimizer must be hybrid or adamw on several ranks, got {options.optimizer}")
-    modes = {name: getattr(options, name) for name in ("measure", "checkpointing", "gpu_memory")}
+    modes = {name: getattr(options, name) for name in ("measure", "checkpointing", "gpu_memory", "table")}
     given = [flag(name) for name, value in modes.items() if value]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other; use one of them")
+    if options.table is not None:
+        _check_table(options)
     if options.nproc > 1 and options.runs_steps:
         raise ValueError(f"--nproc must be 1 with {given[0]}, got {options.nproc}")
 
@@ -114,6 +128,17 @@ def sized(options: Options) -> Options:
             f"{options.dtype} and {head_dim}; other shapes have no CUDA kernel for attention"
         )
     return options
+
+
+def _check_table(options: Options) -> None:
+    """Raise ValueError for a file of --table with another suffix, and for a flag whose values the table lists."""
+    assert options.table is not None
+    if options.table.suffix not in (".json", ".csv"):
+        raise ValueError(f"--table must be a file that ends in .json or .csv, got {options.table}")
+    for name in (*GRID, "out"):
+        if getattr(options, name) != Options.__dataclass_fields__[name].default:
+            why = "it writes one file" if name == "out" else "the table has rows for its values"
+            raise ValueError(f"--table excludes {flag(name)}: {why}")
 
 
 def model_config(options: Options) -> GPTConfig:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from nanochat_native.lab.memory import table
 from nanochat_native.lab.memory.allocations import PHASES
 from nanochat_native.lab.memory.measurement import Step, measure
 from nanochat_native.lab.memory.options import Options, sized
@@ -108,6 +109,10 @@ def show_checkpointing(options: Options) -> dict[str, Any]:
 def run(given: Options) -> None:
     """Print the tables that the options ask for, and with --out write the result."""
     options = sized(given)
+    if given.table is not None:
+        content = table.write(given, given.table)
+        print(f"{len(content['rows'])} rows of {len(content['columns'])} columns in {given.table}")
+        return
     where = {"cpu": "on a CPU", "cuda": "on a GPU"}[options.device]
     if options.runs_steps:
         where = hardware.describe(pick_device(options.device))

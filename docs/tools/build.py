@@ -1,0 +1,273 @@
+"""Build the guide: static HTML pages, a PDF and a notebook for each chapter, from the Markdown in docs/.
+
+    python docs/tools/build.py                  # build/guide/*.html, guide.pdf and notebooks/*.ipynb
+    python docs/tools/build.py --update         # fills the marks of the chapters from docs/results and the sources
+    python docs/tools/build.py --check [FILE]   # prints where chapters break the rules
+
+Needs the extra "docs" (pandoc and typst from PyPI) and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import html
+import json
+import os
+import re
+import shutil
+import string
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOOLS))
+
+import book  # noqa: E402
+import chapters as declarations  # noqa: E402
+import checks  # noqa: E402
+import marks  # noqa: E402
+import notebooks  # noqa: E402
+from book import Page  # noqa: E402
+
+ROOT = book.ROOT
+MARKDOWN = "gfm+tex_math_dollars+alerts+footnotes-yaml_metadata_block"
+STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
+
+
+# --- Markdown ---
+
+
+def update() -> list[str]:
+    """Fill the marks of every chapter, and write the pages that are generated. Return the files that changed."""
+    changed = []
+    exercises = TOOLS.parent / "results/exercises.json"
+    contents = {page.path: marks.fill(page.text, declarations.load) for page in book.chapters()}
+    contents[book.GUIDE / "references.md"] = references_page()
+    if packaged := packaged_answers():
+        contents[exercises] = declarations.to_text(packaged)
+    for path, text in contents.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            changed.append(str(path.relative_to(ROOT)))
+    return changed
+
+
+def references_page() -> str:
+    """Return the page that lists all cited papers."""
+    found = declarations.merged("references")
+    cited = {key: [p for p in book.chapters() if f"arxiv.org/abs/{key}" in p.text] for key in found}
+    rows = [
+        f"| [{key}](https://arxiv.org/abs/{key}) | {found[key]} | "
+        f"{', '.join(f'[{page.number}]({page.path.name})' for page in cited[key])} |"
+        for key in sorted(found)
+    ]
+    return "\n".join(["# References", "", "| arXiv | paper | cited in |", "|---|---|---|", *rows, ""])
+
+
+def packaged_answers() -> dict[str, Any]:
+    """Return the answers of the exercises with a number, from the package."""
+    from nanochat_native import exercises
+
+    return exercises.as_results()
+
+
+def packaged_exercises() -> set[str]:
+    """Return the ids of the exercises in the package."""
+    from nanochat_native import exercises
+
+    return {exercise.id for chapter in exercises.chapters() for exercise in exercises.of(chapter)}
+
+
+def check(pages: Sequence[Page]) -> list[str]:
+    """Return where the pages break the rules."""
+    known, references = packaged_exercises(), declarations.merged("references")
+    return [problem for page in pages for problem in checks.problems(page, declarations.load, known, references)]
+
+
+# --- HTML ---
+
+
+def convert(page: Page, target: str) -> str:
+    """Return a page as "html5" or "typst". Raises RuntimeError for a formula or a mark-up that cannot be converted."""
+    import pypandoc
+
+    source = ROOT / "build/guide-sources" / str(os.getpid()) / page.path.name
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(marks.plain(page.text), encoding="utf-8")
+    settings = [f"--lua-filter={TOOLS / 'filter.lua'}", "--fail-if-warnings", "--wrap=none"]
+    if target == "html5":
+        settings += ["--mathml", "--syntax-highlighting=pygments"]
+    converted: str = pypandoc.convert_file(str(source), target, format=MARKDOWN, extra_args=settings)
+    return converted
+
+
+def with_exercise_forms(body: str) -> str:
+    """Add a field for the answer below each command that checks a number."""
+    pattern = r"<p><code>python -m nanochat_native\.guide check (\w+)\.(\d+) NUMBER</code></p>"
+    return re.sub(pattern, r'\g<0><form class="check" data-exercise="\1_\2"></form>', body)
+
+
+def sections(body: str) -> list[tuple[str, str, str]]:
+    """Return (id, heading, text) of each section of an HTML page, for the search."""
+    parts = re.split(r'<h[1-3]\b[^>]*?id="([^"]*)"[^>]*>(.*?)</h[1-3]>', body, flags=re.DOTALL)
+    return [(parts[i], text_of(parts[i + 1]), text_of(parts[i + 2])) for i in range(1, len(parts), 3)]
+
+
+def text_of(fragment: str) -> str:
+    """Return the words of an HTML fragment. Formulas are left out."""
+    fragment = re.sub(r"<(math|script|style)\b.*?</\1>", " ", fragment, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", fragment)).split())
+
+
+def navigation(pages: Sequence[Page], documents: Sequence[Page], current: Page, toc: str) -> str:
+    """Return the list of pages, with the sections of the current one."""
+
+    def entry(page: Page) -> str:
+        mark = ' aria-current="page"' if page is current else ""
+        inner = toc if page is current else ""
+        return f'<li><a href="{page.name}.html"{mark}>{html.escape(page.title)}</a>{inner}</li>'
+
+    guide = "".join(map(entry, pages))
+    others = "".join(map(entry, documents))
+    return f"<ul>{guide}</ul><p>Documentation</p><ul>{others}</ul>"
+
+
+def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool: Any) -> None:
+    """Write the HTML pages with all they need."""
+    everything = [*pages, *documents]
+    bodies = list(pool.map(lambda page: convert(page, "html5"), everything))
+    template = string.Template((TOOLS / "page.html").read_text(encoding="utf-8"))
+    widgets = sorted(path.stem for path in (TOOLS / "widgets").glob("*.js"))
+    index = []
+    for page, body in zip(everything, bodies, strict=True):
+        body = with_exercise_forms(body)
+        index += [{"page": page.name, "id": name, "title": title, "text": text} for name, title, text in sections(body)]
+        toc = "".join(
+            f'<li><a href="#{name}">{title}</a></li>'
+            for name, title in re.findall(r'<h2\b[^>]*?id="([^"]*)"[^>]*>(.*?)</h2>', body, re.DOTALL)
+        )
+        near = pages if page in pages else documents
+        position = near.index(page)
+        before = near[position - 1] if position else None
+        after = near[position + 1] if position + 1 < len(near) else None
+        used = [name for name in widgets if f'data-widget="{name}"' in body]
+        scripts = ["search.js", *(["exercises.js"] if 'class="check"' in body else [])]
+        scripts += ["widget-data.js", *(f"widgets/{name}.js" for name in used)] if used else []
+        text = template.safe_substitute(
+            title=html.escape(page.title),
+            book=html.escape(book.TITLE),
+            number=page.number,
+            nav=navigation(pages, documents, page, f"<ul>{toc}</ul>" if toc else ""),
+            toc=f"<ul>{toc}</ul>",
+            body=body,
+            previous=link_to(before, "prev"),
+            next=link_to(after, "next"),
+            scripts="".join(f'<script src="{name}"></script>' for name in scripts),
+        )
+        (out / f"{page.name}.html").write_text(text, encoding="utf-8")
+    (out / "search.js").write_text(f"window.SEARCH = {json.dumps(index, ensure_ascii=False)};\n", encoding="utf-8")
+    answers = json.dumps(packaged_answers(), ensure_ascii=False)
+    (out / "exercises.js").write_text(f"window.EXERCISES = {answers};\n", encoding="utf-8")
+    (out / "widget-data.js").write_text(f"window.WIDGET_DATA = {json.dumps(widget_data())};\n", encoding="utf-8")
+    for name in STATIC:
+        shutil.copy(TOOLS / name, out)
+    shutil.copytree(declarations.FIGURES_FOLDER, out / "figures")
+    (out / "widgets").mkdir(exist_ok=True)
+    for name in widgets:
+        shutil.copy(TOOLS / f"widgets/{name}.js", out / "widgets")
+    for path in (ROOT / "docs").glob("*.*"):
+        if path.suffix in (".svg", ".png"):
+            shutil.copy(path, out)
+
+
+def link_to(page: Page | None, rel: str) -> str:
+    """Return a link to the previous or the next page, or an empty text."""
+    return "" if page is None else f'<a rel="{rel}" href="{page.name}.html">{html.escape(page.title)}</a>'
+
+
+def widget_data() -> dict[str, Any]:
+    """Return the data of the widgets by name: results that are named widget_NAME."""
+    paths = sorted(declarations.RESULTS_FOLDER.glob("widget_*.json"))
+    return {path.stem.removeprefix("widget_"): json.loads(path.read_text()) for path in paths}
+
+
+# --- PDF ---
+
+
+def build_pdf(out: Path, pages: Sequence[Page], pool: Any) -> Path:
+    """Write guide.pdf. The same sources give the same bytes."""
+    import typst
+
+    work = ROOT / "build/guide-sources" / str(os.getpid()) / "typst"
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(declarations.FIGURES_FOLDER, work / "figures", dirs_exist_ok=True)
+    shutil.copy(TOOLS / "book.typ", work)
+    lines = ['#import "book.typ": book', f'#show: body => book("{book.TITLE}", body)']
+    for page, text in zip(pages, pool.map(lambda page: convert(page, "typst"), pages), strict=True):
+        (work / f"{page.path.stem}.typ").write_text(f'#import "book.typ": *\n{text}', encoding="utf-8")
+        lines.append(f'#include "{page.path.stem}.typ"')
+    (work / "main.typ").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    target = out / "guide.pdf"
+    typst.compile(str(work / "main.typ"), output=str(target), ignore_system_fonts=True, timestamp=0)
+    return target
+
+
+# --- all ---
+
+
+def build(out: Path, repository: str = "") -> dict[str, float]:
+    """Build everything into a folder, which is replaced. Return the seconds that each part took."""
+    pages, chapters = [*book.other_guide_pages()[:1], *book.chapters(), *book.other_guide_pages()[1:]], book.chapters()
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    seconds = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        work()
+        seconds[name] = time.perf_counter() - start
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            timed("HTML", lambda: build_html(out, pages, book.documents(), pool))
+            timed("PDF", lambda: build_pdf(out, [page for page in pages if page.name != "index"], pool))
+        timed("notebooks", lambda: notebooks.write(out / "notebooks", chapters, repository))
+    finally:
+        shutil.rmtree(ROOT / "build/guide-sources" / str(os.getpid()), ignore_errors=True)
+    return seconds
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Build the guide from docs/guide into build/guide.")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/guide", help="folder to write, default build/guide")
+    parser.add_argument("--update", action="store_true", help="fill the marks of the chapters")
+    parser.add_argument("--check", nargs="*", type=Path, metavar="FILE", help="check these chapters, or all")
+    parser.add_argument("--repository", default="", help="address from which the notebooks install the package")
+    options = parser.parse_args(args)
+    try:
+        if options.update:
+            for name in update():
+                print(f"updated  {name}")
+        elif options.check is not None:
+            chosen = [path.resolve() for path in options.check]
+            found = check([page for page in book.chapters() if not chosen or page.path in chosen])
+            print("\n".join(found) or "no problems")
+            return 1 if found else 0
+        else:
+            seconds = build(options.out, options.repository)
+            size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file()) / 1e6
+            parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+            print(f"{options.out}/index.html and guide.pdf: {parts}; {size:.1f} MB")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
