@@ -24,6 +24,7 @@ MUON_RATE, EMBEDDING_RATE = 0.02, 0.2  # the defaults of nanochat and of train
 CURVATURES = 32  # of the quadratic
 SWEEPS = (30, 100, 300, 1000)
 NOISE_STEPS = 400
+SLOPES = (0.01, 1.0)  # curvatures of the noisy quadratic: a slow and a fast direction
 STEPS = 20
 
 
@@ -219,7 +220,7 @@ def noise_floor() -> dict[str, Any]:
     """Compute the expected loss of gradient descent on a noisy quadratic, exactly, for several schedules.
 
     For a loss h x^2 / 2, a rate r and a gradient h x + noise of variance 1, the second moment v of x follows
-    v' = (1 - r h)^2 v + r^2. Its limit is r / (h (2 - r h)): the floor of the loss is about r / 4.
+    v' = (1 - r h)^2 v + r^2. Its limit is r / (h (2 - r h)): the floor of the loss is about r / 4 for each direction.
     """
     rates = (0.4, 0.2, 0.1)
     floors = {f"rate_{str(rate).replace('.', '_')}": _expected([rate] * 4000)[-1] for rate in rates}
@@ -231,7 +232,9 @@ def noise_floor() -> dict[str, Any]:
     }
     return {
         "floors": floors,
-        "formula": {name: rate / (2 * (2 - rate)) for name, rate in zip(floors, rates, strict=True)},
+        "formula": {
+            name: sum(rate / (2 * (2 - rate * h)) for h in SLOPES) for name, rate in zip(floors, rates, strict=True)
+        },
         "steps": NOISE_STEPS,
         "last": {name.replace(" ", "_").replace(".", "_").replace("%", ""): c[-1] for name, c in curves.items()},
         "curves": {name: [float(f"{value:.4g}") for value in curve[::4]] for name, curve in curves.items()},
@@ -239,14 +242,13 @@ def noise_floor() -> dict[str, Any]:
 
 
 def _expected(rates: Sequence[float]) -> list[float]:
-    """Return the expected loss before each step and after the last, for the curvatures 0.01 and 1, from x = 8."""
+    """Return the expected loss before each step and after the last, summed over SLOPES, from x = 8."""
     losses = []
     moments = [64.0, 64.0]
-    curvatures = (0.01, 1.0)
     for rate in rates:
-        losses.append(sum(h * v / 2 for h, v in zip(curvatures, moments, strict=True)))
-        moments = [(1 - rate * h) ** 2 * v + rate**2 for h, v in zip(curvatures, moments, strict=True)]
-    return [*losses, sum(h * v / 2 for h, v in zip(curvatures, moments, strict=True))]
+        losses.append(sum(h * v / 2 for h, v in zip(SLOPES, moments, strict=True)))
+        moments = [(1 - rate * h) ** 2 * v + rate**2 for h, v in zip(SLOPES, moments, strict=True)]
+    return [*losses, sum(h * v / 2 for h, v in zip(SLOPES, moments, strict=True))]
 
 
 def schedule_shapes() -> dict[str, Any]:
