@@ -79,7 +79,7 @@ def packaged_exercises() -> set[str]:
     """Return the ids of the exercises in the package."""
     from nanochat_native import exercises
 
-    return set(exercises.exercises())
+    return {exercise.id for chapter in exercises.chapters() for exercise in exercises.of(chapter)}
 
 
 def check(pages: Sequence[Page]) -> list[str]:
@@ -175,7 +175,7 @@ def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool
     (out / "widget-data.js").write_text(f"window.WIDGET_DATA = {json.dumps(widget_data())};\n", encoding="utf-8")
     for name in STATIC:
         shutil.copy(TOOLS / name, out)
-    shutil.copytree(book.GUIDE / "figures", out / "figures", dirs_exist_ok=True)
+    shutil.copytree(declarations.FIGURES_FOLDER, out / "figures")
     (out / "widgets").mkdir(exist_ok=True)
     for name in widgets:
         shutil.copy(TOOLS / f"widgets/{name}.js", out / "widgets")
@@ -204,7 +204,7 @@ def build_pdf(out: Path, pages: Sequence[Page], pool: Any) -> Path:
 
     work = ROOT / "build/guide-sources" / str(os.getpid()) / "typst"
     work.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(book.GUIDE / "figures", work / "figures", dirs_exist_ok=True)
+    shutil.copytree(declarations.FIGURES_FOLDER, work / "figures", dirs_exist_ok=True)
     shutil.copy(TOOLS / "book.typ", work)
     lines = ['#import "book.typ": book', f'#show: body => book("{book.TITLE}", body)']
     for page, text in zip(pages, pool.map(lambda page: convert(page, "typst"), pages), strict=True):

@@ -35,7 +35,7 @@ end
 local function RawInline(raw)
   if raw.format ~= "html" then return end
   local id = raw.text:match('^<a id="([^"]+)">')
-  if id then return pandoc.Span({}, {id = id}) end
+  if id then return pandoc.Span({}, {id = id}) end -- Blocks turns it into a place that links can reach
   if raw.text:match("^</a>") or raw.text:match("^<!%-%-") then return {} end
 end
 
@@ -43,6 +43,11 @@ local function anchor_of(block)
   if block and block.t == "Para" and #block.content == 1 and block.content[1].t == "Span" and #block.content[1].content == 0 then
     return block.content[1].identifier
   end
+end
+
+local function is_figure_part(block)
+  return block and (block.t == "RawBlock" and block.text:match("^<!%-%- widget")
+    or block.t == "Para" and #block.content == 1 and block.content[1].t == "Image")
 end
 
 local function figure_of(block, id)
@@ -54,17 +59,21 @@ end
 
 local function Blocks(blocks)
   local out = pandoc.Blocks({})
-  local id, widget, answer
+  local id, widget, exercise
   for index, block in ipairs(blocks) do
     local raw = block.t == "RawBlock" and block.format == "html" and block.text or ""
-    local nextblock = blocks[index + 1]
     local name = raw:match("^<!%-%- widget: ([%w-]+) %-%->")
     if name then
       widget = name
     elseif raw:match("^<!%-%-") then
       -- a comment
-    elseif anchor_of(block) and nextblock and (nextblock.t == "RawBlock" or (nextblock.t == "Para" and nextblock.content[1].t == "Image")) then
+    elseif anchor_of(block) and is_figure_part(blocks[index + 1]) then
       id = anchor_of(block)
+    elseif anchor_of(block) then
+      local place = typst and "#metadata(none)<%s>" or '<span id="%s"></span>'
+      out:insert(pandoc.RawBlock(typst and "typst" or "html", place:format(anchor_of(block))))
+      local chapter, number = anchor_of(block):match("^exercise%-(%w+)%-(%d+)$")
+      exercise = chapter and chapter .. "." .. number or exercise
     elseif block.t == "Para" and #block.content == 1 and block.content[1].t == "Image" then
       local figure = figure_of(block, id)
       id = nil
@@ -77,7 +86,7 @@ local function Blocks(blocks)
       end
       widget = nil
     elseif typst and raw:match("^<details>") then
-      out:insert(pandoc.RawBlock("typst", "#answer["))
+      out:insert(pandoc.RawBlock("typst", '#answer("' .. (exercise or "") .. '")['))
     elseif typst and raw:match("^</details>") then
       out:insert(pandoc.RawBlock("typst", "]"))
     elseif typst and raw ~= "" then
@@ -115,4 +124,10 @@ local function Header(header)
   return header
 end
 
-return {{RawInline = RawInline}, {Link = Link, Header = Header, Blocks = Blocks}, {Div = Div}}
+local function Span(span)
+  if typst and #span.content == 0 and span.identifier ~= "" then
+    return pandoc.RawInline("typst", "#metadata(none)<" .. span.identifier .. ">")
+  end
+end
+
+return {{RawInline = RawInline}, {Link = Link, Header = Header, Blocks = Blocks}, {Div = Div, Span = Span}}
