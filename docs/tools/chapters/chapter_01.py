@@ -17,7 +17,7 @@ from typing import Any
 import style
 from style import COLORS
 
-from chapters import ROOT, Figure, Values, command, demonstration, own, reference
+from chapters import ROOT, Figure, Values, command, demonstration, lab, own, reference
 
 TRAIN = "python -m nanochat_native.train --diagnose --run d4"
 COLUMNS = ("loss", "bpb", "grad_norm", "lr_multiplier", "momentum", "seconds")
@@ -126,12 +126,21 @@ def measured(output: str) -> Values:
     return {"bpb": bpb, "loss": nats, "tokens": int(tokens), "bytes": int(size)}
 
 
+def two_depths(result: Values) -> Values:
+    """Return the rows of exercise 1.5 by case, and by how much three layers are better with each seed."""
+    final = {(run["case"], run["seed"]): run["curve"][-1]["value"] for run in result["runs"]}
+    seeds = sorted({seed for _, seed in final})
+    found = {row["case"]: {name: row[name] for name in ("value", "spread", "seconds")} for row in result["rows"]}
+    return found | {"difference": [final["two", seed] - final["three", seed] for seed in seeds]}
+
+
 RESULTS = {
     "train_d4": own(TRAIN, train_d4),
     "evaluate_d4": command("evaluate --checkpoint runs/d4", keep=measured),
     "generate_d4": command(
         "generate --checkpoint runs/d4 --prompt 'def read(self' --temperature 0.6 --seed 2 --max-tokens 90"
     ),
+    "exercise_1_5": lab('compare --cases "two: --depth 2" "three: --depth 3" --rates 1 --seeds 2', keep=two_depths),
     "surprise": demonstration("surprise", trained=True),
     "frequency_baselines": demonstration("frequency-baselines", trained=True),
 }
