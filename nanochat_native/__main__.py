@@ -34,6 +34,9 @@ GROUPS = {
         "demonstrate": "show with numbers what the guide says",
         "plot": "redraw the pictures of a run or an experiment",
     },
+    "Learn": {
+        "guide": "show the exercises of the guide and check their answers",
+    },
     "Interchange": {
         "export": "export a model to transformers or safetensors",
         "import-checkpoint": "import a checkpoint of nanochat or transformers",

@@ -34,6 +34,7 @@ FLAGS = {
     "memory": ["lab/memory/options.py:Options"],
     "demonstrate": ["demonstrate.py:Options"],
     "plot": ["plot.py:Options"],
+    "guide": ["guide.py:Options"],
     "export": ["interop/transformers_export.py:Options"],
     "import-checkpoint": ["interop/importing.py:Options"],
     "doctor": ["doctor.py"],

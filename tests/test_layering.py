@@ -134,7 +134,8 @@ MAY_DEPEND_ON = {
     "interop": "ops runtime model data runs inference",
     "lab": "ops runtime model optim data runs inference evaluation training",
     "bench": "ops runtime model optim data inference interop runs",
-    "demonstrations": "ops runtime model optim data runs inference evaluation training interop lab",
+    "demonstrations": "ops runtime model optim data runs inference evaluation training interop lab bench",
+    "exercises": "ops runtime model optim data runs inference evaluation training interop lab bench demonstrations",
 }
 ALLOWED = {name: set(others.split()) for name, others in MAY_DEPEND_ON.items()}
 GRAPH = import_graph.modules()

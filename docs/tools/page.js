@@ -73,6 +73,7 @@
   const results = $("#results");
   let entries = null;
   let chosen = -1;
+  const pages = new Map($$("a", chapters).map((link) => [link.getAttribute("href").replace(/\.html.*/, ""), link.firstChild.textContent]));
   const words = (text) => text.toLowerCase().normalize("NFKD").replace(/[\u0300-\u036f]/g, "").match(/[\p{L}\p{N}_]+/gu) || [];
 
   function prepare() {
@@ -151,7 +152,7 @@
     const found = find(field.value);
     results.replaceChildren(...found.map((entry, index) =>
       make("a", { role: "option", id: "result-" + index, href: entry.page + ".html" + (entry.id ? "#" + entry.id : ""), tabindex: "-1", "aria-selected": "false", click: close },
-        make("b", {}, ...highlighted(entry.title, asked)), make("span", {}, ...highlighted(excerpt(entry.text, asked), asked)))));
+        make("small", {}, entry.id && entry.title !== pages.get(entry.page) ? pages.get(entry.page) : ""), make("b", {}, ...highlighted(entry.title, asked)), make("span", {}, ...highlighted(excerpt(entry.text, asked), asked)))));
     if (asked.length && !found.length) results.append(make("p", {}, "Nothing found."));
     results.hidden = !asked.length;
     $("#found").textContent = asked.length ? found.length + (found.length === 1 ? " result" : " results") : "";
@@ -279,13 +280,19 @@
       select.addEventListener("change", () => change(select.value));
       return make("label", {}, label, select);
     },
+    /** Return the width to draw in, so that texts keep their size on a phone. */
+    width: (element) => Math.max(280, Math.min(640, element.clientWidth - 36)),
+    /** Return the linear map that takes a to c and b to d. */
+    scale: (a, b, c, d) => (x) => c + (x - a) / (b - a) * (d - c),
+    /** Return an SVG of this size with these children. The texts outside say what it shows. */
+    svg: (width, height, ...children) => make("svg", { viewBox: "0 0 " + width + " " + height, "aria-hidden": "true" }, ...children),
     button: (text, press) => make("button", { type: "button", click: press }, text),
   };
   for (const element of $$(".widget[data-widget]")) {
     const name = element.dataset.widget;
     const start = (window.GUIDE_WIDGETS || {})[name];
     if (!start) continue;
-    const part = make("div", { class: "live-part", role: "group", "aria-label": "Interactive figure" });
+    const part = make("div", { class: "live-part", role: "group", "aria-label": "Interactive figure: " + name });
     const image = $("figure > img, figure > p > img", element);
     if (image) (image.closest("figure > p") || image).before(part); else element.prepend(part);
     start(part, (window.WIDGET_DATA || {})[name]);

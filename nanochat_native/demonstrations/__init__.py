@@ -1,7 +1,7 @@
 """Small seeded demonstrations of the statements that the guide makes, each a function that returns its numbers.
 
-It may depend on `ops`, `runtime`, `model`, `optim`, `data`, `runs`, `inference`, `evaluation`, `training`, `interop`
-and `lab`.
+It may depend on `ops`, `runtime`, `model`, `optim`, `data`, `runs`, `inference`, `evaluation`, `training`, `interop`,
+`lab` and `bench`.
 
 A module of this package is a topic. Its DEMONSTRATIONS maps the names that `python -m nanochat_native.demonstrate`
 takes to functions. All arguments of such a function are optional, and it returns a dictionary of JSON values.

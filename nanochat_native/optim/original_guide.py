@@ -15,7 +15,7 @@ from nanochat_native.optim.buckets import ShardPiece
 from nanochat_native.optim.muon import Muon
 
 # The switches of each value of --muon-form.
-FORMS: dict[str, dict[str, bool]] = {
+FORMS: dict[str, dict[str, Any]] = {
     "nanochat": {},
     "cropped": {"cropped": True},
     "momentum_after": {"momentum_after": True},

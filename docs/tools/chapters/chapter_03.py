@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import style
-from chapters import Figure, Values, command, demonstration, reference
 from matplotlib.patches import Rectangle
+
+from chapters import Figure, Values, command, demonstration, reference
 
 RESULTS = {
     "merges_by_hand": demonstration("merges-by-hand"),
