@@ -19,6 +19,7 @@ def load(name):
         ("a.list.2.count * 1000 : ,d", "7,000"),
         ("a.share : .0%", "25%"),
         ("-a.share : .2f", "-0.25"),
+        ("a.share / 1e-3 : .0f", "250"),
     ],
 )
 def test_numbers_come_from_results(mark, text):
