@@ -41,27 +41,27 @@ STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
 # --- Markdown ---
 
 
-def update() -> list[str]:
-    """Fill the marks of every chapter, and write the pages that are generated. Return the files that changed."""
-    changed = []
-    exercises = TOOLS.parent / "results/exercises.json"
-    contents = {page.path: filled(page) for page in book.chapters()}
-    contents[book.GUIDE / "references.md"] = references_page()
-    if packaged := packaged_answers():
-        contents[exercises] = declarations.to_text(packaged)
-    for path, text in contents.items():
+def update() -> tuple[list[str], list[str]]:
+    """Fill the marks of every chapter, and write the pages that are generated.
+
+    Returns:
+        The files that changed, and the problems of marks that cannot be filled, which stay as they are.
+    """
+    changed, problems = [], []
+
+    def write(path: Path, text: str) -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             changed.append(str(path.relative_to(ROOT)))
-    return changed
 
-
-def filled(page: Page) -> str:
-    """Return the text of a chapter with its marks filled. Raises MarkError, which names the chapter."""
-    try:
-        return marks.fill(page.text, declarations.load)
-    except marks.MarkError as error:
-        raise marks.MarkError(f"{page.path.name}: {error}") from None
+    write(declarations.RESULTS_FOLDER / "exercises.json", declarations.to_text(packaged_answers()))
+    declarations.load.cache_clear()
+    for page in book.chapters():
+        text, errors = marks.fill(page.text, declarations.load)
+        write(page.path, text)
+        problems += [f"{page.path.name}: {error}" for error in errors]
+    write(book.GUIDE / "references.md", references_page())
+    return changed, problems
 
 
 def references_page() -> str:
@@ -259,8 +259,9 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         if options.update:
-            for name in update():
-                print(f"updated  {name}")
+            changed, found = update()
+            print("\n".join([*(f"updated  {name}" for name in changed), *found]) or "nothing to update")
+            return 1 if found else 0
         elif options.check is not None:
             chosen = [path.resolve() for path in options.check]
             found = check([page for page in book.chapters() if not chosen or page.path in chosen])
