@@ -267,7 +267,9 @@ def test_a_code_fence_is_copied_without_its_colors(browser, site):
     open_page(browser, site, page_with(site, 'class="sourceCode'))
     fence = browser.find_element(By.CSS_SELECTOR, ".fence:has(> .copy)")
     code = browser.execute_script("return arguments[0].querySelector('pre').textContent", fence)
-    browser.execute_script("document.execCommand = (name) => { window.copied = String(getSelection()) || document.activeElement.value; return true }; Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    browser.execute_script(
+        "document.execCommand = (name) => { window.copied = String(getSelection()) || document.activeElement.value; return true }; Object.defineProperty(navigator, 'clipboard', { value: undefined })"
+    )
     browser.execute_script("arguments[0].querySelector('.copy').click()", fence)
     wait(browser, lambda b: b.execute_script("return window.copied"))
     assert browser.execute_script("return window.copied").rstrip("\n") == code.rstrip("\n")
