@@ -35,6 +35,7 @@ from book import Page  # noqa: E402
 
 ROOT = book.ROOT
 MARKDOWN = "gfm+tex_math_dollars+alerts+footnotes-yaml_metadata_block"
+PARTS = {"claims": r"^> \*\*Claim ", "figures": r"^!\[Figure ", "exercises": r"^\*\*Exercise "}
 STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
 
 
@@ -61,6 +62,7 @@ def update() -> tuple[list[str], list[str]]:
         write(page.path, text)
         problems += [f"{page.path.name}: {error}" for error in errors]
     write(book.GUIDE / "references.md", references_page())
+    write(book.GUIDE / "README.md", landing_page())
     return changed, problems
 
 
@@ -74,6 +76,19 @@ def references_page() -> str:
         for key in sorted(found)
     ]
     return "\n".join(["# References", "", "| arXiv | paper | cited in |", "|---|---|---|", *rows, ""])
+
+
+def landing_page() -> str:
+    """Return the landing page with its list of chapters up to date."""
+    text = (book.GUIDE / "README.md").read_text(encoding="utf-8")
+    pages = book.chapters()
+    rows = [f"| [{page.title}]({page.path.name}) | {page.question} | {page.minutes} |" for page in pages]
+    counts = {name: sum(len(re.findall(pattern, page.text, re.M)) for page in pages) for name, pattern in PARTS.items()}
+    total = f"Together they have {counts['claims']} claims, {counts['figures']} figures and {counts['exercises']} exercises."
+    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", total])
+    return re.sub(
+        r"(?<=<!-- contents -->\n).*?(?=<!-- /contents -->)", lambda _: f"\n{table}\n\n", text, flags=re.DOTALL
+    )
 
 
 def packaged_answers() -> dict[str, Any]:
