@@ -228,6 +228,15 @@
     fence.append(button);
   }
 
+  // Short words of code in a line, such as --depth, are not broken at their hyphens.
+  for (const code of $$("article :not(pre) > code")) {
+    if (code.children.length) continue;
+    const parts = code.textContent.split(" ");
+    if (parts.some((part) => part.length > 1)) {
+      code.replaceChildren(...parts.flatMap((part, at) => [at ? " " : "", part.length < 26 ? make("span", { class: "word" }, part) : part]));
+    }
+  }
+
   // --- exercises ---
   const SUFFIXES = { "%": 0.01, k: 1e3, K: 1e3, M: 1e6, G: 1e9, B: 1e9, T: 1e12, Ki: 2 ** 10, Mi: 2 ** 20, Gi: 2 ** 30 };
 
