@@ -200,7 +200,8 @@ def context_length(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
     """
     model, tokenizer, text = _validation(checkpoint)
     trained = model.config.sequence_len
-    lengths = [length for length in LENGTHS if length <= model.max_positions and 8 * length < len(text)]
+    most = min(model.max_positions, len(text) // 8)
+    lengths = sorted({trained, *(length for length in LENGTHS if length <= most)})
     longest, tokens = lengths[-1], 8 * lengths[-1]
     sizes = torch.from_numpy(tokenizer.token_bytes).long()
     found, rows = {}, []
@@ -230,17 +231,18 @@ def context_length(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
 def attention_maps(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
     """Compute the attention of a trained model on a few lines of Python, and what its heads look at on validation text.
 
-    Heads: the mean weight on the first token, on the token itself and on the one before it, over all queries from
-    position 16 on; and the mean distance between a query and its keys, by weight. equal_weights: the same if every
+    Heads: the mean weight on the first token, on the token itself and on the one before it, over all queries but the
+    first 16; and the mean distance between a query and its keys, by weight. equal_weights: the same if every
     visible key had the same weight. untrained: the weight on the first token before training. The first token of a
     document that gets much weight is called a sink (Xiao et al., 2023, arXiv:2309.17453).
     """
     model, tokenizer, text = _validation(checkpoint)
-    ids = [tokenizer.bos_id, *tokenizer.encode(CODE)]
+    ids = [tokenizer.bos_id, *tokenizer.encode(CODE)][: model.max_positions]
     weights = attention_weights(model, torch.tensor([ids]))[:, 0]
     lower = torch.tril_indices(len(ids), len(ids)).unbind()
     config = model.config
     length = min(config.sequence_len, 256)
+    start = min(16, length // 2)
     rows = torch.cat([x for x, _ in iterate_val(text, batch_rows=4, sequence_len=length, max_tokens=16 * length)])
     starting = rows.clone()
     starting[:, 0] = tokenizer.bos_id
@@ -251,8 +253,8 @@ def attention_maps(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
 
     def seen(weights: Tensor) -> dict[str, float]:
         """Return what a matrix of weights (..., T, T) looks at."""
-        mean = weights.reshape(-1, length, length).mean(dim=0)[16:]
-        distance = (torch.arange(length)[:, None] - torch.arange(length))[16:]
+        mean = weights.reshape(-1, length, length).mean(dim=0)[start:]
+        distance = (torch.arange(length)[:, None] - torch.arange(length))[start:]
         return {
             "first": float(mean[:, 0].mean()),
             "itself": float((mean * (distance == 0)).sum(dim=-1).mean()),
@@ -317,7 +319,8 @@ def qk_norm(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
         pairs = {"score": (q, k), "without": tuple(plain)}
         row: dict[str, Any] = {"layer": layer}
         for name, (one, other) in pairs.items():
-            scores = torch.einsum("bihd,bjhd->bhij", one, other) / D**0.5  # d4 has as many key heads as query heads
+            group = one.size(2) // other.size(2)
+            scores = torch.einsum("bihd,bjhd->bhij", one, other.repeat_interleave(group, dim=2)) / D**0.5
             visible = scores.masked_fill(hidden, 0.0)
             row[f"largest_{name}"] = float(visible.abs().max())
         row["longest_query"] = float(q.norm(dim=-1).max())

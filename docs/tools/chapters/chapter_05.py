@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import style
-from chapters import Figure, demonstration, lab, reference
+from chapters import Figure, command, demonstration, lab, reference
 
 EXPERIMENT = (
     'compare --cases "4 key heads:" "2 key heads: --n-kv-head 2" "1 key head: --n-kv-head 1" '
@@ -18,12 +18,13 @@ EXPERIMENT = (
 def _cases(record: dict[str, Any]) -> dict[str, Any]:
     """Return the mean and the spread of each case, by a name for markers."""
     names = {"4 key heads": "heads_4", "2 key heads": "heads_2", "1 key head": "head_1", "window": "window"}
-    rows = {row["case"]: row for row in record["table"]}
+    rows = {row["case"]: row for row in record["rows"]}
     return {name: {"value": rows[case]["value"], "spread": rows[case]["spread"]} for case, name in names.items()}
 
 
 RESULTS = {
     "causal_mask": demonstration("causal-mask"),
+    "causal_mask_printed": command("demonstrate causal-mask"),
     "attention_scale": demonstration("attention-scale"),
     "rotary_positions": demonstration("rotary-positions"),
     "order_without_positions": demonstration("order-without-positions"),
@@ -94,7 +95,7 @@ def draw_rotation(rotary: dict[str, Any]) -> Any:
     last.plot(distances, values, color=style.COLORS["blue"])
     last.axvline(256, color=style.COLORS["gray"], lw=0.8, ls=":")
     last.text(262, 0.93, "trained length", fontsize=8, color=style.COLORS["gray"])
-    last.set(xlabel="distance m − n, tokens", ylabel="mean of cos((m − n) θ)", xlim=(0, 512), ylim=(0, 1.05))
+    last.set(xlabel="distance $m - n$, tokens", ylabel=r"mean of $\cos\,(m - n)\,\theta$", xlim=(0, 512), ylim=(0, 1.05))
     return figure
 
 
