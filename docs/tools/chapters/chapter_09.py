@@ -16,8 +16,9 @@ COMPARE_GUIDE = (
 )
 AT_THE_STATED_RATE = (
     'compare --cases "Muon + AdamW:" "momentum after: --muon-form momentum_after" '
-    '"original guide: --muon-form original_guide --ns-coefficients cubic" --rates 1 --seeds 3 --depth 3 --vocab-size 2048 '
-    "--max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 --num-iterations 240 --eval-tokens 32768"
+    '"original guide: --muon-form original_guide --ns-coefficients cubic" --rates 1 --seeds 3 --depth 3 '
+    "--vocab-size 2048 --max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 --num-iterations 240 "
+    "--eval-tokens 32768"
 )
 
 
