@@ -8,5 +8,5 @@ RESULTS = {
 }
 REFERENCES = {
     "2309.17453": reference("Xiao et al.", "Efficient Streaming Language Models with Attention Sinks", 2023),
-    "2310.17813": reference("Yang, Simon, Bernstein", "A Spectral Condition for Feature Learning", 2023),
+    "2310.17813": reference("Yang, Simon and Bernstein", "A Spectral Condition for Feature Learning", 2023),
 }
