@@ -45,7 +45,7 @@ def update() -> list[str]:
     """Fill the marks of every chapter, and write the pages that are generated. Return the files that changed."""
     changed = []
     exercises = TOOLS.parent / "results/exercises.json"
-    contents = {page.path: marks.fill(page.text, declarations.load) for page in book.chapters()}
+    contents = {page.path: filled(page) for page in book.chapters()}
     contents[book.GUIDE / "references.md"] = references_page()
     if packaged := packaged_answers():
         contents[exercises] = declarations.to_text(packaged)
@@ -54,6 +54,14 @@ def update() -> list[str]:
             path.write_text(text, encoding="utf-8")
             changed.append(str(path.relative_to(ROOT)))
     return changed
+
+
+def filled(page: Page) -> str:
+    """Return the text of a chapter with its marks filled. Raises MarkError, which names the chapter."""
+    try:
+        return marks.fill(page.text, declarations.load)
+    except marks.MarkError as error:
+        raise marks.MarkError(f"{page.path.name}: {error}") from None
 
 
 def references_page() -> str:
@@ -79,7 +87,7 @@ def packaged_exercises() -> set[str]:
     """Return the ids of the exercises in the package."""
     from nanochat_native import exercises
 
-    return {exercise.id for chapter in exercises.chapters() for exercise in exercises.of(chapter)}
+    return {exercise.id for chapter in exercises.chapters() for exercise in exercises.of_chapter(chapter)}
 
 
 def check(pages: Sequence[Page]) -> list[str]:

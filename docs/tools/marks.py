@@ -69,7 +69,7 @@ def evaluate(expression: str, load: Callable[[str], Any]) -> Any:
         keys.append(look_up(match[0], load))
         return f"(k{len(keys) - 1})"
 
-    text = re.sub(r"[A-Za-z_]\w*(?:\.\w+)*", place, expression)
+    text = re.sub(r"(?<![\w.])[A-Za-z_]\w*(?:\.\w+)*", place, expression)
     if text == "(k0)":
         return keys[0]
     numbers = {f"k{number}": key for number, key in enumerate(keys)}
