@@ -7,16 +7,23 @@ from typing import Any
 
 import style
 
-from chapters import Figure, Values, command, demonstration, own, reference
+from chapters import Figure, Values, command, demonstration, lab, own, reference, run_module
 
 COLORS = style.COLORS
 LINE_WIDTH = 6.7  # inches of the boxes of a row of tokens
 
 
-def validation_of(output: str) -> Values:
-    """Return the steps and the validation losses of a run from its printed output."""
-    found = re.findall(r"^step (\d+): validation ([\d.]+) bits", output, re.M)
-    return {"steps": [int(step) for step, _ in found], "bpb": [float(bits) for _, bits in found]}
+def finetune() -> Values:
+    """Fine-tune the run d4. Return the validation losses by step, and the printed output without the lines of steps."""
+    return without_steps(run_module("finetune --checkpoint runs/d4 --overwrite"))
+
+
+def without_steps(output: str) -> Values:
+    kept = [line for line in output.splitlines() if " | mfu " not in line]
+    text = "\n".join(kept) + "\n"
+    found = re.findall(r"^step (\d+): validation ([\d.]+) bits", text, re.M)
+    bits = [float(value) for _, value in found]
+    return {"steps": [int(step) for step, _ in found], "bpb": bits, "first": bits[0], "last": bits[-1], "output": text}
 
 
 def faults() -> Values:
@@ -36,7 +43,8 @@ RESULTS = {
     "generate_greedy": command(
         'generate --checkpoint runs/d4 --prompt "def __init__(self" --max-tokens 40 --temperature 0'
     ),
-    "finetune_d4": command("finetune --checkpoint runs/d4 --overwrite", keep=validation_of),
+    "evaluate_chat": lab("evaluate --checkpoint runs/d4-chat --compare runs/d4 --data stdlib --max-tokens 32768"),
+    "finetune_d4": own("python -m nanochat_native.finetune --checkpoint runs/d4", finetune),
 }
 
 
@@ -50,14 +58,17 @@ def draw_sampling(found: Values) -> Any:
     panels = [
         (f"temperature {found[key]['temperature']:g}", found[key]["probabilities"]) for key in ("t5", "t10", "t20")
     ]
-    panels.append((f"temperature 1, top-k {found['top_k']['k']}", found["top_k"]["probabilities"]))
+    panels.append((f"top-k {found['top_k']['k']}", found["top_k"]["probabilities"]))
     figure, axes = style.new_figure(7.0, 3.1, ncols=4, sharex=True, sharey=True)
     rows = range(len(found["tokens"]))
     for panel, (title, probabilities) in zip(axes, panels, strict=True):
         color = COLORS["orange"] if "top-k" in title else COLORS["blue"]
-        panel.barh(range(len(probabilities)), probabilities, color=color, height=0.72)
-        panel.set(title=title, xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(len(rows) - 0.4, -0.6))
-        panel.grid(visible=False, axis="y")
+        panel.plot(probabilities, range(len(probabilities)), "o", color=color, markersize=4)
+        panel.set(xlim=(2e-5, 2), ylim=(len(rows) - 0.4, -0.6))
+        panel.set_xscale("log")
+        panel.set_xticks((1e-4, 1e-2, 1), ("0.0001", "0.01", "1"))
+        panel.minorticks_off()
+        panel.set_title(title, fontsize=9)
     axes[0].set_yticks(rows, [visible(token) for token in found["tokens"]], family="DejaVu Sans Mono", fontsize=8.5)
     figure.supxlabel("probability of the token", fontsize=9)
     return figure
@@ -75,7 +86,14 @@ def draw_cache(found: Values) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set(xlabel="tokens in the text", ylabel="ms for one more token", xlim=(lengths[0] * 0.9, lengths[-1] * 1.05))
+    axes.set_yticks((1, 10, 100), ("1", "10", "100"))
+    axes.minorticks_off()
+    axes.set(
+        xlabel="tokens in the text",
+        ylabel="ms for one more token",
+        xlim=(lengths[0] * 0.9, lengths[-1] * 1.05),
+        ylim=(0.5, 100),
+    )
     style.label_lines(axes)
     return figure
 
@@ -125,8 +143,13 @@ def draw_faults(found: Values) -> Any:
         losses = [float("nan") if loss is None else loss for loss in each["run"]["losses"]]
         panel.plot(steps, losses, color=color, linewidth=1.2)
         panel.set_title(each["fault"], fontsize=9)
-        panel.text(39.5, 9.4, "seen" if seen else "not seen", ha="right", fontsize=8.5, color=color)
-        panel.set(ylim=(0, 10.3), xlim=(0, 41))
+        text = "in the spread"
+        if seen:
+            text = "NaN" if each["final"] is None else f"{each['final'] - each['healthy_final']:+.2f}"
+        panel.text(39.5, 9.2, text, ha="right", fontsize=8.5, color=color)
+        panel.set(ylim=(0, 10.3), xlim=(0, 41), xticks=(0, 20, 40), yticks=(0, 5, 10))
+        panel.grid(visible=False)
+        panel.label_outer(remove_inner_ticks=True)
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("training loss, nats a token", fontsize=9)
     return figure
