@@ -1,7 +1,7 @@
 import json
 import os
-import signal
 import shutil
+import signal
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import style
+
 from chapters import Figure, Values, command, demonstration, reference
 
 RESULTS = {
