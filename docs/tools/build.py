@@ -79,7 +79,7 @@ def packaged_exercises() -> set[str]:
     """Return the ids of the exercises in the package."""
     from nanochat_native import exercises
 
-    return {exercise.id for chapter in exercises.chapters() for exercise in exercises.of(chapter)}
+    return {exercise.id for chapter in exercises.chapters() for exercise in exercises.of_chapter(chapter)}
 
 
 def check(pages: Sequence[Page]) -> list[str]:
