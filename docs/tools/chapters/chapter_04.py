@@ -31,6 +31,7 @@ RESULTS = {
     "two_depths": lab(
         'compare --cases "d2: --depth 2" "d4: --depth 4" --num-iterations 200 --rates 1 --seeds 1', keep=depths
     ),
+    "dry_run_d4": command("train --run trial --dry-run"),
     "dry_run_d20": command("train --depth 20 --vocab-size 65536 --dry-run"),
 }
 REFERENCES = {
