@@ -41,19 +41,27 @@ STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
 # --- Markdown ---
 
 
-def update() -> list[str]:
-    """Fill the marks of every chapter, and write the pages that are generated. Return the files that changed."""
-    changed = []
-    exercises = TOOLS.parent / "results/exercises.json"
-    contents = {page.path: marks.fill(page.text, declarations.load) for page in book.chapters()}
-    contents[book.GUIDE / "references.md"] = references_page()
-    if packaged := packaged_answers():
-        contents[exercises] = declarations.to_text(packaged)
-    for path, text in contents.items():
+def update() -> tuple[list[str], list[str]]:
+    """Fill the marks of every chapter, and write the pages that are generated.
+
+    Returns:
+        The files that changed, and the problems of marks that cannot be filled, which stay as they are.
+    """
+    changed, problems = [], []
+
+    def write(path: Path, text: str) -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             changed.append(str(path.relative_to(ROOT)))
-    return changed
+
+    write(declarations.RESULTS_FOLDER / "exercises.json", declarations.to_text(packaged_answers()))
+    declarations.load.cache_clear()
+    for page in book.chapters():
+        text, errors = marks.fill(page.text, declarations.load)
+        write(page.path, text)
+        problems += [f"{page.path.name}: {error}" for error in errors]
+    write(book.GUIDE / "references.md", references_page())
+    return changed, problems
 
 
 def references_page() -> str:
@@ -79,7 +87,7 @@ def packaged_exercises() -> set[str]:
     """Return the ids of the exercises in the package."""
     from nanochat_native import exercises
 
-    return {exercise.id for chapter in exercises.chapters() for exercise in exercises.of(chapter)}
+    return {exercise.id for chapter in exercises.chapters() for exercise in exercises.of_chapter(chapter)}
 
 
 def check(pages: Sequence[Page]) -> list[str]:
@@ -251,8 +259,9 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         if options.update:
-            for name in update():
-                print(f"updated  {name}")
+            changed, found = update()
+            print("\n".join([*(f"updated  {name}" for name in changed), *found]) or "nothing to update")
+            return 1 if found else 0
         elif options.check is not None:
             chosen = [path.resolve() for path in options.check]
             found = check([page for page in book.chapters() if not chosen or page.path in chosen])

@@ -229,29 +229,43 @@
   }
 
   // --- exercises ---
-  /** Return the verdict on an answer and a sentence about it, as `python -m nanochat_native.guide check` does. */
-  function judge(value, exercise) {
-    const near = (target) => Math.abs(value - target) <= exercise.tolerance * Math.abs(target) || value === target;
-    if (near(exercise.answer)) return ["right", "Right."];
-    for (const [text, wrong] of Object.entries(exercise.mistakes || {})) if (near(wrong)) return ["mistake", "Not quite: " + text + "."];
-    if (exercise.answer === 0 || value === 0) return ["wrong", "Not this."];
-    if (value / exercise.answer < 0) return ["wrong", "The sign is wrong."];
-    const factor = value / exercise.answer;
-    const size = factor > 1 ? factor : 1 / factor;
-    return ["wrong", "Too " + (factor > 1 ? "large" : "small") + " by a factor of " + Number(size.toPrecision(3)).toLocaleString("en-US") + "."];
+  const SUFFIXES = { "%": 0.01, k: 1e3, K: 1e3, M: 1e6, G: 1e9, B: 1e9, T: 1e12, Ki: 2 ** 10, Mi: 2 ** 20, Gi: 2 ** 30 };
+
+  /** Return the number that a reader typed, such as 3.1e6, 3,100,000, 3.1M, 50% or 1/3, or NaN. */
+  function parse(text, unit) {
+    text = text.trim();
+    if (unit && text.endsWith(unit)) text = text.slice(0, -unit.length).trim();
+    const match = text.match(/^([^/]+?)\s*(%|[KMG]i|[kKMGBT])?(?:\/([^/]+))?$/);
+    const plain = (part) => {
+      part = part.trim();
+      if (/^[+-]?\d{1,3}(,\d{3})+(\.\d*)?$/.test(part)) part = part.replaceAll(",", "");
+      part = part.replace(/(\d)_(?=\d)/g, "$1").replace(/^−/, "-");
+      return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(part) ? Number(part) : NaN;
+    };
+    return match ? plain(match[1]) * (SUFFIXES[match[2]] || 1) / plain(match[3] || "1") : NaN;
+  }
+
+  /** Return the verdict on a number and a phrase about it, those of `python -m nanochat_native.guide check`. */
+  function judge(value, { answer, tolerance, mistakes }) {
+    const near = (target) => Math.abs(value - target) <= tolerance * (Math.abs(target) || 1);
+    if (near(answer)) return ["right", "Right."];
+    for (const [text, wrong] of Object.entries(mistakes || {})) if (near(wrong)) return ["mistake", "Not right: " + text + "."];
+    if (answer === 0 || value === 0) return ["wrong", "Not right: it is off by " + Number(Math.abs(value - answer).toPrecision(3)) + "."];
+    const ratio = value / answer;
+    if (ratio < 0) return ["wrong", "Not right: the sign is wrong."];
+    return ["wrong", "Not right: too " + (ratio > 1 ? "large" : "small") + " by a factor of " + Number(Math.max(ratio, 1 / ratio).toPrecision(4)) + "."];
   }
   for (const form of $$("form.check")) {
     const exercise = (window.EXERCISES || {})[form.dataset.exercise];
     if (!exercise) { form.remove(); continue; }
     const id = "answer-" + form.dataset.exercise;
-    const input = make("input", { id, type: "text", inputmode: "decimal", autocomplete: "off" });
+    const input = make("input", { id, type: "text", autocomplete: "off", spellcheck: "false" });
     const verdict = make("output", { for: id });
-    form.replaceChildren(make("label", { for: id }, "Your answer"), input, exercise.unit || "", make("button", {}, "Check"), verdict);
+    form.replaceChildren(make("label", { for: id }, "Your answer"), input, make("span", {}, exercise.unit || ""), make("button", {}, "Check"), verdict);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      const text = input.value.trim().replaceAll(/[,_\s](?=\d{3}\b)/g, "").replace(/%$/, "");
-      const value = Number(text);
-      const [kind, sentence] = text && Number.isFinite(value) ? judge(value, exercise) : ["wrong", "Enter a number, for example 3.1e6."];
+      const value = parse(input.value, exercise.unit);
+      const [kind, sentence] = Number.isFinite(value) ? judge(value, exercise) : ["wrong", "Enter a number, such as 3.1e6, 3.1M or 50%."];
       verdict.dataset.verdict = kind;
       verdict.textContent = sentence;
     });

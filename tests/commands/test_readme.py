@@ -21,7 +21,8 @@ from nanochat_native.runs.config import FinetuneConfig, parse
 from nanochat_native.runtime import command as command_line
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = [ROOT / "README.md", ROOT / "HACKING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", ROOT / "HACKING.md", ROOT / "benchmarks/README.md"]
+FILES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/guide").glob("*.md"))]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
 
 
@@ -104,7 +105,8 @@ def anchors(text):
     """Return the anchors that GitHub gives to the headings of a document."""
     outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)", outside, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    found = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return found | set(re.findall(r'<a id="([^"]+)">', outside))
 
 
 def broken_links(path, text):

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 
 import marks
 from fork_server import python
@@ -100,6 +101,11 @@ def environment(variables):
 
 def interpreter(words):
     """Return the program that runs the words: the fork server, or a real interpreter for torchrun."""
-    import sys
-
     return sys.executable if "torch.distributed.run" in words else python()
+
+
+# Commands that leave the runs runs/d4 and runs/d4-chat.
+PREPARATION = (
+    ["-m", "nanochat_native.train", *with_flags(["--run", "d4", "--diagnose"], TRAIN)],
+    ["-m", "nanochat_native.finetune", *with_flags(["--checkpoint", "runs/d4"], SMALL["finetune"])],
+)

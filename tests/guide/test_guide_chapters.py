@@ -21,7 +21,8 @@ VALID = """# 5. Attention
 
 ## 5.1 In a minute
 
-See [Figure 5.1](#fig-5-1), [Claim 5.1](#claim-5-1) and [training](../training.md#resume). <!--= a.share : .2f -->0.25<!--/-->
+See [Figure 5.1](#fig-5-1), [Claim 5.1](#claim-5-1) and [training](../training.md#resume).
+<!--= a.share : .2f -->0.25<!--/-->
 
 <a id="fig-5-1"></a>
 

@@ -24,14 +24,7 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 def trained(tmp_path_factory):
     """Return a folder with the tiny runs runs/d4 and runs/d4-chat."""
     folder = tmp_path_factory.mktemp("guide")
-    for words in (
-        [
-            "-m",
-            "nanochat_native.train",
-            *small_commands.with_flags(["--run", "d4", "--diagnose"], small_commands.TRAIN),
-        ],
-        ["-m", "nanochat_native.finetune", "--checkpoint", "runs/d4", "--num-iterations", "2", "--device", "cpu"],
-    ):
+    for words in small_commands.PREPARATION:
         run(words, folder)
     return folder
 

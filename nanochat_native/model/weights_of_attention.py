@@ -1,0 +1,44 @@
+"""The weights of attention, for looking into a model: training and generation never store them."""
+
+import torch
+from torch import Tensor
+
+from nanochat_native.model.functional import norm
+from nanochat_native.model.gpt import GPT
+from nanochat_native.ops.attention import attention_mask
+
+
+@torch.no_grad()
+def attention_weights(model: GPT, ids: Tensor) -> Tensor:
+    """Return the softmax weights of every layer, (n_layer, B, H, T, T) in float32.
+
+    Entry [l, b, h, i, j] is how much head h of layer l takes of the value of token j for token i. Each row sums to 1.
+    A key that the layer's window or the causal mask hides has weight 0.
+
+    Args:
+        ids: (B, T) int64.
+
+    Raises ValueError for ids of another shape, or more tokens than the model has positions for.
+    """
+    if ids.ndim != 2 or ids.numel() == 0 or ids.size(1) > model.max_positions:
+        raise ValueError(
+            f"ids must have shape (B, T), B >= 1 and T from 1 to {model.max_positions}, got {tuple(ids.shape)}"
+        )
+    length = ids.size(1)
+    cos, sin = model.cos[:, :length], model.sin[:, :length]
+    x = norm(model.wte(ids).to(model.compute_dtype))
+    layers = []
+    for block in model.blocks:
+        q, k, _ = block.attn.project(norm(x), cos, sin)
+        layers.append(_weights(q, k, block.attn.window))
+        x = block(x, cos, sin)
+    return torch.stack(layers)
+
+
+def _weights(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)), (B, H, T, T), for q (B, T, H, D) and k (B, T, Hkv, D)."""
+    B, T, H, D = q.shape
+    grouped = q.float().reshape(B, T, k.size(2), -1, D)  # consecutive query heads share a key head
+    scores = torch.einsum("bihgd,bjhd->bhgij", grouped, k.float()).reshape(B, H, T, T) * D**-0.5
+    hidden = ~attention_mask(T, T, True, window, q.device)
+    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
