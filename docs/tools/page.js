@@ -233,9 +233,12 @@
     if (code.children.length) continue;
     const parts = code.textContent.split(" ");
     if (parts.some((part) => part.length > 1)) {
-      code.replaceChildren(...parts.flatMap((part, at) => [at ? " " : "", part.length < 26 ? make("span", { class: "word" }, part) : part]));
+      code.replaceChildren(...parts.flatMap((part, at) => [at ? " " : "", part.length < 29 ? make("span", { class: "word" }, part) : part]));
     }
   }
+
+  // Columns of sentences stay readable beside others: a table scrolls sideways rather than making them narrow.
+  for (const cell of $$("article td")) if (cell.textContent.length > 50) cell.classList.add("prose");
 
   // --- exercises ---
   const SUFFIXES = { "%": 0.01, k: 1e3, K: 1e3, M: 1e6, G: 1e9, B: 1e9, T: 1e12, Ki: 2 ** 10, Mi: 2 ** 20, Gi: 2 ** 30 };
@@ -311,15 +314,23 @@
     svg: (width, height, ...children) => make("svg", { viewBox: "0 0 " + width + " " + height, "aria-hidden": "true" }, ...children),
     button: (text, press) => make("button", { type: "button", click: press }, text),
   };
+  const TITLES = {
+    bpe: "Merge a text of your own",
+    rope: "Turn the arrows yourself",
+    tiles: "Walk from tile to tile",
+    "newton-schulz": "Change the coefficients, the steps and the spectrum",
+    memory: "Change the sizes",
+    ring: "Send step by step",
+  };
   for (const element of $$(".widget[data-widget]")) {
     const name = element.dataset.widget;
     const start = (window.GUIDE_WIDGETS || {})[name];
     if (!start) continue;
-    const part = make("div", { class: "live-part", role: "group", "aria-label": "Interactive figure: " + name });
-    const image = $("figure > img, figure > p > img", element);
-    if (image) (image.closest("figure > p") || image).before(part); else element.prepend(part);
+    const title = TITLES[name] || name;
+    const part = make("div", { class: "live-part", role: "group", "aria-label": title });
+    part.append(make("p", { class: "live-title" }, title));
+    element.append(part); // before it starts: a widget measures its width
     start(part, (window.WIDGET_DATA || {})[name]);
-    element.classList.add("live");
   }
 
   // --- paper ---
