@@ -445,9 +445,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     every = math.ceil((steps - first) / EVALUATIONS_PER_RUN) if is_unset(config, "eval_every") else config.eval_every
     folder = options.out or results.OUT / f"compare-{name}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every), origin)
-    comparison = Comparison(
-        cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {}, origin
-    )
+    comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {}, origin)
     if folder.exists() and not all(map(is_temporary, folder.iterdir())):
         stored = read_result(folder)
         wanted = json.loads(json.dumps(fingerprint(comparison)))
