@@ -104,6 +104,8 @@ class Options:
     The same command resumes a comparison.
 
     With --fork all cases continue from one checkpoint of a run, e.g. each with its own schedule.
+
+    The guide explains it: docs/guide/09-optimizers.md and docs/guide/10-rates-schedules-batches.md.
     """
 
     suite: Literal["optimizers", "newton_schulz", "momentum", "muon", "guide"] = "optimizers"
