@@ -266,7 +266,7 @@ def _trainer_of(folder: Path) -> Trainer:
 
 
 def step_timeline(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
-    """Measure the processor time of the parts of a step of a run: data, forward and backward pass, clipping, optimizers.
+    """Measure the processor time of each part of a step: data, forward and backward pass, clipping, optimizers.
 
     It is the time of the thread that leads the step, which other programs disturb less than the time on the clock. The
     steps continue from the newest checkpoint, with a rate of 0.
@@ -357,7 +357,7 @@ def kill_points() -> dict[str, Any]:
     A checkpoint is due every 4 steps. The run is ended by an exception that the package does not catch;
     tests/training/test_resume.py does the same with SIGKILL.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _run(folder, "whole")

@@ -34,7 +34,7 @@ def range_test_rates() -> dict[str, Any]:
     end = floor * factor**steps
     ours = Options()
     rates, _, _ = range_test(lambda rate: 1.0, floor=ours.floor, ceiling=ours.ceiling, steps=ours.steps)
-    sweeps = []
+    sweeps: list[dict[str, Any]] = []
     for count in SWEEPS:
         rates_tried, losses, diverged = range_test(_quadratic(), floor=1e-3, ceiling=1e3, steps=count)
         found = suggest(rates_tried, losses, steps=count, diverged=diverged)

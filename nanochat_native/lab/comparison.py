@@ -438,7 +438,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     make_cases(options, config, origin)
     plan = Trainer(config, console)
     steps, first = plan.config.num_iterations, 0
-    name = "own" if options.cases else options.suite
+    name: str = "own" if options.cases else options.suite
     if origin is not None:
         origin.check_data(config, plan.corpus.hash)
         first, name = origin.step, f"{name}-from-{origin.run.run}-{origin.step}"

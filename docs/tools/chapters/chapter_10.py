@@ -10,9 +10,11 @@ import style
 
 from chapters import Figure, Values, demonstration, lab, reference
 
+from nanochat_native.lab import noise_scale
+
 SIZE = "--depth 2 --vocab-size 1024 --max-seq-len 128 --total-batch-size 1024 --eval-tokens 16384 --num-iterations 240"
 GROUPS = ("matrix", "embedding", "unembedding")
-FACTORS = (0.1, 0.3, 3)
+FACTORS = (0.3, 3)
 RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004}
 
 
@@ -59,14 +61,17 @@ def keep_noise(record: Values) -> Values:
         part: {name: None if value is None else value * length for name, value in noise.items()}
         for part, noise in record["noise"].items()
     }
+    sizes = {name: record[name] for name in ("small_batch", "large_batch")}
+    firsts = range(0, len(record["steps"]) - 9, 10)  # the first steps too, which the command does not count
+    points = [noise_scale.noise_by_part(record["steps"][first : first + 10], **sizes) for first in firsts]
     series = {
-        part: [None if point[part] is None else point[part] * length for point in record["series"]]
+        part: [None if point[part].scale is None else point[part].scale * length for point in points]
         for part in record["noise"]
     }
     return {
         "batch": record["large_batch"] * length,
         "tokens": tokens,
-        "steps": [point["step"] for point in record["series"]],
+        "steps": [first + 5 for first in firsts],
         "series": series,
         "steps_at_256": 1 + tokens["all"]["scale"] / 256,
         "steps_at_1024": 1 + tokens["all"]["scale"] / 1024,
@@ -96,14 +101,14 @@ RESULTS = {
     "lr_find_all": lab(f"lr_find {SIZE}", keep=keep_range_test),
     "compare_rates": lab(f'compare {SIZE} --cases "x1:" --rates 5 --seeds 2', keep=keep_comparison),
     "compare_groups": lab(f"compare {SIZE} --seeds 1 --rates 1 --cases {group_cases()}", keep=keep_comparison),
-    "compare_warmdowns": lab(
-        f'compare {SIZE} --cases "none: --warmdown-ratio 0" "20%: --warmdown-ratio 0.2" "65%: --warmdown-ratio 0.65"',
+    "compare_schedules": lab(
+        f'compare {SIZE} --rates 1 --cases "no warmdown: --warmdown-ratio 0" "warmdown 20%: --warmdown-ratio 0.2" '
+        '"warmdown 65%: --warmdown-ratio 0.65" "warmup 10%: --warmup-ratio 0.1"',
         keep=keep_comparison,
     ),
-    "compare_warmups": lab(f'compare {SIZE} --cases "none:" "10%: --warmup-ratio 0.1" --rates 1', keep=keep_comparison),
     "compare_batches": lab(
         f'compare {SIZE} --baseline 1024 --cases "256: --total-batch-size 256 --num-iterations 960" "1024:" '
-        '"4096: --total-batch-size 4096 --num-iterations 60" --seeds 1',
+        '"4096: --total-batch-size 4096 --num-iterations 60" --seeds 1 --eval-every 60',
         keep=keep_comparison,
     ),
     "fork_warmdown": lab(
@@ -222,9 +227,9 @@ def draw_noise_scale(found: Values) -> Any:
         axes.plot(*zip(*points, strict=True), color=style.CYCLE[number], marker="o", markersize=3, label=label)
     for size in (256, 1024, 4096):
         axes.axhline(size, color=style.COLORS["gray"], linewidth=0.8, linestyle=":")
-        axes.text(found["steps"][0] - 4, size * 1.06, f"batch {size:,}", fontsize=8, color=style.COLORS["gray"])
+        axes.text(96, size * 1.08, f"batch {size:,}", fontsize=8, color=style.COLORS["gray"])
     axes.set(
-        yscale="log", xlabel="step", ylabel="noise scale, tokens", xlim=(found["steps"][0] - 5, found["steps"][-1] + 22)
+        yscale="log", xlabel="step", ylabel="noise scale, tokens", xlim=(0, found["steps"][-1] + 24)
     )
     style.label_lines(axes)
     return figure
