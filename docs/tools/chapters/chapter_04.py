@@ -7,7 +7,15 @@ from typing import Any
 
 import style
 
-from chapters import Figure, Values, command, demonstration, reference
+from chapters import Figure, Values, command, demonstration, lab, reference
+
+
+def depths(record: Values) -> Values:
+    """Return what exercise 4.5 asks for."""
+    from nanochat_native.exercises.chapter_04 import compare_depths
+
+    return compare_depths({run["case"]: run["curve"] for run in record["runs"]})
+
 
 RESULTS = {
     "parameters": demonstration("parameters"),
@@ -20,6 +28,10 @@ RESULTS = {
     "residual_stream": demonstration("residual-stream", trained=True),
     "softcap": demonstration("softcap", trained=True),
     "dead_units": demonstration("dead-units", trained=True),
+    "two_depths": lab(
+        'compare --cases "d2: --depth 2" "d4: --depth 4" --num-iterations 200 --rates 1 --seeds 1', keep=depths
+    ),
+    "dry_run_d4": command("train --run trial --dry-run"),
     "dry_run_d20": command("train --depth 20 --vocab-size 65536 --dry-run"),
 }
 REFERENCES = {
