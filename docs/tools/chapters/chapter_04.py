@@ -14,7 +14,7 @@ def depths(record: Values) -> Values:
     """Return what exercise 4.5 asks for."""
     from nanochat_native.exercises.chapter_04 import compare_depths
 
-    return compare_depths({run["case"]: run["curve"] for run in record["runs"]})
+    return compare_depths(record)
 
 
 RESULTS = {
