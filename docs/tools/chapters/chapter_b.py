@@ -113,8 +113,9 @@ def table(names: list[str], rows: list[list[str]]) -> str:
 def generated() -> str:
     """Return the text between the marks."""
     return (
-        "\nThe operators of `nanochat_native.ops`, each with the chapter that explains it. The Python module holds the public\n"
-        "call and the reference implementation. No CUDA kernel has run on a GPU yet: their tests run in the emulation.\n\n"
+        "\nThe operators of `nanochat_native.ops`, each with the chapter that explains it. The Python module holds the\n"
+        "public call and the reference implementation. No CUDA kernel has run on a GPU yet: their tests run in the\n"
+        "emulation.\n\n"
         f"{operator_list()}\n"
         "The parameters of the model, `N` standing for the number of the layer:\n\n"
         f"{parameter_table()}\n"
@@ -123,7 +124,7 @@ def generated() -> str:
 
 def current(text: str) -> str:
     """Return the text between the marks of a page. Raises ValueError if there are none."""
-    before, begin, rest = text.partition(BEGIN)
+    _, begin, rest = text.partition(BEGIN)
     inside, end, _ = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the page must contain {BEGIN} and {END}")
