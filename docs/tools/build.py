@@ -35,6 +35,7 @@ from book import Page  # noqa: E402
 
 ROOT = book.ROOT
 MARKDOWN = "gfm+tex_math_dollars+alerts+footnotes-yaml_metadata_block"
+PARTS = {"claims": r"^> \*\*Claim ", "figures": r"^!\[Figure ", "exercises": r"^\*\*Exercise "}
 STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
 
 
@@ -61,6 +62,7 @@ def update() -> tuple[list[str], list[str]]:
         write(page.path, text)
         problems += [f"{page.path.name}: {error}" for error in errors]
     write(book.GUIDE / "references.md", references_page())
+    write(book.GUIDE / "README.md", landing_page())
     return changed, problems
 
 
@@ -74,6 +76,19 @@ def references_page() -> str:
         for key in sorted(found)
     ]
     return "\n".join(["# References", "", "| arXiv | paper | cited in |", "|---|---|---|", *rows, ""])
+
+
+def landing_page() -> str:
+    """Return the landing page with its list of chapters up to date."""
+    text = (book.GUIDE / "README.md").read_text(encoding="utf-8")
+    pages = book.chapters()
+    rows = [f"| [{page.title}]({page.path.name}) | {page.question} | {page.minutes} |" for page in pages]
+    counts = {name: sum(len(re.findall(pattern, page.text, re.M)) for page in pages) for name, pattern in PARTS.items()}
+    total = f"Together they have {counts['claims']} claims, {counts['figures']} figures and {counts['exercises']} exercises."
+    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", total])
+    return re.sub(
+        r"(?<=<!-- contents -->\n).*?(?=<!-- /contents -->)", lambda _: f"\n{table}\n\n", text, flags=re.DOTALL
+    )
 
 
 def packaged_answers() -> dict[str, Any]:
@@ -119,6 +134,18 @@ def with_exercise_forms(body: str) -> str:
     return re.sub(pattern, r'\g<0><form class="check" data-exercise="\1_\2"></form>', body)
 
 
+def with_images(body: str, page: Page, out: Path) -> str:
+    """Copy the images of a page to the folder of the figures, and point to them there."""
+
+    def copied(match: re.Match[str]) -> str:
+        source = (page.path.parent / match[1]).resolve()
+        (out / "figures").mkdir(exist_ok=True)
+        shutil.copy(source, out / "figures")
+        return f'<img src="figures/{source.name}"'
+
+    return re.sub(r'<img src="([^":]+)"', copied, body)
+
+
 def sections(body: str) -> list[tuple[str, str, str]]:
     """Return (id, heading, text) of each section of an HTML page, for the search."""
     parts = re.split(r'<h[1-3]\b[^>]*?id="([^"]*)"[^>]*>(.*?)</h[1-3]>', body, flags=re.DOTALL)
@@ -152,7 +179,7 @@ def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool
     widgets = sorted(path.stem for path in (TOOLS / "widgets").glob("*.js"))
     index = []
     for page, body in zip(everything, bodies, strict=True):
-        body = with_exercise_forms(body)
+        body = with_images(with_exercise_forms(body), page, out)
         index += [{"page": page.name, "id": name, "title": title, "text": text} for name, title, text in sections(body)]
         toc = "".join(
             f'<li><a href="#{name}">{title}</a></li>'
@@ -183,13 +210,10 @@ def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool
     (out / "widget-data.js").write_text(f"window.WIDGET_DATA = {json.dumps(widget_data())};\n", encoding="utf-8")
     for name in STATIC:
         shutil.copy(TOOLS / name, out)
-    shutil.copytree(declarations.FIGURES_FOLDER, out / "figures")
+    (out / "figures").mkdir(exist_ok=True)
     (out / "widgets").mkdir(exist_ok=True)
     for name in widgets:
         shutil.copy(TOOLS / f"widgets/{name}.js", out / "widgets")
-    for path in (ROOT / "docs").glob("*.*"):
-        if path.suffix in (".svg", ".png"):
-            shutil.copy(path, out)
 
 
 def link_to(page: Page | None, rel: str) -> str:

@@ -94,7 +94,7 @@ def number_text(mark: str, load: Callable[[str], Any]) -> str:
     if isinstance(value, dict | list):
         raise MarkError(f"{expression}: is no single value")
     try:
-        return format(value, spec.strip())
+        return format(value, spec.replace(" ", ""))
     except ValueError as error:
         raise MarkError(f"{mark}: {error}") from None
 

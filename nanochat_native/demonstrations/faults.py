@@ -1,8 +1,8 @@
 """A dozen faults of a training run, each with its curve and the check that finds it (chapter 13).
 
-Each fault is a patch of a few lines. A run of a small model is made with it and without it, on Python's own source
-code, and a check of a few lines is made of the program with it and without it. The check is a property: something that must
-hold for every model and every text, so that it needs no reference and no training.
+Each fault is a patch of a few lines. A small model is trained with it and without it on Python's own source code, and a
+check of a few lines is made of the program with it and without it. The check is a property: something that must hold
+for every model and every text, so that it needs no training.
 """
 
 import contextlib

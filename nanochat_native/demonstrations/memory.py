@@ -151,7 +151,11 @@ def memory_ranks() -> dict[str, Any]:
     """
     model = without_memory(GPTConfig.from_depth(20, vocab_size=65536, sequence_len=2048))
     parameter_bytes = 4 * model.num_params()
-    found: dict[str, Any] = {"parameters": parameter_bytes / MIB}
+    found: dict[str, Any] = {
+        "parameters": parameter_bytes / MIB,
+        "peak_of_8": peak(dataclasses.replace(PLAN, nproc=8)) / MIB,
+        "peak_of_8_recomputed": peak(dataclasses.replace(PLAN, nproc=8, grad_checkpoint=True)) / MIB,
+    }
     for optimizer in ("hybrid", "adamw"):
         rows = []
         for ranks in RANKS:
@@ -183,13 +187,13 @@ def owners() -> dict[str, Any]:
             short, side = name.removeprefix("transformer.h.").removesuffix(".weight"), min(matrix.shape)
             work = side**2 * max(matrix.shape)
             rows.append({"matrix": short, "shape": list(matrix.shape), "owner": owner, "work": work})
-    work = [sum(row["work"] for row in rows if row["owner"] == rank) for rank in range(ranks)]
+    loads: list[int] = [sum(row["work"] for row in rows if row["owner"] == rank) for rank in range(ranks)]
     return {
         "ranks": ranks,
         "matrices": rows,
         "count": [sum(row["owner"] == rank for row in rows) for rank in range(ranks)],
-        "work": work,
-        "most_over_mean": max(work) * ranks / sum(work),
+        "work": loads,
+        "most_over_mean": max(loads) * ranks / sum(loads),
     }
 
 
@@ -282,7 +286,7 @@ def equal_gradients(*, seed: int = 0) -> dict[str, Any]:
             "float64": each.double().mean(0).float(),
         }
         rows.append({"ranks": ranks} | {name: _changed(mean, gradient) for name, mean in ways.items()})
-    return {"rows": rows, "float64": max(row["float64"] for row in rows), "three": rows[1], "six": rows[4]}
+    return {"rows": rows, "float64": max(row["float64"] for row in rows), "three": rows[1], "eight": rows[6]}
 
 
 def _changed(mean: Tensor, gradient: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import style
-from chapters import Figure, Values, demonstration
+from chapters import Figure, Values, command, demonstration
 
 RESULTS = {
     "accumulation": demonstration("accumulation"),
@@ -14,6 +14,7 @@ RESULTS = {
     "kill_points": demonstration("kill-points"),
     "log_noise": demonstration("log-noise"),
     "loop_in_20_lines": demonstration("loop-in-20-lines"),
+    "loop_output": command("demonstrate loop-in-20-lines"),
     "step_timeline": demonstration("step-timeline", trained=True),
 }
 PARTS = {"data": "yellow", "forward": "blue", "backward": "orange", "clipping": "black", "optimizers": "green"}

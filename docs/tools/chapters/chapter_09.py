@@ -15,8 +15,9 @@ COMPARE_GUIDE = (
     "--num-iterations 240 --eval-tokens 32768 --seeds 3"
 )
 AT_THE_STATED_RATE = (
-    'compare --cases "Muon:" "original guide: --muon-form original_guide --ns-coefficients cubic" --rates 1 --seeds 3 '
-    "--depth 3 --vocab-size 2048 --max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 --num-iterations 240 "
+    'compare --cases "Muon + AdamW:" "momentum after: --muon-form momentum_after" '
+    '"original guide: --muon-form original_guide --ns-coefficients cubic" --rates 1 --seeds 3 --depth 3 '
+    "--vocab-size 2048 --max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 --num-iterations 240 "
     "--eval-tokens 32768"
 )
 
@@ -237,14 +238,15 @@ FIGURES = {
     "09-guide-suite": Figure(draw_guide_suite, "compare_guide"),
 }
 REFERENCES = {
-    "1412.6980": reference("Kingma, Ba", "Adam: A Method for Stochastic Optimization", 2014),
-    "1711.05101": reference("Loshchilov, Hutter", "Decoupled Weight Decay Regularization", 2017),
+    "1412.6980": reference("Kingma and Ba", "Adam: A Method for Stochastic Optimization", 2014),
+    "1711.05101": reference("Loshchilov and Hutter", "Decoupled Weight Decay Regularization", 2017),
     "2502.16982": reference("Liu et al.", "Muon is Scalable for LLM Training", 2025),
     "2505.16932": reference(
         "Amsel et al.",
         "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm",
         2025,
     ),
+    "2509.02046": reference("Wen, Hall, Ma, Liang", "Fantastic Pretraining Optimizers and Where to Find Them", 2025),
     "2510.05491": reference("Li et al.", "NorMuon: Making Muon more efficient and scalable", 2025),
     "2510.12402": reference("Chen et al.", "Cautious Weight Decay", 2025),
 }

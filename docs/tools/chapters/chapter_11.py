@@ -86,7 +86,9 @@ def killed_rank() -> Values:
         os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
         start = time.monotonic()
         _, text = process.communicate()
-    said = re.findall(r"rank \d+: another rank .*", text)
+    said = [
+        f"{line} (...)" for line in re.findall(r"rank \d+: another rank .*?(?= \()", text)
+    ]  # then comes torch's reason
     return {"exit_code": process.returncode, "seconds": time.monotonic() - start, "output": "\n".join(said) + "\n"}
 
 
