@@ -193,6 +193,11 @@ def test_search_ranks_a_heading_before_the_text_and_says_when_it_finds_nothing(b
     field.send_keys(heading)
     shown = browser.find_elements(By.CSS_SELECTOR, "#ui-results a b")
     assert heading in [element.text for element in shown[:3]]
+    claim = browser.execute_script("return SEARCH.find((entry) => entry.id.startsWith('claim-'))")
+    field.clear()
+    field.send_keys(claim["title"].lower())
+    first = browser.find_element(By.CSS_SELECTOR, "#ui-results a")
+    assert first.get_attribute("href").endswith(f"{claim['page']}.html#{claim['id']}")
     field.clear()
     field.send_keys("xyzzyx")
     assert browser.find_element(By.CSS_SELECTOR, "#ui-results p").text == "Nothing found."
