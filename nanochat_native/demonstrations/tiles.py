@@ -53,11 +53,11 @@ def running_softmax(scores: Tensor, values: Tensor, size: int) -> Iterator[tuple
 def online_softmax() -> dict[str, Any]:
     """Compute rows of a softmax block by block, and compare with the softmax of the whole row.
 
-    walk: row 5 of the example with tiles of 2 keys; value j is j + 1. random: 1,000 scores in blocks of
+    walk: row 4 of the example with tiles of 2 keys; value j is j + 1. random: 1,000 scores in blocks of
     64, in float64. huge: one score of 800 among ordinary ones, in float32. drops: how often the maximum of a
     random row grew after the first block, which is when the sum is rescaled.
     """
-    row = 5
+    row = 4
     scores = torch.tensor(example_scores()[row][: row + 1], dtype=torch.float64)
     values = torch.arange(1.0, row + 2, dtype=torch.float64)[:, None]
     walk = [

@@ -37,7 +37,7 @@ RESULTS = {
 
 
 def draw_walk(online: dict[str, Any]) -> Any:
-    """Draw three moments of the tile walk, with the numbers of row 5."""
+    """Draw three moments of the tile walk, with the numbers of one row."""
     figure, axes = style.new_diagram(7.0, 3.05)
     size, cell, count = 8, 0.21, 2
     orange, blue, gray = (style.COLORS[name] for name in ("orange", "blue", "gray"))
@@ -62,11 +62,11 @@ def draw_walk(online: dict[str, Any]) -> Any:
             axes.plot([left + i * cell] * 2, [top, top - size * cell], color=gray, lw=0.5)
         x, y = left + board * count * cell, top - (row // count + 1) * count * cell
         axes.add_patch(Rectangle((x, y), count * cell, count * cell, fc="none", ec=orange, lw=1.6))
-        axes.text(left - 0.06, top - (row + 0.5) * cell, "5", ha="right", va="center", fontsize=8, color=blue)
+        axes.text(left - 0.06, top - (row + 0.5) * cell, str(row), ha="right", va="center", fontsize=8, color=blue)
         step = online["walk"][board]
         scores = online["scores"][count * board : count * board + count]
         words = ", ".join(f"{score:.1f}" for score in scores).replace("-", "−")
-        axes.text(left, 0.86, f"row 5 meets the scores {words}", fontsize=8)
+        axes.text(left, 0.86, f"row {row} meets {words}", fontsize=8)
         line = f"m = {step['m']:.1f}   l = {step['l']:.3f}   o = {step['o']:.3f}"
         axes.text(left, 0.60, line, fontsize=8)
         axes.text(left, 0.34, f"o / l = {step['o_over_l']:.3f}", fontsize=8, color=orange, fontweight="bold")
