@@ -154,7 +154,10 @@ def judge_depths(result: dict[str, Any]) -> tuple[bool, str]:
     difference = rows["two"]["value"] - rows["three"]["value"]
     spread = max(rows[name]["spread"] for name in ("two", "three"))
     verdict = "is larger than the spread" if abs(difference) > spread else "is within the spread: it ranks nothing"
-    return True, f"three layers are better by {difference:.4f} bits per byte; seeds spread by {spread:.4f}; it {verdict}"
+    return (
+        True,
+        f"three layers are better by {difference:.4f} bits per byte; seeds spread by {spread:.4f}; it {verdict}",
+    )
 
 
 EXERCISES = (

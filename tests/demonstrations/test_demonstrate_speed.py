@@ -128,6 +128,7 @@ def test_the_swizzle_is_a_permutation_and_its_own_inverse():
 
 PROGRAM = """
 #include <cstdio>
+#include <initializer_list>
 #include "emulation/fragments.h"
 using namespace nanochat;
 int main() {
@@ -140,7 +141,7 @@ int main() {
         }
     for (auto swizzle : {device::Swizzle::none, device::Swizzle::bytes32, device::Swizzle::bytes64,
                          device::Swizzle::bytes128})
-        for (uint32_t address = 0; address < 4096; address += 4) std::printf("%u\\n", device::swizzled(address, swizzle));
+        for (uint32_t byte = 0; byte < 4096; byte += 4) std::printf("%u\\n", device::swizzled(byte, swizzle));
 }
 """
 

@@ -15,7 +15,7 @@ import style
 from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle
 
-from chapters import ROOT, Figure, Values, demonstration, own
+from chapters import ROOT, Figure, Values, command, demonstration, own
 
 EMULATION = ROOT / "tests/emulation"
 
@@ -113,6 +113,7 @@ def said(harness: Any, mutation: Any, kernels: Any, seed: int) -> str:
 
 RESULTS = {
     "bench": own("python -m nanochat_native.bench --json bench.json", bench),
+    "bench_printed": command("bench"),
     "operators": demonstration("operators"),
     "arithmetic_roof": own("g++ -O3 -march=native docs/tools/chapters/peak.cpp -o peak", arithmetic_roof),
     "product": demonstration("product", timed=True),
@@ -227,11 +228,22 @@ def draw_product(product: Values, roof: Values) -> Any:
         color = colors.get(name, style.COLORS["blue"] if name.startswith("linear") else style.COLORS["orange"])
         axes.barh(place, rates[name], 0.7, color=color, linewidth=0)
         text = f"{rates[name]:.2f}" if rates[name] < 2 else f"{rates[name]:.0f}"
-        axes.text(rates[name] * 1.12, place, text, va="center", fontsize=8.5)
+        inside = rates[name] > 50
+        axes.text(
+            rates[name] / 1.12 if inside else rates[name] * 1.12,
+            place,
+            text,
+            va="center",
+            ha="right" if inside else "left",
+            color="white" if inside else "black",
+            fontsize=8.5,
+        )
     axes.axvline(roof["one_thread"], color=style.COLORS["black"], linewidth=1)
     axes.text(roof["one_thread"] * 1.1, 6.1, f"roof of a core, {roof['one_thread']:.0f}", fontsize=8.5, va="center")
     axes.set(xscale="log", xlim=(0.02, 1500), yticks=range(len(names)), yticklabels=[WAYS[name] for name in names])
     axes.set(xlabel="GFLOP/s on one core")
+    axes.set_xticks(ticks := [0.1, 1, 10, 100], map(str, ticks))
+    axes.minorticks_off()
     axes.grid(False, axis="y")
     return figure
 
