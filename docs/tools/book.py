@@ -40,6 +40,18 @@ class Page:
         """Its first heading."""
         return self.text.splitlines()[0].lstrip("# ").strip()
 
+    @property
+    def question(self) -> str:
+        """The question of a chapter, or the sentence in italics below the title of an appendix; empty if there is none."""
+        line = (self.text.splitlines() + [""] * 3)[2]
+        return line.strip("*") if re.fullmatch(r"\*[^*]+\*", line) else ""
+
+    @property
+    def minutes(self) -> int:
+        """Time to read the text without code and output, at 120 words a minute."""
+        prose = re.sub(r"<[^>]*>", " ", marks.without_fences(marks.plain(self.text)))
+        return max(1, round(len(prose.split()) / 120))
+
 
 def chapters() -> list[Page]:
     """Return the chapters that exist, in order."""

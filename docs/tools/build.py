@@ -35,33 +35,35 @@ from book import Page  # noqa: E402
 
 ROOT = book.ROOT
 MARKDOWN = "gfm+tex_math_dollars+alerts+footnotes-yaml_metadata_block"
+PARTS = {"claims": r"^> \*\*Claim ", "figures": r"^!\[Figure ", "exercises": r"^\*\*Exercise "}
 STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
 
 
 # --- Markdown ---
 
 
-def update() -> list[str]:
-    """Fill the marks of every chapter, and write the pages that are generated. Return the files that changed."""
-    changed = []
-    exercises = TOOLS.parent / "results/exercises.json"
-    contents = {page.path: filled(page) for page in book.chapters()}
-    contents[book.GUIDE / "references.md"] = references_page()
-    if packaged := packaged_answers():
-        contents[exercises] = declarations.to_text(packaged)
-    for path, text in contents.items():
+def update() -> tuple[list[str], list[str]]:
+    """Fill the marks of every chapter, and write the pages that are generated.
+
+    Returns:
+        The files that changed, and the problems of marks that cannot be filled, which stay as they are.
+    """
+    changed, problems = [], []
+
+    def write(path: Path, text: str) -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             changed.append(str(path.relative_to(ROOT)))
-    return changed
 
-
-def filled(page: Page) -> str:
-    """Return the text of a chapter with its marks filled. Raises MarkError, which names the chapter."""
-    try:
-        return marks.fill(page.text, declarations.load)
-    except marks.MarkError as error:
-        raise marks.MarkError(f"{page.path.name}: {error}") from None
+    write(declarations.RESULTS_FOLDER / "exercises.json", declarations.to_text(packaged_answers()))
+    declarations.load.cache_clear()
+    for page in book.chapters():
+        text, errors = marks.fill(page.text, declarations.load)
+        write(page.path, text)
+        problems += [f"{page.path.name}: {error}" for error in errors]
+    write(book.GUIDE / "references.md", references_page())
+    write(book.GUIDE / "README.md", landing_page())
+    return changed, problems
 
 
 def references_page() -> str:
@@ -74,6 +76,19 @@ def references_page() -> str:
         for key in sorted(found)
     ]
     return "\n".join(["# References", "", "| arXiv | paper | cited in |", "|---|---|---|", *rows, ""])
+
+
+def landing_page() -> str:
+    """Return the landing page with its list of chapters up to date."""
+    text = (book.GUIDE / "README.md").read_text(encoding="utf-8")
+    pages = book.chapters()
+    rows = [f"| [{page.title}]({page.path.name}) | {page.question} | {page.minutes} |" for page in pages]
+    counts = {name: sum(len(re.findall(pattern, page.text, re.M)) for page in pages) for name, pattern in PARTS.items()}
+    total = f"Together they have {counts['claims']} claims, {counts['figures']} figures and {counts['exercises']} exercises."
+    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", total])
+    return re.sub(
+        r"(?<=<!-- contents -->\n).*?(?=<!-- /contents -->)", lambda _: f"\n{table}\n\n", text, flags=re.DOTALL
+    )
 
 
 def packaged_answers() -> dict[str, Any]:
@@ -119,6 +134,18 @@ def with_exercise_forms(body: str) -> str:
     return re.sub(pattern, r'\g<0><form class="check" data-exercise="\1_\2"></form>', body)
 
 
+def with_images(body: str, page: Page, out: Path) -> str:
+    """Copy the images of a page to the folder of the figures, and point to them there."""
+
+    def copied(match: re.Match[str]) -> str:
+        source = (page.path.parent / match[1]).resolve()
+        (out / "figures").mkdir(exist_ok=True)
+        shutil.copy(source, out / "figures")
+        return f'<img src="figures/{source.name}"'
+
+    return re.sub(r'<img src="([^":]+)"', copied, body)
+
+
 def sections(body: str) -> list[tuple[str, str, str]]:
     """Return (id, heading, text) of each section of an HTML page, for the search."""
     parts = re.split(r'<h[1-3]\b[^>]*?id="([^"]*)"[^>]*>(.*?)</h[1-3]>', body, flags=re.DOTALL)
@@ -137,7 +164,8 @@ def navigation(pages: Sequence[Page], documents: Sequence[Page], current: Page, 
     def entry(page: Page) -> str:
         mark = ' aria-current="page"' if page is current else ""
         inner = toc if page is current else ""
-        return f'<li><a href="{page.name}.html"{mark}>{html.escape(page.title)}</a>{inner}</li>'
+        title = "Overview" if page.name == "index" else html.escape(page.title)
+        return f'<li><a href="{page.name}.html"{mark}>{title}</a>{inner}</li>'
 
     guide = "".join(map(entry, pages))
     others = "".join(map(entry, documents))
@@ -152,7 +180,7 @@ def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool
     widgets = sorted(path.stem for path in (TOOLS / "widgets").glob("*.js"))
     index = []
     for page, body in zip(everything, bodies, strict=True):
-        body = with_exercise_forms(body)
+        body = with_images(with_exercise_forms(body), page, out)
         index += [{"page": page.name, "id": name, "title": title, "text": text} for name, title, text in sections(body)]
         toc = "".join(
             f'<li><a href="#{name}">{title}</a></li>'
@@ -183,13 +211,10 @@ def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool
     (out / "widget-data.js").write_text(f"window.WIDGET_DATA = {json.dumps(widget_data())};\n", encoding="utf-8")
     for name in STATIC:
         shutil.copy(TOOLS / name, out)
-    shutil.copytree(declarations.FIGURES_FOLDER, out / "figures")
+    (out / "figures").mkdir(exist_ok=True)
     (out / "widgets").mkdir(exist_ok=True)
     for name in widgets:
         shutil.copy(TOOLS / f"widgets/{name}.js", out / "widgets")
-    for path in (ROOT / "docs").glob("*.*"):
-        if path.suffix in (".svg", ".png"):
-            shutil.copy(path, out)
 
 
 def link_to(page: Page | None, rel: str) -> str:
@@ -259,8 +284,9 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         if options.update:
-            for name in update():
-                print(f"updated  {name}")
+            changed, found = update()
+            print("\n".join([*(f"updated  {name}" for name in changed), *found]) or "nothing to update")
+            return 1 if found else 0
         elif options.check is not None:
             chosen = [path.resolve() for path in options.check]
             found = check([page for page in book.chapters() if not chosen or page.path in chosen])

@@ -94,7 +94,7 @@ def number_text(mark: str, load: Callable[[str], Any]) -> str:
     if isinstance(value, dict | list):
         raise MarkError(f"{expression}: is no single value")
     try:
-        return format(value, spec.strip())
+        return format(value, spec.replace(" ", ""))
     except ValueError as error:
         raise MarkError(f"{mark}: {error}") from None
 
@@ -153,10 +153,25 @@ def fence_text(what: str, load: Callable[[str], Any]) -> str:
     raise MarkError(f"unknown mark: {what}")
 
 
-def fill(text: str, load: Callable[[str], Any]) -> str:
-    """Return a chapter with every number, quotation and output filled. Raises MarkError for a mark that cannot be."""
-    text = NUMBER.sub(lambda m: f"<!--= {m['mark']} -->{number_text(m['mark'], load)}<!--/-->", text)
-    return FENCE.sub(lambda m: m["mark"] + fence_text(m["what"], load) + m["end"], text)
+def fill(text: str, load: Callable[[str], Any]) -> tuple[str, list[str]]:
+    """Return a chapter with its marks filled, and the problems of those that cannot be filled."""
+    problems = []
+
+    def or_old(match: re.Match[str], fill_one: Callable[[], str]) -> str:
+        try:
+            return fill_one()
+        except MarkError as error:
+            problems.append(str(error))
+            return match[0]
+
+    def number(match: re.Match[str]) -> str:
+        mark = match["mark"]
+        return or_old(match, lambda: f"<!--= {mark} -->{number_text(mark, load)}<!--/-->")
+
+    def fence(match: re.Match[str]) -> str:
+        return or_old(match, lambda: match["mark"] + fence_text(match["what"], load) + match["end"])
+
+    return FENCE.sub(fence, NUMBER.sub(number, text)), problems
 
 
 def plain(text: str) -> str:

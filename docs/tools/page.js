@@ -27,8 +27,8 @@
   }
 
   // --- menu ---
-  const menu = $("#menu");
-  const chapters = $("#chapters");
+  const menu = $("#ui-menu");
+  const chapters = $("#ui-chapters");
   const current = $("a[aria-current='page']", chapters);
   function openMenu(open) {
     root.classList.toggle("menu-open", open);
@@ -63,14 +63,14 @@
   function switchTheme() {
     root.dataset.theme = dark() ? "light" : "dark";
     storage.set("guide-theme", root.dataset.theme);
-    $("#theme").setAttribute("aria-pressed", String(dark()));
+    $("#ui-theme").setAttribute("aria-pressed", String(dark()));
   }
-  $("#theme").setAttribute("aria-pressed", String(dark()));
-  $("#theme").addEventListener("click", switchTheme);
+  $("#ui-theme").setAttribute("aria-pressed", String(dark()));
+  $("#ui-theme").addEventListener("click", switchTheme);
 
   // --- search ---
-  const field = $("#search");
-  const results = $("#results");
+  const field = $("#ui-search");
+  const results = $("#ui-results");
   let entries = null;
   let chosen = -1;
   const pages = new Map($$("a", chapters).map((link) => [link.getAttribute("href").replace(/\.html.*/, ""), link.firstChild.textContent]));
@@ -155,7 +155,7 @@
         make("small", {}, entry.id && entry.title !== pages.get(entry.page) ? pages.get(entry.page) : ""), make("b", {}, ...highlighted(entry.title, asked)), make("span", {}, ...highlighted(excerpt(entry.text, asked), asked)))));
     if (asked.length && !found.length) results.append(make("p", {}, "Nothing found."));
     results.hidden = !asked.length;
-    $("#found").textContent = asked.length ? found.length + (found.length === 1 ? " result" : " results") : "";
+    $("#ui-found").textContent = asked.length ? found.length + (found.length === 1 ? " result" : " results") : "";
     field.setAttribute("aria-expanded", String(!results.hidden));
     results.scrollTop = 0;
     choose(found.length ? 0 : -1);
@@ -185,11 +185,11 @@
   document.addEventListener("pointerdown", (event) => { if (!event.target.closest(".search")) close(); });
 
   // --- keys ---
-  const keys = $("#keys");
-  const keysOn = $("#keys-on");
+  const keys = $("#ui-keys");
+  const keysOn = $("#ui-keys-on");
   keysOn.checked = storage.get("guide-keys") !== "off";
   keysOn.addEventListener("change", () => storage.set("guide-keys", keysOn.checked ? "on" : "off"));
-  $("#help").addEventListener("click", () => keys.showModal());
+  $("#ui-help").addEventListener("click", () => keys.showModal());
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && root.classList.contains("menu-open")) { openMenu(false); menu.focus(); return; }
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || keys.open || !keysOn.checked) return;
@@ -226,6 +226,15 @@
       else button.remove();
     });
     fence.append(button);
+  }
+
+  // Short words of code in a line, such as --depth, are not broken at their hyphens.
+  for (const code of $$("article :not(pre) > code")) {
+    if (code.children.length) continue;
+    const parts = code.textContent.split(" ");
+    if (parts.some((part) => part.length > 1)) {
+      code.replaceChildren(...parts.flatMap((part, at) => [at ? " " : "", part.length < 26 ? make("span", { class: "word" }, part) : part]));
+    }
   }
 
   // --- exercises ---

@@ -282,6 +282,8 @@ def singular_values() -> dict[str, Any]:
     """
     a = torch.tensor(MATRIX, dtype=torch.float64)
     u, s, vt = torch.linalg.svd(a)
+    signs = u.diagonal().sign()  # a column of U and the row of V^T that belongs to it may change their signs together
+    u, vt = u * signs, vt * signs[:, None]
     orthogonal = u @ vt
     angles = torch.arange(0, 3600, dtype=torch.float64) * (math.pi / 1800)
     c, sine = torch.cos(angles), torch.sin(angles)
@@ -302,7 +304,7 @@ def singular_values() -> dict[str, Any]:
         "vt": vt.tolist(),
         "orthogonal": orthogonal.tolist(),
         "angle_degrees": math.degrees(math.atan2(orthogonal[1, 0].item(), orthogonal[0, 0].item())),
-        "rebuilt_error": (u @ torch.diag(s) @ vt - a).abs().max().item(),
+        "rebuilt": (u @ torch.diag(s) @ vt).tolist(),
         "distance": {
             "orthogonal": torch.linalg.matrix_norm(orthogonal - a).item(),
             "formula": math.sqrt(sum((value - 1) ** 2 for value in s.tolist())),

@@ -153,6 +153,7 @@ def test_a_chapter_has_all_its_parts(name):
 
 def test_generated_pages_are_up_to_date():
     assert build.references_page() == (book.GUIDE / "references.md").read_text()
+    assert build.landing_page() == (book.GUIDE / "README.md").read_text()
     stored = (chapters.RESULTS_FOLDER / "exercises.json").read_text()
     assert chapters.to_text(build.packaged_answers()) == stored
 

@@ -24,7 +24,8 @@ def load(name):
 )
 def test_numbers_come_from_results(mark, text):
     assert marks.number_text(mark, load) == text
-    assert marks.fill(f"x <!--= {mark} -->old<!--/--> y", load) == f"x <!--= {mark} -->{text}<!--/--> y"
+    filled = marks.fill(f"x <!--= {mark} -->old<!--/--> y", load)
+    assert filled == (f"x <!--= {mark} -->{text}<!--/--> y", [])
 
 
 @pytest.mark.parametrize(
@@ -34,11 +35,15 @@ def test_numbers_come_from_results(mark, text):
 def test_marks_without_a_number_are_refused(mark):
     with pytest.raises(marks.MarkError):
         marks.number_text(mark, load)
+    text = f"<!--= {mark} -->old<!--/--> <!--= a.cpu -->old<!--/-->"
+    filled, problems = marks.fill(text, load)
+    assert filled == text.replace("a.cpu -->old", "a.cpu -->EPYC")
+    assert len(problems) == 1
 
 
 def test_output_is_quoted_by_lines():
     text = "<!--: output a 2-3 -->\n```text\nold\n```\n"
-    assert marks.fill(text, load) == "<!--: output a 2-3 -->\n```text\ntwo\nthree\n```\n"
+    assert marks.fill(text, load) == ("<!--: output a 2-3 -->\n```text\ntwo\nthree\n```\n", [])
     assert marks.fence_text("output a", load) == RESULTS["a"]["output"]
     for wrong in ("output b", "output a 2-9", "output a.b", "picture a"):
         with pytest.raises(marks.MarkError):

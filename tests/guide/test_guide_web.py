@@ -40,6 +40,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--force-prefers-reduced-motion",  # a page that still scrolls cannot be clicked
     "--window-size=1280,900",
 )
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
@@ -171,32 +172,32 @@ def test_every_formula_uses_the_math_font(browser, site):
 def test_search_finds_by_words_and_prefixes_and_enter_opens_the_section(browser, site):
     open_page(browser, site, "index")
     press(browser, "/")
-    assert browser.execute_script("return document.activeElement.id") == "search"
+    assert browser.execute_script("return document.activeElement.id") == "ui-search"
     press(browser, "newton sch")
-    results = browser.find_elements(By.CSS_SELECTOR, "#results a")
+    results = browser.find_elements(By.CSS_SELECTOR, "#ui-results a")
     assert 1 < len(results) <= 20
-    marks = {mark.text.lower() for mark in browser.find_elements(By.CSS_SELECTOR, "#results mark")}
+    marks = {mark.text.lower() for mark in browser.find_elements(By.CSS_SELECTOR, "#ui-results mark")}
     assert any(mark.startswith("newton") for mark in marks)
     assert any(mark.startswith("sch") for mark in marks)
     assert results[0].get_attribute("aria-selected") == "true"
     target = results[1].get_attribute("href")
     press(browser, Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_UP, Keys.ENTER)
     wait(browser, lambda b: b.current_url == target)
-    assert browser.execute_script("return !location.hash || !!document.querySelector(location.hash)")
+    assert browser.execute_script("return !location.hash || !!document.getElementById(location.hash.slice(1))")
 
 
 def test_search_ranks_a_heading_before_the_text_and_says_when_it_finds_nothing(browser, site):
     open_page(browser, site, "index")
-    field = browser.find_element(By.ID, "search")
+    field = browser.find_element(By.ID, "ui-search")
     heading = browser.execute_script("return SEARCH.find((entry) => /^\\d+\\.\\d+ /.test(entry.title)).title")
     field.send_keys(heading)
-    shown = browser.find_elements(By.CSS_SELECTOR, "#results a b")
+    shown = browser.find_elements(By.CSS_SELECTOR, "#ui-results a b")
     assert heading in [element.text for element in shown[:3]]
     field.clear()
     field.send_keys("xyzzyx")
-    assert browser.find_element(By.CSS_SELECTOR, "#results p").text == "Nothing found."
+    assert browser.find_element(By.CSS_SELECTOR, "#ui-results p").text == "Nothing found."
     press(browser, Keys.ESCAPE)
-    assert not browser.find_element(By.ID, "results").is_displayed()
+    assert not browser.find_element(By.ID, "ui-results").is_displayed()
     press(browser, Keys.ESCAPE)
     assert browser.execute_script("return document.activeElement.tagName") == "BODY"
 
@@ -211,7 +212,7 @@ def test_the_theme_follows_the_system_until_it_is_switched_and_the_choice_is_rem
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
         open_page(browser, site, first)
         assert dark() == (theme == "dark")
-    browser.find_element(By.ID, "theme").click()
+    browser.find_element(By.ID, "ui-theme").click()
     assert dark()
     open_page(browser, site, second)
     assert dark()
@@ -226,12 +227,12 @@ def test_keys_turn_pages_and_can_be_switched_off(browser, site):
         press(browser, *keys)
         wait(browser, lambda b, expected=expected: address(b) == chapters[expected])
     press(browser, "?")
-    assert browser.find_element(By.ID, "keys").is_displayed()
-    browser.find_element(By.ID, "keys-on").click()
+    assert browser.find_element(By.ID, "ui-keys").is_displayed()
+    browser.find_element(By.ID, "ui-keys-on").click()
     press(browser, Keys.ESCAPE)
-    wait(browser, lambda b: not b.find_element(By.ID, "keys").is_displayed())
+    wait(browser, lambda b: not b.find_element(By.ID, "ui-keys").is_displayed())
     press(browser, "n")
-    assert browser.execute_script("return document.activeElement.id") != "search"
+    assert browser.execute_script("return document.activeElement.id") != "ui-search"
     browser.execute_async_script("setTimeout(arguments[0], 200)")
     assert address(browser) == chapters[0]
 
@@ -240,7 +241,7 @@ def test_the_menu_of_a_phone_covers_the_page_and_closes(browser, site):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     chapter = book.chapters()[0].name
     open_page(browser, site, chapter)
-    chapters, menu = browser.find_element(By.ID, "chapters"), browser.find_element(By.ID, "menu")
+    chapters, menu = browser.find_element(By.ID, "ui-chapters"), browser.find_element(By.ID, "ui-menu")
     assert not chapters.is_displayed()
     menu.click()
     assert menu.get_attribute("aria-expanded") == "true"
@@ -249,7 +250,7 @@ def test_the_menu_of_a_phone_covers_the_page_and_closes(browser, site):
     press(browser, Keys.ESCAPE)
     assert not chapters.is_displayed()
     menu.click()
-    browser.find_element(By.CSS_SELECTOR, "#chapters ul ul a").click()
+    browser.find_element(By.CSS_SELECTOR, "#ui-chapters ul ul a").click()
     assert not chapters.is_displayed()
     assert address(browser) == chapter
 
@@ -259,14 +260,16 @@ def test_the_first_tab_leads_to_the_text(browser, site):
     press(browser, Keys.TAB)
     assert browser.switch_to.active_element.text == "Skip to the text"
     press(browser, Keys.ENTER)
-    assert browser.execute_script("return document.activeElement.id") == "content"
+    assert browser.execute_script("return document.activeElement.id") == "ui-content"
 
 
 def test_a_code_fence_is_copied_without_its_colors(browser, site):
     open_page(browser, site, page_with(site, 'class="sourceCode'))
     fence = browser.find_element(By.CSS_SELECTOR, ".fence:has(> .copy)")
     code = browser.execute_script("return arguments[0].querySelector('pre').textContent", fence)
-    browser.execute_script("document.execCommand = (name) => { window.copied = String(getSelection()) || document.activeElement.value; return true }; Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    browser.execute_script(
+        "document.execCommand = (name) => { window.copied = String(getSelection()) || document.activeElement.value; return true }; Object.defineProperty(navigator, 'clipboard', { value: undefined })"
+    )
     browser.execute_script("arguments[0].querySelector('.copy').click()", fence)
     wait(browser, lambda b: b.execute_script("return window.copied"))
     assert browser.execute_script("return window.copied").rstrip("\n") == code.rstrip("\n")
@@ -274,7 +277,7 @@ def test_a_code_fence_is_copied_without_its_colors(browser, site):
 
 def test_print_shows_static_figures_and_hides_controls(browser, site):
     open_page(browser, site, page_with(site, 'class="widget"'))
-    visible = "return ['.widget img', '.live-part', '.bar', '#chapters'].map((s) => document.querySelector(s).checkVisibility())"
+    visible = "return ['.widget img', '.live-part', '.bar', '#ui-chapters'].map((s) => document.querySelector(s).checkVisibility())"
     assert browser.execute_script(visible) == [False, True, True, True]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert browser.execute_script(visible) == [True, False, False, False]
@@ -284,9 +287,10 @@ def test_print_shows_static_figures_and_hides_controls(browser, site):
 
 
 def test_a_field_judges_answers_as_the_command_does(browser, site):
-    numbers = {id: e for id, e in exercises.exercises().items() if isinstance(e, exercises.Number)}
-    for id, exercise in numbers.items():
-        key = id.replace(".", "_")
+    keys = list(exercises.as_results())
+    for key in keys:
+        id = key.replace("_", ".")
+        exercise = exercises.find(id)
         open_page(browser, site, page_with(site, f'data-exercise="{key}"'))
         form = browser.find_element(By.CSS_SELECTOR, f"form.check[data-exercise='{key}']")
         field = form.find_element(By.TAG_NAME, "input")
@@ -303,7 +307,7 @@ def test_a_field_judges_answers_as_the_command_does(browser, site):
         field.clear()
         field.send_keys("many", Keys.ENTER)
         assert "Enter a number" in form.text
-    assert numbers
+    assert keys
 
 
 # --- widgets ---

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from typing import Any
 
 import style
 from matplotlib.patches import Rectangle
 
-from chapters import Figure, Values, command, demonstration, reference
+from chapters import Figure, Values, command, demonstration, lab, own, reference, run_module
 
+
+def two_vocabularies() -> Values:
+    """Train d2 with vocabularies of 1,024 and 8,192, and measure both on the same text."""
+    with tempfile.TemporaryDirectory() as folder:
+        for size in (1024, 8192):
+            run_module(f"train {TWO_RUNS} --vocab-size {size} --out-dir {folder} --run v{size}")
+        printed = run_module(f"evaluate --checkpoint {folder}/v1024 --compare {folder}/v8192 --json")
+    record = json.loads(printed)
+    pair = {"v1024": record, "v8192": record["compare"]}
+    kept = ("bpb", "loss", "targets", "bytes")
+    found: Values = {name: {key: one[key] for key in kept} for name, one in pair.items()}
+    for one in found.values():
+        one["bytes_per_token"] = one["bytes"] / one["targets"]
+    return found
+
+
+def last_values(record: Values) -> Values:
+    """Return the last bits per byte of each run of a comparison, by case, and their mean."""
+    finals: dict[str, list[float]] = {}
+    for run in record["runs"]:
+        finals.setdefault(f"v{run['case']}", []).append(run["curve"][-1]["value"])
+    return {name: {"runs": values, "mean": sum(values) / len(values)} for name, values in finals.items()}
+
+
+TWO_RUNS = "--depth 2 --num-iterations 300 --sample-every 0"
 RESULTS = {
     "merges_by_hand": demonstration("merges-by-hand"),
     "merges_printed": command("demonstrate merges-by-hand"),
@@ -18,6 +45,12 @@ RESULTS = {
     "vocabulary": demonstration("vocabulary", trained=True),  # likewise
     "pieces": demonstration("pieces", trained=True),
     "pieces_printed": command("demonstrate pieces"),
+    "two_vocabularies": own("evaluate --checkpoint runs/v1024 --compare runs/v8192", two_vocabularies),
+    "equal_text": lab(
+        'compare --cases "1024: --vocab-size 1024 --num-iterations 300" '
+        '"8192: --vocab-size 8192 --num-iterations 200" --rates 1',
+        keep=last_values,
+    ),
     "bits_per_byte": demonstration("bits-per-byte", trained=True),
 }
 REFERENCES = {
@@ -90,7 +123,9 @@ def draw_line(values: Values) -> Any:
         for row, name in enumerate(names):
             x, y = left, 1.06 - 0.4 * row
             for place, token in enumerate(values["phrases"][name].split(" ")):
-                x = letters_box(axes, x, y, token, 0.1 if token[0] == "<" and len(token) == 4 else 0.14, FILLS[place % 6])
+                x = letters_box(
+                    axes, x, y, token, 0.1 if token[0] == "<" and len(token) == 4 else 0.14, FILLS[place % 6]
+                )
     return figure
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import style
 
-from chapters import Figure, Values, command, demonstration, reference
+from chapters import Figure, Values, command, demonstration, lab, reference
+
+
+def depths(record: Values) -> Values:
+    """Return what exercise 4.5 asks for."""
+    from nanochat_native.exercises.chapter_04 import compare_depths
+
+    return compare_depths(record)
+
 
 RESULTS = {
     "parameters": demonstration("parameters"),
@@ -20,6 +29,10 @@ RESULTS = {
     "residual_stream": demonstration("residual-stream", trained=True),
     "softcap": demonstration("softcap", trained=True),
     "dead_units": demonstration("dead-units", trained=True),
+    "two_depths": lab(
+        'compare --cases "d2: --depth 2" "d4: --depth 4" --num-iterations 200 --rates 1 --seeds 1', keep=depths
+    ),
+    "dry_run_d4": command("train --run trial --dry-run"),
     "dry_run_d20": command("train --depth 20 --vocab-size 65536 --dry-run"),
 }
 REFERENCES = {
@@ -148,7 +161,7 @@ def draw_parameters(values: Values) -> Any:
     sizes = [8192] + [65536] * 5
     parts = (("wte", "sky"), ("lm_head", "blue"), ("attention", "yellow"), ("mlp", "orange"))
     places = [0, 1.35, 2.35, 3.35, 4.35, 5.35]
-    for place, row, size in zip(places, rows, sizes, strict=True):
+    for place, row in zip(places, rows, strict=True):
         left = 0.0
         for part, color in parts:
             share = 100 * row[part] / row["total"]
@@ -215,7 +228,7 @@ def draw_softcap(values: Values) -> Any:
     above.text(9.2, 13.6, "no cap", color=style.COLORS["gray"], fontsize=8.5, ha="right")
     above.text(22, 9.0, "15 tanh(z / 15)", color=style.COLORS["blue"], fontsize=8.5, ha="center")
     edges, share = values["edges"], values["share"]
-    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     below.bar(middles, share, width=0.9, color=style.COLORS["orange"])
     below.set_yscale("log")
     below.set(xlabel="raw logit z of the trained d4", ylabel="share of logits", xlim=(-26, 26), ylim=(1e-7, 1))
