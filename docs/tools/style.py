@@ -50,13 +50,16 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def settings() -> Any:
+    """Return a context in which matplotlib has the settings of the guide, whatever the user's are."""
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS})
+
+
 def new_figure(width: float = 7.0, height: float = 3.0, **subplots: Any) -> tuple[Figure, Any]:
     """Return a figure of this size in inches, and its axes as Figure.subplots(**subplots) returns them."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots(**subplots)
-    return figure, axes
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.subplots(**subplots)
 
 
 def new_diagram(width: float = 7.0, height: float = 3.0) -> tuple[Figure, Any]:
@@ -116,8 +119,7 @@ def label_lines(axes: Any, *, dx: float = 4.0, fontsize: float = 8.5, smallest_g
 
 def svg_of(figure: Figure) -> bytes:
     """Return a figure as SVG. The bytes depend on the figure and on the version of matplotlib alone."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, dpi=144)
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, dpi=144)
     lines = file.getvalue().decode().splitlines()
     return ("\n".join(line.rstrip() for line in lines) + "\n").encode()

@@ -11,9 +11,7 @@ A module chapter_NN holds
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
 import re
 import shlex
@@ -188,5 +186,5 @@ def draw(figure: Figure) -> bytes:
     """Return the SVG of a figure."""
     import style
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with style.settings():
         return style.svg_of(figure.draw(*(load(name) for name in figure.results)))

@@ -123,7 +123,9 @@ def draw_line(values: Values) -> Any:
         for row, name in enumerate(names):
             x, y = left, 1.06 - 0.4 * row
             for place, token in enumerate(values["phrases"][name].split(" ")):
-                x = letters_box(axes, x, y, token, 0.1 if token[0] == "<" and len(token) == 4 else 0.14, FILLS[place % 6])
+                x = letters_box(
+                    axes, x, y, token, 0.1 if token[0] == "<" and len(token) == 4 else 0.14, FILLS[place % 6]
+                )
     return figure
 
 
