@@ -2,6 +2,8 @@
 
 Compares the values and gradients of each native kernel with those of its reference in plain PyTorch. If something is
 broken, prints how to fix it and exits with 1.
+
+The guide explains it: docs/guide/12-speed.md.
 """
 
 import platform

@@ -15,7 +15,10 @@ from nanochat_native.runtime.hardware import autocast, pick_device
 
 @dataclass
 class Options:
-    """Continue a prompt with a trained model."""
+    """Continue a prompt with a trained model.
+
+    The guide explains it: docs/guide/13-using-it.md.
+    """
 
     checkpoint: Path
     """Run folder of `python -m nanochat_native.train` or finetune."""

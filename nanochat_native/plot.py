@@ -16,7 +16,10 @@ from nanochat_native.runtime.command import run_command
 
 @dataclass
 class Options:
-    """Draw the pictures of a run or of an experiment again, from the data in its folder."""
+    """Draw the pictures of a run or of an experiment again, from the data in its folder.
+
+    The guide explains it: docs/guide/01-one-command.md.
+    """
 
     folder: tyro.conf.Positional[Path]
     """Folder of a run, for loss.png and diagnosis.png, or of an experiment, for the picture of its result."""

@@ -22,6 +22,8 @@ class Options:
 
     The schedules follow train's flags: --num-iterations (default here: 1000), --warmup-ratio, --warmdown-ratio,
     --final-lr-frac, --momentum-start, --momentum-end, --momentum-warmup-steps.
+
+    The guide explains it: docs/guide/10-rates-schedules-batches.md.
     """
 
     plot: bool = False

@@ -23,7 +23,10 @@ MAX_SECONDS = 1e6  # largest timeout; asyncio's clock overflows after a few hund
 
 @dataclass
 class Options:
-    """Serve a trained model: OpenAI's /v1/completions and /v1/chat/completions, and a chat page at /."""
+    """Serve a trained model: OpenAI's /v1/completions and /v1/chat/completions, and a chat page at /.
+
+    The guide explains it: docs/guide/13-using-it.md.
+    """
 
     checkpoint: Path
     """Run folder of `python -m nanochat_native.train` or finetune."""

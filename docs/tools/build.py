@@ -164,7 +164,8 @@ def navigation(pages: Sequence[Page], documents: Sequence[Page], current: Page, 
     def entry(page: Page) -> str:
         mark = ' aria-current="page"' if page is current else ""
         inner = toc if page is current else ""
-        return f'<li><a href="{page.name}.html"{mark}>{html.escape(page.title)}</a>{inner}</li>'
+        title = "Overview" if page.name == "index" else html.escape(page.title)
+        return f'<li><a href="{page.name}.html"{mark}>{title}</a>{inner}</li>'
 
     guide = "".join(map(entry, pages))
     others = "".join(map(entry, documents))

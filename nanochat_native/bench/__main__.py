@@ -20,6 +20,8 @@ class Options:
     transformers, on the CPU.
 
     A case with wrong results is not timed, and the exit status is then 1.
+
+    The guide explains it: docs/guide/12-speed.md.
     """
 
     only: str = ""

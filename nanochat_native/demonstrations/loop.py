@@ -25,7 +25,6 @@ from nanochat_native.runs import checkpoint as checkpoints
 from nanochat_native.runs import metrics_log
 from nanochat_native.runs.config import TrainConfig, resolve_device
 from nanochat_native.runs.run_folder import load_config
-from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import SilentConsole
 from nanochat_native.training import resolve
 from nanochat_native.training import trainer as trainer_module
@@ -267,9 +266,10 @@ def _trainer_of(folder: Path) -> Trainer:
 
 
 def step_timeline(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
-    """Time the parts of a step of a run: data, forward and backward passes, clipping, optimizers, evaluation, saving.
+    """Measure the processor time of each part of a step: data, forward and backward pass, clipping, optimizers.
 
-    The steps continue from the newest checkpoint. Times depend on the machine and its load.
+    It is the time of the thread that leads the step, which other programs disturb less than the time on the clock. The
+    steps continue from the newest checkpoint, with a rate of 0.
     """
     trainer = _trainer_of(checkpoint)
     timelines = []
@@ -282,23 +282,15 @@ def step_timeline(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
     parts: dict[str, float] = {}
     for name, start, end in fastest:
         parts[name] = parts.get(name, 0.0) + end - start
-    began = time.perf_counter()
-    evaluated = sum(int((y >= 0).sum()) for _, y in trainer.validation_batches(trainer.config.eval_tokens))
-    with torch.no_grad():
-        trainer.measure(trainer.validation_batches(trainer.config.eval_tokens))
-    evaluation = time.perf_counter() - began
     log = [record for record in metrics_log.read(checkpoint / "metrics.jsonl") if record["kind"] == "train"]
     waited, seconds = (sum(record[name] for record in log) for name in ("data_seconds", "seconds"))
     return {
-        "machine": hardware.describe(trainer.device),
         "tokens": trainer.config.total_batch_size,
         "micro_batches": trainer.accumulation_steps,
         "milliseconds": 1000 * total,
         "parts_ms": {name: 1000 * value for name, value in parts.items()},
         "shares": {name: value / total for name, value in parts.items()},
         "segments": [{"part": name, "start_ms": 1000 * a, "end_ms": 1000 * b} for name, a, b in fastest],
-        "evaluation_seconds": evaluation,
-        "evaluation_tokens": evaluated,
         "backward_over_forward": parts["backward"] / parts["forward"],
         "expected_backward_over_forward": _expected_ratio(trainer),
         "data_share_of_the_whole_run": waited / seconds,
@@ -315,15 +307,15 @@ def _expected_ratio(trainer: Trainer) -> float:
 
 
 def _timed_step(trainer: Trainer, next_batch: Callable[[], Batch]) -> list[tuple[str, float, float]]:
-    """Do one step, and return (part, start, end) of each of its parts, in seconds from its beginning."""
+    """Do one step, and return (part, start, end) of each of its parts, in seconds of processor time."""
     found: list[tuple[str, float, float]] = []
-    began = time.perf_counter()
+    began = time.thread_time()
 
     @contextlib.contextmanager
     def timed(name: str) -> Any:
-        start = time.perf_counter() - began
+        start = time.thread_time() - began
         yield
-        found.append((name, start, time.perf_counter() - began))
+        found.append((name, start, time.thread_time() - began))
 
     with timed("data"):
         batch = next_batch()
@@ -365,7 +357,7 @@ def kill_points() -> dict[str, Any]:
     A checkpoint is due every 4 steps. The run is ended by an exception that the package does not catch;
     tests/training/test_resume.py does the same with SIGKILL.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _run(folder, "whole")

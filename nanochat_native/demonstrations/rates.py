@@ -1,7 +1,5 @@
 """Learning rates, schedules, clipping and batches (chapter 10)."""
 
-import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_native.demonstrations.loop import LENGTH, VOCABULARY, chain_corpus, small_config
+from nanochat_native.demonstrations.loop import LENGTH, chain_corpus, small_config
 from nanochat_native.lab.range_test import Options, range_test, suggest
-from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import AdamW, Muon, clip_grad_norm_, setup_optimizers
 from nanochat_native.optim.schedule import SHAPES, lr_multiplier, muon_momentum
@@ -37,7 +34,7 @@ def range_test_rates() -> dict[str, Any]:
     end = floor * factor**steps
     ours = Options()
     rates, _, _ = range_test(lambda rate: 1.0, floor=ours.floor, ceiling=ours.ceiling, steps=ours.steps)
-    sweeps = []
+    sweeps: list[dict[str, Any]] = []
     for count in SWEEPS:
         rates_tried, losses, diverged = range_test(_quadratic(), floor=1e-3, ceiling=1e3, steps=count)
         found = suggest(rates_tried, losses, steps=count, diverged=diverged)
@@ -223,7 +220,7 @@ def noise_floor() -> dict[str, Any]:
     v' = (1 - r h)^2 v + r^2. Its limit is r / (h (2 - r h)): the floor of the loss is about r / 4 for each direction.
     """
     rates = (0.4, 0.2, 0.1)
-    floors = {f"rate_{str(rate).replace('.', '_')}": _expected([rate] * 4000)[-1] for rate in rates}
+    floors = {f"rate_{str(rate).replace('.', '_')}": _expected([rate] * 8000)[-1] for rate in rates}
     curves = {
         "constant 0.4": _expected([0.4] * NOISE_STEPS),
         "constant 0.1": _expected([0.1] * NOISE_STEPS),
@@ -258,9 +255,7 @@ def schedule_shapes() -> dict[str, Any]:
     for shape in SHAPES:
         final = 0.1 if shape in ("exponential", "step") else 0.0
         values = [
-            lr_multiplier(
-                step, total, warmup_ratio=0.1, warmdown_ratio=0.4, final_lr_frac=final, shape=shape
-            )
+            lr_multiplier(step, total, warmup_ratio=0.1, warmdown_ratio=0.4, final_lr_frac=final, shape=shape)
             for step in range(total)
         ]
         found[shape] = {"values": [float(f"{value:.5g}") for value in values], "mean": sum(values) / total}

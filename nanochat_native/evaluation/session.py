@@ -30,6 +30,8 @@ class Options:
     """Measure the bits per byte of a trained model, and with --core its CORE score; with --compare of two models.
 
     Under torchrun the ranks share the work, and rank 0 prints.
+
+    The guide explains it: docs/guide/13-using-it.md.
     """
 
     checkpoint: Path

@@ -97,8 +97,8 @@ def batch_inputs() -> list[tuple[Any, ...]]:
 ACCUMULATE = '''def accumulate(gradient, x, y, sizes):
     """Return the gradient of the mean loss over all rows of x and y, from micro-batches.
 
-    gradient(x, y) returns the gradient of the mean loss over the rows that it is given. sizes are the numbers of rows of
-    the micro-batches, in order. They differ. Call gradient once for each micro-batch.
+    gradient(x, y) returns the gradient of the mean loss over the rows that it is given. sizes are the numbers of rows
+    of the micro-batches, in order. They differ. Call gradient once for each micro-batch.
     """
     raise NotImplementedError
 '''

@@ -99,8 +99,8 @@ SCHEDULE = '''def multiplier(step, steps, warmup, warmdown, final):
     """Return the multiplier of the learning rates at a step, 0 to steps - 1.
 
     It rises linearly over the first `warmup` steps: step 0 has 1 / warmup, and step warmup - 1 has 1. It falls linearly
-    over the last `warmdown` steps, from 1 at step (steps - warmdown) to `final` at step `steps`, which is the step after
-    the last one. In between it is 1.
+    over the last `warmdown` steps, from 1 at step (steps - warmdown) to `final` at step `steps`, which is the step
+    after the last one. In between it is 1.
     """
     raise NotImplementedError
 '''

@@ -33,7 +33,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass
 class Options:
-    """Chat with a trained model. A model that was not fine-tuned on conversations only continues text."""
+    """Chat with a trained model. A model that was not fine-tuned on conversations only continues text.
+
+    The guide explains it: docs/guide/13-using-it.md.
+    """
 
     checkpoint: Path
     """Run folder of `python -m nanochat_native.train` or finetune."""

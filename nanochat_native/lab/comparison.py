@@ -104,6 +104,8 @@ class Options:
     The same command resumes a comparison.
 
     With --fork all cases continue from one checkpoint of a run, e.g. each with its own schedule.
+
+    The guide explains it: docs/guide/09-optimizers.md and docs/guide/10-rates-schedules-batches.md.
     """
 
     suite: Literal["optimizers", "newton_schulz", "momentum", "muon", "guide"] = "optimizers"
@@ -436,7 +438,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     make_cases(options, config, origin)
     plan = Trainer(config, console)
     steps, first = plan.config.num_iterations, 0
-    name = "own" if options.cases else options.suite
+    name: str = "own" if options.cases else options.suite
     if origin is not None:
         origin.check_data(config, plan.corpus.hash)
         first, name = origin.step, f"{name}-from-{origin.run.run}-{origin.step}"
@@ -445,9 +447,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     every = math.ceil((steps - first) / EVALUATIONS_PER_RUN) if is_unset(config, "eval_every") else config.eval_every
     folder = options.out or results.OUT / f"compare-{name}"
     cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every), origin)
-    comparison = Comparison(
-        cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {}, origin
-    )
+    comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {}, origin)
     if folder.exists() and not all(map(is_temporary, folder.iterdir())):
         stored = read_result(folder)
         wanted = json.loads(json.dumps(fingerprint(comparison)))

@@ -40,6 +40,8 @@ class Options:
     The noise scale is the batch size at which the noise is as large as the gradient. All flags of train are accepted
     too: `python -m nanochat_native.train --help` lists them. A micro-batch is one sequence, unless --device-batch-size
     is given.
+
+    The guide explains it: docs/guide/10-rates-schedules-batches.md.
     """
 
     steps: int = 120

@@ -34,6 +34,8 @@ class Options:
 
     Rates are factors of the rates that a run would use ("x1"). All flags of train are accepted too, e.g.
     --depth 6 --optimizer adamw --data my_texts/: `python -m nanochat_native.train --help` lists them.
+
+    The guide explains it: docs/guide/10-rates-schedules-batches.md.
     """
 
     group: Literal["all", "matrix", "embedding", "unembedding", "each"] = "all"

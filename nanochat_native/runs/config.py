@@ -24,7 +24,10 @@ EXAMPLES = "examples"  # value of --data in finetune for the generated conversat
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a GPT like nanochat's. Without flags: a small model of Python code, in minutes."""
+    """Train a GPT like nanochat's. Without flags: a small model of Python code, in minutes.
+
+    The guide explains it: docs/guide/01-one-command.md and docs/guide/08-data-and-the-loop.md.
+    """
 
     depth: Annotated[int, auto_flag("INT", "4 on a CPU, 12 on a GPU, 6 on a GPU without --data")] = UNSET
     """Number of layers. It also sets the size of the model: the width is 64 times the depth, and the number of heads,
@@ -240,6 +243,8 @@ class FinetuneConfig(TrainConfig):
     """Fine-tune a trained model on conversations, so that it can chat. Only the assistant's words are trained on.
 
     The shape of the model and its tokenizer are those of the base model. All other flags are those of train.
+
+    The guide explains it: docs/guide/13-using-it.md.
     """
 
     checkpoint: Path | None = None

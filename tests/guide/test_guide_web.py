@@ -183,7 +183,7 @@ def test_search_finds_by_words_and_prefixes_and_enter_opens_the_section(browser,
     target = results[1].get_attribute("href")
     press(browser, Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_UP, Keys.ENTER)
     wait(browser, lambda b: b.current_url == target)
-    assert browser.execute_script("return !location.hash || !!document.querySelector(location.hash)")
+    assert browser.execute_script("return !location.hash || !!document.getElementById(location.hash.slice(1))")
 
 
 def test_search_ranks_a_heading_before_the_text_and_says_when_it_finds_nothing(browser, site):

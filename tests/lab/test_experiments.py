@@ -50,7 +50,9 @@ def test_own_flags_and_those_of_train_are_parsed(tmp_path):
     )
     assert options == Options(size=5)
     assert (config.depth, config.cautious, config.max_seq_len, config.dtype) == (3, True, 256, "float32")
-    _, config, _ = command_flags.parse_flags(Options, "lr_find", ["--device", "cpu"], base=lambda own: TrainConfig(depth=7))
+    _, config, _ = command_flags.parse_flags(
+        Options, "lr_find", ["--device", "cpu"], base=lambda own: TrainConfig(depth=7)
+    )
     assert config.depth == 7
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import style
+
 from chapters import Figure, Values, command, demonstration
 
 RESULTS = {
@@ -26,14 +27,16 @@ def draw_timeline(found: Values) -> Any:
     for segment in found["segments"]:
         start, length = segment["start_ms"], segment["end_ms"] - segment["start_ms"]
         bar.barh(0, length, left=start, height=0.6, color=style.COLORS[PARTS[segment["part"]]])
-    bar.set(yticks=[], xlabel="milliseconds since the step began", ylim=(-0.4, 0.4))
+    bar.set(yticks=[], xlabel="processor time since the step began, ms", ylim=(-0.4, 0.4))
     bar.spines["left"].set_visible(False)
     bar.set_xlim(0, found["segments"][-1]["end_ms"])
     names = list(reversed(PARTS))
     values = [100 * found["shares"][name] for name in names]
     shares.barh(names, values, color=[style.COLORS[PARTS[name]] for name in names], height=0.62)
     for place, value in enumerate(values):
-        shares.text(value + 0.6, place, f"{value:.1f} %" if value >= 0.1 else f"{value:.2f} %", va="center", fontsize=8.5)
+        shares.text(
+            value + 0.6, place, f"{value:.1f} %" if value >= 0.1 else f"{value:.2f} %", va="center", fontsize=8.5
+        )
     shares.set(xlabel="share of the step, %", xlim=(0, max(values) + 9))
     shares.grid(visible=False, axis="y")
     return figure
@@ -45,9 +48,24 @@ def draw_batches(found: Values) -> Any:
     total = found["tokens_of_the_text"]
     scale = found["bytes_of_the_text"] / total / 1e6
     for step, row in enumerate(found["positions"]):
-        left.plot([start * scale for start in row], [step] * len(row), "|", color=style.COLORS["blue"], markersize=7, markeredgewidth=1.3)
-    left.set(xlabel="place in the training text, MB", ylabel="step", xlim=(0, total * scale), ylim=(found["steps"] - 0.4, -0.6))
-    read = [100 * (step + 1) * found["rows_of_a_step"] * found["sequence_len"] / total for step in range(found["steps"])]
+        left.plot(
+            [start * scale for start in row],
+            [step] * len(row),
+            "|",
+            color=style.COLORS["blue"],
+            markersize=7,
+            markeredgewidth=1.3,
+        )
+    left.set(
+        xlabel="place in the training text, MB",
+        ylabel="step",
+        xlim=(0, total * scale),
+        ylim=(found["steps"] - 0.4, -0.6),
+    )
+    left.set_yticks(range(0, found["steps"], 5))
+    read = [
+        100 * (step + 1) * found["rows_of_a_step"] * found["sequence_len"] / total for step in range(found["steps"])
+    ]
     right.plot(read, range(found["steps"]), color=style.COLORS["orange"], marker="o", markersize=3)
     right.set(xlabel="read so far, %", xlim=(0, read[-1] * 1.15))
     return figure
@@ -63,7 +81,9 @@ def draw_kills(found: Values) -> Any:
         axes.plot([0, begins], [y, y], color=style.COLORS["blue"], linewidth=2.2, solid_capstyle="butt")
         axes.plot([begins, logged], [y, y], color=style.COLORS["orange"], linewidth=2.2, solid_capstyle="butt")
         axes.plot(range(1, logged + 1), [y] * logged, "o", color="white", markersize=2.2)
-        axes.plot(place["checkpoints"], [y + 0.28] * len(place["checkpoints"]), "s", color=style.COLORS["blue"], markersize=6)
+        axes.plot(
+            place["checkpoints"], [y + 0.28] * len(place["checkpoints"]), "s", color=style.COLORS["blue"], markersize=6
+        )
         torn = [int(name[-6:]) for name in place["unfinished"]]
         axes.plot(torn, [y + 0.28] * len(torn), "s", color=style.COLORS["gray"], markersize=6, markerfacecolor="white")
         axes.plot(logged + 0.35, y, "x", color=style.COLORS["black"], markersize=6, markeredgewidth=1.4)

@@ -7,11 +7,14 @@ import re
 from typing import Any
 
 import style
+
 from chapters import Figure, Values, demonstration, lab, reference
+
+from nanochat_native.lab import noise_scale
 
 SIZE = "--depth 2 --vocab-size 1024 --max-seq-len 128 --total-batch-size 1024 --eval-tokens 16384 --num-iterations 240"
 GROUPS = ("matrix", "embedding", "unembedding")
-FACTORS = (0.1, 0.3, 3, 10)
+FACTORS = (0.3, 3)
 RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004}
 
 
@@ -58,14 +61,17 @@ def keep_noise(record: Values) -> Values:
         part: {name: None if value is None else value * length for name, value in noise.items()}
         for part, noise in record["noise"].items()
     }
+    sizes = {name: record[name] for name in ("small_batch", "large_batch")}
+    firsts = range(0, len(record["steps"]) - 9, 10)  # the first steps too, which the command does not count
+    points = [noise_scale.noise_by_part(record["steps"][first : first + 10], **sizes) for first in firsts]
     series = {
-        part: [None if point[part] is None else point[part] * length for point in record["series"]]
+        part: [None if point[part].scale is None else point[part].scale * length for point in points]
         for part in record["noise"]
     }
     return {
         "batch": record["large_batch"] * length,
         "tokens": tokens,
-        "steps": [point["step"] for point in record["series"]],
+        "steps": [first + 5 for first in firsts],
         "series": series,
         "steps_at_256": 1 + tokens["all"]["scale"] / 256,
         "steps_at_1024": 1 + tokens["all"]["scale"] / 1024,
@@ -95,14 +101,14 @@ RESULTS = {
     "lr_find_all": lab(f"lr_find {SIZE}", keep=keep_range_test),
     "compare_rates": lab(f'compare {SIZE} --cases "x1:" --rates 5 --seeds 2', keep=keep_comparison),
     "compare_groups": lab(f"compare {SIZE} --seeds 1 --rates 1 --cases {group_cases()}", keep=keep_comparison),
-    "compare_warmdowns": lab(
-        f'compare {SIZE} --cases "none: --warmdown-ratio 0" "20%: --warmdown-ratio 0.2" "65%: --warmdown-ratio 0.65"',
+    "compare_schedules": lab(
+        f'compare {SIZE} --rates 1 --cases "no warmdown: --warmdown-ratio 0" "warmdown 20%: --warmdown-ratio 0.2" '
+        '"warmdown 65%: --warmdown-ratio 0.65" "warmup 10%: --warmup-ratio 0.1"',
         keep=keep_comparison,
     ),
-    "compare_warmups": lab(f'compare {SIZE} --cases "none:" "10%: --warmup-ratio 0.1"', keep=keep_comparison),
     "compare_batches": lab(
         f'compare {SIZE} --baseline 1024 --cases "256: --total-batch-size 256 --num-iterations 960" "1024:" '
-        '"4096: --total-batch-size 4096 --num-iterations 60"',
+        '"4096: --total-batch-size 4096 --num-iterations 60" --seeds 1 --eval-every 60',
         keep=keep_comparison,
     ),
     "fork_warmdown": lab(
@@ -137,8 +143,14 @@ def draw_range_test(found: Values, groups: Values) -> Any:
         bottom.set_xlabel("factor of the default rate")
         bottom.set_xlim(1e-3, 40)
     axes[0][0].annotate(
-        "suggested", (found["matrix"]["suggestion"], 4.0), xytext=(-4, 0), textcoords="offset points", ha="right",
-        fontsize=8.5, color=style.COLORS["gray"], xycoords=("data", "data"),
+        "suggested",
+        (found["matrix"]["suggestion"], 4.0),
+        xytext=(-4, 0),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8.5,
+        color=style.COLORS["gray"],
+        xycoords=("data", "data"),
     )
     axes[0][0].set_ylabel("range test:\nloss, nats a token")
     axes[1][0].set_ylabel("whole runs: final\nbits per byte")
@@ -148,11 +160,15 @@ def draw_range_test(found: Values, groups: Values) -> Any:
 def draw_schedules(found: Values) -> Any:
     """Draw the shapes of the schedule, and Muon's momentum as a horizon."""
     figure, (left, right) = style.new_figure(7.0, 2.8, ncols=2, width_ratios=(3, 2))
-    labels = {"linear": (82, 0.50), "cosine": (62, 0.82), "exponential": (70, 0.42), "step": (77, 0.15), "constant": (62, 1.04)}
+    labels = {"linear": (84, 0.44), "cosine": (74, 0.82), "step": (47, 0.44), "constant": (62, 1.04)}
     for number, (shape, curve) in enumerate(found["shapes"].items()):
         color = style.CYCLE[number]
         left.plot(range(found["steps"]), curve["values"], color=color)
-        left.text(*labels[shape], shape, color=color, fontsize=8.5)
+        if shape in labels:
+            left.text(*labels[shape], shape, color=color, fontsize=8.5)
+        else:
+            line = {"arrowstyle": "-", "linewidth": 0.6, "color": color}
+            left.annotate(shape, (63.5, 0.82), xytext=(34, 0.68), fontsize=8.5, color=color, arrowprops=line)
     left.annotate("warmup", (5, 0.5), xytext=(14, 0.45), fontsize=8.5, arrowprops={"arrowstyle": "-", "linewidth": 0.6})
     left.annotate("", (60, 0.04), xytext=(100, 0.04), arrowprops={"arrowstyle": "<->", "linewidth": 0.6})
     left.text(62, 0.06, "warmdown", fontsize=8.5)
@@ -161,7 +177,7 @@ def draw_schedules(found: Values) -> Any:
     momentum = [0.85 + 0.10 * min(step / 300, 1) for step in steps]
     right.plot(steps, [1 / (1 - value) for value in momentum], color=style.COLORS["green"])
     right.set(xlabel="step", ylabel="steps that Muon averages over", ylim=(0, 22), xlim=(0, 500))
-    right.text(20, 8.6, "momentum 0.85", fontsize=8.5)
+    right.text(25, 5.4, "momentum 0.85", fontsize=8.5)
     right.text(310, 18.2, "momentum 0.95", fontsize=8.5)
     return figure
 
@@ -173,13 +189,30 @@ def draw_warmdown(floor: Values, fork: Values) -> Any:
     for number, (name, curve) in enumerate(floor["curves"].items()):
         label = name if name.startswith("constant") else f"0.4, warmdown {name}"
         left.plot(steps, curve, color=style.CYCLE[number], label=label)
-    left.set(ylim=(0.05, 0.5), xlabel="step", ylabel="expected loss", title="noisy quadratic, exact", xlim=(0, floor["steps"]))
+    left.set(
+        ylim=(0.05, 0.5),
+        xlabel="step",
+        ylabel="expected loss",
+        title="noisy quadratic, exact",
+        xlim=(0, floor["steps"]),
+    )
     left.legend(loc="upper right")
     for name, color in (("none", "orange"), ("case_20", "blue")):
         label = "no warmdown" if name == "none" else "warmdown of 20%"
-        right.plot(fork[name]["steps"], fork[name]["curve"], color=style.COLORS[color], marker="o", markersize=3, label=label)
+        right.plot(
+            fork[name]["steps"], fork[name]["curve"], color=style.COLORS[color], marker="o", markersize=3, label=label
+        )
     right.axvline(286, color=style.COLORS["gray"], linestyle="--", linewidth=1)
-    right.text(285, min(fork["case_20"]["curve"]), "warmdown begins ", fontsize=8.5, ha="right", rotation=90, va="bottom", color=style.COLORS["gray"])
+    right.text(
+        285,
+        min(fork["case_20"]["curve"]),
+        "warmdown begins ",
+        fontsize=8.5,
+        ha="right",
+        rotation=90,
+        va="bottom",
+        color=style.COLORS["gray"],
+    )
     right.set(xlabel="step of d4", ylabel="validation, bits per byte", title="d4, forked at step 270")
     right.legend(loc="lower left" if fork["none"]["curve"][-1] > fork["none"]["curve"][0] else "upper right")
     return figure
@@ -194,8 +227,10 @@ def draw_noise_scale(found: Values) -> Any:
         axes.plot(*zip(*points, strict=True), color=style.CYCLE[number], marker="o", markersize=3, label=label)
     for size in (256, 1024, 4096):
         axes.axhline(size, color=style.COLORS["gray"], linewidth=0.8, linestyle=":")
-        axes.text(found["steps"][0] - 4, size * 1.06, f"batch {size:,}", fontsize=8, color=style.COLORS["gray"])
-    axes.set(yscale="log", xlabel="step", ylabel="noise scale, tokens", xlim=(found["steps"][0] - 5, found["steps"][-1] + 22))
+        axes.text(96, size * 1.08, f"batch {size:,}", fontsize=8, color=style.COLORS["gray"])
+    axes.set(
+        yscale="log", xlabel="step", ylabel="noise scale, tokens", xlim=(0, found["steps"][-1] + 24)
+    )
     style.label_lines(axes)
     return figure
 
@@ -228,7 +263,9 @@ def draw_clipping(found: Values) -> Any:
         right.annotate("", xy=vector, xytext=(0, 0), arrowprops=look | {"color": style.COLORS[color]})
         right.text(*place, text, fontsize=8.5, color=style.COLORS[color])
     right.text(0.72, 0.76, "norm 1", fontsize=8.5, color=style.COLORS["gray"])
-    right.set(xlim=(-0.1, 1.25), ylim=(-0.15, 1.1), title="what the optimizer gets", aspect="equal", xticks=[], yticks=[])
+    right.set(
+        xlim=(-0.1, 1.25), ylim=(-0.15, 1.1), title="what the optimizer gets", aspect="equal", xticks=[], yticks=[]
+    )
     for axes in (left, right):
         axes.grid(visible=False)
         axes.spines[["left", "bottom"]].set_visible(False)

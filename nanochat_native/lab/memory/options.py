@@ -35,6 +35,8 @@ class Options:
     size. With --measure or --checkpointing it runs real steps, and the default sizes are small: on a CPU those of
     train, which take less than a minute (depth 4, 8 x 256 tokens, vocabulary 8192, float32), on a GPU depth 12 and
     vocabulary 32768.
+
+    The guide explains it: docs/guide/11-memory-and-ranks.md.
     """
 
     depth: Annotated[int, auto_flag("INT", "20; if steps are run, 4 on a CPU and 12 on a GPU")] = UNSET
