@@ -17,7 +17,7 @@ SMALL = {
     "compare": TRAIN | {"rates": 1, "seeds": 1},
     "batch_size": TRAIN,
     "bench": {"seconds": 0.01, "repeats": 1},
-    "evaluate": {"tokens": 512},
+    "evaluate": {"max_tokens": 512},
     "generate": {"max_tokens": 8},
     "finetune": {"num_iterations": 2, "eval_tokens": 512, "sample_every": 0, "device": "cpu"},
     "memory": {},
