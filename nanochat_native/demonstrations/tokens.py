@@ -1,5 +1,6 @@
 """Tokens: merges by hand, the split pattern, special tokens, bytes per token, and bits per byte."""
 
+import itertools
 import math
 import re
 import time
@@ -58,7 +59,7 @@ def pair_counts(words: Words) -> Counter[Pair]:
     """Return how often each pair of neighbours occurs in the words."""
     counts: Counter[Pair] = Counter()
     for word, count in words.items():
-        for pair in zip(word, word[1:], strict=False):
+        for pair in itertools.pairwise(word):
             counts[pair] += count
     return counts
 
@@ -298,7 +299,7 @@ def vocabulary() -> dict[str, Any]:
         "small_is_a_beginning": small == largest[: len(small)],
         "rows": rows,
         "gain_of_doubling": [
-            after["bytes_per_token"] / before["bytes_per_token"] for before, after in zip(rows, rows[1:], strict=False)
+            after["bytes_per_token"] / before["bytes_per_token"] for before, after in itertools.pairwise(rows)
         ],
     }
 
@@ -337,9 +338,10 @@ def visible(token: bytes) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
-def bits_per_byte(checkpoint: Path = Path("runs/d4"), max_tokens: int = 16_384) -> dict[str, Any]:
+def bits_per_byte(checkpoint: Path = Path("runs/d4"), max_tokens: int = 32_768) -> dict[str, Any]:
     """Measure bits per byte on validation text by the definition, and by two formulas that are wrong.
 
+    The text is that on which `train` evaluates, so the first number is that of the log.
     `divided_by_8` is nats / log2 256. `mean_over_vocabulary` divides by the mean length of all tokens of the
     vocabulary, where the text's own tokens count. `uniform` is a model for which all ids are equally likely.
     """

@@ -27,6 +27,8 @@ def compressed_kilobytes() -> float:
 
 ROWS = '''def order_of(key, windows):
     """Return the numbers below `windows` in an order that depends on the text `key` alone."""
+    import random
+
     order = list(range(windows))
     random.Random(key).shuffle(order)
     return order

@@ -1,5 +1,6 @@
 """Exercises of chapter 3, tokens."""
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -22,7 +23,7 @@ def tokens_after(text: str, merges: int) -> int:
     first, second = text.split(" ")
     pieces = [list(first), list(f" {second}")]
     for _ in range(merges):
-        counts = Counter(pair for word in pieces for pair in zip(word, word[1:], strict=False))
+        counts = Counter(pair for word in pieces for pair in itertools.pairwise(word))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         pieces = [merge(word, best) for word in pieces]
     return sum(map(len, pieces))

@@ -166,32 +166,42 @@ def block_inputs() -> list[tuple[Any, ...]]:
 
 
 def judge_depths(result: dict[str, Any]) -> tuple[bool, str]:
-    """Compare d2 and d4 after the same steps, and after the same time."""
-    curves = {run["case"]: run["curve"] for run in result["runs"]}
-    if set(curves) != {"d2", "d4"}:
-        return False, f"the cases must be d2 and d4, got {', '.join(curves)}"
-    steps = {case: curve[-1]["step"] for case, curve in curves.items()}
-    if len(set(steps.values())) > 1:
-        return False, f"both cases must have the same number of steps, got {steps['d2']} and {steps['d4']}"
-    compared = compare_depths(curves)
-    by_steps, by_time = (
-        "d4" if compared[name] < compared["d2"] else "d2" for name in ("d4", "d4_in_the_time_of_d2")
-    )
+    """Compare d2 and d4 after the same steps, and after the same number of operations."""
+    cases = {run["case"]: run["curve"][-1]["step"] for run in result["runs"]}
+    if set(cases) != {"d2", "d4"}:
+        return False, f"the cases must be d2 and d4, got {', '.join(cases)}"
+    if cases["d2"] != cases["d4"]:
+        return False, f"both cases must have the same number of steps, got {cases['d2']} and {cases['d4']}"
+    found = compare_depths(result)
+    by_steps = "d4" if found["d4"] < found["d2"] else "d2"
+    by_operations = "d4" if found["d4_with_operations_of_d2"] < found["d2"] else "d2"
     return True, (
-        f"after {steps['d2']} steps {by_steps} is better, {compared['d4']:.3f} for d4 and {compared['d2']:.3f} for d2; "
-        f"in the time of d2, {compared['seconds']:.0f} s, {by_time} is better: d4 had reached "
-        f"{compared['d4_in_the_time_of_d2']:.3f}"
+        f"after {cases['d2']} steps {by_steps} is better, {found['d4']:.3f} for d4 and {found['d2']:.3f} for d2; with "
+        f"the operations of d2, d4 makes {found['steps_with_operations_of_d2']:.0f} steps, and {by_operations} is "
+        f"better: d4 had reached {found['d4_with_operations_of_d2']:.3f}"
     )
 
 
-def compare_depths(curves: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Return the last bits per byte of d2 and d4, the seconds of d2, and the last value of d4 within these."""
-    seconds = curves["d2"][-1]["seconds"]
+def compare_depths(result: dict[str, Any]) -> dict[str, float]:
+    """Return the last bits per byte of d2 and d4, and the value of d4 when it had used as many operations as d2.
+
+    Values between two evaluations are interpolated.
+    """
+    curves = {run["case"]: run["curve"] for run in result["runs"]}
+    shape = {"vocab_size": result["config"]["vocab_size"], "sequence_len": result["config"]["max_seq_len"]}
+    with torch.device("meta"):
+        flops = {depth: GPT(GPTConfig.from_depth(depth, **shape)).estimate_flops() for depth in (2, 4)}
+    steps = curves["d2"][-1]["step"] * flops[2] / flops[4]
+    points = curves["d4"]
+    after = next(i for i, point in enumerate(points) if point["step"] >= steps)
+    one, other = points[max(0, after - 1)], points[after]
+    way = (steps - one["step"]) / (other["step"] - one["step"] or 1)
     return {
         "d2": curves["d2"][-1]["value"],
-        "d4": curves["d4"][-1]["value"],
-        "seconds": seconds,
-        "d4_in_the_time_of_d2": [point["value"] for point in curves["d4"] if point["seconds"] <= seconds][-1],
+        "d4": points[-1]["value"],
+        "operations_of_d4": flops[4] / flops[2],
+        "steps_with_operations_of_d2": steps,
+        "d4_with_operations_of_d2": one["value"] + way * (other["value"] - one["value"]),
     }
 
 

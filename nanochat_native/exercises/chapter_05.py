@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_native.exercises.base import Number, Write
+from nanochat_native.exercises.base import Experiment, Number, Write
 from nanochat_native.model import GPTConfig
 from nanochat_native.model.gpt import ROTARY_BASE
 from nanochat_native.ops.attention import attention_mask
@@ -159,6 +159,25 @@ def attention_inputs() -> list[tuple[Any, ...]]:
     return [tuple(torch.randn(3, *size, generator=generator).unbind()) for size in sizes]
 
 
+# --- 5.5: what one key head costs ---
+
+
+def judge_heads(result: dict[str, Any]) -> tuple[bool, str]:
+    """Return whether both cases were trained with several seeds, and how far apart they are."""
+    rows = {row["case"]: row for row in result["rows"]}
+    four, one = rows["4 key heads"], rows["1 key head"]
+    if not result["finished"] or min(four["seeds"], one["seeds"]) < 2:
+        return False, "the comparison is not finished, or it has one seed, which shows no spread"
+    difference = one["value"] - four["value"]
+    spread = math.hypot(four["spread"], one["spread"])
+    text = (
+        f"one key head differs by {difference:+.4f} bits per byte, and the spread of such a difference is {spread:.4f}"
+    )
+    if abs(difference) < 2 * spread:
+        return True, f"{text}: these runs cannot tell the two apart"
+    return True, f"{text}: one key head is {'worse' if difference > 0 else 'better'}"
+
+
 EXERCISES = (
     Number(
         "5.1",
@@ -213,5 +232,13 @@ EXERCISES = (
             "hidden scores are 0; they must be minus infinity": attention_multiplied,
         },
         attention_inputs,
+    ),
+    Experiment(
+        "5.5",
+        "What one key head costs",
+        command='python -m nanochat_native.compare --cases "4 key heads:" "1 key head: --n-kv-head 1" --head-dim 32 '
+        "--num-iterations 150 --seeds 3 --rates 1 --out lab/exercise-5-5",
+        folder="lab/exercise-5-5",
+        judge=judge_heads,
     ),
 )

@@ -27,6 +27,7 @@ Write each function, then run the command above it.
 """
 
 import math
+import random
 
 import numpy as np
 import torch

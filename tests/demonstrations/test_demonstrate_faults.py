@@ -67,4 +67,4 @@ def test_the_committed_result_says_which_faults_the_curve_shows():
     assert kept["number"] == kept["found_by_check"] == len(faults.FAULTS) == len(kept["faults"])
     for found in kept["faults"].values():
         differs = math.inf if found["final"] is None else abs(found["final"] - found["healthy_final"])
-        assert found["seen_in_the_curve"] == (differs > faults.SEEN * kept["healthy"]["spread"])
+        assert (found["seen_in_the_curve"] == "yes") == (differs > faults.SEEN * kept["healthy"]["spread"])

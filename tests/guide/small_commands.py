@@ -17,7 +17,7 @@ SMALL = {
     "compare": TRAIN | {"rates": 1, "seeds": 1, "total_batch_size": 512},
     "batch_size": TRAIN | {"device_batch_size": 1, "steps": 12, "skip": 2},
     "bench": {"seconds": 0.01, "repeats": 1},
-    "evaluate": {"tokens": 512},
+    "evaluate": {"max_tokens": 512},
     "generate": {"max_tokens": 8},
     "finetune": {"num_iterations": 2, "eval_tokens": 512, "sample_every": 0, "device": "cpu"},
     "memory": {},
@@ -88,6 +88,8 @@ def small(line):
         flags = dict(MEASURED_MEMORY)
     if module in ("compare",) and "--fork" in args:
         flags = {"fork_step": 4, "num_iterations": 6}
+    if module == "evaluate" and "--compare" in args:  # of runs that the lines before it train
+        flags |= {"checkpoint": "runs/d4", "compare": "runs/d4"}
     if any(f"--{horizon}" in args for horizon in HORIZONS):
         flags.pop("num_iterations", None)
     if module == "guide":

@@ -125,7 +125,7 @@ def draw_differences(values: Values) -> Any:
         axes.annotate(
             f"{name}: at best {best['error']:.0e}",
             (10 ** best["log10_h"], best["error"]),
-            (0, 12 if name == "float32" else -14),
+            (85, -10) if name == "float32" else (0, -14),
             textcoords="offset points",
             ha="center",
             fontsize=8.5,

@@ -38,7 +38,6 @@ def last_values(record: Values) -> Values:
 TWO_RUNS = "--depth 2 --num-iterations 300 --sample-every 0"
 RESULTS = {
     "merges_by_hand": demonstration("merges-by-hand"),
-    "merges_printed": command("demonstrate merges-by-hand"),
     "same_merges": demonstration("same-merges"),
     "split_pattern": demonstration("split-pattern", trained=True),  # Python's version decides its text
     "special_tokens": demonstration("special-tokens"),
@@ -123,7 +122,9 @@ def draw_line(values: Values) -> Any:
         for row, name in enumerate(names):
             x, y = left, 1.06 - 0.4 * row
             for place, token in enumerate(values["phrases"][name].split(" ")):
-                x = letters_box(axes, x, y, token, 0.1 if token[0] == "<" and len(token) == 4 else 0.14, FILLS[place % 6])
+                x = letters_box(
+                    axes, x, y, token, 0.1 if token[0] == "<" and len(token) == 4 else 0.14, FILLS[place % 6]
+                )
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,13 +15,12 @@ def depths(record: Values) -> Values:
     """Return what exercise 4.5 asks for."""
     from nanochat_native.exercises.chapter_04 import compare_depths
 
-    return compare_depths({run["case"]: run["curve"] for run in record["runs"]})
+    return compare_depths(record)
 
 
 RESULTS = {
     "parameters": demonstration("parameters"),
     "waking": demonstration("waking"),
-    "waking_printed": command("demonstrate waking"),
     "first_loss": demonstration("first-loss"),
     "flops": demonstration("flops"),
     "blocks_against_scores": demonstration("blocks-against-scores"),
@@ -32,7 +32,6 @@ RESULTS = {
         'compare --cases "d2: --depth 2" "d4: --depth 4" --num-iterations 200 --rates 1 --seeds 1', keep=depths
     ),
     "dry_run_d4": command("train --run trial --dry-run"),
-    "dry_run_d20": command("train --depth 20 --vocab-size 65536 --dry-run"),
 }
 REFERENCES = {
     "1706.03762": reference("Vaswani et al.", "Attention Is All You Need", 2017),
@@ -130,8 +129,7 @@ def draw_waking(values: Values) -> Any:
     steps = len(values["losses"])
     grid = np.array([[math.log10(v) if v else np.nan for v in norms[group]] for group in GROUPS])
     figure, axes = style.new_figure(7.0, 3.1)
-    colors = LinearSegmentedColormap.from_list("wake", ["#e3eff8", "#0072b2"])
-    colors.set_bad("white")
+    colors = LinearSegmentedColormap.from_list("wake", ["#e3eff8", "#0072b2"]).with_extremes(bad="white")
     axes.imshow(np.ma.masked_invalid(grid), cmap=colors, aspect="auto", vmin=-3, vmax=0.6)
     axes.grid(visible=False)
     for row, group in enumerate(GROUPS):
@@ -160,7 +158,7 @@ def draw_parameters(values: Values) -> Any:
     sizes = [8192] + [65536] * 5
     parts = (("wte", "sky"), ("lm_head", "blue"), ("attention", "yellow"), ("mlp", "orange"))
     places = [0, 1.35, 2.35, 3.35, 4.35, 5.35]
-    for place, row, size in zip(places, rows, sizes, strict=True):
+    for place, row in zip(places, rows, strict=True):
         left = 0.0
         for part, color in parts:
             share = 100 * row[part] / row["total"]
@@ -227,7 +225,7 @@ def draw_softcap(values: Values) -> Any:
     above.text(9.2, 13.6, "no cap", color=style.COLORS["gray"], fontsize=8.5, ha="right")
     above.text(22, 9.0, "15 tanh(z / 15)", color=style.COLORS["blue"], fontsize=8.5, ha="center")
     edges, share = values["edges"], values["share"]
-    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     below.bar(middles, share, width=0.9, color=style.COLORS["orange"])
     below.set_yscale("log")
     below.set(xlabel="raw logit z of the trained d4", ylabel="share of logits", xlim=(-26, 26), ylim=(1e-7, 1))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import style
+
 from chapters import Figure, command, demonstration, lab, reference
 
 EXPERIMENT = (
@@ -60,7 +61,7 @@ def draw_scale(scale: dict[str, Any]) -> Any:
 
 def draw_rotation(rotary: dict[str, Any]) -> Any:
     """Draw the hands of three pairs at several positions, and the similarity of equal vectors by distance."""
-    figure, axes = style.new_figure(7.0, 3.1, ncols=4, width_ratios=[1, 1, 1, 1.65])
+    figure, axes = style.new_figure(7.0, 2.5, ncols=4, width_ratios=[1, 1, 1, 1.65])
     positions = (0, 1, 2, 3, 4, 5)
     for ax, pair in zip(axes[:3], (0, 8, 24), strict=True):
         theta = rotary["frequencies"][pair]
@@ -95,7 +96,9 @@ def draw_rotation(rotary: dict[str, Any]) -> Any:
     last.plot(distances, values, color=style.COLORS["blue"])
     last.axvline(256, color=style.COLORS["gray"], lw=0.8, ls=":")
     last.text(262, 0.93, "trained length", fontsize=8, color=style.COLORS["gray"])
-    last.set(xlabel="distance $m - n$, tokens", ylabel=r"mean of $\cos\,(m - n)\,\theta$", xlim=(0, 512), ylim=(0, 1.05))
+    last.set(
+        xlabel="distance $m - n$, tokens", ylabel=r"mean of $\cos\,(m - n)\,\theta$", xlim=(0, 512), ylim=(0, 1.05)
+    )
     return figure
 
 
@@ -112,18 +115,12 @@ def draw_masks() -> Any:
     from matplotlib.colors import ListedColormap
 
     for ax, (name, mask), color in zip(axes, cases.items(), ("blue", "green", "orange"), strict=True):
-        ax.pcolormesh(
-            np.arange(size + 1),
-            np.arange(size + 1),
-            mask.astype(float),
-            edgecolors="white",
-            linewidth=0.8,
-            cmap=ListedColormap(["#eeeeee", style.COLORS[color]]),
-        )
-        ax.set(aspect="equal", title=name, xlabel="key j", xticks=[0.5, size - 0.5], yticks=[0.5, size - 0.5])
-        ax.set_xticklabels(["0", str(size - 1)])
-        ax.set_yticklabels(["0", str(size - 1)])
-        ax.invert_yaxis()
+        ax.imshow(mask, cmap=ListedColormap(["#eeeeee", style.COLORS[color]]))
+        for line in range(1, size):
+            ax.axhline(line - 0.5, color="white", lw=0.8)
+            ax.axvline(line - 0.5, color="white", lw=0.8)
+        ax.set_title(name, fontsize=9)
+        ax.set(xlabel="key j", xticks=[0, size - 1], yticks=[0, size - 1])
         ax.grid(False)
         ax.tick_params(length=0)
         for side in ax.spines.values():

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import statistics
 from typing import Any
 
 import style
 
 from chapters import ROOT, Figure, Values, command, demonstration, lab, own, reference
 
+MUON = "Muon + AdamW"
 COMPARE_GUIDE = (
     "compare --suite guide --depth 3 --vocab-size 2048 --max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 "
     "--num-iterations 240 --eval-tokens 32768 --seeds 3"
 )
-AT_THE_STATED_RATE = (
-    'compare --cases "Muon + AdamW:" "momentum after: --muon-form momentum_after" '
+AT_ONE_RATE = (
+    'compare --cases "momentum after: --muon-form momentum_after" '
+    '"momentum after, 0.006: --muon-form momentum_after --matrix-lr 0.006" '
     '"original guide: --muon-form original_guide --ns-coefficients cubic" --rates 1 --seeds 3 --depth 3 '
     "--vocab-size 2048 --max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 --num-iterations 240 "
     "--eval-tokens 32768"
@@ -30,11 +34,31 @@ def final(run: Values) -> float:
 
 def case_key(case: str) -> str:
     """Return a key of a results file for a case."""
-    return case.lower().replace(" + ", "_").replace(" ", "_")
+    return re.sub(r"\W+", "_", case.lower())
+
+
+def above(runs: list[Values], others: list[Values]) -> Values:
+    """Return by how much the final losses of runs are above those of others, seed by seed.
+
+    Runs of one seed start from the same weights and see the same data.
+    """
+    losses = {run["seed"]: final(run) for run in others}
+    differences = [final(run) - losses[run["seed"]] for run in sorted(runs, key=lambda run: run["seed"])]
+    return {
+        "mean": statistics.mean(differences),
+        "smallest": min(differences),
+        "largest": max(differences),
+        "by_seed": differences,
+    }
 
 
 def keep_comparison(record: Values) -> Values:
-    """Reduce the result of compare to its rows, the search for the rates, and the mean curves of the best runs."""
+    """Reduce the result of compare to its rows, the search for the rates, and the mean curves of the best runs.
+
+    "above_muon" compares a case with Muon + AdamW seed by seed, if that is one of the cases.
+    """
+    factors = {row["case"]: row["factor"] for row in record["rows"]}
+    muon = [run for run in record["runs"] if run["case"] == MUON and run["factor"] == factors.get(MUON)]
     found: Values = {"unit": record["unit"], "seeds": record["rows"][0]["seeds"], "cases": {}}
     for row in record["rows"]:
         runs = [run for run in record["runs"] if run["case"] == row["case"]]
@@ -61,7 +85,7 @@ def keep_comparison(record: Values) -> Values:
             "curve": [sum(values) / len(values) for values in curves],
             "lowest": [min(values) for values in curves],
             "highest": [max(values) for values in curves],
-        }
+        } | ({"above_muon": above(best, muon)} if muon else {})
     found["order"] = list(found["cases"])
     return found
 
@@ -117,7 +141,7 @@ def draw_singular_values(found: Values) -> Any:
         plot.set_ylim(1e-3, 2)
         plot.set_xlim(0, 10)
         plot.set_xticks(range(0, 11, 5))
-        plot.set_title(f"{title}: error {found[name]['five_steps']['error']:.2f} after 5")
+        plot.set_title(f"{title} ({found[name]['five_steps']['error']:.2f})")
         plot.set_xlabel("steps")
     axes[0].set_ylabel("singular values")
     return figure
@@ -173,7 +197,7 @@ def draw_six_optimizers(comparison: Values) -> Any:
 
 
 def draw_guide_suite(comparison: Values) -> Any:
-    figure, axes = style.new_figure(7.0, 3.4, ncols=2, sharey=True, width_ratios=(1.5, 1))
+    figure, axes = style.new_figure(7.0, 3.2, ncols=2, width_ratios=(1.25, 1))
     colors = {
         "adamw": "black",
         "muon_adamw": "blue",
@@ -204,7 +228,9 @@ def draw_guide_suite(comparison: Values) -> Any:
         right.plot([place - 0.25, place + 0.25], [case["value"]] * 2, color=color)
     names = [comparison["cases"][name]["case"] for name in reversed(comparison["order"])]
     right.set_xticks(range(len(names)), [name.replace(" to a square", "") for name in names], rotation=40, ha="right")
-    left.legend(loc="upper center", ncols=2, fontsize=8, frameon=False)
+    for label, name in zip(right.get_xticklabels(), reversed(comparison["order"]), strict=True):
+        label.set_color(style.COLORS[colors[name]])
+    right.set_ylabel("bits per byte")
     return figure
 
 
@@ -228,7 +254,7 @@ RESULTS = {
         "python -m nanochat_native.plot benchmarks/laboratory/compare-optimizers-d3", six_optimizers
     ),
     "compare_guide": lab(COMPARE_GUIDE, keep=keep_comparison),
-    "compare_guide_rate": lab(AT_THE_STATED_RATE, keep=keep_comparison),
+    "compare_guide_rate": lab(AT_ONE_RATE, keep=keep_comparison),
 }
 FIGURES = {
     "09-spectrum": Figure(draw_spectrum, "momentum_spectrum"),

@@ -96,7 +96,7 @@ RESULTS = {
     "compare_batches": lab(
         f'compare {SIZE} --rates 1 --seeds 1 --cases "1024 tokens:" '
         '"4096 tokens: --total-batch-size 4096 --num-iterations 60" '
-        '"256 tokens: --total-batch-size 256 --num-iterations 960" --eval-every 60',
+        '"256 tokens: --total-batch-size 256 --device-batch-size 2 --num-iterations 960" --eval-every 60',
         keep=keep_comparison,
     ),
     "fork_warmdown": lab(

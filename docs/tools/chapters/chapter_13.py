@@ -137,7 +137,7 @@ def draw_faults(found: Values) -> Any:
     figure, axes = style.new_figure(7.0, 6.4, nrows=4, ncols=3, sharex=True, sharey=True)
     steps = range(1, found["steps"] + 1)
     for panel, each in zip(axes.flat, found["faults"].values(), strict=True):
-        seen = each["seen_in_the_curve"]
+        seen = each["seen_in_the_curve"] == "yes"
         color = COLORS["orange"] if seen else COLORS["blue"]
         panel.plot(steps, found["healthy"]["losses"], color=COLORS["gray"], linewidth=2.6, alpha=0.6)
         losses = [float("nan") if loss is None else loss for loss in each["run"]["losses"]]

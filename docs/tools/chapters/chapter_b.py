@@ -1,0 +1,144 @@
+"""The generated part of appendix B: the operators and the parameters, from docstrings and from the model.
+
+python docs/tools/chapters/chapter_b.py        # writes it into the appendix
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs/guide/b-symbols.md"
+BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
+# The chapter that explains an operator.
+CHAPTERS = {
+    "attention": "[chapter 6](06-attention-without-the-matrix.md)",
+    "newton_schulz": "[chapter 9](09-optimizers.md)",
+    "adamw_": "[chapter 9](09-optimizers.md)",
+    "muon_momentum_": "[chapter 9](09-optimizers.md)",
+    "muon_update_": "[chapter 9](09-optimizers.md)",
+    "newton_schulz_update_": "[chapter 9](09-optimizers.md)",
+    "linear_cross_entropy": "[chapter 7](07-loss-and-gradient.md)",
+    "linear": "[chapter 12](12-speed.md)",
+    "linear_backward": "[chapter 7](07-loss-and-gradient.md)",
+    "cached_forward_": "[chapter 13](13-using-it.md)",
+}
+# Operators that also use kernels of other names than that of their module.
+OTHER_SOURCES = {"newton_schulz_update_": ("newton_schulz",), "linear_cross_entropy": ("softcap_cross_entropy",)}
+
+
+def operator_list() -> str:
+    """Return a list of the operators: what each does, its arguments with shapes, and its files."""
+    from nanochat_native import ops
+
+    items = []
+    for name in ops.OPERATORS:
+        function = getattr(ops, name)
+        text = inspect.getdoc(function) or ""
+        module = Path(inspect.getsourcefile(function) or "").stem
+        sources = [module, *OTHER_SOURCES.get(name, ())]
+        files = [ROOT / f"nanochat_native/ops/{module}.py", *kernels(sources), ROOT / f"tests/ops/test_ops_{module}.py"]
+        missing = [file.name for file in files if not file.exists()]
+        if missing or len(files) < 3:
+            raise ValueError(f"{name}: it has no kernel, or there is no {', '.join(missing)}")
+        shown = ", ".join(f"`{file.relative_to(ROOT)}`" for file in files)
+        items.append(
+            f"- **`{name}`** ({CHAPTERS[name]}). {first_sentence(text)} Tensors: {shapes_of(text)}. Files: {shown}.\n"
+        )
+    return "".join(items)
+
+
+def kernels(modules: list[str]) -> list[Path]:
+    """Return the files of the kernels of some modules, those for the CPU first."""
+    names = {f"{module}{part}" for module in modules for part in ("", "_forward", "_backward", "_hopper")}
+    names |= {f"{module}{part}_hopper" for module in modules for part in ("_forward", "_backward")}
+    folders = (("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu"))
+    return [path for folder, ending in folders for path in sorted((ROOT / folder).glob(ending)) if path.stem in names]
+
+
+def first_sentence(docstring: str) -> str:
+    """Return the first sentence of a docstring, in which a formula stays in a code span."""
+    line = " ".join(docstring.split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[a-z0-9)\]])\. ", line + " ")[0].strip().rstrip(".:")
+    for formula in (r"softmax\(.*\) v", r"softcap tanh\(.*?\)", r"p = .*$", r"dx = .*$", r"x weight\^T"):
+        if match := re.search(formula, sentence):
+            start, end = match.span()
+            return f"{sentence[:start]}`{match[0]}`{sentence[end:]}."
+    return f"{sentence}."
+
+
+def shapes_of(docstring: str) -> str:
+    """Return the arguments of a docstring that have a shape: "q (B, Tq, H, D)"."""
+    section = re.search(r"^Args:\n((?:    .*\n?)+)", docstring, re.M)
+    found = []
+    for match in re.finditer(r"^    (\w[\w, ]*): (.*)", section[1] if section else "", re.M):
+        names, text = match[1], match[2]
+        shape = re.match(r"\((?:[^()]|\([^()]*\))*\)", text)
+        if shape:
+            found.append(f"{names} `{shape[0]}`")
+        elif "ontiguous" in text:
+            found.append(f"{names} (lists)")
+    return ", ".join(found)
+
+
+def parameter_table() -> str:
+    """Return a table of the model's parameters: name, shape in letters, and the shape in d4."""
+    import torch
+
+    from nanochat_native.model import GPT, GPTConfig
+
+    # Sizes that differ, so that a size tells its letter.
+    lettered = GPTConfig(sequence_len=8, vocab_size=1000, n_layer=1, n_head=4, n_kv_head=2, n_embd=64)
+    letters = {1000: "V", 64: "C", 256: "4 C", 32: "Hkv D"}
+    d4 = GPTConfig.from_depth(4, vocab_size=8192, sequence_len=256)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(lettered).named_parameters()}
+        sizes = {name: tuple(p.shape) for name, p in GPT(d4).named_parameters()}
+    rows = []
+    for name, shape in shapes.items():
+        shown = ", ".join(letters[size] for size in shape)
+        optimizer = "Muon" if ".h." in name else "AdamW"
+        rows.append([f"`{name.replace('.h.0.', '.h.N.')}`", f"`({shown})`", f"`{sizes[name]}`", optimizer])
+    return table(["parameter", "shape", "in d4", "optimizer"], rows)
+
+
+def table(names: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def generated() -> str:
+    """Return the text between the marks."""
+    return (
+        "\nThe operators of `nanochat_native.ops`, each with the chapter that explains it. The Python module holds\n"
+        "the public call and the reference. No CUDA kernel has run on a GPU yet: their tests run in the\n"
+        "emulation.\n\n"
+        f"{operator_list()}\n"
+        "The parameters of the model, `N` standing for the number of the layer:\n\n"
+        f"{parameter_table()}\n"
+    )
+
+
+def current(text: str) -> str:
+    """Return the text between the marks of a page. Raises ValueError if there are none."""
+    _, begin, rest = text.partition(BEGIN)
+    inside, end, _ = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page must contain {BEGIN} and {END}")
+    return inside
+
+
+def update() -> bool:
+    """Write the generated part into the page. Return whether it changed."""
+    text = PAGE.read_text(encoding="utf-8")
+    new = text.replace(f"{BEGIN}{current(text)}{END}", f"{BEGIN}{generated()}{END}")
+    if new != text:
+        PAGE.write_text(new, encoding="utf-8")
+    return new != text
+
+
+if __name__ == "__main__":
+    print("changed" if update() else "up to date")
