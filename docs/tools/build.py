@@ -36,6 +36,12 @@ from book import Page  # noqa: E402
 ROOT = book.ROOT
 MARKDOWN = "gfm+tex_math_dollars+alerts+footnotes-yaml_metadata_block"
 PARTS = {"claims": r"^> \*\*Claim ", "figures": r"^!\[Figure ", "exercises": r"^\*\*Exercise "}
+# The id, the name and the text of what the search finds by its number.
+PLACES = (
+    r'<span id="(claim-[\w-]+)"></span>\s*<strong>(Claim [\w.]+)\.</strong>(.*?)</p>',
+    r'<figure id="(fig-[\w-]+)">.*?<figcaption[^>]*>(Figure \w+\.\d+)\.(.*?)</figcaption>',
+    r'<span id="(exercise-[\w-]+)"></span>\s*<p>\s*<strong>(Exercise [\w.]+)</strong>(.*?)</p>',
+)
 STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
 
 
@@ -84,8 +90,8 @@ def landing_page() -> str:
     pages = book.chapters()
     rows = [f"| [{page.title}]({page.path.name}) | {page.question} | {page.minutes} |" for page in pages]
     counts = {name: sum(len(re.findall(pattern, page.text, re.M)) for page in pages) for name, pattern in PARTS.items()}
-    total = f"Together they have {counts['claims']} claims, {counts['figures']} figures and {counts['exercises']} exercises."
-    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", total])
+    parts = "{claims} claims, {figures} figures and {exercises} exercises".format(**counts)
+    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", f"Together they have {parts}."])
     return re.sub(
         r"(?<=<!-- contents -->\n).*?(?=<!-- /contents -->)", lambda _: f"\n{table}\n\n", text, flags=re.DOTALL
     )
@@ -147,9 +153,12 @@ def with_images(body: str, page: Page, out: Path) -> str:
 
 
 def sections(body: str) -> list[tuple[str, str, str]]:
-    """Return (id, heading, text) of each section of an HTML page, for the search."""
+    """Return (id, heading, text) of each section, claim, figure and exercise of an HTML page, for the search."""
     parts = re.split(r'<h[1-3]\b[^>]*?id="([^"]*)"[^>]*>(.*?)</h[1-3]>', body, flags=re.DOTALL)
-    return [(parts[i], text_of(parts[i + 1]), text_of(parts[i + 2])) for i in range(1, len(parts), 3)]
+    found = [(parts[i], text_of(parts[i + 1]), text_of(parts[i + 2])) for i in range(1, len(parts), 3)]
+    for pattern in PLACES:
+        found += [(match[1], match[2], text_of(match[3])) for match in re.finditer(pattern, body, re.DOTALL)]
+    return found
 
 
 def text_of(fragment: str) -> str:

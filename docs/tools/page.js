@@ -72,15 +72,23 @@
   const field = $("#ui-search");
   const results = $("#ui-results");
   let entries = null;
+  let vocabulary = null;
   let chosen = -1;
   const pages = new Map($$("a", chapters).map((link) => [link.getAttribute("href").replace(/\.html.*/, ""), link.firstChild.textContent]));
-  const words = (text) => text.toLowerCase().normalize("NFKD").replace(/[\u0300-\u036f]/g, "").match(/[\p{L}\p{N}_]+/gu) || [];
+  const WORD = /\d+(?:\.\d+)+|[\p{L}\p{N}_]+/gu; // numbers such as 9.2 are words, and names such as newton_schulz
+  const words = (text) => text.toLowerCase().normalize("NFKD").replace(/[\u0300-\u036f]/g, "").match(WORD) || [];
+  const begins = (word, asked) => word.startsWith(asked) || word.includes("_" + asked);
 
+  /** Count the words of all entries, by word. */
   function prepare() {
-    entries = (window.SEARCH || []).map((entry) => {
-      const counts = new Map();
-      for (const word of words(entry.text)) counts.set(word, (counts.get(word) || 0) + 1);
-      return { ...entry, titleWords: words(entry.title), counts };
+    entries = (window.SEARCH || []).map((entry) => ({ ...entry, titleWords: words(entry.title) }));
+    vocabulary = new Map();
+    entries.forEach((entry, index) => {
+      for (const word of words(entry.text)) {
+        if (!vocabulary.has(word)) vocabulary.set(word, new Map());
+        const counts = vocabulary.get(word);
+        counts.set(index, (counts.get(index) || 0) + 1);
+      }
     });
   }
 
@@ -91,14 +99,15 @@
     if (!asked.length) return [];
     const matches = entries.map(() => []);
     for (const word of asked) {
-      const scores = entries.map((entry) => {
-        let title = 0;
-        for (const other of entry.titleWords) title = Math.max(title, other === word ? 6 : other.startsWith(word) ? 4 * word.length / other.length : 0);
-        let text = 0;
-        for (const [other, count] of entry.counts) {
-          if (other.startsWith(word)) text += (other === word ? 1 : 0.6 * word.length / other.length) * (1 + Math.log(count));
-        }
-        return title + Math.min(text, 4);
+      const text = new Float64Array(entries.length);
+      for (const [other, counts] of vocabulary) {
+        if (!begins(other, word)) continue;
+        const weight = other === word ? 1 : 0.6 * word.length / other.length;
+        for (const [index, count] of counts) text[index] += weight * (1 + Math.log(count));
+      }
+      const scores = entries.map((entry, index) => {
+        const title = entry.titleWords.map((other) => (other === word ? 6 : begins(other, word) ? 4 * word.length / other.length : 0));
+        return Math.max(0, ...title) + Math.min(text[index], 4);
       });
       const rare = Math.log(1 + entries.length / (1 + scores.filter((score) => score > 0).length));
       scores.forEach((score, index) => { if (score > 0) matches[index].push(score * rare); });
@@ -113,10 +122,9 @@
   function highlighted(text, asked) {
     const nodes = [];
     let last = 0;
-    for (const match of text.matchAll(/[\p{L}\p{N}_]+/gu)) {
+    for (const match of text.matchAll(WORD)) {
       const word = words(match[0]).join("");
-      const begin = asked.find((one) => word.startsWith(one));
-      if (!begin) continue;
+      if (!asked.some((one) => begins(word, one))) continue;
       nodes.push(text.slice(last, match.index), make("mark", {}, match[0]));
       last = match.index + match[0].length;
     }
@@ -125,7 +133,7 @@
 
   /** Return about 150 characters of the text that hold as many asked words as possible. */
   function excerpt(text, asked) {
-    const hits = [...text.matchAll(/[\p{L}\p{N}_]+/gu)].map((match) => ({ at: match.index, which: asked.findIndex((one) => match[0].toLowerCase().startsWith(one)) })).filter((hit) => hit.which >= 0);
+    const hits = [...text.matchAll(WORD)].map((match) => ({ at: match.index, which: asked.findIndex((one) => begins(match[0].toLowerCase(), one)) })).filter((hit) => hit.which >= 0);
     let best = 0, most = 0;
     for (const hit of hits) {
       const kinds = new Set(hits.filter((other) => other.at >= hit.at && other.at < hit.at + 120).map((other) => other.which)).size;
@@ -166,7 +174,7 @@
     field.removeAttribute("aria-activedescendant");
   }
   field.addEventListener("input", show);
-  field.addEventListener("focus", () => { if (field.value) show(); });
+  field.addEventListener("focus", () => { if (!entries) prepare(); if (field.value) show(); });
   field.addEventListener("keydown", (event) => {
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {
       event.preventDefault();
@@ -233,9 +241,12 @@
     if (code.children.length) continue;
     const parts = code.textContent.split(" ");
     if (parts.some((part) => part.length > 1)) {
-      code.replaceChildren(...parts.flatMap((part, at) => [at ? " " : "", part.length < 26 ? make("span", { class: "word" }, part) : part]));
+      code.replaceChildren(...parts.flatMap((part, at) => [at ? " " : "", part.length < 29 ? make("span", { class: "word" }, part) : part]));
     }
   }
+
+  // Columns of sentences stay readable beside others: a table scrolls sideways rather than making them narrow.
+  for (const cell of $$("article td")) if (cell.textContent.length > 50) cell.classList.add("prose");
 
   // --- exercises ---
   const SUFFIXES = { "%": 0.01, k: 1e3, K: 1e3, M: 1e6, G: 1e9, B: 1e9, T: 1e12, Ki: 2 ** 10, Mi: 2 ** 20, Gi: 2 ** 30 };
@@ -311,15 +322,23 @@
     svg: (width, height, ...children) => make("svg", { viewBox: "0 0 " + width + " " + height, "aria-hidden": "true" }, ...children),
     button: (text, press) => make("button", { type: "button", click: press }, text),
   };
+  const TITLES = {
+    bpe: "Merge a text of your own",
+    rope: "Turn the arrows yourself",
+    tiles: "Walk from tile to tile",
+    "newton-schulz": "Change the coefficients, the steps and the spectrum",
+    memory: "Change the sizes",
+    ring: "Send step by step",
+  };
   for (const element of $$(".widget[data-widget]")) {
     const name = element.dataset.widget;
     const start = (window.GUIDE_WIDGETS || {})[name];
     if (!start) continue;
-    const part = make("div", { class: "live-part", role: "group", "aria-label": "Interactive figure: " + name });
-    const image = $("figure > img, figure > p > img", element);
-    if (image) (image.closest("figure > p") || image).before(part); else element.prepend(part);
+    const title = TITLES[name] || name;
+    const part = make("div", { class: "live-part", role: "group", "aria-label": title });
+    part.append(make("p", { class: "live-title" }, title));
+    element.append(part); // before it starts: a widget measures its width
     start(part, (window.WIDGET_DATA || {})[name]);
-    element.classList.add("live");
   }
 
   // --- paper ---

@@ -299,7 +299,7 @@ def dead_units(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
             active = hidden.flatten(0, -2) > 0
             zero.append(1 - active.double().mean().item())
             dead.append(1 - active.any(0).double().mean().item())
-        found[name] = {"zero_on_a_token": zero, "zero_on_every_token": dead}
+        found[name] = {"zero_on_a_token": zero, "zero_on_every_token": dead, "largest_share_dead": max(dead)}
     return found
 
 

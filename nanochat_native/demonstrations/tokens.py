@@ -338,9 +338,10 @@ def visible(token: bytes) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
-def bits_per_byte(checkpoint: Path = Path("runs/d4"), max_tokens: int = 16_384) -> dict[str, Any]:
+def bits_per_byte(checkpoint: Path = Path("runs/d4"), max_tokens: int = 32_768) -> dict[str, Any]:
     """Measure bits per byte on validation text by the definition, and by two formulas that are wrong.
 
+    The text is that on which `train` evaluates, so the first number is that of the log.
     `divided_by_8` is nats / log2 256. `mean_over_vocabulary` divides by the mean length of all tokens of the
     vocabulary, where the text's own tokens count. `uniform` is a model for which all ids are equally likely.
     """

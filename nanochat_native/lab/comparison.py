@@ -77,15 +77,15 @@ SUITES: dict[str, dict[str, str]] = {
         "Frobenius renormalisation": "--frobenius-renormalisation",
         "per head": "--per-head",
     },
-    # The factors multiply all learning rates. The first rates of the matrices are therefore those of a short search in
-    # which the other rates were fixed.
+    # The factors multiply the learning rates of all groups. The momentum that comes after makes longer steps, so its
+    # matrices start at a lower rate.
     "guide": {
         "AdamW": "--optimizer adamw --weight-decay 0.01",
         "Muon + AdamW": "",
         "cubic": "--ns-coefficients cubic",
         "cropped to a square": "--muon-form cropped",
-        "momentum after": "--muon-form momentum_after --matrix-lr 0.002",
-        "original guide": "--muon-form original_guide --ns-coefficients cubic --matrix-lr 0.006",
+        "momentum after": "--muon-form momentum_after --matrix-lr 0.006",
+        "original guide": "--muon-form original_guide --ns-coefficients cubic",
     },
 }
 # The defaults on a CPU: a model so small that the default comparison takes minutes.

@@ -113,8 +113,8 @@ def table(names: list[str], rows: list[list[str]]) -> str:
 def generated() -> str:
     """Return the text between the marks."""
     return (
-        "\nThe operators of `nanochat_native.ops`, each with the chapter that explains it. The Python module holds the\n"
-        "public call and the reference implementation. No CUDA kernel has run on a GPU yet: their tests run in the\n"
+        "\nThe operators of `nanochat_native.ops`, each with the chapter that explains it. The Python module holds\n"
+        "the public call and the reference. No CUDA kernel has run on a GPU yet: their tests run in the\n"
         "emulation.\n\n"
         f"{operator_list()}\n"
         "The parameters of the model, `N` standing for the number of the layer:\n\n"
