@@ -88,6 +88,8 @@ def small(line):
         flags = dict(MEASURED_MEMORY)
     if module in ("compare",) and "--fork" in args:
         flags = {"num_iterations": 6}
+    if module == "evaluate" and "--compare" in args:  # of runs that the lines before it train
+        flags |= {"checkpoint": "runs/d4", "compare": "runs/d4"}
     if any(f"--{horizon}" in args for horizon in HORIZONS):
         flags.pop("num_iterations", None)
     if module == "guide":

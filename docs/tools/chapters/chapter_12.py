@@ -15,7 +15,7 @@ import style
 from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle
 
-from chapters import ROOT, Figure, Values, command, demonstration, own
+from chapters import ROOT, Figure, Values, demonstration, own
 
 EMULATION = ROOT / "tests/emulation"
 
@@ -113,7 +113,6 @@ def said(harness: Any, mutation: Any, kernels: Any, seed: int) -> str:
 
 RESULTS = {
     "bench": own("python -m nanochat_native.bench --json bench.json", bench),
-    "bench_printed": command("bench"),
     "operators": demonstration("operators"),
     "arithmetic_roof": own("g++ -O3 -march=native docs/tools/chapters/peak.cpp -o peak", arithmetic_roof),
     "product": demonstration("product", timed=True),
