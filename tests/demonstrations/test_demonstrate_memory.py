@@ -89,6 +89,16 @@ def test_eight_ranks_hardly_lower_the_peak_of_a_rank():
     assert predict(memory.PLAN)["activations"] <= activation_bytes(memory.PLAN)
 
 
+@pytest.mark.parametrize("depth", [4, 12, 24, 32])
+def test_activations_are_the_largest_part_unless_they_are_recomputed(depth):
+    kept, recomputed = (
+        predict(dataclasses.replace(memory.PLAN, depth=depth, grad_checkpoint=again)) for again in (False, True)
+    )
+    assert max(kept, key=kept.get) == "activations"
+    assert max(recomputed, key=recomputed.get) != "activations"
+    assert depth < 24 or not recomputed["activations"], "the peak is in the step of the optimizer"
+
+
 def test_each_matrix_has_one_owner_and_the_work_is_even():
     found = owners()
     assert len(found["matrices"]) == 24
