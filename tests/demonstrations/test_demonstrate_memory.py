@@ -19,7 +19,7 @@ from nanochat_native.demonstrations.memory import (
     ring_all_reduce,
     rows_of_ranks,
 )
-from nanochat_native.lab.memory import activation_bytes, peak, predict
+from nanochat_native.lab.memory import activation_bytes, predict
 
 
 def test_activations_fall_in_the_backward_pass_and_gradients_rise():
