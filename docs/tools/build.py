@@ -90,8 +90,8 @@ def landing_page() -> str:
     pages = book.chapters()
     rows = [f"| [{page.title}]({page.path.name}) | {page.question} | {page.minutes} |" for page in pages]
     counts = {name: sum(len(re.findall(pattern, page.text, re.M)) for page in pages) for name, pattern in PARTS.items()}
-    total = f"Together they have {counts['claims']} claims, {counts['figures']} figures and {counts['exercises']} exercises."
-    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", total])
+    parts = "{claims} claims, {figures} figures and {exercises} exercises".format(**counts)
+    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", f"Together they have {parts}."])
     return re.sub(
         r"(?<=<!-- contents -->\n).*?(?=<!-- /contents -->)", lambda _: f"\n{table}\n\n", text, flags=re.DOTALL
     )

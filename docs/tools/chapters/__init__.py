@@ -127,7 +127,8 @@ def run_module(line: str) -> str:
     finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise RuntimeError(f"{line} ended with code {finished.returncode}: {finished.stderr.strip()}")
-    return "\n".join(text.rpartition("\r")[2].rstrip() for text in finished.stdout.splitlines()) + "\n"
+    lines = [text.rpartition("\r")[2].rstrip() for text in finished.stdout.splitlines()]
+    return "\n".join(line for line in lines if not re.match(r"\[[#.]+\] ", line)) + "\n"  # without progress bars
 
 
 @cache

@@ -38,7 +38,6 @@ def last_values(record: Values) -> Values:
 TWO_RUNS = "--depth 2 --num-iterations 300 --sample-every 0"
 RESULTS = {
     "merges_by_hand": demonstration("merges-by-hand"),
-    "merges_printed": command("demonstrate merges-by-hand"),
     "same_merges": demonstration("same-merges"),
     "split_pattern": demonstration("split-pattern", trained=True),  # Python's version decides its text
     "special_tokens": demonstration("special-tokens"),

@@ -21,7 +21,6 @@ def depths(record: Values) -> Values:
 RESULTS = {
     "parameters": demonstration("parameters"),
     "waking": demonstration("waking"),
-    "waking_printed": command("demonstrate waking"),
     "first_loss": demonstration("first-loss"),
     "flops": demonstration("flops"),
     "blocks_against_scores": demonstration("blocks-against-scores"),
@@ -33,7 +32,6 @@ RESULTS = {
         'compare --cases "d2: --depth 2" "d4: --depth 4" --num-iterations 200 --rates 1 --seeds 1', keep=depths
     ),
     "dry_run_d4": command("train --run trial --dry-run"),
-    "dry_run_d20": command("train --depth 20 --vocab-size 65536 --dry-run"),
 }
 REFERENCES = {
     "1706.03762": reference("Vaswani et al.", "Attention Is All You Need", 2017),
@@ -131,8 +129,7 @@ def draw_waking(values: Values) -> Any:
     steps = len(values["losses"])
     grid = np.array([[math.log10(v) if v else np.nan for v in norms[group]] for group in GROUPS])
     figure, axes = style.new_figure(7.0, 3.1)
-    colors = LinearSegmentedColormap.from_list("wake", ["#e3eff8", "#0072b2"])
-    colors.set_bad("white")
+    colors = LinearSegmentedColormap.from_list("wake", ["#e3eff8", "#0072b2"]).with_extremes(bad="white")
     axes.imshow(np.ma.masked_invalid(grid), cmap=colors, aspect="auto", vmin=-3, vmax=0.6)
     axes.grid(visible=False)
     for row, group in enumerate(GROUPS):
