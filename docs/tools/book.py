@@ -42,7 +42,7 @@ class Page:
 
     @property
     def question(self) -> str:
-        """The question of a chapter, or the sentence in italics below the title of an appendix; empty if there is none."""
+        """The sentence in italics below the title, the question of a chapter; empty if there is none."""
         line = (self.text.splitlines() + [""] * 3)[2]
         return line.strip("*") if re.fullmatch(r"\*[^*]+\*", line) else ""
 

@@ -88,10 +88,13 @@ def landing_page() -> str:
     """Return the landing page with its list of chapters up to date."""
     text = (book.GUIDE / "README.md").read_text(encoding="utf-8")
     pages = book.chapters()
-    rows = [f"| [{page.title}]({page.path.name}) | {page.question} | {page.minutes} |" for page in pages]
+    rows = [
+        f"| [{page.title}]({page.path.name}) | {page.question} | {page.minutes if page.question else ''} |"
+        for page in pages
+    ]
     counts = {name: sum(len(re.findall(pattern, page.text, re.M)) for page in pages) for name, pattern in PARTS.items()}
-    total = f"Together they have {counts['claims']} claims, {counts['figures']} figures and {counts['exercises']} exercises."
-    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", total])
+    parts = "{claims} claims, {figures} figures and {exercises} exercises".format(**counts)
+    table = "\n".join(["| chapter | question | minutes |", "|---|---|---:|", *rows, "", f"Together they have {parts}."])
     return re.sub(
         r"(?<=<!-- contents -->\n).*?(?=<!-- /contents -->)", lambda _: f"\n{table}\n\n", text, flags=re.DOTALL
     )

@@ -191,7 +191,7 @@ def judge(result: dict[str, Any]) -> tuple[bool, str]:
     best = min(values, key=values.__getitem__)
     gain = values[0.02] - values[best]
     spread = max(row["spread"] or 0.0 for row in rows.values())
-    text = f"the best rate is {best:g}, {gain:.3f} bits per byte below 0.02; the largest spread of seeds is {spread:.3f}"
+    text = f"the best rate is {best:g}, {gain:.3f} bits per byte below 0.02; the largest spread is {spread:.3f}"
     return best < 0.02, text
 
 

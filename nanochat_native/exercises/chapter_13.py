@@ -157,6 +157,11 @@ def everything(ids: Tensor) -> Tensor:
     return ids.double().sum(1, keepdim=True).expand(ids.shape)[..., None]
 
 
+def delayed(ids: Tensor) -> Tensor:
+    """Return sums of the tokens before each position."""
+    return causal(ids) - ids[..., None]
+
+
 def constant(ids: Tensor) -> Tensor:
     """Return zeros."""
     return torch.zeros(*ids.shape, 1)
@@ -165,7 +170,7 @@ def constant(ids: Tensor) -> Tensor:
 def leak_inputs() -> list[tuple[Any, ...]]:
     """Return models, some of which leak, with tokens and a position."""
     ids = torch.randint(10, (2, 8), generator=torch.Generator().manual_seed(3))
-    return [(model, ids, 5) for model in (causal, off_by_one, everything, constant)]
+    return [(model, ids, 5) for model in (causal, delayed, off_by_one, everything, constant)]
 
 
 # --- 13.5: what fine-tuning costs ---
@@ -199,8 +204,7 @@ EXERCISES = (
         answer=cache_bytes,
         unit="bytes",
         mistakes={
-            "keys and values are both kept": lambda: cache_bytes(kinds=1),
-            "float32 has four bytes": lambda: cache_bytes(element=2),
+            "that is half: keys and values are both kept, and float32 has four bytes": lambda: cache_bytes(kinds=1),
             "that is the number of values; each has four bytes": lambda: cache_bytes(element=1),
             "that is one layer; each layer has a cache": lambda: cache_bytes() / 12,
             "that is one head; a d12 has six key/value heads": lambda: cache_bytes(n_kv_head=1),

@@ -13,9 +13,9 @@ TINY = {"depth": 2, "head_dim": 32, "max_seq_len": 64, "vocab_size": 512, "devic
 TRAIN = TINY | {"total_batch_size": 128, "num_iterations": 4, "eval_tokens": 512, "sample_every": 0}
 SMALL = {
     "train": TRAIN,
-    "lr_find": TRAIN | {"steps": 6},
-    "compare": TRAIN | {"rates": 1, "seeds": 1},
-    "batch_size": TRAIN,
+    "lr_find": TRAIN | {"steps": 20},
+    "compare": TRAIN | {"rates": 1, "seeds": 1, "total_batch_size": 512},
+    "batch_size": TRAIN | {"device_batch_size": 1, "steps": 12, "skip": 2},
     "bench": {"seconds": 0.01, "repeats": 1},
     "evaluate": {"max_tokens": 512},
     "generate": {"max_tokens": 8},
@@ -71,7 +71,7 @@ def small(line):
     variables, words = split(line)
     if words[0] == "torchrun":
         place = words.index("--")
-        flags = with_flags(words[place + 1 :], TRAIN)
+        flags = with_flags(words[place + 1 :], TRAIN | {"device_batch_size": 1})  # two ranks share the batch
         ranks = with_flags(words[1 : words.index("-m")], {})
         return variables, ["-m", "torch.distributed.run", *ranks, "-m", "nanochat_native.train", "--", *flags]
     if words[:2] != ["python", "-m"] or not words[2].startswith("nanochat_native"):
@@ -87,7 +87,7 @@ def small(line):
     if module == "memory" and {"--measure", "--checkpointing"} & set(args):
         flags = dict(MEASURED_MEMORY)
     if module in ("compare",) and "--fork" in args:
-        flags = {"num_iterations": 6}
+        flags = {"fork_step": 4, "num_iterations": 6}
     if module == "evaluate" and "--compare" in args:  # of runs that the lines before it train
         flags |= {"checkpoint": "runs/d4", "compare": "runs/d4"}
     if any(f"--{horizon}" in args for horizon in HORIZONS):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from typing import Any
 
 import style
 
 from chapters import ROOT, Figure, Values, command, demonstration, lab, own, reference
 
+MUON = "Muon + AdamW"
 COMPARE_GUIDE = (
     "compare --suite guide --depth 3 --vocab-size 2048 --max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 "
     "--num-iterations 240 --eval-tokens 32768 --seeds 3"
@@ -35,8 +37,28 @@ def case_key(case: str) -> str:
     return re.sub(r"\W+", "_", case.lower())
 
 
+def above(runs: list[Values], others: list[Values]) -> Values:
+    """Return by how much the final losses of runs are above those of others, seed by seed.
+
+    Runs of one seed start from the same weights and see the same data.
+    """
+    losses = {run["seed"]: final(run) for run in others}
+    differences = [final(run) - losses[run["seed"]] for run in sorted(runs, key=lambda run: run["seed"])]
+    return {
+        "mean": statistics.mean(differences),
+        "smallest": min(differences),
+        "largest": max(differences),
+        "by_seed": differences,
+    }
+
+
 def keep_comparison(record: Values) -> Values:
-    """Reduce the result of compare to its rows, the search for the rates, and the mean curves of the best runs."""
+    """Reduce the result of compare to its rows, the search for the rates, and the mean curves of the best runs.
+
+    "above_muon" compares a case with Muon + AdamW seed by seed, if that is one of the cases.
+    """
+    factors = {row["case"]: row["factor"] for row in record["rows"]}
+    muon = [run for run in record["runs"] if run["case"] == MUON and run["factor"] == factors.get(MUON)]
     found: Values = {"unit": record["unit"], "seeds": record["rows"][0]["seeds"], "cases": {}}
     for row in record["rows"]:
         runs = [run for run in record["runs"] if run["case"] == row["case"]]
@@ -63,7 +85,7 @@ def keep_comparison(record: Values) -> Values:
             "curve": [sum(values) / len(values) for values in curves],
             "lowest": [min(values) for values in curves],
             "highest": [max(values) for values in curves],
-        }
+        } | ({"above_muon": above(best, muon)} if muon else {})
     found["order"] = list(found["cases"])
     return found
 
@@ -82,19 +104,14 @@ def draw_spectrum(spectrum: Values) -> Any:
     colors = {"before": "gray", "cubic": "orange", "quintic": "blue"}
     titles = {"attn_c_q": "c_q, {} x {}", "mlp_c_fc": "c_fc, {} x {}"}
     for plot, (part, title) in zip(axes, titles.items(), strict=True):
-        values = spectrum[part]
-        curves = {
-            "before": values["before"],
-            "cubic": values["cubic"]["after"],
-            "quintic": values["quintic"]["after"],
-        }
-        for name, curve in curves.items():
+        for name in colors:
+            curve = spectrum["spectra"][part][name]
             places = [100 * i / (len(curve) - 1) for i in range(len(curve))]
             label = {"before": "momentum", "cubic": "after 5 cubic steps", "quintic": "after 5 quintic steps"}[name]
             plot.plot(places, curve, color=style.COLORS[colors[name]], label=label)
         plot.set_yscale("log")
         plot.set_ylim(3e-4, 2.2)
-        plot.set_title(title.format(*values["shape"]))
+        plot.set_title(title.format(*spectrum[part]["shape"]))
         plot.set_xlabel("singular values, from the largest, %")
         plot.axhline(1, color=style.COLORS["black"], linewidth=0.6, linestyle=":")
     axes[0].set_ylabel("singular value")

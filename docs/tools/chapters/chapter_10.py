@@ -9,13 +9,9 @@ from typing import Any
 import style
 
 from chapters import Figure, Values, demonstration, lab, reference
-
 from nanochat_native.lab import noise_scale
 
 SIZE = "--depth 2 --vocab-size 1024 --max-seq-len 128 --total-batch-size 1024 --eval-tokens 16384 --num-iterations 240"
-GROUPS = ("matrix", "embedding", "unembedding")
-FACTORS = (0.3, 3)
-RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004}
 
 
 def key(name: str) -> str:
@@ -82,14 +78,6 @@ def keep_noise(record: Values) -> Values:
     }
 
 
-def group_cases() -> str:
-    """Return the cases that change the rate of one group."""
-    cases = ["x1:"]
-    for group in GROUPS:
-        cases += [f"{group} x{factor:g}: --{group}-lr {RATES[group] * factor:g}" for factor in FACTORS]
-    return " ".join(f'"{case}"' for case in cases)
-
-
 RESULTS = {
     "clip_ranks": demonstration("clip-ranks"),
     "first_step": demonstration("first-step"),
@@ -100,15 +88,15 @@ RESULTS = {
     "lr_find": lab(f"lr_find --group each {SIZE}", keep=keep_range_test),
     "lr_find_all": lab(f"lr_find {SIZE}", keep=keep_range_test),
     "compare_rates": lab(f'compare {SIZE} --cases "x1:" --rates 5 --seeds 2', keep=keep_comparison),
-    "compare_groups": lab(f"compare {SIZE} --seeds 1 --rates 1 --cases {group_cases()}", keep=keep_comparison),
     "compare_schedules": lab(
-        f'compare {SIZE} --rates 1 --cases "no warmdown: --warmdown-ratio 0" "warmdown 20%: --warmdown-ratio 0.2" '
-        '"warmdown 65%: --warmdown-ratio 0.65" "warmup 10%: --warmup-ratio 0.1"',
+        f'compare {SIZE} --rates 1 --seeds 1 --cases "no warmdown: --warmdown-ratio 0" '
+        '"warmdown 20%: --warmdown-ratio 0.2" "warmdown 65%: --warmdown-ratio 0.65" "warmup 10%: --warmup-ratio 0.1"',
         keep=keep_comparison,
     ),
     "compare_batches": lab(
-        f'compare {SIZE} --baseline 1024 --cases "256: --total-batch-size 256 --num-iterations 960" "1024:" '
-        '"4096: --total-batch-size 4096 --num-iterations 60" --seeds 1 --eval-every 60',
+        f'compare {SIZE} --rates 1 --seeds 1 --cases "1024 tokens:" '
+        '"4096 tokens: --total-batch-size 4096 --num-iterations 60" '
+        '"256 tokens: --total-batch-size 256 --device-batch-size 2 --num-iterations 960" --eval-every 60',
         keep=keep_comparison,
     ),
     "fork_warmdown": lab(
@@ -122,38 +110,31 @@ RESULTS = {
 }
 
 
-def draw_range_test(found: Values, groups: Values) -> Any:
-    """Draw the range test of each group above the final loss of whole runs at several rates of that group."""
-    figure, axes = style.new_figure(7.0, 4.0, nrows=2, ncols=3, sharex=True, sharey="row")
-    middle = groups["x1"]["value"]
-    for column, group in enumerate(GROUPS):
-        color = style.CYCLE[column]
-        test = found[group]
-        top, bottom = axes[0][column], axes[1][column]
-        top.plot(test["factors"], test["smoothed"], color=color)
-        top.set_title(f"--group {group}")
-        points = [(factor, groups[key(f"{group} x{factor:g}")]["value"]) for factor in FACTORS]
-        points = sorted([*points, (1.0, middle)])
-        bottom.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4)
-        for each in (top, bottom):
-            each.axvline(test["suggestion"], color=style.COLORS["gray"], linestyle="--", linewidth=1)
-            each.set_xscale("log")
-        best = min(points, key=lambda point: point[1])
-        bottom.plot(*best, marker="o", markersize=9, markerfacecolor="none", color=style.COLORS["black"])
-        bottom.set_xlabel("factor of the default rate")
-        bottom.set_xlim(1e-3, 40)
-    axes[0][0].annotate(
-        "suggested",
-        (found["matrix"]["suggestion"], 4.0),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8.5,
-        color=style.COLORS["gray"],
-        xycoords=("data", "data"),
+def draw_range_test(each: Values, together: Values, whole: Values) -> Any:
+    """Draw the range tests, and the final loss of whole runs with all rates multiplied by a factor."""
+    figure, (left, right) = style.new_figure(7.0, 3.1, ncols=2, width_ratios=(5, 4))
+    tests = {**together, **each}
+    names = {"all": "all groups", "matrix": "matrix", "embedding": "embedding", "unembedding": "unembedding"}
+    for number, (group, name) in enumerate(names.items()):
+        test, color = tests[group], style.CYCLE[number]
+        left.plot(test["factors"], test["smoothed"], color=color, label=name)
+        at = min(range(len(test["factors"])), key=lambda i: abs(math.log(test["factors"][i] / test["suggestion"])))
+        left.plot(test["factors"][at], test["smoothed"][at], marker="o", markersize=5, color=color)
+        right.axvline(test["suggestion"], color=color, linestyle="--", linewidth=1)
+    left.set(xscale="log", xlabel="factor of the default rate", ylabel="loss, nats a token", title="range tests")
+    left.legend(loc="upper right")
+    points = whole["x1"]["searched"]
+    right.plot(*zip(*points, strict=True), color=style.COLORS["black"], marker="o", markersize=4)
+    right.plot(
+        *min(points, key=lambda point: point[1]),
+        marker="o",
+        markersize=9,
+        markerfacecolor="none",
+        color=style.COLORS["black"],
     )
-    axes[0][0].set_ylabel("range test:\nloss, nats a token")
-    axes[1][0].set_ylabel("whole runs: final\nbits per byte")
+    right.set(
+        xscale="log", xlabel="factor of all default rates", ylabel="final bits per byte", title="whole runs, 240 steps"
+    )
     return figure
 
 
@@ -228,9 +209,7 @@ def draw_noise_scale(found: Values) -> Any:
     for size in (256, 1024, 4096):
         axes.axhline(size, color=style.COLORS["gray"], linewidth=0.8, linestyle=":")
         axes.text(96, size * 1.08, f"batch {size:,}", fontsize=8, color=style.COLORS["gray"])
-    axes.set(
-        yscale="log", xlabel="step", ylabel="noise scale, tokens", xlim=(0, found["steps"][-1] + 24)
-    )
+    axes.set(yscale="log", xlabel="step", ylabel="noise scale, tokens", xlim=(0, found["steps"][-1] + 24))
     style.label_lines(axes)
     return figure
 
@@ -274,7 +253,7 @@ def draw_clipping(found: Values) -> Any:
 
 
 FIGURES = {
-    "10-range-test": Figure(draw_range_test, "lr_find", "compare_groups"),
+    "10-range-test": Figure(draw_range_test, "lr_find", "lr_find_all", "compare_rates"),
     "10-schedules": Figure(draw_schedules, "schedule_shapes"),
     "10-warmdown": Figure(draw_warmdown, "noise_floor", "fork_warmdown"),
     "10-noise-scale": Figure(draw_noise_scale, "batch_size"),

@@ -1,8 +1,9 @@
 """The figure of appendix C, how the guide is kept true."""
 
 import style
-from chapters import Figure
 from matplotlib.patches import Rectangle
+
+from chapters import Figure
 
 # For each row: what the program has, the file that is committed, what the text shows, and what the test does.
 ROWS = (

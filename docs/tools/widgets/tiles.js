@@ -14,7 +14,7 @@ window.GUIDE_WIDGETS["tiles"] = function (element) {
   const go = (step) => { input.value = step; input.dispatchEvent(new Event("input")); };
   const back = button("Back", () => go(state.step - 1)), next = button("Next tile", () => go(state.step + 1));
   element.append(make("div", { class: "controls" },
-    choice("Tile", [[2, "2 × 2"], [4, "4 × 4"]], 2, (value) => { state.size = Number(value); begin(); }),
+    choice("Tile", [[2, "2 by 2"], [4, "4 by 4"]], 2, (value) => { state.size = Number(value); begin(); }),
     choice("Scores", ["ordinary", "one of 800"], state.scores, (value) => { state.scores = value; draw(); }),
     progress, make("div", { class: "row" }, back, next)), make("div", { class: "beside" }, drawing, table), readout);
 
