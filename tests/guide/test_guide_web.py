@@ -322,11 +322,13 @@ def test_a_field_judges_answers_as_the_command_does(browser, site):
 def test_a_field_is_filled_by_keyboard(browser, site):
     open_page(browser, site, page_with(site, 'class="check"'))
     form = browser.find_element(By.CSS_SELECTOR, "form.check")
-    form.find_element(By.TAG_NAME, "label").click()
+    label = form.find_element(By.TAG_NAME, "label")
+    label.click()
     press(browser, "many", Keys.ENTER)
     assert "Enter a number" in form.text
     exercise = exercises.find(form.get_attribute("data-exercise").replace("_", "."))
     form.find_element(By.TAG_NAME, "input").clear()
+    label.click()
     press(browser, repr(float(exercise.answer())), Keys.ENTER)
     assert "Right." in form.text
 
