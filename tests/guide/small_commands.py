@@ -71,7 +71,7 @@ def small(line):
     variables, words = split(line)
     if words[0] == "torchrun":
         place = words.index("--")
-        flags = with_flags(words[place + 1 :], TRAIN)
+        flags = with_flags(words[place + 1 :], TRAIN | {"device_batch_size": 1})  # two ranks share the batch
         ranks = with_flags(words[1 : words.index("-m")], {})
         return variables, ["-m", "torch.distributed.run", *ranks, "-m", "nanochat_native.train", "--", *flags]
     if words[:2] != ["python", "-m"] or not words[2].startswith("nanochat_native"):

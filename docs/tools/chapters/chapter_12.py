@@ -42,15 +42,14 @@ def arithmetic_roof() -> Values:
     return {"one_thread": max(rates), "two_cores": 2 * max(rates)}
 
 
-def emulation() -> tuple[Any, Any, Any]:
-    """Return the modules harness, mutations and test_mutations of tests/emulation."""
+def emulation(*names: str) -> list[Any]:
+    """Return modules of tests/emulation."""
     import importlib
 
     for folder in (ROOT / "tests", EMULATION):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-    modules = [importlib.import_module(name) for name in ("harness", "mutations", "test_mutations")]
-    return modules[0], modules[1], modules[2]
+    return [importlib.import_module(name) for name in names]
 
 
 KERNELS = {  # of the defects, by the file that is changed
@@ -66,7 +65,7 @@ KERNELS = {  # of the defects, by the file that is changed
 
 def mutations() -> Values:
     """Count the defects of tests/emulation/mutations.py by the kernel that they change, and by what finds them."""
-    _, module, _ = emulation()
+    (module,) = emulation("mutations")
     found = Counter(mutation.found_by for mutation in module.MUTATIONS)
     groups: dict[str, Counter[str]] = {name: Counter() for name in KERNELS}
     for mutation in module.MUTATIONS:
@@ -81,7 +80,7 @@ def mutations() -> Values:
 
 def race() -> Values:
     """Remove a barrier of the kernel grid_sum, run it in the emulation as it is and under ThreadSanitizer."""
-    harness, module, tests = emulation()
+    harness, module, tests = emulation("harness", "mutations", "test_mutations")
     mutation = next(one for one in module.MUTATIONS if one.name == "last read by threads that race it")
     core, seeds = harness.build_core(), 12
     with tempfile.TemporaryDirectory() as name:
