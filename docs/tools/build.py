@@ -1,7 +1,7 @@
 """Build the guide: static HTML pages, a PDF and a notebook for each chapter, from the Markdown in docs/.
 
     python docs/tools/build.py                  # build/guide/*.html, guide.pdf and notebooks/*.ipynb
-    python docs/tools/build.py --update         # fills the marks of the chapters from docs/results and the sources
+    python docs/tools/build.py --update [FILE]  # fills the marks of the chapters from docs/results and the sources
     python docs/tools/build.py --check [FILE]   # prints where chapters break the rules
 
 Needs the extra "docs" (pandoc and typst from PyPI) and no network.
@@ -48,8 +48,8 @@ STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
 # --- Markdown ---
 
 
-def update() -> tuple[list[str], list[str]]:
-    """Fill the marks of every chapter, and write the pages that are generated.
+def update(pages: Sequence[Page]) -> tuple[list[str], list[str]]:
+    """Fill the marks of the pages. If they are all chapters, also write the files that are generated.
 
     Returns:
         The files that changed, and the problems of marks that cannot be filled, which stay as they are.
@@ -63,12 +63,13 @@ def update() -> tuple[list[str], list[str]]:
 
     write(declarations.RESULTS_FOLDER / "exercises.json", declarations.to_text(packaged_answers()))
     declarations.load.cache_clear()
-    for page in book.chapters():
+    for page in pages:
         text, errors = marks.fill(page.text, declarations.load)
         write(page.path, text)
         problems += [f"{page.path.name}: {error}" for error in errors]
-    write(book.GUIDE / "references.md", references_page())
-    write(book.GUIDE / "README.md", landing_page())
+    if len(pages) == len(book.chapters()):
+        write(book.GUIDE / "references.md", references_page())
+        write(book.GUIDE / "README.md", landing_page())
     return changed, problems
 
 
@@ -290,25 +291,25 @@ def build(out: Path, repository: str = "") -> dict[str, float]:
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the guide from docs/guide into build/guide.")
     parser.add_argument("--out", type=Path, default=ROOT / "build/guide", help="folder to write, default build/guide")
-    parser.add_argument("--update", action="store_true", help="fill the marks of the chapters")
+    parser.add_argument("--update", nargs="*", type=Path, metavar="FILE", help="fill marks of these chapters, or all")
     parser.add_argument("--check", nargs="*", type=Path, metavar="FILE", help="check these chapters, or all")
     parser.add_argument("--repository", default="", help="address from which the notebooks install the package")
     options = parser.parse_args(args)
+    chosen = [path.resolve() for path in options.update or options.check or []]
+    pages = [page for page in book.chapters() if not chosen or page.path in chosen]
     try:
-        if options.update:
-            changed, found = update()
+        if options.update is not None:
+            changed, found = update(pages)
             print("\n".join([*(f"updated  {name}" for name in changed), *found]) or "nothing to update")
             return 1 if found else 0
-        elif options.check is not None:
-            chosen = [path.resolve() for path in options.check]
-            found = check([page for page in book.chapters() if not chosen or page.path in chosen])
+        if options.check is not None:
+            found = check(pages)
             print("\n".join(found) or "no problems")
             return 1 if found else 0
-        else:
-            seconds = build(options.out, options.repository)
-            size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file()) / 1e6
-            parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-            print(f"{options.out}/index.html and guide.pdf: {parts}; {size:.1f} MB")
+        seconds = build(options.out, options.repository)
+        size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file()) / 1e6
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        print(f"{options.out}/index.html and guide.pdf: {parts}; {size:.1f} MB")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -149,8 +149,8 @@ def _ids(rows: int = 2, length: int = 32) -> Tensor:
 
 def _leaky_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
     seen = torch.ones(q.size(1), k.size(1), dtype=torch.bool).tril(1)  # the fault: tril(1) shows the next token
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
 def inject_mask() -> Patch:
@@ -218,8 +218,8 @@ def measure_scale() -> float:
     attention = model.blocks[0].attn
     x = torch.randn(1, length, model.config.n_embd, generator=torch.Generator().manual_seed(2))
     cos, sin = model.cos[:, :length], model.sin[:, :length]
-    heads = (part.transpose(1, 2) for part in attention.project(x, cos, sin))
-    expected = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+    q, k, v = (part.transpose(1, 2) for part in attention.project(x, cos, sin))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     return float((attention(x, cos, sin) - attention.c_proj(expected.flatten(-2))).abs().max())
 
 
@@ -451,7 +451,7 @@ class Fault:
     measure: Callable[[], float]
     holds: Callable[[float], bool]
     around: Callable[[], Patch] = contextlib.nullcontext
-    flags: Mapping[str, float] = field(default_factory=dict)
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _below(bound: float) -> Callable[[float], bool]:

@@ -153,8 +153,10 @@ def memory_ranks() -> dict[str, Any]:
     parameter_bytes = 4 * model.num_params()
     found: dict[str, Any] = {
         "parameters": parameter_bytes / MIB,
-        "peak_of_8": peak(dataclasses.replace(PLAN, nproc=8)) / MIB,
-        "peak_of_8_recomputed": peak(dataclasses.replace(PLAN, nproc=8, grad_checkpoint=True)) / MIB,
+        "peaks": {
+            name: _peaks(dataclasses.replace(PLAN, depth=depth, grad_checkpoint=again))
+            for name, depth, again in (("d20", 20, False), ("d20_recomputed", 20, True), ("d32_recomputed", 32, True))
+        },
     }
     for optimizer in ("hybrid", "adamw"):
         rows = []
@@ -172,6 +174,12 @@ def memory_ranks() -> dict[str, Any]:
             )
         found[optimizer] = rows
     return found
+
+
+def _peaks(options: Options) -> dict[str, float]:
+    """Return the peak on one rank and on each of eight, in MiB."""
+    one, eight = (peak(dataclasses.replace(options, nproc=ranks)) / MIB for ranks in (1, 8))
+    return {"one": one, "eight": eight, "ratio": one / eight}
 
 
 def owners() -> dict[str, Any]:

@@ -316,30 +316,33 @@ def momentum_spectrum(checkpoint: Path = Path("runs/d4")) -> Values:
     }
     layer = max(int(name.split(".")[2]) for name in buffers) // 2
     found: Values = {"step": meta["step"], "layer": layer}
+    spectra: Values = {}
     for part in ("attn.c_q", "mlp.c_fc"):
         buffer = buffers[f"transformer.h.{layer}.{part}.weight"]
         before = torch.linalg.svdvals(buffer.double())
         unit = before / before.square().sum().sqrt()
-        found[part.replace(".", "_")] = {
+        key = part.replace(".", "_")
+        after = {name: orthogonalized(buffer, name) for name in NAMES}
+        found[key] = {
             "shape": list(buffer.shape),
             "stable_rank": float(before.square().sum() / before[0].square()),
             "share_of_the_first_eighth": float((unit[: len(unit) // 8] ** 2).sum()),
             "condition": float(before[0] / before[-1]),
-            "before": thinned(unit),
-            **{name: described(buffer, name) for name in NAMES},
+            **{name: described(after[name]) for name in NAMES},
         }
-    return found
+        spectra[key] = {"before": thinned(unit), **{name: thinned(values) for name, values in after.items()}}
+    return {**found, "spectra": spectra}
 
 
-def described(buffer: Tensor, coefficients: str) -> Values:
+def orthogonalized(matrix: Tensor, coefficients: str) -> Tensor:
     """Return the singular values of a matrix after five steps of Newton-Schulz."""
-    after = torch.linalg.svdvals(ops.newton_schulz(buffer, steps=5, coefficients=coefficients).double())
-    return {
-        **spread(after),
-        "error": error_of(after),
-        "below_half": float((after < 0.5).double().mean()),
-        "after": thinned(after),
-    }
+    return torch.linalg.svdvals(ops.newton_schulz(matrix, steps=5, coefficients=coefficients).double())
+
+
+def described(singular_values: Tensor) -> Values:
+    """Return the spread of singular values, and how far they are from 1."""
+    below_half = float((singular_values < 0.5).double().mean())
+    return {**spread(singular_values), "error": error_of(singular_values), "below_half": below_half}
 
 
 def thinned(values: Tensor, count: int = 64) -> list[float]:

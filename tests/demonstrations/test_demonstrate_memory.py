@@ -19,7 +19,7 @@ from nanochat_native.demonstrations.memory import (
     ring_all_reduce,
     rows_of_ranks,
 )
-from nanochat_native.lab.memory import activation_bytes, peak, predict
+from nanochat_native.lab.memory import activation_bytes, predict
 
 
 def test_activations_fall_in_the_backward_pass_and_gradients_rise():
@@ -84,8 +84,9 @@ def test_state_is_divided_by_the_ranks_and_nothing_else_is():
 
 
 def test_eight_ranks_hardly_lower_the_peak_of_a_rank():
-    one, eight = (peak(dataclasses.replace(memory.PLAN, nproc=ranks)) for ranks in (1, 8))
-    assert 0.95 * one < eight < one
+    found = memory_ranks()["peaks"]
+    assert 1 < found["d20"]["ratio"] < 1.05
+    assert found["d20"]["ratio"] < found["d20_recomputed"]["ratio"] < found["d32_recomputed"]["ratio"] < 1.5
     assert predict(memory.PLAN)["activations"] <= activation_bytes(memory.PLAN)
 
 

@@ -104,19 +104,14 @@ def draw_spectrum(spectrum: Values) -> Any:
     colors = {"before": "gray", "cubic": "orange", "quintic": "blue"}
     titles = {"attn_c_q": "c_q, {} x {}", "mlp_c_fc": "c_fc, {} x {}"}
     for plot, (part, title) in zip(axes, titles.items(), strict=True):
-        values = spectrum[part]
-        curves = {
-            "before": values["before"],
-            "cubic": values["cubic"]["after"],
-            "quintic": values["quintic"]["after"],
-        }
-        for name, curve in curves.items():
+        for name in colors:
+            curve = spectrum["spectra"][part][name]
             places = [100 * i / (len(curve) - 1) for i in range(len(curve))]
             label = {"before": "momentum", "cubic": "after 5 cubic steps", "quintic": "after 5 quintic steps"}[name]
             plot.plot(places, curve, color=style.COLORS[colors[name]], label=label)
         plot.set_yscale("log")
         plot.set_ylim(3e-4, 2.2)
-        plot.set_title(title.format(*values["shape"]))
+        plot.set_title(title.format(*spectrum[part]["shape"]))
         plot.set_xlabel("singular values, from the largest, %")
         plot.axhline(1, color=style.COLORS["black"], linewidth=0.6, linestyle=":")
     axes[0].set_ylabel("singular value")
