@@ -139,6 +139,11 @@ def block_without_norm(x: Tensor, attention: Part, mlp: Part, norm: Part) -> Ten
     return x + mlp(x)
 
 
+def block_that_drops_attention(x: Tensor, attention: Part, mlp: Part, norm: Part) -> Tensor:
+    """Return x after a block whose MLP reads the sum with attention, which the stream does not keep."""
+    return x + mlp(norm(x + attention(norm(x))))
+
+
 def block_with_one_sum(x: Tensor, attention: Part, mlp: Part, norm: Part) -> Tensor:
     """Return x after a block whose MLP replaces the stream."""
     x = x + attention(norm(x))
@@ -257,6 +262,7 @@ EXERCISES = (
             "both parts read the same input; the MLP must read the stream after attention": block_in_parallel,
             "the parts add to the norm of the stream; they must add to the stream": block_on_norm,
             "there is no norm": block_without_norm,
+            "the stream loses what attention adds: x = x + attention(norm(x)) first": block_that_drops_attention,
             "the MLP replaces the stream: its x + is missing": block_with_one_sum,
         },
         block_inputs,
