@@ -219,9 +219,8 @@ EXERCISES = (
         mistakes={
             "lm_head is an embedding too": lambda: parameters_of(8, ".h.", "lm_head"),
             "that is one block; d8 has eight": lambda: parameters_of(8, ".h.0."),
-            "the MLP has two matrices of 4 C^2 each": lambda: parameters_of(8, ".attn.", ".c_fc"),
             "the MLP is missing": lambda: parameters_of(8, ".attn."),
-            "attention is missing": lambda: parameters_of(8, ".mlp."),
+            "that is 8 C^2 a block; attention and the MLP have 12 C^2": lambda: parameters_of(8, ".mlp."),
         },
     ),
     Number(
@@ -231,9 +230,8 @@ EXERCISES = (
         unit="tokens",
         mistakes={
             "that is the width; the factors of both costs differ": lambda: equal_length(12) / 6,
-            "that leaves out the MLP: 4 of the 12 C^2 parameters are attention's": lambda: equal_length(12) / 3,
             "the formula counts all T scores, not the half that causality needs": lambda: 2 * equal_length(12),
-            "that is d4": lambda: equal_length(4),
+            "that is d4, or attention alone: d12 has C = 768, a block 12 C^2": lambda: equal_length(4),
         },
     ),
     Write(
