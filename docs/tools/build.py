@@ -48,8 +48,8 @@ STATIC = ("style.css", "page.js", "latinmodern-math.woff2", "FONT-LICENSE.txt")
 # --- Markdown ---
 
 
-def update() -> tuple[list[str], list[str]]:
-    """Fill the marks of every chapter, and write the pages that are generated.
+def update(pages: Sequence[Page]) -> tuple[list[str], list[str]]:
+    """Fill the marks of the pages. If they are all chapters, also write the files that are generated.
 
     Returns:
         The files that changed, and the problems of marks that cannot be filled, which stay as they are.
@@ -291,7 +291,7 @@ def build(out: Path, repository: str = "") -> dict[str, float]:
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the guide from docs/guide into build/guide.")
     parser.add_argument("--out", type=Path, default=ROOT / "build/guide", help="folder to write, default build/guide")
-    parser.add_argument("--update", nargs="*", type=Path, metavar="FILE", help="fill the marks of these chapters, or all")
+    parser.add_argument("--update", nargs="*", type=Path, metavar="FILE", help="fill marks of these chapters, or all")
     parser.add_argument("--check", nargs="*", type=Path, metavar="FILE", help="check these chapters, or all")
     parser.add_argument("--repository", default="", help="address from which the notebooks install the package")
     options = parser.parse_args(args)
