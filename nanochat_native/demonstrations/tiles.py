@@ -217,9 +217,9 @@ def attention_backward() -> dict[str, Any]:
 def attention_memory() -> dict[str, Any]:
     """Measure the memory of attention for one text, two heads of size 128, forward and backward, in float32.
 
-    matrix: plain_attention. kept: bytes of the tensors that the backward pass needs, without the inputs. peak: the most that torch's allocator
-    held beyond the inputs. The workspace of the kernel is outside that allocator; workspace counts it: keys and values
-    of all heads once, and the parts of dQ.
+    matrix: plain_attention. kept: bytes of the tensors that the backward pass needs, without the inputs. peak: the most
+    that torch's allocator held beyond the inputs. The workspace of the kernel is outside that allocator; workspace
+    counts it: keys and values of all heads once, and the parts of dQ.
     """
     H, D = 2, 128
     rows = []
