@@ -261,7 +261,6 @@ FIGURES = {
 REFERENCES = {
     "1412.6980": reference("Kingma and Ba", "Adam: A Method for Stochastic Optimization", 2014),
     "1711.05101": reference("Loshchilov and Hutter", "Decoupled Weight Decay Regularization", 2017),
-    "2502.16982": reference("Liu et al.", "Muon is Scalable for LLM Training", 2025),
     "2505.16932": reference(
         "Amsel et al.",
         "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm",
