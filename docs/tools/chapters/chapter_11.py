@@ -361,7 +361,8 @@ def draw_owners(owners: Values) -> Any:
                 fontsize=9,
             )
             if not layer:
-                axes.text(x + width / 2 - 0.02, 2.26, name.partition(".")[2], ha="center", fontsize=8)
+                label = name.partition(".")[2] if name.startswith("attn") else name
+                axes.text(x + width / 2 - 0.02, 2.26, label, ha="center", fontsize=8)
             x += width
     mean = sum(owners["work"]) / owners["ranks"]
     for rank, work in enumerate(owners["work"]):
