@@ -139,6 +139,8 @@ GROUPS = {
 def gradient_dtypes() -> dict[str, Any]:
     """Measure the error of every gradient of a small model in float32 and bfloat16, against float64.
 
+    "other_batch" is how much the gradient of another batch differs, in the same measure.
+
     Under autocast the weights are float32. The products of both passes, and the activations between them, are bfloat16.
     """
     model = GPT(GPTConfig.from_depth(2, vocab_size=512, sequence_len=64))
@@ -148,13 +150,12 @@ def gradient_dtypes() -> dict[str, Any]:
         for name, parameter in model.named_parameters():
             if "c_proj" in name or "lm_head" in name:
                 parameter.normal_(0, 0.05, generator=generator)
-    ids = torch.randint(512, (4, 65), generator=generator)
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    ids, other_ids = torch.randint(512, (2, 4, 65), generator=generator)
 
-    def gradients(net: GPT, dtype: torch.dtype | None = None) -> tuple[float, dict[str, Tensor]]:
+    def gradients(net: GPT, dtype: torch.dtype | None = None, ids: Tensor = ids) -> tuple[float, dict[str, Tensor]]:
         net.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = net(inputs, targets)
+            loss = net(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         loss.backward()
         found = {name: p.grad.double() for name, p in net.named_parameters() if p.grad is not None}
         return float(loss.detach()), found
@@ -171,8 +172,11 @@ def gradient_dtypes() -> dict[str, Any]:
         ops.use_backend(before)
     kernel_loss, by_kernels = gradients(model)
     bfloat16_loss, in_bfloat16 = gradients(model, torch.bfloat16)
+    other_loss, of_other_batch = gradients(model, ids=other_ids)
     ways = {"reference_float32": by_reference, "kernels_float32": by_kernels, "kernels_bfloat16": in_bfloat16}
+    ways["other_batch"] = of_other_batch
     losses = {"reference_float32": reference_loss, "kernels_float32": kernel_loss, "kernels_bfloat16": bfloat16_loss}
+    losses["other_batch"] = other_loss
     found: dict[str, Any] = {"groups": list(GROUPS.values())}
     for way, gradient in ways.items():
         errors = []
@@ -180,7 +184,12 @@ def gradient_dtypes() -> dict[str, Any]:
             names = [name for name in exact if key in name]
             difference = math.hypot(*(float((gradient[name] - exact[name]).norm()) for name in names))
             errors.append(difference / math.hypot(*(float(exact[name].norm()) for name in names)))
-        found[way] = {"errors": errors, "largest": max(errors), "loss_error": abs(losses[way] - exact_loss)}
+        found[way] = {
+            "errors": errors,
+            "largest": max(errors),
+            "smallest": min(errors),
+            "loss_error": abs(losses[way] - exact_loss),
+        }
     return found
 
 

@@ -1,8 +1,8 @@
 """The exercises of the guide, with their answers and the mistakes that the checker knows.
 
 It may depend on `ops`, `runtime`, `model`, `optim`, `data`, `runs`, `inference`, `evaluation`, `training`, `interop`,
-`lab`, `bench` and `demonstrations`. A chapter's exercises are the tuple EXERCISES of a module such as chapter_05, which is imported when
-it is asked for. `python -m nanochat_native.guide` checks the answers of a reader.
+`lab`, `bench` and `demonstrations`. A chapter's exercises are the tuple EXERCISES of a module such as chapter_05, which
+is imported when it is asked for. `python -m nanochat_native.guide` checks the answers of a reader.
 """
 
 import importlib

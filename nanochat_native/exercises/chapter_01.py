@@ -155,10 +155,10 @@ def judge_depths(result: dict[str, Any]) -> tuple[bool, str]:
         return False, "the result must have the cases two and three, each with at least two seeds"
     difference = rows["two"]["value"] - rows["three"]["value"]
     spread = max(rows[name]["spread"] for name in ("two", "three"))
-    verdict = "is larger than the spread" if abs(difference) > spread else "is within the spread: it ranks nothing"
+    verdict = "is more than the spread" if abs(difference) > spread else "is within the spread and ranks nothing"
     return (
         True,
-        f"three layers are better by {difference:.4f} bits per byte; seeds spread by {spread:.4f}; it {verdict}",
+        f"three layers are better by {difference:.4f} bits per byte, which {verdict} of the seeds, {spread:.4f}",
     )
 
 

@@ -214,9 +214,10 @@ EXERCISES = (
         mistakes={
             "lm_head is an embedding too": lambda: parameters_of(8, ".h.", "lm_head"),
             "that is one block; d8 has eight": lambda: parameters_of(8, ".h.0."),
-            "the MLP has two matrices of 4 C^2 each": lambda: parameters_of(8, ".attn.", ".c_fc"),
             "the MLP is missing": lambda: parameters_of(8, ".attn."),
-            "attention is missing": lambda: parameters_of(8, ".mlp."),
+            "that is 8 of the 12 C^2 of a block: attention or one matrix of the MLP is missing": lambda: parameters_of(
+                8, ".mlp."
+            ),
         },
     ),
     Number(
@@ -228,7 +229,6 @@ EXERCISES = (
             "that is the width; the factors of both costs differ": lambda: equal_length(12) / 6,
             "that leaves out the MLP: 4 of the 12 C^2 parameters are attention's": lambda: equal_length(12) / 3,
             "the formula counts all T scores, not the half that causality needs": lambda: 2 * equal_length(12),
-            "that is d4": lambda: equal_length(4),
         },
     ),
     Write(

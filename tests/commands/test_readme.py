@@ -161,6 +161,9 @@ NAMED_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
 WITHOUT_FLAGS = {f"nanochat_native.{name}" for name in ("doctor", "bench.step", "bench.ranks", "lm_eval_adapter")}
 # Flags of another program that a module names: of a command of this package, which has them, or of a foreign one.
 OF_ANOTHER = {
+    "nanochat_native.demonstrations.faults": {"nanochat_native.train": {"--diagnose"}},
+    "nanochat_native.exercises.chapter_06": {"nanochat_native.memory": {"--measure"}},
+    "nanochat_native.demonstrations.rates": {"nanochat_native.train": {"--schedule"}},
     "nanochat_native.completion": {"nanochat_native.__main__": {"--version"}},
     "nanochat_native.training.report": {"nanochat_native.generate": {"--prompt"}},
     "nanochat_native.bench.load": {
