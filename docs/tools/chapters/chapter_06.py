@@ -92,8 +92,8 @@ def draw_memory(memory: dict[str, Any]) -> Any:
     figure, axes = style.new_figure(7.0, 2.9)
     lengths = [row["T"] for row in memory["rows"]]
     lines = (
-        ("matrix", "orange", "the weights are kept"),
-        ("tiles", "blue", "the output and one number for each query are kept"),
+        ("matrix", "orange", "plain attention keeps its weights"),
+        ("tiles", "blue", "the kernel keeps its output"),
     )
     for name, color, text in lines:
         values = [row[name]["kept"] / 2**20 for row in memory["rows"]]
