@@ -263,7 +263,7 @@ EXERCISES = (
             "the matrix is divided by its largest singular value": lambda g, steps=5: iteration(
                 g, steps, quintic, norm=lambda x: torch.linalg.matrix_norm(x, 2)
             ),
-            "X is multiplied by X^T X from the left; that product belongs to its right": orthogonalize_on_the_wrong_side,
+            "X^T X multiplies X from the left; it belongs to the right of X": orthogonalize_on_the_wrong_side,
             "there is one step too few": lambda g, steps=5: iteration(g, steps - 1, quintic),
             "a rectangle is cropped to a square": orthogonalize_cropped,
         },
