@@ -151,6 +151,13 @@ def by_entries(x: Tensor) -> Tensor:
     return a * x + b * x**3 + c * x**5
 
 
+def on_the_wrong_side(x: Tensor) -> Tensor:
+    """Return one step that multiplies by X^T X from the left; it has a result for square matrices only."""
+    a, b, c = COEFFICIENTS["quintic"][0]
+    gram = x.mT @ x
+    return a * x + (b * gram + c * gram @ gram) @ x
+
+
 def without_fifth_power(x: Tensor) -> Tensor:
     """Return one step without its last term."""
     a, b, _ = COEFFICIENTS["quintic"][0]
@@ -160,6 +167,14 @@ def without_fifth_power(x: Tensor) -> Tensor:
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """Return g after some steps of the quintic."""
     return iteration(g, steps, quintic)
+
+
+def orthogonalize_on_the_wrong_side(g: Tensor, steps: int = 5) -> Tensor:
+    """Return g after some steps with the product on the wrong side, without a transposition."""
+    x = g / torch.linalg.matrix_norm(g)
+    for _ in range(steps):
+        x = on_the_wrong_side(x)
+    return x
 
 
 def orthogonalize_cropped(g: Tensor, steps: int = 5) -> Tensor:
@@ -248,6 +263,7 @@ EXERCISES = (
             "the matrix is divided by its largest singular value": lambda g, steps=5: iteration(
                 g, steps, quintic, norm=lambda x: torch.linalg.matrix_norm(x, 2)
             ),
+            "X^T X multiplies X from the left; it belongs to the right of X": orthogonalize_on_the_wrong_side,
             "there is one step too few": lambda g, steps=5: iteration(g, steps - 1, quintic),
             "a rectangle is cropped to a square": orthogonalize_cropped,
         },
