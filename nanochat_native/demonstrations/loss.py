@@ -236,7 +236,7 @@ def head_memory() -> dict[str, Any]:
         ops.linear_cross_entropy(x[:8], weight, targets[:8]).backward()
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         now = resource.getpagesize() * int(open("/proc/self/statm").read().split()[1])
-        ballast = torch.ones((peak - now) // 4)  # so that the next byte raises the peak
+        ballast = torch.ones(max(0, peak - now) // 4)  # so that the next byte raises the peak
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         ops.linear_cross_entropy(x, weight, targets).backward()
         print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))

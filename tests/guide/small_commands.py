@@ -41,6 +41,8 @@ def of(text):
     for claim in marks.claims(text).values():
         spans = re.findall(r"`([^`]+)`", claim.partition("*Shown by*")[2])
         lines += [span for span in spans if not span.startswith("tests/")]
+    for row in re.findall(r"^\|.*\|$", text, re.M):
+        lines += re.findall(r"`(python -m nanochat_native[^`]*)`", marks.NUMBER.sub("", row))
     return list(dict.fromkeys(" ".join(line.split()) for line in lines))
 
 
@@ -64,6 +66,12 @@ def with_flags(args, flags):
             del found[place : place + (1 if value is True else 2)]
         found += [switch] if value is True else [switch, str(value)]
     return found
+
+
+def small_case(word):
+    """Return an argument of compare in which a case has few steps and a small vocabulary."""
+    word = re.sub(r"(--num-iterations) \d+", r"\1 4", word)
+    return re.sub(r"(--vocab-size) (\d+)", lambda match: f"{match[1]} {300 + int(match[2]) // 64}", word)
 
 
 def small(line):
@@ -92,6 +100,8 @@ def small(line):
         flags |= {"checkpoint": "runs/d4", "compare": "runs/d4"}
     if any(f"--{horizon}" in args for horizon in HORIZONS):
         flags.pop("num_iterations", None)
+    if module == "compare":
+        args = [small_case(word) for word in args]
     if module == "guide":
         args = ["1" if word == "NUMBER" else word for word in args]
     return variables, ["-m", words[2], *with_flags(args, flags)]

@@ -50,7 +50,7 @@ def test_commands_are_found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", RUN)
+@pytest.mark.parametrize("line", RUN, ids=lambda line: line.removeprefix("python -m nanochat_native.")[:90])
 def test_commands_run(line, trained, tmp_path):
     """In a copy, because a command may write into the folder of the run."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
