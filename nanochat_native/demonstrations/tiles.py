@@ -131,6 +131,13 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int, *,
     return out, lse
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention of q, k, v (H, T, D) by way of the matrix of scores."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ v
+
+
 def attention_tiles() -> dict[str, Any]:
     """Compute attention tile by tile for several tiles, and compare with the matrix and with the kernel, in float32.
 
@@ -210,15 +217,15 @@ def attention_backward() -> dict[str, Any]:
 def attention_memory() -> dict[str, Any]:
     """Measure the memory of attention for one text, two heads of size 128, forward and backward, in float32.
 
-    kept: bytes of the tensors that the backward pass needs, without the inputs. peak: the most that torch's allocator
-    held beyond the inputs. The workspace of the kernel is outside that allocator; workspace counts it: keys and values
-    of all heads once, and the parts of dQ.
+    matrix: plain_attention. kept: bytes of the tensors that the backward pass needs, without the inputs. peak: the most
+    that torch's allocator held beyond the inputs. The workspace of the kernel is outside that allocator; workspace
+    counts it: keys and values of all heads once, and the parts of dQ.
     """
     H, D = 2, 128
     rows = []
     for T in (256, 512, 1024, 2048):
         row: dict[str, Any] = {"T": T, "inputs": 3 * 4 * T * H * D, "workspace": _workspace(T, H, D)}
-        for name, attend in (("matrix", reference.attention), ("tiles", ops.attention)):
+        for name, attend in (("matrix", _plain_attention_of_batch), ("tiles", ops.attention)):
             inputs = [x.requires_grad_() for x in normal(3, 1, T, H, D, seed=6).unbind()]
             own = {x.data_ptr() for x in inputs}
             kept: dict[int, int] = {}
@@ -242,6 +249,11 @@ def attention_memory() -> dict[str, Any]:
     }
 
 
+def _plain_attention_of_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return plain_attention of q, k, v (B, T, H, D)."""
+    return plain_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
 def _workspace(T: int, H: int, D: int) -> int:
     """Return the bytes of the kernels' workspace, as lab.memory.kernel_scratch counts them, for one text."""
     ranges = min(-(-16 // H), -(-T // 256))
@@ -261,7 +273,7 @@ def attention_versions() -> dict[str, Any]:
     versions: list[tuple[str, str, int, int, Callable[[], Any]]] = [
         ("scores", "NumPy, one score at a time", T, 1, lambda: _by_score(*arrays)),
         ("queries", "NumPy, one query at a time", T, 10, lambda: _by_query(*arrays)),
-        ("matrix", "torch, the whole matrix", H * T * T, 15, lambda: reference.attention(*batched)[0].transpose(0, 1)),
+        ("matrix", "torch, the whole matrix", H * T * T, 15, lambda: plain_attention(q, k, v)),
         ("tiles", "torch, tiles", H * 128 * 128, 15, lambda: tiled_attention(q, k, v, 128, 128, skip=False)[0]),
         (
             "skipped",

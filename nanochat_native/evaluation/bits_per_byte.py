@@ -1,4 +1,4 @@
-"""Bits per byte: nanochat's measure of a language model, independent of its tokenizer."""
+"""Bits per byte: nanochat's measure of a language model, comparable between tokenizers."""
 
 import math
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ def measure_text(
     """Measure bits per byte and loss of the model on a text.
 
     Bits per byte, as nanochat defines it, is the nats of all targets that stand for bytes, divided by ln 2 times the
-    number of those bytes. Unlike the loss it does not depend on the tokenizer.
+    number of those bytes. Unlike the loss, it can be compared between tokenizers.
 
     Args:
         batches: (inputs, targets), int64 (B, T) on the model's device; targets of -1 are ignored.

@@ -38,6 +38,7 @@ def rows_of_step(seed, step, rows, windows):
     """Return the windows that step `step` reads: `rows` of them, where `rows` divides `windows`.
 
     An epoch, which is windows / rows steps, reads each window once. Each epoch has another order. Steps count from 0.
+    The key of an order is the seed, a space and another number.
     """
     epoch, place = divmod(step * rows, windows)
     order = order_of(f"{seed} {step}", windows)

@@ -210,7 +210,7 @@ EXERCISES = (
             "no maximum is subtracted: exp overflows": softmax_without_maximum,
             "this is the softmax of each column": softmax_of_columns,
             "all rows together have the sum 1, not each row": softmax_of_all,
-            "the minimum is subtracted: exponents are positive and overflow": softmax_by_the_minimum,
+            "less than the maximum is subtracted: exponents are positive and overflow": softmax_by_the_minimum,
         },
         inputs=logits,
     ),

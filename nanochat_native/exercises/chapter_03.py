@@ -158,6 +158,15 @@ def encode_leftmost_pair(word: bytes, ranks: dict[bytes, int]) -> list[int]:
     return [ranks[piece] for piece in pieces]
 
 
+def encode_rightmost_of_equals(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Return the ids after merging the rightmost pair with the smallest id, again and again."""
+    pieces = [bytes([byte]) for byte in word]
+    while places := mergeable(pieces, ranks):
+        i = min(places, key=lambda i: (ranks[pieces[i] + pieces[i + 1]], -i))
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return [ranks[piece] for piece in pieces]
+
+
 def encode_newest_first(word: bytes, ranks: dict[bytes, int]) -> list[int]:
     """Return the ids after merging the pair with the largest id, again and again."""
     pieces = [bytes([byte]) for byte in word]
@@ -271,6 +280,7 @@ EXERCISES = (
         {
             "it takes the longest token at each place; BPE merges in the order of ids": encode_longest_first,
             "it merges the leftmost pair; the pair with the smallest id comes first": encode_leftmost_pair,
+            "it merges the rightmost of several equal pairs; merge the leftmost": encode_rightmost_of_equals,
             "it merges the pair with the largest id; the smallest comes first": encode_newest_first,
             "it applies each merge once; a pair that occurs again must be merged again": encode_each_merge_once,
             "it merges nothing": encode_bytes,

@@ -139,6 +139,11 @@ def block_without_norm(x: Tensor, attention: Part, mlp: Part, norm: Part) -> Ten
     return x + mlp(x)
 
 
+def block_that_drops_attention(x: Tensor, attention: Part, mlp: Part, norm: Part) -> Tensor:
+    """Return x after a block whose MLP reads the sum with attention, which the stream does not keep."""
+    return x + mlp(norm(x + attention(norm(x))))
+
+
 def block_with_one_sum(x: Tensor, attention: Part, mlp: Part, norm: Part) -> Tensor:
     """Return x after a block whose MLP replaces the stream."""
     x = x + attention(norm(x))
@@ -214,9 +219,8 @@ EXERCISES = (
         mistakes={
             "lm_head is an embedding too": lambda: parameters_of(8, ".h.", "lm_head"),
             "that is one block; d8 has eight": lambda: parameters_of(8, ".h.0."),
-            "the MLP has two matrices of 4 C^2 each": lambda: parameters_of(8, ".attn.", ".c_fc"),
             "the MLP is missing": lambda: parameters_of(8, ".attn."),
-            "attention is missing": lambda: parameters_of(8, ".mlp."),
+            "that is 8 C^2 a block; attention and the MLP have 12 C^2": lambda: parameters_of(8, ".mlp."),
         },
     ),
     Number(
@@ -226,9 +230,8 @@ EXERCISES = (
         unit="tokens",
         mistakes={
             "that is the width; the factors of both costs differ": lambda: equal_length(12) / 6,
-            "that leaves out the MLP: 4 of the 12 C^2 parameters are attention's": lambda: equal_length(12) / 3,
             "the formula counts all T scores, not the half that causality needs": lambda: 2 * equal_length(12),
-            "that is d4": lambda: equal_length(4),
+            "that is d4, or attention alone: d12 has C = 768, a block 12 C^2": lambda: equal_length(4),
         },
     ),
     Write(
@@ -257,6 +260,7 @@ EXERCISES = (
             "both parts read the same input; the MLP must read the stream after attention": block_in_parallel,
             "the parts add to the norm of the stream; they must add to the stream": block_on_norm,
             "there is no norm": block_without_norm,
+            "the stream loses what attention adds: x = x + attention(norm(x)) first": block_that_drops_attention,
             "the MLP replaces the stream: its x + is missing": block_with_one_sum,
         },
         block_inputs,

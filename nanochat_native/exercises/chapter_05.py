@@ -37,7 +37,7 @@ def visible(window: int | None, *, causal: bool = True) -> int:
 # --- 5.3: find the bug in the rotation ---
 
 ROTATE = '''def rotate(x, cos, sin):
-    """Turn each pair (x[..., i], x[..., i + D/2]) by an angle: x (T, D), cos and sin (T, D/2).
+    """Turn each pair (x[..., i], x[..., i + D/2]) clockwise by an angle: x (T, D), cos and sin (T, D/2).
 
     A rotation keeps lengths, and the product of two rotated vectors depends on the distance of their positions.
     """

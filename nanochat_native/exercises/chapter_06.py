@@ -126,6 +126,7 @@ def _tiled(
     scale: float | None = None,
     diagonal: int = 0,
     masked: bool = True,
+    totals: bool = True,
     outs: bool = True,
     past: int | None = None,
 ) -> Tensor:
@@ -135,6 +136,7 @@ def _tiled(
         scale: of the scores, by default 1 / sqrt(D).
         diagonal: how many later keys a query sees.
         masked: Whether the tiles on the diagonal are masked.
+        totals: Whether the sum is rescaled.
         outs: Whether the output is rescaled.
         past: how many tiles of a row of tiles are read, the last ones; None for all.
     """
@@ -154,7 +156,7 @@ def _tiled(
             largest = torch.maximum(m, scores.amax(-1, keepdim=True))
             shrink = torch.exp(m - largest).nan_to_num(1.0)
             weights = torch.exp(scores - largest).nan_to_num(0.0)
-            total = shrink * total + weights.sum(-1, keepdim=True)
+            total = (shrink if totals else 1.0) * total + weights.sum(-1, keepdim=True)
             sums = (shrink if outs else 1.0) * sums + weights @ v[keys]
             m = largest
         out[rows] = sums / total
@@ -184,6 +186,11 @@ def tiled_without_the_present(q: Tensor, k: Tensor, v: Tensor, size: int) -> Ten
 def tiled_without_rescaling(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
     """Return attention whose output is not rescaled."""
     return _tiled(q, k, v, size, outs=False)
+
+
+def tiled_without_rescaled_sum(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
+    """Return attention whose sum is not rescaled."""
+    return _tiled(q, k, v, size, totals=False)
 
 
 def tiled_on_the_diagonal(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
@@ -277,6 +284,7 @@ EXERCISES = (
             "the tiles on the diagonal need a mask of their own": tiled_with_whole_diagonal,
             "the mask hides the present: query i must see key i": tiled_without_the_present,
             "the output is not rescaled when the maximum grows": tiled_without_rescaling,
+            "the sum is not rescaled when the maximum grows": tiled_without_rescaled_sum,
             "only the tiles on the diagonal are read": tiled_on_the_diagonal,
             "there is no mask: a query sees the future": tiled_without_mask,
         },

@@ -59,7 +59,10 @@ def _compare_numbers(found: Any, right: Any, tolerance: float, place: str) -> st
         return ""
     if not exact and abs(found - right) <= tolerance * abs(right):
         return ""
-    return f"{_at(place)}{describe(found)} where {describe(right)} is right"
+    texts = describe(found), describe(right)
+    if texts[0] == texts[1]:
+        texts = str(found), str(right)
+    return f"{_at(place)}{texts[0]} where {texts[1]} is right"
 
 
 def _compare_arrays(found: Tensor, right: Tensor, tolerance: float, dtypes: bool, place: str) -> str:

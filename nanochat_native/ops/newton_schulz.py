@@ -34,7 +34,7 @@ def newton_schulz(
     coefficients: str | Sequence[Triple] = "quintic",
     norms: Tensor | None = None,
 ) -> Tensor:
-    """Orthogonalise matrices: replace the singular values of g by values near 1. Differentiable in plain torch.
+    """Orthogonalize matrices: replace the singular values of g by values near 1. Differentiable in plain torch.
 
     X0 = g / (f |g|_F). Each step has a triple (a, b, c): A = X X^T, X = a X + (b A + c A A) X.
 

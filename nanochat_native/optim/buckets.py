@@ -187,7 +187,7 @@ class Bucket:
         self._works[0].wait()
         assert self._received is not None
         if self._received.numel() > self.shard:
-            # In float64 the mean of equal numbers is that number, and the order of the ranks does not matter.
+            # In float64 the mean of equal numbers is that number, and the order of the ranks rarely matters.
             self.shard_gradients.copy_(self._received.view(self.size, self.shard).double().mean(dim=0))
         elif self._received.data_ptr() != self.shard_gradients.data_ptr():
             self.shard_gradients.copy_(self._received)

@@ -79,6 +79,8 @@ def test_round_trip_and_ids(tokenizer):
 def test_digits_split_in_pairs():
     tokenizer = Tokenizer.train(["1234567890 " * 100], 300)
     assert max(len(tokenizer.decode_bytes([i])) for i in tokenizer.encode("1234567890")) == 2
+    tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.bos_id)]
+    assert max(sum(chr(byte).isdigit() for byte in token if byte < 128) for token in tokens) == 2
 
 
 def test_token_bytes_count_bytes_not_characters(tokenizer):

@@ -70,6 +70,7 @@ def test_an_orthogonal_matrix_has_gain_one_at_every_width():
     for name, found in mathematics.norms().items():
         width = int(name[1:])
         assert found["orthogonal_gain"] == pytest.approx(1, abs=1e-9)
+        assert found["orthogonal_spectral"] == pytest.approx(1, abs=1e-9)
         assert found["orthogonal_entry_rms"] == pytest.approx(width**-0.5, rel=1e-9)
         assert found["gain_of_a_random_vector"] == pytest.approx(width**0.5, rel=0.1)
         assert found["gain_of_the_best_vector"] == pytest.approx(found["spectral"])

@@ -28,6 +28,7 @@ def differences(stored, found, path=""):
         yield f"{path}: {stored!r} is stored, {found!r} was computed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, result in RESULTS.items() if result.exact])
 def test_exact_results_are_reproduced(name):
     found = chapters.compact(RESULTS[name].compute())

@@ -95,7 +95,9 @@ def lab(line: str, *, keep: Callable[[Values], Values] | None = None) -> Result:
     def compute() -> Values:
         with tempfile.TemporaryDirectory() as folder:
             output = run_module(f"{line} --out {shlex.quote(folder + '/out')}")
-            record = json.loads(Path(folder, "out/result.json").read_text())
+            record = json.loads(Path(folder, "out/result.json").read_text().replace(folder, "lab"))
+        if not record.get("finished", True):
+            raise RuntimeError(f"{line} was interrupted before its last run")
         return {"machine": machine()} | (keep(record) if keep else record) | {"output": output.replace(folder, "lab")}
 
     return Result(f"python -m nanochat_native.{line}", compute)

@@ -299,7 +299,7 @@ HOUSE = {  # package: (what it is, chapters that explain it, place: inches from 
     "optim": ("Muon, AdamW", "9, 10", (6.0, 4)),
     "training": ("the loop", "8", (2.2, 5)),
     "bench": ("timings", "12", (5.0, 5)),
-    "lab": ("experiments", "9, 10", (2.2, 6)),
+    "lab": ("experiments", "9, 10, 11", (2.2, 6)),
 }
 ROW = 0.62  # inches
 

@@ -28,7 +28,7 @@ def draw_rotate_stretch(values: Values) -> Any:
     u, vt = np.array(values["u"]), np.array(values["vt"])
     stretch = np.diag(values["s"])
     stages = (
-        ("x", "the unit circle", np.eye(2)),
+        ("$x$", "the unit circle", np.eye(2)),
         (r"$V^\top x$", "rotated", vt),
         (r"$S V^\top x$", "stretched", stretch @ vt),
         (r"$U S V^\top x = A x$", "rotated again", u @ stretch @ vt),

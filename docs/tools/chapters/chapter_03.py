@@ -140,7 +140,7 @@ def draw_vocabulary(values: Values) -> Any:
         left.annotate(
             f"{row['bytes_per_token']:.2f}",
             (row["vocabulary"], row["bytes_per_token"]),
-            xytext=(0, 6) if above else (6, 4),
+            xytext=(0, 6) if above else (8, -4),
             textcoords="offset points",
             ha="center" if above else "left",
             fontsize=8,
@@ -148,7 +148,7 @@ def draw_vocabulary(values: Values) -> Any:
     bits = [row["uniform_bpb"] for row in rows]
     right.plot(sizes, bits, "o-", markersize=4, color=style.COLORS["orange"])
     right.set(ylabel="bits per byte of a model\nthat knows nothing", ylim=(0, 9))
-    for row in rows[:1] + rows[1:]:
+    for row in rows:
         right.annotate(
             f"{row['uniform_bpb']:.2f}",
             (row["vocabulary"], row["uniform_bpb"]),
@@ -173,11 +173,11 @@ def draw_share(values: Values) -> Any:
         axes.plot(depths, shares, "o-", markersize=4, color=style.COLORS[color], label=f"V = {size:,}")
         for depth, share in zip(depths, shares, strict=True):
             axes.annotate(
-                f"{share:.0f}%", (depth, share), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8
+                f"{share:.0f}%", (depth, share), xytext=(2, 4), textcoords="offset points", ha="left", fontsize=8
             )
-    axes.set(xlabel="depth", ylabel="share of the parameters in\nwte and lm_head, %", ylim=(0, 103), xlim=(3, 29.5))
+    axes.set(xlabel="depth", ylabel="share of the parameters in\nwte and lm_head, %", ylim=(0, 103), xlim=(3, 30.5))
     axes.set_xticks([4, 6, 8, 12, 16, 20, 26])
-    style.label_lines(axes, dx=12)
+    style.label_lines(axes, dx=28)
     return figure
 
 

@@ -191,9 +191,9 @@ def draw_residual(values: Values) -> Any:
                 left.annotate(
                     f"{value:.1f}",
                     (layer, value),
-                    xytext=(0, 6 if above else 5),
+                    xytext=(-3, 4) if above else (0, 5),
                     textcoords="offset points",
-                    ha="center",
+                    ha="right" if above else "center",
                     fontsize=8,
                     color=style.COLORS[color],
                 )

@@ -91,7 +91,10 @@ def draw_memory(memory: dict[str, Any]) -> Any:
     """Draw the bytes kept for the backward pass against the length."""
     figure, axes = style.new_figure(7.0, 2.9)
     lengths = [row["T"] for row in memory["rows"]]
-    lines = (("matrix", "orange", "the weights are kept"), ("tiles", "blue", "output and log-sum-exp are kept"))
+    lines = (
+        ("matrix", "orange", "plain attention keeps its weights"),
+        ("tiles", "blue", "the kernel keeps its output"),
+    )
     for name, color, text in lines:
         values = [row[name]["kept"] / 2**20 for row in memory["rows"]]
         axes.plot(lengths, values, "o-", ms=3.5, color=style.COLORS[color])

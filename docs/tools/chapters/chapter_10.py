@@ -209,7 +209,7 @@ def draw_noise_scale(found: Values) -> Any:
     for size in (256, 1024, 4096):
         axes.axhline(size, color=style.COLORS["gray"], linewidth=0.8, linestyle=":")
         axes.text(96, size * 1.08, f"batch {size:,}", fontsize=8, color=style.COLORS["gray"])
-    axes.set(yscale="log", xlabel="step", ylabel="noise scale, tokens", xlim=(0, found["steps"][-1] + 24))
+    axes.set(yscale="log", xlabel="step", ylabel="noise scale, tokens", xlim=(0, found["steps"][-1] + 28))
     style.label_lines(axes)
     return figure
 

@@ -18,7 +18,7 @@ import style
 from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle
 
-from chapters import ROOT, Figure, Values, command, demonstration, lab, own, reference
+from chapters import ROOT, Figure, Values, demonstration, lab, own, reference
 
 # Two processes that train the model of chapter 1 at depth 2, on the same cut of the batch.
 SMALL = "--depth 2 --num-iterations 20 --device-batch-size 4 --sample-every 0 --eval-every 0"
@@ -138,7 +138,6 @@ RESULTS = {
     "equal_gradients": demonstration("equal-gradients"),
     "order_of_ranks": demonstration("order-of-ranks"),
     "memory_measured": own("python -m nanochat_native.memory --measure", memory_measured),
-    "memory_d20": command("memory --depth 20 --device cpu"),
     "memory_24": own("python -m nanochat_native.memory --gpu-memory 24", memory_24),
     "widget_memory": own("python -m nanochat_native.memory --table memory.json", memory_table, exact=True),
     "ranks_losses": own("python -m nanochat_native.plot runs/two-ranks", losses_of_ranks),
@@ -361,7 +360,8 @@ def draw_owners(owners: Values) -> Any:
                 fontsize=9,
             )
             if not layer:
-                axes.text(x + width / 2 - 0.02, 2.26, name.partition(".")[2], ha="center", fontsize=8)
+                label = name.partition(".")[2] if name.startswith("attn") else name
+                axes.text(x + width / 2 - 0.02, 2.26, label, ha="center", fontsize=8)
             x += width
     mean = sum(owners["work"]) / owners["ranks"]
     for rank, work in enumerate(owners["work"]):

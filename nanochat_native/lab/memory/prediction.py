@@ -98,7 +98,7 @@ def snapshots(options: Options) -> list[Snapshot]:
         ),
         # The gradients are scaled. That of lm_head is then converted to float32, next to the original.
         ("backward", held + 2 * e * head, copies, at_loss, 2 * stream),
-        ("backward", held + (6 * head if e == 2 else 0), copies, at_loss, stream),
+        *([("backward", held + 6 * head, copies, at_loss, stream)] if e == 2 else []),
     ]
     for layer in reversed(range(L)):
         # The MLP: the square of the hidden tensor, its gradient and that of proj; then the gradients of hidden, fc and
