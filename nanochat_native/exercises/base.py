@@ -160,7 +160,8 @@ class Write:
         found = []
         for arguments in inputs:
             outcome = call(function, arguments)
-            if isinstance(outcome.error, NotImplementedError):
+            # torch raises it too, with a message: an operation does not support a dtype
+            if isinstance(outcome.error, NotImplementedError) and not str(outcome.error):
                 return Verdict(False, f"{self.function} is not written yet: it raises NotImplementedError")
             found.append(outcome)
         right = [call(self.right, arguments) for arguments in inputs]

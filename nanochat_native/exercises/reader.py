@@ -138,10 +138,11 @@ def _work_and_exit(work: Callable[[], Verdict], writing: int) -> None:
         sys.stderr.flush()
         os.write(writing, verdict)
         code = 0
-    except SystemExit:
-        code = 0
+    except SystemExit as error:
+        code = error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
-        os.write(writing, json.dumps((False, f"{type(error).__name__}: {error}")).encode())
+        text = " ".join("".join(traceback.format_exception_only(error)).split())
+        os.write(writing, json.dumps((False, text)).encode())
     finally:
         os._exit(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -57,7 +58,7 @@ def _compare_numbers(found: Any, right: Any, tolerance: float, place: str) -> st
     exact = isinstance(right, int)
     if found == right or (found != found and right != right):
         return ""
-    if not exact and abs(found - right) <= tolerance * abs(right):
+    if not exact and abs(found - right) <= tolerance * abs(right) < math.inf:
         return ""
     texts = describe(found), describe(right)
     if texts[0] == texts[1]:

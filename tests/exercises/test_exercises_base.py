@@ -105,6 +105,7 @@ def test_equal_values_do_not_differ(found, right):
         ("a", "b", "'a' where 'b' is right"),
         (None, 1.5, "None where 1.5 is right"),
         (math.nan, 1.5, "nan where 1.5 is right"),
+        (1.5, -math.inf, "1.5 where -inf is right"),
         ([1], [1, 2], "1 values where 2 are right"),
         ([1, 3], [1, 2], "at [1]: 3 where 2 is right"),
         ({"a": 1}, {"b": 1}, "keys ['a'] where ['b'] are right"),
@@ -199,8 +200,6 @@ def test_function_is_judged():
 
 
 def test_calls_are_seeded_and_inputs_are_not_shared():
-    draw = Write("4.6", "Draw", "def draw(x): ...", lambda x: torch.rand(3) + x, {}, lambda: [([1.0],)])
-
     def right(x):
         x.append(2.0)
         return torch.rand(3) + x[0]
