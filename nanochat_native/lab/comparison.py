@@ -126,7 +126,8 @@ class Options:
     baseline: str | None = None
     """Case whose final loss the others must reach; default: the first case, for optimizers AdamW."""
     out: Path | None = None
-    """Folder for result.json, table.md, the picture, and the unfinished runs; default: lab/compare-<suite>."""
+    """Folder for result.json, table.md, the picture, and the unfinished runs; default: lab/compare-<suite>, or
+    lab/compare-own for --cases, with -from-<run>-<step> for --fork."""
 
     def __post_init__(self) -> None:
         if self.fork is None and self.fork_step is not None:
@@ -346,7 +347,7 @@ def make_cases(options: Options, config: TrainConfig, origin: Fork | None) -> di
         try:
             cases[name] = parse(shlex.split(flags), base=config)
             if origin is not None:
-                origin.check(cases[name])
+                origin.check(cases[name], config)
         except ValueError as error:
             raise ConfigError(f"case {name!r}: {error}") from None
         refuse_run_flags(cases[name], config, f"case {name!r}")
@@ -435,13 +436,14 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     if baseline not in selected:
         raise ConfigError(f"--baseline must be one of {', '.join(map(repr, selected))}, got {baseline!r}")
     origin = None if options.fork is None else fork.open_fork(options.fork, options.fork_step, console)
-    make_cases(options, config, origin)
+    planned = make_cases(options, config, origin)
     plan = Trainer(config, console)
     steps, first = plan.config.num_iterations, 0
     name: str = "own" if options.cases else options.suite
     if origin is not None:
         origin.check_data(config, plan.corpus.hash)
         first, name = origin.step, f"{name}-from-{origin.run.run}-{origin.step}"
+        steps = max(case.num_iterations for case in planned.values())  # the run itself may have ended at the fork
         console.say(f"fork     {origin.run.run_dir} after {first} of its {origin.run.num_iterations} steps")
     console.say(f"compare  {', '.join(selected)} | {report.describe_run(plan.setup)}, {steps} steps")
     every = math.ceil((steps - first) / EVALUATIONS_PER_RUN) if is_unset(config, "eval_every") else config.eval_every

@@ -15,6 +15,7 @@ from nanochat_native.runtime.flags import UNSET, flag
 # Flags that a fork keeps: the shape of the weights, the kind of optimizer state, and the rows of a step, because the
 # data continues at the number of the step.
 KEPT = ("depth", "head_dim", "n_kv_head", "vocab_size", "optimizer", "total_batch_size", "max_seq_len")
+DATA = ("data", "text_column")  # compared by content with the run, and by value between the cases
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,18 @@ class Fork:
     data_hash: str
     weights: str
 
-    def check(self, config: TrainConfig) -> None:
-        """Raise ConfigError for flags with which a run cannot continue from here."""
-        changed = [name for name in KEPT if getattr(config, name) != getattr(self.run, name)]
+    def check(self, config: TrainConfig, plan: TrainConfig) -> None:
+        """Raise ConfigError for flags of a case with which it cannot continue from here.
+
+        plan: the flags that all cases share.
+        """
+        run = self._with_data_of(plan)
+        changed = [name for name in (*KEPT, *DATA) if getattr(config, name) != getattr(run, name)]
         if changed:
-            listed = ", ".join(f"{flag(name)} {shown(self.run, name)} -> {shown(config, name)}" for name in changed)
-            raise ConfigError(f"a fork must keep the model, the optimizer and the batch of its run, got {listed}")
+            listed = ", ".join(f"{flag(name)} {shown(run, name)} -> {shown(config, name)}" for name in changed)
+            raise ConfigError(
+                f"a fork must keep the model, the optimizer, the data and the batch of its run, got {listed}"
+            )
         if config.num_iterations <= self.step:
             raise ConfigError(
                 f"--num-iterations must be > {self.step}, the step of the fork, got {config.num_iterations}"
@@ -47,8 +54,11 @@ class Fork:
     def check_data(self, config: TrainConfig, data_hash: str) -> None:
         """Raise ConfigError for data that the run did not begin with."""
         if data_hash != self.data_hash:
-            flags = ("data", "text_column")
-            raise other_data(dataclasses.replace(self.run, **{name: getattr(config, name) for name in flags}))
+            raise other_data(self._with_data_of(config))
+
+    def _with_data_of(self, config: TrainConfig) -> TrainConfig:
+        """Return the config of the run, with the flags of the data from another config."""
+        return dataclasses.replace(self.run, **{name: getattr(config, name) for name in DATA})
 
     def start(self, config: TrainConfig) -> None:
         """Create the folder of a run that continues from here, with a copy of the checkpoint. It has no log yet."""

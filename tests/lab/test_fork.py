@@ -90,6 +90,14 @@ def test_fork_defaults_to_the_newest_checkpoint_one_seed_and_no_search(folder, t
     assert {points[0][0] for points in curves(out).values()} == {STEPS}
 
 
+def test_a_case_longer_than_its_run_is_evaluated_on_the_way(folder, tmp_path):
+    torch.set_num_threads(1)
+    cases = ("8 more: --num-iterations 20", "4 more: --num-iterations 16")
+    assert compare.main(command(folder, tmp_path / "out", step=None, cases=cases)) == 0
+    steps = {case: [step for step, _ in points] for (case, _), points in curves(tmp_path / "out").items()}
+    assert steps == {"8 more": list(range(STEPS, 21)), "4 more": list(range(STEPS, 17))}
+
+
 def test_more_seeds_of_a_fork_change_only_the_order_of_the_data(folder, tmp_path):
     torch.set_num_threads(1)
     assert compare.main(command(folder, tmp_path / "out", "--seeds", "2", cases=("same:",))) == 0
@@ -145,13 +153,18 @@ def test_other_fork_is_another_comparison(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--depth", "3"], "case 'same': a fork must keep the model, the optimizer and the batch of its run, got "),
+        (
+            ["--depth", "3"],
+            "case 'same': a fork must keep the model, the optimizer, the data and the batch of its run, got ",
+        ),
         (["--depth", "3"], "--depth 2 -> 3"),
         (["--vocab-size", "280"], "--vocab-size 300 -> 280"),
         (["--optimizer", "adamw"], "--optimizer hybrid -> adamw"),
         (["--total-batch-size", "256"], "--total-batch-size 128 -> 256"),
         (["--num-iterations", "6"], "--num-iterations must be > 6, the step of the fork, got 6"),
         (["--cases", "wide: --head-dim 64"], "case 'wide': a fork must keep"),
+        (["--cases", "same:", "other: --data stdlib"], "case 'other': a fork must keep"),
+        (["--cases", "same:", "other: --data stdlib"], "text.jsonl -> stdlib"),
         (["--suite", "optimizers", "--cases"], "case 'AdamW': a fork must keep"),
         (["--fork-step", "5"], "holds no checkpoint of step 5, but of 6, 12"),
         (["--run", "x"], "--run is for train only"),
