@@ -67,8 +67,11 @@ def print_table(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def run(options: Options) -> None:
-    """Run the demonstration, or list all. Raises ConfigError for an unknown name or a checkpoint that is not used."""
+    """Run the demonstration, or list all. Raises ConfigError for an unknown name or a flag that is not used."""
     if not options.name:
+        for flag in ("checkpoint", "json"):
+            if getattr(options, flag) is not None:
+                raise ConfigError(f"--{flag} needs the name of a demonstration")
         for topic, functions in demonstrations.topics().items():
             print(f"{topic}:")
             print_table([(f"  {name}", summary(function)) for name, function in functions.items()])
@@ -89,7 +92,7 @@ def run(options: Options) -> None:
 
 
 def summary(function: Any) -> str:
-    """Return the first sentence of a function's docstring."""
+    """Return the first paragraph of a function's docstring, as one line."""
     return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
 
