@@ -6,6 +6,7 @@ python -m nanochat_native.guide check 5.4       # checks a function in that file
 python -m nanochat_native.guide check 4.2 3.1M  # checks a number
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import nanochat_native.runtime.openmp  # noqa: F401  before torch
 from nanochat_native import exercises
 from nanochat_native.exercises import Experiment, Number, Verdict, Write, reader
 from nanochat_native.runtime.command import run_command
+from nanochat_native.runtime.files import write_atomically
 
 KINDS = {Number: "number", Write: "function", Experiment: "experiment"}
 
@@ -54,12 +56,10 @@ def start(words: Sequence[str], folder: Path) -> None:
     chapter = chapter_of(words[0])
     text = reader.stubs(chapter)
     path = reader.file_of(chapter, folder)
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists already; move it away to start again")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise FileExistsError(f"{path} exists already; move it away to start again") from None
+    write_atomically(path, text)
     print(path)
 
 

@@ -1,6 +1,8 @@
 """python -m nanochat_native.guide: the list, the reader's file, and the check of answers."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,18 @@ def test_mistake_on_the_command_line_is_one_line(args, message, capsys, tmp_path
 def test_folder_that_is_a_file_is_one_line(capsys):
     Path("exercises").write_text("")
     error(capsys, "start", 5)
+    assert Path("exercises").read_text() == ""
+
+
+def test_start_that_fails_leaves_no_part_of_a_file(capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert error(capsys, "start", 5) == f"{FILE}: No space left on device"
+    assert list(Path("exercises").iterdir()) == []
+    assert run(capsys, "start", 5)[0] == 0
 
 
 # --- check ---
