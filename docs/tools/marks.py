@@ -70,6 +70,8 @@ def evaluate(expression: str, load: Callable[[str], Any]) -> Any:
         return f"(k{len(keys) - 1})"
 
     text = re.sub(r"(?<![\w.])[A-Za-z_]\w*(?:\.\w+)*", place, expression)
+    if not keys:
+        raise MarkError(f"{expression}: a number must come from a key")
     if text == "(k0)":
         return keys[0]
     numbers = {f"k{number}": key for number, key in enumerate(keys)}
@@ -84,7 +86,10 @@ def evaluate(expression: str, load: Callable[[str], Any]) -> Any:
         def visit_Name(self, node: ast.Name) -> ast.AST:
             return ast.Constant(numbers[node.id])
 
-    return value(Names().visit(tree))
+    try:
+        return value(Names().visit(tree))
+    except ArithmeticError as error:
+        raise MarkError(f"{expression}: {error}") from None
 
 
 def number_text(mark: str, load: Callable[[str], Any]) -> str:
@@ -214,9 +219,9 @@ def naked_numbers(text: str) -> list[str]:
         r"\$\$.*?\$\$",
         r"\$[^$\n]*\$",
         r"\]\([^)]*\)",
-        r"(?i:claim|figure|table|exercise|chapter|appendix|section)s? \w+(?:\.\d+)?(?: (?:to|and) \w+(?:\.\d+)?)?",
+        r"\b(?i:claim|figure|table|exercise|chapter|appendix|section)s? \w+(?:\.\d+)?(?: (?:to|and) \w+(?:\.\d+)?)?",
         r"\[\^\w+\]",
         r"\b[A-Za-z]+\w*-?\d[\w.-]*",
     ):
         text = re.sub(pattern, " ", text, flags=re.DOTALL)
-    return re.findall(r"(?<![\w.])\d[\d,.]*\w*", text)
+    return re.findall(r"(?<![\w.])\.?\d[\d,.]*\w*", text)

@@ -447,7 +447,7 @@ def embedding_rows(seed: int = 0) -> Values:
         columns["wte_rows_moved"].append(int((wte.detach() != before).any(1).sum()))
         columns["rows_seen_so_far"].append(int(seen.sum()))
     last = {f"last_{key}": values[-1] for key, values in columns.items()}
-    return {"vocabulary": vocabulary, "tokens": tokens, **columns, **last}
+    return {"vocabulary": vocabulary, "tokens": tokens, "batches": steps + 1, **columns, **last}
 
 
 def gradient_by_width(seed: int = 0) -> Values:

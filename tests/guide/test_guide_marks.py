@@ -30,7 +30,20 @@ def test_numbers_come_from_results(mark, text):
 
 @pytest.mark.parametrize(
     "mark",
-    ["b.cpu", "a.no", "a.list.9", "a.list", "a.cpu * 2", "a.cpu : .2f", "a.share if 1", "a.share + (", "a.share()"],
+    [
+        "b.cpu",
+        "a.no",
+        "a.list.9",
+        "a.list",
+        "a.cpu * 2",
+        "a.cpu : .2f",
+        "a.share if 1",
+        "a.share + (",
+        "a.share()",
+        "a.share / 0",
+        "17",
+        "2 * 8.5 : .0f",
+    ],
 )
 def test_marks_without_a_number_are_refused(mark):
     with pytest.raises(marks.MarkError):
@@ -92,6 +105,7 @@ def test_claims_are_found_by_number():
         ("<!--= a.share -->0.25<!--/--> of `17` rows, $x^{2}$, d4, float32, GPT-2, [x](b.md#c-3)", []),
         ("Claim 5.2, Figure 12.3, chapter 9, chapters 3 and 4, exercise 4.2, appendix A", []),
         ("<!--= a.share -->0.25<!--/--> against 3", ["3"]),
+        ("**12** and [13 rows](b.md#c-3) and .5 are stable 14 times", ["12", "13", ".5", "14"]),
     ],
 )
 def test_naked_numbers_are_found(text, naked):
