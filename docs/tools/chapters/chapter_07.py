@@ -19,7 +19,7 @@ RESULTS = {
     "loss_gradient": demonstration("loss-gradient", trained=True),
     "gradient_cmp": demonstration("gradient-cmp"),
     "gradient_cmp_printed": command("demonstrate gradient-cmp"),
-    "gradient_dtypes": demonstration("gradient-dtypes"),
+    "gradient_dtypes": demonstration("gradient-dtypes", timed=True),  # errors of rounding, which depend on the kernel
     "finite_differences": demonstration("finite-differences", timed=True),  # rounding decides some of its errors
     "head_memory": demonstration("head-memory", timed=True),
     "uneven_accumulation": demonstration("uneven-accumulation"),
