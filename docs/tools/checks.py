@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 import shlex
 from collections.abc import Callable
 from typing import Any
 
 import book
+import chapters as declarations
 import marks
 from book import Page
 
 ROOT = book.ROOT
 FORBIDDEN_MATHS = {r"\!": r"\,", r"\;": r"\:", r"\enspace": r"\quad", r"\mathrm": r"\operatorname"}
 EXERCISE = re.compile(r'<a id="exercise-(\w+)-(\d+)"></a>\n\n\*\*Exercise (\w+\.\d+)\*\* \((●+)(○*)\) \*([^*]+)\.\*')
+# Languages of fenced blocks: shell commands and Python examples run, and what else is marked is compared.
+LANGUAGES = ("sh", "python", "text", "cpp")
 EXERCISE_KINDS = ("By hand", "Number", "Write it", "Find the bug", "Experiment")
 
 
@@ -53,6 +56,16 @@ def form(page: Page) -> list[str]:
     claims = list(marks.claims(page.text))
     if claims != [f"{page.number}.{number}" for number in range(1, len(claims) + 1)]:
         found.append(f"claims must be numbered in order, got {' '.join(claims)}")
+    if len(claims) != outside.count("**Claim "):
+        found.append("each '**Claim N.M.**' must stand in a box of its own that begins with '> [!IMPORTANT]'")
+    fences = marks.fences(page.text)
+    if 2 * len(fences) != len(re.findall(r"^\s*(?:```|~~~)", page.text, re.M)):
+        found.append("a fence must begin with ``` and its language, and end with ```, at the start of a line")
+    found += [
+        f"the language of a fence must be one of {', '.join(LANGUAGES)}, got {language!r}"
+        for language, _, _ in fences
+        if language not in LANGUAGES
+    ]
     anchors = book.anchors(page.text)
     found += [f"the anchor {name} occurs twice" for name in sorted({a for a in anchors if anchors.count(a) > 1})]
     return found
@@ -107,8 +120,11 @@ def evidence_problem(span: str) -> str:
         path, _, name = span.partition("::")
         if not (ROOT / path).exists():
             return f"{path} does not exist"
-        if name and not re.search(rf"^\s*def {re.escape(name)}\(", (ROOT / path).read_text(encoding="utf-8"), re.M):
-            return f"{path} has no {name}"
+        defined = rf"^\s*def {re.escape(name)}\("
+        if name and not (
+            name.startswith("test_") and re.search(defined, (ROOT / path).read_text(encoding="utf-8"), re.M)
+        ):
+            return f"{path} has no test {name}"
         return "" if name or path.endswith(("/", ".py")) or (ROOT / path).is_dir() else f"{span} names no test"
     words = shlex.split(span)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -126,6 +142,8 @@ def evidence_problem(span: str) -> str:
             names = [word for word in words[3:] if not word.startswith("-")]
             return "" if names and names[0] in demonstrations() else f"{span}: no such demonstration"
         return ""
+    if words[:2] == ["python", "docs/tools/measure.py"]:
+        return "" if set(words[2:]) <= set(declarations.merged("results")) else f"{span}: no such result"
     return "" if words[:1] == ["python"] and len(words) > 1 and (ROOT / words[1]).exists() else f"{span} is no command"
 
 
