@@ -298,6 +298,8 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = [path.resolve() for path in options.update or options.check or []]
     pages = [page for page in book.chapters() if not chosen or page.path in chosen]
     try:
+        if unknown := set(chosen) - {page.path for page in pages}:
+            raise ValueError(f"FILE must be a chapter of {book.GUIDE}, got {min(unknown)}")
         if options.update is not None:
             changed, found = update(pages)
             print("\n".join([*(f"updated  {name}" for name in changed), *found]) or "nothing to update")

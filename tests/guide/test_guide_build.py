@@ -1,7 +1,6 @@
 """The guide is built: pages, PDF and notebooks, without network."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -80,7 +79,13 @@ def test_a_second_build_has_the_same_bytes(built, tmp_path):
             assert path.read_bytes() == (tmp_path / "out" / path.relative_to(built)).read_bytes(), path.name
 
 
-def test_an_unknown_file_is_one_line():
+@pytest.mark.parametrize("option", ["--check", "--update"])
+def test_a_file_that_is_no_chapter_is_one_line(option, capsys):
+    assert build.main([option, "docs/guide/no-such-chapter.md"]) == 2
+    assert re.fullmatch(r"error: FILE must be a chapter of .*, got .*/no-such-chapter.md\n", capsys.readouterr().err)
+
+
+def test_an_unknown_result_is_one_line():
     command = [sys.executable, str(book.ROOT / "docs/tools/measure.py"), "no-such-result"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
@@ -123,8 +128,8 @@ def test_notebooks_run(page, tmp_path):
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(found, timeout=600, kernel_name="python3", resources=resources).execute()
     cells = [cell for cell in found.cells if "guide check" not in cell.source]
-    assert [cell.source for cell in cells if "error:" in str(cell.get("outputs", ""))] == []
-    assert os.listdir(tmp_path)
+    failed = re.compile(r"error:|Traceback|command not found")
+    assert [cell.source for cell in cells if failed.search(str(cell.get("outputs", "")))] == []
 
 
 def small_cell_line(line):
