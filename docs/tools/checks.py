@@ -29,7 +29,7 @@ def problems(page: Page, load: Callable[[str], Any], exercises: set[str], refere
         exercises: the ids of the exercises in the package.
         references: the papers by arXiv id.
     """
-    found = [*form(page), *numbers(page, load), *shown_by(page), *figures(page), *maths(page)]
+    found = [*form(page), *numbers(page, load), *outputs(page), *shown_by(page), *figures(page), *maths(page)]
     found += exercise_problems(page, exercises)
     found += broken_links(page)
     for paper in re.findall(r"arxiv\.org/\w+/(\d+\.\d+)", page.text):
@@ -100,6 +100,16 @@ def numbers(page: Page, load: Callable[[str], Any]) -> list[str]:
     return found
 
 
+def outputs(page: Page) -> list[str]:
+    """Check that what a program can fill has a mark: the output of a command, and C++. Python without a mark is run."""
+    found = []
+    if re.search(r"^```sh\n(?:(?!^```).)*^```\s*^```text$", page.text, re.DOTALL | re.M):
+        found.append("the output of a command needs a mark above it")
+    if any(language == "cpp" and not mark for language, _, mark in marks.fences(page.text)):
+        found.append("quoted C++ needs a mark above it")
+    return found
+
+
 def shown_by(page: Page) -> list[str]:
     """Check that each claim names commands or tests that exist."""
     found = []
@@ -109,7 +119,9 @@ def shown_by(page: Page) -> list[str]:
         if not separator or not spans:
             found.append(f"claim {claim} does not say by what it is shown")
         for span in spans:
-            if problem := evidence_problem(span):
+            if span.startswith("tests/") and "::" not in span:
+                found.append(f"claim {claim}: {span} names no test")
+            elif problem := evidence_problem(span):
                 found.append(f"claim {claim}: {problem}")
     return found
 
@@ -187,6 +199,8 @@ def exercise_problems(page: Page, known: set[str]) -> list[str]:
             found.append(f"exercise {head[3]} has no command that checks it")
         if "<details>\n<summary>Answer</summary>\n" not in part or "\n</details>" not in part:
             found.append(f"exercise {head[3]} has no answer")
+        elif head[6] == "Number" and "<!--= exercises." not in part.partition("<summary>Answer</summary>")[2]:
+            found.append(f"exercise {head[3]}: its answer has no number of docs/results/exercises.json")
     if ids != [f"{prefix}{number}" for number in range(1, len(ids) + 1)]:
         found.append(f"exercises must be numbered in order, got {' '.join(ids)}")
     packaged = {name for name in known if name.startswith(prefix)}

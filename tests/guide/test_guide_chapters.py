@@ -54,11 +54,11 @@ $$x \\quad y$$
 <details>
 <summary>Answer</summary>
 
-Many.
+<!--= exercises.5_1.answer -->7<!--/-->.
 
 </details>
 """
-RESULTS = {"a": {"share": 0.25, "output": "one\n"}}
+RESULTS = {"a": {"share": 0.25, "output": "one\n"}, "exercises": {"5_1": {"answer": 7}}}
 
 
 @pytest.fixture
@@ -107,7 +107,10 @@ def test_a_valid_chapter_has_no_problem(check):
         ("`make train`", "`make nothing`", "no such target"),
         ("`make train`", "`python -m nanochat_native.nothing`", "does not exist"),
         ("`make train`", "`python -m nanochat_native.demonstrate nothing`", "no such demonstration"),
-        ("`make train`", "`tests/none.py`", "does not exist"),
+        ("`make train`", "`tests/none.py`", "names no test"),
+        ("`make train`", "`tests/none.py::test_none`", "does not exist"),
+        ("$$x", "```sh\nmake train\n```\n\n```text\nloss 2\n```\n\n$$x", "output of a command needs a mark"),
+        ("$$x", "```cpp\nint x;\n```\n\n$$x", "C++ needs a mark"),
         ("Figure 5.1. A", "Figure 5.2. A", "should be figure 5.1"),
         ("![Figure 5.1. A caption.]", "![A caption.]", "an image must be"),
         ("figures/05-x.svg", "figures/none.svg", "does not exist"),
@@ -122,6 +125,7 @@ def test_a_valid_chapter_has_no_problem(check):
         ("*Number.*", "*Riddle.*", "kind must be"),
         ("check 5.1", "check 5.2", "no command"),
         ("<summary>Answer</summary>", "<summary>Result</summary>", "no answer"),
+        ("<!--= exercises.5_1.answer -->7<!--/-->", "7", "no number of docs/results/exercises.json"),
         ("exercise-5-1", "exercise-5-2", "must begin with"),
         ('<a id="exercise-5-1"></a>\n', "", "differ from the package's"),
         ('<a id="exercise-5-1"></a>', '<a id="fig-5-1"></a>\n\n<a id="exercise-5-1"></a>', "occurs twice"),
@@ -162,6 +166,11 @@ def test_generated_pages_are_up_to_date():
     assert build.landing_page() == (book.GUIDE / "README.md").read_text()
     stored = (chapters.RESULTS_FOLDER / "exercises.json").read_text()
     assert chapters.to_text(build.packaged_answers()) == stored
+
+
+def test_every_declared_paper_is_cited():
+    text = "\n".join(page.text for page in book.chapters())
+    assert [key for key in chapters.merged("references") if f"arxiv.org/abs/{key}" not in text] == []
 
 
 def test_every_result_and_figure_is_declared_and_used():

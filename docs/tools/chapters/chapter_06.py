@@ -158,7 +158,4 @@ REFERENCES = {
     "2205.14135": reference(
         "Dao et al.", "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022
     ),
-    "2307.08691": reference(
-        "Dao", "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023
-    ),
 }
