@@ -39,7 +39,7 @@ def notebook(page: Page, repository: str) -> dict[str, Any]:
 
     def add_prose(part: str) -> None:
         if part.strip():
-            source, attachments = with_attachments(marks.plain(part))
+            source, attachments = with_attachments(re.sub(r"<!--.*?-->\n*", "", marks.plain(part), flags=re.DOTALL))
             more = {"attachments": attachments} if attachments else {}
             cells.append(cell("markdown", source, len(cells), **more))
 
