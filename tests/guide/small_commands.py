@@ -100,6 +100,8 @@ def small(line):
         flags |= {"checkpoint": "runs/d4", "compare": "runs/d4"}
     if any(f"--{horizon}" in args for horizon in HORIZONS):
         flags.pop("num_iterations", None)
+    if module == "bench":
+        args = ["d4 T 512 B 8 V 8192" if word == "training step" else word for word in args]
     if module == "compare":
         args = [small_case(word) for word in args]
     if module == "guide":

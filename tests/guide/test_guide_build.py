@@ -124,7 +124,7 @@ def test_notebooks_run(page, tmp_path):
         if cell.cell_type == "code":
             cell.source = "\n".join(map(small_cell_line, cell.source.splitlines()))
     for words in small_commands.PREPARATION:
-        subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run([small_commands.interpreter(words), *words], cwd=tmp_path, check=True, capture_output=True)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(found, timeout=600, kernel_name="python3", resources=resources).execute()
     cells = [cell for cell in found.cells if "guide check" not in cell.source]
@@ -141,4 +141,4 @@ def small_cell_line(line):
         return f"# {line}"
     variables, words = small
     settings = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    return "!" + " ".join([*settings, shlex.quote(sys.executable), *map(shlex.quote, words)])
+    return "!" + " ".join([*settings, shlex.quote(small_commands.interpreter(words)), *map(shlex.quote, words)])
