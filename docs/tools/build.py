@@ -222,8 +222,6 @@ def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool
     answers = json.dumps(packaged_answers(), ensure_ascii=False)
     (out / "exercises.js").write_text(f"window.EXERCISES = {answers};\n", encoding="utf-8")
     (out / "widget-data.js").write_text(f"window.WIDGET_DATA = {json.dumps(widget_data())};\n", encoding="utf-8")
-    for name in STATIC:
-        shutil.copy(TOOLS / name, out)
     (out / "figures").mkdir(exist_ok=True)
     (out / "widgets").mkdir(exist_ok=True)
     for name in widgets:
@@ -266,11 +264,18 @@ def build_pdf(out: Path, pages: Sequence[Page], pool: Any) -> Path:
 
 
 def build(out: Path, repository: str = "") -> dict[str, float]:
-    """Build everything into a folder, which is replaced. Return the seconds that each part took."""
+    """Build everything into a folder, and replace a guide that is there. Return the seconds that each part took.
+
+    Raises ValueError if the folder holds anything else.
+    """
     pages, chapters = [*book.other_guide_pages()[:1], *book.chapters(), *book.other_guide_pages()[1:]], book.chapters()
     if out.exists():
+        if not out.is_dir() or (any(out.iterdir()) and not (out / "page.js").exists()):
+            raise ValueError(f"--out must be a new or empty folder, or one with a built guide, got {out}")
         shutil.rmtree(out)
     out.mkdir(parents=True)
+    for name in STATIC:  # first, so that a build that was stopped is known as one
+        shutil.copy(TOOLS / name, out)
     seconds = {}
 
     def timed(name: str, work: Callable[[], Any]) -> None:

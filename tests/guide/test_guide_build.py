@@ -92,6 +92,15 @@ def test_an_unknown_result_is_one_line():
     assert re.fullmatch(r"error: a result must be one of .*, got no-such-result\n", result.stderr)
 
 
+def test_a_folder_with_other_files_is_kept(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("kept")
+    assert build.main(["--out", str(tmp_path)]) == 2
+    assert build.main(["--out", str(tmp_path / "mine.txt")]) == 2
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err.count("error: --out must be a new or empty folder")) == ("", 2, 2)
+
+
 @pytest.mark.slow
 def test_notebooks_are_valid_and_begin_with_the_installation(built):
     nbformat = pytest.importorskip("nbformat")
