@@ -187,6 +187,8 @@ def navigation(pages: Sequence[Page], documents: Sequence[Page], current: Page, 
 
 def build_html(out: Path, pages: Sequence[Page], documents: Sequence[Page], pool: Any) -> None:
     """Write the HTML pages with all they need."""
+    for name in STATIC:  # first, so that a build that was stopped is known as one
+        shutil.copy(TOOLS / name, out)
     everything = [*pages, *documents]
     bodies = list(pool.map(lambda page: convert(page, "html5"), everything))
     template = string.Template((TOOLS / "page.html").read_text(encoding="utf-8"))
@@ -274,8 +276,6 @@ def build(out: Path, repository: str = "") -> dict[str, float]:
             raise ValueError(f"--out must be a new or empty folder, or one with a built guide, got {out}")
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    for name in STATIC:  # first, so that a build that was stopped is known as one
-        shutil.copy(TOOLS / name, out)
     seconds = {}
 
     def timed(name: str, work: Callable[[], Any]) -> None:
