@@ -70,6 +70,95 @@ struct AttentionBackward {
     Execution execution;
 };
 
+// The residual sum and its norm, of each row of C numbers:
+//   sum = x + residual, rounded to dtype; y = sum r, r = 1 / sqrt(mean(sum^2) + eps)
+// Computed in float32, or in float64 if dtype is. Everything is contiguous.
+struct RMSNorm {
+    int64_t N, C;
+    DType dtype;            // of x, residual, sum, y. CPU: float32 | float64 | bfloat16; CUDA: float32 | bfloat16
+    const void* x;          // (N, C)
+    const void* residual;   // (N, C), or null: the sum is x
+    void* sum;              // (N, C), or null: it is not written
+    void* y;                // (N, C)
+    void* r;                // (N,), float64 if dtype is, else float32
+    double eps;
+    Execution execution;
+};
+
+// dx = dsum + r (dy - y mean(dy y)), the gradient of x and of residual.
+struct RMSNormBackward {
+    int64_t N, C;
+    DType dtype;        // of dy, y, dsum, dx, as RMSNorm's
+    const void* dy;     // (N, C)
+    const void* y;      // (N, C)
+    const void* r;      // (N,), as written by rms_norm
+    const void* dsum;   // (N, C), the gradient of sum, or null: 0
+    void* dx;           // (N, C)
+    Execution execution;
+};
+
+// y = x r, r = 1 / sqrt(mean(x^2) + eps) for x = table[tokens], rounded to dtype first.
+struct EmbeddingRMSNorm {
+    int64_t N, C, V;
+    DType table_dtype;       // float32 | float64 | bfloat16 (CUDA: not float64)
+    DType dtype;             // of y, as RMSNorm's
+    const void* table;       // (V, C) contiguous
+    const int64_t* tokens;   // (N,). The CPU kernel requires [0, V); on CUDA a token out of range makes its row NaN
+    void* y;                 // (N, C)
+    void* r;                 // (N,)
+    double eps;
+    Execution execution;
+};
+
+// Rotary positions, then the norm, of each head of q and k. For the halves (x1, x2) of a head at position t:
+//   z = (x1 cos[t] + x2 sin[t], x2 cos[t] - x1 sin[t]);  out = scale z r, r = 1 / sqrt(mean(z^2) + eps)
+struct RotaryNorm {
+    int64_t B, T, H, Hkv, D;
+    DType dtype;     // of q, k and the results, as RMSNorm's
+    const void* q;   // (B, T, H, D)
+    const void* k;   // (B, T, Hkv, D)
+    Strides q_strides, k_strides;
+    const void *cos, *sin;            // (T, D / 2), float64 if dtype is, else float32
+    int64_t cos_stride, sin_stride;   // between rows
+    double eps, scale;
+    void *q_out, *k_out;   // the shapes of q and k, contiguous
+    void *q_r, *k_r;       // (B, T, H) and (B, T, Hkv), float64 if dtype is, else float32
+    Execution execution;
+};
+
+// The inverse rotation of scale r (dout - n mean(dout n)), n = out / scale.
+struct RotaryNormBackward {
+    int64_t B, T, H, Hkv, D;
+    DType dtype;
+    const void *dq_out, *dk_out;
+    Strides dq_out_strides, dk_out_strides;
+    const void *q_out, *k_out, *q_r, *k_r;   // as written by rotary_norm
+    const void *cos, *sin;
+    int64_t cos_stride, sin_stride;
+    double scale;
+    void *dq, *dk;   // the shapes of q and k, contiguous
+    Execution execution;
+};
+
+// y = max(x, 0)^2
+struct ReluSquared {
+    int64_t numel;
+    DType dtype;     // as RMSNorm's
+    const void* x;   // (numel,)
+    void* y;         // (numel,); may be x
+    Execution execution;
+};
+
+// dx = 2 sqrt(y) dy, which needs the result only: sqrt(y) is max(x, 0), with half the relative rounding error of y.
+struct ReluSquaredBackward {
+    int64_t numel;
+    DType dtype;
+    const void* dy;   // (numel,)
+    const void* y;    // (numel,)
+    void* dx;         // (numel,); may be dy
+    Execution execution;
+};
+
 // One parameter tensor of AdamW and its state; all contiguous, `numel` elements each.
 struct AdamWTensor {
     void* param;        // float32 | bfloat16, updated in place
@@ -157,6 +246,14 @@ const char* instruction_set();
 
 void attention_forward(const AttentionForward&);
 void attention_backward(const AttentionBackward&);
+
+void rms_norm(const RMSNorm&);
+void rms_norm_backward(const RMSNormBackward&);
+void embedding_rms_norm(const EmbeddingRMSNorm&);
+void rotary_norm(const RotaryNorm&);
+void rotary_norm_backward(const RotaryNormBackward&);
+void relu_squared(const ReluSquared&);
+void relu_squared_backward(const ReluSquaredBackward&);
 
 void newton_schulz(const NewtonSchulz&);
 
@@ -246,6 +343,14 @@ int64_t attention_forward_workspace_bytes(const AttentionForward&);
 
 void attention_backward(const AttentionBackward&);
 int64_t attention_backward_workspace_bytes(const AttentionBackward&);
+
+void rms_norm(const RMSNorm&);
+void rms_norm_backward(const RMSNormBackward&);
+void embedding_rms_norm(const EmbeddingRMSNorm&);
+void rotary_norm(const RotaryNorm&);
+void rotary_norm_backward(const RotaryNormBackward&);
+void relu_squared(const ReluSquared&);
+void relu_squared_backward(const ReluSquaredBackward&);
 
 // One launch handles several hundred tensors, so the number of launches hardly grows with the number of tensors.
 void adamw(const AdamW&);

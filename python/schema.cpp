@@ -16,6 +16,27 @@ TORCH_LIBRARY(nanochat_native, m) {
         "int window, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
         tags);
 
+    // sum = x + residual and its norm y; r: 1 / root mean square of each row. sum is empty without a residual.
+    m.def("rms_norm(Tensor x, Tensor? residual, float eps) -> (Tensor sum, Tensor y, Tensor r)", tags);
+    m.def("rms_norm_backward(Tensor dy, Tensor? dsum, Tensor y, Tensor r) -> Tensor dx", tags);
+    m.def("embedding_rms_norm(Tensor tokens, Tensor table, ScalarType dtype, float eps) -> (Tensor y, Tensor r)", tags);
+
+    // q (B, T, H, D), k (B, T, Hkv, D), cos and sin (T, D / 2).
+    m.def(
+        "rotary_norm(Tensor q, Tensor k, Tensor cos, Tensor sin, float eps, float scale) "
+        "-> (Tensor q_out, Tensor k_out, Tensor q_r, Tensor k_r)",
+        tags);
+    m.def(
+        "rotary_norm_backward(Tensor dq_out, Tensor dk_out, Tensor q_out, Tensor k_out, Tensor q_r, Tensor k_r, "
+        "Tensor cos, Tensor sin, float scale) -> (Tensor dq, Tensor dk)",
+        tags);
+
+    // The backward pass takes the result y. The forms with _ overwrite x and dy.
+    m.def("relu_squared(Tensor x) -> Tensor", tags);
+    m.def("relu_squared_(Tensor(a!) x) -> ()", tags);
+    m.def("relu_squared_backward(Tensor dy, Tensor y) -> Tensor", tags);
+    m.def("relu_squared_backward_(Tensor(a!) dy, Tensor y) -> ()", tags);
+
     // coefficients: a, b, c of each step, in order.
     m.def("newton_schulz(Tensor g, float[] coefficients, float norm_factor, Tensor? norms) -> Tensor", tags);
 
