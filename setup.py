@@ -1,7 +1,7 @@
 """Builds nanochat_native._C: finds the installed torch, runs CMake with Ninja, puts the module in place.
 
-Environment: NANOCHAT_CUDA=auto|on|off (auto: when nvcc is found), TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a"), CXX, CUDACXX,
-CUDA_HOME, MAX_JOBS.
+Environment: NANOCHAT_CUDA=auto|on|off (auto: when an nvcc is found that suits torch), CXX, CUDACXX, CUDA_HOME,
+MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a").
 """
 
 import fcntl
@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -48,11 +49,20 @@ def find_torch():
         )
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         fail(f"torch {torch.__version__} is too old: install torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, then again.")
-    return torch.__version__, cpp_extension.include_paths(), cpp_extension.library_paths()
+    return torch.__version__, torch.version.cuda, cpp_extension.include_paths(), cpp_extension.library_paths()
 
 
-def find_nvcc(choice=None):
-    """Path of nvcc, or why CUDA is left out: (path, reason), one of them empty. choice: NANOCHAT_CUDA's, by default."""
+def find_nvcc(choice=None, torch_cuda=None):
+    """Return the path of nvcc, or why CUDA is left out: (path, reason), one of them empty.
+
+    The kernels bring the CUDA runtime of nvcc's toolkit. A runtime needs a driver of its own major version or a newer
+    one ("Minor Version Compatibility" in NVIDIA's CUDA Compatibility guide), so kernels of a newer major version than
+    torch's may need a newer driver than torch does.
+
+    Args:
+        choice: as NANOCHAT_CUDA, which is the default.
+        torch_cuda: torch.version.cuda. None, of a torch without CUDA, suits every nvcc.
+    """
     choice = choice or os.environ.get("NANOCHAT_CUDA") or "auto"
     if choice not in ("auto", "on", "off"):
         fail(f"NANOCHAT_CUDA must be auto, on or off, got {choice!r}.")
@@ -61,15 +71,20 @@ def find_nvcc(choice=None):
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = [f"{home}/bin" for home in homes] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc", path=os.pathsep.join(folders))
-    reason = "nvcc was not found"
+    reason, wanted = "nvcc was not found", f"a CUDA toolkit >= {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
     if nvcc:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)\.(\d+)", text)
-        if release and tuple(map(int, release.groups())) >= OLDEST_CUDA:
+        found = tuple(map(int, release.groups())) if release else (0, 0)
+        most = int(torch_cuda.split(".")[0]) if torch_cuda else found[0]
+        if found >= OLDEST_CUDA and found[0] <= most:
             return nvcc, ""
         reason = f"{nvcc} is older than CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
+        if found[0] > most:
+            reason = f"{nvcc} is of CUDA {found[0]}.{found[1]}, and this torch is built for CUDA {torch_cuda}"
+            wanted = f"a CUDA toolkit {most}.x or a torch for CUDA {found[0]}"
     if choice == "on":
-        fail(f"NANOCHAT_CUDA=on, but {reason}: install a CUDA toolkit >= 12.8 and set CUDA_HOME, or NANOCHAT_CUDA=off.")
+        fail(f"NANOCHAT_CUDA=on, but {reason}: install {wanted} and set CUDA_HOME, or NANOCHAT_CUDA=off.")
     return "", reason
 
 
@@ -94,8 +109,10 @@ class CMakeBuild(build_ext):
             fail(f"no C++ compiler ({', '.join(compilers)}) was found: install one, e.g. `apt-get install g++`.")
         cmake = program("cmake", "`pip install cmake`")
         ninja = program("ninja", "`pip install ninja`")
-        torch_version, includes, libraries = find_torch()
-        nvcc, cuda_off = find_nvcc()
+        torch_version, torch_cuda, includes, libraries = find_torch()
+        nvcc, cuda_off = find_nvcc(torch_cuda=torch_cuda)
+        if torch_cuda and cuda_off and os.environ.get("NANOCHAT_CUDA") != "off":
+            print(f"nanochat-native: the build has no CUDA kernels: {cuda_off}.", file=sys.stderr)
         entries, architectures = cuda_architectures() if nvcc else ([], [])
 
         build = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"

@@ -165,6 +165,7 @@ struct AdamWTensor {
     const void* grad;   // same type as param
     void* exp_avg;      // float32 (or bfloat16, see AdamW::moment_dtype)
     void* exp_avg_sq;   // same type as exp_avg
+    void* copy;         // bfloat16, or null: the updated float32 param, rounded to nearest even
     int64_t numel;
 };
 
@@ -206,6 +207,7 @@ struct MuonMomentum {
 // p = (1 - lr * weight_decay) * p - lr * scale * update
 struct MuonUpdate {
     void* const* params;   // (count,) tensors of numel, param_dtype, updated in place
+    void* const* copies;   // (count,) bfloat16 tensors for the updated float32 params, rounded to nearest even, or null
     const float* update;   // (count, numel)
     int64_t count, numel;
     DType param_dtype;   // float32 | bfloat16
@@ -293,6 +295,10 @@ struct Linear {
     const float* a;    // forward: x (N, I);  grad_input: dy (N, O);  grad_weight: dy (N, O)
     const float* b;    // forward: W (O, I);  grad_input: W (O, I);   grad_weight: x (N, I)
     float* c;          // forward: y (N, O);  grad_input: dx (N, I);  grad_weight: dW (O, I)
+    // forward: y = max(x W^T, 0)^2 instead; grad_input: dx = 2 sqrt(x) (dy W) instead, the gradient of h if x = max(h, 0)^2.
+    bool relu_squared = false;
+    const float* x = nullptr;        // (N, I), for grad_input with relu_squared
+    const float* add_to = nullptr;   // (N, I) or null, for grad_input: dx = add_to + dy W
     Execution execution;
 };
 void linear(const Linear&);
@@ -336,6 +342,14 @@ namespace cuda {
 // variable NANOCHAT_CUDA_ISA, sm_80 or sm_90a, lowers the instruction set. Throws std::invalid_argument if the variable
 // names a set that is unknown or that this GPU, or this build, lacks.
 Device current_device();
+
+// Versions of CUDA, 12080 for 12.8.
+struct Versions {
+    int driver;    // the newest that the driver of this machine can run, 0 without a driver
+    int runtime;   // of the runtime in this module
+};
+// Throws std::runtime_error if the runtime cannot say. Needs no GPU.
+Versions versions();
 
 // No size is 0; D is a multiple of 8 up to 128; addresses are multiples of 16 bytes, strides of 8 elements.
 void attention_forward(const AttentionForward&);

@@ -31,6 +31,7 @@ GROUPS = {
         "compare": "compare optimizers, each at its best learning rate",
         "schedules": "show learning-rate and momentum schedules",
         "memory": "predict and measure the memory of a training step",
+        "roofline": "model the time of a training step on a GPU by operator",
         "demonstrate": "show with numbers what the guide says",
         "plot": "redraw the pictures of a run or an experiment",
     },

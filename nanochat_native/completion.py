@@ -32,6 +32,7 @@ FLAGS = {
     "compare": ["lab/comparison.py:Options", TRAIN],
     "schedules": ["schedules.py:Options", TRAIN],
     "memory": ["lab/memory/options.py:Options"],
+    "roofline": ["lab/roofline/options.py:Options"],
     "demonstrate": ["demonstrate.py:Options"],
     "plot": ["plot.py:Options"],
     "guide": ["guide.py:Options"],

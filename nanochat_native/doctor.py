@@ -18,7 +18,7 @@ except ImportError as error:
 import nanochat_native
 from nanochat_native import ops
 from nanochat_native.bench import results_io
-from nanochat_native.ops.self_test import CHECKS, TOLERANCE, covers, difference, openmp_libraries
+from nanochat_native.ops.self_test import CHECKS, TOLERANCE, covers, difference, driver_problem, openmp_libraries
 from nanochat_native.runtime import hardware
 
 
@@ -70,6 +70,10 @@ def main(args: Sequence[str] = ()) -> int:
                 f"install again with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
             )
     if gpus and architectures:
+        driver, runtime = ops.cuda_versions()
+        print("           CUDA: driver for {}.{}, kernels built with {}.{}".format(*driver, *runtime))
+        if problem := driver_problem(driver, runtime):
+            broken.append(problem)
         try:
             print(f"           GPU kernels of attention: {ops.cuda_instruction_set()}")
         except (RuntimeError, ValueError) as error:
@@ -79,6 +83,7 @@ def main(args: Sequence[str] = ()) -> int:
 
     print(f"backend    {ops.backend()}")
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
+    width = max(map(len, CHECKS)) + 1
     for op, check in CHECKS.items():
         states = []
         for device in devices:
@@ -99,7 +104,7 @@ def main(args: Sequence[str] = ()) -> int:
                     if not off < TOLERANCE:
                         broken.append(f"{op} on {where} differs from the reference by {off:.1e}")
             states.append(state)
-        print(f"{op:<22}{'; '.join(states)}")
+        print(f"{op:<{width}}{'; '.join(states)}")
 
     for sentence in broken:
         print(f"broken: {sentence}", file=sys.stderr)

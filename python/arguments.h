@@ -77,19 +77,295 @@ inline AttentionBackward attention_backward_arguments(const AttentionShape& shap
             .dv_strides = strides_of(dv)};
 }
 
+// --- rms_norm ---
+
+// The inputs as the kernel reads them, contiguous, and the results, which are allocated after the arguments have been
+// checked.
+struct RMSNormStorage {
+    at::Tensor x, residual, sum, y, r;
+};
+
+// `taken` are the types that the kernel takes. N may be 0.
+inline RMSNorm rms_norm_arguments(const at::Tensor& x, const std::optional<at::Tensor>& residual, double eps,
+                                  at::ArrayRef<at::ScalarType> taken, RMSNormStorage& storage) {
+    const char* op = "rms_norm";
+    const DType dtype = check_rows(op, "x", x, taken);
+    check_eps(op, eps);
+    if (residual) check_like(op, "residual", *residual, x.scalar_type(), x.device(), x.sizes());
+    storage = {.x = x.contiguous(),
+               .residual = residual ? residual->contiguous() : at::Tensor(),
+               .sum = residual ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options()),
+               .y = at::empty(x.sizes(), x.options()),
+               .r = at::empty(shape_of_rows(x), x.options().dtype(accumulate_type(x.scalar_type())))};
+    return {.N = x.numel() / x.size(-1),
+            .C = x.size(-1),
+            .dtype = dtype,
+            .x = storage.x.const_data_ptr(),
+            .residual = residual ? storage.residual.const_data_ptr() : nullptr,
+            .sum = residual ? storage.sum.mutable_data_ptr() : nullptr,
+            .y = storage.y.mutable_data_ptr(),
+            .r = storage.r.mutable_data_ptr(),
+            .eps = eps};
+}
+
+struct RMSNormBackwardStorage {
+    at::Tensor dy, dsum, y, r, dx;
+};
+
+inline RMSNormBackward rms_norm_backward_arguments(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
+                                                   const at::Tensor& y, const at::Tensor& r,
+                                                   at::ArrayRef<at::ScalarType> taken,
+                                                   RMSNormBackwardStorage& storage) {
+    const char* op = "rms_norm_backward";
+    const DType dtype = check_rows(op, "y", y, taken);
+    check_like(op, "dy", dy, y.scalar_type(), y.device(), y.sizes());
+    if (dsum) check_like(op, "dsum", *dsum, y.scalar_type(), y.device(), y.sizes());
+    check_like(op, "r", r, accumulate_type(y.scalar_type()), y.device(), shape_of_rows(y));
+    storage = {.dy = dy.contiguous(),
+               .dsum = dsum ? dsum->contiguous() : at::Tensor(),
+               .y = y.contiguous(),
+               .r = r.contiguous(),
+               .dx = at::empty(y.sizes(), y.options())};
+    return {.N = y.numel() / y.size(-1),
+            .C = y.size(-1),
+            .dtype = dtype,
+            .dy = storage.dy.const_data_ptr(),
+            .y = storage.y.const_data_ptr(),
+            .r = storage.r.const_data_ptr(),
+            .dsum = dsum ? storage.dsum.const_data_ptr() : nullptr,
+            .dx = storage.dx.mutable_data_ptr()};
+}
+
+struct EmbeddingRMSNormStorage {
+    at::Tensor tokens, table, y, r;
+};
+
+// Does not check the range of the tokens. `taken` are the types of the table and of y.
+inline EmbeddingRMSNorm embedding_rms_norm_arguments(const at::Tensor& tokens, const at::Tensor& table,
+                                                     at::ScalarType dtype, double eps,
+                                                     at::ArrayRef<at::ScalarType> taken,
+                                                     EmbeddingRMSNormStorage& storage) {
+    const char* op = "embedding_rms_norm";
+    TORCH_CHECK_VALUE(table.dim() == 2 && table.numel() > 0, op,
+                      ": table must have the shape (V, C), V and C at least 1, got ", table.sizes());
+    const DType table_dtype = dtype_of(op, "table", table.scalar_type(), taken);
+    const DType y_dtype = dtype_of(op, "dtype", dtype, taken);
+    check_like(op, "tokens", tokens, at::kLong, table.device(), tokens.sizes());
+    check_eps(op, eps);
+    std::vector<int64_t> shape = tokens.sizes().vec();
+    shape.push_back(table.size(1));
+    storage = {.tokens = tokens.contiguous(),
+               .table = table.contiguous(),
+               .y = at::empty(shape, table.options().dtype(dtype)),
+               .r = at::empty(tokens.sizes(), table.options().dtype(accumulate_type(dtype)))};
+    return {.N = tokens.numel(),
+            .C = table.size(1),
+            .V = table.size(0),
+            .table_dtype = table_dtype,
+            .dtype = y_dtype,
+            .table = storage.table.const_data_ptr(),
+            .tokens = storage.tokens.const_data_ptr<int64_t>(),
+            .y = storage.y.mutable_data_ptr(),
+            .r = storage.r.mutable_data_ptr(),
+            .eps = eps};
+}
+
+// --- rotary_norm ---
+
+// The tensor itself, or a contiguous copy if its last dimension does not have unit stride.
+inline at::Tensor with_unit_stride(const at::Tensor& tensor) {
+    return tensor.size(-1) == 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+// Checks q and k, or tensors of their shapes, and the tables.
+inline void check_rotary_norm(const char* op, const char* q_name, const at::Tensor& q, const char* k_name,
+                              const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin, double scale,
+                              at::ArrayRef<at::ScalarType> taken) {
+    constexpr int64_t kLargestD = 256;
+    dtype_of(op, q_name, q, taken);
+    TORCH_CHECK_VALUE(
+        q.dim() == 4 && k.dim() == 4 && q.size(0) == k.size(0) && q.size(1) == k.size(1) && q.size(3) == k.size(3), op,
+        ": ", q_name, " and ", k_name, " must have the shapes (B, T, H, D) and (B, T, Hkv, D), got ", q.sizes(),
+        " and ", k.sizes());
+    const int64_t T = q.size(1), D = q.size(3);
+    TORCH_CHECK_VALUE(D % 2 == 0 && D >= 2 && D <= kLargestD, op, ": D must be even, from 2 to ", kLargestD, ", got ",
+                      D);
+    TORCH_CHECK_VALUE(scale > 0, op, ": scale must be positive, got ", scale);
+    check_like(op, k_name, k, q.scalar_type(), q.device(), k.sizes());
+    check_like(op, "cos", cos, accumulate_type(q.scalar_type()), q.device(), {T, D / 2});
+    check_like(op, "sin", sin, accumulate_type(q.scalar_type()), q.device(), {T, D / 2});
+}
+
+// The inputs with unit stride in D, and the results, which are allocated after the arguments have been checked.
+struct RotaryNormStorage {
+    at::Tensor q, k, cos, sin;
+    at::Tensor q_out, k_out, q_r, k_r;
+};
+
+// The caller skips the kernel if both results are empty.
+inline RotaryNorm rotary_norm_arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
+                                        const at::Tensor& sin, double eps, double scale,
+                                        at::ArrayRef<at::ScalarType> taken, RotaryNormStorage& storage) {
+    const char* op = "rotary_norm";
+    check_rotary_norm(op, "q", q, "k", k, cos, sin, scale, taken);
+    TORCH_CHECK_VALUE(eps >= 0, op, ": eps must be at least 0, got ", eps);
+    const at::TensorOptions r_options = q.options().dtype(accumulate_type(q.scalar_type()));
+    storage = {.q = with_unit_stride(q),
+               .k = with_unit_stride(k),
+               .cos = with_unit_stride(cos),
+               .sin = with_unit_stride(sin),
+               .q_out = at::empty(q.sizes(), q.options()),
+               .k_out = at::empty(k.sizes(), k.options()),
+               .q_r = at::empty(q.sizes().slice(0, 3), r_options),
+               .k_r = at::empty(k.sizes().slice(0, 3), r_options)};
+    return {.B = q.size(0),
+            .T = q.size(1),
+            .H = q.size(2),
+            .Hkv = k.size(2),
+            .D = q.size(3),
+            .dtype = dtype_of(op, "q", q, taken),
+            .q = storage.q.const_data_ptr(),
+            .k = storage.k.const_data_ptr(),
+            .q_strides = strides_of(storage.q),
+            .k_strides = strides_of(storage.k),
+            .cos = storage.cos.const_data_ptr(),
+            .sin = storage.sin.const_data_ptr(),
+            .cos_stride = storage.cos.stride(0),
+            .sin_stride = storage.sin.stride(0),
+            .eps = eps,
+            .scale = scale,
+            .q_out = storage.q_out.mutable_data_ptr(),
+            .k_out = storage.k_out.mutable_data_ptr(),
+            .q_r = storage.q_r.mutable_data_ptr(),
+            .k_r = storage.k_r.mutable_data_ptr()};
+}
+
+// The inputs as the kernel reads them, and the results.
+struct RotaryNormBackwardStorage {
+    at::Tensor dq_out, dk_out, q_out, k_out, q_r, k_r, cos, sin;
+    at::Tensor dq, dk;
+};
+
+// The caller skips the kernel if both results are empty.
+inline RotaryNormBackward rotary_norm_backward_arguments(const at::Tensor& dq_out, const at::Tensor& dk_out,
+                                                         const at::Tensor& q_out, const at::Tensor& k_out,
+                                                         const at::Tensor& q_r, const at::Tensor& k_r,
+                                                         const at::Tensor& cos, const at::Tensor& sin, double scale,
+                                                         at::ArrayRef<at::ScalarType> taken,
+                                                         RotaryNormBackwardStorage& storage) {
+    const char* op = "rotary_norm_backward";
+    check_rotary_norm(op, "dq_out", dq_out, "dk_out", dk_out, cos, sin, scale, taken);
+    const at::ScalarType r_type = accumulate_type(dq_out.scalar_type());
+    check_like(op, "q_out", q_out, dq_out.scalar_type(), dq_out.device(), dq_out.sizes());
+    check_like(op, "k_out", k_out, dq_out.scalar_type(), dq_out.device(), dk_out.sizes());
+    check_like(op, "q_r", q_r, r_type, dq_out.device(), dq_out.sizes().slice(0, 3));
+    check_like(op, "k_r", k_r, r_type, dq_out.device(), dk_out.sizes().slice(0, 3));
+    storage = {.dq_out = with_unit_stride(dq_out),
+               .dk_out = with_unit_stride(dk_out),
+               .q_out = q_out.contiguous(),
+               .k_out = k_out.contiguous(),
+               .q_r = q_r.contiguous(),
+               .k_r = k_r.contiguous(),
+               .cos = with_unit_stride(cos),
+               .sin = with_unit_stride(sin),
+               .dq = at::empty(dq_out.sizes(), dq_out.options()),
+               .dk = at::empty(dk_out.sizes(), dk_out.options())};
+    return {.B = dq_out.size(0),
+            .T = dq_out.size(1),
+            .H = dq_out.size(2),
+            .Hkv = dk_out.size(2),
+            .D = dq_out.size(3),
+            .dtype = dtype_of(op, "dq_out", dq_out, taken),
+            .dq_out = storage.dq_out.const_data_ptr(),
+            .dk_out = storage.dk_out.const_data_ptr(),
+            .dq_out_strides = strides_of(storage.dq_out),
+            .dk_out_strides = strides_of(storage.dk_out),
+            .q_out = storage.q_out.const_data_ptr(),
+            .k_out = storage.k_out.const_data_ptr(),
+            .q_r = storage.q_r.const_data_ptr(),
+            .k_r = storage.k_r.const_data_ptr(),
+            .cos = storage.cos.const_data_ptr(),
+            .sin = storage.sin.const_data_ptr(),
+            .cos_stride = storage.cos.stride(0),
+            .sin_stride = storage.sin.stride(0),
+            .scale = scale,
+            .dq = storage.dq.mutable_data_ptr(),
+            .dk = storage.dk.mutable_data_ptr()};
+}
+
+// --- relu_squared ---
+
+// The form in place: y is x, which must then be contiguous. Otherwise y is allocated. The caller skips the kernel if numel
+// is 0.
+struct ReluSquaredStorage {
+    at::Tensor x;   // contiguous
+    at::Tensor y;
+};
+
+inline void check_contiguous(const char* op, const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", tensor.strides());
+}
+
+inline ReluSquared relu_squared_arguments(const at::Tensor& x, bool in_place, at::ArrayRef<at::ScalarType> taken,
+                                          ReluSquaredStorage& storage) {
+    const char* op = in_place ? "relu_squared_" : "relu_squared";
+    const DType dtype = dtype_of(op, "x", x, taken);
+    if (in_place) check_contiguous(op, "x", x);
+    storage.x = x.contiguous();
+    storage.y = in_place ? storage.x : at::empty(x.sizes(), x.options());
+    return {.numel = x.numel(), .dtype = dtype, .x = storage.x.const_data_ptr(), .y = storage.y.mutable_data_ptr()};
+}
+
+struct ReluSquaredBackwardStorage {
+    at::Tensor dy, y;   // contiguous
+    at::Tensor dx;
+};
+
+inline ReluSquaredBackward relu_squared_backward_arguments(const at::Tensor& dy, const at::Tensor& y, bool in_place,
+                                                           at::ArrayRef<at::ScalarType> taken,
+                                                           ReluSquaredBackwardStorage& storage) {
+    const char* op = in_place ? "relu_squared_backward_" : "relu_squared_backward";
+    const DType dtype = dtype_of(op, "dy", dy, taken);
+    check_like(op, "y", y, dy.scalar_type(), dy.device(), dy.sizes());
+    if (in_place) {
+        check_contiguous(op, "dy", dy);
+        check_contiguous(op, "y", y);
+        check_no_overlap(op, {{"dy", {dy}, true}, {"y", {y}, false}});
+    }
+    storage.dy = dy.contiguous();
+    storage.y = y.contiguous();
+    storage.dx = in_place ? storage.dy : at::empty(dy.sizes(), dy.options());
+    return {.numel = dy.numel(),
+            .dtype = dtype,
+            .dy = storage.dy.const_data_ptr(),
+            .y = storage.y.const_data_ptr(),
+            .dx = storage.dx.mutable_data_ptr()};
+}
+
 // --- optimizers ---
 
+// Checks the bfloat16 copies of float32 parameters, of which there may be none, and adds them to the lists of an operator.
+inline void add_copies(const char* op, at::TensorList params, at::TensorList copies, std::vector<TensorList>& lists) {
+    if (copies.empty()) return;
+    TORCH_CHECK_TYPE(params[0].scalar_type() == at::kFloat, op, ": params must be float32 if there are copies, got ",
+                     params[0].scalar_type());
+    dtype_of(op, "copies", copies[0], {at::kBFloat16});
+    lists.push_back({"copies", copies, true});
+}
+
 inline AdamW adamw_arguments(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                             at::TensorList exp_avg_sqs, int64_t step, double lr, double beta1, double beta2,
-                             double eps, double weight_decay, bool stochastic_rounding, int64_t seed, bool cautious,
-                             const std::optional<at::Tensor>& step_tensor, const std::optional<at::Tensor>& lr_tensor,
+                             at::TensorList exp_avg_sqs, at::TensorList copies, int64_t step, double lr, double beta1,
+                             double beta2, double eps, double weight_decay, bool stochastic_rounding, int64_t seed,
+                             bool cautious, const std::optional<at::Tensor>& step_tensor,
+                             const std::optional<at::Tensor>& lr_tensor,
                              const std::optional<at::Tensor>& weight_decay_tensor, std::vector<AdamWTensor>& storage) {
     const char* op = "adamw_";
     check_not_empty(op, "params", params);
-    const std::vector<TensorList> lists = {{"params", params, true},
-                                           {"grads", grads, false},
-                                           {"exp_avgs", exp_avgs, true},
-                                           {"exp_avg_sqs", exp_avg_sqs, true}};
+    std::vector<TensorList> lists = {{"params", params, true},
+                                     {"grads", grads, false},
+                                     {"exp_avgs", exp_avgs, true},
+                                     {"exp_avg_sqs", exp_avg_sqs, true}};
+    add_copies(op, params, copies, lists);
     check_lists(op, lists);
     check_no_overlap(op, lists);
     const at::Device device = params[0].device();
@@ -107,6 +383,7 @@ inline AdamW adamw_arguments(at::TensorList params, at::TensorList grads, at::Te
             .grad = grads[i].const_data_ptr(),
             .exp_avg = exp_avgs[i].mutable_data_ptr(),
             .exp_avg_sq = exp_avg_sqs[i].mutable_data_ptr(),
+            .copy = copies.empty() ? nullptr : copies[i].mutable_data_ptr(),
             .numel = params[i].numel(),
         });
     }
@@ -166,21 +443,29 @@ inline MuonMomentum muon_momentum_arguments(at::TensorList grads, at::TensorList
             .momentum_address = momentum_address};
 }
 
-inline MuonUpdate muon_update_arguments(const char* op, at::TensorList params, const at::Tensor& update, double lr,
-                                        double weight_decay, double scale, bool cautious,
-                                        const std::optional<at::Tensor>& lr_tensor,
+struct MuonUpdateStorage {
+    std::vector<void*> params, copies;
+};
+
+inline MuonUpdate muon_update_arguments(const char* op, at::TensorList params, const at::Tensor& update,
+                                        at::TensorList copies, double lr, double weight_decay, double scale,
+                                        bool cautious, const std::optional<at::Tensor>& lr_tensor,
                                         const std::optional<at::Tensor>& weight_decay_tensor,
-                                        std::vector<void*>& storage) {
+                                        MuonUpdateStorage& storage) {
     check_one_shape(op, "params", params);
-    const std::vector<TensorList> lists = {{"params", params, true}};
+    std::vector<TensorList> lists = {{"params", params, true}};
+    add_copies(op, params, copies, lists);
     check_lists(op, lists);
     const at::Device device = params[0].device();
     check_like(op, "update", update, at::kFloat, device, stacked_shape(params));
     TORCH_CHECK_VALUE(update.is_contiguous(), op, ": update must be contiguous, got strides ", update.strides());
-    check_no_overlap(op, {lists[0], {"update", update, false}});
+    lists.push_back({"update", update, false});
+    check_no_overlap(op, lists);
     const DType param_dtype = dtype_of(op, "params", params[0], {at::kFloat, at::kBFloat16});
-    for (const at::Tensor& param : params) storage.push_back(param.mutable_data_ptr());
-    return {.params = storage.data(),
+    for (const at::Tensor& param : params) storage.params.push_back(param.mutable_data_ptr());
+    for (const at::Tensor& copy : copies) storage.copies.push_back(copy.mutable_data_ptr());
+    return {.params = storage.params.data(),
+            .copies = copies.empty() ? nullptr : storage.copies.data(),
             .update = update.const_data_ptr<float>(),
             .count = static_cast<int64_t>(params.size()),
             .numel = params[0].numel(),
@@ -224,13 +509,13 @@ inline NewtonSchulz newton_schulz_arguments(const char* op, const char* name, co
 
 // The arguments of the two parts of newton_schulz_update_. Its `update` is the g of newton_schulz.
 inline std::pair<NewtonSchulz, MuonUpdate> newton_schulz_update_arguments(
-    at::TensorList params, const at::Tensor& update, at::ArrayRef<double> coefficients, double norm_factor,
-    const std::optional<at::Tensor>& norms, double lr, double weight_decay, double scale, bool cautious,
-    const std::optional<at::Tensor>& lr_tensor, const std::optional<at::Tensor>& weight_decay_tensor,
-    NewtonSchulzStorage& newton_schulz_storage, std::vector<void*>& storage) {
+    at::TensorList params, const at::Tensor& update, at::TensorList copies, at::ArrayRef<double> coefficients,
+    double norm_factor, const std::optional<at::Tensor>& norms, double lr, double weight_decay, double scale,
+    bool cautious, const std::optional<at::Tensor>& lr_tensor, const std::optional<at::Tensor>& weight_decay_tensor,
+    NewtonSchulzStorage& newton_schulz_storage, MuonUpdateStorage& storage) {
     const char* op = "newton_schulz_update_";
-    const MuonUpdate muon = muon_update_arguments(op, params, update, lr, weight_decay, scale, cautious, lr_tensor,
-                                                  weight_decay_tensor, storage);
+    const MuonUpdate muon = muon_update_arguments(op, params, update, copies, lr, weight_decay, scale, cautious,
+                                                  lr_tensor, weight_decay_tensor, storage);
     TORCH_CHECK_VALUE(params[0].dim() >= 2, op, ": params must have shape (..., M, K), got ", params[0].sizes());
     return {newton_schulz_arguments(op, "update", update, coefficients, norm_factor, norms, {at::kFloat},
                                     newton_schulz_storage),

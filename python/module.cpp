@@ -14,6 +14,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("instruction_set", &nanochat::cpu::instruction_set);
 #ifdef NANOCHAT_WITH_CUDA
     m.def("cuda_instruction_set", [] { return nanochat::cuda::current_device().hopper ? "sm_90a" : "sm_80"; });
+    m.def("cuda_versions", [] {
+        const nanochat::cuda::Versions versions = nanochat::cuda::versions();
+        return pybind11::make_tuple(versions.driver, versions.runtime);
+    });
 #endif
     m.def("linear_pays", &nanochat::cpu::linear_pays);
 }

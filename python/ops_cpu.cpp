@@ -22,15 +22,7 @@ using at::Tensor;
 // The kernels use one thread where they may not start a team: inside a parallel region and in a forked child.
 Execution execution() { return {.threads = at::get_num_threads()}; }
 
-at::ScalarType accumulate_type(const Tensor& tensor) {
-    return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // --- attention ---
-
-Tensor with_unit_stride(const Tensor& tensor) {
-    return tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor : tensor.contiguous();
-}
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
                                              int64_t window, double scale, const std::optional<Tensor>& lengths_) {
@@ -45,7 +37,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_, const Tensor& k_,
                           length);
     }
     Tensor out = at::empty(q.sizes(), q.options());
-    Tensor lse = at::empty({shape.B, shape.H, shape.Tq}, q.options().dtype(accumulate_type(q)));
+    Tensor lse = at::empty({shape.B, shape.H, shape.Tq}, q.options().dtype(accumulate_type(q.scalar_type())));
     if (k.numel() == 0 || q.numel() == 0) {
         return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
     }
@@ -61,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
     const char* op = "attention_backward";
     const AttentionShape shape = check_attention(op, q_, k_, v_, causal, window, scale, std::nullopt);
     const DType dtype = dtype_of(op, "q", q_, {at::kFloat, at::kDouble, at::kBFloat16});
-    check_attention_results(op, shape, q_, dout_, out_, lse_, accumulate_type(q_));
+    check_attention_results(op, shape, q_, dout_, out_, lse_, accumulate_type(q_.scalar_type()));
     const Tensor q = with_unit_stride(q_), k = with_unit_stride(k_), v = with_unit_stride(v_);
     const Tensor dout = with_unit_stride(dout_), out = with_unit_stride(out_), lse = lse_.contiguous();
     Tensor dq = at::empty(q.sizes(), q.options());
@@ -74,6 +66,92 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
     arguments.execution = execution();
     run_kernel([&] { cpu::attention_backward(arguments); });
     return {dq, dk, dv};
+}
+
+// --- rms_norm ---
+
+constexpr at::ScalarType kNormTypes[] = {at::kFloat, at::kDouble, at::kBFloat16};
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x, const std::optional<Tensor>& residual, double eps) {
+    RMSNormStorage storage;
+    RMSNorm arguments = rms_norm_arguments(x, residual, eps, kNormTypes, storage);
+    arguments.execution = execution();
+    if (arguments.N > 0) run_kernel([&] { cpu::rms_norm(arguments); });
+    return {storage.sum, storage.y, storage.r};
+}
+
+Tensor rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& y, const Tensor& r) {
+    RMSNormBackwardStorage storage;
+    RMSNormBackward arguments = rms_norm_backward_arguments(dy, dsum, y, r, kNormTypes, storage);
+    arguments.execution = execution();
+    if (arguments.N > 0) run_kernel([&] { cpu::rms_norm_backward(arguments); });
+    return storage.dx;
+}
+
+std::tuple<Tensor, Tensor> embedding_rms_norm(const Tensor& tokens, const Tensor& table, at::ScalarType dtype,
+                                              double eps) {
+    EmbeddingRMSNormStorage storage;
+    EmbeddingRMSNorm arguments = embedding_rms_norm_arguments(tokens, table, dtype, eps, kNormTypes, storage);
+    for (int64_t n = 0; n < arguments.N; ++n) {
+        const int64_t token = arguments.tokens[n];
+        TORCH_CHECK_VALUE(token >= 0 && token < arguments.V, "embedding_rms_norm: tokens must be from 0 to ",
+                          arguments.V - 1, ", got ", token);
+    }
+    arguments.execution = execution();
+    if (arguments.N > 0) run_kernel([&] { cpu::embedding_rms_norm(arguments); });
+    return {storage.y, storage.r};
+}
+
+// --- rotary_norm and relu_squared ---
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_norm(const Tensor& q, const Tensor& k, const Tensor& cos,
+                                                       const Tensor& sin, double eps, double scale) {
+    RotaryNormStorage storage;
+    RotaryNorm arguments = rotary_norm_arguments(q, k, cos, sin, eps, scale, kNormTypes, storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::rotary_norm(arguments); });
+    return {storage.q_out, storage.k_out, storage.q_r, storage.k_r};
+}
+
+std::tuple<Tensor, Tensor> rotary_norm_backward(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q_out,
+                                                const Tensor& k_out, const Tensor& q_r, const Tensor& k_r,
+                                                const Tensor& cos, const Tensor& sin, double scale) {
+    RotaryNormBackwardStorage storage;
+    RotaryNormBackward arguments =
+        rotary_norm_backward_arguments(dq_out, dk_out, q_out, k_out, q_r, k_r, cos, sin, scale, kNormTypes, storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::rotary_norm_backward(arguments); });
+    return {storage.dq, storage.dk};
+}
+
+Tensor run_relu_squared(const Tensor& x, bool in_place) {
+    ReluSquaredStorage storage;
+    ReluSquared arguments = relu_squared_arguments(x, in_place, kNormTypes, storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::relu_squared(arguments); });
+    return storage.y;
+}
+
+Tensor relu_squared(const Tensor& x) { return run_relu_squared(x, false); }
+
+void relu_squared_(const Tensor& x) {
+    run_relu_squared(x, true);
+    mark_updated(x);
+}
+
+Tensor run_relu_squared_backward(const Tensor& dy, const Tensor& y, bool in_place) {
+    ReluSquaredBackwardStorage storage;
+    ReluSquaredBackward arguments = relu_squared_backward_arguments(dy, y, in_place, kNormTypes, storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::relu_squared_backward(arguments); });
+    return storage.dx;
+}
+
+Tensor relu_squared_backward(const Tensor& dy, const Tensor& y) { return run_relu_squared_backward(dy, y, false); }
+
+void relu_squared_backward_(const Tensor& dy, const Tensor& y) {
+    run_relu_squared_backward(dy, y, true);
+    mark_updated(dy);
 }
 
 // --- newton_schulz ---
@@ -93,16 +171,16 @@ Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double 
 // --- optimizers ---
 
 void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-            int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
+            at::TensorList copies, int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
             bool stochastic_rounding, int64_t seed, bool cautious, const std::optional<Tensor>& step_tensor,
             const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<AdamWTensor> storage;
-    AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay,
-                                      stochastic_rounding, seed, cautious, step_tensor, lr_tensor, weight_decay_tensor,
-                                      storage);
+    AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, copies, step, lr, beta1, beta2, eps,
+                                      weight_decay, stochastic_rounding, seed, cautious, step_tensor, lr_tensor,
+                                      weight_decay_tensor, storage);
     arguments.execution = execution();
     run_kernel([&] { cpu::adamw(arguments); });
-    for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
+    for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs, copies}) mark_updated(updated);
 }
 
 std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList momentum_buffers, double momentum,
@@ -117,26 +195,26 @@ std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList m
     return {storage.update, storage.norms};
 }
 
-void muon_update_(at::TensorList params, const Tensor& update, double lr, double weight_decay, double scale,
-                  bool cautious, const std::optional<Tensor>& lr_tensor,
+void muon_update_(at::TensorList params, const Tensor& update, at::TensorList copies, double lr, double weight_decay,
+                  double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
                   const std::optional<Tensor>& weight_decay_tensor) {
-    std::vector<void*> storage;
-    MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, lr, weight_decay, scale, cautious,
-                                                 lr_tensor, weight_decay_tensor, storage);
+    MuonUpdateStorage storage;
+    MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, copies, lr, weight_decay, scale,
+                                                 cautious, lr_tensor, weight_decay_tensor, storage);
     arguments.execution = execution();
     run_kernel([&] { cpu::muon_update(arguments); });
-    mark_updated(params);
+    for (at::TensorList updated : {params, copies}) mark_updated(updated);
 }
 
-void newton_schulz_update_(at::TensorList params, const Tensor& update, at::ArrayRef<double> coefficients,
-                           double norm_factor, const std::optional<Tensor>& norms, double lr, double weight_decay,
-                           double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
-                           const std::optional<Tensor>& weight_decay_tensor) {
+void newton_schulz_update_(at::TensorList params, const Tensor& update, at::TensorList copies,
+                           at::ArrayRef<double> coefficients, double norm_factor, const std::optional<Tensor>& norms,
+                           double lr, double weight_decay, double scale, bool cautious,
+                           const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
     NewtonSchulzStorage newton_schulz_storage;
-    std::vector<void*> storage;
+    MuonUpdateStorage storage;
     auto [orthogonalise, arguments] =
-        newton_schulz_update_arguments(params, update, coefficients, norm_factor, norms, lr, weight_decay, scale,
-                                       cautious, lr_tensor, weight_decay_tensor, newton_schulz_storage, storage);
+        newton_schulz_update_arguments(params, update, copies, coefficients, norm_factor, norms, lr, weight_decay,
+                                       scale, cautious, lr_tensor, weight_decay_tensor, newton_schulz_storage, storage);
     const Tensor orthogonal = at::empty(update.sizes(), update.options());
     orthogonalise.out = orthogonal.mutable_data_ptr();
     arguments.update = orthogonal.const_data_ptr<float>();
@@ -147,7 +225,7 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
             cpu::muon_update(arguments);
         });
     }
-    mark_updated(params);
+    for (at::TensorList updated : {params, copies}) mark_updated(updated);
 }
 
 // --- linear ---
@@ -160,7 +238,9 @@ void check_linear(const char* op, const Tensor& x, const Tensor& weight) {
     check_like(op, "weight", weight, at::kFloat, x.device(), weight.sizes());
 }
 
-Tensor multiply(cpu::LinearForm form, const Tensor& a, const Tensor& b, int64_t N, int64_t I, int64_t O) {
+// `relu_squared` and `x` as in cpu::Linear; `x` may be undefined.
+Tensor multiply(cpu::LinearForm form, const Tensor& a, const Tensor& b, int64_t N, int64_t I, int64_t O,
+                bool relu_squared = false, const Tensor& x = {}, const Tensor& add_to = {}) {
     const int64_t rows = form == cpu::LinearForm::grad_weight ? O : N;
     Tensor c = at::empty({rows, form == cpu::LinearForm::forward ? O : I}, a.options());
     run_kernel([&] {
@@ -171,6 +251,9 @@ Tensor multiply(cpu::LinearForm form, const Tensor& a, const Tensor& b, int64_t 
                      .a = a.const_data_ptr<float>(),
                      .b = b.const_data_ptr<float>(),
                      .c = c.mutable_data_ptr<float>(),
+                     .relu_squared = relu_squared,
+                     .x = x.defined() ? x.const_data_ptr<float>() : nullptr,
+                     .add_to = add_to.defined() ? add_to.const_data_ptr<float>() : nullptr,
                      .execution = execution()});
     });
     return c;
@@ -182,17 +265,35 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
                     weight.size(0));
 }
 
+Tensor linear_relu_squared(const Tensor& x, const Tensor& weight) {
+    check_linear("linear_relu_squared", x, weight);
+    return multiply(cpu::LinearForm::forward, x.contiguous(), weight.contiguous(), x.size(0), x.size(1), weight.size(0),
+                    true);
+}
+
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy_, const Tensor& x, const Tensor& weight, bool needs_grad_x,
-                                           bool needs_grad_weight) {
+                                           bool needs_grad_weight, const std::optional<Tensor>& add_to) {
     check_linear("linear_backward", x, weight);
     const int64_t N = x.size(0), I = x.size(1), O = weight.size(0);
     check_like("linear_backward", "dy", dy_, at::kFloat, x.device(), {N, O});
+    if (add_to) check_like("linear_backward", "add_to", *add_to, at::kFloat, x.device(), {N, I});
     const Tensor dy = dy_.contiguous();
-    Tensor dx = needs_grad_x ? multiply(cpu::LinearForm::grad_input, dy, weight.contiguous(), N, I, O)
+    const Tensor sum = add_to ? add_to->contiguous() : Tensor();
+    Tensor dx = needs_grad_x ? multiply(cpu::LinearForm::grad_input, dy, weight.contiguous(), N, I, O, false, {}, sum)
                              : at::empty({0}, x.options());
     Tensor dweight = needs_grad_weight ? multiply(cpu::LinearForm::grad_weight, dy, x.contiguous(), N, I, O)
                                        : at::empty({0}, x.options());
     return {dx, dweight};
+}
+
+std::tuple<Tensor, Tensor> linear_backward_relu_squared(const Tensor& dy_, const Tensor& x_, const Tensor& weight) {
+    const char* op = "linear_backward_relu_squared";
+    check_linear(op, x_, weight);
+    const int64_t N = x_.size(0), I = x_.size(1), O = weight.size(0);
+    check_like(op, "dy", dy_, at::kFloat, x_.device(), {N, O});
+    const Tensor dy = dy_.contiguous(), x = x_.contiguous();
+    return {multiply(cpu::LinearForm::grad_input, dy, weight.contiguous(), N, I, O, true, x),
+            multiply(cpu::LinearForm::grad_weight, dy, x, N, I, O)};
 }
 
 // --- linear_cross_entropy ---
@@ -216,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
     }
 
     const bool mean = reduction == "mean";
-    const auto loss_type = accumulate_type(x);
+    const auto loss_type = accumulate_type(x.scalar_type());
     Tensor losses = at::empty({N}, x.options().dtype(loss_type));
     Tensor grad_x = needs_grad_x ? at::empty({N, C}, x.options()) : at::empty({0}, x.options());
     Tensor grad_weight = needs_grad_weight ? at::empty({V, C}, x.options()) : at::empty({0}, x.options());
@@ -354,6 +455,15 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
 TORCH_LIBRARY_IMPL(nanochat_native, CPU, m) {
     m.impl("attention_forward", nanochat::attention_forward);
     m.impl("attention_backward", nanochat::attention_backward);
+    m.impl("rms_norm", nanochat::rms_norm);
+    m.impl("rms_norm_backward", nanochat::rms_norm_backward);
+    m.impl("embedding_rms_norm", nanochat::embedding_rms_norm);
+    m.impl("rotary_norm", nanochat::rotary_norm);
+    m.impl("rotary_norm_backward", nanochat::rotary_norm_backward);
+    m.impl("relu_squared", nanochat::relu_squared);
+    m.impl("relu_squared_", nanochat::relu_squared_);
+    m.impl("relu_squared_backward", nanochat::relu_squared_backward);
+    m.impl("relu_squared_backward_", nanochat::relu_squared_backward_);
     m.impl("newton_schulz", nanochat::newton_schulz);
     m.impl("adamw_", nanochat::adamw_);
     m.impl("muon_momentum_", nanochat::muon_momentum_);
@@ -361,6 +471,8 @@ TORCH_LIBRARY_IMPL(nanochat_native, CPU, m) {
     m.impl("newton_schulz_update_", nanochat::newton_schulz_update_);
     m.impl("linear", nanochat::linear);
     m.impl("linear_backward", nanochat::linear_backward);
+    m.impl("linear_relu_squared", nanochat::linear_relu_squared);
+    m.impl("linear_backward_relu_squared", nanochat::linear_backward_relu_squared);
     m.impl("linear_cross_entropy", nanochat::linear_cross_entropy);
     m.impl("cached_forward_", nanochat::cached_forward_);
 }

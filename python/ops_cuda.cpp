@@ -13,6 +13,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -113,6 +116,86 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout_, const
     return {dq, dk, dv};
 }
 
+// --- the norms, the rotation and relu_squared ---
+
+constexpr at::ScalarType kElementTypes[] = {at::kFloat, at::kBFloat16};
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x, const std::optional<Tensor>& residual, double eps) {
+    const c10::DeviceGuard guard(x.device());
+    RMSNormStorage storage;
+    const RMSNorm arguments = rms_norm_arguments(x, residual, eps, kElementTypes, storage);
+    launch(cuda::rms_norm, {}, arguments, x.device());
+    return {storage.sum, storage.y, storage.r};
+}
+
+Tensor rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& y, const Tensor& r) {
+    const c10::DeviceGuard guard(y.device());
+    RMSNormBackwardStorage storage;
+    const RMSNormBackward arguments = rms_norm_backward_arguments(dy, dsum, y, r, kElementTypes, storage);
+    launch(cuda::rms_norm_backward, {}, arguments, y.device());
+    return storage.dx;
+}
+
+// The host does not check the range of the tokens: it would have to wait for the stream. See kernels.h.
+std::tuple<Tensor, Tensor> embedding_rms_norm(const Tensor& tokens, const Tensor& table, at::ScalarType dtype,
+                                              double eps) {
+    const c10::DeviceGuard guard(table.device());
+    EmbeddingRMSNormStorage storage;
+    const EmbeddingRMSNorm arguments = embedding_rms_norm_arguments(tokens, table, dtype, eps, kElementTypes, storage);
+    launch(cuda::embedding_rms_norm, {}, arguments, table.device());
+    return {storage.y, storage.r};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_norm(const Tensor& q, const Tensor& k, const Tensor& cos,
+                                                       const Tensor& sin, double eps, double scale) {
+    const c10::DeviceGuard guard(q.device());
+    RotaryNormStorage storage;
+    const RotaryNorm arguments = rotary_norm_arguments(q, k, cos, sin, eps, scale, kElementTypes, storage);
+    launch(cuda::rotary_norm, {}, arguments, q.device());
+    return {storage.q_out, storage.k_out, storage.q_r, storage.k_r};
+}
+
+std::tuple<Tensor, Tensor> rotary_norm_backward(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q_out,
+                                                const Tensor& k_out, const Tensor& q_r, const Tensor& k_r,
+                                                const Tensor& cos, const Tensor& sin, double scale) {
+    const c10::DeviceGuard guard(dq_out.device());
+    RotaryNormBackwardStorage storage;
+    const RotaryNormBackward arguments =
+        rotary_norm_backward_arguments(dq_out, dk_out, q_out, k_out, q_r, k_r, cos, sin, scale, kElementTypes, storage);
+    launch(cuda::rotary_norm_backward, {}, arguments, dq_out.device());
+    return {storage.dq, storage.dk};
+}
+
+Tensor run_relu_squared(const Tensor& x, bool in_place) {
+    const c10::DeviceGuard guard(x.device());
+    ReluSquaredStorage storage;
+    const ReluSquared arguments = relu_squared_arguments(x, in_place, kElementTypes, storage);
+    launch(cuda::relu_squared, {}, arguments, x.device());
+    return storage.y;
+}
+
+Tensor relu_squared(const Tensor& x) { return run_relu_squared(x, false); }
+
+void relu_squared_(const Tensor& x) {
+    run_relu_squared(x, true);
+    mark_updated(x);
+}
+
+Tensor run_relu_squared_backward(const Tensor& dy, const Tensor& y, bool in_place) {
+    const c10::DeviceGuard guard(dy.device());
+    ReluSquaredBackwardStorage storage;
+    const ReluSquaredBackward arguments = relu_squared_backward_arguments(dy, y, in_place, kElementTypes, storage);
+    launch(cuda::relu_squared_backward, {}, arguments, dy.device());
+    return storage.dx;
+}
+
+Tensor relu_squared_backward(const Tensor& dy, const Tensor& y) { return run_relu_squared_backward(dy, y, false); }
+
+void relu_squared_backward_(const Tensor& dy, const Tensor& y) {
+    run_relu_squared_backward(dy, y, true);
+    mark_updated(dy);
+}
+
 // --- newton_schulz ---
 
 void run_newton_schulz(NewtonSchulz arguments, at::Device device) {
@@ -136,17 +219,17 @@ Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double 
 // --- optimizers ---
 
 void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-            int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
+            at::TensorList copies, int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
             bool stochastic_rounding, int64_t seed, bool cautious, const std::optional<Tensor>& step_tensor,
             const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<AdamWTensor> storage;
-    const AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps,
+    const AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, copies, step, lr, beta1, beta2, eps,
                                             weight_decay, stochastic_rounding, seed, cautious, step_tensor, lr_tensor,
                                             weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
     launch(cuda::adamw, cuda::adamw_workspace_bytes, arguments, device);
-    for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs}) mark_updated(updated);
+    for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs, copies}) mark_updated(updated);
 }
 
 std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList momentum_buffers, double momentum,
@@ -162,42 +245,47 @@ std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList m
     return {storage.update, storage.norms};
 }
 
-void muon_update_(at::TensorList params, const Tensor& update, double lr, double weight_decay, double scale,
-                  bool cautious, const std::optional<Tensor>& lr_tensor,
+void muon_update_(at::TensorList params, const Tensor& update, at::TensorList copies, double lr, double weight_decay,
+                  double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
                   const std::optional<Tensor>& weight_decay_tensor) {
-    std::vector<void*> storage;
-    const MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, lr, weight_decay, scale,
+    MuonUpdateStorage storage;
+    const MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, copies, lr, weight_decay, scale,
                                                        cautious, lr_tensor, weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
     launch(cuda::muon_update, {}, arguments, device);
-    mark_updated(params);
+    for (at::TensorList updated : {params, copies}) mark_updated(updated);
 }
 
 // The epilogue of the last product updates the parameters, which saves a pass over memory and a tensor.
-void newton_schulz_update_(at::TensorList params, const Tensor& update, at::ArrayRef<double> coefficients,
-                           double norm_factor, const std::optional<Tensor>& norms, double lr, double weight_decay,
-                           double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
-                           const std::optional<Tensor>& weight_decay_tensor) {
+void newton_schulz_update_(at::TensorList params, const Tensor& update, at::TensorList copies,
+                           at::ArrayRef<double> coefficients, double norm_factor, const std::optional<Tensor>& norms,
+                           double lr, double weight_decay, double scale, bool cautious,
+                           const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
     const c10::DeviceGuard guard(update.device());
     NewtonSchulzStorage newton_schulz_storage;
-    std::vector<void*> storage, matrices;
+    MuonUpdateStorage storage, matrices;
     auto [orthogonalise, arguments] =
-        newton_schulz_update_arguments(params, update, coefficients, norm_factor, norms, lr, weight_decay, scale,
-                                       cautious, lr_tensor, weight_decay_tensor, newton_schulz_storage, storage);
+        newton_schulz_update_arguments(params, update, copies, coefficients, norm_factor, norms, lr, weight_decay,
+                                       scale, cautious, lr_tensor, weight_decay_tensor, newton_schulz_storage, storage);
     // A parameter may hold several matrices.
-    const int64_t numel = orthogonalise.M * orthogonalise.K, bytes = numel * params[0].element_size();
-    for (void* param : storage) {
-        for (int64_t i = 0; i < orthogonalise.batch / arguments.count; ++i) {
-            matrices.push_back(static_cast<char*>(param) + i * bytes);
+    const int64_t numel = orthogonalise.M * orthogonalise.K;
+    const auto split = [&](const std::vector<void*>& whole, int64_t element_size, std::vector<void*>& parts) {
+        for (void* tensor : whole) {
+            for (int64_t i = 0; i < orthogonalise.batch / arguments.count; ++i) {
+                parts.push_back(static_cast<char*>(tensor) + i * numel * element_size);
+            }
         }
-    }
-    arguments.params = matrices.data();
+    };
+    split(storage.params, params[0].element_size(), matrices.params);
+    split(storage.copies, sizeof(uint16_t), matrices.copies);
+    arguments.params = matrices.params.data();
+    if (arguments.copies) arguments.copies = matrices.copies.data();
     arguments.count = orthogonalise.batch;
     arguments.numel = numel;
     orthogonalise.update = &arguments;
     if (orthogonalise.batch > 0) run_newton_schulz(orthogonalise, update.device());
-    mark_updated(params);
+    for (at::TensorList updated : {params, copies}) mark_updated(updated);
 }
 
 // --- linear_cross_entropy ---
@@ -207,13 +295,26 @@ void newton_schulz_update_(at::TensorList params, const Tensor& update, at::Arra
 constexpr int64_t kLogitBytes = int64_t{256} << 20;
 constexpr int64_t kRowTile = 128;   // of the library's products; chunks are multiples of it if possible
 
+// kLogitBytes, or the environment variable that overrides it.
+int64_t logit_bytes() {
+    const char* text = std::getenv("NANOCHAT_LOGIT_BYTES");
+    if (!text || !*text) return kLogitBytes;
+    int64_t bytes = 0;
+    const char* end = text + std::strlen(text);
+    const auto [stopped, error] = std::from_chars(text, end, bytes);
+    TORCH_CHECK_VALUE(error == std::errc() && stopped == end && bytes > 0,
+                      "NANOCHAT_LOGIT_BYTES must be a number of bytes > 0, got ", text);
+    return bytes;
+}
+
 int64_t chunk_rows(int64_t N, int64_t row_bytes) {
-    const int64_t most = std::max<int64_t>(1, kLogitBytes / row_bytes), chunks = (N + most - 1) / most;
+    const int64_t most = std::max<int64_t>(1, logit_bytes() / row_bytes), chunks = (N + most - 1) / most;
     const int64_t even = chunks > 0 ? (N + chunks - 1) / chunks : 0;
     return std::min(most, (even + kRowTile - 1) / kRowTile * kRowTile);
 }
 
-// out = a b, or out += a b, with torch's library. Factors of bfloat16 may have float32 sums.
+// out = a b, or out += a b, with torch's library. Factors of bfloat16 may have float32 sums: torch
+// can add to these since pull request 167931, before 2.11.
 void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate = false) {
     const at::ScalarType type = out.scalar_type();
     if (type == a.scalar_type()) {
@@ -284,6 +385,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 TORCH_LIBRARY_IMPL(nanochat_native, CUDA, m) {
     m.impl("attention_forward", nanochat::attention_forward);
     m.impl("attention_backward", nanochat::attention_backward);
+    m.impl("rms_norm", nanochat::rms_norm);
+    m.impl("rms_norm_backward", nanochat::rms_norm_backward);
+    m.impl("embedding_rms_norm", nanochat::embedding_rms_norm);
+    m.impl("rotary_norm", nanochat::rotary_norm);
+    m.impl("rotary_norm_backward", nanochat::rotary_norm_backward);
+    m.impl("relu_squared", nanochat::relu_squared);
+    m.impl("relu_squared_", nanochat::relu_squared_);
+    m.impl("relu_squared_backward", nanochat::relu_squared_backward);
+    m.impl("relu_squared_backward_", nanochat::relu_squared_backward_);
     m.impl("adamw_", nanochat::adamw_);
     m.impl("muon_momentum_", nanochat::muon_momentum_);
     m.impl("muon_update_", nanochat::muon_update_);

@@ -40,12 +40,14 @@ TORCH_LIBRARY(nanochat_native, m) {
     // coefficients: a, b, c of each step, in order.
     m.def("newton_schulz(Tensor g, float[] coefficients, float norm_factor, Tensor? norms) -> Tensor", tags);
 
+    // copies: the updated float32 params in bfloat16, or an empty list.
     // A *_tensor, 0-d and on the device, replaces the number of the same name (step int64, the others float64). A captured
     // CUDA graph reads it on each replay.
     m.def(
-        "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, *, int step, "
-        "float lr, float beta1, float beta2, float eps, float weight_decay, bool stochastic_rounding, int seed, "
-        "bool cautious, Tensor? step_tensor, Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
+        "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] "
+        "copies, *, int step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+        "bool stochastic_rounding, int seed, bool cautious, Tensor? step_tensor, Tensor? lr_tensor, "
+        "Tensor? weight_decay_tensor) -> ()",
         tags);
     // norms: (count,) float64 if requested, else empty.
     m.def(
@@ -53,23 +55,27 @@ TORCH_LIBRARY(nanochat_native, m) {
         "Tensor? momentum_tensor) -> (Tensor update, Tensor norms)",
         tags);
     m.def(
-        "muon_update_(Tensor(a!)[] params, Tensor update, float lr, float weight_decay, float scale, bool cautious, "
-        "Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
+        "muon_update_(Tensor(a!)[] params, Tensor update, Tensor(b!)[] copies, float lr, float weight_decay, "
+        "float scale, bool cautious, Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
         tags);
 
     // newton_schulz and muon_update_ in one.
     m.def(
-        "newton_schulz_update_(Tensor(a!)[] params, Tensor update, float[] coefficients, float norm_factor, "
-        "Tensor? norms, float lr, float weight_decay, float scale, bool cautious, Tensor? lr_tensor, "
-        "Tensor? weight_decay_tensor) -> ()",
+        "newton_schulz_update_(Tensor(a!)[] params, Tensor update, Tensor(b!)[] copies, float[] coefficients, "
+        "float norm_factor, Tensor? norms, float lr, float weight_decay, float scale, bool cautious, "
+        "Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
         tags);
 
     // x (N, I), weight (O, I), dy (N, O). A gradient that is not needed is empty.
     m.def("linear(Tensor x, Tensor weight) -> Tensor", tags);
     m.def(
-        "linear_backward(Tensor dy, Tensor x, Tensor weight, bool needs_grad_x, bool needs_grad_weight) "
-        "-> (Tensor dx, Tensor dweight)",
+        "linear_backward(Tensor dy, Tensor x, Tensor weight, bool needs_grad_x, bool needs_grad_weight, "
+        "Tensor? add_to=None) -> (Tensor dx, Tensor dweight)",
         tags);
+
+    // relu_squared(linear(x, weight)), and the gradients of linear(relu_squared(h), weight) for h, x being relu_squared(h).
+    m.def("linear_relu_squared(Tensor x, Tensor weight) -> Tensor", tags);
+    m.def("linear_backward_relu_squared(Tensor dy, Tensor x, Tensor weight) -> (Tensor dh, Tensor dweight)", tags);
 
     // blocks: c_q, c_k, c_v, c_proj, c_fc, c_proj of each layer, in order. windows: one per layer, -1 none. logits: (B, V)
     // if requested, else empty.

@@ -26,11 +26,11 @@ void run_kernel(Kernel&& kernel) {
     }
 }
 
-inline DType dtype_of(const char* op, const char* name, const at::Tensor& tensor, at::ArrayRef<at::ScalarType> taken) {
-    if (std::find(taken.begin(), taken.end(), tensor.scalar_type()) == taken.end()) {
-        TORCH_CHECK_TYPE(false, op, ": ", name, " must have one of the dtypes ", taken, ", got ", tensor.scalar_type());
+inline DType dtype_of(const char* op, const char* name, at::ScalarType type, at::ArrayRef<at::ScalarType> taken) {
+    if (std::find(taken.begin(), taken.end(), type) == taken.end()) {
+        TORCH_CHECK_TYPE(false, op, ": ", name, " must have one of the dtypes ", taken, ", got ", type);
     }
-    switch (tensor.scalar_type()) {
+    switch (type) {
         case at::kDouble:
             return DType::float64;
         case at::kBFloat16:
@@ -42,6 +42,13 @@ inline DType dtype_of(const char* op, const char* name, const at::Tensor& tensor
     }
 }
 
+inline DType dtype_of(const char* op, const char* name, const at::Tensor& tensor, at::ArrayRef<at::ScalarType> taken) {
+    return dtype_of(op, name, tensor.scalar_type(), taken);
+}
+
+// The type that numbers of `type` are summed in.
+inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
 inline void check_like(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype,
                        at::Device device, at::IntArrayRef shape) {
     TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype, ", got ",
@@ -49,6 +56,21 @@ inline void check_like(const char* op, const char* name, const at::Tensor& tenso
     TORCH_CHECK_VALUE(tensor.device() == device, op, ": ", name, " must be on ", device, ", got ", tensor.device());
     TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": ", name, " must have shape ", shape, ", got ", tensor.sizes());
 }
+
+inline void check_eps(const char* op, double eps) {
+    TORCH_CHECK_VALUE(eps >= 0, op, ": eps must be at least 0, got ", eps);
+}
+
+// Checks that a tensor has the shape (..., C), C at least 1, and returns its type.
+inline DType check_rows(const char* op, const char* name, const at::Tensor& tensor,
+                        at::ArrayRef<at::ScalarType> taken) {
+    TORCH_CHECK_VALUE(tensor.dim() >= 1 && tensor.size(-1) >= 1, op, ": ", name,
+                      " must have shape (..., C), C at least 1, got ", tensor.sizes());
+    return dtype_of(op, name, tensor.scalar_type(), taken);
+}
+
+// The shape of a tensor (..., C) without C.
+inline at::IntArrayRef shape_of_rows(const at::Tensor& tensor) { return tensor.sizes().slice(0, tensor.dim() - 1); }
 
 // A list of tensors that a kernel reads or updates through bare pointers.
 struct TensorList {

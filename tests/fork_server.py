@@ -41,19 +41,24 @@ NOT_COMPARED = (
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REFUSED = 0  # instead of a child's number
 
-_started = {}  # (program, server) by process: a child that a test forks has neither
+_started = {}  # (program, server) by process and variables: a child that a test forks has neither
 
 
-def python():
-    """Return the path of the program, and start the server unless it runs."""
-    if os.getpid() not in _started:
-        _started[os.getpid()] = _start()
-    program, server = _started[os.getpid()]
+def python(**variables):
+    """Return the path of the program, and start the server unless it runs.
+
+    Args:
+        variables: of the server's environment. Who starts the program must give it those of READ_AT_START too.
+    """
+    key = os.getpid(), *sorted(variables.items())
+    if key not in _started:
+        _started[key] = _start(variables)
+    program, server = _started[key]
     assert server.poll() is None, "the fork server has ended"
     return program
 
 
-def _start():
+def _start(variables):
     import subprocess
     import tempfile
 
@@ -70,7 +75,7 @@ def _start():
             [sys.executable, __file__, "serve", str(listener.fileno())],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
-            env=os.environ | OF_THE_SERVER,
+            env=os.environ | OF_THE_SERVER | variables,
             start_new_session=True,
         )
     return program, server

@@ -1,5 +1,6 @@
 """setup.py explains what is missing; the built module is what it says it is."""
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -39,8 +40,8 @@ def test_old_torch(setup, monkeypatch, version):
 
 
 def test_this_torch(setup):
-    version, includes, libraries = setup.find_torch()
-    assert version == torch.__version__
+    version, cuda, includes, libraries = setup.find_torch()
+    assert (version, cuda) == (torch.__version__, torch.version.cuda)
     assert any((Path(folder) / "torch/library.h").is_file() for folder in includes)
     assert any((Path(folder) / "libc10.so").is_file() for folder in libraries)
 
@@ -58,7 +59,7 @@ def test_missing_compiler():
     assert "no C++ compiler (/nonexistent/g++) was found: install one" in result.stderr
 
 
-def test_cuda_choices(setup, monkeypatch, tmp_path):
+def test_cuda_choices(setup, monkeypatch):
     monkeypatch.setenv("CUDACXX", "/nonexistent/nvcc")
     monkeypatch.setenv("NANOCHAT_CUDA", "off")
     assert setup.find_nvcc() == ("", "NANOCHAT_CUDA=off")
@@ -71,17 +72,80 @@ def test_cuda_choices(setup, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="NANOCHAT_CUDA must be auto, on or off, got 'yes'"):
         setup.find_nvcc()
 
-    nvcc = tmp_path / "nvcc"
-    monkeypatch.setenv("CUDACXX", str(nvcc))
-    monkeypatch.setenv("NANOCHAT_CUDA", "auto")
-    for release, found in {
-        "12.8": (str(nvcc), ""),
-        "13.1": (str(nvcc), ""),
-        "12.4": ("", f"{nvcc} is older than CUDA 12.8"),
-    }.items():
+
+@pytest.fixture
+def nvcc_of(monkeypatch, tmp_path):
+    """Put an nvcc of some release in place and return its path."""
+
+    def put(release):
+        nvcc = tmp_path / "nvcc"
         nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
         nvcc.chmod(0o755)
-        assert setup.find_nvcc() == found
+        monkeypatch.setenv("CUDACXX", str(nvcc))
+        return str(nvcc)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("release", "torch_cuda", "reason"),
+    [
+        ("12.8", None, ""),
+        ("13.1", None, ""),
+        ("12.4", None, "{} is older than CUDA 12.8"),
+        ("12.4", "13.0", "{} is older than CUDA 12.8"),
+        ("12.8", "12.8", ""),
+        ("12.9", "12.8", ""),
+        ("12.8", "13.0", ""),
+        ("13.0", "12.8", "{} is of CUDA 13.0, and this torch is built for CUDA 12.8"),
+    ],
+)
+def test_an_nvcc_must_suit_torch(setup, monkeypatch, nvcc_of, release, torch_cuda, reason):
+    nvcc, reason = nvcc_of(release), reason.format(nvcc_of(release))
+    monkeypatch.setenv("NANOCHAT_CUDA", "auto")
+    assert setup.find_nvcc(torch_cuda=torch_cuda) == ("" if reason else nvcc, reason)
+    monkeypatch.setenv("NANOCHAT_CUDA", "on")
+    if not reason:
+        assert setup.find_nvcc(torch_cuda=torch_cuda) == (nvcc, "")
+        return
+    fix = "a CUDA toolkit >= 12.8" if "older" in reason else "a CUDA toolkit 12.x or a torch for CUDA 13"
+    with pytest.raises(SystemExit, match=re.escape(f"NANOCHAT_CUDA=on, but {reason}: install {fix} and set CUDA_HOME")):
+        setup.find_nvcc(torch_cuda=torch_cuda)
+
+
+def test_a_build_compares_nvcc_with_torch(setup, monkeypatch, nvcc_of):
+    """A torch for CUDA 12 and an nvcc of CUDA 13: the build ends before CMake runs."""
+    nvcc_of("13.0")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setenv("NANOCHAT_CUDA", "on")
+    monkeypatch.setattr(setup.subprocess, "run", functools.partial(run_only_nvcc, subprocess.run))
+    command = setup.CMakeBuild(setup.setuptools.Distribution())
+    with pytest.raises(SystemExit, match=r"this torch is built for CUDA 12\.8"):
+        command.build_extension(setup.Extension("nanochat_native._C", sources=[]))
+
+
+def test_a_build_says_why_it_has_no_cuda_kernels(setup, monkeypatch, nvcc_of, capsys):
+    nvcc = nvcc_of("13.0")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setenv("NANOCHAT_CUDA", "auto")
+    monkeypatch.setattr(setup.subprocess, "run", functools.partial(run_only_nvcc, subprocess.run))
+    command = setup.CMakeBuild(setup.setuptools.Distribution())
+    with pytest.raises(StoppedError) as stopped:
+        command.build_extension(setup.Extension("nanochat_native._C", sources=[]))
+    reason = f"{nvcc} is of CUDA 13.0, and this torch is built for CUDA 12.8"
+    assert capsys.readouterr().err == f"nanochat-native: the build has no CUDA kernels: {reason}.\n"
+    assert f"-DNANOCHAT_CUDA_OFF={reason}" in stopped.value.args[0]
+    assert "-DNANOCHAT_CUDA=OFF" in stopped.value.args[0]
+
+
+class StoppedError(Exception):
+    """Raised in place of a command of the build. Its argument is the command."""
+
+
+def run_only_nvcc(run, command, **options):
+    if command[1:] != ["--version"]:
+        raise StoppedError(command)
+    return run(command, **options)
 
 
 def test_cuda_architectures(setup, monkeypatch):

@@ -47,7 +47,18 @@ SIDES = {
 # Files, and which of their tests: those with few numbers where they come in many sizes.
 KERNELS = tuple(
     f"ops/test_ops_{name}.py"
-    for name in ("attention", "newton_schulz", "adamw", "muon", "linear_cross_entropy", "cached_forward", "linear")
+    for name in (
+        "attention",
+        "rms_norm",
+        "newton_schulz",
+        "adamw",
+        "muon",
+        "linear_cross_entropy",
+        "cached_forward",
+        "linear",
+        "rotary_norm",
+        "relu_squared",
+    )
 )
 MODEL = ("training/test_golden.py", "model/test_model.py", "inference/test_engine.py")
 TOUCHED = {

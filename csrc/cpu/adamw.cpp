@@ -1,5 +1,5 @@
 // AdamW (Loshchilov & Hutter, 2019), optionally with cautious weight decay (arXiv:2510.12402), in one pass over every
-// tensor.
+// tensor, which also writes the bfloat16 copies of float32 parameters.
 #include <omp.h>
 
 #include "elementwise.h"
@@ -55,28 +55,42 @@ void adamw_typed(const AdamW& a) {
     const float root = static_cast<float>(1 / __builtin_sqrt(correction2)), eps = static_cast<float>(a.eps);
 #pragma omp parallel num_threads(a.execution.threads)
     for_each_share(
-        a.count, a.execution.threads, omp_get_thread_num(), [&](int64_t i) { return a.tensors[i].numel; },
+        a.count, [&](int64_t i) { return a.tensors[i].numel; },
         [&](int64_t index, int64_t begin, int64_t end) {
             const AdamWTensor& t = a.tensors[index];
             const uint64_t key =
                 mix(mix(a.seed + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(step)) + static_cast<uint64_t>(index));
-            for_each_vector<3>(
-                begin, end,
-                [&](int64_t i, P* param, Moment* exp_avg, Moment* exp_avg_sq, const P* grad) {
-                    const Vec<float> g = load(grad);
-                    const Vec<float> m = load(exp_avg) * beta1 + g * rest1;
-                    const Vec<float> v = load(exp_avg_sq) * beta2 + g * g * rest2;
-                    const Vec<float> p = decayed<cautious>(load(param), decay, m) -
-                                         rate * (m / (sqrt_lanes<float>(v) * root + eps));
-                    store(exp_avg, m);
-                    store(exp_avg_sq, v);
-                    if constexpr (stochastic)
-                        store_stochastic(param, p, random_bits(key, i));
-                    else
-                        store(param, p);
-                },
-                std::make_index_sequence<4>(), static_cast<P*>(t.param), static_cast<Moment*>(t.exp_avg),
-                static_cast<Moment*>(t.exp_avg_sq), static_cast<const P*>(t.grad));
+            // Returns the updated parameters.
+            const auto update = [&](int64_t i, P* param, Moment* exp_avg, Moment* exp_avg_sq, const P* grad) {
+                const Vec<float> g = load(grad);
+                const Vec<float> m = load(exp_avg) * beta1 + g * rest1;
+                const Vec<float> v = load(exp_avg_sq) * beta2 + g * g * rest2;
+                const Vec<float> p = decayed<cautious>(load(param), decay, m) -
+                                     rate * (m / (sqrt_lanes<float>(v) * root + eps));
+                store(exp_avg, m);
+                store(exp_avg_sq, v);
+                if constexpr (stochastic)
+                    store_stochastic(param, p, random_bits(key, i));
+                else
+                    store(param, p);
+                return p;
+            };
+            P* const param = static_cast<P*>(t.param);
+            Moment *const exp_avg = static_cast<Moment*>(t.exp_avg), *exp_avg_sq = static_cast<Moment*>(t.exp_avg_sq);
+            const P* grad = static_cast<const P*>(t.grad);
+            if constexpr (std::is_same_v<P, float>) {
+                if (t.copy) {
+                    for_each_vector<4>(
+                        begin, end,
+                        [&](int64_t i, P* p, Moment* m, Moment* v, bfloat16* copy, const P* g) {
+                            store(copy, update(i, p, m, v, g));
+                        },
+                        std::make_index_sequence<5>(), param, exp_avg, exp_avg_sq, static_cast<bfloat16*>(t.copy),
+                        grad);
+                    return;
+                }
+            }
+            for_each_vector<3>(begin, end, update, std::make_index_sequence<4>(), param, exp_avg, exp_avg_sq, grad);
         });
 }
 

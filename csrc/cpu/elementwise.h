@@ -1,6 +1,8 @@
-// Passes over lists of tensors, for the optimizers. Each thread takes an equal run of the elements of a list, cut at
+// Passes over the elements of tensors. Each thread takes an equal run of the elements of a list, cut at
 // multiples of kGrain, so that every element meets the same vector arithmetic whatever the number of threads.
 #pragma once
+
+#include <omp.h>
 
 #include <cstring>
 #include <type_traits>
@@ -13,10 +15,15 @@ namespace nanochat::NANOCHAT_ISA {
 
 constexpr int64_t kGrain = 1024;
 
-// Calls visit(tensor, begin, end) for this thread's share of `count` tensors. size(tensor) is the number of elements of
-// a tensor.
+// The type that numbers of type T are computed in.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls visit(tensor, begin, end) for this thread's share of `count` tensors, in a parallel region, which may have fewer
+// threads than were asked for. size(tensor) is the number of elements of a tensor.
 template <class Size, class Visit>
-NANOCHAT_INLINE void for_each_share(int64_t count, int threads, int thread, const Size& size, const Visit& visit) {
+NANOCHAT_INLINE void for_each_share(int64_t count, const Size& size, const Visit& visit) {
+    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t grains = 0;
     for (int64_t i = 0; i < count; i++) grains += ceil_div(size(i), kGrain);
     const int64_t begin = grains * thread / threads, end = grains * (thread + 1) / threads;
@@ -34,7 +41,7 @@ NANOCHAT_INLINE void for_each_share(int64_t count, int threads, int thread, cons
 template <int written, class Step, size_t... I, class... Types>
 NANOCHAT_INLINE void for_each_vector(int64_t begin, int64_t end, const Step& step, std::index_sequence<I...>,
                                      Types*... arrays) {
-    constexpr int W = kLanes<float>;
+    constexpr int W = (std::is_same_v<std::remove_const_t<Types>, double> || ...) ? kLanes<double> : kLanes<float>;
     int64_t i = begin;
     for (; i + W <= end; i += W) step(i, (arrays + i)...);
     const size_t left = static_cast<size_t>(end - i);
@@ -45,6 +52,48 @@ NANOCHAT_INLINE void for_each_vector(int64_t begin, int64_t end, const Step& ste
     ((I < written ? (void)memcpy(const_cast<std::remove_const_t<Types>*>(arrays + i), copies[I], left * sizeof(Types))
                   : (void)0),
      ...);
+}
+
+// Fewer elements per thread than this take less time than waking the thread.
+constexpr int64_t kLeastPerThread = 16384;
+
+NANOCHAT_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+NANOCHAT_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+// A whole vector, or its first `count` lanes, the others of which are 0.
+struct Whole {};
+struct Part {
+    size_t count;
+};
+
+template <class T>
+NANOCHAT_INLINE Vec<Compute<T>> read_part(const T* p, Whole) {
+    return load(p);
+}
+template <class T>
+NANOCHAT_INLINE Vec<Compute<T>> read_part(const T* p, Part part) {
+    T lanes[kLanes<Compute<T>>] = {};
+    memcpy(lanes, p, part.count * sizeof(T));
+    return load(lanes);
+}
+template <class T>
+NANOCHAT_INLINE void write_part(T* p, Vec<Compute<T>> v, Whole) {
+    store(p, v);
+}
+template <class T>
+NANOCHAT_INLINE void write_part(T* p, Vec<Compute<T>> v, Part part) {
+    T lanes[kLanes<Compute<T>>];
+    store(lanes, v);
+    memcpy(p, lanes, part.count * sizeof(T));
+}
+
+// Calls step(i, part) for the vectors of `count` elements.
+template <class T, class Step>
+NANOCHAT_INLINE void for_each_part(int64_t count, const Step& step) {
+    constexpr int W = kLanes<T>;
+    int64_t i = 0;
+    for (; i + W <= count; i += W) step(i, Whole{});
+    if (i < count) step(i, Part{static_cast<size_t>(count - i)});
 }
 
 // The number at `address`, or `number` if `address` is null.

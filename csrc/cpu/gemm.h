@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "relu_squared.h"
 #include "simd.h"
 
 namespace nanochat::NANOCHAT_ISA {
@@ -108,10 +109,17 @@ NANOCHAT_INLINE void transpose(int64_t rows, int64_t columns, const T* src, int6
         }
 }
 
+// What a product does to its elements before it writes them for the last time, while they are in registers.
+enum class Epilogue {
+    none,
+    relu_squared,            // c = max(c, 0)^2
+    relu_squared_backward,   // c = 2 sqrt(epilogue_y) c
+};
+
 // C = alpha * A B + beta * S, for each matrix of a batch. B and C are row-major. `lower`: the result is known to be
 // symmetric; only its lower triangle is computed, and mirrored. C may be S, but neither A nor B. The result does not
 // depend on the number of threads. All is computed in T; A, B, and C with S may be stored in other types.
-template <class T, class A = T, class B = T, class C = T>
+template <class T, class A = T, class B = T, class C = T, Epilogue epilogue = Epilogue::none>
 struct Product {
     int64_t M, N, K;
     const A* a;
@@ -128,6 +136,7 @@ struct Product {
     bool lower = false;
     int64_t batch = 1;
     int64_t a_batch = 0, b_batch = 0, c_batch = 0, source_batch = 0;   // elements from one of the batch to the next
+    const C* epilogue_y = nullptr;                                     // laid out as C
 };
 
 // A strip of B, 128 x 64 floats, stays in L1 (32 KB). Short chains of sums lose less to rounding.
@@ -143,13 +152,29 @@ constexpr int64_t kPrefetchRows = 8;
 template <class T>
 constexpr int64_t kScratch = kDepth * (kTileColumns<T> + kBlockRows);
 
+// x after the epilogue: a number or a vector, which belongs to `place` of C and of y.
+template <Epilogue epilogue, class T, class V, class C>
+NANOCHAT_INLINE V after_epilogue(V x, const C* y, int64_t place) {
+    if constexpr (epilogue == Epilogue::relu_squared)
+        return squared_relu<T>(x);
+    else if constexpr (epilogue == Epilogue::none)
+        return x;
+    else if constexpr (std::is_same_v<V, T>)
+        return squared_relu_gradient<T>(x, read(y + place));
+    else
+        return squared_relu_gradient<T>(x, load(y + place));
+}
+
 // c = alpha * tile + beta * source for the part of the tile inside rows x columns; `row` and `column` are the place of
-// the tile. With `lower`, only elements on or below the diagonal are written; `mirror` writes their transposes too.
-template <class T, class A, class B, class C>
-NANOCHAT_INLINE void store_tile(const Vec<T> (&tile)[kTileRows][kTileVectors], const Product<T, A, B, C>& p, C* c,
-                                const C* source, int64_t source_stride, T beta, int64_t row, int64_t rows,
-                                int64_t column, int64_t columns, bool mirror) {
+// the tile. With `lower`, only elements on or below the diagonal are written. `last`: they are written for the last
+// time, after the epilogue, and with `lower` their transposes too.
+template <class T, class A, class B, class C, Epilogue epilogue>
+NANOCHAT_INLINE void store_tile(const Vec<T> (&tile)[kTileRows][kTileVectors], const Product<T, A, B, C, epilogue>& p,
+                                C* c, const C* source, int64_t source_stride, T beta, int64_t row, int64_t rows,
+                                int64_t column, int64_t columns, bool last) {
     constexpr int W = kLanes<T>;
+    const bool mirror = p.lower && last;
+    const C* y = epilogue == Epilogue::relu_squared_backward ? p.epilogue_y + (c - p.c) : nullptr;
     const bool below = !p.lower || column + kTileColumns<T> <= row + 1;
     if constexpr (std::is_same_v<T, C>)
         if (rows == kTileRows && columns == kTileColumns<T> && below && !mirror) {
@@ -159,7 +184,9 @@ NANOCHAT_INLINE void store_tile(const Vec<T> (&tile)[kTileRows][kTileVectors], c
                 for (int v = 0; v < kTileVectors; v++) {
                     Vec<T> x = tile[r][v] * p.alpha;
                     if (source) x += load(source + (row + r) * source_stride + column + v * W) * beta;
-                    store(c + (row + r) * p.c_stride + column + v * W, x);
+                    const int64_t place = (row + r) * p.c_stride + column + v * W;
+                    if (last) x = after_epilogue<epilogue, T>(x, y, place);
+                    store(c + place, x);
                 }
             return;
         }
@@ -173,7 +200,9 @@ NANOCHAT_INLINE void store_tile(const Vec<T> (&tile)[kTileRows][kTileVectors], c
         for (int64_t j = 0; j < end; j++) {
             T x = values[r][j];
             if (source) x += read(source + (row + r) * source_stride + column + j) * beta;
-            write(c + (row + r) * p.c_stride + column + j, x);
+            const int64_t place = (row + r) * p.c_stride + column + j;
+            if (last) x = after_epilogue<epilogue, T>(x, y, place);
+            write(c + place, x);
             values[r][j] = x;
         }
     }
@@ -199,8 +228,8 @@ NANOCHAT_INLINE void pack_row(const In* from, int64_t count, T* to, int64_t padd
 }
 
 // Rows [row, row + rows) and columns [column, column + columns) of one product of the batch.
-template <class T, class A, class B, class C>
-void multiply_rows(const Product<T, A, B, C>& p, int64_t index, int64_t row, int64_t rows, int64_t column,
+template <class T, class A, class B, class C, Epilogue epilogue>
+void multiply_rows(const Product<T, A, B, C, epilogue>& p, int64_t index, int64_t row, int64_t rows, int64_t column,
                    int64_t columns, T* scratch) {
     constexpr int64_t NR = kTileColumns<T>;
     const A* a = p.a + index * p.a_batch;
@@ -265,15 +294,15 @@ void multiply_rows(const Product<T, A, B, C>& p, int64_t index, int64_t row, int
                     multiply_tile<T, kTileVectors, Layout::rows>(depth, rows_of_a, a_stride, columns_of_b, b_stride,
                                                                  tile);
                 }
-                store_tile<T>(tile, p, c, source, source_stride, beta, row + r, height, j, width, p.lower && last);
+                store_tile<T>(tile, p, c, source, source_stride, beta, row + r, height, j, width, last);
             }
         }
     }
 }
 
 // All threads of the enclosing parallel region call this together; it ends with a barrier.
-template <class T, class A, class B, class C>
-void multiply_team(const Product<T, A, B, C>& p, int threads, T* scratch) {
+template <class T, class A, class B, class C, Epilogue epilogue>
+void multiply_team(const Product<T, A, B, C, epilogue>& p, int threads, T* scratch) {
     constexpr int64_t columns = 8 * kTileColumns<T>;
     const int64_t strips = ceil_div(p.N, columns);
     int64_t rows = kBlockRows;

@@ -6,8 +6,10 @@
 #include "runtime.h"
 
 namespace nanochat::NANOCHAT_ISA {
+namespace {
 
-void linear(const cpu::Linear& args) {
+template <Epilogue epilogue>
+void linear_with(const cpu::Linear& args) {
     const int64_t N = args.N, I = args.I, O = args.O;
     const bool forward = args.form == cpu::LinearForm::forward;
     float *transposed, *scratch;
@@ -25,7 +27,7 @@ void linear(const cpu::Linear& args) {
 #pragma omp for
             for (int64_t o = 0; o < O; o += rows)
                 transpose(minimum(rows, O - o), I, args.b + o * I, I, transposed + o, O);
-            const Product<float> product = {
+            const Product<float, float, float, float, epilogue> product = {
                 .M = N,
                 .N = O,
                 .K = I,
@@ -40,7 +42,7 @@ void linear(const cpu::Linear& args) {
             multiply_team(product, args.execution.threads, own);
         } else {
             const bool grad_input = args.form == cpu::LinearForm::grad_input;
-            const Product<float> product = {
+            const Product<float, float, float, float, epilogue> product = {
                 .M = grad_input ? N : O,
                 .N = I,
                 .K = grad_input ? O : N,
@@ -51,10 +53,22 @@ void linear(const cpu::Linear& args) {
                 .b_stride = I,
                 .c = args.c,
                 .c_stride = I,
+                .beta = 1,
+                .source = args.add_to,
+                .source_stride = I,
+                .epilogue_y = args.x,
             };
             multiply_team(product, args.execution.threads, own);
         }
     }
+}
+
+}   // namespace
+
+void linear(const cpu::Linear& args) {
+    if (!args.relu_squared) return linear_with<Epilogue::none>(args);
+    args.form == cpu::LinearForm::forward ? linear_with<Epilogue::relu_squared>(args)
+                                          : linear_with<Epilogue::relu_squared_backward>(args);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

@@ -1,5 +1,6 @@
 // The memory-bound parts of Muon before and after Newton-Schulz: momentum and update, optionally with cautious weight
-// decay (arXiv:2510.12402). One pass over every tensor each.
+// decay (arXiv:2510.12402). One pass over every tensor each. The update also writes the bfloat16 copies of float32
+// parameters.
 #include <omp.h>
 
 #include "elementwise.h"
@@ -31,7 +32,7 @@ void momentum_typed(const MuonMomentum& a) {
     }
 #pragma omp parallel num_threads(a.execution.threads)
     for_each_share(
-        a.count, a.execution.threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
+        a.count, [&](int64_t) { return a.numel; },
         [&](int64_t index, int64_t begin, int64_t end) {
             const int64_t width = with_norms ? kGrain : end - begin;
             for (int64_t from = begin; from < end; from += width) {
@@ -72,15 +73,27 @@ void update_typed(const MuonUpdate& a) {
     const float decay = static_cast<float>(1 - lr * weight_decay), rate = static_cast<float>(lr * a.scale);
 #pragma omp parallel num_threads(a.execution.threads)
     for_each_share(
-        a.count, a.execution.threads, omp_get_thread_num(), [&](int64_t) { return a.numel; },
+        a.count, [&](int64_t) { return a.numel; },
         [&](int64_t index, int64_t begin, int64_t end) {
-            for_each_vector<1>(
-                begin, end,
-                [&](int64_t, P* param, const float* update) {
-                    const Vec<float> change = load(update);
-                    store(param, decayed<cautious>(load(param), decay, change) - change * rate);
-                },
-                std::make_index_sequence<2>(), static_cast<P*>(a.params[index]), a.update + index * a.numel);
+            // Returns the updated parameters.
+            const auto step = [&](int64_t, P* param, const float* update) {
+                const Vec<float> change = load(update);
+                const Vec<float> p = decayed<cautious>(load(param), decay, change) - change * rate;
+                store(param, p);
+                return p;
+            };
+            P* const param = static_cast<P*>(a.params[index]);
+            const float* update = a.update + index * a.numel;
+            if constexpr (std::is_same_v<P, float>) {
+                if (a.copies) {
+                    for_each_vector<2>(
+                        begin, end,
+                        [&](int64_t i, P* p, bfloat16* copy, const float* u) { store(copy, step(i, p, u)); },
+                        std::make_index_sequence<3>(), param, static_cast<bfloat16*>(a.copies[index]), update);
+                    return;
+                }
+            }
+            for_each_vector<1>(begin, end, step, std::make_index_sequence<2>(), param, update);
         });
 }
 

@@ -1,4 +1,4 @@
-// The current GPU, and which kernels it can run.
+// The current GPU, which kernels it can run, and the versions of CUDA.
 #include <cuda_runtime_api.h>
 
 #include <array>
@@ -57,6 +57,13 @@ Device current_device() {
     require(isa == "sm_80" || chosen.hopper, "NANOCHAT_CUDA_ISA=sm_90a: this GPU, or this build, does not have it");
     chosen.hopper = isa == "sm_90a";
     return chosen;
+}
+
+Versions versions() {
+    Versions found = {};
+    check(cudaDriverGetVersion(&found.driver));
+    check(cudaRuntimeGetVersion(&found.runtime));
+    return found;
 }
 
 }   // namespace nanochat::cuda

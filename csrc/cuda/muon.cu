@@ -1,7 +1,7 @@
 // The memory-bound parts of Muon (https://kellerjordan.github.io/posts/muon/) before and after Newton-Schulz, on a list of
 // matrices of one shape, optionally with cautious weight decay (arXiv:2510.12402). One pass each:
 //   momentum: 16 bytes per element, 14 with bfloat16 gradients; also computes the norms that Newton-Schulz divides by
-//   update:   12 bytes per element, 8 with bfloat16 parameters
+//   update:   12 bytes per element, 14 with a bfloat16 copy of the parameters, 8 with bfloat16 parameters
 #include <cmath>
 #include <cstdint>
 
@@ -169,6 +169,7 @@ void launch_momentum(const MuonMomentum& a, double* partials, void* stream) {
 template <int capacity>
 struct UpdateTable {
     void* params[capacity];
+    void* copies[capacity];   // null: none
 };
 
 struct UpdateOptions {
@@ -197,8 +198,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksResident)
     update_kernel(const __grid_constant__ UpdateTable<capacity> table, const UpdateOptions o) {
     constexpr int N = kPackElements;
     P* param = static_cast<P*>(table.params[blockIdx.y]);
+    bfloat16* copy = static_cast<bfloat16*>(table.copies[blockIdx.y]);
     const float* update = o.update + blockIdx.y * o.numel;
-    const bool aligned = is_aligned<N>(param) && is_aligned<N>(update);
+    const bool aligned = is_aligned<N>(param) && is_aligned<N>(update) && is_aligned<N>(copy);
     const int64_t block_start = int64_t{blockIdx.x} * kBlockElements, start = block_start + threadIdx.x * N;
 
     if (aligned && block_start + kBlockElements <= o.numel) {
@@ -214,6 +216,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksResident)
         for (int i = 0; i < kPacks; ++i) {
             update_step(p[i], u[i], rates);
             store(param + start + i * kStride, p[i]);
+            store_copy(copy, start + i * kStride, p[i], N, true);
         }
         return;
     }
@@ -224,6 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksResident)
         Pack<P, N> p = load<N>(param + first, o.numel - first, aligned);
         update_step(p, u, rates);
         store(param + first, p, o.numel - first, aligned);
+        store_copy(copy, first, p, o.numel - first, aligned);
     }
 }
 
@@ -232,7 +236,10 @@ void launch_update(const MuonUpdate& a, void* stream) {
     for (int64_t start = 0; start < a.count; start += capacity) {
         UpdateTable<capacity> table;
         const int64_t matrices = std::min<int64_t>(a.count - start, capacity);
-        for (int64_t i = 0; i < matrices; ++i) table.params[i] = a.params[start + i];
+        for (int64_t i = 0; i < matrices; ++i) {
+            table.params[i] = a.params[start + i];
+            table.copies[i] = a.copies ? a.copies[start + i] : nullptr;
+        }
         const UpdateOptions options = {
             .update = a.update + start * a.numel,
             .numel = a.numel,

@@ -256,6 +256,7 @@ void newton_schulz(const NewtonSchulz& a) {
             output.param_dtype = a.update->param_dtype;
             output.rates = update_rates(*a.update);
             std::copy_n(a.update->params + first, count, output.params);
+            if (a.update->copies) std::copy_n(a.update->copies + first, count, output.copies);
         } else {
             output.out = static_cast<float*>(a.out) + offset;
         }

@@ -42,12 +42,13 @@ struct Product {
     int count, m, n, k;
 };
 
-// Epilogue of the last product: writes D to `out`, or updates the params of a Muon update.
+// Epilogue of the last product: writes D to `out`, or updates the params of a Muon update and their copies.
 struct OutputEpilogue {
     float* out;
     DType param_dtype;
     UpdateRates rates;
     void* params[kMostMatrices];
+    void* copies[kMostMatrices];   // null: none
 };
 struct ScratchEpilogue {};     // writes the whole of D to scratch memory
 struct SymmetricEpilogue {};   // writes the lower half of D and its mirror image
@@ -159,9 +160,9 @@ NANOCHAT_DEVICE void for_each_pair(const Product& p, int row, int column, int h,
 }
 
 template <class P>
-NANOCHAT_DEVICE void update_params(P* params, const Product& p, const Rates& rates,
+NANOCHAT_DEVICE void update_params(P* params, bfloat16* copy, const Product& p, const Rates& rates,
                                    const float (&sums)[kStripColumns / 2], int row, int column) {
-    const bool aligned = p.n % 2 == 0 && is_aligned<2>(params);
+    const bool aligned = p.n % 2 == 0 && is_aligned<2>(params) && is_aligned<2>(copy);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         Pack<P, 2> packs[kStripColumns / 8];
@@ -172,6 +173,7 @@ NANOCHAT_DEVICE void update_params(P* params, const Product& p, const Rates& rat
             Pack<P, 2>& pack = packs[i / 4];
             set_pair(pack, 0, updated(element(pack, 0), sums[i], rates), updated(element(pack, 1), sums[i + 1], rates));
             store(params + place, pack, count, aligned);
+            store_copy(copy, place, pack, count, aligned);
         });
     }
 }
@@ -192,10 +194,11 @@ NANOCHAT_DEVICE void write_output(const Product& p, const OutputEpilogue& output
     }
     const Rates rates = rates_of(output.rates);
     void* const params = output.params[matrix];
+    bfloat16* const copy = static_cast<bfloat16*>(output.copies[matrix]);
     if (output.param_dtype == DType::bfloat16) {
-        update_params(static_cast<bfloat16*>(params), p, rates, sums, row, column);
+        update_params(static_cast<bfloat16*>(params), copy, p, rates, sums, row, column);
     } else {
-        update_params(static_cast<float*>(params), p, rates, sums, row, column);
+        update_params(static_cast<float*>(params), copy, p, rates, sums, row, column);
     }
 }
 

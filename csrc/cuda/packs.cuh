@@ -89,6 +89,14 @@ NANOCHAT_DEVICE float element(const Pack<device::float16, N>& pack, int i) {
     return to_float(device::float16{static_cast<uint16_t>(pack.words[i / 2] >> (i % 2 * 16))});
 }
 
+// Forces the compiler to unpack the numbers again at their next use. Otherwise it would hold them in two or more registers
+// per word of bfloat16.
+template <class T, int N>
+NANOCHAT_DEVICE void hold_packed(Pack<T, N>& pack) {
+#pragma unroll
+    for (uint32_t& word : pack.words) word = static_cast<uint32_t>(device::opaque(static_cast<int>(word)));
+}
+
 // Sets elements i and i + 1, with i even; rounds to nearest, ties to even.
 template <int N>
 NANOCHAT_DEVICE void set_pair(Pack<float, N>& pack, int i, float low, float high) {
@@ -99,6 +107,20 @@ template <int N>
 NANOCHAT_DEVICE void set_pair(Pack<bfloat16, N>& pack, int i, float low, float high) {
     pack.words[i / 2] = device::pack<bfloat16>(low, high);
 }
+
+// Stores the bfloat16 copy of float32 parameters, rounded to nearest even, if `copy` is not null. `first` is the place of
+// the pack.
+template <int N>
+NANOCHAT_DEVICE void store_copy(bfloat16* copy, int64_t first, const Pack<float, N>& params, int64_t count,
+                                bool aligned) {
+    if (!copy) return;
+    Pack<bfloat16, N> rounded;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) set_pair(rounded, i, element(params, i), element(params, i + 1));
+    store(copy + first, rounded, count, aligned);
+}
+template <int N>
+NANOCHAT_DEVICE void store_copy(bfloat16*, int64_t, const Pack<bfloat16, N>&, int64_t, bool) {}
 
 // --- sums over a block, in the same order every time ---
 

@@ -36,6 +36,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <new>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -90,18 +91,21 @@ struct Launch {
     void (*call)(void* context);   // runs the kernel as one thread
     void* context;
     size_t argument_bytes;
+    void* stream;
 };
 // Throws std::runtime_error, its text beginning with the name.
 void run(const Launch& launch);
 
 // Parameters that are values are copied to every thread's stack.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Arguments&&... arguments) {
     struct Call {
         void (*kernel)(Parameters...);
         std::tuple<std::decay_t<Parameters>...> arguments;
-    } call{kernel, {std::forward<Arguments>(arguments)...}};
+    };
+    alignas(Call) unsigned char space[sizeof(Call)] = {};   // the padding could hold old addresses
+    Call& call = *new (space) Call{kernel, {std::forward<Arguments>(arguments)...}};
     const auto body = [](void* context) {
         std::apply(static_cast<Call*>(context)->kernel, static_cast<Call*>(context)->arguments);
     };
@@ -113,6 +117,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
         .call = body,
         .context = &call,
         .argument_bytes = sizeof call,
+        .stream = stream,
     });
 }
 

@@ -17,10 +17,13 @@ from nanochat_native.bench.measure import Case, assert_close
 from nanochat_native.bench.operators import (
     Shapes,
     adamw_case,
+    add_rms_norm_case,
     linear_cross_entropy_case,
     muon_case,
     muon_step_case,
     newton_schulz_set_case,
+    relu_squared_case,
+    rotary_norm_case,
 )
 from nanochat_native.bench.step import BASELINES
 from nanochat_native.bench.torch_baseline import TorchGPT
@@ -221,6 +224,44 @@ def attention_entries(
     return found
 
 
+def passes_between_products(
+    width: int,
+    T: int,
+    B: int,
+    head: int,
+    dtype: torch.dtype = torch.bfloat16,
+    min_speedups: tuple[float, float, float] = (1.2, 2.0, 1.5),
+) -> list[Entry]:
+    """Return the entries of what lies between the products of a block: norms, rotation and activation.
+
+    The minimum speedups are below the ratios of the bytes that the operators and torch's calls move: about 1.4, 3 and
+    2.4.
+    """
+    norm, rotary, relu = min_speedups
+    label = str(dtype).removeprefix("torch.")
+    rows, heads = B * T, width // head
+    return [
+        Entry(
+            "add_rms_norm fwd+bwd",
+            f"{rows} x {width} {label}",
+            ("add_rms_norm",),
+            partial(add_rms_norm_case, dtype, norm, rows, width),
+        ),
+        Entry(
+            "rotary_norm fwd+bwd",
+            f"{B}x{T}x{heads}x{head} {label}",
+            ("rotary_norm",),
+            partial(rotary_norm_case, B, T, heads, head, dtype, rotary),
+        ),
+        Entry(
+            "relu_squared fwd+bwd",
+            f"{rows}x{4 * width} {label}",
+            ("relu_squared",),
+            partial(relu_squared_case, rows, 4 * width, dtype, relu),
+        ),
+    ]
+
+
 def model_entry(depth: int, T: int, B: int, vocabulary: int, baseline: str) -> Entry:
     name = f"d{depth} T {T} B {B} V {vocabulary} bf16, {baseline}"
     make = partial(model_case, depth, T, B, vocabulary, min_speedup=1.0, baseline=baseline, name=name)
@@ -255,6 +296,7 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
             newton_schulz_entry([(3, 48, 32)], 0.0, compiler="eager"),
             muon_step_entry([(3, 48, 32), (2, 32, 96)], "5 small"),
             loss_entry(64, 32, 128),
+            *passes_between_products(32, 16, 2, 16, f32, (0.0, 0.0, 0.0)),
             phase_entry(1, 64),
             loss_entry(64, 32, 128, compiler="eager"),
         ]
@@ -298,6 +340,7 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
         return [
             *attention,
             *chosen,
+            *passes_between_products(1280, 2048, 16, 128),
             loss_entry(8192, 1280, 32768),
             phase_entry(12, 65536),
             loss_entry(8192, 1280, 32768, compiler="inductor"),
@@ -305,6 +348,8 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
     return [
         *chosen,
         *attention,
+        *passes_between_products(1280, 2048, 16, 128),
+        *passes_between_products(768, 2048, 16, 128),
         newton_schulz_entry([(64, 768, 768)], 1.3),
         newton_schulz_entry([(48, 1024, 1024)], 1.3),
         newton_schulz_entry([(16, 2048, 2048)], 1.3),

@@ -64,9 +64,13 @@ def accepts_work(target: torch.device) -> bool:
     return True
 
 
-def run(path: Path, target: torch.device, *, quick: bool, only: str, seconds: float) -> int:
-    """Run the cases without an outcome for up to `seconds`. Returns the exit status of the process."""
-    end = time.monotonic() + seconds
+def run(path: Path, target: torch.device, *, quick: bool, only: str, seconds: float, begin: float | None = None) -> int:
+    """Run the cases without an outcome for up to `seconds`; begin none after `begin` seconds.
+
+    Returns the exit status of the process.
+    """
+    started_at = time.monotonic()
+    end = started_at + seconds
     result = results_io.load(path)
     selected = [entry for entry in gpu_cases.entries(target.type, quick=quick) if only in entry.title]
     result["cases"] = [entry.title for entry in selected]
@@ -81,7 +85,7 @@ def run(path: Path, target: torch.device, *, quick: bool, only: str, seconds: fl
         if entry.title in done(result):
             continue
         left = end - time.monotonic()
-        if left < 1:
+        if left < 1 or (begin is not None and time.monotonic() - started_at > begin):
             break
         result["running"] = entry.title
         results_io.save(path, result)
@@ -107,9 +111,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--begin", type=float)
     options = parser.parse_args()
     target = torch.device(options.device)
-    return run(options.json, target, quick=options.quick, only=options.only, seconds=options.seconds)
+    limits = {"seconds": options.seconds, "begin": options.begin}
+    return run(options.json, target, quick=options.quick, only=options.only, **limits)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,157 @@ def linear_case(N: int, I: int, O: int, min_speedup: float) -> Case:  # noqa: E7
     )
 
 
+def add_rms_norm_case(
+    dtype: torch.dtype, min_speedup: float, N: int = 4096, C: int = 768, *, device: torch.device | str = "cpu"
+) -> Case:
+    """Return a case of a residual sum and its norm, forward and backward; both results have a gradient."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, residual, dsum, dy = (torch.randn(N, C, generator=generator, device=device).to(dtype) for _ in range(4))
+    x.requires_grad_()
+    residual.requires_grad_()
+
+    def plain(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + residual
+        return x, F.rms_norm(x, (C,), eps=2**-23)
+
+    def passes(norm: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        results = norm(x, residual)
+        return *results, *torch.autograd.grad(results, (x, residual), (dsum, dy))
+
+    def check() -> None:
+        inputs = [tensor.detach().double().requires_grad_() for tensor in (x, residual)]
+        exact = plain(*inputs)
+        grads = torch.autograd.grad(exact, inputs, (dsum.double(), dy.double()))
+        tolerance = 1e-6 if dtype == torch.float32 else EXACT[dtype]
+        for name, mine, expected in zip(
+            ("sum", "y", "dx", "dresidual"), passes(ops.add_rms_norm), (*exact, *grads), strict=True
+        ):
+            assert_close(f"add_rms_norm {name}", mine, expected.detach(), tolerance)
+
+    return Case(
+        "add_rms_norm fwd+bwd",
+        f"{N} x {C} {str(dtype).removeprefix('torch.')}",
+        lambda: passes(ops.add_rms_norm),
+        lambda: passes(plain),
+        "F.rms_norm",
+        check,
+        min_speedup,
+        bytes=8.0 * N * C * dtype.itemsize,  # x, residual, sum, y; dsum, dy, y, dx
+    )
+
+
+def rotary_norm_case(
+    B: int, T: int, H: int, D: int, dtype: torch.dtype, min_speedup: float, *, device: torch.device | str = "cpu"
+) -> Case:
+    """Return a case of rotary_norm, forward and backward; the baseline is nanochat's rotation and torch's rms_norm."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, dq, dk = (torch.randn(B, T, H, D, generator=generator, device=device).to(dtype) for _ in range(4))
+    q.requires_grad_()
+    k.requires_grad_()
+    angles = torch.rand(T, D // 2, generator=generator, device=device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate_and_normalize(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        out = []
+        for x in (q, k):
+            x1, x2 = x.chunk(2, dim=-1)
+            z = torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+            out.append(F.rms_norm(z, (D,)))
+        return tuple(out)
+
+    def with_gradients(operator: Callable[..., tuple[Tensor, ...]], *tables: Tensor) -> tuple[Tensor, ...]:
+        out = operator(q, k, *tables)
+        return *out, *torch.autograd.grad(out, (q, k), (dq, dk))
+
+    def check() -> None:
+        wide = q.detach().double().requires_grad_(), k.detach().double().requires_grad_()
+        exact = rotate_and_normalize(*wide, cos.double()[:, None], sin.double()[:, None])
+        exact_all = (*exact, *torch.autograd.grad(exact, wide, (dq.double(), dk.double())))
+        for name, ours, expected in zip(
+            ("q", "k", "dq", "dk"), with_gradients(ops.rotary_norm, cos, sin), exact_all, strict=True
+        ):
+            assert_close(f"rotary_norm {name}", ours, expected, EXACT[dtype])
+
+    tables = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    return Case(
+        "rotary_norm fwd+bwd",
+        f"{B}x{T}x{H}x{D} {str(dtype).removeprefix('torch.')}",
+        lambda: with_gradients(ops.rotary_norm, cos, sin),
+        lambda: with_gradients(rotate_and_normalize, *tables),
+        "torch.cat, F.rms_norm",
+        check,
+        min_speedup,
+        bytes=2.0 * 5 * q.numel() * dtype.itemsize,
+        saves_memory=True,
+    )
+
+
+def relu_squared_case(
+    rows: int, columns: int, dtype: torch.dtype, min_speedup: float, *, device: torch.device | str = "cpu"
+) -> Case:
+    """Return a case of relu_squared, forward and backward."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, dy = (torch.randn(rows, columns, generator=generator, device=device).to(dtype) for _ in range(2))
+    x.requires_grad_()
+
+    def with_gradient(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        y = function(x)
+        return y, *torch.autograd.grad(y, x, dy)
+
+    def check() -> None:
+        positive = x.detach().double().clamp(min=0)
+        for name, ours, expected in zip(
+            ("y", "dx"), with_gradient(ops.relu_squared), (positive.square(), 2 * positive * dy.double()), strict=True
+        ):
+            assert_close(f"relu_squared {name}", ours, expected, EXACT[dtype])
+
+    return Case(
+        "relu_squared fwd+bwd",
+        f"{rows}x{columns} {str(dtype).removeprefix('torch.')}",
+        lambda: with_gradient(ops.relu_squared),
+        lambda: with_gradient(lambda x: F.relu(x).square()),
+        "relu, square",
+        check,
+        min_speedup,
+        bytes=5.0 * x.numel() * dtype.itemsize,
+        saves_memory=True,
+    )
+
+
+def linear_relu_squared_case(N: int, C: int, min_speedup: float) -> Case:
+    """Return a case of the products of an MLP of width 4 C, forward and to the hidden layer's gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((N, C), (4 * C, C), (C, 4 * C), (N, C))
+    x, fc, proj, dy = (torch.randn(shape, generator=generator) * 0.1 for shape in shapes)
+
+    def ours() -> tuple[Tensor, ...]:
+        y = ops.linear_relu_squared(x, fc)
+        return y, *ops.linear_backward_relu_squared(dy, y, proj)
+
+    def theirs() -> tuple[Tensor, ...]:
+        h = F.linear(x, fc).relu_()
+        y = h.square()
+        return y, (dy @ proj).mul_(h).mul_(2), dy.T @ y
+
+    def check() -> None:
+        h = F.linear(x.double(), fc.double()).clamp_(min=0)
+        y = h.square()
+        exact = y, 2 * h * (dy.double() @ proj.double()), dy.double().T @ y
+        for name, mine, expected in zip(("y", "dh", "dproj"), ours(), exact, strict=True):
+            assert_close(f"linear_relu_squared {name}", mine, expected, 1e-5)
+
+    return Case(
+        "linear_relu_squared fwd+bwd",
+        f"{N} x {C} -> {4 * C} float32",
+        ours,
+        theirs,
+        "torch.mm, relu, square",
+        check,
+        min_speedup,
+        flops=3 * 2.0 * N * C * 4 * C,
+    )
+
+
 SOFTCAP = 15.0
 
 
@@ -354,6 +505,8 @@ def cases() -> Iterator[Callable[[], Case]]:
         yield partial(
             attention_case, problem, "fwd+bwd", baseline=baseline, dtype=dtype, min_speedup=min_speedup, name=label
         )
+    yield partial(add_rms_norm_case, f32, min_speedup=2.0)
+    yield partial(add_rms_norm_case, bf16, min_speedup=3.0)
     yield partial(newton_schulz_case, 768, 768, min_speedup=1.25)
     yield partial(newton_schulz_case, 3072, 768, min_speedup=1.8)
     layer, layers = [(16, 256, 256), (4, 1024, 256), (4, 256, 1024)], "d4's 24 matrices"
@@ -366,6 +519,10 @@ def cases() -> Iterator[Callable[[], Case]]:
     yield partial(adamw_case, bf16, bf16, min_speedup=1.7, name="50M bfloat16, moments bfloat16")
     yield partial(adamw_case, bf16, f32, min_speedup=1.7, name="50M bfloat16, moments float32")
     yield partial(linear_case, 4096, 256, 1024, min_speedup=1.0)
+    for dtype in (f32, bf16):
+        yield partial(rotary_norm_case, 8, 512, 4, 64, dtype, min_speedup=1.0)
+        yield partial(relu_squared_case, 4096, 1024, dtype, min_speedup=1.0)
+    yield partial(linear_relu_squared_case, 4096, 256, min_speedup=1.0)
     for vocabulary in (8192, 32768):
         name = f"N 4096 C 256 V {vocabulary}"
         yield partial(linear_cross_entropy_case, 4096, 256, vocabulary, min_speedup=1.5, name=name)

@@ -8,6 +8,7 @@ without those before it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
@@ -86,10 +87,14 @@ class BatchLoader:
     def iterate(self, start_step: int = 0, *, depth: int = 4) -> Prefetcher:
         """Return an endless iterator over the batches from `start_step` on; a thread prepares `depth` of them ahead.
 
-        For CUDA the thread pins them, and the copy to the device does not block. `next` raises an error of the thread.
-        Close the iterator when done, or use it in a `with`.
+        For CUDA the thread pins them, and the copy of a batch runs on a stream of its own, beside the work on the batch
+        before it; the host does not wait. `next` raises an error of the thread. Close the iterator when done, or use it
+        in a `with`.
         """
-        return Prefetcher(self._host_batch, self._to_device, start_step, depth)
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream(self.device)
+            return Prefetcher(self._host_batch, lambda batch: _Copy(batch, stream), start_step, depth)
+        return Prefetcher(self._host_batch, None, start_step, depth)
 
     def positions(self, step: int) -> np.ndarray:
         """Return the first token of each row's window in the stream, int64 (batch_rows / world_size,)."""
@@ -109,24 +114,62 @@ class BatchLoader:
     def _host_batch(self, step: int) -> Batch:
         pairs = [self.stream.pair(position, self.sequence_len) for position in self.positions(step).tolist()]
         inputs, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
-        if self.device.type == "cuda":
-            # In a new thread the current device is the first one, not that of the rank.
-            with torch.cuda.device(self.device):
-                return inputs.pin_memory(), targets.pin_memory()
-        return inputs, targets
+        return _pinned(inputs, self.device), _pinned(targets, self.device)
 
     def _to_device(self, batch: Batch) -> Batch:
         inputs, targets = batch
         return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
 
+def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy in pinned memory, from which a copy to a GPU does not block; for another device the tensor.
+
+    Pinned memory that is freed is not used again before the copies from it have ended (torch's allocator).
+    """
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # in a new thread the current device is the first one, not that of the rank
+        return tensor.pin_memory()
+
+
+class _Copy:
+    """A batch on its way from pinned memory to the GPU, by a stream of its own."""
+
+    def __init__(self, batch: Batch, stream: torch.cuda.Stream) -> None:
+        inputs, targets = batch
+        with torch.cuda.stream(stream):
+            self._batch = (
+                inputs.to(stream.device, non_blocking=True),
+                targets.to(stream.device, non_blocking=True),
+            )
+            self._done = stream.record_event()
+
+    def get(self) -> Batch:
+        """Return the batch for use on the current stream, which waits for the copy."""
+        inputs, targets = self._batch
+        current = torch.cuda.current_stream(inputs.device)
+        current.wait_event(self._done)
+        for part in (inputs, targets):
+            part.record_stream(current)  # else the copy of a later batch could overwrite it while it is in use
+        return inputs, targets
+
+
 class Prefetcher:
-    """Iterator over (inputs, targets), of which a background thread prepares a bounded number ahead."""
+    """Iterator over (inputs, targets), of which a background thread prepares a bounded number ahead.
+
+    copy: begins the copy of a batch to a GPU; that of the next batch begins when a batch is taken. None: the batches
+        are as they were produced.
+    """
 
     def __init__(
-        self, produce: Callable[[int], Batch], finish: Callable[[Batch], Batch], start_step: int, depth: int
+        self,
+        produce: Callable[[int], Batch],
+        copy: Callable[[Batch], _Copy] | None,
+        start_step: int,
+        depth: int,
     ) -> None:
-        self._finish = finish
+        self._copy = copy
+        self._ahead: _Copy | BaseException | None = None
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -139,6 +182,23 @@ class Prefetcher:
         return self
 
     def __next__(self) -> Batch:
+        if self._copy is None:
+            return self._take()
+        if self._stop.is_set():
+            raise StopIteration
+        ready = self._ahead or self._copy(self._take())
+        self._ahead = None
+        if isinstance(ready, BaseException):
+            self.close()
+            raise ready
+        batch = ready.get()
+        with contextlib.suppress(queue.Empty):  # the thread is late: the copy begins when the batch is asked for
+            item = self._queue.get_nowait()
+            self._ahead = item if isinstance(item, BaseException) else self._copy(item)
+        return batch
+
+    def _take(self) -> Batch:
+        """Return the next batch of the thread, or raise its error."""
         while not self._stop.is_set():
             try:
                 item = self._queue.get(timeout=0.5)
@@ -147,7 +207,7 @@ class Prefetcher:
             if isinstance(item, BaseException):
                 self.close()
                 raise item
-            return self._finish(item)
+            return item
         raise StopIteration
 
     def close(self) -> None:
@@ -190,8 +250,10 @@ def iterate_val(
     start, stop = rank * windows // world_size, (rank + 1) * windows // world_size
     for first in range(start, stop, batch_rows):
         rows = list(stream.windows(sequence_len, first, min(first + batch_rows, stop)))
-        inputs, wanted = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-        yield inputs.to(device), wanted.to(device)
+        inputs, wanted = (
+            _pinned(torch.from_numpy(np.stack(part)), torch.device(device)) for part in zip(*rows, strict=True)
+        )
+        yield inputs.to(device, non_blocking=True), wanted.to(device, non_blocking=True)
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:

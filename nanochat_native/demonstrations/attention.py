@@ -12,7 +12,7 @@ from nanochat_native import ops
 from nanochat_native.data import iterate_val, prepare
 from nanochat_native.data.shards import TokenStream
 from nanochat_native.model import GPT, GPTConfig, attention_weights
-from nanochat_native.model.functional import norm, rotary_norm
+from nanochat_native.model.functional import add_norm, norm, rotary_norm
 from nanochat_native.ops.attention import attention_mask
 from nanochat_native.runs.config import STDLIB
 from nanochat_native.runs.run_folder import load_config
@@ -115,7 +115,8 @@ def rotary_positions() -> dict[str, Any]:
     m, n = (torch.randint(256, (pairs,), generator=generator) for _ in range(2))
 
     def turned(x: Tensor, positions: Tensor, sign: float = 1.0) -> Tensor:
-        return rotary_norm(x[None, :, None], model.cos[:, positions], sign * model.sin[:, positions])[0, :, 0]
+        x = x[None, :, None]
+        return rotary_norm(x, x, model.cos[:, positions], sign * model.sin[:, positions])[0][0, :, 0]
 
     def scores(shift: int, sign: float = 1.0) -> Tensor:
         return (turned(q, m + shift) * turned(k, n + shift, sign)).sum(-1) / D**0.5
@@ -308,10 +309,9 @@ def qk_norm(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
     cos, sin = model.cos[:, :length], model.sin[:, :length]
     D = model.config.head_dim
     hidden = ~attention_mask(length, length, True, None)
-    x = norm(model.wte(rows))
+    x, inputs = add_norm(norm(model.wte(rows)), None)
     layers = []
     for layer, block in enumerate(model.blocks):
-        inputs = norm(x)
         q, k, _ = block.attn.project(inputs, cos, sin)
         raw = [linear(inputs).unflatten(-1, (-1, D)) for linear in (block.attn.c_q, block.attn.c_k)]
         sizes = [y.square().mean(dim=-1).sqrt() for y in raw]
@@ -327,7 +327,7 @@ def qk_norm(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
         row["rms_of_queries_before"] = float(sizes[0].mean())
         row["rms_of_keys_before"] = float(sizes[1].mean())
         layers.append(row)
-        x = block(x, cos, sin)
+        x, inputs = block(x, inputs, cos, sin)
     return {
         "bound": D**0.5,
         "layers": layers,
@@ -398,9 +398,9 @@ def _reach(model: GPT, ids: Tensor, layers: int) -> int:
     """Return how many tokens back a change of a token changes the last position of the residual stream."""
 
     def last(ids: Tensor) -> Tensor:
-        x = norm(model.wte(ids))
+        x, n = add_norm(norm(model.wte(ids)), None)
         for block in model.blocks[:layers]:
-            x = block(x, model.cos[:, : ids.size(1)], model.sin[:, : ids.size(1)])
+            x, n = block(x, n, model.cos[:, : ids.size(1)], model.sin[:, : ids.size(1)])
         return x[0, -1]
 
     expected = last(ids)

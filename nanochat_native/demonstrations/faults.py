@@ -188,10 +188,10 @@ def inject_rope() -> Patch:
     """Return the patch by which keys turn in the other direction than queries."""
 
     def project(self: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = (-1, self.head_dim)
-        q = gpt.rotary_norm(self.c_q(x).unflatten(-1, heads), cos, sin)
-        k = gpt.rotary_norm(self.c_k(x).unflatten(-1, heads), cos, -sin)  # the fault: -sin
-        return q, k, self.c_v(x).unflatten(-1, heads)
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
+        turned, _ = gpt.rotary_norm(q, k, cos, sin)
+        _, turned_back = gpt.rotary_norm(q, k, cos, -sin)  # the fault: -sin
+        return turned, turned_back, v
 
     return mock.patch.object(Attention, "project", project)
 
@@ -226,9 +226,12 @@ def measure_scale() -> float:
 def inject_qk_norm() -> Patch:
     """Return the patch by which queries and keys are rotated and not normalized."""
 
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, dim=-1)
         return x * cos + torch.cat((x2 * sin, x1 * -sin), dim=-1)  # the fault: no norm
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate_one(q, cos, sin), rotate_one(k, cos, sin)
 
     return mock.patch.object(gpt, "rotary_norm", rotate)
 

@@ -230,7 +230,7 @@ def residual_norms(model: GPT, inputs: Tensor) -> dict[str, list[float]]:
     hooks = [model.blocks[0].register_forward_pre_hook(lambda module, arguments: stream.append(arguments[0]))]
     for block in model.blocks:
         hooks += [
-            block.register_forward_hook(lambda module, arguments, out: stream.append(out)),
+            block.register_forward_hook(lambda module, arguments, out: stream.append(out[0])),
             block.attn.register_forward_hook(lambda module, arguments, out: added["attention"].append(mean_rms(out))),
             block.mlp.register_forward_hook(lambda module, arguments, out: added["mlp"].append(mean_rms(out))),
         ]

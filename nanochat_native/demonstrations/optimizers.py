@@ -140,7 +140,7 @@ def cropped_update(seed: int = 0) -> Values:
 
 
 def frozen_rows(seed: int = 0) -> Values:
-    """Train a small model for some steps and count the rows of c_fc that have not changed by a bit."""
+    """Train a small model for some steps and count the rows of c_fc that no step has changed by a bit."""
     steps = 12
     found: Values = {}
     forms: dict[str, Values] = {
@@ -149,17 +149,24 @@ def frozen_rows(seed: int = 0) -> Values:
     }
     for name, options in forms.items():
         model = small_model(seed)
-        before = {key: value.clone() for key, value in model.state_dict().items()}
-        losses, _ = train(model, setup_optimizers(model, **options), chain_batches(seed, steps))
-        after = model.state_dict()
-        matrices = [key for key in before if key.startswith("transformer.h.")]
-        still = {key: before[key] == after[key] for key in matrices}
+        weights = {key: value for key, value in model.named_parameters() if key.startswith("transformer.h.")}
+        before = {key: weight.detach().clone() for key, weight in weights.items()}
+        still = {key: torch.ones_like(weight, dtype=torch.bool) for key, weight in weights.items()}
+
+        def compare(*_: Any, weights: Any = weights, before: Any = before, still: Any = still) -> None:
+            for key, weight in weights.items():  # after each step: a number may return to its first value by chance
+                still[key] &= weight == before[key]
+
+        optimizers = setup_optimizers(model, **options)
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(compare)
+        losses, _ = train(model, optimizers, chain_batches(seed, steps))
         found[name] = {
-            "rows_of_c_fc": float(torch.cat([still[key].all(1) for key in matrices if "c_fc" in key]).float().mean()),
+            "rows_of_c_fc": float(torch.cat([still[key].all(1) for key in weights if "c_fc" in key]).float().mean()),
             "columns_of_c_proj": float(
-                torch.cat([still[key].all(0) for key in matrices if "mlp.c_proj" in key]).float().mean()
+                torch.cat([still[key].all(0) for key in weights if "mlp.c_proj" in key]).float().mean()
             ),
-            "entries_of_the_blocks": float(torch.cat([still[key].flatten() for key in matrices]).float().mean()),
+            "entries_of_the_blocks": float(torch.cat([still[key].flatten() for key in weights]).float().mean()),
             "first_loss": losses[0],
             "last_loss": losses[-1],
         }

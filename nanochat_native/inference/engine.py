@@ -102,12 +102,23 @@ class Request:
             return None
         return self.prompt[self._filled] if self._filled < len(self.prompt) else self.tokens[-1]
 
+    @property
+    def _greedy(self) -> bool:
+        """Whether the drawn token is the likeliest of the model's logits."""
+        s = self.sampling
+        return s.temperature == 0 and self._seen is None and not s.logit_bias
+
+    @property
+    def _reads_logits(self) -> bool:
+        """Whether the next token needs all logits, not only the likeliest."""
+        draws = self._filled + 1 >= len(self.prompt)
+        return self.sampling.logprobs is not None or (draws and not self._greedy)
+
     def _accept(self, logits: Tensor, likeliest: int) -> int | None:
         """Return the token drawn from logits (1, V), or None inside the prompt; score the next token if requested."""
         s = self.sampling
         given = self.prompt[self._filled] if self._filled < len(self.prompt) else None
-        greedy = s.temperature == 0 and self._seen is None and not s.logit_bias
-        token = given if given is not None else likeliest if greedy else self._draw(logits)
+        token = given if given is not None else likeliest if self._greedy else self._draw(logits)
         if s.logprobs is not None:
             self.scored.append(score(logits[0], token, s.logprobs))
         return token if given is None else None
@@ -280,7 +291,7 @@ class Engine:
             return []
         requests = [self.running[slot] for slot in ready]
         logits = self._decoder.decode(list(ready), list(ready.values()), [request._filled for request in requests])
-        top, likeliest = (found.tolist() for found in logits.max(-1))
+        top, likeliest, logits = read_logits(logits, any(request._reads_logits for request in requests))
         changed = []
         for row, (slot, request) in enumerate(zip(ready, requests, strict=True)):
             request._filled += 1
@@ -303,6 +314,27 @@ class Engine:
     def _release(self, slot: int) -> None:
         del self.running[slot]
         heapq.heappush(self._free, slot)
+
+
+def read_logits(logits: Tensor, whole: bool) -> tuple[list[float], list[int], Tensor]:
+    """Return the largest logit of each row of logits (B, V), its token, and the logits, on the CPU.
+
+    Args:
+        whole: Whether the logits themselves are needed; else those returned may be (B, 0).
+    """
+    if logits.device.type == "cpu":
+        top, likeliest = logits.max(-1)
+        return top.tolist(), likeliest.tolist(), logits
+    return read_in_one_copy(logits, whole)
+
+
+def read_in_one_copy(logits: Tensor, whole: bool) -> tuple[list[float], list[int], Tensor]:
+    """Return what read_logits does, for logits on any device. The host waits once."""
+    top, likeliest = logits.max(-1)
+    # The tokens are exact in the logits' type, float32 or wider: V is below 2^24.
+    columns = [top[:, None], likeliest[:, None].to(logits.dtype), logits[:, : logits.size(1) if whole else 0]]
+    host = torch.cat(columns, dim=1).cpu()
+    return host[:, 0].tolist(), [int(token) for token in host[:, 1].tolist()], host[:, 2:]
 
 
 def complete(

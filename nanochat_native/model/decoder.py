@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanochat_native import ops
 from nanochat_native.model.gpt import GPT, SOFTCAP
+from nanochat_native.ops.cached_forward import to_device
 
 
 class Decoder:
@@ -50,8 +51,8 @@ class Decoder:
 
     def prefill(self, slot: int, tokens: list[int], start: int) -> None:
         """Fill the positions from `start` of a slot with `tokens`; the earlier positions must be filled."""
-        self._forward(torch.tensor([tokens], device=self.device), [slot], [start], with_logits=False)
+        self._forward(to_device([tokens], self.device), [slot], [start], with_logits=False)
 
     def decode(self, slots: list[int], tokens: list[int], positions: list[int]) -> Tensor:
         """Decode one token per slot, each at its position; return logits (len(slots), V), float32 or better."""
-        return self._forward(torch.tensor(tokens, device=self.device)[:, None], slots, positions)
+        return self._forward(to_device(tokens, self.device)[:, None], slots, positions)

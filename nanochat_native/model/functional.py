@@ -1,124 +1,127 @@
-"""Norms, rotary positions and the MLP, with backward passes that save little memory."""
+"""The parts of a block as functions: norms, rotary positions, linear layers and the MLP.
 
+Those with a backward pass written by hand save less than autograd would, and pass over memory less often. Weights take
+part in products as low_precision gives them, and their gradients have the weights' own dtype. torch.func's transforms
+and forward-mode AD run in plain torch.
+"""
+
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_native import ops
+from nanochat_native.ops.weight_copies import low_precision
 
 EPS = torch.finfo(torch.float32).eps  # of every RMSNorm; 2^-23, the default of torch's rms_norm for float32
 
 
-# The functions below have backward passes of their own, which save less than autograd would and pass over memory less
-# often: the norms save their output, which the next operator saves anyway, instead of their input. The norms
-# compute in float32 or better. Backward passes consist of torch's own calls on inputs and outputs, so that they can be
-# differentiated in turn; this is why the norms also return r. torch.func's transforms and forward-mode AD use the plain
-# functions further below.
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = r x, r = 1 / sqrt(mean(x^2) + EPS) over the last dimension; returns y and r."""
+class _Linears(torch.autograd.Function):
+    """x weight^T for each weight. In the backward pass the products add up the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        r = _inverse_rms(x)
-        y = (x * r).to(x.dtype)
-        ctx.save_for_backward(y, r)
-        ctx.set_materialize_grads(False)
-        return y, r
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)  # the weights for the check that nothing has changed them
+        ctx.weights = weights  # themselves: checkpoint would return other tensors, which have no copies
+        return tuple(ops.linear(x, low_precision(weight, x.dtype)) for weight in weights)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dr: Tensor | None) -> Tensor:
-        y, r = ctx.saved_tensors
-        return _rms_norm_backward(dy, dr, y, r).to(y.dtype)
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, *_ = ctx.saved_tensors
+        needs_dx, *needed = ctx.needs_input_grad
+        dx, dweights = None, []
+        for dy, weight, needs_dweight in zip(dys, ctx.weights, needed, strict=True):
+            needs = (needs_dx, needs_dweight)
+            factor = _factor(weight, x.dtype)
+            dx, dweight = ops.linear_backward(dy, x, factor, add_to=dx, weight_dtype=weight.dtype, needed=needs)
+            dweights.append(dweight)
+        return dx, *dweights
 
 
-class _RotaryNorm(torch.autograd.Function):
-    """Rotates x (B, T, heads, D) by cos (1, T, 1, D) and sin (1, T, 1, D / 2), then is _RMSNorm of each head."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        y = _rotate(x, cos, sin)
-        r = _inverse_rms(y)
-        y = y.mul_(r).to(x.dtype)
-        ctx.save_for_backward(y, r, cos, sin)
-        ctx.set_materialize_grads(False)
-        return y, r
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dr: Tensor | None) -> tuple[Tensor, None, None]:
-        y, r, cos, sin = ctx.saved_tensors
-        return _rotate(_rms_norm_backward(dy, dr, y, r), cos, -sin).to(y.dtype), None, None
-
-
-class SquaredReluMLP(torch.autograd.Function):
-    """y = max(x fc^T, 0)^2 proj^T for x (..., C), fc (4 C, C), proj (C, 4 C).
-
-    Saves max(x fc^T, 0) and squares it again in the backward pass, which halves the memory of the largest activations.
-    """
+class _SquaredReluMLP(torch.autograd.Function):
+    """y = max(x fc^T, 0)^2 proj^T. Saves max(x fc^T, 0)^2, from which the backward pass needs no other number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
-        h = ops.linear(x, fc).relu_()
+        h = ops.linear_relu_squared(x, low_precision(fc, x.dtype))
         ctx.save_for_backward(x, h, fc, proj)
-        return ops.linear(h * h, proj)
+        ctx.weights = fc, proj  # as in _Linears
+        return ops.linear(h, low_precision(proj, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, h, fc, proj = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, *_ = ctx.saved_tensors
+        fc, proj = ctx.weights
         if torch.is_grad_enabled():  # under create_graph=True: h is neither input nor output, so has no graph back to x
-            h = ops.linear(x, fc).relu()
-        dh, dproj = ops.linear_backward(dy, h * h, proj)
-        dx, dfc = ops.linear_backward(dh.mul_(h), x, fc)
-        return dx.mul_(2), dfc.mul_(2), dproj
+            h = ops.linear(x, fc.to(x.dtype)).relu().square()
+        dh, dproj = ops.linear_backward_relu_squared(dy, h, _factor(proj, x.dtype), weight_dtype=proj.dtype)
+        dx, dfc = ops.linear_backward(
+            dh, x, _factor(fc, x.dtype), weight_dtype=fc.dtype, needed=ctx.needs_input_grad[:2]
+        )
+        return dx, dfc, dproj
 
 
-def _plain_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+def _factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight in dtype, for a backward pass; differentiable if the pass is itself differentiated."""
+    return weight.to(dtype) if torch.is_grad_enabled() else low_precision(weight, dtype)
 
 
-def _plain_rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, dim=-1)
-    return _plain_norm(x * cos + torch.cat((x2 * sin, x1 * -sin), dim=-1)).to(x.dtype)
+def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return x weight^T (..., O) for each weight (O, I), for x (..., I)."""
+    if ops.beyond_backward(x, weights):
+        return tuple(ops.linear(x, weight.to(x.dtype)) for weight in weights)
+    return cast(tuple[Tensor, ...], _Linears.apply(x, *weights))
 
 
-def plain_mlp(x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
-    return ops.linear(ops.linear(x, fc).relu().square(), proj)
-
-
-def _inverse_rms(x: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return norm.square_().div_(x.size(-1)).add_(EPS).rsqrt_()
-
-
-def _rms_norm_backward(dy: Tensor | None, dr: Tensor | None, y: Tensor, r: Tensor) -> Tensor:
-    """Return dx = r (dy - y mean(dy y)) - dr r^2 y / C in r's dtype. dr is None in a first derivative."""
-    y = y.to(r.dtype)
-    dy = torch.zeros_like(y) if dy is None else dy.to(r.dtype)
-    dx = torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(r)
-    return dx if dr is None else dx - dr * r.square() * y / y.size(-1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return (x1 cos + x2 sin, x2 cos - x1 sin) for the halves x1, x2 of the last dimension, in float32 or better."""
-    half = sin.size(-1)
-    y = x * cos
-    x = x.to(y.dtype)
-    y[..., :half].addcmul_(x[..., half:], sin)
-    y[..., half:].addcmul_(x[..., :half], sin, value=-1)
-    return y
+def squared_relu_mlp(x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
+    """Return max(x fc^T, 0)^2 proj^T for x (..., C), fc (F, C) and proj (C, F)."""
+    if ops.beyond_backward(x, fc, proj):
+        return ops.linear(ops.linear(x, fc.to(x.dtype)).relu().square(), proj.to(x.dtype))
+    return cast(Tensor, _SquaredReluMLP.apply(x, fc, proj))
 
 
 def norm(x: Tensor) -> Tensor:
     """Return the RMSNorm of the last dimension, without weights."""
-    return _plain_norm(x) if ops.beyond_backward(x) else cast(Tensor, _RMSNorm.apply(x)[0])
+    return ops.rms_norm(x, eps=EPS)
 
 
-def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, heads, D) by cos (1, T, 1, D) and sin (1, T, 1, D / 2), and normalize each head."""
-    if ops.beyond_backward(x):
-        return _plain_rotary_norm(x, cos, sin)
-    return cast(Tensor, _RotaryNorm.apply(x, cos, sin)[0])
+def add_norm(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x + y and its norm; without y, x and its norm."""
+    return ops.add_rms_norm(x, y, eps=EPS)
+
+
+def embedding_norm(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the norms of the rows `ids` (B, T) of `table` (V, C) in `dtype`, (B, T, C)."""
+    return ops.embedding_rms_norm(ids, table, dtype, eps=EPS)
+
+
+def rotary_norm(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q (B, T, H, D) and k (B, T, Hkv, D), then normalize each head.
+
+    Args:
+        cos, sin: GPT's tables for T positions, (1, T, 1, D) and (1, T, 1, D / 2).
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    half = sin.size(-1)
+    return ops.rotary_norm(q, k, cos[0, :, 0, :half].to(dtype), sin[0, :, 0].to(dtype), eps=EPS)
+
+
+class _WeightFor(torch.autograd.Function):
+    """A weight in another dtype, by low_precision. The gradient is converted back."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return low_precision(weight, dtype).view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+def weight_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight in dtype, for an operator that takes one dtype. Differentiable."""
+    if weight.dtype == dtype or ops.beyond_backward(weight):
+        return weight.to(dtype)
+    return cast(Tensor, _WeightFor.apply(weight, dtype))

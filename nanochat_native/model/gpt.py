@@ -21,7 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from nanochat_native import ops
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.flops import flops_per_token
-from nanochat_native.model.functional import SquaredReluMLP, norm, plain_mlp, rotary_norm
+from nanochat_native.model.functional import (
+    add_norm,
+    embedding_norm,
+    linears,
+    rotary_norm,
+    squared_relu_mlp,
+    weight_for,
+)
 
 SOFTCAP = 15.0
 ROTARY_BASE = 10000
@@ -29,10 +36,10 @@ ROTARY_SPAN = 10  # rotary positions cover this many times sequence_len, so that
 
 
 class Linear(nn.Linear):
-    """nn.Linear that calls ops.linear."""
+    """nn.Linear that computes in the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(input, self.weight)
+        return linears(input, [self.weight])[0]
 
 
 class Attention(nn.Module):
@@ -48,10 +55,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q (B, T, H, D) and k, v (B, T, Hkv, D), the arguments of attention, for x (B, T, C)."""
-        heads = (-1, self.head_dim)
-        q = rotary_norm(self.c_q(x).unflatten(-1, heads), cos, sin)
-        k = rotary_norm(self.c_k(x).unflatten(-1, heads), cos, sin)
-        return q, k, self.c_v(x).unflatten(-1, heads)
+        weights = [self.c_q.weight, self.c_k.weight, self.c_v.weight]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in linears(x, weights))
+        q, k = rotary_norm(q, k, cos, sin)
+        return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.project(x, cos, sin)
@@ -65,12 +72,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        fc, proj = self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype)
-        return (
-            plain_mlp(x, fc, proj)
-            if ops.beyond_backward(x, fc, proj)
-            else cast(Tensor, SquaredReluMLP.apply(x, fc, proj))
-        )
+        return squared_relu_mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
 class Block(nn.Module):
@@ -79,14 +81,16 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin)
-        return x + self.mlp(norm(x))
+    def forward(self, x: Tensor, n: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual stream and its norm after the block, for the stream x (B, T, C) and its norm n."""
+        x, n = add_norm(x, self.attn(n, cos, sin))
+        return add_norm(x, self.mlp(n))
 
 
-def _call_with(block: Block, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
+def _recompute(block: Block, weights: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Call the block with `weights`: checkpoint passes only its own arguments to saved-tensor hooks."""
-    return cast(Tensor, functional_call(block, weights, inputs))
+    x, n = add_norm(x, None)
+    return cast(Tensor, functional_call(block, weights, (x, n, cos, sin))[0])
 
 
 class GPT(nn.Module):
@@ -193,20 +197,22 @@ class GPT(nn.Module):
             )
 
         cos, sin = self.cos[:, :length], self.sin[:, :length]
-        x = self.wte(idx).to(self.compute_dtype)
-        x = norm(x)
-        for block in self.blocks:
-            if self.grad_checkpoint and torch.is_grad_enabled() and not ops.beyond_backward(x):
+        x = embedding_norm(idx, self.wte.weight, self.compute_dtype)
+        if self.grad_checkpoint and torch.is_grad_enabled() and not ops.beyond_backward(x):
+            for block in self.blocks:
                 weights = dict(block.named_parameters())  # current ones: a functional_call may end before backward
-                x = checkpoint(_call_with, block, weights, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, cos, sin)
-        x = norm(x[:, -1:] if last_only else x)
+                x = checkpoint(_recompute, block, weights, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            _, n = add_norm(x, None)
+        else:
+            x, n = add_norm(x, None)
+            for block in self.blocks:
+                x, n = block(x, n, cos, sin)
+        n = n[:, -1:] if last_only else n
 
         if targets is not None:
-            weight = self.lm_head.weight.to(x.dtype)
-            return ops.linear_cross_entropy(x, weight, targets, softcap=SOFTCAP, reduction=reduction)
-        logits = self.lm_head(x)
+            weight = weight_for(self.lm_head.weight, n.dtype)
+            return ops.linear_cross_entropy(n, weight, targets, softcap=SOFTCAP, reduction=reduction)
+        logits = self.lm_head(n)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return (logits / SOFTCAP).tanh_() * SOFTCAP
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nanochat_native.model.functional import norm
+from nanochat_native.model.functional import add_norm, embedding_norm
 from nanochat_native.model.gpt import GPT
 from nanochat_native.ops.attention import attention_mask
 
@@ -26,12 +26,12 @@ def attention_weights(model: GPT, ids: Tensor) -> Tensor:
         )
     length = ids.size(1)
     cos, sin = model.cos[:, :length], model.sin[:, :length]
-    x = norm(model.wte(ids).to(model.compute_dtype))
+    x, n = add_norm(embedding_norm(ids, model.wte.weight, model.compute_dtype), None)
     layers = []
     for block in model.blocks:
-        q, k, _ = block.attn.project(norm(x), cos, sin)
+        q, k, _ = block.attn.project(n, cos, sin)
         layers.append(_weights(q, k, block.attn.window))
-        x = block(x, cos, sin)
+        x, n = block(x, n, cos, sin)
     return torch.stack(layers)
 
 

@@ -24,6 +24,7 @@ def adamw_(
     stochastic_rounding: bool = False,
     seed: int = 0,
     cautious: bool = False,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Run one AdamW step (arXiv:1711.05101) on a list of tensors, in place, as one operator.
 
@@ -40,6 +41,8 @@ def adamw_(
             pure function of (seed, step, tensor, element). float32 params are not affected.
         cautious: Use Cautious Weight Decay, arXiv:2510.12402: the factor (1 - lr weight_decay) applies only where
             m p >= 0, for the new m and the old p in float32. Where that product is NaN there is no decay.
+        copies: Contiguous bfloat16 tensors with the shapes of params, which must be float32. The same pass writes the
+            updated params to them, rounded to nearest even (see low_precision).
 
     step, lr and weight_decay may each be a 0-d tensor on the params' device, step int64, the others float64. A CUDA
     graph reads their current values when it is replayed. On the CPU they give the same bits as numbers. Their values
@@ -50,11 +53,12 @@ def adamw_(
         RuntimeError: A derivative is asked for: a tensor requires a gradient while grad mode is on, or forward-mode AD
             or a torch.func transform is active. The same holds for every operator whose name ends in an underscore.
     """
-    modes.refuse("adamw_", params, grads, exp_avgs, exp_avg_sqs, step, lr, weight_decay)
+    modes.refuse("adamw_", params, grads, exp_avgs, exp_avg_sqs, copies, step, lr, weight_decay)
     checks.check_lists("adamw_", params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     if not params:
         return
     _check(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay)
+    checks.check_copies("adamw_", params, copies)
     function = native_adamw_ if backends.runs_native("adamw_", params[0]) else reference_adamw_
     function(
         params,
@@ -70,6 +74,7 @@ def adamw_(
         stochastic_rounding=stochastic_rounding,
         seed=seed,
         cautious=cautious,
+        copies=copies,
     )
 
 
@@ -122,6 +127,7 @@ def reference_adamw_(
     stochastic_rounding: bool = False,
     seed: int = 0,
     cautious: bool = False,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Do what `adamw_` does, tensor by tensor."""
     t = step.double() if isinstance(step, Tensor) else step
@@ -139,6 +145,8 @@ def reference_adamw_(
             key = _mix(torch.full((), seed, dtype=torch.int64, device=param.device))
             p = _stochastic_round(p, _mix(_mix(key + step) + index))
         param.copy_(p)
+        if copies:
+            copies[index].copy_(param)
 
 
 def decayed(param: Tensor, decay: float | Tensor, update: Tensor, cautious: bool) -> Tensor:
@@ -179,6 +187,7 @@ def native_adamw_(
     step: int | Tensor,
     lr: float | Tensor,
     weight_decay: float | Tensor,
+    copies: Sequence[Tensor] | None = None,
     **others: float,
 ) -> None:
     """Run the kernel."""
@@ -190,6 +199,7 @@ def native_adamw_(
         grads,
         exp_avgs,
         exp_avg_sqs,
+        copies or [],
         step=step,
         lr=lr,
         weight_decay=weight_decay,

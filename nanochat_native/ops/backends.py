@@ -5,6 +5,8 @@
     NANOCHAT_CPU_ISA=avx512|avx2|baseline    the instruction set of the CPU kernels; by default the newest available
     NANOCHAT_CUDA_ISA=sm_90a|sm_80           that of the CUDA kernels that have a choice; likewise
     NANOCHAT_LINEAR=auto|native|torch        the product of `linear` in float32 on a CPU; auto takes the faster one
+The CUDA kernel of `linear_cross_entropy` and the models of its memory and time read one more at each call:
+    NANOCHAT_LOGIT_BYTES=NUMBER              the most bytes of logits that it holds at once; by default 256 MiB
 A wrong value raises ValueError in the first call that needs it, and in `check_environment`.
 
 On the native backend, plain torch runs an operator on a device without a native kernel, and in a mode that the kernel
@@ -14,6 +16,7 @@ native module that is missing, or was built for another torch, raises RuntimeErr
 
 import importlib
 import os
+import re
 import warnings
 from types import TracebackType
 from typing import Any
@@ -24,6 +27,9 @@ from torch import Tensor
 BACKENDS = ("native", "torch")
 OPERATORS = (
     "attention",
+    "rms_norm",
+    "add_rms_norm",
+    "embedding_rms_norm",
     "newton_schulz",
     "adamw_",
     "muon_momentum_",
@@ -33,8 +39,14 @@ OPERATORS = (
     "linear",
     "linear_backward",
     "cached_forward_",
+    "rotary_norm",
+    "relu_squared",
+    "relu_squared_",
+    "relu_squared_backward_",
+    "linear_relu_squared",
+    "linear_backward_relu_squared",
 )
-LINEAR_OPERATORS = ("linear", "linear_backward")
+LINEAR_OPERATORS = ("linear", "linear_backward", "linear_relu_squared", "linear_backward_relu_squared")
 # Every operator has CPU kernels. Those without a CUDA kernel are composed of torch's matrix products on a GPU.
 CUDA_OPERATORS = frozenset(OPERATORS) - {*LINEAR_OPERATORS, "cached_forward_"}
 
@@ -118,6 +130,21 @@ def cuda_instruction_set() -> str:
     return name
 
 
+def cuda_versions() -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return two versions of CUDA, as (major, minor): the newest that the driver runs, and the one of the kernels.
+
+    Without a driver its version is (0, 0).
+
+    Raises:
+        RuntimeError: There is no module built with CUDA.
+    """
+    info = build_info()
+    if not info["cuda"]:
+        raise RuntimeError(f"nanochat_native was built without CUDA: {info['cuda_off']}")
+    driver, runtime = ((number // 1000, number % 1000 // 10) for number in _C.cuda_versions())
+    return driver, runtime
+
+
 # The types of device that have a native kernel, for each operator. "meta" stands for shapes without data.
 DEVICES: dict[str, tuple[str, ...]] = {
     op: ("cpu", "meta", "cuda") if op in CUDA_OPERATORS and not load_error and build_info()["cuda"] else ("cpu", "meta")
@@ -154,6 +181,23 @@ def uses_native_linear() -> bool:
     return native_linear_is_faster if _linear_product == "auto" else _linear_product == "native"
 
 
+# --- the logits on a GPU ---
+
+LOGIT_BYTES = 256 << 20  # kLogitBytes of python/ops_cuda.cpp
+
+
+def logit_bytes() -> int:
+    """Return the most bytes of logits that the CUDA `linear_cross_entropy` holds at once: NANOCHAT_LOGIT_BYTES.
+
+    Raises:
+        ValueError: NANOCHAT_LOGIT_BYTES is not a whole number from 1 to 2^63 - 1 in decimal digits.
+    """
+    text = os.environ.get("NANOCHAT_LOGIT_BYTES") or str(LOGIT_BYTES)
+    if not re.fullmatch("0*[1-9][0-9]{0,18}", text) or int(text) >= 2**63:
+        raise ValueError(f"NANOCHAT_LOGIT_BYTES must be a number of bytes > 0, got {text}")
+    return int(text)
+
+
 # --- the choice ---
 
 _backend = os.environ.get("NANOCHAT_NATIVE_BACKEND") or "native"
@@ -171,10 +215,14 @@ def backend() -> str:
 
 
 def check_environment() -> None:
-    """Raise ValueError if an environment variable that concerns the CPU holds an unknown or impossible choice."""
+    """Raise ValueError if an environment variable holds an unknown or impossible choice.
+
+    NANOCHAT_CUDA_ISA is not read, because only the CUDA kernels can tell what the GPU has.
+    """
     if backend() == "native" and not load_error:
         instruction_set()
     uses_native_linear()
+    logit_bytes()
 
 
 class use_backend:  # noqa: N801 (called as a function)

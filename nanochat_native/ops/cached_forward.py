@@ -106,6 +106,12 @@ def _check(tokens: Tensor, slots: Sequence[int], starts: Sequence[int], wte: Ten
             )
 
 
+def to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Return whole numbers, in lists of any depth, as an int64 tensor, without a wait for a GPU."""
+    tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
+
+
 # --- reference ---
 
 
@@ -128,7 +134,7 @@ def reference_cached_forward_(
 ) -> Tensor:
     """Do what `cached_forward_` does, with torch's products and the given `attention`."""
     T, device, (Hkv2, D) = tokens.size(1), tokens.device, cache.shape[3:]
-    slot, first = torch.tensor([list(slots), list(starts)], device=device)
+    slot, first = to_device([list(slots), list(starts)], device)
     at = first[:, None] + torch.arange(T, device=device)
     cos, sin, half = cos[at][:, :, None], sin[at][:, :, None], D // 2
 

@@ -103,3 +103,13 @@ def check_one_shape(op: str, name: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{op}: {name}[{i}] must have shape {tuple(tensors[0].shape)} like {name}[0], got {tuple(tensor.shape)}"
             )
+
+
+def check_copies(op: str, params: Sequence[Tensor], copies: Sequence[Tensor] | None) -> None:
+    """Raise ValueError or TypeError unless there are no copies, or params are float32 and copies alike in bfloat16."""
+    if not copies:
+        return
+    if params[0].dtype != torch.float32:
+        raise TypeError(f"{op}: copies must be None unless params are torch.float32, got {params[0].dtype} params")
+    check_lists(op, params=params, copies=copies)
+    check_list_dtypes(op, torch.bfloat16, copies=copies)

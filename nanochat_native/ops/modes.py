@@ -54,6 +54,19 @@ def derivative(*arguments: Argument) -> str:
     return GRADIENT if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(arguments)) else ""
 
 
+def out_of_place(*arguments: Argument) -> bool:
+    """Return whether a function may not write into tensors: a derivative is recorded, or gradients are batched.
+
+    The backward pass of torch.autograd.grad(is_grads_batched=True) runs on tensors for which torch has no operators in
+    place, and outside of the transforms of torch.func.
+    """
+    if derivative(*arguments):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in _tensors(arguments))
+
+
 def beyond_first_derivative(*grads: Tensor) -> str:
     """Return the mode that needs more than the result of a backward pass, given its incoming gradients, or ""."""
     # Grad mode is on during a backward pass only under create_graph=True.

@@ -150,6 +150,7 @@ def muon_update_(
     weight_decay: float | Tensor = 0.0,
     scale: float = 1.0,
     cautious: bool = False,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Run the part of Muon after newton_schulz, in one pass: p = (1 - lr weight_decay) p - lr scale update[i].
 
@@ -159,20 +160,26 @@ def muon_update_(
         lr, weight_decay: Numbers, or 0-d float64 tensors on the params' device, like adamw_'s.
         scale: The factor of the update, e.g. sqrt(max(1, rows / columns)).
         cautious: Decay, like adamw_, only where update[i] p >= 0.
+        copies: bfloat16 copies of float32 params that the same pass writes, as adamw_'s.
 
     Raises:
         ValueError, TypeError: An argument is wrong.
         RuntimeError: A derivative is asked for.
     """
-    _check_muon_update("muon_update_", params, update, lr, weight_decay)
+    _check_muon_update("muon_update_", params, update, lr, weight_decay, copies)
     function = native_muon_update_ if backends.runs_native("muon_update_", update) else reference_muon_update_
-    function(params, update, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious)
+    function(params, update, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious, copies=copies)
 
 
 def _check_muon_update(
-    op: str, params: Sequence[Tensor], update: Tensor, lr: float | Tensor, weight_decay: float | Tensor
+    op: str,
+    params: Sequence[Tensor],
+    update: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    copies: Sequence[Tensor] | None,
 ) -> None:
-    modes.refuse(op, params, update, lr, weight_decay)
+    modes.refuse(op, params, update, lr, weight_decay, copies)
     checks.check_lists(op, params=params)
     checks.check_one_shape(op, "params", params)
     shape = (len(params), *params[0].shape)
@@ -187,6 +194,7 @@ def _check_muon_update(
     checks.check_list_dtypes(op, params[0].dtype, params=params)
     checks.check_dtype(op, "update", update, (torch.float32,))
     checks.check_device(op, "update", update, params[0].device, "params")
+    checks.check_copies(op, params, copies)
 
 
 @torch.no_grad()
@@ -198,11 +206,15 @@ def reference_muon_update_(
     weight_decay: float | Tensor = 0.0,
     scale: float = 1.0,
     cautious: bool = False,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Do what `muon_update_` does, tensor by tensor."""
     decay = 1 - lr * weight_decay
     for param, change in zip(params, update, strict=True):
         param.copy_(decayed(param, decay, change, cautious) - lr * scale * change)
+    if copies:
+        for param, copy in zip(params, copies, strict=True):
+            copy.copy_(param)
 
 
 @torch.no_grad()
@@ -214,12 +226,13 @@ def native_muon_update_(
     weight_decay: float | Tensor,
     scale: float,
     cautious: bool,
+    copies: Sequence[Tensor] | None,
 ) -> None:
     """Run the kernel."""
     lr, lr_tensor = schema.number_and_tensor(lr, 0.0)
     weight_decay, weight_decay_tensor = schema.number_and_tensor(weight_decay, 0.0)
     torch.ops.nanochat_native.muon_update_(
-        params, update, lr, weight_decay, scale, cautious, lr_tensor, weight_decay_tensor
+        params, update, copies or [], lr, weight_decay, scale, cautious, lr_tensor, weight_decay_tensor
     )
 
 
@@ -237,16 +250,17 @@ def newton_schulz_update_(
     steps: int = 5,
     coefficients: str | Sequence[Triple] = "quintic",
     norms: Tensor | None = None,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Run newton_schulz and muon_update_ in one: p = (1 - lr weight_decay) p - lr scale newton_schulz(update[i]).
 
-    On CUDA the kernel that writes the last product updates the parameters, so the result of newton_schulz needs neither
-    memory nor the time to write and read it.
+    On CUDA the kernel that writes the last product updates the parameters and their copies. The result of newton_schulz
+    then needs neither memory nor the time to write and read it.
 
     Args:
         params: At least one contiguous tensor; one shape (..., M, K), all float32 or all bfloat16. Updated.
         update: (len(params), ..., M, K) float32, contiguous, as muon_momentum_ returns it.
-        lr, weight_decay, scale, cautious: As for muon_update_.
+        lr, weight_decay, scale, cautious, copies: As for muon_update_.
         steps, coefficients, norms: As for newton_schulz; norms is (len(params), ...).
 
     Raises:
@@ -255,16 +269,22 @@ def newton_schulz_update_(
     """
     op = "newton_schulz_update_"
     modes.refuse(op, norms)
-    _check_muon_update(op, params, update, lr, weight_decay)
+    _check_muon_update(op, params, update, lr, weight_decay, copies)
     if params[0].dim() < 2:
         raise ValueError(f"{op}: params must have shape (..., M, K), got {tuple(params[0].shape)}")
     triples, norm_factor = check_newton_schulz(op, "update", update, steps, coefficients, norms)
-    rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "scale": scale, "cautious": cautious}
+    options: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "scale": scale,
+        "cautious": cautious,
+        "copies": copies,
+    }
     if backends.runs_native(op, update):
-        native_newton_schulz_update_(params, update, triples, norm_factor, norms, **rates)
+        native_newton_schulz_update_(params, update, triples, norm_factor, norms, **options)
     else:
         iteration: dict[str, Any] = {"steps": steps, "coefficients": coefficients, "norms": norms}
-        reference_newton_schulz_update_(params, update, **rates, **iteration)
+        reference_newton_schulz_update_(params, update, **options, **iteration)
 
 
 @torch.no_grad()
@@ -279,10 +299,13 @@ def reference_newton_schulz_update_(
     steps: int = 5,
     coefficients: str | Sequence[Sequence[float]] = "quintic",
     norms: Tensor | None = None,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Do what `newton_schulz_update_` does, with the two references."""
     orthogonal = reference_newton_schulz(update, steps=steps, coefficients=coefficients, norms=norms)
-    reference_muon_update_(params, orthogonal, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious)
+    reference_muon_update_(
+        params, orthogonal, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious, copies=copies
+    )
 
 
 @torch.no_grad()
@@ -297,6 +320,7 @@ def native_newton_schulz_update_(
     weight_decay: float | Tensor,
     scale: float,
     cautious: bool,
+    copies: Sequence[Tensor] | None,
 ) -> None:
     """Run the kernel."""
     lr, lr_tensor = schema.number_and_tensor(lr, 0.0)
@@ -304,6 +328,7 @@ def native_newton_schulz_update_(
     torch.ops.nanochat_native.newton_schulz_update_(
         params,
         update,
+        copies or [],
         flattened(triples),
         norm_factor,
         norms,

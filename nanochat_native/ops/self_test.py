@@ -13,6 +13,7 @@ import torch
 from nanochat_native import ops
 from nanochat_native.ops import reference
 from nanochat_native.ops.linear import native_linear
+from nanochat_native.ops.relu_squared import native_linear_backward_relu_squared, native_linear_relu_squared
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
@@ -27,6 +28,21 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
         if not match[3] and built[0] == capability[0] and built <= capability:
             return True
     return False
+
+
+def driver_problem(driver: tuple[int, int], runtime: tuple[int, int]) -> str:
+    """Return why kernels with this CUDA runtime do not run on a driver for CUDA `driver`, and the fix, or "".
+
+    A driver runs every runtime of its own major version and of older ones ("Minor Version Compatibility" in NVIDIA's
+    CUDA Compatibility guide).
+    """
+    if driver[0] >= runtime[0]:
+        return ""
+    has = f"is for CUDA {driver[0]}.{driver[1]}" if driver[0] else "was not found"
+    return (
+        f"the GPU driver {has}, and the kernels were built with CUDA {runtime[0]}.{runtime[1]}: install a driver for "
+        f"CUDA {runtime[0]}, or a CUDA toolkit that the driver runs, and then nanochat-native again"
+    )
 
 
 def openmp_libraries() -> set[str]:
@@ -59,6 +75,30 @@ def _with_gradients(
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     out = function(*inputs)
     return (out.detach(), *torch.autograd.grad(out, inputs, dout))
+
+
+def _rms_norm() -> tuple[Results, Results]:
+    x, dout = torch.randn(9, 70), torch.randn(9, 70)
+    ours, theirs = (_with_gradients(norm, (x,), dout) for norm in (ops.rms_norm, reference.rms_norm))
+    return ours, theirs
+
+
+def _add_rms_norm() -> tuple[Results, Results]:
+    x, residual, dout = torch.randn(9, 70), torch.randn(9, 70), torch.randn(2, 9, 70)
+    ours, theirs = (
+        _with_gradients(lambda *inputs, norm=norm: torch.stack(norm(*inputs)), (x, residual), dout)
+        for norm in (ops.add_rms_norm, reference.add_rms_norm)
+    )
+    return ours, theirs
+
+
+def _embedding_rms_norm() -> tuple[Results, Results]:
+    tokens, table, dout = torch.randint(0, 33, (20,)), torch.randn(33, 70), torch.randn(20, 70)
+    ours, theirs = (
+        _with_gradients(functools.partial(norm, tokens, dtype=torch.float32), (table,), dout)
+        for norm in (ops.embedding_rms_norm, reference.embedding_rms_norm)
+    )
+    return ours, theirs
 
 
 def _newton_schulz() -> tuple[Results, Results]:
@@ -152,6 +192,49 @@ def _cached_forward() -> tuple[Results, Results]:
     return (ours, cache), (theirs, expected)
 
 
+def _rotary_norm() -> tuple[Results, Results]:
+    q, k, dq, dk = (torch.randn(2, 7, heads, 20) for heads in (4, 2, 4, 2))
+    angles = torch.rand(7, 10)
+
+    def with_gradients(operator: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Results:
+        inputs = [q.clone().requires_grad_(), k.clone().requires_grad_()]
+        out = operator(*inputs, angles.cos(), angles.sin(), scale=1.2)
+        return (*(x.detach() for x in out), *torch.autograd.grad(out, inputs, (dq, dk)))
+
+    return with_gradients(ops.rotary_norm), with_gradients(reference.rotary_norm)
+
+
+def _relu_squared() -> tuple[Results, Results]:
+    x, dout = torch.randn(999), torch.randn(999)
+    ours, theirs = (_with_gradients(function, (x,), dout) for function in (ops.relu_squared, reference.relu_squared))
+    return ours, theirs
+
+
+def _relu_squared_in_place() -> tuple[Results, Results]:
+    x = torch.randn(999)
+    expected = reference.relu_squared(x)
+    ops.relu_squared_(x)
+    return [x], [expected]
+
+
+def _relu_squared_backward_in_place() -> tuple[Results, Results]:
+    dy, y = torch.randn(999), torch.randn(999).square()
+    expected = reference.relu_squared_backward(dy, y)
+    ops.relu_squared_backward_(dy, y)
+    return [dy], [expected]
+
+
+def _linear_relu_squared() -> tuple[Results, Results]:
+    """Return the results of the kernel, whichever product `linear` uses on this processor."""
+    x, weight = torch.randn(70, 24), torch.randn(33, 24)
+    return [native_linear_relu_squared(x, weight)], [reference.linear_relu_squared(x, weight)]
+
+
+def _linear_backward_relu_squared() -> tuple[Results, Results]:
+    dy, x, weight = torch.randn(70, 33), reference.relu_squared(torch.randn(70, 24)), torch.randn(33, 24)
+    return native_linear_backward_relu_squared(dy, x, weight), reference.linear_backward_relu_squared(dy, x, weight)
+
+
 def difference(ours: Results, theirs: Results) -> float:
     """Return the largest difference relative to the reference's largest number, or NaN if there is one."""
     offs = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)]
@@ -161,6 +244,9 @@ def difference(ours: Results, theirs: Results) -> float:
 # The results of a kernel and of its reference: values, tensors updated in place, and gradients.
 CHECKS: dict[str, Callable[[], tuple[Results, Results]]] = {
     "attention": _attention,
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "embedding_rms_norm": _embedding_rms_norm,
     "newton_schulz": _newton_schulz,
     "adamw_": _adamw,
     "muon_momentum_": _muon_momentum,
@@ -170,5 +256,13 @@ CHECKS: dict[str, Callable[[], tuple[Results, Results]]] = {
     "linear": _linear,
     "linear_backward": _linear_backward,
     "cached_forward_": _cached_forward,
+    "rotary_norm": _rotary_norm,
+    "relu_squared": _relu_squared,
+    "relu_squared_": _relu_squared_in_place,
+    "relu_squared_backward_": _relu_squared_backward_in_place,
+    "linear_relu_squared": _linear_relu_squared,
+    "linear_backward_relu_squared": _linear_backward_relu_squared,
 }
-TOLERANCE = 1e-2  # 16-bit kernels differ by about 1e-3, float32 kernels by 1e-6, a wrong kernel by far more
+# Kernels in float32 differ by 1e-6, and those with products of 16 bits by 1e-3. newton_schulz on CUDA has fifteen such
+# products in a row: rounded to float16 they differ by 5e-3, and in bfloat16 they would by 4e-2, whatever the seed.
+TOLERANCE = 1e-2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native import ops
-from nanochat_native.optim.base import Optimizer, Params, as_operand, check_number
+from nanochat_native.optim.base import Optimizer, Params, as_operand, check_number, copies_of, mark_copies
 from nanochat_native.optim.buckets import ShardPiece
 
 
@@ -33,6 +33,9 @@ class AdamW(Optimizer):
     whole = False
     elementwise = ("exp_avg", "exp_avg_sq")
     required_state = ("step", *elementwise)
+    step_on_device: Tensor | None = (
+        None  # int64, 0-d: the step's number, read from there while a CUDA graph is captured
+    )
 
     def __init__(
         self,
@@ -63,8 +66,9 @@ class AdamW(Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.int64)
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(piece.values, dtype=torch.float32)
-            same_kind[int(state["step"]) + 1, piece.values.dtype, piece.values.device].append(piece)
-        for (step, _, _), together in same_kind.items():
+            has_copy = piece.low_precision_copy is not None
+            same_kind[int(state["step"]) + 1, piece.values.dtype, piece.values.device, has_copy].append(piece)
+        for (step, *_), together in same_kind.items():
             self._update_together(together, step, group)
 
     def _update_together(self, pieces: list[ShardPiece], step: int, group: dict[str, Any]) -> None:
@@ -76,13 +80,15 @@ class AdamW(Optimizer):
             [piece.gradient for piece in pieces],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            step=step,
+            step=step if self.step_on_device is None else self.step_on_device,
             lr=as_operand(group["lr"], device),
             beta1=beta1,
             beta2=beta2,
             eps=float(group["eps"]),
             weight_decay=as_operand(group["weight_decay"], device),
             cautious=group["cautious"],
+            copies=copies_of(pieces),
         )
+        mark_copies(pieces)
         for state in states:
             state["step"] += 1

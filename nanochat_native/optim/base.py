@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nanochat_native.ops import weight_copies
 from nanochat_native.optim.buckets import BUCKET_BYTES, Bucket, Layout, ShardPiece, assign, split, split_rows
 
 # Parameters as in torch.optim: tensors; (name, tensor) pairs; or groups, dicts with either under "params" and with
@@ -87,6 +88,7 @@ class Optimizer(torch.optim.Optimizer):
         except Exception:
             del self.param_groups[-1]
             raise
+        weight_copies.keep(self.param_groups[-1]["params"])
 
     def _shard(self, groups: list[dict[str, Any]]) -> None:
         """Move the parameters of the groups into buckets. No rank waits for another."""
@@ -402,6 +404,18 @@ def as_operand(value: Any, device: torch.device) -> float | Tensor:
     if isinstance(value, Tensor) and value.device == device:
         return value.detach().reshape(()).double()
     return float(value)
+
+
+def copies_of(pieces: list[ShardPiece]) -> list[Tensor]:
+    """Return the bfloat16 copies that an update of the pieces must write: of all pieces, or none."""
+    return [copy for piece in pieces if (copy := piece.low_precision_copy) is not None]
+
+
+def mark_copies(pieces: list[ShardPiece]) -> None:
+    """State that the copies of copies_of(pieces) have been written."""
+    for piece in pieces:
+        if piece.low_precision_copy is not None:
+            weight_copies.mark_fresh(piece.parameter)
 
 
 def buckets_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Bucket]:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_native.ops import weight_copies
+
 BUCKET_BYTES = 256 << 20  # of gradients; small enough that reductions overlap with the backward pass
 MATRICES_PER_SHARD = 4  # at least so many of the largest matrix fit into a shard
 ALIGNMENT = 64  # elements: shards and matrices start at multiples of 256 bytes
@@ -29,6 +31,14 @@ class ShardPiece(NamedTuple):
     values: Tensor
     gradient: Tensor
     first_row: int = 0
+
+    @property
+    def low_precision_copy(self) -> Tensor | None:
+        """The bfloat16 copy that an update of the values must write too, or None.
+
+        A copy of a parameter in a bucket is written when the bucket has been gathered.
+        """
+        return weight_copies.copy_for_update(self.parameter) if self.values is self.parameter else None
 
     def rows_of(self, whole: Tensor) -> Tensor:
         """Return this piece's rows of a tensor with the parameter's rows. Other tensors are returned unchanged."""
@@ -77,10 +87,10 @@ class Bucket:
         self.flat_gradients = torch.zeros_like(self.flat_values)
         local = slice(self.rank * self.shard, (self.rank + 1) * self.shard)
         self.shard_gradients = self.flat_gradients[local]
+        self._places = [slice(offset, offset + p.numel()) for p, offset in zip(self.parameters, offsets, strict=True)]
         self._views: list[Tensor] = []
         with torch.no_grad():
-            for parameter, offset in zip(self.parameters, offsets, strict=True):
-                place = slice(offset, offset + parameter.numel())
+            for parameter, place in zip(self.parameters, self._places, strict=True):
                 self.flat_values[place].copy_(parameter.flatten())
                 parameter.data = self.flat_values[place].view(parameter.shape)
                 self._views.append(self.flat_gradients[place].view(parameter.shape))
@@ -204,11 +214,16 @@ class Bucket:
         self._works = [work, values, target]
 
     def finish_gather(self) -> None:
-        """Wait until all shards have arrived."""
+        """Wait until all shards have arrived, and write the bfloat16 copies of the parameters that have one."""
         work, _, target = self._works
         work.wait()
         if target is not self.flat_values:
             self.flat_values.copy_(target)
+        torch.autograd.graph.increment_version(self.parameters)  # they do not share the counter of flat_values
+        values = None
+        if target.dtype == torch.bfloat16:
+            values = [target[place].view_as(p) for p, place in zip(self.parameters, self._places, strict=True)]
+        weight_copies.refresh(self.parameters, values)
         self._works = []
         self._arrived.clear()
 

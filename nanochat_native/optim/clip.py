@@ -1,6 +1,7 @@
 """Gradient clipping by the global norm."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients in place so that their Euclidean norm, over all of them, is at most max_norm.
 
     An infinite max_norm only measures. Parameters without a gradient do not count. If the norm is not finite, the
-    gradients are unchanged and the caller must skip the step.
+    gradients are unchanged and the caller must skip the step. On a GPU the host does not wait for the norm.
 
     Returns:
         The norm before the scaling, float64, 0-d.
@@ -60,16 +61,35 @@ def _clip(
         total = total.square()
         dist.all_reduce(total, group=group)
         total = total.sqrt()
+    if math.isinf(max_norm) or not gradients:
+        return total
+    if total.device.type != "cpu":
+        _scale_(gradients, torch.where(total.isfinite() & (total > max_norm), max_norm / total, 1.0))
+        return total
     value = total.item()
-    if math.isfinite(value) and value > max_norm and gradients:
+    if math.isfinite(value) and value > max_norm:
         torch._foreach_mul_(gradients, max_norm / value)
     return total
+
+
+def _scale_(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiply all gradients by a float64 factor, 0-d, on their device, with the rounding of a plain number."""
+    by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_type[gradient.dtype].append(gradient)
+    for dtype, same in by_type.items():
+        wide = factor.to(torch.promote_types(dtype, torch.float32))
+        if wide.dtype == dtype:
+            torch._foreach_mul_(same, wide)
+            continue
+        for gradient in same:  # torch would round the factor to the narrow type
+            torch.mul(gradient.to(wide.dtype), wide, out=gradient)
 
 
 def _norms(gradients: list[Tensor]) -> Tensor:
     """Return norms whose norm is that of all gradients, exact to 1e-7, at memory speed."""
     wide = torch.promote_types(gradients[0].dtype, torch.float32)
-    if gradients[0].is_cuda:  # tree sums, and a constant number of launches
+    if gradients[0].device.type != "cpu":  # tree sums, and a constant number of launches
         return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide))
     # One float32 norm for each row: on a CPU torch's float64 norm of float32 is 40 times slower, and its float32 norm
     # of a whole tensor errs by 1e-4.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native import ops
-from nanochat_native.optim.base import Optimizer, Params, as_operand, check_number
+from nanochat_native.optim.base import Optimizer, Params, as_operand, check_number, copies_of, mark_copies
 from nanochat_native.optim.buckets import ShardPiece
 
 OPTIONS = {
@@ -129,7 +129,8 @@ class Muon(Optimizer):
         for piece in pieces:
             if piece.values.numel() == 0:
                 continue
-            same_kind[piece.values.shape, piece.values.dtype, piece.values.device].append(piece)
+            has_copy = piece.low_precision_copy is not None
+            same_kind[piece.values.shape, piece.values.dtype, piece.values.device, has_copy].append(piece)
         for together in same_kind.values():
             self._update_together(together, group)
 
@@ -159,11 +160,13 @@ class Muon(Optimizer):
             "scale": max(1.0, rows / columns) ** 0.5,
             "cautious": group["cautious"],
         }
+        copies = copies_of(pieces)
         iteration: dict[str, Any] = {"steps": group["ns_steps"], "coefficients": group["coefficients"], "norms": known}
         in_rows = group["heads"] == 1 or group["head_axis"] == "rows"
         if in_rows and not group["frobenius_renormalisation"] and not group["normuon"]:
-            blocks = [matrix.view(update.shape[1:]) for matrix in matrices]
-            ops.newton_schulz_update_(blocks, update, **rates, **iteration)
+            blocks, block_copies = ([each.view(update.shape[1:]) for each in every] for every in (matrices, copies))
+            ops.newton_schulz_update_(blocks, update, copies=block_copies, **rates, **iteration)
+            mark_copies(pieces)
             return
         update = ops.newton_schulz(update, **iteration)
         if group["frobenius_renormalisation"]:
@@ -171,7 +174,8 @@ class Muon(Optimizer):
         update = merge_heads(update, group["heads"], group["head_axis"])
         if group["normuon"]:
             update = self._reduce_variance(update, parameters, group["beta2"])
-        ops.muon_update_(matrices, update, **rates)
+        ops.muon_update_(matrices, update, copies=copies, **rates)
+        mark_copies(pieces)
 
     def _init_state(self, parameters: list[Tensor]) -> None:
         """Create the momentum of the parameters, zeros in one storage."""

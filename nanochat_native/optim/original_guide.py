@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native import ops
-from nanochat_native.optim.base import Params, as_operand
+from nanochat_native.optim.base import Params, as_operand, copies_of, mark_copies
 from nanochat_native.optim.buckets import ShardPiece
 from nanochat_native.optim.muon import Muon
 
@@ -90,11 +90,13 @@ class OriginalGuideMuon(Muon):
         ops.muon_update_(
             matrices,
             update,
+            copies=copies_of(pieces),
             lr=as_operand(group["lr"], device),
             weight_decay=as_operand(group["weight_decay"], device),
             scale=max(1.0, rows / columns) ** 0.5 if group["aspect_factor"] else 1.0,
             cautious=group["cautious"],
         )
+        mark_copies(pieces)
 
 
 def orthogonalise(g: Tensor, cropped: bool, **iteration: Any) -> Tensor:

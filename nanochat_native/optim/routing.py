@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
+from nanochat_native.ops import weight_copies
 from nanochat_native.optim.adamw import AdamW
 from nanochat_native.optim.muon import Muon
 from nanochat_native.optim.original_guide import FORMS, UNSUPPORTED, OriginalGuideMuon
@@ -124,6 +125,7 @@ def setup_optimizers(
     for each in optimizers:
         for group in each.param_groups:
             group["initial_lr"] = group["lr"]
+    weight_copies.keep(model.parameters())  # torch's Adam and SGD, which are not fused, raise the versions
     return optimizers
 
 

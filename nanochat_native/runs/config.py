@@ -160,6 +160,9 @@ class TrainConfig:
     backend: Literal["auto", "native", "torch"] = "auto"
     """native: the C++ and CUDA kernels of this package; torch: their reference implementations in PyTorch; auto: the
     value of NANOCHAT_NATIVE_BACKEND, or native."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Whether the kernels of a step are captured once and started together. auto: on one GPU with --dtype bfloat16,
+    where a capture succeeds; on: fail where they cannot be captured."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are sent between ranks."""
     gather_dtype: Literal["float32", "bfloat16"] = "float32"

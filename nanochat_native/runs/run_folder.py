@@ -45,6 +45,7 @@ MAY_CHANGE_ON_RESUME = (
     "diagnose_every",
     "max_skipped_steps",
     "check_replicas_every",
+    "cuda_graphs",
 )
 # Flags of the data, which is compared by the hash in config.json, not by its path.
 COMPARED_BY_CONTENT = ("data", "text_column", "val_data")

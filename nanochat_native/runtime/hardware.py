@@ -9,33 +9,39 @@ from pathlib import Path
 
 import torch
 
-# Dense bfloat16 tensor-core rates in FLOP/s, with float32 accumulation and without sparsity, from NVIDIA's data sheets
-# and architecture whitepapers. The first row counts whose words are all in the name of the device.
-GPU_PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("gb200",), 2.5e15),
-    (("b200",), 2.25e15),
-    (("b100",), 1.8e15),
-    (("h200", "nvl"), 835e12),
-    (("h200",), 989e12),
-    (("gh200",), 989e12),
-    (("h100", "nvl"), 835e12),
-    (("h100", "pcie"), 756e12),
-    (("h100",), 989e12),
-    (("h800", "pcie"), 756e12),
-    (("h800",), 989e12),
-    (("h20",), 148e12),
-    (("a100",), 312e12),
-    (("a800",), 312e12),
-    (("a40",), 149.7e12),
-    (("a30",), 165e12),
-    (("l40s",), 362e12),
-    (("l4",), 121e12),
-    (("rtx", "pro", "6000"), 503.8e12),
-    (("6000", "ada"), 364.2e12),
-    (("a6000",), 154.8e12),
-    (("5090",), 209.5e12),
-    (("4090",), 165.2e12),
-    (("3090",), 71e12),
+# Dense bfloat16 tensor-core rates in FLOP/s, with float32 accumulation and without sparsity, and memory bandwidths in
+# bytes/s, from NVIDIA's data sheets and architecture whitepapers. The first row counts whose words are all in the name
+# of the device.
+GPU_PEAKS: tuple[tuple[tuple[str, ...], float, float], ...] = (
+    (("gb200",), 2.5e15, 8e12),
+    (("b200",), 2.25e15, 8e12),
+    (("b100",), 1.8e15, 8e12),
+    (("h200", "nvl"), 835e12, 4.8e12),
+    (("h200",), 989e12, 4.8e12),
+    (("gh200",), 989e12, 4e12),
+    (("h100", "nvl"), 835e12, 3.9e12),
+    (("h100", "pcie"), 756e12, 2e12),
+    (("h100",), 989e12, 3.35e12),
+    (("h800", "pcie"), 756e12, 2e12),
+    (("h800",), 989e12, 3.35e12),
+    (("h20",), 148e12, 4e12),
+    (("a100", "80gb", "pcie"), 312e12, 1.935e12),
+    (("a100", "80gb"), 312e12, 2.039e12),
+    (("a100",), 312e12, 1.555e12),
+    (("a800", "80gb", "pcie"), 312e12, 1.935e12),
+    (("a800", "80gb"), 312e12, 2.039e12),
+    (("a800",), 312e12, 1.555e12),
+    (("a40",), 149.7e12, 696e9),
+    (("a30",), 165e12, 933e9),
+    (("l40s",), 362e12, 864e9),
+    (("l4",), 121e12, 300e9),
+    (("rtx", "pro", "6000", "server"), 503.8e12, 1.597e12),
+    (("rtx", "pro", "6000"), 503.8e12, 1.792e12),
+    (("6000", "ada"), 364.2e12, 960e9),
+    (("a6000",), 154.8e12, 768e9),
+    (("5090",), 209.5e12, 1.792e12),
+    (("4090",), 165.2e12, 1.008e12),
+    (("3090",), 71e12, 936e9),
 )
 
 
@@ -51,13 +57,29 @@ def gpu_peak(name: str, dtype: torch.dtype) -> Peak:
     """Return the peak of a GPU by its device name, such as "NVIDIA H100 80GB HBM3". It is known for bfloat16 only."""
     if dtype != torch.bfloat16:
         return Peak(None, f"the table has no rates of {dtype}, only of bfloat16")
-    words = name.lower().replace("-", " ").split()
-    if "laptop" in words:
+    if "laptop" in _words(name):
         return Peak(None, f"{name}: laptop GPUs share the names of faster ones")
-    for needed, flops in GPU_PEAKS:
-        if all(word in words for word in needed):
-            return Peak(flops, f"{name}, dense bfloat16")
-    return Peak(None, f"{name} is not in the table")
+    row = _row_of(name)
+    return Peak(None, f"{name} is not in the table") if row is None else Peak(row[0], f"{name}, dense bfloat16")
+
+
+def gpu_bandwidth(name: str) -> float | None:
+    """Return the bandwidth of a GPU's memory in bytes/s by its device name, or None if it is not known."""
+    row = _row_of(name)
+    return None if row is None else row[1]
+
+
+def _words(name: str) -> list[str]:
+    return name.lower().replace("-", " ").split()
+
+
+def _row_of(name: str) -> tuple[float, float] | None:
+    """Return the rate and the bandwidth of a GPU by its device name."""
+    words = _words(name)
+    for needed, flops, bandwidth in GPU_PEAKS:
+        if all(word in words for word in needed) and "laptop" not in words:
+            return flops, bandwidth
+    return None
 
 
 def cpu_peak(seconds: float = 0.1) -> Peak:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nanochat_native.data import Batch, ConversationRows, Corpus, conversation_files, conversations
 from nanochat_native.data.conversations import Message
@@ -218,11 +219,11 @@ class Finetuning:
         model.load_state_dict(self._source.state_dict())
         del self._source
 
-    def loss_divisors(self, micro_batches: Sequence[Batch], world: World) -> Sequence[float]:
-        """Return divisors that weight each micro-batch by its number of targets."""
-        counts = [int((targets != -1).sum()) for _, targets in micro_batches]
-        total = world.all_reduce_sum_(torch.tensor(sum(counts), device=micro_batches[0][0].device)).item()
-        return [total / (count * world.size) for count in counts]
+    def loss_divisors(self, micro_batches: Sequence[Batch], world: World) -> Sequence[Tensor]:
+        """Return divisors that weight each micro-batch by its number of targets, on the device of the batch."""
+        counts = torch.stack([(targets != -1).sum() for _, targets in micro_batches])
+        total = world.all_reduce_sum_(counts.sum())
+        return (total.double() / (counts * world.size)).float().unbind()
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         return {conversations.CHAT_TRAINED: True, "base": self._base}

@@ -67,11 +67,12 @@ def row_bytes(config: TrainConfig, *, n_embd: int, kv_channels: int, element_byt
     layer = 8 * n_embd + 2 * kv_channels
     kept = config.depth * n_embd + layer if config.grad_checkpoint else config.depth * layer
     ends = 3 * n_embd  # the embedding, the last norm and the gradient of the loss
-    working = 12 * n_embd  # hidden tensors of the current layer, and their gradients
+    working = 6 * n_embd  # gradients of the current MLP: of its output, its hidden tensor and its input
     return config.max_seq_len * (kept + ends + working) * element_bytes
 
 
 def memory_bytes(config: TrainConfig, *, num_params: int, row_bytes: int) -> int:
-    """Return the bytes that a run holds on its device: float32 weights, gradients and two moments, activations, and the
-    logits of a chunk."""
-    return 16 * num_params + config.device_batch_size * row_bytes + LOSS_CHUNK_BYTES + PROCESS_BYTES
+    """Return the bytes that a run holds on its device: float32 weights, gradients and two moments, activations, the
+    logits of a chunk, and in a bfloat16 run copies of the weights."""
+    parameter = 18 if config.dtype == "bfloat16" else 16
+    return parameter * num_params + config.device_batch_size * row_bytes + LOSS_CHUNK_BYTES + PROCESS_BYTES

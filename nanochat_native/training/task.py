@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from nanochat_native.data import Batch, Corpus
 from nanochat_native.model.config import GPTConfig
@@ -38,9 +39,10 @@ class Task(Protocol):
     def init_weights(self, model: GPT, seed: int) -> None:
         """Set the first weights of a new run."""
 
-    def loss_divisors(self, micro_batches: Sequence[Batch], world: World) -> Sequence[float]:
+    def loss_divisors(self, micro_batches: Sequence[Batch], world: World) -> Sequence[float | Tensor]:
         """Return the number by which to divide the mean loss of each micro-batch, so that their sum, averaged over the
-        ranks, is the mean over all targets of the step."""
+        ranks, is the mean over all targets of the step. Numbers that depend on the batch are float32, 0-d, on its
+        device: the host does not wait for them."""
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """Return what the meta of a checkpoint holds besides that of every run."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import nanochat_native
 from nanochat_native import ops
@@ -34,6 +35,7 @@ from nanochat_native.runtime.signals import StopSignals
 from nanochat_native.training import report, sizing
 from nanochat_native.training.checkpointer import Checkpointer
 from nanochat_native.training.diagnosis import ROWS, Diagnosis
+from nanochat_native.training.graphs import StepGraphs, why_not
 from nanochat_native.training.pretraining import Pretraining
 from nanochat_native.training.spikes import SpikeGuard
 from nanochat_native.training.task import Task
@@ -116,6 +118,10 @@ class Trainer:
             config.run_dir / "checkpoints", self.model, self.optimizers, world, console, keep=config.keep
         )
         self.throughput = Throughput(self.device, self.dtype)
+        self.graphs: StepGraphs | None = None  # of train()
+        self.why_no_graphs = why_not(self.device, self.dtype, self.optimizers, world.size)
+        if config.cuda_graphs == "on" and self.why_no_graphs is not None:
+            raise ConfigError(f"--cuda-graphs must be auto or off here: {self.why_no_graphs}")
         self.diagnosis = Diagnosis(self.model, self.optimizers, world) if config.diagnose else None
 
         self.step = 0  # optimizer steps done
@@ -158,6 +164,7 @@ class Trainer:
             batches = stack.enter_context(self.loader.iterate(self.step))
             began, first_step = time.perf_counter(), self.step
             self._catch_up()
+            self._prepare_graphs()
             while self.step < config.num_iterations and not self.stop_signal and not self.diverged:
                 self.train_step(batches)
                 self.stop_signal = self.world.all_reduce_max(stopping.signal)
@@ -196,6 +203,17 @@ class Trainer:
             self.evaluate()
         if self.step > 0 and self._due(self.config.sample_every) and "sample" not in recorded:
             self.sample()
+
+    def _prepare_graphs(self) -> None:
+        """Let the steps be captured as CUDA graphs, or say why not."""
+        if self.config.cuda_graphs == "off":
+            return
+        if self.why_no_graphs is not None:
+            if self.device.type == "cuda":
+                self.console.say(f"graphs   off: {self.why_no_graphs}")
+            return
+        required = self.config.cuda_graphs == "on"
+        self.graphs = StepGraphs(self.model, self.optimizers, self.autocast, self.console, required=required)
 
     def _exit_code(self) -> int:
         if self.diverged or self.checkpointer.saved_step != self.step:
@@ -262,13 +280,17 @@ class Trainer:
         micro_batches = list(self.micro_batches(batch))
         divisors = self.task.loss_divisors(micro_batches, self.world)
         for i, ((x, y), divisor) in enumerate(zip(micro_batches, divisors, strict=True)):
+            if self.graphs is not None:
+                loss += self.graphs.forward_backward((x, y), divisor, first=i == 0)
+                continue
             with self.autocast():
                 micro_loss = self.model(x, y) / divisor
             with self.overlap if i + 1 == len(micro_batches) else contextlib.nullcontext():
                 micro_loss.backward()
             loss += micro_loss.detach()
-        norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf).item()
-        return (self.world.all_reduce_sum_(loss) / self.world.size).item(), norm
+        norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf)
+        mean = self.world.all_reduce_sum_(loss) / self.world.size
+        return read_numbers(mean, norm)
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """Divide a batch into micro-batches."""
@@ -296,11 +318,16 @@ class Trainer:
 
     def update(self) -> None:
         """Update the weights by their gradients."""
+        if self.graphs is not None:
+            self.graphs.update()
+            return
         for optimizer in self.optimizers:
             optimizer.step()
 
     def zero_grad(self) -> None:
-        """Clear the gradients."""
+        """Clear the gradients, unless the next step overwrites them."""
+        if self.graphs is not None and self.graphs.keeps_gradients:
+            return
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
@@ -478,3 +505,9 @@ class Trainer:
                 available_bytes=available,
             )
             self.console.live(line, last=self.step == self.config.num_iterations)
+
+
+def read_numbers(loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Return two 0-d tensors as numbers. On a GPU this is the only place of a training step where the host waits."""
+    first, second = torch.stack((loss.double(), norm.double())).tolist()
+    return first, second

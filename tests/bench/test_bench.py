@@ -76,13 +76,13 @@ def test_make_gpu_on_a_cpu_without_the_packages_of_a_bare_machine(tmp_path):
     command = [sys.executable, "-m", "nanochat_native.bench.gpu", "--device", "cpu", "--quick", "--commit", "abc"]
     own = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
-        [*command, "--json", str(path)], capture_output=True, text=True, cwd=ROOT, env=os.environ | own, timeout=150
+        [*command, "--json", str(path)], capture_output=True, text=True, cwd=ROOT, env=os.environ | own, timeout=HANGS
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
     assert result["commit"] == "abc"
     assert result["machine"]["torch"] == torch.__version__
-    assert [stage["stage"] for stage in result["stages"]] == ["doctor", "tests", "bench"]
+    assert [stage["stage"] for stage in result["stages"]] == ["first", "doctor", "tests", "bench"]
     if not torch.cuda.is_available():
         tests = result["tests"]
         assert (tests["passed"], tests["failures"]) == (0, [])
@@ -176,6 +176,16 @@ def test_finished_cases_are_not_repeated_and_time_is_limited(tmp_path, monkeypat
     assert result["errors"] == []
 
 
+def test_no_case_begins_after_its_time(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(gpu_cases, "entries", lambda kind, quick: [entry("a", case), entry("b", case)])
+    monkeypatch.setattr(gpu_clock, "measure_ceilings", lambda target: gpu_clock.Ceilings(1.0, 1.0))
+    results_io.save(path, empty_result())
+    for begin, titles in ((-1.0, []), (60.0, ["group a", "group b"])):
+        assert gpu_worker.run(path, CPU, quick=True, only="", seconds=60.0, begin=begin) == 0
+        assert [row["title"] for row in results_io.load(path)["rows"]] == titles
+
+
 def test_the_cpus_benchmarks_write_table_and_json(tmp_path, monkeypatch, capsys):
     if backends.load_error:
         pytest.skip(backends.load_error)
@@ -243,7 +253,8 @@ def run(tmp_path):
 def test_each_later_stage_keeps_its_share(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now)
-    budget = gpu.Budget({"build": 100.0, "doctor": 10.0, "tests": 50.0, "bench": 40.0})
+    shares = {"build": 100.0, "first": 0.0, "doctor": 10.0, "tests": 50.0, "bench": 40.0, "roofline": 5.0}
+    budget = gpu.Budget(shares)
     assert budget.limit("build") == 100
     now += 30
     assert budget.limit("doctor") == 80
@@ -252,8 +263,8 @@ def test_each_later_stage_keeps_its_share(monkeypatch):
     assert budget.limit("bench") == 40
     now += 100
     assert budget.limit("bench") == 1
-    assert sum(gpu.SHARES["full"].values()) <= 9 * 60 - 10
-    assert sum(gpu.SHARES["quick"].values()) <= 3 * 60 - 5
+    assert sum(gpu.SHARES["full"].values()) <= 10 * 60 - 10
+    assert sum(gpu.SHARES["quick"].values()) <= 4 * 60 - 5
 
 
 def test_a_command_is_stopped_with_its_children(tmp_path, monkeypatch):
@@ -285,21 +296,27 @@ def test_a_command_is_stopped_with_its_children(tmp_path, monkeypatch):
     assert gpu.run_limited(["sleep", str(10 * HANGS)], 0.1) is None
 
 
-WORDS = {
-    "setup.py": "build",
-    "nanochat_native.doctor": "doctor",
-    "pytest": "tests",
-    "nanochat_native.bench.gpu_worker": "bench",
-}
+def stage_of(command):
+    """The stage to which a command belongs."""
+    if "pytest" in command:
+        return "tests"
+    if "nanochat_native.bench.gpu_worker" in command:
+        return "first" if "--begin" in command else "bench"
+    if "nanochat_native.lab.roofline.worker" in command:
+        return "roofline"
+    return "build" if "setup.py" in command else "doctor"
 
 
-@pytest.mark.parametrize("stages", [{"tests": 1}, {"tests": None}, {"doctor": 1}, {}])
-def test_the_benchmarks_run_whatever_the_tests_do(run, monkeypatch, capsys, stages):
+@pytest.mark.parametrize("stages", [{"tests": 1}, {"tests": None}, {"doctor": 1}, {"first": 1}, {"roofline": 1}, {}])
+def test_the_benchmarks_run_whatever_the_other_stages_do(run, monkeypatch, capsys, stages):
     commands = []
 
     def limited(command, limit, environment=None):
-        stage = next(stage for word, stage in WORDS.items() if word in command)
+        stage = stage_of(command)
         commands.append(stage)
+        if stage == "tests" and stages.get("tests", 0) == 0:
+            log = next(word for word in command if word.startswith("gpu_test_log="))
+            Path(log.removeprefix("gpu_test_log=")).write_text('{"collected": 0}\n')
         if stage == "bench":
             result = results_io.load(run.path)
             result["cases"], result["skipped"] = ["one"], [{"title": "one", "why": "of no account"}]
@@ -308,9 +325,10 @@ def test_the_benchmarks_run_whatever_the_tests_do(run, monkeypatch, capsys, stag
 
     monkeypatch.setattr(gpu, "run_limited", limited)
     assert run.run() == (1 if stages else 0)
-    assert commands == ["build", "doctor", "tests", "bench"]
+    assert list(dict.fromkeys(commands)) == ["build", "first", "doctor", "tests", "bench", "roofline"]
     result = results_io.load(run.path)
-    assert [stage["status"] for stage in result["stages"]] == [stages.get(name, 0) for name in gpu.STAGES]
+    expected = {name: stages.get(name, 0) for name in gpu.STAGES} | ({"tests": 1} if "tests" in stages else {})
+    assert {stage["stage"]: stage["status"] for stage in result["stages"]} == expected
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("FAILED in" if stages else "passed in")
 
@@ -320,8 +338,7 @@ def test_tests_may_be_skipped(run, monkeypatch):
     monkeypatch.setattr(gpu, "run_limited", lambda command, *_: commands.append(command) or 0)
     run.options.skip_tests = True
     run.run()
-    assert not [command for command in commands if "pytest" in command]
-    assert len(commands) == 3
+    assert [stage_of(command) for command in commands] == ["build", "first", "doctor", "bench", "roofline"]
 
 
 def test_nothing_runs_on_a_module_that_does_not_build(run, monkeypatch):
@@ -369,22 +386,6 @@ def test_benchmarks_that_cannot_start_are_errors(run, monkeypatch):
     monkeypatch.setattr(gpu, "run_limited", limited)
     run.bench()
     assert [error["title"] for error in results_io.load(run.path)["errors"]] == ["a", "b"]
-
-
-def test_the_tests_are_counted(tmp_path):
-    path = tmp_path / "junit.xml"
-    path.write_text(
-        '<testsuites><testsuite><testcase classname="t" name="good"/>'
-        '<testcase classname="t" name="bad"><failure message="off by one&#10;more">text</failure></testcase>'
-        '<testcase classname="t" name="broken"><error message="no module"/></testcase>'
-        '<testcase classname="t" name="out"><skipped message="one GPU only"/></testcase></testsuite></testsuites>'
-    )
-    tests = gpu.read_tests(path)
-    assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 2, 1)
-    assert tests["failures"] == ["t::bad: off by one", "t::broken: no module"]
-    assert tests["skip_reasons"] == {"one GPU only": 1}
-    result = empty_result() | {"tests": tests}
-    assert "FAILED  t::bad: off by one" in gpu.summary(result, tmp_path)
 
 
 # --- the table, the GPU's facts and clock ---

@@ -68,8 +68,8 @@ def test_every_operator_is_checked():
 
 def broken_by(monkeypatch, capsys, name, wrong):
     """Return the problems that doctor reports with the native call of operator `name` replaced by wrong(original)."""
-    # The check of linear calls the kernel, not the operator, which uses torch's product on some processors.
-    module = self_test if name == "linear" else module_of(name)
+    # The checks of products call the kernels, not the operators, which use torch's product on some processors.
+    module = self_test if name in backends.LINEAR_OPERATORS else module_of(name)
     monkeypatch.setattr(module, f"native_{name}", wrong(getattr(module, f"native_{name}")))
     code = doctor.main()
     problems = [line for line in capsys.readouterr().err.splitlines() if line.startswith("broken: ")]
@@ -85,7 +85,21 @@ def test_a_wrong_kernel_is_broken(monkeypatch, capsys, wrong):
     )
 
 
-VALUES = ["attention", "newton_schulz", "muon_momentum_", "linear_cross_entropy", "linear", "cached_forward_"]
+VALUES = [
+    "attention",
+    "rms_norm",
+    "add_rms_norm",
+    "embedding_rms_norm",
+    "newton_schulz",
+    "muon_momentum_",
+    "linear_cross_entropy",
+    "linear",
+    "cached_forward_",
+    "rotary_norm",
+    "relu_squared",
+    "linear_relu_squared",
+    "linear_backward_relu_squared",
+]
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -106,7 +120,10 @@ def test_a_wrong_value_is_noticed(monkeypatch, capsys, name, factor):
     ("name", "argument"),
     [
         *(("attention", i) for i in range(3)),
-        *((name, i) for name in ("linear_cross_entropy", "linear") for i in range(2)),
+        *((name, i) for name in ("add_rms_norm", "linear_cross_entropy", "linear", "rotary_norm") for i in range(2)),
+        ("rms_norm", 0),
+        ("embedding_rms_norm", 1),
+        ("relu_squared", 0),
     ],
 )
 @pytest.mark.parametrize("factor", [0.0, 1.05])
@@ -135,8 +152,10 @@ UPDATED = {
     "muon_update_": lambda args, options: [args[0][0]],
     "newton_schulz_update_": lambda args, options: [args[0][0]],
     "cached_forward_": lambda args, options: [options["cache"]],
+    "relu_squared_": lambda args, options: [args[0]],
+    "relu_squared_backward_": lambda args, options: [args[0]],
 }
-UPDATES = [(name, index) for name, count in zip(UPDATED, (3, 1, 1, 1, 1), strict=True) for index in range(count)]
+UPDATES = [(name, index) for name, count in zip(UPDATED, (3, 1, 1, 1, 1, 1, 1), strict=True) for index in range(count)]
 
 
 @pytest.mark.parametrize(("name", "index"), UPDATES)
@@ -209,3 +228,34 @@ def test_a_stale_module_is_broken(monkeypatch, capsys):
 )
 def test_architectures_cover_a_gpu(architectures, capability, expected):
     assert self_test.covers(architectures, capability) is expected
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "expected"),
+    [
+        ((13, 0), (13, 0), ""),
+        ((12, 8), (12, 9), ""),
+        ((13, 1), (12, 8), ""),
+        (
+            (12, 8),
+            (13, 0),
+            "the GPU driver is for CUDA 12.8, and the kernels were built with CUDA 13.0: install a driver",
+        ),
+        ((0, 0), (13, 0), "the GPU driver was not found, and the kernels were built with CUDA 13.0: install a driver"),
+    ],
+)
+def test_a_driver_older_than_the_runtime_is_a_problem(driver, runtime, expected):
+    problem = self_test.driver_problem(driver, runtime)
+    assert problem.startswith(expected)
+    assert bool(problem) == bool(expected)
+
+
+def test_the_versions_of_cuda_are_known_without_a_gpu():
+    info = ops.build_info()
+    if not info["cuda"]:
+        with pytest.raises(RuntimeError, match="built without CUDA"):
+            ops.cuda_versions()
+        return
+    driver, runtime = ops.cuda_versions()
+    assert runtime == tuple(map(int, info["cuda"].split(".")[:2]))
+    assert driver >= (0, 0)

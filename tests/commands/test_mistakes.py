@@ -21,6 +21,7 @@ from nanochat_native import (
     lr_find,
     memory,
     plot,
+    roofline,
     schedules,
     serve,
     train,
@@ -32,6 +33,7 @@ from nanochat_native.inference import chat_session
 from nanochat_native.interop import importing, transformers_export
 from nanochat_native.lab import comparison, noise_scale, range_test
 from nanochat_native.lab.memory import options as memory_options
+from nanochat_native.lab.roofline import options as roofline_options
 from nanochat_native.runs.config import FinetuneConfig, TrainConfig
 from nanochat_native.runtime.command import exit_code, mistake
 from nanochat_native.runtime.distributed import RankError
@@ -49,6 +51,7 @@ COMMANDS = {
     import_checkpoint: (["x", "--out", "y"], importing.Options),
     plot: (["x"], plot.Options),
     memory: ([], memory_options.Options),
+    roofline: ([], roofline_options.Options),
     schedules: ([], schedules.Options),
     demonstrate: ([], demonstrate.Options),
     guide: ([], guide.Options),

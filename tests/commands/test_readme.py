@@ -159,6 +159,7 @@ PACKAGE = {
 NAMED_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
 # Commands that take no flag of this program.
 WITHOUT_FLAGS = {f"nanochat_native.{name}" for name in ("doctor", "bench.step", "bench.ranks", "lm_eval_adapter")}
+WITHOUT_FLAGS |= {"nanochat_native.lab.roofline.worker"}
 # Flags of another program that a module names: of a command of this package, which has them, or of a foreign one.
 OF_ANOTHER = {
     "nanochat_native.demonstrations.faults": {"nanochat_native.train": {"--diagnose"}},
@@ -170,8 +171,7 @@ OF_ANOTHER = {
         "nanochat_native.serve": {"--checkpoint", "--port", "--slots", "--max-waiting", "--model-name"}
     },
     "nanochat_native.bench.gpu": {
-        "nanochat_native.bench.gpu_worker": {"--json", "--device", "--only", "--seconds", "--quick"},
-        "pytest": {"--continue-on-collection-errors", "--durations", "--junitxml"},
+        "nanochat_native.bench.gpu_worker": {"--json", "--device", "--only", "--seconds", "--begin", "--quick"},
         "setup.py": {"--inplace"},
     },
     "nanochat_native.bench.ranks": {"torchrun": {"--standalone", "--nproc_per_node"}},

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import wait_until
+from tiny_run import HANGS, wait_until
 
-from nanochat_native.data import BatchLoader, TokenStream, iterate_val
+from nanochat_native.data import BatchLoader, Prefetcher, TokenStream, iterate_val
 from nanochat_native.data.loader import permute
 
 
@@ -146,6 +146,58 @@ def test_error_of_the_thread_reaches_the_consumer():
     batches = loader.iterate()
     for _ in range(3):
         next(batches)
+    with pytest.raises(OSError, match="disk gone"):
+        next(batches)
+    assert batch_threads() == 0
+
+
+class RecordedCopy:
+    """Stands in for the copy of a batch to a GPU."""
+
+    def __init__(self, batch, log):
+        self.batch, self.log = batch, log
+        log.append(("begin", batch))
+
+    def get(self):
+        self.log.append(("get", self.batch))
+        return self.batch
+
+
+def test_the_copy_of_the_next_batch_begins_when_a_batch_is_taken():
+    log = []
+    with Prefetcher(lambda step: step, lambda batch: RecordedCopy(batch, log), 5, depth=2) as batches:
+        for step in (5, 6, 7):
+            wait_until(batches._queue.full)
+            assert next(batches) == step
+    assert log == [("begin", 5), ("get", 5), ("begin", 6), ("get", 6), ("begin", 7), ("get", 7), ("begin", 8)]
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_a_batch_whose_copy_could_not_begin_ahead_is_copied_when_it_is_asked_for():
+    log = []
+    may_go_on = threading.Event()
+
+    def produce(step):
+        assert step == 0 or may_go_on.wait(HANGS)
+        return step
+
+    with Prefetcher(produce, lambda batch: RecordedCopy(batch, log), 0, depth=2) as batches:
+        assert next(batches) == 0
+        assert log == [("begin", 0), ("get", 0)]
+        may_go_on.set()
+        assert next(batches) == 1
+
+
+def test_an_error_of_the_thread_comes_after_the_batches_before_it():
+    def produce(step):
+        if step == 2:
+            raise OSError("disk gone")
+        return step
+
+    batches = Prefetcher(produce, lambda batch: RecordedCopy(batch, []), 0, depth=4)
+    wait_until(lambda: batches._queue.qsize() == 3)
+    assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(OSError, match="disk gone"):
         next(batches)
     assert batch_threads() == 0

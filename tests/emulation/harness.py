@@ -41,6 +41,13 @@ SANITIZER_OPTIONS = {
 Value = torch.Tensor | Sequence[torch.Tensor] | int | float
 
 
+def span_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes from the first to the last element, with what lies between where it is not contiguous."""
+    places = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in places)
+    return tensor.element_size() * (1 + last) if tensor.numel() else 0
+
+
 class KernelError(Exception):
     """The message of a launch that failed, from the emulation or the sanitizer."""
 
@@ -193,16 +200,17 @@ class Program:
 
     @staticmethod
     def _buffer(tensor: torch.Tensor) -> bytes:
-        contents = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
-        return struct.pack("=qq", tensor.nbytes, tensor.data_ptr() % 256) + contents
+        contents = ctypes.string_at(tensor.data_ptr(), span_bytes(tensor))
+        return struct.pack("=qq", len(contents), tensor.data_ptr() % 256) + contents
 
     @staticmethod
     def _take_results(data: bytes, tensors: list[torch.Tensor]) -> None:
         (length,) = struct.unpack_from("=i", data)
         message, at = data[4 : 4 + length].decode(), 4 + length
         for tensor in tensors:
-            ctypes.memmove(tensor.data_ptr(), data[at : at + tensor.nbytes], tensor.nbytes)
-            at += tensor.nbytes
+            size = span_bytes(tensor)
+            ctypes.memmove(tensor.data_ptr(), data[at : at + size], size)
+            at += size
         if message:
             raise KernelError(message)
 

@@ -160,7 +160,18 @@ def randn(generator, *shape, dtype=torch.float32, offset=0):
     return room[offset:].view(shape)
 
 
-def adamw(kernels, schedule, dtype=torch.float32, moments=torch.float32, **options):
+def empty_copies(params, offset=0):
+    """`offset` elements behind an aligned address."""
+    rooms = [torch.full((param.numel() + offset,), torch.nan, dtype=torch.bfloat16) for param in params]
+    return [room[offset:].view(param.shape) for room, param in zip(rooms, params, strict=True)]
+
+
+def check_copies(copies, params):
+    for copy, param in zip(copies, params, strict=True):
+        assert torch.equal(copy, param.bfloat16()), "the copy is not the rounded parameter"
+
+
+def adamw(kernels, schedule, dtype=torch.float32, moments=torch.float32, with_copies=False, **options):
     generator = torch.Generator().manual_seed(schedule)
     sizes = [(3, 0), (2048, 0), (0, 0), (3501, 0), (4096, 0), (301, 1)]  # numbers of elements, offsets
     params, grads = ([randn(generator, n, dtype=dtype, offset=at) for n, at in sizes] for _ in range(2))
@@ -169,7 +180,9 @@ def adamw(kernels, schedule, dtype=torch.float32, moments=torch.float32, **optio
     ours = (params, grads, exp_avgs, exp_avg_sqs)
     expected = [[tensor.clone() for tensor in tensors] for tensors in ours]
     options = SETTINGS | {"step": 3} | options
-    operators.adamw_(kernels, *ours, schedule=schedule, **options)
+    copies = empty_copies(params, schedule % 2) if with_copies else []
+    operators.adamw_(kernels, *ours, copies=copies, schedule=schedule, **options)
+    check_copies(copies, params if copies else [])
     if options.get("stochastic_rounding"):
         return check_rounding(ours, expected, options)
     reference.adamw_(*expected, **options)
@@ -190,6 +203,10 @@ def check_rounding(ours, start, options):
     assert abs(surprise.mean()) < 5 * 0.5 / true.numel() ** 0.5
     for distance in range(1, 9):
         assert abs((surprise[distance:] * surprise[:-distance]).mean()) < 5 * 0.25 / true.numel() ** 0.5
+
+
+def adamw_copies(kernels, seed):
+    adamw(kernels, seed, with_copies=True)
 
 
 def adamw_bfloat16(kernels, seed):
@@ -213,13 +230,14 @@ def muon(kernels, seed):
         grads, buffers, params = ([randn(generator, *shape, offset=offset) for _ in range(3)] for _ in range(3))
         expected_buffers, expected_params = ([tensor.clone() for tensor in tensors] for tensors in (buffers, params))
         update, norms = operators.muon_momentum_(kernels, grads, buffers, momentum=0.9, return_norm=True, schedule=seed)
-        operators.muon_update_(
-            kernels, params, update, lr=0.1, weight_decay=0.5, scale=2.0, cautious=True, schedule=seed
-        )
+        copies = empty_copies(params, seed % 2)
+        rates = {"lr": 0.1, "weight_decay": 0.5, "scale": 2.0, "cautious": True}
+        operators.muon_update_(kernels, params, update, copies=copies, schedule=seed, **rates)
+        check_copies(copies, params)
         expected_update, expected_norms = reference.muon_momentum_(
             grads, expected_buffers, momentum=0.9, return_norm=True
         )
-        reference.muon_update_(expected_params, expected_update, lr=0.1, weight_decay=0.5, scale=2.0, cautious=True)
+        reference.muon_update_(expected_params, expected_update, **rates)
         torch.testing.assert_close(update, expected_update)
         torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
         for mine, other in zip((*buffers, *params), (*expected_buffers, *expected_params), strict=True):
@@ -258,7 +276,9 @@ def into_params(kernels, seed, dtype, *shape, **path):
     params = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
     expected = [param.clone() for param in params]
     options = {"lr": 0.1, "weight_decay": 0.5, "scale": 3.0, "cautious": True, "steps": 1, "norms": norms}
-    operators.newton_schulz(kernels, update, params=params, schedule=seed, **options, **path)
+    copies = empty_copies(params, seed % 2) if dtype == torch.float32 else []
+    operators.newton_schulz(kernels, update, params=params, copies=copies, schedule=seed, **options, **path)
+    check_copies(copies, params if copies else [])
     reference.newton_schulz_update_(expected, update, **options)
     for mine, other in zip(params, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-3, rtol=2**-7)
@@ -270,6 +290,7 @@ def newton_schulz(kernels, seed, **path):
     orthogonal(kernels, seed, "plain", 2, 2, 140, 150, **path)
     orthogonal(kernels, seed, "gram", 5, 2, 70, 84, tolerance=5e-3, **path)
     into_params(kernels, seed, torch.float32, 33, 21, **path)
+    into_params(kernels, seed, torch.float32, 5, 6, **path)
     into_params(kernels, seed, torch.bfloat16, 20, 24, **path)
 
 
@@ -279,6 +300,127 @@ def newton_schulz_ampere(kernels, seed):
 
 def newton_schulz_hopper(kernels, seed):
     newton_schulz(kernels, seed, hopper=True, multiprocessors=1)
+
+
+def assert_rounded(mine, exact):
+    """One rounding of what float32 gives."""
+    rtol = 2**-8 + 1e-5 if mine.dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(mine.double(), exact, rtol=rtol, atol=2e-6, equal_nan=True)
+
+
+def normalised(x):
+    """The norm in float64, and r."""
+    r = (x.double().square().mean(-1, keepdim=True) + operators.EPS).rsqrt()
+    return x.double() * r, r[..., 0]
+
+
+def moved(tensor):
+    """The same values one element behind an aligned address."""
+    room = tensor.new_empty(tensor.numel() + 1)
+    room[1:] = tensor.reshape(-1)
+    return room[1:].view(tensor.shape)
+
+
+def rms_norm(kernels, seed):
+    """Rows of a warp, of a block, longer ones, and rows with a tail; five: one more than a block of warps has.
+
+    Where a row has 64 elements, all tensors but one are aligned.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    F32, BF16 = torch.float32, torch.bfloat16
+    for C, dtype, unaligned in (
+        *((260, F32, ""), (1280, BF16, ""), (9000, F32, ""), (77, BF16, "")),
+        *((64, F32, "residual"), (64, BF16, "y")),
+    ):
+        x, residual, dy = (randn(generator, 5, C, dtype=dtype) for _ in range(3))
+        residual = moved(residual) if unaligned == "residual" else residual
+        total, y, r = operators.rms_norm(kernels, x, residual, schedule=seed)
+        assert torch.equal(total, x + residual)
+        exact, exact_r = normalised(total)
+        assert_rounded(y, exact)
+        torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0)
+        y = moved(y) if unaligned == "y" else y
+        dx = operators.rms_norm_backward(kernels, dy, y, r, residual, schedule=seed)
+        product = (dy.double() * y.double()).mean(1, keepdim=True)
+        assert_rounded(dx, residual.double() + r.double()[:, None] * (dy.double() - y.double() * product))
+
+
+def embedding_rms_norm(kernels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    table = randn(generator, 4, 136)
+    tokens = torch.tensor([3, -1, 0, 4, 2])
+    y, r = operators.embedding_rms_norm(kernels, tokens, table, torch.bfloat16, schedule=seed)
+    exact, exact_r = normalised(table[tokens.clamp(0, 3)].bfloat16())
+    known = (tokens >= 0) & (tokens < 4)
+    assert_rounded(y, exact.masked_fill(~known[:, None], torch.nan))
+    torch.testing.assert_close(r.double(), exact_r.masked_fill(~known, torch.nan), rtol=1e-6, atol=0, equal_nan=True)
+
+
+def with_longer_rows(tensor):
+    """One element between the tokens of (B, T, H, D), or the rows of (T, D / 2): only the first is aligned."""
+    rows = tensor.flatten(2) if tensor.dim() == 4 else tensor
+    room = rows.new_empty(*rows.shape[:-1], rows.size(-1) + 1)
+    room[..., :-1] = rows
+    return room[..., :-1].view(tensor.shape)
+
+
+def rotary_norm(kernels, seed):
+    """q and k are parts of one tensor; heads with whole packs and with tails; groups of heads that are not full."""
+    check_rotary_norm(kernels, seed, 64, torch.bfloat16)
+    check_rotary_norm(kernels, seed, 20, torch.float32)
+
+
+def rotary_norm_unaligned(kernels, seed):
+    """All tensors but one, and with it its gradient, are aligned."""
+    for change in ({"k": moved}, *({name: with_longer_rows} for name in ("q", "k", "cos", "sin"))):
+        check_rotary_norm(kernels, seed, 64, torch.bfloat16, **change)
+
+
+def check_rotary_norm(kernels, seed, D, dtype, **changes):
+    """Each of `changes` makes another place for a tensor; that of q and k holds for their gradients too."""
+    generator = torch.Generator().manual_seed(seed)
+    B, T, H, Hkv, scale = 2, 3, 3, 2, 1.5
+    q, k, dq_out, dk_out = (
+        heads for _ in range(2) for heads in randn(generator, B, T, H + Hkv, D, dtype=dtype).split((H, Hkv), dim=2)
+    )
+    cos, sin = (randn(generator, T, D)[:, : D // 2] for _ in range(2))
+    q, k, dq_out, dk_out, cos, sin = (
+        changes[name](tensor) if name in changes else tensor
+        for name, tensor in zip(("q", "k", "q", "k", "cos", "sin"), (q, k, dq_out, dk_out, cos, sin), strict=True)
+    )
+    results = operators.rotary_norm(kernels, q, k, cos, sin, scale=scale, schedule=seed)
+    grads = operators.rotary_norm_backward(kernels, dq_out, dk_out, *results, cos, sin, scale=scale, schedule=seed)
+    c, s = cos.double()[:, None], sin.double()[:, None]
+    for x, dout, out, r, dx in zip((q, k), (dq_out, dk_out), results, results[2:], grads, strict=False):
+        x1, x2 = x.double().chunk(2, -1)
+        exact, exact_r = normalised(torch.cat((x1 * c + x2 * s, x2 * c - x1 * s), -1))
+        assert_rounded(out, scale * exact)
+        torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0)
+        n, dout = out.double() / scale, dout.double()
+        dz = scale * r.double()[..., None] * (dout - n * (dout * n).mean(-1, keepdim=True))
+        z1, z2 = dz.chunk(2, -1)
+        assert_rounded(dx, torch.cat((z1 * c - z2 * s, z1 * s + z2 * c), -1))
+
+
+def relu_squared(kernels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for dtype, numel, offset in (
+        (torch.float32, 4096 + 37, 0),
+        (torch.bfloat16, 8192 + 3, 0),
+        (torch.float32, 4096, 1),
+    ):
+        x, dy = (randn(generator, numel, dtype=dtype, offset=offset) for _ in range(2))
+        x[5] = torch.nan
+        y, start = torch.full_like(x, torch.nan), dy.clone()
+        operators.relu_squared(kernels, x, y, schedule=seed)
+        assert_rounded(y, x.double().relu().square())
+        operators.relu_squared_backward(kernels, dy, y, dy, schedule=seed)
+        assert_rounded(dy, 2 * y.double().sqrt() * start.double())
+    x, dy, y = randn(generator, 4096), randn(generator, 4096), moved(torch.full((4096,), torch.nan))
+    dx = torch.full_like(dy, torch.nan)
+    operators.relu_squared(kernels, x, y, schedule=seed)
+    operators.relu_squared_backward(kernels, dy, y, dx, schedule=seed)
+    assert_rounded(dx, 2 * x.double().relu() * dy.double())
 
 
 def of(file, case, *rows, library=None):
@@ -402,10 +544,20 @@ OPERATORS = [
         ("decay forgotten", "p[j] = decay * old", "p[j] = old"),
         ("table searched one too far", "table.first_block[middle] <= blockIdx.x", "table.first_block[middle] < blockIdx.x"),
         ("pack beyond the end taken for whole", "if (aligned && (block + 1) * kThreads * kThreadElements <= end) {", "if (aligned && block * kThreads * kThreadElements <= end) {", "address"),
-        ("alignment not looked at", "is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) &&\n                         is_aligned<N>(exp_avg_sq)", "true", "address"),
+        ("alignment not looked at", "is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) &&\n                         is_aligned<N>(exp_avg_sq) && is_aligned<N>(copy)", "true", "address"),
         ("two threads update one pack", "(block * packs * kThreads + threadIdx.x) * N", "(block * packs * kThreads + threadIdx.x % 255) * N", "thread"),
         ("second pack of a thread forgotten", "const int64_t first = start + i * kThreads * N;\n            update<", "const int64_t first = start;\n            update<"),
         ("tail of a tensor forgotten", "first += kThreads * N) {", "first += 2 * kThreads * N) {"),
+        library=ADAMW_LIBRARY,
+    ),
+    *of(
+        ADAMW,
+        adamw_copies,
+        ("copy not written", "            store_copy(copy, first, p[i], N, true);\n", ""),
+        ("copy of the last block not written", "        store_copy(copy, first, p, end - first, aligned);\n", ""),
+        ("copy behind the end written", "store_copy(copy, first, p, end - first, aligned);", "store_copy(copy, first, p, N, aligned);", "address"),
+        ("alignment of the copy not looked at", " && is_aligned<N>(copy);", ";", "address"),
+        ("copy written before the update", "            update<stochastic>(p[i], g[i], m[i], v[i], first, number, options, c);\n", "            store_copy(copy, first, p[i], N, true);\n            copy = nullptr;\n            update<stochastic>(p[i], g[i], m[i], v[i], first, number, options, c);\n"),
         library=ADAMW_LIBRARY,
     ),
     *of(
@@ -436,6 +588,10 @@ OPERATORS = [
         ("norm of the first warp alone", "sum = block_sum(sum, warps);\n        if (threadIdx.x == 0) o.partials", "sum = warp_sum(sum);\n        if (threadIdx.x == 0) o.partials"),
         ("partial sums of all matrices in one row", "o.partials[blockIdx.y * int64_t{gridDim.x} + blockIdx.x]", "o.partials[blockIdx.x]"),
         ("square root forgotten", "norms[blockIdx.x] = sqrt(sum)", "norms[blockIdx.x] = sum"),
+        ("copy not written", "            store_copy(copy, start + i * kStride, p[i], N, true);\n", ""),
+        ("copy of the tail not written", "        store_copy(copy, first, p, o.numel - first, aligned);\n", ""),
+        ("first matrix's copy for all", "table.copies[blockIdx.y]", "table.copies[0]"),
+        ("alignment of the copy not looked at", " && is_aligned<N>(copy);", ";", "address"),
         ("first matrix's update for all", "const float* update = o.update + blockIdx.y * o.numel;", "const float* update = o.update;"),
         library=MUON_LIBRARY,
     ),
@@ -450,6 +606,8 @@ OPERATORS = [
         muon,
         ("warps' sums read before they are written", "warps[threadIdx.x / 32] = x;\n    __syncthreads();\n", "warps[threadIdx.x / 32] = x;\n"),
         ("sum over half a warp", "int distance = 16; distance > 0", "int distance = 8; distance > 0"),
+        ("copy truncated", "set_pair(rounded, i, element(params, i), element(params, i + 1));", "rounded.words[i / 2] = params.words[i] >> 16 | (params.words[i + 1] & 0xFFFF0000);"),
+        ("copy of one element twice", "element(params, i), element(params, i + 1)", "element(params, i), element(params, i)"),
         ("element behind the end written", "if (i < count) from_bits(to[i]", "if (i <= count) from_bits(to[i]", "address"),
         ("element behind the end read", "if (i < count) pack.words", "if (i <= count) pack.words", "address"),
         library=MUON_LIBRARY,
@@ -466,6 +624,80 @@ OPERATORS = [
         ("held weights shifted by one bit", "__float_as_uint(element(pack, i)) >> 2", "__float_as_uint(element(pack, i)) >> 1"),
         ("rest of a long row read again", "int first = held_packs * threads + thread; first < row.packs; first += kPassingPacks * threads) {\n        Pack<T, N> passing", "int first = thread; first < row.packs; first += kPassingPacks * threads) {\n        Pack<T, N> passing"),
         library=LOSS_LIBRARY,
+    ),
+]
+
+RMS_NORM, ROTARY_NORM, RELU_SQUARED = (f"csrc/cuda/{name}.cu" for name in ("rms_norm", "rotary_norm", "relu_squared"))
+RMS_NORM_LIBRARY, ROTARY_NORM_LIBRARY, RELU_SQUARED_LIBRARY = (f"tests/emulation/{name}" for name in (operators.RMS_NORM, operators.ROTARY_NORM, operators.RELU_SQUARED))
+
+NORMS = [
+    *of(
+        RMS_NORM,
+        rms_norm,
+        ("residual forgotten", "        if (add) held[i] = sum_of(held[i], other[i]);\n", ""),
+        ("residual forgotten in the rest of a long row", "return add ? sum_of(pack, load_pack<N, whole>(residual, p, a.C)) : pack;", "return pack;"),
+        ("gradient of the sum dropped", "            if (add) held_dsum[i] = load_pack<N, whole>(dsum, p, a.C);\n", ""),
+        ("first row of a block for all", "int64_t{blockIdx.x} * blockDim.y + threadIdx.y", "int64_t{blockIdx.x} * blockDim.y"),
+        ("row behind the last written", "    if (row >= a.N) return;\n    const int64_t start = row * a.C;\n    const T *x", "    const int64_t start = row * a.C;\n    const T *x", "address"),
+        ("sum over one warp of several", "blockDim.x == 32 ? warp_sum(x) : block_sum(x, warps)", "warp_sum(x)"),
+        ("sum instead of the mean", "row_sum(products) * a.inverse_C", "row_sum(products)"),
+        ("tail taken for whole packs", "return C % pack == 0 && (", "return (", "address"),
+        ("alignment of x alone looked at", "a.x, a.residual, a.sum, a.y);", "a.x);", "address"),
+        ("alignment of dy alone looked at", "a.dy, a.y, a.dsum, a.dx);", "a.dy);", "address"),
+        ("alignment of y not looked at", "a.dy, a.y, a.dsum, a.dx);", "a.dy, a.dsum, a.dx);", "address"),
+        ("rest of a long row not summed", "        add_squares(squares, pack);\n", ""),
+        ("rest of a long row not written", "store_pack<whole>(to.y, p, to.C, times(load_again(p), r));", ""),
+        ("all threads write r", "if (thread == 0) *to.r = r;", "*to.r = r;", "thread"),
+        library=RMS_NORM_LIBRARY,
+    ),
+    *of(
+        RMS_NORM,
+        embedding_rms_norm,
+        ("unknown token normalised", "known ? a.eps : NAN", "a.eps"),
+        ("row of an unknown token read", "known ? token * a.C : 0", "token * a.C", "address"),
+        ("row scaled", "held[i] = rounded<T>(loaded[i]);", "held[i] = rounded<T>(times(loaded[i], 1.01f));"),
+        library=RMS_NORM_LIBRARY,
+    ),
+    *of(
+        ROTARY_NORM,
+        rotary_norm,
+        ("half of the lanes summed", "distance = lanes / 2; distance > 0", "distance = lanes / 2; distance > 1"),
+        ("rotated the wrong way", "x.second * angle.first - x.first * angle.second", "x.second * angle.first + x.first * angle.second"),
+        ("gradient not rotated back", "return rotated_back(dz,", "return rotated(dz,"),
+        ("r of q for k", "(head.is_q ? q_r : k_r)[head.index]};", "q_r[head.index]};"),
+        ("strides of q for k", "strided<T>(k, k_strides, head)", "strided<T>(k, {k_strides.b, q_strides.h, k_strides.h}, head)"),
+        ("one position for all tokens", "t = token % shape.T;", "t = 0;"),
+        ("rows of cos without their stride", "t * shape.cos_stride", "t * (shape.D / 2)"),
+        ("heads of k counted on from q's", "is_q ? number : number - shape.H", "number", "address"),
+        ("head behind the last", "number < shape.H + shape.Hkv,", "number <= shape.H + shape.Hkv,", "address"),
+        ("tail of a half taken for a whole pack", "return shape.D / 2 % kPack<T> == 0 && ", "return ", "address"),
+        ("scale once in the mean", "1 / (a.D * a.scale * a.scale)", "1 / (a.D * a.scale)"),
+        ("all lanes write r", "pass.factor(head, sum[i], group.lane == 0)", "pass.factor(head, sum[i], true)", "thread"),
+        library=ROTARY_NORM_LIBRARY,
+    ),
+    *of(
+        ROTARY_NORM,
+        rotary_norm_unaligned,
+        ("alignment of q alone looked at", "{a.q, a.k, a.q_out, a.k_out}", "{a.q}", "address"),
+        ("alignment of dq_out alone looked at", "{a.dq_out, a.dk_out, a.q_out, a.k_out, a.dq, a.dk}", "{a.dq_out}", "address"),
+        ("strides of q not looked at", " && are_multiples(kPack<T>, q) &&", " &&", "address"),
+        ("strides of k not looked at", "are_multiples(kPack<T>, k) && ", "", "address"),
+        ("stride of cos not looked at", "shape.cos_stride % kPack<float> == 0 && ", "", "address"),
+        ("stride of sin not looked at", "shape.sin_stride % kPack<float> == 0 &&\n", "", "address"),
+        library=ROTARY_NORM_LIBRARY,
+    ),
+    *of(
+        RELU_SQUARED,
+        relu_squared,
+        ("NaN becomes zero", "element(x, i + j) <= 0 ? 0 : element(x, i + j)", "element(x, i + j) > 0 ? element(x, i + j) : 0"),
+        ("square not differentiated", "2 * device::sqrt_approx(element(y, i + j))", "device::sqrt_approx(element(y, i + j))"),
+        ("block beyond the end taken for whole", "block + kBlockElements<T> <= numel", "block < numel", "address"),
+        ("alignment not looked at", "is_aligned<N>(dy) && is_aligned<N>(y) && is_aligned<N>(dx)", "true", "address"),
+        ("alignment of x alone looked at", "is_aligned<N>(x) && is_aligned<N>(y);", "is_aligned<N>(x);", "address"),
+        ("alignment of dy alone looked at", "is_aligned<N>(dy) && is_aligned<N>(y) && is_aligned<N>(dx)", "is_aligned<N>(dy)", "address"),
+        ("two threads write one pack", "start(block + threadIdx.x * N)", "start(block + threadIdx.x % 255 * N)", "thread"),
+        ("tail of a tensor forgotten", "first < span.end; first += span.stride) {\n        const Pack<T, N> own", "first < span.end - N; first += span.stride) {\n        const Pack<T, N> own"),
+        library=RELU_SQUARED_LIBRARY,
     ),
 ]
 
@@ -596,6 +828,10 @@ NEWTON_SCHULZ = [
         ("strip stored before it is complete", "        stage_rows<T, kStripColumns, 16>(strip, sums, 0);\n        store_mirrored", "        store_mirrored"),
         ("results behind the last row", "r < p.m ? p.n - c : 0", "p.n - c", "address"),
         ("first matrix's parameters for all", "= output.params[matrix];", "= output.params[0];"),
+        ("first matrix's copy for all", "(output.copies[matrix]);", "(output.copies[0]);"),
+        ("copy not written", "            store_copy(copy, place, pack, count, aligned);\n", ""),
+        ("copy written before the update", "            Pack<P, 2>& pack = packs[i / 4];\n            set_pair", "            Pack<P, 2>& pack = packs[i / 4];\n            store_copy(copy, place, pack, count, aligned);\n            const auto store_copy = [](auto&&...) {};\n            set_pair"),
+        ("alignment of the copy not looked at", " && is_aligned<2>(copy);", ";", "address"),
         ("odd columns of parameters taken for pairs", "p.n % 2 == 0 && is_aligned<2>(params)", "is_aligned<2>(params)", "address"),
         ("odd columns taken for pairs", "store(out + place, pack, count, p.n % 2 == 0);", "store(out + place, pack, count, true);", "address"),
         ("source read beyond the last row", "source && r < p.m && c < p.d.pitch", "source && c < p.d.pitch", "address"),
@@ -624,6 +860,12 @@ NEWTON_SCHULZ = [
         ("transposed operand read as it lies", "device::ldmatrix_x4_trans(r, smem_row(", "device::ldmatrix_x4(r, smem_row("),
         ("operands' lanes exchanged", "left == (major == Major::k)", "left"),
         ("lower half of the columns twice", "fragment(sums[f], n + 1), left[f], {right[2], right[3]}", "fragment(sums[f], n + 1), left[f], {right[0], right[1]}"),
+        library=SCHULZ_LIBRARY,
+    ),
+    *of(
+        SCHULZ,
+        newton_schulz_ampere,
+        ("copies not handed to the kernel", "if (a.update->copies) std", "if (!a.update->copies) std"),
         library=SCHULZ_LIBRARY,
     ),
     *of(
@@ -656,4 +898,4 @@ NEWTON_SCHULZ = [
 ]
 # fmt: on
 
-MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *OPERATORS, *ATTENTION_OPERATOR, *NEWTON_SCHULZ]
+MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *OPERATORS, *NORMS, *ATTENTION_OPERATOR, *NEWTON_SCHULZ]

@@ -13,6 +13,7 @@ ADAMW, MUON, LOSS, ATTENTION_FORWARD, ATTENTION_BACKWARD, NEWTON_SCHULZ = (
     f"operators/{name}.cpp"
     for name in ("adamw", "muon", "softcap_cross_entropy", "attention_forward", "attention_backward", "newton_schulz")
 )
+RMS_NORM, ROTARY_NORM, RELU_SQUARED = (f"operators/{name}.cpp" for name in ("rms_norm", "rotary_norm", "relu_squared"))
 LIBRARIES = {
     "adamw": ADAMW,
     "muon_momentum": MUON,
@@ -23,6 +24,13 @@ LIBRARIES = {
     "attention_backward": ATTENTION_BACKWARD,
     "newton_schulz": NEWTON_SCHULZ,
     "newton_schulz_plan": NEWTON_SCHULZ,
+    "rms_norm": RMS_NORM,
+    "rms_norm_backward": RMS_NORM,
+    "embedding_rms_norm": RMS_NORM,
+    "rotary_norm": ROTARY_NORM,
+    "rotary_norm_backward": ROTARY_NORM,
+    "relu_squared": RELU_SQUARED,
+    "relu_squared_backward": RELU_SQUARED,
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # nanochat::DType
 
@@ -58,6 +66,7 @@ def adamw_(
     stochastic_rounding=False,
     seed=0,
     cautious=False,
+    copies=None,
     schedule=0,
 ):
     step, step_address = number_and_address(step, 1)
@@ -67,7 +76,7 @@ def adamw_(
     workspace = torch.full((64,), 255, dtype=torch.uint8, device=params[0].device)
     kernels.call(
         "adamw",
-        *(params, grads, exp_avgs, exp_avg_sqs, numels, len(params)),
+        *(params, grads, exp_avgs, exp_avg_sqs, copies or 0, numels, len(params)),
         *(DTYPES[params[0].dtype], DTYPES[exp_avgs[0].dtype], step, lr, beta1, beta2, eps, weight_decay),
         *(int(stochastic_rounding), seed, int(cautious), step_address, lr_address, weight_decay_address),
         *(workspace, workspace.numel()),
@@ -93,12 +102,12 @@ def muon_momentum_(
     return (update, norms) if return_norm else update
 
 
-def muon_update_(kernels, params, update, *, lr, weight_decay=0.0, scale=1.0, cautious=False, schedule=0):
+def muon_update_(kernels, params, update, *, lr, weight_decay=0.0, scale=1.0, cautious=False, copies=None, schedule=0):
     lr, lr_address = number_and_address(lr, 0.0)
     weight_decay, weight_decay_address = number_and_address(weight_decay, 0.0)
     kernels.call(
         "muon_update",
-        *(params, update, len(params), params[0].numel(), DTYPES[params[0].dtype]),
+        *(params, copies or 0, update, len(params), params[0].numel(), DTYPES[params[0].dtype]),
         *(lr, weight_decay, scale, int(cautious), lr_address, weight_decay_address),
         seed=schedule,
     )
@@ -121,6 +130,85 @@ def softcap_cross_entropy(
 
 def poisoned_like(tensor):
     return torch.full_like(tensor, torch.nan, memory_format=torch.contiguous_format)
+
+
+def poisoned(shape, like):
+    """NaN in float32, on the device of another tensor."""
+    return torch.full(shape, torch.nan, device=like.device)
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def rms_norm(kernels, x, residual=None, *, with_sum=True, eps=EPS, schedule=0):
+    """(sum or None, y, r) of x (N, C)."""
+    total = poisoned_like(x) if with_sum else None
+    y, r = poisoned_like(x), poisoned(x.shape[:1], x)
+    kernels.call(
+        "rms_norm",
+        *(x, 0 if residual is None else residual, total if with_sum else 0, y, r, *x.shape, DTYPES[x.dtype], eps),
+        seed=schedule,
+    )
+    return total, y, r
+
+
+def rms_norm_backward(kernels, dy, y, r, dsum=None, *, schedule=0):
+    dx = poisoned_like(dy)
+    kernels.call(
+        "rms_norm_backward",
+        *(dy, y, r, 0 if dsum is None else dsum, dx, *dy.shape, DTYPES[dy.dtype]),
+        seed=schedule,
+    )
+    return dx
+
+
+def embedding_rms_norm(kernels, tokens, table, dtype, *, eps=EPS, schedule=0):
+    """(y, r) of tokens (N,)."""
+    N, (V, C) = tokens.numel(), table.shape
+    y, r = poisoned((N, C), table).to(dtype), poisoned((N,), table)
+    kernels.call(
+        "embedding_rms_norm",
+        *(table, tokens, y, r, N, C, V, DTYPES[table.dtype], DTYPES[dtype], eps),
+        seed=schedule,
+    )
+    return y, r
+
+
+def rotary_problem(q, k, cos, sin):
+    return (*q.shape[:3], *k.shape[2:], DTYPES[q.dtype], cos, sin, cos.stride(0), sin.stride(0))
+
+
+def rotary_norm(kernels, q, k, cos, sin, *, scale=1.0, eps=EPS, schedule=0):
+    """(q_out, k_out, q_r, k_r)."""
+    results = [*map(poisoned_like, (q, k)), *(poisoned(tensor.shape[:3], q) for tensor in (q, k))]
+    kernels.call(
+        "rotary_norm",
+        *(*rotary_problem(q, k, cos, sin), q, k, *strides_of(q, k), *results, eps, scale),
+        seed=schedule,
+    )
+    return results
+
+
+def rotary_norm_backward(kernels, dq_out, dk_out, q_out, k_out, q_r, k_r, cos, sin, *, scale=1.0, schedule=0):
+    """(dq, dk)."""
+    grads = [*map(poisoned_like, (dq_out, dk_out))]
+    kernels.call(
+        "rotary_norm_backward",
+        *(*rotary_problem(dq_out, dk_out, cos, sin), dq_out, dk_out, *strides_of(dq_out, dk_out)),
+        *(q_out, k_out, q_r, k_r, *grads, scale),
+        seed=schedule,
+    )
+    return grads
+
+
+def relu_squared(kernels, x, y, *, schedule=0):
+    """y, which may be x, is written."""
+    kernels.call("relu_squared", x, y, x.numel(), DTYPES[x.dtype], seed=schedule)
+
+
+def relu_squared_backward(kernels, dy, y, dx, *, schedule=0):
+    """dx, which may be dy, is written."""
+    kernels.call("relu_squared_backward", dy, y, dx, dy.numel(), DTYPES[dy.dtype], seed=schedule)
 
 
 def attention_sizes(q, k, causal, window, scale):
@@ -244,6 +332,7 @@ def newton_schulz(
     weight_decay=0.0,
     scale=1.0,
     cautious=False,
+    copies=None,
     hopper=False,
     multiprocessors=2,
     schedule=0,
@@ -258,7 +347,7 @@ def newton_schulz(
     weight_decay, weight_decay_address = number_and_address(weight_decay, 0.0)
     kernels.call(
         "newton_schulz",
-        *(*problem(g, steps, coefficients, norms), FORMS[form], out, list(params)),
+        *(*problem(g, steps, coefficients, norms), FORMS[form], out, list(params), copies or 0),
         *(DTYPES[params[0].dtype] if params else 0, lr, weight_decay, scale, int(cautious)),
         *(lr_address, weight_decay_address, multiprocessors, int(hopper), workspace, workspace.nbytes),
         seed=schedule,

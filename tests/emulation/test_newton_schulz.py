@@ -216,6 +216,27 @@ def test_update_of_parameters(unwatched, shape, dtype, cautious):
     check_update(unwatched, shape, dtype, cautious)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", [(5, 7), (40, 64), (140, 34)], ids=str)
+def test_update_writes_copies(unwatched, shape, offset):
+    check_copies(unwatched, shape, offset)
+
+
+def check_copies(newton_schulz, shape, offset, steps=5):
+    """Copies `offset` elements behind an aligned address."""
+    update = torch.randn(3, *shape, device=newton_schulz.device)
+    params = [torch.randn(shape, device=update.device) for _ in range(3)]
+    others = [param.clone() for param in params]
+    rooms = [torch.full((param.numel() + offset,), torch.nan, dtype=BF16, device=update.device) for param in params]
+    copies = [room[offset:].view(shape) for room in rooms]
+    rates = {"lr": 0.1, "weight_decay": 0.5, "scale": 3.0, "cautious": True, "steps": steps}
+    newton_schulz(update, params=params, copies=copies, **rates)
+    newton_schulz(update, params=others, **rates)
+    for param, other, kept in zip(params, others, copies, strict=True):
+        assert torch.equal(param, other)
+        assert torch.equal(kept, param.to(BF16))
+
+
 def test_update_in_the_gram_form(unwatched):
     check_update(unwatched, (64, 140), F32, False, "gram")
 
@@ -235,7 +256,9 @@ def test_more_matrices_than_a_launch_takes(unwatched_kernels):
     newton_schulz = NewtonSchulz(unwatched_kernels, "sm_80")
     g = torch.randn(515, 3, 5, device=newton_schulz.device)
     norms, params = torch.linalg.matrix_norm(g.double()), [torch.zeros_like(matrix) for matrix in g]
-    newton_schulz(g, norms=norms, params=params, lr=1.0, steps=1, coefficients=[(-1.0, 0.0, 0.0)])
+    copies = [torch.zeros_like(matrix, dtype=BF16) for matrix in g]
+    newton_schulz(g, norms=norms, params=params, copies=copies, lr=1.0, steps=1, coefficients=[(-1.0, 0.0, 0.0)])
+    assert all(torch.equal(kept, param.to(BF16)) for kept, param in zip(copies, params, strict=True))
     torch.testing.assert_close(torch.stack(params).double(), g.double() / norms[:, None, None], rtol=1e-3, atol=1e-4)
 
 
@@ -273,6 +296,7 @@ WATCHED = {
     "plain, wide": lambda ns: check(ns, torch.randn(131, 150), "plain", steps=2),
     "gram": lambda ns: check(ns, torch.randn(40, 70), "gram", steps=3),
     "update": lambda ns: check_update(ns, (33, 21), F32, True, count=2, steps=1),
+    "update with copies": lambda ns: check_copies(ns, (33, 21), 1, steps=1),
     "update bfloat16": lambda ns: check_update(ns, (20, 24), BF16, False, count=2, steps=1),
 }
 

@@ -1,4 +1,4 @@
-"""CUDA optimizers and loss against their references: emulated, under sanitizers, and on a GPU."""
+"""CUDA optimizers, loss, norms and rotation against their references: emulated, under sanitizers, and on a GPU."""
 
 import operator_calls as operators
 import pytest
@@ -41,9 +41,26 @@ def moved(tensors):
     return [room[1:].view(tensor.shape) for room, tensor in zip(rooms, tensors, strict=True)]
 
 
+def moved_by_one(tensor):
+    return moved([tensor])[0]
+
+
+def only(index, change):
+    """A place that changes one of the tensors."""
+    return lambda tensors: [change(tensor) if i == index else tensor for i, tensor in enumerate(tensors)]
+
+
 def assert_same_bits(ours, theirs):
     for mine, other in zip(ours, theirs, strict=True):
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(mine, other, strict=True))
+
+
+def empty_copies(params):
+    return [torch.full_like(param, torch.nan, dtype=torch.bfloat16) for param in params]
+
+
+def assert_are_copies(copies, params):
+    assert_same_bits([copies], [[param.bfloat16() for param in params]])
 
 
 def assert_near(mine, other):
@@ -74,6 +91,21 @@ def check_adamw(library, dtype, moments, cautious):
         assert_near(mine[sure], other[sure])
 
 
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("cautious", [False, True])
+def test_adamw_writes_copies(unwatched, cautious, place):
+    check_adamw_copies(unwatched, cautious, place)
+
+
+def check_adamw_copies(library, cautious, place):
+    with_copies = random_lists(library.device, torch.float32, torch.float32)
+    without, copies = clone(with_copies), place(empty_copies(with_copies[0]))
+    operators.adamw_(library, *with_copies, copies=copies, step=3, cautious=cautious, schedule=1, **SETTINGS)
+    operators.adamw_(library, *without, step=3, cautious=cautious, schedule=2, **SETTINGS)
+    assert_same_bits(with_copies, without)
+    assert_are_copies(copies, with_copies[0])
+
+
 @pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize(("dtype", "moments"), TYPES)
 def test_adamw_does_not_depend_on_alignment_or_schedule(unwatched, dtype, moments, rounding):
@@ -94,8 +126,9 @@ def check_adamw_alignment(library, dtype, moments, rounding):
 def test_adamw_takes_more_tensors_than_a_table_holds(unwatched):
     sizes = [1 + i % 5 for i in range(745)]
     ours = random_lists(unwatched.device, torch.float32, torch.float32, sizes)
-    expected = clone(ours)
-    operators.adamw_(unwatched, *ours, step=1, **SETTINGS)
+    expected, copies = clone(ours), empty_copies(ours[0])
+    operators.adamw_(unwatched, *ours, copies=copies, step=1, **SETTINGS)
+    assert_are_copies(copies, ours[0])
     reference.adamw_(*expected, step=1, **SETTINGS)
     for mine, other in zip(ours[0], expected[0], strict=True):
         assert_near(mine, other)
@@ -232,6 +265,33 @@ def check_muon_update(library, shape, dtype, cautious, place):
         assert_near(mine, other)
 
 
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("shape", [(5, 7), (64, 64), (65, 129)], ids=str)
+def test_muon_update_writes_copies(unwatched, shape, place):
+    check_muon_copies(unwatched, shape, place)
+
+
+def check_muon_copies(library, shape, place):
+    params = [torch.randn(shape, device=library.device) for _ in range(3)]
+    update = torch.randn(3, *shape, device=library.device)
+    others, copies = clone([params])[0], place(empty_copies(params))
+    options = {"lr": 0.1, "weight_decay": 0.5, "cautious": True}
+    operators.muon_update_(library, params, update, copies=copies, schedule=1, **options)
+    operators.muon_update_(library, others, update, schedule=2, **options)
+    assert_same_bits([params], [others])
+    assert_are_copies(copies, params)
+
+
+def test_copies_are_rounded_to_the_nearest_and_ties_to_even(unwatched):
+    bits = torch.arange(1 << 16, dtype=torch.int32, device=unwatched.device)
+    for high in (0x3F80, 0x3F81, -0x3D01, 0x7F7F, 0):
+        params = [(bits + (high << 16)).view(torch.float32)]
+        before, copies = params[0].clone(), empty_copies(params)
+        operators.muon_update_(unwatched, params, torch.zeros_like(params[0])[None], copies=copies, lr=0.0)
+        assert torch.equal(params[0], before)
+        assert_are_copies(copies, params)
+
+
 def test_muon_reads_its_numbers_where_they_stand(library):
     def number(x):
         return torch.tensor(x, dtype=torch.float64, device=library.device)
@@ -249,8 +309,10 @@ def test_muon_takes_more_matrices_than_a_table_holds(unwatched):
     count = 2003
     grads, buffers, params = ([torch.randn(3, device=unwatched.device) for _ in range(count)] for _ in range(3))
     expected_buffers, expected_params = clone([buffers, params])
+    copies = empty_copies(params)
     update, norms = operators.muon_momentum_(unwatched, grads, buffers, momentum=0.9, return_norm=True)
-    operators.muon_update_(unwatched, params, update, lr=0.1)
+    operators.muon_update_(unwatched, params, update, copies=copies, lr=0.1)
+    assert_are_copies(copies, params)
     expected_update, expected_norms = reference.muon_momentum_(grads, expected_buffers, momentum=0.9, return_norm=True)
     reference.muon_update_(expected_params, expected_update, lr=0.1)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
@@ -324,6 +386,254 @@ def test_rows_that_are_out_of_the_ordinary(library):
             assert changed[row].isnan().any()
 
 
+# --- rms_norm, embedding_rms_norm ---
+
+# A warp has one row; several, the last with a part; more than a block holds. With tails; a multiple of 4 but not of 8.
+CHANNELS = (1, 7, 260, 768, 1280, 1281, 9001, 10_000)
+ROWS = 5  # one more than a block has
+
+
+def random_rows(library, C, dtype, *, rows=ROWS, place=list):
+    return place([torch.randn(rows, C, device=library.device).to(dtype)])[0]
+
+
+def assert_rounded(mine, exact):
+    """One rounding of what float32 gives; `exact` is float64."""
+    rtol = 2**-8 + 1e-5 if mine.dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(mine.double(), exact, rtol=rtol, atol=2e-6)
+
+
+def exact_norm(x):
+    """(y, r) in float64."""
+    x = x.double()
+    r = (x.square().mean(-1) + operators.EPS).rsqrt()
+    return x * r[..., None], r
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("kind", ["norm", "copy", "sum", "unwritten sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", CHANNELS)
+def test_rms_norm(unwatched, C, dtype, kind, place):
+    check_rms_norm(unwatched, C, dtype, kind, place)
+
+
+def check_rms_norm(library, C, dtype, kind, place):
+    x, residual = place([random_rows(library, C, dtype) * 3 for _ in range(2)])
+    residual = residual if "sum" in kind else None
+    total, y, r = operators.rms_norm(library, x, residual, with_sum=kind in ("copy", "sum"), schedule=C % 4)
+    expected = x if residual is None else x + residual
+    if total is not None:
+        assert torch.equal(total, expected)
+    exact, exact_r = exact_norm(expected)
+    assert_rounded(y, exact)
+    torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("with_sum", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", CHANNELS)
+def test_rms_norm_backward(unwatched, C, dtype, with_sum, place):
+    check_rms_norm_backward(unwatched, C, dtype, with_sum, place)
+
+
+def check_rms_norm_backward(library, C, dtype, with_sum, place):
+    dy, dsum, x = (random_rows(library, C, dtype) for _ in range(3))
+    y, r = exact_norm(x * 3)
+    y, r = y.to(dtype), r.float()
+    dy, dsum, y = place([dy, dsum, y])
+    dx = operators.rms_norm_backward(library, dy, y, r, dsum if with_sum else None, schedule=C % 4)
+    dy, dsum, y = dy.double(), dsum.double(), y.double()
+    exact = (dsum if with_sum else 0) + r.double()[:, None] * (dy - y * (dy * y).mean(1, keepdim=True))
+    assert_rounded(dx, exact)
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", CHANNELS)
+def test_embedding_rms_norm(unwatched, C, table_dtype, dtype, place):
+    check_embedding(unwatched, C, table_dtype, dtype, place)
+
+
+def check_embedding(library, C, table_dtype, dtype, place):
+    """A token out of range makes its own row NaN."""
+    V = 6
+    table = random_rows(library, C, table_dtype, rows=V, place=place)
+    tokens = torch.tensor([V - 1, -1, 0, V, 3, 3, 1 << 60], device=library.device)
+    y, r = operators.embedding_rms_norm(library, tokens, table, dtype, schedule=C % 4)
+    known = (tokens >= 0) & (tokens < V)
+    exact, exact_r = exact_norm(table[tokens[known]].to(dtype))
+    assert_rounded(y[known], exact)
+    torch.testing.assert_close(r[known].double(), exact_r, rtol=1e-6, atol=0)
+    assert y[~known].isnan().all()
+    assert r[~known].isnan().all()
+
+
+def test_norms_have_the_same_bits_for_every_schedule(unwatched):
+    for dtype, C in ((torch.bfloat16, 1280), (torch.float32, 5000), (torch.float32, 260)):
+        x, residual, dy = (random_rows(unwatched, C, dtype) for _ in range(3))
+        results = []
+        for schedule in range(4):
+            total, y, r = operators.rms_norm(unwatched, x, residual, schedule=schedule)
+            dx = operators.rms_norm_backward(unwatched, dy, y, r, residual, schedule=schedule)
+            results.append([[total, y, r, dx]])
+            assert_same_bits(results[-1], results[0])
+
+
+def test_rows_of_zeros_infinities_and_nan(library):
+    """They are what float64 makes of them, and touch no other row."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = random_rows(library, 300, dtype)
+        x[1] = 0
+        x[2, 7] = torch.inf
+        x[3, 299] = torch.nan
+        _, y, r = operators.rms_norm(library, x)
+        exact, exact_r = exact_norm(x)
+        rtol = 2**-8 + 1e-5 if dtype == torch.bfloat16 else 2e-6
+        torch.testing.assert_close(y.double(), exact, rtol=rtol, atol=0, equal_nan=True)
+        torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0, equal_nan=True)
+
+
+# --- rotary_norm ---
+
+# B, T, H, Hkv, D: one pack of a half, several, as many as a warp has lanes, more; no power of two; tails.
+HEADS = (
+    (2, 3, 3, 1, 64),
+    (1, 5, 6, 6, 128),
+    (1, 2, 5, 2, 256),
+    (1, 2, 2, 1, 96),
+    (1, 7, 4, 4, 16),
+    (2, 3, 2, 2, 2),
+    (1, 3, 9, 1, 26),
+    (1, 1, 1, 1, 1100),
+)
+
+
+def exact_rotation(x, cos, sin):
+    (x1, x2), cos, sin = x.double().chunk(2, -1), cos.double()[:, None], sin.double()[:, None]
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
+
+
+def dense(tensor):
+    return tensor.contiguous()
+
+
+def within_a_larger_tensor(tensor):
+    """Between other heads, as where q, k and v are one product."""
+    around = torch.full((*tensor.shape[:-2], tensor.size(-2) + 3, tensor.size(-1)), torch.nan, device=tensor.device)
+    around = around.to(tensor.dtype)
+    around[..., 1:-2, :] = tensor
+    return around[..., 1:-2, :]
+
+
+def heads_first(tensor):
+    """Of memory (B, H, T, D)."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def with_longer_rows(tensor):
+    """One element between the tokens of (B, T, H, D), or the rows of (T, D / 2): only the first is aligned."""
+    rows = tensor.flatten(2) if tensor.dim() == 4 else tensor
+    room = rows.new_full((*rows.shape[:-1], rows.size(-1) + 1), torch.nan)
+    room[..., :-1] = rows
+    return room[..., :-1].view(tensor.shape)
+
+
+LAYOUTS = (dense, moved_by_one, within_a_larger_tensor, heads_first)
+
+
+def heads_and_angles(library, shape, dtype, layout):
+    """q, k, dq_out, dk_out in a layout, cos and sin; `dense` has these as parts of wider tables."""
+    B, T, H, Hkv, D = shape
+    tensors = [layout(torch.randn(B, T, heads, D, device=library.device).to(dtype)) for heads in (H, Hkv, H, Hkv)]
+    angles = torch.randn(T, D, device=library.device) * 3
+    if layout is dense:
+        return [*tensors, angles.cos()[:, : D // 2], angles.sin()[:, D // 2 :]]
+    return [*tensors, *moved([angles[:, : D // 2].cos(), angles[:, : D // 2].sin()])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_rotary_norm_and_its_gradient(unwatched, shape, dtype, layout):
+    check_rotary_norm(unwatched, shape, dtype, layout)
+
+
+def check_rotary_norm(library, shape, dtype, layout, place=list, scale=1.2):
+    q, k, dq_out, dk_out, cos, sin = place(heads_and_angles(library, shape, dtype, layout))
+    schedule = shape[-1] % 3
+    results = operators.rotary_norm(library, q, k, cos, sin, scale=scale, schedule=schedule)
+    grads = operators.rotary_norm_backward(library, dq_out, dk_out, *results, cos, sin, scale=scale, schedule=schedule)
+    for x, dout, out, r, dx in zip((q, k), (dq_out, dk_out), results, results[2:], grads, strict=False):
+        exact, exact_r = exact_norm(exact_rotation(x, cos, sin))
+        assert_rounded(out, scale * exact)
+        torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0)
+        n, dout = out.double() / scale, dout.double()
+        dz = scale * r.double()[..., None] * (dout - n * (dout * n).mean(-1, keepdim=True))
+        assert_rounded(dx, exact_rotation(dz, cos, -sin))
+
+
+def test_rotary_norm_has_the_same_bits_for_every_schedule(unwatched):
+    for dtype, layout in ((torch.bfloat16, dense), (torch.float32, moved_by_one)):
+        q, k, dq_out, dk_out, cos, sin = heads_and_angles(unwatched, (1, 3, 5, 2, 128), dtype, layout)
+        results = []
+        for schedule in range(4):
+            out = operators.rotary_norm(unwatched, q, k, cos, sin, schedule=schedule)
+            grads = operators.rotary_norm_backward(unwatched, dq_out, dk_out, *out, cos, sin, schedule=schedule)
+            results.append([[*out, *grads]])
+            assert_same_bits(results[-1], results[0])
+
+
+def test_heads_of_zeros_infinities_and_nan(library):
+    q, k, *_, cos, sin = heads_and_angles(library, (1, 2, 4, 2, 64), torch.float32, dense)
+    q[0, 0, 1] = 0
+    q[0, 1, 2, 5] = torch.inf
+    k[0, 0, 1, 40] = torch.nan
+    results = operators.rotary_norm(library, q, k, cos, sin)
+    for x, out, r in zip((q, k), results, results[2:], strict=False):
+        exact, exact_r = exact_norm(exact_rotation(x, cos, sin))
+        torch.testing.assert_close(out.double(), exact, rtol=2e-6, atol=2e-6, equal_nan=True)
+        torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0, equal_nan=True)
+
+
+# --- relu_squared ---
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", [1, 7, 4096, 8192, 20_003])
+def test_relu_squared(unwatched, numel, dtype, in_place, place):
+    check_relu_squared(unwatched, numel, dtype, in_place, place)
+
+
+def check_relu_squared(library, numel, dtype, in_place, place):
+    x, dy = (torch.randn(numel, device=library.device).to(dtype) for _ in range(2))
+    start, start_dy = x.clone(), dy.clone()
+    x, dy, y, dx = place([x, dy, *(torch.full_like(x, torch.nan) for _ in range(2))])
+    y, dx = (x, dy) if in_place else (y, dx)
+    operators.relu_squared(library, x, y, schedule=numel % 4)
+    assert_rounded(y, start.double().relu().square())
+    operators.relu_squared_backward(library, dy, y, dx, schedule=numel % 4)
+    assert_rounded(dx, 2 * y.double().sqrt() * start_dy.double())
+    if not in_place:
+        assert torch.equal(x, start)
+        assert torch.equal(dy, start_dy)
+
+
+def test_relu_squared_of_zeros_infinities_nan_and_tiny_numbers(library):
+    x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-30, -1e-30, 3e-20], device=library.device)
+    y = torch.full_like(x, 7)
+    operators.relu_squared(library, x, y)
+    expected = x.relu().square()
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=0, equal_nan=True)
+    dx = torch.full_like(x, 7)
+    operators.relu_squared_backward(library, torch.ones_like(x), y, dx)
+    torch.testing.assert_close(dx, 2 * expected.sqrt(), rtol=1e-6, atol=0, equal_nan=True)
+
+
 # --- under sanitizers ---
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -335,10 +645,56 @@ WATCHED = {
     "muon_momentum unaligned": lambda library: check_muon_momentum(library, (65, 129), BF16, False, moved),
     "muon_update": lambda library: check_muon_update(library, (64, 64), BF16, True, list),
     "muon_update unaligned": lambda library: check_muon_update(library, (65, 129), F32, False, moved),
+    "adamw copies": lambda library: check_adamw_copies(library, False, list),
+    "adamw copies unaligned": lambda library: check_adamw_copies(library, True, moved),
+    "muon_update copies": lambda library: check_muon_copies(library, (64, 64), list),
+    "muon_update copies unaligned": lambda library: check_muon_copies(library, (65, 129), moved),
     "loss": lambda library: check_loss(library, 2051, BF16, 15.0, True),
     "loss without softcap": lambda library: check_loss(library, 1000, F32, 0.0, True),
     "loss of one word": lambda library: check_loss(library, 1, BF16, 15.0, True),
     "loss of a long row": lambda library: check_loss(library, 70_001, BF16, 100.0, True),
+    "rms_norm of a warp": lambda library: check_rms_norm(library, 260, F32, "sum", list),
+    "rms_norm of a block": lambda library: check_rms_norm(library, 1280, BF16, "sum", list),
+    "rms_norm unaligned": lambda library: check_rms_norm(library, 1281, BF16, "norm", moved),
+    "rms_norm with a moved residual": lambda library: check_rms_norm(library, 64, F32, "sum", only(1, moved_by_one)),
+    "rms_norm of a long row": lambda library: check_rms_norm(library, 9001, F32, "unwritten sum", list),
+    "rms_norm_backward of a warp": lambda library: check_rms_norm_backward(library, 768, BF16, True, list),
+    "rms_norm_backward of a block": lambda library: check_rms_norm_backward(library, 1280, F32, False, list),
+    "rms_norm_backward unaligned": lambda library: check_rms_norm_backward(library, 9001, BF16, True, moved),
+    "rms_norm_backward with a moved dsum": lambda library: check_rms_norm_backward(
+        library, 64, BF16, True, only(1, moved_by_one)
+    ),
+    "rms_norm_backward with a moved y": lambda library: check_rms_norm_backward(
+        library, 64, F32, False, only(2, moved_by_one)
+    ),
+    "embedding_rms_norm": lambda library: check_embedding(library, 1280, F32, BF16, list),
+    "embedding_rms_norm unaligned": lambda library: check_embedding(library, 7, BF16, F32, moved),
+    "rotary_norm": lambda library: check_rotary_norm(library, (1, 5, 6, 6, 128), BF16, dense),
+    "rotary_norm of grouped heads": lambda library: check_rotary_norm(library, (2, 3, 3, 1, 64), F32, heads_first),
+    "rotary_norm between others": lambda library: check_rotary_norm(
+        library, (1, 2, 2, 1, 96), BF16, within_a_larger_tensor
+    ),
+    "rotary_norm unaligned": lambda library: check_rotary_norm(library, (1, 3, 9, 1, 26), BF16, moved_by_one),
+    **{
+        f"rotary_norm, {case}": lambda library, index=index, change=change: check_rotary_norm(
+            library, (1, 3, 2, 2, 64), BF16, dense, only(index, change)
+        )
+        for case, index, change in (
+            ("k moved", 1, moved_by_one),
+            ("dk_out moved", 3, moved_by_one),
+            ("longer rows of q", 0, with_longer_rows),
+            ("longer rows of dk_out", 3, with_longer_rows),
+            ("longer rows of cos", 4, with_longer_rows),
+            ("longer rows of sin", 5, with_longer_rows),
+        )
+    },
+    "relu_squared": lambda library: check_relu_squared(library, 8192, F32, False, list),
+    "relu_squared in place": lambda library: check_relu_squared(library, 20_003, BF16, True, list),
+    "relu_squared unaligned": lambda library: check_relu_squared(library, 7, BF16, False, moved),
+    "relu_squared with a moved y": lambda library: check_relu_squared(library, 4096, F32, False, only(2, moved_by_one)),
+    "relu_squared with a moved dx": lambda library: check_relu_squared(
+        library, 8192, BF16, False, only(3, moved_by_one)
+    ),
 }
 
 

@@ -22,7 +22,7 @@ def test_shuffles_and_votes(kernels, seed):
     blocks, n = 3, 192
     x = torch.randn(n, device=kernels.device)
     out, votes = (
-        torch.zeros(5, n, device=kernels.device),
+        torch.zeros(6, n, device=kernels.device),
         torch.zeros(n // 32, dtype=torch.int32, device=kernels.device),
     )
     kernels(PRIMITIVES).call("warp_exchange", x, out, votes, blocks, seed=seed)
@@ -73,7 +73,7 @@ def test_numbers(kernels):
     special = torch.tensor([0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e5, 6e-8, 2.9e-8, 1e-5, torch.inf, -torch.inf])
     x = torch.cat([special, torch.randn(400) * 3, torch.randn(100) * 1e-5]).to(kernels.device)
     n = x.numel()
-    out, packed = torch.zeros(5, n, device=kernels.device), torch.zeros(2, n, dtype=torch.int32, device=kernels.device)
+    out, packed = torch.zeros(6, n, device=kernels.device), torch.zeros(2, n, dtype=torch.int32, device=kernels.device)
     kernels(PRIMITIVES).call("numbers", x, out, packed, n)
     halves = packed.view(torch.int16).view(2, n, 2)
     for row, dtype in enumerate((torch.bfloat16, torch.float16)):
@@ -83,6 +83,7 @@ def test_numbers(kernels):
     finite = x.isfinite() & (x.abs() > 1e-30) & (x.abs() < 100)
     for row, exact, bound in ((2, torch.exp2(x), 1e-6), (3, 1 / x, 1e-6), (4, torch.tanh(x), 2**-10)):
         torch.testing.assert_close(out[row][finite], exact[finite], rtol=bound, atol=0)
+    torch.testing.assert_close(out[5], x.sqrt(), rtol=2e-7, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("absent", [0, 4, 16, 28])

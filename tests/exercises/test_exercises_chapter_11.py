@@ -3,7 +3,7 @@ import pytest
 from nanochat_native.exercises.chapter_11 import LIMIT, judge, own_rows, ring_inputs, ring_step
 
 
-def result(rows=24, mib=390.0, **options):
+def result(rows=27, mib=394.5, **options):
     sizes = {"depth": 6, "max_seq_len": 256, "vocab_size": 8192, "device_batch_size": rows}
     return {"options": sizes | options, "measured": [1, mib * 2**20, 2]}
 
@@ -12,8 +12,8 @@ def result(rows=24, mib=390.0, **options):
     ("measured", "right", "says"),
     [
         (result(), True, "one more would not fit"),
-        (result(rows=8, mib=379.7), False, "more sequences fit"),
-        (result(rows=25, mib=LIMIT / 2**20 + 1), False, "more than 400"),
+        (result(rows=26, mib=386.3), False, "more sequences fit"),
+        (result(rows=28, mib=LIMIT / 2**20 + 1), False, "more than 400"),
         (result(depth=4), False, "--depth must be 6, got 4"),
         (result(max_seq_len=128), False, "--max-seq-len must be 256, got 128"),
     ],

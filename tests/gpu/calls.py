@@ -32,7 +32,11 @@ def sizes(small):
     return odd if small else [*odd * 20, 300_001, 2_000_003]
 
 
-def adamw(device, small=False, dtype=F32, moments=F32, **options):
+def empty_copies(params):
+    return [torch.full_like(param, torch.nan, dtype=BF16) for param in params]
+
+
+def adamw(device, small=False, dtype=F32, moments=F32, with_copies=False, **options):
     counts = sizes(small)
     params, grads, firsts = (
         [torch.randn(n, device=device).to(kind) for n in counts] for kind in (dtype, dtype, moments)
@@ -41,10 +45,12 @@ def adamw(device, small=False, dtype=F32, moments=F32, **options):
 
     def run(tensors):
         lists = [tensors[i * len(counts) : (i + 1) * len(counts)] for i in range(4)]
-        ops.adamw_(*lists, **ADAMW | options)
-        return lists[0] + lists[2] + lists[3]
+        copies = tensors[4 * len(counts) :]
+        ops.adamw_(*lists, copies=copies, **ADAMW | options)
+        return lists[0] + lists[2] + lists[3] + copies
 
-    return Call(("adamw_",), params + grads + firsts + seconds, run)
+    copies = empty_copies(params) if with_copies else []
+    return Call(("adamw_",), params + grads + firsts + seconds + copies, run)
 
 
 def muon_momentum(device, small=False, dtype=F32):
@@ -59,16 +65,17 @@ def muon_momentum(device, small=False, dtype=F32):
     return Call(("muon_momentum_",), grads + buffers, run)
 
 
-def muon_update(device, small=False, dtype=F32, cautious=False):
+def muon_update(device, small=False, dtype=F32, cautious=False, with_copies=False):
     count, shape = (5, (19, 23)) if small else (60, (257, 129))
     params = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     update = torch.randn(count, *shape, device=device)
 
     def run(tensors):
-        ops.muon_update_(tensors[:-1], tensors[-1], lr=0.1, weight_decay=0.1, scale=1.5, cautious=cautious)
-        return tensors[:-1]
+        params, update, copies = tensors[:count], tensors[count], tensors[count + 1 :]
+        ops.muon_update_(params, update, lr=0.1, weight_decay=0.1, scale=1.5, cautious=cautious, copies=copies)
+        return params + copies
 
-    return Call(("muon_update_",), [*params, update], run)
+    return Call(("muon_update_",), [*params, update, *(empty_copies(params) if with_copies else [])], run)
 
 
 def newton_schulz(device, small=False, shape=(5, 1100, 270), isa="", **options):
@@ -81,19 +88,19 @@ def newton_schulz(device, small=False, shape=(5, 1100, 270), isa="", **options):
     return Call(("newton_schulz",), [g], run)
 
 
-def newton_schulz_update(device, small=False, dtype=F32, shape=(300, 300), isa=""):
+def newton_schulz_update(device, small=False, dtype=F32, shape=(300, 300), isa="", with_copies=False):
     count, shape = (3, (19, 23)) if small else (20, shape)
     params = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
     update = torch.randn(count, *shape, device=device)
 
     def run(tensors):
-        *params, update = tensors
+        params, update, copies = tensors[:count], tensors[count], tensors[count + 1 :]
         with instruction_set(isa):
             norms = torch.linalg.matrix_norm(update.double())
-            ops.newton_schulz_update_(params, update, lr=0.1, weight_decay=0.1, scale=1.5, norms=norms)
-        return params
+            ops.newton_schulz_update_(params, update, lr=0.1, weight_decay=0.1, scale=1.5, norms=norms, copies=copies)
+        return params + copies
 
-    return Call(("newton_schulz_update_",), [*params, update], run)
+    return Call(("newton_schulz_update_",), [*params, update, *(empty_copies(params) if with_copies else [])], run)
 
 
 def loss(device, small=False, dtype=F32, V=50257):
@@ -112,7 +119,8 @@ def loss(device, small=False, dtype=F32, V=50257):
 
 
 def attention(device, small=False, B=2, T=777, H=4, Hkv=4, D=64, isa="", **options):
-    T = 150 if small else T
+    if small:
+        B, T, H, Hkv = 1, 140, H // 2, Hkv // 2
     shapes = [(B, T, H, D), (B, T, Hkv, D), (B, T, Hkv, D), (B, T, H, D)]
 
     def run(tensors):
@@ -137,7 +145,69 @@ def decoding(device, small=False):
     return Call(("attention",), [q, k, v, lengths], run)
 
 
+def norm(device, small=False, dtype=F32, C=768, residual=True):
+    """The residual sum and its norm, or the norm alone, with gradients."""
+    shape = (5, 77) if small else (2, 999, C)
+    tensors = [torch.randn(shape, device=device).to(dtype) for _ in range(4 if residual else 2)]
+
+    def run(tensors):
+        *inputs, dy = (tensor.detach() for tensor in tensors)
+        inputs, dsum = (inputs[:2], inputs[2:]) if residual else (inputs, [])
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        results = ops.add_rms_norm(*inputs) if residual else [ops.rms_norm(*inputs)]
+        grads = torch.autograd.grad(results, inputs, [*dsum, dy])
+        return [*(result.detach() for result in results), *grads]
+
+    return Call(("add_rms_norm" if residual else "rms_norm",), tensors, run)
+
+
+def embedding(device, small=False, dtype=BF16):
+    """The norm of rows of a table; torch's gradient of the table is no kernel of ours."""
+    V, C, N = (7, 77, 9) if small else (1000, 768, 1999)
+    tokens = torch.randint(0, V, (N,), device=device)
+    tensors = [tokens, torch.randn(V, C, device=device)]
+    return Call(("embedding_rms_norm",), tensors, lambda tensors: [ops.embedding_rms_norm(*tensors, dtype)])
+
+
+def rotary(device, small=False, dtype=BF16, T=777, H=6, Hkv=6, D=128):
+    B, T = (1, 5) if small else (2, T)
+    shapes = [(B, T, heads, D) for heads in (H, Hkv, H, Hkv)]
+    angles = torch.randn(T, D // 2, device=device)
+    tensors = [*(torch.randn(shape, device=device).to(dtype) for shape in shapes), angles.cos(), angles.sin()]
+
+    def run(tensors):
+        q, k, dq_out, dk_out, cos, sin = tensors
+        inputs = [tensor.detach().requires_grad_() for tensor in (q, k)]
+        results = ops.rotary_norm(*inputs, cos, sin, scale=1.2)
+        grads = torch.autograd.grad(results, inputs, (dq_out, dk_out))
+        return [*(result.detach() for result in results), *grads]
+
+    return Call(("rotary_norm",), tensors, run)
+
+
+def square(device, small=False, dtype=BF16):
+    numel = 33 if small else 1_000_003
+
+    def run(tensors):
+        x, dy = tensors
+        y = ops.relu_squared(x)
+        ops.relu_squared_(x)
+        ops.relu_squared_backward_(dy, y)
+        return [y, x, dy]
+
+    tensors = [torch.randn(numel, device=device).to(dtype) for _ in range(2)]
+    return Call(("relu_squared", "relu_squared_", "relu_squared_backward_"), tensors, run)
+
+
 CALLS = {
+    "rms_norm float32": lambda device, small=False: norm(device, small, residual=False),
+    "add_rms_norm bfloat16": lambda device, small=False: norm(device, small, BF16),
+    "add_rms_norm float32, wide": lambda device, small=False: norm(device, small, F32, 5001),
+    "embedding_rms_norm bfloat16": embedding,
+    "rotary_norm bfloat16": rotary,
+    "rotary_norm float32, grouped heads": lambda device, small=False: rotary(device, small, F32, H=5, Hkv=1, D=90),
+    "relu_squared bfloat16": square,
+    "relu_squared float32": lambda device, small=False: square(device, small, F32),
     "attention causal": attention,
     "attention window, grouped heads": lambda device, small=False: attention(
         device, small, H=8, Hkv=2, D=128, window=100
@@ -150,11 +220,13 @@ CALLS = {
     ),
     "attention decoding": decoding,
     "adamw_ float32": adamw,
+    "adamw_ copies": lambda device, small=False: adamw(device, small, with_copies=True),
     "adamw_ bfloat16": lambda device, small=False: adamw(device, small, BF16, cautious=True),
     "adamw_ bfloat16 rounded": lambda device, small=False: adamw(device, small, BF16, BF16, stochastic_rounding=True),
     "muon_momentum_ float32": muon_momentum,
     "muon_momentum_ bfloat16": lambda device, small=False: muon_momentum(device, small, BF16),
     "muon_update_ float32": muon_update,
+    "muon_update_ copies": lambda device, small=False: muon_update(device, small, with_copies=True),
     "muon_update_ bfloat16": lambda device, small=False: muon_update(device, small, BF16, cautious=True),
     "newton_schulz tall": newton_schulz,
     "newton_schulz square": lambda device, small=False: newton_schulz(device, small, (4, 513, 520)),
@@ -164,6 +236,7 @@ CALLS = {
     "newton_schulz tall, sm_80": lambda device, small=False: newton_schulz(device, small, isa="sm_80"),
     "newton_schulz square, sm_80": lambda device, small=False: newton_schulz(device, small, (4, 513, 520), isa="sm_80"),
     "newton_schulz_update_ float32": newton_schulz_update,
+    "newton_schulz_update_ copies": lambda device, small=False: newton_schulz_update(device, small, with_copies=True),
     "newton_schulz_update_ bfloat16": lambda device, small=False: newton_schulz_update(device, small, BF16, (512, 129)),
     "newton_schulz_update_ float32, sm_80": lambda device, small=False: newton_schulz_update(
         device, small, isa="sm_80"

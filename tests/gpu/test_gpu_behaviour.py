@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import ADAMW, BF16, CALLS, F32, F64, adamw
+from sizes import SMALL, pick
 
 from nanochat_native import ops
 from nanochat_native.bench.gpu_clock import count_launches
@@ -27,7 +28,7 @@ SANITIZER_SECONDS = 60
 
 @pytest.fixture(params=CALLS)
 def call(request, device, require_native):
-    made = CALLS[request.param](device)
+    made = CALLS[request.param](device, small=SMALL)
     require_native(*made.operators)
     return made
 
@@ -44,7 +45,7 @@ def test_the_module_has_the_kernels(cuda):
 
 def test_same_bits_a_hundred_times(call, device):
     first = call()
-    for _ in range(99 if device.type == "cuda" else 2):
+    for _ in range(pick(99, 1) if device.type == "cuda" else 2):
         assert_equal(call(), first)
 
 
@@ -110,7 +111,7 @@ def quarters(tensors):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_adamw_in_a_graph_reads_step_and_rates_from_the_device(cuda, require_native, dtype):
     require_native("adamw_")
-    call = adamw(cuda, dtype=dtype)
+    call = adamw(cuda, SMALL, dtype)
     step = torch.ones((), dtype=torch.int64, device=cuda)
     lr, weight_decay = (torch.zeros((), dtype=F64, device=cuda) for _ in range(2))
     rates = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "stochastic_rounding": True, "seed": 7}
@@ -144,7 +145,7 @@ def test_tensors_and_numbers_give_the_same_bits(device, require_native, dtype):
     require_native("adamw_", "muon_momentum_", "muon_update_")
     numbers = {"momentum": 0.9, "lr": 0.3, "weight_decay": 0.1}
     tensors = {name: torch.tensor(number, dtype=F64, device=device) for name, number in numbers.items()}
-    call = adamw(device, dtype=dtype)
+    call = adamw(device, SMALL, dtype)
     grads, buffers, params = ([p.detach().clone() for p in matrices(4, device)] for _ in range(3))
     results = []
     for step, given in ((7, numbers), (torch.tensor(7, device=device), tensors)):
@@ -264,7 +265,7 @@ def test_tensors_of_another_device_than_the_current_one(cuda, require_native, na
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     other = torch.device("cuda", 1)
-    call = CALLS[name](other)
+    call = CALLS[name](other, small=SMALL)
     require_native(*call.operators)
     copies = [tensor.to("cuda:0") for tensor in call.tensors]
     with torch.cuda.device(0):
@@ -281,6 +282,7 @@ def test_tensors_of_another_device_than_the_current_one(cuda, require_native, na
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(cuda, require_native, tool):
     require_native("attention", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
+    require_native("add_rms_norm", "embedding_rms_norm", "rotary_norm", "relu_squared_backward_")
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         pytest.skip("compute-sanitizer was not found")

@@ -1,7 +1,11 @@
 """linear_cross_entropy on the GPU against its reference in float64: loss, gradients, ignored and impossible targets."""
 
+import math
+
 import pytest
 import torch
+from sizes import pick
+from torch.profiler import ProfilerActivity, profile
 
 from nanochat_native import ops
 from nanochat_native.ops import reference
@@ -39,12 +43,19 @@ def assert_near(ours, exact, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(("N", "V"), [(70, 32768), (70, 50257), (300, 17), (1, 1), (33, 2), (3000, 1000)])
-@pytest.mark.parametrize("softcap", [15.0, 0.5, None])
+@pytest.mark.parametrize(
+    ("N", "V"),
+    pick(
+        [(70, 32768), (70, 50257), (300, 17), (1, 1), (33, 2), (3000, 1000)],
+        [(3, 50257), (20, 1001), (70, 17), (1, 1)],
+    ),
+)
+@pytest.mark.parametrize("softcap", pick([15.0, 0.5, None], [15.0, None]))
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_and_gradients(device, N, V, dtype, softcap, reduction):
     x, weight, targets = problem(device, N, V, dtype)
-    targets[::3] = -1 if N > 1 else targets[0]
+    if N > 1:
+        targets[::3] = -1
     options = {"softcap": softcap, "reduction": reduction}
     ours = results(ops.linear_cross_entropy, x, weight, targets, **options)
     exact = results(reference.linear_cross_entropy, x.double(), weight.double(), targets, **options)
@@ -60,7 +71,7 @@ def test_loss_and_gradients(device, N, V, dtype, softcap, reduction):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("V", [17, 50257])
+@pytest.mark.parametrize("V", [17, pick(50257, 5003)])
 def test_losses_of_each_row(device, V, dtype):
     x, weight, targets = problem(device, 40, V, dtype)
     targets[7] = -1
@@ -102,6 +113,40 @@ def test_all_ignored(device, dtype):
         assert value.nan_to_num() == 0
         assert not dx.any()
         assert not dweight.any()
+
+
+def count_products(function):
+    """How many matrix products one call asks torch for, which the host counts."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    return sum(event.name == "aten::mm" for event in profiler.events())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 15, 16])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_chunks_of_rows(cuda, monkeypatch, dtype, rows):
+    """16 rows in chunks of `rows`: bfloat16 gradients of the weight are summed in float32, by a product that adds."""
+    x, weight, targets = problem(cuda, 16, 301, dtype)
+    targets[::3] = -1
+    exact = results(reference.linear_cross_entropy, x.double(), weight.double(), targets)
+
+    def losses():
+        return ops.linear_cross_entropy(x, weight, targets, reduction="none")
+
+    monkeypatch.delenv("NANOCHAT_LOGIT_BYTES", raising=False)
+    whole, products = losses(), count_products(losses)
+    assert products > 0
+    monkeypatch.setenv("NANOCHAT_LOGIT_BYTES", str(rows * 301 * x.element_size()))
+    assert_near(results(ops.linear_cross_entropy, x, weight, targets), exact, TOLERANCE[dtype])
+    torch.testing.assert_close(losses(), whole)
+    assert count_products(losses) == math.ceil(16 / rows) * products
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1e6", "many", "7 ", "99999999999999999999"])
+def test_a_wrong_number_of_logit_bytes_is_refused(cuda, monkeypatch, number):
+    monkeypatch.setenv("NANOCHAT_LOGIT_BYTES", number)
+    with pytest.raises(ValueError, match=f"NANOCHAT_LOGIT_BYTES must be a number of bytes > 0, got {number}"):
+        ops.linear_cross_entropy(*problem(cuda, 2, 3, F32))
 
 
 def test_another_ignore_index(device):

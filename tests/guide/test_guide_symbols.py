@@ -1,9 +1,11 @@
 """Appendix B: the generated part is that of the docstrings and the model, and the glossary is complete and in order."""
 
 import re
+from collections.abc import Sequence
 
 import pytest
 from chapters import chapter_b
+from torch import Tensor
 
 from nanochat_native import ops
 
@@ -39,12 +41,24 @@ def test_the_glossary_is_in_alphabetical_order_with_one_sentence_each():
 
 
 def test_shapes_are_read_from_docstrings():
-    docstring = """Return nothing.
+    def operator(q: Tensor, k: Tensor, v: Tensor, lists: Sequence[Tensor], like: Tensor, flag: bool) -> None:
+        """Return nothing.
 
-Args:
-    q: (B, T). And more.
-    k, v: (B, (T, 2)) with q's dtype.
-    lists: Contiguous tensors.
-    flag: Not a tensor.
-"""
-    assert chapter_b.shapes_of(docstring) == "q `(B, T)`, k, v `(B, (T, 2))`, lists (lists)"
+        Args:
+            q: (B, T). And more.
+            k, v: (B, (T, 2)) with q's dtype.
+            lists: Contiguous tensors.
+            like: The shape of q.
+            flag: Not a tensor.
+        """
+
+    def anything(x: Tensor, scale: float | Tensor) -> None:
+        """Return nothing.
+
+        Args:
+            x: Any shape.
+            scale: A number.
+        """
+
+    assert chapter_b.shapes_of(operator) == "q `(B, T)`, k, v `(B, (T, 2))`, lists (lists)"
+    assert chapter_b.shapes_of(anything) == "x `(...)`"

@@ -390,7 +390,7 @@ def test_merges_are_those_of_the_tokenizer(browser, site, text):
 
 
 def test_rotated_scores_are_those_of_the_model(browser, site):
-    from nanochat_native.model.functional import _rotate
+    from nanochat_native.ops.rotary_norm import _rotate
 
     widget = Widget(browser, site, "rope")
 
@@ -398,9 +398,9 @@ def test_rotated_scores_are_those_of_the_model(browser, site):
         theta = 10000 ** (-2 * pair / 128)
         vectors = []
         for position, vector in ((m, (1.0, 0.0)), (n, (0.8, 0.6))):
-            angle = torch.tensor([position * theta], dtype=torch.float64)
-            x = torch.tensor(vector, dtype=torch.float64)
-            vectors.append(_rotate(x, angle.cos().repeat(2), angle.sin()))
+            angle = torch.tensor([[position * theta]], dtype=torch.float64)
+            x = torch.tensor(vector, dtype=torch.float64).view(1, 1, 1, 2)
+            vectors.append(_rotate(x, angle.cos(), angle.sin()).view(2))
         return float(vectors[0] @ vectors[1])
 
     assert widget.value == pytest.approx(score(6, 2, 16), abs=1e-12)

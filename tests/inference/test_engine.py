@@ -46,6 +46,48 @@ def greedy(max_tokens=12, **settings):
 # --- the model in rows ---
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_copy_of_the_logits_holds_what_two_hold(dtype):
+    logits = torch.randn(3, 70_001, dtype=dtype)
+    logits[1, 7] = logits[1, 70_000] = 9.0  # equally likely
+    logits[2, 5] = math.nan
+    top, likeliest, whole = engine_module.read_in_one_copy(logits, whole=True)
+    expected = engine_module.read_logits(logits, whole=True)
+    assert (top[:2], likeliest) == (expected[0][:2], expected[1])
+    assert math.isnan(top[2])
+    assert all(type(token) is int for token in likeliest)
+    assert torch.equal(whole.nan_to_num(), logits.nan_to_num())
+    top, likeliest, none = engine_module.read_in_one_copy(logits, whole=False)
+    assert (top[:2], likeliest, none.shape) == (expected[0][:2], expected[1], (3, 0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        ({"temperature": 0}, []),
+        ({"temperature": 1.0}, [2, 3]),
+        ({"temperature": 0, "repetition_penalty": 1.5}, [2, 3]),
+        ({"temperature": 0, "logit_bias": ((3, 1.0),)}, [2, 3]),
+        ({"temperature": 0, "logprobs": 1}, [2, 3]),
+        ({"temperature": 1.0, "logprobs": 0, "score_prompt": True}, [0, 1, 2, 3]),
+    ],
+)
+def test_logits_are_copied_only_where_a_token_needs_them(monkeypatch, settings, reads):
+    """On a GPU: each decoding step copies once, and all logits only if a request draws or scores."""
+    asked = []
+
+    def read(logits, whole, real=engine_module.read_in_one_copy):
+        asked.append(whole)
+        return real(logits, whole)
+
+    expected = alone(MODELS["w"], prompt_of(3), Sampling(2, **settings))
+    monkeypatch.setattr(engine_module, "read_logits", read)
+    request = alone(MODELS["w"], prompt_of(3), Sampling(2, **settings))
+    assert (request.tokens, request.scored) == (expected.tokens, expected.scored)
+    first = 0 if settings.get("score_prompt") else 2
+    assert [first + step for step, whole in enumerate(asked) if whole] == reads
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_give_the_logits_of_the_whole_forward(backend, name):
     model = MODELS[name]

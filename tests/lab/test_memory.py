@@ -122,15 +122,13 @@ def kept_by_autograd(dtype, grad_checkpoint):
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in known)
 
 
-@pytest.mark.parametrize(("dtype", "grad_checkpoint"), [("float32", False), ("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_autograd_keeps_is_as_predicted(dtype, grad_checkpoint):
     options = Options(dtype=dtype, grad_checkpoint=grad_checkpoint, **CONFIG)
     element, C, V = 2 if dtype == "bfloat16" else 4, 3 * 64, CONFIG["vocab_size"]
-    copies = 2 * 3 * 12 * C * C if dtype == "bfloat16" else 0
     loss = element * (V + 256) * C + 8 * 256  # its gradients; the tokens are kept too
-    assert kept_by_autograd(dtype, grad_checkpoint) == pytest.approx(
-        activation_bytes(options) + copies + loss, rel=0.01
-    )
+    assert kept_by_autograd(dtype, grad_checkpoint) == pytest.approx(activation_bytes(options) + loss, rel=0.01)
 
 
 def case(phase, optimizer, dtype, depth, rows, length, vocabulary, **others):
@@ -143,7 +141,7 @@ CASES = [
     case("backward", "hybrid", "float32", 3, 8, 128, 515),
     case("optimizer step", "hybrid", "float32", 2, 1, 64, 515),
     case("backward", "hybrid", "float32", 4, 4, 256, 515, grad_checkpoint=True),
-    case("backward", "hybrid", "bfloat16", 3, 4, 128, 515, n_kv_head=1),
+    case("backward", "hybrid", "bfloat16", 3, 8, 128, 515, n_kv_head=1),
     case("backward", "hybrid", "bfloat16", 2, 8, 64, 2000, grad_checkpoint=True),
     case("optimizer step", "hybrid", "bfloat16", 3, 1, 16, 300, micro_batches=2),
     case("backward", "muon_sgd", "float32", 3, 8, 64, 515, head_dim=32, n_kv_head=2),
@@ -157,7 +155,7 @@ CASES = [
     case("backward", "sgd_momentum", "bfloat16", 3, 2, 64, 515, micro_batches=2),
     case("backward", "sgd", "float32", 1, 1, 64, 1000),
     case("backward", "sgd", "bfloat16", 4, 4, 64, 300, grad_checkpoint=True, micro_batches=2),
-    case("forward", "sgd", "bfloat16", 4, 1, 64, 300, grad_checkpoint=True, micro_batches=2),
+    case("backward", "sgd", "bfloat16", 4, 1, 64, 300, grad_checkpoint=True, micro_batches=2),
     case("optimizer step", "adam", "float32", 4, 1, 64, 300),
     case("backward", "sgd", "bfloat16", 4, 2, 128, 515),
 ]

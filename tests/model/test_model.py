@@ -12,6 +12,7 @@ from backends import BACKENDS, use
 from nanochat_native import ops
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
+from nanochat_native.ops import weight_copies
 
 CONFIG = GPTConfig(sequence_len=32, vocab_size=97, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
 WINDOWS = [8, None, None]  # of CONFIG: sequence_len // 4 for S; the last layer sees all
@@ -195,6 +196,22 @@ def test_gradient_checkpointing_computes_blocks_again(monkeypatch):
             assert len(calls) == expected
 
 
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_the_backward_pass_casts_no_weight(backend, grad_checkpoint, monkeypatch):
+    """It uses the copies that the forward pass made, also where checkpoint gives back detached weights."""
+    writes = []
+    write = weight_copies._write
+    monkeypatch.setattr(weight_copies, "_write", lambda *args: (writes.append(args[0].shape), write(*args))[1])
+    model = build(grad_checkpoint=grad_checkpoint)
+    weight_copies.keep(model.parameters())
+    for expected in (6 * 3 + 1, 0):  # the weights of the blocks and lm_head; then none
+        writes.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens(), tokens(seed=1))
+        loss.backward()
+        assert len(writes) == expected
+
+
 def test_last_only_is_the_last_row(backend):
     model, idx = build(), tokens()
     with torch.no_grad():
@@ -286,7 +303,7 @@ def test_flops_are_nanochats_formula():
 def test_autocast_runs_the_blocks_in_bfloat16(backend):
     model, idx, targets = build(), tokens(), tokens(seed=1)
     seen = []
-    model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
     exact = model(idx, targets).item()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(idx, targets)

@@ -6,7 +6,7 @@ from models import build
 
 from nanochat_native import ops
 from nanochat_native.model import GPTConfig, attention_weights
-from nanochat_native.model.functional import norm
+from nanochat_native.model.functional import add_norm, norm
 from nanochat_native.ops.attention import attention_mask
 
 SHAPES = {
@@ -30,15 +30,15 @@ def test_weights_give_the_output_of_attention(shape):
     assert (weights.shape, weights.dtype) == ((3, 2, 4, 24, 24), torch.float32)
     cos, sin = model.cos[:, :24], model.sin[:, :24]
     with torch.no_grad():
-        x = norm(model.wte(IDS))
+        x, n = add_norm(norm(model.wte(IDS)), None)
         for layer, block in enumerate(model.blocks):
-            q, k, v = block.attn.project(norm(x), cos, sin)
+            q, k, v = block.attn.project(n, cos, sin)
             expected = ops.attention(q, k, v, window=block.attn.window)
             values = v.repeat_interleave(4 // v.size(2), dim=2)
             found = torch.einsum("bhij,bjhd->bihd", weights[layer], values)
             assert (found - expected).abs().max() < 2e-6
-            x = block(x, cos, sin)
-        logits = model.lm_head(norm(x))
+            x, n = block(x, n, cos, sin)
+        logits = model.lm_head(n)
         torch.testing.assert_close(15 * torch.tanh(logits / 15), model(IDS))
 
 

@@ -333,7 +333,7 @@ def test_the_raw_operator_checks_too():
     raw = torch.ops.nanochat_native
     options = SETTINGS | RAW_ADAMW
     with pytest.raises(ValueError, match="params must hold at least one tensor, got none"):
-        raw.adamw_([], [], [], [], step=1, **(options | {"lr_tensor": number(0.1)}))
+        raw.adamw_([], [], [], [], [], step=1, **(options | {"lr_tensor": number(0.1)}))
     for change, error, words in (
         ({"step_tensor": number(0)}, ValueError, "step must be at least 1, got 0"),
         ({"step_tensor": number(1.0)}, TypeError, "step must have dtype Long, got Double"),
@@ -342,13 +342,13 @@ def test_the_raw_operator_checks_too():
         ({"weight_decay_tensor": number(1)}, TypeError, "weight_decay must have dtype Double, got Long"),
     ):
         with pytest.raises(error, match=words):
-            raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=1, **(options | change))
+            raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, [], step=1, **(options | change))
     with pytest.raises(ValueError, match="step must be at least 1, got 0"):
-        raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=0, **options)
+        raw.adamw_(params, grads, exp_avgs, exp_avg_sqs, [], step=0, **options)
     with pytest.raises(TypeError, match=r"exp_avgs must have one of the dtypes .*, got BFloat16"):
-        raw.adamw_(params, grads, [exp_avgs[0].bfloat16()], exp_avg_sqs, step=1, **options)
+        raw.adamw_(params, grads, [exp_avgs[0].bfloat16()], exp_avg_sqs, [], step=1, **options)
     with pytest.raises(ValueError, match="contiguous"):
-        raw.adamw_(params, [torch.zeros(8)[::2]], exp_avgs, exp_avg_sqs, step=1, **options)
+        raw.adamw_(params, [torch.zeros(8)[::2]], exp_avgs, exp_avg_sqs, [], step=1, **options)
 
 
 def test_opcheck():
@@ -356,4 +356,5 @@ def test_opcheck():
     options = SETTINGS | RAW_ADAMW | {"step": 2}
     in_tensors = {"step_tensor": number(2), "lr_tensor": number(0.1), "weight_decay_tensor": number(0.1)}
     for change in ({}, {"cautious": True, **in_tensors}):
-        torch.library.opcheck(raw.adamw_.default, state([(3,), (2, 2)]), options | change)
+        for copies in ([], [torch.zeros(3).bfloat16(), torch.zeros(2, 2).bfloat16()]):
+            torch.library.opcheck(raw.adamw_.default, (*state([(3,), (2, 2)]), copies), options | change)

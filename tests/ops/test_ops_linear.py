@@ -68,6 +68,43 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("choice", ["native", "torch"])
+@pytest.mark.parametrize("rows", [(1,), (70,), (3, 41)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (24, 33), (300, 130)])
+def test_a_gradient_is_added_by_the_product(choice, rows, inputs, outputs, monkeypatch):
+    monkeypatch.setattr(backends, "_linear_product", choice)
+    shapes = ((*rows, outputs), (*rows, inputs), (outputs, inputs), (*rows, inputs))
+    dy, x, weight, first = map(torch.randn, shapes)
+    expected = first + dy @ weight
+    dx, dweight = ops.linear_backward(dy, x, weight, add_to=first)
+    torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dweight, dy.flatten(0, -2).T @ x.flatten(0, -2), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["native", "torch"])
+def test_a_gradient_that_is_not_needed_is_none(choice, monkeypatch):
+    monkeypatch.setattr(backends, "_linear_product", choice)
+    dy, x, weight = torch.randn(70, 5), torch.randn(70, 6), torch.randn(5, 6)
+    dx, none = ops.linear_backward(dy, x, weight, needed=(True, False))
+    assert none is None
+    torch.testing.assert_close(dx, dy @ weight)
+    none, dweight = ops.linear_backward(dy, x, weight, needed=(False, True))
+    assert none is None
+    torch.testing.assert_close(dweight, dy.T @ x)
+
+
+def test_the_gradient_of_the_weight_has_the_dtype_that_is_asked_for():
+    dy, x, weight = (torch.randn(shape).bfloat16() for shape in ((70, 5), (70, 6), (5, 6)))
+    dx, dweight = ops.linear_backward(dy, x, weight, weight_dtype=torch.float32)
+    assert (dx.dtype, dweight.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(dweight, dy.float().T @ x.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_the_sum_must_have_the_shape_of_x():
+    with pytest.raises(ValueError, match=r"linear_backward: add_to must have the shape of x, \(70, 6\), got \(6,\)"):
+        ops.linear_backward(torch.zeros(70, 5), torch.zeros(70, 6), torch.zeros(5, 6), add_to=torch.zeros(6))
+
+
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_bad_arguments(backend):
     ops.use_backend(backend)

@@ -101,6 +101,12 @@ def lengths_formula(q, k, v):
     return torch.cat(rows)
 
 
+def norm_formula(x):
+    return x / (x.square().mean(-1, keepdim=True) + 2**-23) ** 0.5
+
+
+TOKENS = torch.tensor([[1, 5, 1], [0, 6, 6]])
+
 TARGETS = torch.tensor([0, 6, -1, 3, 3])
 
 
@@ -181,6 +187,29 @@ def cached_forward(run):
     return call
 
 
+ANGLES = torch.linspace(-3, 3, 10, dtype=torch.float64).view(5, 2)
+
+
+def rotary_norm_formula(q, k):
+    def of_one(x):
+        (x1, x2), cos, sin = x.chunk(2, -1), ANGLES.cos()[:, None], ANGLES.sin()[:, None]
+        z = torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
+        return 1.2 * z / ((z * z).sum(-1, keepdim=True) / 4 + 2.0**-23).sqrt()
+
+    return of_one(q), of_one(k)
+
+
+def updated(op):
+    """Return the operator, which updates its first tensor, as a function of its tensors that returns the result."""
+
+    def call(*tensors):
+        first, *others = (x.clone() for x in tensors)
+        op(first, *others)
+        return first
+
+    return call
+
+
 CACHED = [(9, 8), (8, 8), (4, 8), (4, 8), (8, 8), (16, 8), (8, 16), (9, 8), (6, 2), (1, 2, 6, 2, 4)]
 
 NO_WHOLE_GRAPH = "attention: lengths needs fullgraph=False on the torch backend"
@@ -254,6 +283,28 @@ CASES = {
         lengths_formula,
         beside("attention", "lengths") | ON_TORCH,
     ),
+    "rms_norm": Case("rms_norm", [(2, 3, 5)], ops.rms_norm, norm_formula, ALWAYS_RIGHT),
+    "add_rms_norm": Case(
+        "add_rms_norm",
+        [(2, 3, 5)] * 2,
+        ops.add_rms_norm,
+        lambda x, residual: (x + residual, norm_formula(x + residual)),
+        ALWAYS_RIGHT,
+    ),
+    "add_rms_norm, the sum unused": Case(
+        "add_rms_norm",
+        [(2, 3, 5)] * 2,
+        lambda x, residual: ops.add_rms_norm(x, residual)[1],
+        lambda x, residual: norm_formula(x + residual),
+        ALWAYS_RIGHT,
+    ),
+    "embedding_rms_norm": Case(
+        "embedding_rms_norm",
+        [(7, 5)],
+        lambda table: ops.embedding_rms_norm(TOKENS, table, torch.float64),
+        lambda table: norm_formula(table[TOKENS]),
+        ALWAYS_RIGHT,
+    ),
     "linear": Case(
         "linear",
         [(70, 3), (2, 3)],
@@ -326,6 +377,42 @@ CASES = {
         cached_forward(reference.cached_forward_),
         without("cached_forward_") | ON_TORCH,
         1e-4,
+    ),
+    "rotary_norm": Case(
+        "rotary_norm",
+        [(2, 5, 2, 4), (2, 5, 1, 4)],
+        lambda q, k: ops.rotary_norm(q, k, ANGLES.cos(), ANGLES.sin(), scale=1.2),
+        rotary_norm_formula,
+        ALWAYS_RIGHT,
+    ),
+    "relu_squared": Case("relu_squared", [(3, 4)], ops.relu_squared, lambda x: x.clamp(min=0) ** 2, ALWAYS_RIGHT),
+    "relu_squared_": Case(
+        "relu_squared_", [(3, 4)], updated(ops.relu_squared_), lambda x: x.clamp(min=0) ** 2, without("relu_squared_")
+    ),
+    "relu_squared_backward_": Case(
+        "relu_squared_backward_",
+        [(3, 4)] * 2,
+        lambda dy, x: updated(ops.relu_squared_backward_)(dy, x.square()),
+        lambda dy, x: 2 * x.abs() * dy,
+        without("relu_squared_backward_"),
+    ),
+    "linear_relu_squared": Case(
+        "linear_relu_squared",
+        [(70, 3), (2, 3)],
+        in_float32(ops.linear_relu_squared),
+        lambda x, weight: (x @ weight.mT).clamp(min=0) ** 2,
+        ALWAYS_RIGHT,
+        1e-3,
+        {"native": 0.1, "torch": 0.1},
+    ),
+    "linear_backward_relu_squared": Case(
+        "linear_backward_relu_squared",
+        [(70, 2), (70, 3), (2, 3)],
+        in_float32(lambda dy, h, weight: ops.linear_backward_relu_squared(dy, h.square(), weight)),
+        lambda dy, h, weight: (2 * h.abs() * (dy @ weight), dy.mT @ h.square()),
+        ALWAYS_RIGHT,
+        1e-3,
+        {"native": 0.5, "torch": 0.5},
     ),
     # The rotary angles of the model are in float32.
     "the model's loss": Case(
@@ -772,6 +859,7 @@ TRACED_ALREADY = {
     "attention with rows that see nothing",
     "attention of x, x, x",
     "newton_schulz, tall",
+    "add_rms_norm, the sum unused",
 }
 TRACING = {"linearised", *(name for name in MODES if "compiled" in name)}
 

@@ -213,11 +213,11 @@ def test_the_raw_operators_check_too():
     with pytest.raises(TypeError, match="momentum must have dtype Double, got Float"):
         raw.muon_momentum_([torch.zeros(2)], [torch.zeros(2)], 0.9, True, False, torch.tensor(0.9))
     with pytest.raises(TypeError, match="weight_decay must have dtype Double, got Float"):
-        raw.muon_update_([torch.zeros(2)], torch.zeros(1, 2), 0.1, 0.0, 1.0, False, None, torch.tensor(0.9))
+        raw.muon_update_([torch.zeros(2)], torch.zeros(1, 2), [], 0.1, 0.0, 1.0, False, None, torch.tensor(0.9))
     with pytest.raises(ValueError, match="one shape"):
         raw.muon_momentum_([torch.zeros(2), torch.zeros(3)], [torch.zeros(2), torch.zeros(3)], 0.9, True, False, None)
     with pytest.raises(ValueError, match="update must have shape"):
-        raw.muon_update_([torch.zeros(2)], torch.zeros(2, 2), 0.1, 0.0, 1.0, False, None, None)
+        raw.muon_update_([torch.zeros(2)], torch.zeros(2, 2), [], 0.1, 0.0, 1.0, False, None, None)
 
 
 def test_opcheck():
@@ -227,7 +227,8 @@ def test_opcheck():
         torch.library.opcheck(raw.muon_momentum_.default, (grads, buffers, 0.9, True, *rest))
     for rest in ((False, None, None), (True, number(0.1), number(0.1))):
         params, update = [torch.randn(3, 2)], torch.randn(1, 3, 2)
-        torch.library.opcheck(raw.muon_update_.default, (params, update, 0.1, 0.1, 2.0, *rest))
+        for copies in ([], [torch.zeros(3, 2).bfloat16()]):
+            torch.library.opcheck(raw.muon_update_.default, (params, update, copies, 0.1, 0.1, 2.0, *rest))
 
 
 # --- newton_schulz_update_ ---
@@ -275,15 +276,19 @@ def test_update_opcheck_and_compile():
     params, update = [torch.randn(9, 5) for _ in range(2)], torch.randn(2, 9, 5)
     numbers = [3.4445, -4.7750, 2.0315] * 5
     for norms in (None, torch.linalg.matrix_norm(update.double())):
-        torch.library.opcheck(UPDATE, (params, update, numbers, 1.0, norms, 0.1, 0.1, 1.0, False, None, None))
+        for copies in ([], [torch.zeros(9, 5).bfloat16() for _ in range(2)]):
+            arguments = (params, update, copies, numbers, 1.0, norms, 0.1, 0.1, 1.0, False, None, None)
+            torch.library.opcheck(UPDATE, arguments)
 
-    def step(params, update):
-        ops.newton_schulz_update_(params, update, **RATES)
+    def step(params, update, copies):
+        ops.newton_schulz_update_(params, update, copies=copies, **RATES)
 
-    others = [param.clone() for param in params]
-    step(params, update)
-    torch.compile(step, fullgraph=True, backend="aot_eager")(others, update)
-    assert all(map(torch.equal, params, others))
+    for with_copies in (False, True):
+        others = [param.clone() for param in params]
+        copies, other_copies = ([torch.zeros(9, 5).bfloat16() for _ in range(2)] if with_copies else [] for _ in "ab")
+        step(params, update, copies)
+        torch.compile(step, fullgraph=True, backend="aot_eager")(others, update, other_copies)
+        assert all(map(torch.equal, params + copies, others + other_copies))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -321,12 +326,12 @@ def test_update_bad_arguments(params, update, options, error, words, backend):
 def test_the_raw_update_checks_too():
     numbers, rest = [1.0, 2.0, 3.0], (0.1, 0.1, 1.0, False, None, None)
     with pytest.raises(ValueError, match=r"params must have shape \(\.\.\., M, K\), got \[3\]"):
-        UPDATE([torch.zeros(3), torch.zeros(3)], torch.zeros(2, 3), numbers, 1.0, None, *rest)
+        UPDATE([torch.zeros(3), torch.zeros(3)], torch.zeros(2, 3), [], numbers, 1.0, None, *rest)
     with pytest.raises(ValueError, match="coefficients must have three numbers for each step, got 2"):
-        UPDATE([torch.zeros(3, 3)], torch.zeros(1, 3, 3), [1.0, 2.0], 1.0, None, *rest)
+        UPDATE([torch.zeros(3, 3)], torch.zeros(1, 3, 3), [], [1.0, 2.0], 1.0, None, *rest)
     shared = torch.zeros(1, 3, 3)
     with pytest.raises(ValueError, match=r"newton_schulz_update_: .* share memory"):
-        UPDATE([shared[0]], shared, numbers, 1.0, None, *rest)
+        UPDATE([shared[0]], shared, [], numbers, 1.0, None, *rest)
 
 
 # --- with adamw_, in one step ---

@@ -10,7 +10,7 @@ from backends import BACKENDS, use
 
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
-from nanochat_native.optim import AdamW, Muon, clip_grad_norm_, describe_routing, setup_optimizers
+from nanochat_native.optim import AdamW, Muon, clip, clip_grad_norm_, describe_routing, setup_optimizers
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 MATRICES = {
@@ -334,6 +334,16 @@ def test_gradients_that_are_not_finite_are_left_alone(bad):
     assert not math.isfinite(clip_grad_norm_(parameters, 1.0).item())
     for old, new in zip(before, parameters[:-1], strict=True):
         assert torch.equal(old.nan_to_num(), new.grad.nan_to_num())
+
+
+@pytest.mark.parametrize("factor", [2.0 / 3, 1.0, 1e-7])
+def test_a_factor_on_the_device_scales_as_a_plain_number(factor):
+    """What a GPU does, where the host does not wait for the norm; mixed types in one list."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    tensors = [gradient for dtype in dtypes for gradient in copy_of_gradients(gradients(dtype=dtype))]
+    expected = [gradient.mul(factor) for gradient in tensors]
+    clip._scale_(tensors, torch.tensor(factor, dtype=torch.float64))
+    assert all(map(torch.equal, tensors, expected))
 
 
 def test_norm_of_many_elements_is_exact():

@@ -120,6 +120,7 @@ def test_everything_is_sized_and_what_is_given_stays(gpu, data, monkeypatch):
         "target_param_data_ratio",
         "device",
         "resume",
+        "cuda_graphs",
         "text_column",
     }
     given = TrainConfig(depth=9, max_seq_len=77, vocab_size=999, dtype="bfloat16", backend="torch", run="mine")

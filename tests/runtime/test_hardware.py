@@ -32,6 +32,27 @@ def test_peaks_are_found_by_name(name, teraflops):
     assert hardware.gpu_peak(name, torch.float32).flops is None
 
 
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3350),
+        ("NVIDIA H100 PCIe", 2000),
+        ("H200", 4800),
+        ("NVIDIA A100-SXM4-80GB", 2039),
+        ("NVIDIA A100 80GB PCIe", 1935),
+        ("NVIDIA A100-SXM4-40GB", 1555),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 1597),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 1792),
+        ("NVIDIA GeForce RTX 4090", 1008),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_bandwidths_are_found_by_name(name, gigabytes):
+    found = hardware.gpu_bandwidth(name)
+    assert found == (None if gigabytes is None else pytest.approx(gigabytes * 1e9))
+
+
 def test_a_cpu_is_measured():
     peak = hardware.cpu_peak(0.05)
     assert "sgemm, measured" in peak.source

@@ -9,7 +9,7 @@ from tiny_run import losses, records, tiny_flags, train, write_text
 
 from nanochat_native import ops
 from nanochat_native.model.config import GPTConfig
-from nanochat_native.model.functional import norm
+from nanochat_native.model.functional import add_norm, norm
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import clip_reduced_, setup_optimizers
 from nanochat_native.runtime.distributed import World
@@ -121,10 +121,10 @@ def test_attention_logits_against_every_pair():
     found = activations(model, idx)
     x = model.wte(idx)
     expected = {}
-    x = norm(x)
+    x, n = add_norm(norm(x), None)
     cos, sin = model.cos[:, :24], model.sin[:, :24]
     for number, block in enumerate(model.blocks):
-        q, k, _ = block.attn.project(norm(x), cos, sin)
+        q, k, _ = block.attn.project(n, cos, sin)
         largest = 0.0
         for row in range(2):
             for head in range(4):
@@ -135,7 +135,7 @@ def test_attention_logits_against_every_pair():
                         largest = max(largest, abs(logit))
         expected[f"h.{number}"] = largest
         assert largest <= math.sqrt(8) * 1.001
-        x = block(x, cos, sin)
+        x, n = block(x, n, cos, sin)
     assert of(found, "attention_logit") == pytest.approx(expected, rel=1e-4)
     assert model.blocks[0].attn.window == 6
     assert largest_logit(model.blocks[0].attn, x, cos, sin) > 0

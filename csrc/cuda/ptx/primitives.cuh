@@ -118,6 +118,7 @@ NANOCHAT_DEVICE uint32_t pack<float16>(float low, float high) {
 }
 
 // 2^x, 1/x and tanh(x) by the special function unit, with relative errors of 2^-22, 2^-23 and 2^-11. Subnormals are zero.
+// sqrt(x) has 2^-23 and takes subnormals. sqrtf has a slow path for x = 0; this instruction has none.
 NANOCHAT_DEVICE float exp2_approx(float x) {
     float y;
     ON_DEVICE(asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)));
@@ -128,6 +129,12 @@ NANOCHAT_DEVICE float reciprocal_approx(float x) {
     float y;
     ON_DEVICE(asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)));
     ON_HOST(y = 1 / x);
+    return y;
+}
+NANOCHAT_DEVICE float sqrt_approx(float x) {
+    float y;
+    ON_DEVICE(asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x)));
+    ON_HOST(y = sqrtf(x));
     return y;
 }
 NANOCHAT_DEVICE float tanh_approx(float x) {

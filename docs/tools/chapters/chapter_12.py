@@ -15,7 +15,7 @@ import style
 from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle
 
-from chapters import ROOT, Figure, Values, demonstration, own
+from chapters import ROOT, Figure, Values, demonstration, own, run_module
 
 EMULATION = ROOT / "tests/emulation"
 
@@ -42,6 +42,28 @@ def arithmetic_roof() -> Values:
     return {"one_thread": max(rates), "two_cores": 2 * max(rates)}
 
 
+GPU_STEP = "roofline --depth 12 --device-batch-size 16 --vocab-size 32768 --flops 790e12 --bandwidth 4.3e12 --json -"
+
+
+def gpu_step() -> Values:
+    """Return what the claim needs of the roofline of a micro-step: times in ms, of the whole and of its parts."""
+    record = json.loads(run_module(GPU_STEP))
+    step = record["micro_step"]
+    products, others = step["products, attention, loss"], step["everything else"]
+    return {
+        "tokens": record["tokens"],
+        "tflops": record["machine"]["flops"] / 1e12,
+        "terabytes": record["machine"]["bandwidth"] / 1e12,
+        "ms": step["all"]["ms"],
+        "launches": step["all"]["launches"],
+        "products_ms": products["ms"],
+        "others_ms": others["ms"],
+        "others_gigabytes": (others["read"] + others["written"]) / 1e9,
+        "floor_ms": record["floor"]["ms"],
+        "rows": {row["operator"].split("::")[1]: row["ms"] for row in step["rows"]},
+    }
+
+
 def emulation(*names: str) -> list[Any]:
     """Return modules of tests/emulation."""
     import importlib
@@ -56,6 +78,7 @@ KERNELS = {  # of the defects, by the file that is changed
     "attention": r"csrc/cuda/attention",
     "Newton-Schulz": r"csrc/cuda/newton_schulz",
     "Muon, AdamW, loss": r"csrc/cuda/(adamw|muon|softcap|packs)",
+    "norms, rotation, squared ReLU": r"csrc/cuda/(rms_norm|rotary_norm|relu_squared)",
     "a Hopper product": r"gemm_hopper",
     "an attention for sm_80": r"attention_ampere",
     "single primitives": r"primitives|wgmma",
@@ -64,8 +87,11 @@ KERNELS = {  # of the defects, by the file that is changed
 
 
 def mutations() -> Values:
-    """Count the defects of tests/emulation/mutations.py by the kernel that they change, and by what finds them."""
-    (module,) = emulation("mutations")
+    """Count the defects of tests/emulation/mutations.py by the kernel that they change, and by what finds them.
+
+    Count those of tests/pretend_cuda/mutations.py, too.
+    """
+    module, bindings = emulation("mutations", "pretend_cuda.mutations")
     found = Counter(mutation.found_by for mutation in module.MUTATIONS)
     groups: dict[str, Counter[str]] = {name: Counter() for name in KERNELS}
     for mutation in module.MUTATIONS:
@@ -75,6 +101,7 @@ def mutations() -> Values:
         "total": len(module.MUTATIONS),
         "found_by": dict(found),
         "kernels": {name: dict(counts) for name, counts in groups.items() if counts},
+        "bindings": len(bindings.MUTATIONS),
     }
 
 
@@ -122,6 +149,7 @@ RESULTS = {
     "mma_fragment": demonstration("mma-fragment"),
     "bank_conflicts": demonstration("bank-conflicts"),
     "mutations": own("make test-all ARGS=tests/emulation/test_mutations.py", mutations, exact=True),
+    "gpu_step": own(f"python -m nanochat_native.{GPU_STEP}", gpu_step, exact=True),
     "race": own("make test-all ARGS=tests/emulation/test_mutations.py", race),
     "roofline": own("python -m nanochat_native.bench", lambda: roofline(load_json("operators"), load_json("bench"))),
 }

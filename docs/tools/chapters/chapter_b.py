@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs/guide/b-symbols.md"
@@ -15,6 +17,9 @@ BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
 # The chapter that explains an operator.
 CHAPTERS = {
     "attention": "[chapter 6](06-attention-without-the-matrix.md)",
+    "rms_norm": "[chapter 4](04-model.md)",
+    "add_rms_norm": "[chapter 4](04-model.md)",
+    "embedding_rms_norm": "[chapter 4](04-model.md)",
     "newton_schulz": "[chapter 9](09-optimizers.md)",
     "adamw_": "[chapter 9](09-optimizers.md)",
     "muon_momentum_": "[chapter 9](09-optimizers.md)",
@@ -24,9 +29,34 @@ CHAPTERS = {
     "linear": "[chapter 12](12-speed.md)",
     "linear_backward": "[chapter 7](07-loss-and-gradient.md)",
     "cached_forward_": "[chapter 13](13-using-it.md)",
+    "rotary_norm": "[chapter 5](05-attention.md)",
+    "relu_squared": "[chapter 4](04-model.md)",
+    "relu_squared_": "[chapter 4](04-model.md)",
+    "relu_squared_backward_": "[chapter 11](11-memory-and-ranks.md)",
+    "linear_relu_squared": "[chapter 4](04-model.md)",
+    "linear_backward_relu_squared": "[chapter 11](11-memory-and-ranks.md)",
 }
 # Operators that also use kernels of other names than that of their module.
-OTHER_SOURCES = {"newton_schulz_update_": ("newton_schulz",), "linear_cross_entropy": ("softcap_cross_entropy",)}
+OTHER_SOURCES = {
+    "newton_schulz_update_": ("newton_schulz",),
+    "linear_cross_entropy": ("softcap_cross_entropy",),
+    "linear_relu_squared": ("linear",),
+    "linear_backward_relu_squared": ("linear",),
+}
+# What first_sentence shows as code.
+FORMULAS = (
+    r"softmax\(.*\) v",
+    r"softcap tanh\(.*?\)",
+    r"p = .*$",
+    r"dx = .*$",
+    r"x weight\^T",
+    r"x / sqrt\(.*eps\)",
+    r"rms_norm\(table.*$",
+    r"x \+ residual",
+    r"max\(.*\)\^2",
+    r"2 sqrt\(y\) dy",
+    r"\w+\(\w+\(\w+(, weight)?\)(, weight)?\)",
+)
 
 
 def operator_list() -> str:
@@ -44,9 +74,8 @@ def operator_list() -> str:
         if missing or len(files) < 3:
             raise ValueError(f"{name}: it has no kernel, or there is no {', '.join(missing)}")
         shown = ", ".join(f"`{file.relative_to(ROOT)}`" for file in files)
-        items.append(
-            f"- **`{name}`** ({CHAPTERS[name]}). {first_sentence(text)} Tensors: {shapes_of(text)}. Files: {shown}.\n"
-        )
+        begin = f"- **`{name}`** ({CHAPTERS[name]}). {first_sentence(text)}"
+        items.append(f"{begin} Tensors: {shapes_of(function)}. Files: {shown}.\n")
     return "".join(items)
 
 
@@ -62,25 +91,29 @@ def first_sentence(docstring: str) -> str:
     """Return the first sentence of a docstring, in which a formula stays in a code span."""
     line = " ".join(docstring.split("\n\n")[0].split())
     sentence = re.split(r"(?<=[a-z0-9)\]])\. ", line + " ")[0].strip().rstrip(".:")
-    for formula in (r"softmax\(.*\) v", r"softcap tanh\(.*?\)", r"p = .*$", r"dx = .*$", r"x weight\^T"):
+    for formula in FORMULAS:
         if match := re.search(formula, sentence):
             start, end = match.span()
             return f"{sentence[:start]}`{match[0]}`{sentence[end:]}."
     return f"{sentence}."
 
 
-def shapes_of(docstring: str) -> str:
-    """Return the arguments of a docstring that have a shape: "q (B, Tq, H, D)"."""
-    section = re.search(r"^Args:\n((?:    .*\n?)+)", docstring, re.M)
-    found = []
+def shapes_of(function: Callable[..., Any]) -> str:
+    """Return the tensors of an operator with their shapes, from its docstring and its signature: "q (B, Tq, H, D)"."""
+    section = re.search(r"^Args:\n((?:    .*\n?)+)", inspect.getdoc(function) or "", re.M)
+    types = {name: str(each.annotation) for name, each in inspect.signature(function).parameters.items()}
+    found, without = [], []
     for match in re.finditer(r"^    (\w[\w, ]*): (.*)", section[1] if section else "", re.M):
         names, text = match[1], match[2]
         shape = re.match(r"\((?:[^()]|\([^()]*\))*\)", text)
+        kind = types[names.split(", ")[0]]
         if shape:
             found.append(f"{names} `{shape[0]}`")
-        elif "ontiguous" in text:
+        elif "[torch.Tensor]" in kind:
             found.append(f"{names} (lists)")
-    return ", ".join(found)
+        elif kind.endswith("torch.Tensor'>"):
+            without.append(names)
+    return ", ".join(found or [f"{names} `(...)`" for names in without])
 
 
 def parameter_table() -> str:

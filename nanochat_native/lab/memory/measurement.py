@@ -10,7 +10,6 @@ from torch.profiler import record_function
 
 from nanochat_native.lab.memory.allocations import PHASES, Allocations
 from nanochat_native.lab.memory.options import Options, model_config, sized
-from nanochat_native.lab.memory.prediction import snapshots
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import clip_reduced_, setup_optimizers
 from nanochat_native.runtime.hardware import pick_device
@@ -89,11 +88,8 @@ def measure(options: Options) -> Measured:
         step = Step(options)
         for _ in range(STEPS):
             step(phase)
-    # Memory after the forward pass, without the gradients that the loss computes and without copies of weights.
+    # Memory after the forward pass, without the gradients that the loss computes.
     weight, element = step.model.lm_head.weight, 2 if options.dtype == "bfloat16" else 4
-    start = next(snapshot for snapshot in snapshots(options) if snapshot.phase == "backward")
     loss_gradients = element * (weight.numel() + options.tokens * weight.size(1))
     left = began["backward"] - began["forward"]
-    return Measured(
-        {name: highest[name] for name in PHASES}, left - loss_gradients - start.parts["weights in bfloat16"]
-    )
+    return Measured({name: highest[name] for name in PHASES}, left - loss_gradients)

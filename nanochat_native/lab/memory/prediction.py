@@ -12,11 +12,11 @@ from torch import Tensor
 from nanochat_native.lab.memory.options import Options, model_config, sized
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
+from nanochat_native.ops import backends
 from nanochat_native.optim.buckets import Layout, assign, split, split_rows
 
 # float32 numbers that an optimizer keeps for each element of wte and lm_head, and for each element of the matrices.
 STATE = {"hybrid": (2, 1), "muon_sgd": (0, 1), "adamw": (2, 2), "adam": (2, 2), "sgd_momentum": (1, 1), "sgd": (0, 0)}
-LOGIT_BYTES = 256 << 20  # limit of the logits that the CUDA linear_cross_entropy holds at a time
 LIBRARY_BYTES = 32 << 20  # torch's workspace for cuBLAS on Hopper; 8 MiB on older GPUs
 THREAD_SCRATCH_BYTES = 1 << 20  # limit of the blocks of a product that a thread of torch's library copies
 
@@ -73,43 +73,34 @@ def snapshots(options: Options) -> list[Snapshot]:
     kept = tokens * block_activations(config, e)
     at_input = [stream + 4 * tokens + layer * (stream if again else kept) for layer in range(L)]  # of each block
     at_loss = activation_bytes(options)
-    copies = 0 if again else L * block  # elements of the bfloat16 copies of weights at the start of the backward pass
 
     # On a GPU: the logits; if they come in several chunks, also the gradient of lm_head, summed in float32.
-    rows = min(tokens, max(1, LOGIT_BYTES // (e * config.vocab_size)))
+    rows = min(tokens, max(1, backends.logit_bytes() // (e * config.vocab_size)))
     logits = (rows * config.vocab_size * e + (4 * head if rows < tokens else 0)) if gpu else 0
-    # (phase, bytes of gradients, elements of copied weights, bytes of activations, bytes of temporary tensors)
-    found: list[tuple[str, int, int, int, int]] = [
-        # The MLP of the last block: the stream before and after attention, the square of the hidden tensor, the output.
-        (
-            "forward",
-            held,
-            L * attention + mlp if again else copies,
-            at_input[-1] + (0 if again else kept),
-            stream * (11 if again else 6 + (L > 1)),
-        ),
-        # The loss computes its gradients in the forward pass; the copies of autocast live until its end.
-        (
-            "forward",
-            held + e * head,
-            head + (L * attention if again else copies),
-            at_loss,
-            stream + 4 * tokens + logits,
-        ),
+    # The end of the last block: the stream before and after attention and after the MLP, the last norm, and the output
+    # of the MLP. With checkpointing the MLP: the norms before attention and before the MLP, the stream between these,
+    # the hidden tensor and the output.
+    last = 8 * stream if again else (4 + (L > 1)) * stream + 4 * tokens
+    # (phase, bytes of gradients, bytes of activations, bytes of temporary tensors)
+    found: list[tuple[str, int, int, int]] = [
+        ("forward", held, at_input[-1] + (0 if again else kept), last),
+        # The loss computes its gradients in the forward pass, while the stream still exists.
+        ("forward", held + e * head, at_loss, 2 * stream + 4 * tokens + logits),
         # The gradients are scaled. That of lm_head is then converted to float32, next to the original.
-        ("backward", held + 2 * e * head, copies, at_loss, 2 * stream),
-        *([("backward", held + 6 * head, copies, at_loss, stream)] if e == 2 else []),
+        ("backward", held + 2 * e * head, at_loss, 2 * stream),
+        *([("backward", held + 6 * head, at_loss, stream)] if e == 2 else []),
     ]
     for layer in reversed(range(L)):
-        # The MLP: the square of the hidden tensor, its gradient and that of proj; then the gradients of hidden, fc and
-        # x.
-        work = max(8 * stream + 4 * C * C * e, 5 * stream + 8 * C * C * e)
+        # The MLP: the gradients of its output, of the hidden tensor and of its input; those of both weights, the last
+        # of which a CPU converts to float32 next to the original.
+        work = 6 * stream + 32 * C * C + (8 * C * C if e == 2 and not gpu else 0)
         gradients = held or 4 * (head + (L - 1 - layer) * block)
-        copied = block + (0 if again else layer * block)
-        found.append(("backward", gradients, copied, at_input[layer] + kept, stream + work))
-    # The embedding, after all other gradients: the gradient of the stream in float32.
-    found.append(("backward", weights, 0, 0, 4 * tokens * C))
-    found.append(("optimizer step", weights, 0, 0, optimizer_work(model, options)))
+        found.append(("backward", gradients, at_input[layer] + kept, work))
+    # The embedding, after all other gradients: those of its norm and of its rows, which are then converted to float32.
+    # If gradients are held, that of the table is added to them.
+    work = 2 * stream + (4 * tokens * C if e == 2 else 0) + (4 * head if held else 0)
+    found.append(("backward", weights, stream + 4 * tokens, work))
+    found.append(("optimizer step", weights, 0, optimizer_work(model, options)))
 
     always = {
         "weights": weights,
@@ -118,10 +109,11 @@ def snapshots(options: Options) -> list[Snapshot]:
         "optimizer state": state,
         "library's workspace": LIBRARY_BYTES if gpu else 0,
     }
+    copies = 2 * (L * block + head) if e == 2 else 0  # of the weights in products, from their first use on
     names = ("gradients", "weights in bfloat16", "activations", "temporary tensors")
     return [
-        Snapshot(phase, always | dict(zip(names, (gradients, 2 * copied if e == 2 else 0, *rest), strict=True)))
-        for phase, gradients, copied, *rest in found
+        Snapshot(phase, always | dict(zip(names, (gradients, copies, *rest), strict=True)))
+        for phase, gradients, *rest in found
     ]
 
 

@@ -86,6 +86,7 @@ __global__ void numbers(const float* x, int n, float* out, uint32_t* packed) {
     out[2 * n + i] = exp2_approx(x[i]);
     out[3 * n + i] = reciprocal_approx(x[i]);
     out[4 * n + i] = tanh_approx(x[i]);
+    out[5 * n + i] = sqrt_approx(x[i]);
 }
 
 // --- sm_80 ---

@@ -8,18 +8,18 @@
 
 using namespace nanochat;
 
-// Lists params, grads, exp_avgs, exp_avg_sqs, then numels (count) int64, count, param DType, moment DType, step, lr,
+// Lists params, grads, exp_avgs, exp_avg_sqs, list copies or 0, then numels (count) int64, count, param DType, moment DType, step, lr,
 // beta1, beta2, eps, weight_decay, stochastic_rounding, seed, cautious, step_address, lr_address, weight_decay_address,
 // workspace, its bytes
 ENTRY(adamw) {
     Reader read{arguments};
-    void **params = read, **grads = read, **exp_avgs = read, **exp_avg_sqs = read;
+    void **params = read, **grads = read, **exp_avgs = read, **exp_avg_sqs = read, **copies = read;
     const int64_t* numels = read;
     AdamW a = {};
     a.count = read;
     std::vector<AdamWTensor> tensors;
     for (int64_t i = 0; i < a.count; ++i) {
-        tensors.push_back({params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], numels[i]});
+        tensors.push_back({params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], copies ? copies[i] : nullptr, numels[i]});
     }
     a.tensors = tensors.data();
     a.param_dtype = read;

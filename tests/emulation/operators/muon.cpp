@@ -26,12 +26,13 @@ ENTRY(muon_momentum) {
     cuda::muon_momentum(a);
 }
 
-// List params, then update (count, numel), count, numel, param DType, lr, weight_decay, scale, cautious, lr_address,
+// List params, list copies or 0, then update (count, numel), count, numel, param DType, lr, weight_decay, scale, cautious, lr_address,
 // weight_decay_address
 ENTRY(muon_update) {
     Reader read{arguments};
     MuonUpdate a = {};
     a.params = static_cast<void**>(read);
+    a.copies = static_cast<void**>(read);
     a.update = read;
     a.count = read;
     a.numel = read;

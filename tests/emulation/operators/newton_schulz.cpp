@@ -21,7 +21,7 @@ static NewtonSchulz read_newton_schulz(Reader& read) {
 }
 
 // g, norms (batch) float64 or 0, coefficients, steps, batch, M, K, norm_factor, form (0 plain, 1 gram), out or 0, list
-// params, param DType, lr, weight_decay, scale, cautious, lr_address, weight_decay_address, multiprocessors, hopper,
+// params, list copies or 0, param DType, lr, weight_decay, scale, cautious, lr_address, weight_decay_address, multiprocessors, hopper,
 // workspace, its bytes
 ENTRY(newton_schulz) {
     Reader read{arguments};
@@ -31,6 +31,7 @@ ENTRY(newton_schulz) {
     a.out = read;
     MuonUpdate update = {};
     update.params = static_cast<void**>(read);
+    update.copies = static_cast<void**>(read);
     update.count = a.batch;
     update.numel = a.M * a.K;
     update.param_dtype = read;
