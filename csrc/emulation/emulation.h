@@ -175,6 +175,7 @@ struct alignas(64) TensorMap {
     DType dtype;
     device::Swizzle swizzle;
     uint32_t mark;
+    uint32_t zeros[5];   // in place of padding, which could hold old addresses
 };
 TensorMap make_tensor_map(DType dtype, const void* address, int rank, const int64_t* sizes, const int64_t* strides,
                           const int32_t* box, device::Swizzle swizzle);

@@ -243,6 +243,7 @@ TensorMap make_tensor_map(DType dtype, const void* address, int rank, const int6
         .dtype = dtype,
         .swizzle = swizzle,
         .mark = kMapMark,
+        .zeros = {},
     };
     for (int i = 0; i < rank; ++i) {
         map.sizes[i] = sizes[i];
