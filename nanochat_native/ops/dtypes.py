@@ -5,8 +5,22 @@ import torch
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 ALL_DTYPES = (*CPU_DTYPES, torch.float16)
 PARAM_DTYPES = (torch.float32, torch.bfloat16)
+FUSED_CUDA_DTYPES = (torch.float32, torch.bfloat16)  # of the CUDA kernels of norms, rotation and squared ReLU
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that inputs of `dtype` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtypes_on(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Return the types that the norms, the rotation and squared ReLU take on a device."""
+    return ALL_DTYPES if device.type == "cuda" else CPU_DTYPES
+
+
+def no_cuda_kernel(device: torch.device, *dtypes: torch.dtype) -> str:
+    """Return, as a phrase, why the CUDA kernels of these operators do not take one of the types; "" if they do."""
+    for dtype in dtypes:
+        if device.type == "cuda" and dtype not in FUSED_CUDA_DTYPES:
+            return f"its kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return ""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
-from nanochat_native.ops.dtypes import ALL_DTYPES, CPU_DTYPES, compute_dtype
+from nanochat_native.ops.dtypes import compute_dtype, dtypes_on, no_cuda_kernel
 from nanochat_native.ops.linear import (
     linear,
     linear_backward,
@@ -14,8 +14,6 @@ from nanochat_native.ops.linear import (
     reference_linear_backward,
     runs_native_product,
 )
-
-CUDA_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -37,7 +35,9 @@ def relu_squared(x: Tensor) -> Tensor:
     forward-mode AD and torch.func transforms run in plain torch, with a warning.
     """
     _check("relu_squared", x=x)
-    if backends.runs_native("relu_squared", x, modes.unsupported(modes.beyond_backward(x)) or _unsupported(x)):
+    if backends.runs_native(
+        "relu_squared", x, modes.unsupported(modes.beyond_backward(x)) or no_cuda_kernel(x.device, x.dtype)
+    ):
         return native_relu_squared(x)
     return reference_relu_squared(x)
 
@@ -55,7 +55,7 @@ def relu_squared_(x: Tensor) -> None:
     _check("relu_squared_", x=x)
     _check_contiguous("relu_squared_", x=x)
     modes.refuse("relu_squared_", x)
-    if backends.runs_native("relu_squared_", x, _unsupported(x)):
+    if backends.runs_native("relu_squared_", x, no_cuda_kernel(x.device, x.dtype)):
         native_relu_squared_(x)
     else:
         reference_relu_squared_(x)
@@ -76,7 +76,7 @@ def relu_squared_backward_(dy: Tensor, y: Tensor) -> None:
     _check(op, dy=dy, y=y)
     _check_contiguous(op, dy=dy, y=y)
     modes.refuse(op, dy, y)
-    if backends.runs_native(op, dy, _unsupported(dy)):
+    if backends.runs_native(op, dy, no_cuda_kernel(dy.device, dy.dtype)):
         native_relu_squared_backward_(dy, y)
     else:
         reference_relu_squared_backward_(dy, y)
@@ -141,7 +141,7 @@ def linear_backward_relu_squared(
 
 def _check(op: str, **tensors: Tensor) -> None:
     (first_name, first), *others = tensors.items()
-    checks.check_dtype(op, first_name, first, ALL_DTYPES if first.device.type == "cuda" else CPU_DTYPES)
+    checks.check_dtype(op, first_name, first, dtypes_on(first.device))
     for name, tensor in others:
         checks.check_alike(op, first_name, first, **{name: tensor})
         if tensor.shape != first.shape:
@@ -154,13 +154,6 @@ def _check_contiguous(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
-
-
-def _unsupported(x: Tensor) -> str:
-    """Return, as a phrase, why the CUDA kernels do not take x's type; "" if they do."""
-    if x.device.type == "cuda" and x.dtype not in CUDA_DTYPES:
-        return f"its kernels take float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    return ""
 
 
 # --- reference ---

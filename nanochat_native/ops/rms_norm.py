@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
-from nanochat_native.ops.dtypes import ALL_DTYPES, CPU_DTYPES, compute_dtype
+from nanochat_native.ops.dtypes import compute_dtype, dtypes_on, no_cuda_kernel
 
-CUDA_DTYPES = (torch.float32, torch.bfloat16)
 EPS = torch.finfo(torch.float32).eps  # 2^-23, the default of torch's rms_norm for float32
 
 
@@ -89,7 +88,7 @@ def embedding_rms_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype, *, eps
     op = "embedding_rms_norm"
     if table.dim() != 2 or table.numel() == 0:
         raise ValueError(f"{op}: table must have shape (V, C) with V, C >= 1, got {tuple(table.shape)}")
-    allowed = _dtypes_on(table.device)
+    allowed = dtypes_on(table.device)
     checks.check_dtype(op, "table", table, allowed)
     checks.check_dtype(op, "tokens", tokens, (torch.int64,))
     checks.check_device(op, "tokens", tokens, table.device, "table")
@@ -104,7 +103,7 @@ def embedding_rms_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype, *, eps
 def _check(op: str, name: str, x: Tensor, eps: float) -> None:
     if x.dim() < 1 or x.size(-1) < 1:
         raise ValueError(f"{op}: {name} must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
-    checks.check_dtype(op, name, x, _dtypes_on(x.device))
+    checks.check_dtype(op, name, x, dtypes_on(x.device))
     _check_eps(op, eps)
 
 
@@ -113,18 +112,11 @@ def _check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps must be >= 0, got {eps}")
 
 
-def _dtypes_on(device: torch.device) -> tuple[torch.dtype, ...]:
-    return ALL_DTYPES if device.type == "cuda" else CPU_DTYPES
-
-
 def _unsupported(x: Tensor, dtype: torch.dtype, *others: Tensor) -> str:
     """Return, as a phrase, why the kernel does not read x or write results of `dtype` here; "" if it does."""
     if mode := modes.beyond_backward(x, *others):
         return modes.unsupported(mode)
-    for each in (x.dtype, dtype):
-        if x.device.type == "cuda" and each not in CUDA_DTYPES:
-            return f"its kernels take float32 and bfloat16, not {str(each).removeprefix('torch.')}"
-    return ""
+    return no_cuda_kernel(x.device, x.dtype, dtype)
 
 
 # --- reference ---

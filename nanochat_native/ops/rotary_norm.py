@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
-from nanochat_native.ops.dtypes import ALL_DTYPES, CPU_DTYPES, compute_dtype
+from nanochat_native.ops.dtypes import compute_dtype, dtypes_on, no_cuda_kernel
+from nanochat_native.ops.rms_norm import EPS
 
-EPS = torch.finfo(torch.float32).eps
 LARGEST_D = 256
 LEAST_SCALE = 1e-18
-CUDA_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def rotary_norm(
@@ -59,7 +58,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: float, eps: fl
     if D % 2 or not 2 <= D <= LARGEST_D:
         raise ValueError(f"rotary_norm: D must be even, from 2 to {LARGEST_D}, got {D}")
     checks.check_alike("rotary_norm", "q", q, k=k)
-    checks.check_dtype("rotary_norm", "q", q, ALL_DTYPES if q.device.type == "cuda" else CPU_DTYPES)
+    checks.check_dtype("rotary_norm", "q", q, dtypes_on(q.device))
     for name, table in (("cos", cos), ("sin", sin)):
         checks.check_dtype("rotary_norm", name, table, (compute_dtype(q.dtype),))
         checks.check_device("rotary_norm", name, table, q.device, "q")
@@ -79,9 +78,7 @@ def _unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str:
         return modes.unsupported(mode)
     if modes.derivative(cos, sin):
         return modes.unsupported("gradients of cos and sin")
-    if q.device.type == "cuda" and q.dtype not in CUDA_DTYPES:
-        return f"its kernels take float32 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
-    return ""
+    return no_cuda_kernel(q.device, q.dtype)
 
 
 # --- reference ---

@@ -33,9 +33,8 @@ class AdamW(Optimizer):
     whole = False
     elementwise = ("exp_avg", "exp_avg_sq")
     required_state = ("step", *elementwise)
-    step_on_device: Tensor | None = (
-        None  # int64, 0-d: the step's number, read from there while a CUDA graph is captured
-    )
+    # int64, 0-d: the step's number, read from there while a CUDA graph is captured.
+    step_on_device: Tensor | None = None
 
     def __init__(
         self,
