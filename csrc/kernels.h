@@ -110,6 +110,93 @@ struct EmbeddingRMSNorm {
     Execution execution;
 };
 
+// The residual sum mixed with another stream, and the norm of the mix, of each row of C numbers:
+//   z = x + residual; mixed = x_scale z + x0_scale x0; y = mixed r, r = 1 / sqrt(mean(mixed^2) + eps)
+// z and mixed are rounded to dtype before they are used. Computed as RMSNorm is; everything is contiguous.
+struct MixRMSNorm {
+    int64_t N, C;
+    DType dtype;            // as RMSNorm's
+    const void* x;          // (N, C)
+    const void* residual;   // (N, C), or null: z is x
+    const void* x0;         // (N, C)
+    // One number each, float64 if dtype is, else float32, in the memory of the device that runs the kernel.
+    const void *x_scale, *x0_scale;
+    void* z;       // (N, C), or null if residual is
+    void* mixed;   // (N, C)
+    void* y;       // (N, C)
+    void* r;       // (N,), float64 if dtype is, else float32
+    double eps;
+    Execution execution;
+};
+
+// With ds = dmixed + r (dy - y mean(dy y)), the gradient of mixed, which is not rounded:
+//   dx = x_scale ds + dz, the gradient of x and of residual; dx0 = x0_scale ds + add_to
+//   dx_scale = sum(ds z); dx0_scale = sum(ds x0), of each row in the type of r, then over the rows in float64
+struct MixRMSNormBackward {
+    int64_t N, C;   // N may be 0
+    DType dtype;
+    const void* dy;                            // (N, C)
+    const void *dz, *dmixed, *add_to;          // (N, C), or null: 0
+    const void *y, *r;                         // as written by mix_rms_norm
+    const void *z, *x0, *x_scale, *x0_scale;   // as given to it
+    void *dx, *dx0;                            // (N, C)
+    void *dx_scale, *dx0_scale;                // one number each, of the type of r
+    Execution execution;
+};
+
+constexpr int64_t kMostGateInputs = 64;   // channels that a gate of value embeddings or of smear reads
+
+// out[n, g] = v[n, g] + 3 sigmoid(gate[g] . h[n]) table[ids[n], g], computed in float32, or in float64 if dtype is.
+struct AddValueEmbedding {
+    int64_t N, Hkv, D, I, V;
+    DType dtype;          // of v, h and out, as RMSNorm's
+    DType table_dtype;    // dtype, or float32
+    const void* v;        // (N, Hkv, D)
+    const void* h;        // (N, I), I from 1 to kMostGateInputs
+    int64_t h_stride;     // between rows
+    const void* gate;     // (Hkv, I), float64 if dtype is, else float32
+    const void* table;    // (V, Hkv, D)
+    const int64_t* ids;   // (N,). The CPU kernel requires [0, V); on CUDA an id out of range makes its row NaN
+    void* out;            // (N, Hkv, D)
+    Execution execution;
+};
+
+// The gradients but that of v, which is dout. On CUDA a row whose id is out of range adds nothing to them.
+struct AddValueEmbeddingBackward {
+    int64_t N, Hkv, D, I, V;
+    DType dtype, table_dtype;
+    const void* dout;   // (N, Hkv, D)
+    const void* h;      // (N, I)
+    int64_t h_stride;
+    const void *gate, *table;
+    const int64_t* ids;
+    void* dh;      // (N, I), dtype
+    void* dgate;   // (Hkv, I), the type of gate
+    void* drows;   // (N, Hkv, D), table_dtype: the gradient of table[ids]
+    Execution execution;
+};
+
+// out[b, t] = x[b, t] + lambda sigmoid(gate . x[b, t, :I]) x[b, t - 1]; out[b, 0] = x[b, 0]. Everything is contiguous.
+struct Smear {
+    int64_t B, T, C, I;   // I from 1 to C and kMostGateInputs
+    DType dtype;          // of x and out, as RMSNorm's
+    const void* x;        // (B, T, C)
+    const void* gate;     // (I,), float64 if dtype is, else float32
+    const void* lambda;   // one number of this type
+    void* out;            // (B, T, C)
+    Execution execution;
+};
+
+struct SmearBackward {
+    int64_t B, T, C, I;
+    DType dtype;
+    const void* dout;   // (B, T, C)
+    const void *x, *gate, *lambda;
+    void* dx;                // (B, T, C)
+    void *dgate, *dlambda;   // as gate and lambda
+    Execution execution;
+};
+
 // Rotary positions, then the norm, of each head of q and k. For the halves (x1, x2) of a head at position t:
 //   z = (x1 cos[t] + x2 sin[t], x2 cos[t] - x1 sin[t]);  out = scale z r, r = 1 / sqrt(mean(z^2) + eps)
 struct RotaryNorm {
@@ -201,6 +288,9 @@ struct MuonMomentum {
     double momentum;
     bool nesterov;
     const double* momentum_address;   // as AdamW's
+    // Only the CPU kernel computes the norms of rows.
+    double* row_norms = nullptr;   // (count, numel / columns), or null; excludes norms
+    int64_t columns = 1;           // of a row
     Execution execution;
 };
 
@@ -215,6 +305,19 @@ struct MuonUpdate {
     bool cautious;                                     // decay only where update * p >= 0, in float32
     const double *lr_address, *weight_decay_address;   // as AdamW's
     Execution execution;
+};
+
+// The update of NorMuon (arXiv:2510.05491), for matrices O = update (M, K). A line is a row if M >= K, else a column.
+//   O *= sqrt(min(M, K)) / max(|O|_F, norm_eps), if renormalise
+//   s += (1 - beta2) (mean(O^2 of the line) - s), for each line
+//   W = O / sqrt(max(s, eps)), scaled to the Frobenius norm of O
+//   p = (1 - lr * weight_decay) * p - lr * scale * W, as MuonUpdate
+struct NorMuonUpdate : MuonUpdate {
+    int64_t M, K;
+    float* const* second_momentums;   // (count,) s: max(M, K) numbers each, updated in place
+    double beta2, eps;
+    bool renormalise;
+    double norm_eps;
 };
 
 // The plain form takes one step after another on X. The Gram form takes several steps on X X^T or X^T X, whichever is
@@ -233,6 +336,8 @@ struct NewtonSchulz {
     const double* coefficients;   // (steps, 3), on the host
     int64_t steps;
     double norm_factor;
+    // (batch, M), or null. X is g with each row multiplied by its number instead; |X|_F is at most 1 / norm_factor.
+    const double* scales = nullptr;
     // Only CUDA reads the next two; the CPU kernel chooses its own form.
     NewtonSchulzForm form;      // see cuda::newton_schulz_form
     const MuonUpdate* update;   // null, or: the result updates its params (count = batch, numel = M K) instead of being
@@ -252,6 +357,12 @@ void attention_backward(const AttentionBackward&);
 void rms_norm(const RMSNorm&);
 void rms_norm_backward(const RMSNormBackward&);
 void embedding_rms_norm(const EmbeddingRMSNorm&);
+void mix_rms_norm(const MixRMSNorm&);
+void mix_rms_norm_backward(const MixRMSNormBackward&);
+void add_value_embedding(const AddValueEmbedding&);
+void add_value_embedding_backward(const AddValueEmbeddingBackward&);
+void smear(const Smear&);
+void smear_backward(const SmearBackward&);
 void rotary_norm(const RotaryNorm&);
 void rotary_norm_backward(const RotaryNormBackward&);
 void relu_squared(const ReluSquared&);
@@ -262,6 +373,7 @@ void newton_schulz(const NewtonSchulz&);
 void adamw(const AdamW&);
 void muon_momentum(const MuonMomentum&);
 void muon_update(const MuonUpdate&);
+void normuon_update(const NorMuonUpdate&);
 
 // z = softcap * tanh(x W^T / softcap), or x W^T if softcap is 0
 // loss[n] = logsumexp(z[n]) - z[n, targets[n]], or 0 if the target is ignore_index
@@ -310,6 +422,8 @@ struct BlockWeights {
     const float* fc;          // (F, C)
     const float* proj;        // (C, F)
     int64_t window;           // as AttentionShape's
+    // Both or null: (Hkv, value_channels) and (rows of wte, Hkv D), of the value embeddings.
+    const float *value_gate = nullptr, *value_table = nullptr;
 };
 
 // The whole model on a KV cache. B sequences of T tokens each continue what the cache holds: token (b, t) has position
@@ -317,9 +431,9 @@ struct BlockWeights {
 // The bits of a token's numbers depend neither on B and T nor on the number of threads.
 struct CachedForward {
     int64_t B, T, C, H, Hkv, D, F, V, layers;
-    const int64_t* tokens;           // (B, T), in [0, V)
+    const int64_t* tokens;           // (B, T), rows of wte
     const int64_t *slots, *starts;   // (B,), slots distinct
-    const float* wte;                // (V, C)
+    const float* wte;                // (V or more, C)
     const BlockWeights* blocks;      // (layers,)
     const float* lm_head;            // (V, C)
     const float *cos, *sin;          // (positions, D / 2); rows of cos are cos_stride apart
@@ -329,6 +443,19 @@ struct CachedForward {
     double softcap;   // 0: none
     float* logits;    // (B, V) of each sequence's last token, or null
     Execution execution;
+    double qk_scale = 1;   // a factor of the normalised queries and keys
+    // With value embeddings: v += 3 sigmoid(gate h) table[token] for each key/value head, h being the block's normed input,
+    // of which the gate reads the first value_channels numbers.
+    int64_t value_channels = 0;
+    // Both or null, (layers,). Each block begins with x = resid x + x0_lambda x0, x0 being the input of the first block.
+    const float *resid_lambdas = nullptr, *x0_lambdas = nullptr;
+    // Both or null, (1, smear_channels) and (1,). Each embedding e becomes e + lambda sigmoid(gate e) f, f being that of the
+    // token before, of which previous (B,) holds those before each sequence's first, or -1.
+    const float *smear_gate = nullptr, *smear_lambda = nullptr;
+    int64_t smear_channels = 0;
+    const int64_t* previous = nullptr;
+    // (1,) or null. Before the last norm x -= lambda m, m being x after the block layers / 2.
+    const float* backout_lambda = nullptr;
 };
 void cached_forward(const CachedForward&);
 
@@ -361,6 +488,15 @@ int64_t attention_backward_workspace_bytes(const AttentionBackward&);
 void rms_norm(const RMSNorm&);
 void rms_norm_backward(const RMSNormBackward&);
 void embedding_rms_norm(const EmbeddingRMSNorm&);
+void add_value_embedding(const AddValueEmbedding&);
+void add_value_embedding_backward(const AddValueEmbeddingBackward&);
+int64_t add_value_embedding_backward_workspace_bytes(const AddValueEmbeddingBackward&);
+void smear(const Smear&);
+void smear_backward(const SmearBackward&);
+int64_t smear_backward_workspace_bytes(const SmearBackward&);
+void mix_rms_norm(const MixRMSNorm&);
+void mix_rms_norm_backward(const MixRMSNormBackward&);
+int64_t mix_rms_norm_backward_workspace_bytes(const MixRMSNormBackward&);
 void rotary_norm(const RotaryNorm&);
 void rotary_norm_backward(const RotaryNormBackward&);
 void relu_squared(const ReluSquared&);
@@ -374,6 +510,9 @@ void muon_momentum(const MuonMomentum&);
 int64_t muon_momentum_workspace_bytes(const MuonMomentum&);
 
 void muon_update(const MuonUpdate&);
+
+void normuon_update(const NorMuonUpdate&);
+int64_t normuon_update_workspace_bytes(const NorMuonUpdate&);
 
 // Products of float16 with float32 sums, or of bfloat16 if the coefficients let numbers grow too large for float16. One
 // series of launches handles kMostMatrices matrices.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import nanochat_native.runtime.openmp  # noqa: F401  before torch
 from nanochat_native.lab import comparison
 from nanochat_native.lab.command_flags import parse_flags
+from nanochat_native.runs.config import parse
 from nanochat_native.runtime import command
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.isolation import ReportFailures
@@ -18,11 +19,12 @@ from nanochat_native.runtime.isolation import ReportFailures
 
 def run(args: Sequence[str], failures: ReportFailures) -> int:
     """Run the comparison, or what remains of it. Return 0, or 128 plus the number of the signal that stopped it."""
-    options, config, _ = parse_flags(
+    options, config, rest = parse_flags(
         comparison.Options, "compare", args, base=lambda own: comparison.defaults(own, args)
     )
+    given = parse(rest, comparison.defaults(options, args))
     console = Console(failures=failures)
-    code = comparison.run(options, config, console)
+    code = comparison.run(options, config, given, console)
     if code:
         console.say("resume   give the same command again")
     return code

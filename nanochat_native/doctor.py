@@ -18,6 +18,7 @@ except ImportError as error:
 import nanochat_native
 from nanochat_native import ops
 from nanochat_native.bench import results_io
+from nanochat_native.ops.backends import gpu_problem
 from nanochat_native.ops.self_test import CHECKS, TOLERANCE, covers, difference, driver_problem, openmp_libraries
 from nanochat_native.runtime import hardware
 
@@ -64,7 +65,13 @@ def main(args: Sequence[str] = ()) -> int:
         capability = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}"
         print(f"           GPU {index}: {name}")
-        if architectures and not covers(architectures, capability):
+        place = torch.device("cuda", index)
+        dtype = str(hardware.gpu_dtype(place)).removeprefix("torch.")
+        float8 = "tensorwise or rowwise" if hardware.has_float8(place) else "off"
+        print(f"           GPU {index}: --dtype {dtype}, --fp8 {float8}")
+        if problem := gpu_problem(index):
+            print(f"           GPU {index}: plain torch serves every operator: {problem}")
+        elif architectures and not covers(architectures, capability):
             broken.append(
                 f"the architectures built ({architectures}) do not cover GPU {index} ({name}): "
                 f"install again with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
@@ -75,7 +82,8 @@ def main(args: Sequence[str] = ()) -> int:
         if problem := driver_problem(driver, runtime):
             broken.append(problem)
         try:
-            print(f"           GPU kernels of attention: {ops.cuda_instruction_set()}")
+            if not gpu_problem():
+                print(f"           GPU kernels of attention: {ops.cuda_instruction_set()}")
         except (RuntimeError, ValueError) as error:
             broken.append(str(error).splitlines()[0])
     if gpus == 0:

@@ -3,6 +3,9 @@
     config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json  README.md
 
 With `--format safetensors` it writes the weights under nanochat's names, and the model's shape as a JSON file, instead.
+With `--format nanochat` it writes a base directory of nanochat, which nanochat's own programs open:
+
+    base_checkpoints/d20/model_000650.pt  meta_000650.json  tokenizer/tokenizer.pkl  token_bytes.pt
 """
 
 import sys
@@ -16,9 +19,9 @@ def run(options: Options) -> None:
     """Export the model. With --verify, also verify the folder."""
     if options.verify and options.format != "transformers":
         raise ValueError(f"--verify requires --format transformers, got {options.format}")
-    export(options)
+    types = export(options)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
-    print(f"export   {options.out} | {options.format}, {options.dtype}, {size / 1e6:.1f} MB")
+    print(f"export   {options.out} | {options.format}, {types}, {size / 1e6:.1f} MB")
     if options.verify:
         print(f"verified {verify(options)}")
 

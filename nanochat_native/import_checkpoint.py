@@ -1,8 +1,8 @@
 """python -m nanochat_native.import_checkpoint: import a model of nanochat or transformers as a run folder.
 
-Reads a checkpoint folder of nanochat's first architecture (model_000650.pt, meta_000650.json and its tokenizer.pkl),
-or a folder of transformers' NanoChat (config.json, safetensors, tokenizer.json). Nothing is unpickled: weights are
-loaded with weights_only, and the tokenizer's pickle is read as data.
+Reads a checkpoint folder of nanochat (model_000650.pt, meta_000650.json and its tokenizer.pkl), of its first
+architecture or today's, or a folder of transformers' NanoChat (config.json, safetensors, tokenizer.json). Nothing is
+unpickled: weights are loaded with weights_only, and the tokenizer's pickle is read as data.
 """
 
 import sys

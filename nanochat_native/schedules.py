@@ -1,4 +1,4 @@
-"""python -m nanochat_native.schedules: show the learning rate and the momentum over a run."""
+"""python -m nanochat_native.schedules: show the learning rate, the momentum and the weight decay over a run."""
 
 import dataclasses
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_native.lab.command_flags import parse_flags
-from nanochat_native.optim.schedule import SHAPES, lr_at, momentum_at
+from nanochat_native.optim.schedule import SHAPES, lr_at, momentum_at, weight_decay_at
 from nanochat_native.runs import results
 from nanochat_native.runs.config import TrainConfig
 from nanochat_native.runtime.command import exit_code
@@ -18,10 +18,11 @@ from nanochat_native.runtime.errors import ConfigError
 
 @dataclass
 class Options:
-    """Show the learning rate over a run for every --schedule, and Muon's momentum.
+    """Show the learning rate over a run for every --schedule, and Muon's momentum and the factor of its weight decay.
 
-    The schedules follow train's flags: --num-iterations (default here: 1000), --warmup-ratio, --warmdown-ratio,
-    --final-lr-frac, --momentum-start, --momentum-end, --momentum-warmup-steps.
+    The schedules follow train's flags: --recipe, --num-iterations (default here: 1000), --warmup-steps, --warmup-ratio,
+    --warmdown-ratio, --final-lr-frac, --momentum-start, --momentum-end, --momentum-warmup-steps, --momentum-final,
+    --decay-schedule. The momentum is that of --schedule.
 
     The guide explains it: docs/guide/10-rates-schedules-batches.md.
     """
@@ -51,12 +52,14 @@ def run(args: Sequence[str]) -> None:
         shaped = dataclasses.replace(config, **settings)
         multipliers[shape] = [lr_at(step, shaped) for step in range(total)]
     momentum = [momentum_at(step, config) for step in range(total)]
-    columns = {**multipliers, "momentum": momentum}
+    decay = [weight_decay_at(step, config) for step in range(total)]
+    columns = {**multipliers, "momentum": momentum, "decay": decay}
     print(f"{'step':>8}" + "".join(f"{name:>13}" for name in columns))
     for step in sorted({round(i * (total - 1) / 10) for i in range(11)}):
         print(f"{step:>8}" + "".join(f"{values[step]:>13.4f}" for values in columns.values()))
     if options.plot:
-        record = results.result("schedules", options, config, finished=True, multipliers=multipliers, momentum=momentum)
+        curves: dict[str, Any] = {"multipliers": multipliers, "momentum": momentum, "decay": decay}
+        record = results.result("schedules", options, config, finished=True, **curves)
         results.finish(results.open_folder(options.out, "schedules"), record, Console())
 
 

@@ -88,18 +88,85 @@ Tensor rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dsum, co
     return storage.dx;
 }
 
+void check_rows_of_table(const char* op, const char* name, const int64_t* rows, int64_t N, int64_t V) {
+    for (int64_t n = 0; n < N; ++n) {
+        TORCH_CHECK_VALUE(rows[n] >= 0 && rows[n] < V, op, ": ", name, " must be from 0 to ", V - 1, ", got ", rows[n]);
+    }
+}
+
 std::tuple<Tensor, Tensor> embedding_rms_norm(const Tensor& tokens, const Tensor& table, at::ScalarType dtype,
                                               double eps) {
     EmbeddingRMSNormStorage storage;
     EmbeddingRMSNorm arguments = embedding_rms_norm_arguments(tokens, table, dtype, eps, kNormTypes, storage);
-    for (int64_t n = 0; n < arguments.N; ++n) {
-        const int64_t token = arguments.tokens[n];
-        TORCH_CHECK_VALUE(token >= 0 && token < arguments.V, "embedding_rms_norm: tokens must be from 0 to ",
-                          arguments.V - 1, ", got ", token);
-    }
+    check_rows_of_table("embedding_rms_norm", "tokens", arguments.tokens, arguments.N, arguments.V);
     arguments.execution = execution();
     if (arguments.N > 0) run_kernel([&] { cpu::embedding_rms_norm(arguments); });
     return {storage.y, storage.r};
+}
+
+// --- mix_rms_norm ---
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix_rms_norm(const Tensor& x, const std::optional<Tensor>& residual,
+                                                        const Tensor& x0, const Tensor& x_scale, const Tensor& x0_scale,
+                                                        double eps) {
+    MixRMSNormStorage storage;
+    MixRMSNorm arguments = mix_rms_norm_arguments(x, residual, x0, x_scale, x0_scale, eps, kNormTypes, storage);
+    arguments.execution = execution();
+    if (arguments.N > 0) run_kernel([&] { cpu::mix_rms_norm(arguments); });
+    return {storage.z, storage.mixed, storage.y, storage.r};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix_rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dz,
+                                                                 const std::optional<Tensor>& dmixed,
+                                                                 const std::optional<Tensor>& add_to, const Tensor& y,
+                                                                 const Tensor& r, const Tensor& z, const Tensor& x0,
+                                                                 const Tensor& x_scale, const Tensor& x0_scale) {
+    MixRMSNormBackwardStorage storage;
+    MixRMSNormBackward arguments =
+        mix_rms_norm_backward_arguments(dy, dz, dmixed, add_to, y, r, z, x0, x_scale, x0_scale, kNormTypes, storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::mix_rms_norm_backward(arguments); });
+    return {storage.dx, storage.dx0, storage.dx_scale, storage.dx0_scale};
+}
+
+// --- add_value_embedding and smear ---
+
+Tensor add_value_embedding(const Tensor& v, const Tensor& h, const Tensor& gate, const Tensor& table,
+                           const Tensor& ids) {
+    AddValueEmbeddingStorage storage;
+    AddValueEmbedding arguments = add_value_embedding_arguments(v, h, gate, table, ids, kNormTypes, storage);
+    check_rows_of_table("add_value_embedding", "ids", arguments.ids, arguments.N, arguments.V);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::add_value_embedding(arguments); });
+    return storage.out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_value_embedding_backward(const Tensor& dout, const Tensor& h, const Tensor& gate,
+                                                                const Tensor& table, const Tensor& ids) {
+    AddValueEmbeddingBackwardStorage storage;
+    AddValueEmbeddingBackward arguments =
+        add_value_embedding_backward_arguments(dout, h, gate, table, ids, kNormTypes, storage);
+    check_rows_of_table("add_value_embedding_backward", "ids", arguments.ids, arguments.N, arguments.V);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::add_value_embedding_backward(arguments); });
+    return {storage.dh, storage.dgate, storage.drows};
+}
+
+Tensor smear(const Tensor& x, const Tensor& gate, const Tensor& lambda) {
+    SmearStorage storage;
+    Smear arguments = smear_arguments(x, gate, lambda, kNormTypes, storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::smear(arguments); });
+    return storage.out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> smear_backward(const Tensor& dout, const Tensor& x, const Tensor& gate,
+                                                  const Tensor& lambda) {
+    SmearBackwardStorage storage;
+    SmearBackward arguments = smear_backward_arguments(dout, x, gate, lambda, kNormTypes, storage);
+    arguments.execution = execution();
+    run_kernel([&] { cpu::smear_backward(arguments); });
+    return {storage.dx, storage.dgate, storage.dlambda};
 }
 
 // --- rotary_norm and relu_squared ---
@@ -157,9 +224,9 @@ void relu_squared_backward_(const Tensor& dy, const Tensor& y) {
 // --- newton_schulz ---
 
 Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double norm_factor,
-                     const std::optional<Tensor>& norms) {
+                     const std::optional<Tensor>& norms, const std::optional<Tensor>& scales) {
     NewtonSchulzStorage storage;
-    NewtonSchulz arguments = newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms,
+    NewtonSchulz arguments = newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms, scales,
                                                      {at::kFloat, at::kDouble}, storage);
     Tensor out = at::empty(g.sizes(), g.options());
     arguments.out = out.mutable_data_ptr();
@@ -184,11 +251,11 @@ void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs
 }
 
 std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList momentum_buffers, double momentum,
-                                          bool nesterov, bool with_norms,
-                                          const std::optional<Tensor>& momentum_tensor) {
+                                          bool nesterov, bool with_norms, const std::optional<Tensor>& momentum_tensor,
+                                          bool with_row_norms) {
     MuonMomentumStorage storage;
-    MuonMomentum arguments =
-        muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms, momentum_tensor, storage);
+    MuonMomentum arguments = muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms,
+                                                     momentum_tensor, with_row_norms, storage);
     arguments.execution = execution();
     run_kernel([&] { cpu::muon_momentum(arguments); });
     mark_updated(momentum_buffers);
@@ -204,6 +271,19 @@ void muon_update_(at::TensorList params, const Tensor& update, at::TensorList co
     arguments.execution = execution();
     run_kernel([&] { cpu::muon_update(arguments); });
     for (at::TensorList updated : {params, copies}) mark_updated(updated);
+}
+
+void normuon_update_(at::TensorList params, const Tensor& update, at::TensorList second_momentums,
+                     at::TensorList copies, double lr, double weight_decay, double scale, bool cautious, double beta2,
+                     double eps, bool renormalise, double norm_eps, const std::optional<Tensor>& lr_tensor,
+                     const std::optional<Tensor>& weight_decay_tensor) {
+    NorMuonUpdateStorage storage;
+    NorMuonUpdate arguments = normuon_update_arguments(params, update, second_momentums, copies, lr, weight_decay,
+                                                       scale, cautious, beta2, eps, renormalise, norm_eps, lr_tensor,
+                                                       weight_decay_tensor, storage);
+    arguments.execution = execution();
+    if (arguments.count > 0) run_kernel([&] { cpu::normuon_update(arguments); });
+    for (at::TensorList updated : {params, second_momentums, copies}) mark_updated(updated);
 }
 
 void newton_schulz_update_(at::TensorList params, const Tensor& update, at::TensorList copies,
@@ -357,9 +437,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 
 constexpr size_t kMatrices = 6;   // per block: q, k, v, out, fc, proj
 
+using OptionalTensor = std::optional<Tensor>;
+using OptionalTensors = c10::List<OptionalTensor>;
+
 Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArrayRef starts, const Tensor& wte,
                        at::TensorList blocks, const Tensor& lm_head, at::IntArrayRef windows, const Tensor& cos,
-                       const Tensor& sin, const Tensor& cache, double softcap, bool with_logits) {
+                       const Tensor& sin, const Tensor& cache, double softcap, bool with_logits, double qk_scale,
+                       const OptionalTensors& value_gates, const OptionalTensors& value_tables,
+                       const OptionalTensor& resid_lambdas, const OptionalTensor& x0_lambdas,
+                       const OptionalTensor& smear_gate, const OptionalTensor& smear_lambda, at::IntArrayRef previous,
+                       const OptionalTensor& backout_lambda) {
     const char* op = "cached_forward_";
     const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape) {
         check_like(op, name, tensor, at::kFloat, at::kCPU, shape);
@@ -371,7 +458,8 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
         ": tokens, cache and wte must have the shapes (B, T), T from 1, (layers, slots, capacity, 2 Hkv, D) "
         "and (V, C), got ",
         tokens_.sizes(), ", ", cache.sizes(), " and ", wte.sizes());
-    const int64_t B = tokens_.size(0), T = tokens_.size(1), V = wte.size(0), C = wte.size(1);
+    const int64_t B = tokens_.size(0), T = tokens_.size(1), rows = wte.size(0), C = wte.size(1);
+    const int64_t V = lm_head.dim() == 2 ? lm_head.size(0) : 0;
     const int64_t layers = cache.size(0), Hkv = cache.size(3) / 2, D = cache.size(4), H = D ? C / D : 0;
     TORCH_CHECK_VALUE(Hkv > 0 && H > 0 && H * D == C && H % Hkv == 0 && D % 2 == 0 && cache.size(3) % 2 == 0, op,
                       ": C is ", C, ", cache has shape ", cache.sizes(), "; they do not fit together");
@@ -381,8 +469,9 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
     TORCH_CHECK_VALUE(static_cast<int64_t>(slots.size()) == B && static_cast<int64_t>(starts.size()) == B, op,
                       ": slots and starts must have ", B, " entries, got ", slots.size(), " and ", starts.size());
     check_like(op, "tokens", tokens_, at::kLong, at::kCPU, tokens_.sizes());
-    check("wte", wte, {V, C});
+    check("wte", wte, {rows, C});
     check("lm_head", lm_head, {V, C});
+    TORCH_CHECK_VALUE(V <= rows, op, ": lm_head must have at most the ", rows, " rows of wte, got ", V);
     check("cache", cache, cache.sizes());
     const int64_t positions = sin.dim() == 2 ? sin.size(0) : 0;
     check("sin", sin, {positions, D / 2});
@@ -404,6 +493,51 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
             .window = windows[layer],
         });
     }
+
+    TORCH_CHECK_VALUE(std::isfinite(qk_scale), op, ": qk_scale must be finite, got ", qk_scale);
+    const auto check_together = [&](const char* a, bool has_a, const char* b, bool has_b) {
+        TORCH_CHECK_VALUE(has_a == has_b, op, ": ", a, " and ", b, " must be given together, got ", has_a ? a : b,
+                          " alone");
+    };
+    const auto check_lambdas = [&](const char* name, const OptionalTensor& lambdas, int64_t count) -> const float* {
+        if (!lambdas) return nullptr;
+        check(name, *lambdas, {count});
+        return lambdas->const_data_ptr<float>();
+    };
+    const auto check_gate = [&](const char* name, const Tensor& gate, int64_t outputs) {
+        const int64_t channels = gate.dim() == 2 ? gate.size(1) : 0;
+        check(name, gate, {outputs, channels});
+        TORCH_CHECK_VALUE(channels > 0 && channels <= C, op, ": ", name, " must have from 1 to ", C, " columns, got ",
+                          channels);
+        return channels;
+    };
+    check_together("resid_lambdas", resid_lambdas.has_value(), "x0_lambdas", x0_lambdas.has_value());
+    check_together("smear_gate", smear_gate.has_value(), "smear_lambda", smear_lambda.has_value());
+    const int64_t smear_channels = smear_gate ? check_gate("smear_gate", *smear_gate, 1) : 0;
+    TORCH_CHECK_VALUE(!backout_lambda || layers, op, ": backout_lambda must be None without layers");
+    const float *resid = check_lambdas("resid_lambdas", resid_lambdas, layers),
+                *x0 = check_lambdas("x0_lambdas", x0_lambdas, layers),
+                *smear = check_lambdas("smear_lambda", smear_lambda, 1),
+                *backout = check_lambdas("backout_lambda", backout_lambda, 1);
+    int64_t value_channels = 0;
+    if (!value_gates.empty() || !value_tables.empty()) {
+        TORCH_CHECK_VALUE(
+            static_cast<int64_t>(value_gates.size()) == layers && static_cast<int64_t>(value_tables.size()) == layers,
+            op, ": value_gates and value_tables must have ", layers, " entries or none, got ", value_gates.size(),
+            " and ", value_tables.size());
+        for (int64_t layer = 0; layer < layers; ++layer) {
+            const OptionalTensor gate = value_gates.get(layer), table = value_tables.get(layer);
+            check_together("value_gates", gate.has_value(), "value_tables", table.has_value());
+            if (!gate) continue;
+            const int64_t channels = check_gate("value_gates", *gate, Hkv);
+            if (value_channels == 0) value_channels = channels;
+            check("value_gates", *gate, {Hkv, value_channels});
+            check("value_tables", *table, {rows, Hkv * D});
+            weights[layer].value_gate = gate->const_data_ptr<float>();
+            weights[layer].value_table = table->const_data_ptr<float>();
+        }
+    }
+
     for (int64_t b = 0; b < B; ++b) {
         TORCH_CHECK_VALUE(slots[b] >= 0 && slots[b] < cache.size(1) && starts[b] >= 0 &&
                               starts[b] + T <= std::min(cache.size(2), positions),
@@ -412,10 +546,18 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
         TORCH_CHECK_VALUE(std::find(slots.begin(), slots.begin() + b, slots[b]) == slots.begin() + b, op,
                           ": slots holds ", slots[b], " twice");
     }
+    const int64_t entries = smear_gate ? B : 0;
+    TORCH_CHECK_VALUE(static_cast<int64_t>(previous.size()) == entries, op, ": previous must have ", entries,
+                      " entries ", smear_gate ? "with" : "without", " smear_gate, got ", previous.size());
+    for (int64_t b = 0; b < entries; ++b)
+        TORCH_CHECK_VALUE(starts[b] ? previous[b] >= 0 && previous[b] < rows : previous[b] == -1, op,
+                          ": previous must be -1 at position 0 and a token from 0 to ", rows - 1, " elsewhere, got ",
+                          previous[b], " at position ", starts[b]);
     const Tensor tokens = tokens_.contiguous();
     const int64_t* token = tokens.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < B * T; ++i)
-        TORCH_CHECK_VALUE(token[i] >= 0 && token[i] < V, op, ": tokens must be from 0 to ", V - 1, ", got ", token[i]);
+        TORCH_CHECK_VALUE(token[i] >= 0 && token[i] < rows, op, ": tokens must be from 0 to ", rows - 1, ", got ",
+                          token[i]);
 
     Tensor logits = at::empty({with_logits ? B : 0, V}, wte.options());
     if (B == 0) return logits;
@@ -443,7 +585,16 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
                              .capacity = cache.size(2),
                              .softcap = softcap,
                              .logits = with_logits ? logits.mutable_data_ptr<float>() : nullptr,
-                             .execution = execution()});
+                             .execution = execution(),
+                             .qk_scale = qk_scale,
+                             .value_channels = value_channels,
+                             .resid_lambdas = resid,
+                             .x0_lambdas = x0,
+                             .smear_gate = smear_gate ? smear_gate->const_data_ptr<float>() : nullptr,
+                             .smear_lambda = smear,
+                             .smear_channels = smear_channels,
+                             .previous = previous.data(),
+                             .backout_lambda = backout});
     });
     mark_updated(cache);
     return logits;
@@ -458,6 +609,12 @@ TORCH_LIBRARY_IMPL(nanochat_native, CPU, m) {
     m.impl("rms_norm", nanochat::rms_norm);
     m.impl("rms_norm_backward", nanochat::rms_norm_backward);
     m.impl("embedding_rms_norm", nanochat::embedding_rms_norm);
+    m.impl("mix_rms_norm", nanochat::mix_rms_norm);
+    m.impl("mix_rms_norm_backward", nanochat::mix_rms_norm_backward);
+    m.impl("add_value_embedding", nanochat::add_value_embedding);
+    m.impl("add_value_embedding_backward", nanochat::add_value_embedding_backward);
+    m.impl("smear", nanochat::smear);
+    m.impl("smear_backward", nanochat::smear_backward);
     m.impl("rotary_norm", nanochat::rotary_norm);
     m.impl("rotary_norm_backward", nanochat::rotary_norm_backward);
     m.impl("relu_squared", nanochat::relu_squared);
@@ -468,6 +625,7 @@ TORCH_LIBRARY_IMPL(nanochat_native, CPU, m) {
     m.impl("adamw_", nanochat::adamw_);
     m.impl("muon_momentum_", nanochat::muon_momentum_);
     m.impl("muon_update_", nanochat::muon_update_);
+    m.impl("normuon_update_", nanochat::normuon_update_);
     m.impl("newton_schulz_update_", nanochat::newton_schulz_update_);
     m.impl("linear", nanochat::linear);
     m.impl("linear_backward", nanochat::linear_backward);

@@ -3,6 +3,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ne.h>
 #include <ATen/ops/ones.h>
@@ -146,6 +147,68 @@ std::tuple<Tensor, Tensor> embedding_rms_norm(const Tensor& tokens, const Tensor
     return {storage.y, storage.r};
 }
 
+// Nor that of the ids.
+Tensor add_value_embedding(const Tensor& v, const Tensor& h, const Tensor& gate, const Tensor& table,
+                           const Tensor& ids) {
+    const c10::DeviceGuard guard(v.device());
+    AddValueEmbeddingStorage storage;
+    const AddValueEmbedding arguments = add_value_embedding_arguments(v, h, gate, table, ids, kElementTypes, storage);
+    launch(cuda::add_value_embedding, {}, arguments, v.device());
+    return storage.out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_value_embedding_backward(const Tensor& dout, const Tensor& h, const Tensor& gate,
+                                                                const Tensor& table, const Tensor& ids) {
+    const c10::DeviceGuard guard(dout.device());
+    AddValueEmbeddingBackwardStorage storage;
+    const AddValueEmbeddingBackward arguments =
+        add_value_embedding_backward_arguments(dout, h, gate, table, ids, kElementTypes, storage);
+    launch(cuda::add_value_embedding_backward, cuda::add_value_embedding_backward_workspace_bytes, arguments,
+           dout.device());
+    return {storage.dh, storage.dgate, storage.drows};
+}
+
+Tensor smear(const Tensor& x, const Tensor& gate, const Tensor& lambda) {
+    const c10::DeviceGuard guard(x.device());
+    SmearStorage storage;
+    const Smear arguments = smear_arguments(x, gate, lambda, kElementTypes, storage);
+    launch(cuda::smear, {}, arguments, x.device());
+    return storage.out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> smear_backward(const Tensor& dout, const Tensor& x, const Tensor& gate,
+                                                  const Tensor& lambda) {
+    const c10::DeviceGuard guard(x.device());
+    SmearBackwardStorage storage;
+    const SmearBackward arguments = smear_backward_arguments(dout, x, gate, lambda, kElementTypes, storage);
+    launch(cuda::smear_backward, cuda::smear_backward_workspace_bytes, arguments, x.device());
+    return {storage.dx, storage.dgate, storage.dlambda};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix_rms_norm(const Tensor& x, const std::optional<Tensor>& residual,
+                                                        const Tensor& x0, const Tensor& x_scale, const Tensor& x0_scale,
+                                                        double eps) {
+    const c10::DeviceGuard guard(x.device());
+    MixRMSNormStorage storage;
+    const MixRMSNorm arguments =
+        mix_rms_norm_arguments(x, residual, x0, x_scale, x0_scale, eps, kElementTypes, storage);
+    launch(cuda::mix_rms_norm, {}, arguments, x.device());
+    return {storage.z, storage.mixed, storage.y, storage.r};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix_rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dz,
+                                                                 const std::optional<Tensor>& dmixed,
+                                                                 const std::optional<Tensor>& add_to, const Tensor& y,
+                                                                 const Tensor& r, const Tensor& z, const Tensor& x0,
+                                                                 const Tensor& x_scale, const Tensor& x0_scale) {
+    const c10::DeviceGuard guard(y.device());
+    MixRMSNormBackwardStorage storage;
+    const MixRMSNormBackward arguments =
+        mix_rms_norm_backward_arguments(dy, dz, dmixed, add_to, y, r, z, x0, x_scale, x0_scale, kElementTypes, storage);
+    launch(cuda::mix_rms_norm_backward, cuda::mix_rms_norm_backward_workspace_bytes, arguments, y.device());
+    return {storage.dx, storage.dx0, storage.dx_scale, storage.dx0_scale};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_norm(const Tensor& q, const Tensor& k, const Tensor& cos,
                                                        const Tensor& sin, double eps, double scale) {
     const c10::DeviceGuard guard(q.device());
@@ -205,11 +268,11 @@ void run_newton_schulz(NewtonSchulz arguments, at::Device device) {
 }
 
 Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double norm_factor,
-                     const std::optional<Tensor>& norms) {
+                     const std::optional<Tensor>& norms, const std::optional<Tensor>& scales) {
     const c10::DeviceGuard guard(g.device());
     NewtonSchulzStorage storage;
-    NewtonSchulz arguments =
-        newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms, {at::kFloat}, storage);
+    NewtonSchulz arguments = newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms, scales,
+                                                     {at::kFloat}, storage);
     Tensor out = at::empty(g.sizes(), g.options());
     arguments.out = out.mutable_data_ptr();
     if (arguments.batch > 0) run_newton_schulz(arguments, g.device());
@@ -233,15 +296,17 @@ void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs
 }
 
 std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList momentum_buffers, double momentum,
-                                          bool nesterov, bool with_norms,
-                                          const std::optional<Tensor>& momentum_tensor) {
+                                          bool nesterov, bool with_norms, const std::optional<Tensor>& momentum_tensor,
+                                          bool with_row_norms) {
     MuonMomentumStorage storage;
-    const MuonMomentum arguments =
-        muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms, momentum_tensor, storage);
+    const MuonMomentum arguments = muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms,
+                                                           momentum_tensor, with_row_norms, storage);
     const at::Device device = grads[0].device();
     const c10::DeviceGuard guard(device);
     launch(cuda::muon_momentum, cuda::muon_momentum_workspace_bytes, arguments, device);
     mark_updated(momentum_buffers);
+    if (with_row_norms && arguments.numel > 0)
+        return {storage.update, at::linalg_vector_norm(storage.update, 2, {-1}).to(at::kDouble)};
     return {storage.update, storage.norms};
 }
 
@@ -255,6 +320,20 @@ void muon_update_(at::TensorList params, const Tensor& update, at::TensorList co
     const c10::DeviceGuard guard(device);
     launch(cuda::muon_update, {}, arguments, device);
     for (at::TensorList updated : {params, copies}) mark_updated(updated);
+}
+
+void normuon_update_(at::TensorList params, const Tensor& update, at::TensorList second_momentums,
+                     at::TensorList copies, double lr, double weight_decay, double scale, bool cautious, double beta2,
+                     double eps, bool renormalise, double norm_eps, const std::optional<Tensor>& lr_tensor,
+                     const std::optional<Tensor>& weight_decay_tensor) {
+    NorMuonUpdateStorage storage;
+    const NorMuonUpdate arguments = normuon_update_arguments(params, update, second_momentums, copies, lr, weight_decay,
+                                                             scale, cautious, beta2, eps, renormalise, norm_eps,
+                                                             lr_tensor, weight_decay_tensor, storage);
+    const at::Device device = params[0].device();
+    const c10::DeviceGuard guard(device);
+    if (arguments.count > 0) launch(cuda::normuon_update, cuda::normuon_update_workspace_bytes, arguments, device);
+    for (at::TensorList updated : {params, second_momentums, copies}) mark_updated(updated);
 }
 
 // The epilogue of the last product updates the parameters, which saves a pass over memory and a tensor.
@@ -388,6 +467,12 @@ TORCH_LIBRARY_IMPL(nanochat_native, CUDA, m) {
     m.impl("rms_norm", nanochat::rms_norm);
     m.impl("rms_norm_backward", nanochat::rms_norm_backward);
     m.impl("embedding_rms_norm", nanochat::embedding_rms_norm);
+    m.impl("add_value_embedding", nanochat::add_value_embedding);
+    m.impl("add_value_embedding_backward", nanochat::add_value_embedding_backward);
+    m.impl("smear", nanochat::smear);
+    m.impl("smear_backward", nanochat::smear_backward);
+    m.impl("mix_rms_norm", nanochat::mix_rms_norm);
+    m.impl("mix_rms_norm_backward", nanochat::mix_rms_norm_backward);
     m.impl("rotary_norm", nanochat::rotary_norm);
     m.impl("rotary_norm_backward", nanochat::rotary_norm_backward);
     m.impl("relu_squared", nanochat::relu_squared);
@@ -397,6 +482,7 @@ TORCH_LIBRARY_IMPL(nanochat_native, CUDA, m) {
     m.impl("adamw_", nanochat::adamw_);
     m.impl("muon_momentum_", nanochat::muon_momentum_);
     m.impl("muon_update_", nanochat::muon_update_);
+    m.impl("normuon_update_", nanochat::normuon_update_);
     m.impl("newton_schulz", nanochat::newton_schulz);
     m.impl("newton_schulz_update_", nanochat::newton_schulz_update_);
     m.impl("linear_cross_entropy", nanochat::linear_cross_entropy);

@@ -14,4 +14,6 @@ def build(config, seed=0):
         for name, parameter in model.named_parameters():
             if "c_proj" in name or "lm_head" in name:
                 parameter.normal_(0, 0.2, generator=generator)
+            elif "gate" in name or "lambda" in name:
+                parameter.uniform_(0.3, 1.2, generator=generator)
     return model

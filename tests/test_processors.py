@@ -50,6 +50,7 @@ KERNELS = tuple(
     for name in (
         "attention",
         "rms_norm",
+        "mix_rms_norm",
         "newton_schulz",
         "adamw",
         "muon",
@@ -58,6 +59,8 @@ KERNELS = tuple(
         "linear",
         "rotary_norm",
         "relu_squared",
+        "value_embedding",
+        "smear",
     )
 )
 MODEL = ("training/test_golden.py", "model/test_model.py", "inference/test_engine.py")

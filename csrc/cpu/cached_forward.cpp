@@ -172,7 +172,7 @@ __attribute__((noinline)) void multiply(int64_t K, const float* x, int64_t rows,
     }
 }
 
-// --- norms and positions ---
+// --- norms, gates and positions ---
 
 NANOCHAT_INLINE float inverse_rms(const float* x, int64_t n) {
     Vec<float> sum{};
@@ -182,15 +182,29 @@ NANOCHAT_INLINE float inverse_rms(const float* x, int64_t n) {
     return 1.0f / __builtin_sqrtf(sum_lanes<float>(sum) / static_cast<float>(n) + kEps);
 }
 
-// to = norm(x rotated by the angles of its position), D numbers. The halves become (x1 cos + x2 sin, x2 cos - x1 sin).
-NANOCHAT_INLINE void rotate_and_norm(const float* x, const float* cos, const float* sin, int64_t D, float* to) {
+NANOCHAT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_lanes(broadcast(-x))[0]); }
+
+// For loops whose last vector has only n < W numbers. All numbers then go through one expression: the compiler may fuse
+// another product of a x + b y into the sum in a loop of its own for the rest.
+NANOCHAT_INLINE Vec<float> load_up_to(const float* p, int64_t n) { return n < W ? load_part(p, n) : load(p); }
+NANOCHAT_INLINE void store_up_to(float* p, Vec<float> v, int64_t n) {
+    if (n < W)
+        __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
+    else
+        store(p, v);
+}
+
+// to = factor norm(x rotated by the angles of its position), D numbers. The halves become (x1 cos + x2 sin,
+// x2 cos - x1 sin).
+NANOCHAT_INLINE void rotate_and_norm(const float* x, const float* cos, const float* sin, int64_t D, float factor,
+                                     float* to) {
     const int64_t half = D / 2;
     for (int64_t i = 0; i < half; i++) {
         const float a = x[i], b = x[half + i];
         to[i] = a * cos[i] + b * sin[i];
         to[half + i] = b * cos[i] - a * sin[i];
     }
-    const float scale = inverse_rms(to, D);
+    const float scale = inverse_rms(to, D) * factor;
     for (int64_t i = 0; i < D; i++) to[i] *= scale;
 }
 
@@ -295,6 +309,7 @@ struct Pass {
     const CachedForward& args;
     int64_t N, heads, chunks;   // rows; heads of q, k and v together; chunks of keys that a row sees at most
     float *x = nullptr, *qkv = nullptr, *q = nullptr, *attended = nullptr, *hidden = nullptr, *values = nullptr;
+    float *x0 = nullptr, *middle = nullptr;   // x before the first block, for the x0 lambdas; x to be backed out
     Partial* partials = nullptr;
     float* inverse = nullptr;   // (threads, N)
     Barrier* barrier = nullptr;
@@ -302,6 +317,8 @@ struct Pass {
     void carve_workspace(cpu::Arena& arena) {
         const int64_t F = args.F, HD = args.H * args.D;
         x = arena.take<float>(N * args.C);
+        x0 = arena.take<float>(args.x0_lambdas ? N * args.C : 0);
+        middle = arena.take<float>(args.backout_lambda ? N * args.C : 0);
         qkv = arena.take<float>(N * heads * args.D);
         q = arena.take<float>(N * HD);
         attended = arena.take<float>(N * HD);
@@ -332,11 +349,39 @@ struct Pass {
             const float* from = args.wte + args.tokens[n] * C;
             const float scale = inverse_rms(from, C);
             for (int64_t c = 0; c < C; c++) x[n * C + c] = from[c] * scale;
+            if (args.smear_gate) smear(n);
+            if (!args.x0_lambdas || !args.layers) continue;
+            for (int64_t c = 0; c < C; c++) x0[n * C + c] = x[n * C + c];
+            add_x0(n, 0, C, 0);
         }
     }
 
-    NANOCHAT_INLINE void project(const Team& team, const BlockWeights& block) const {
-        const float* scale = norms_of(team, x);
+    // Adds a part of the embedding before it to that of row n, which is in x.
+    NANOCHAT_INLINE void smear(int64_t n) const {
+        const int64_t C = args.C, token = n % args.T ? args.tokens[n - 1] : args.previous[n / args.T];
+        if (token < 0) return;
+        const float* before = args.wte + token * C;
+        float* to = x + n * C;
+        const float scale = inverse_rms(before, C);
+        const float part = *args.smear_lambda * sigmoid(dot_part(args.smear_channels, to, args.smear_gate)[0]);
+        for (int64_t c = 0; c < C; c += W) {
+            const int64_t count = minimum<int64_t>(W, C - c);
+            store_up_to(to + c, load_up_to(to + c, count) + load_up_to(before + c, count) * scale * part, count);
+        }
+    }
+
+    // x = resid x + x0_lambda x0 in columns [begin, end) of row n, with which the block `layer` begins.
+    NANOCHAT_INLINE void add_x0(int64_t n, int64_t begin, int64_t end, int64_t layer) const {
+        const float resid = args.resid_lambdas[layer], lambda = args.x0_lambdas[layer];
+        float* to = x + n * args.C;
+        for (int64_t c = begin; c < end; c += W) {
+            const int64_t count = minimum<int64_t>(W, end - c);
+            const Vec<float> first = load_up_to(x0 + n * args.C + c, count);
+            store_up_to(to + c, load_up_to(to + c, count) * resid + first * lambda, count);
+        }
+    }
+
+    NANOCHAT_INLINE void project(const Team& team, const BlockWeights& block, const float* scale) const {
         const int64_t D = args.D, width = heads * D, begin = team.begin(width, W), end = team.end(width, W);
         const float* matrices[3] = {block.q, block.k, block.v};
         const int64_t sizes[3] = {args.H * D, args.Hkv * D, args.Hkv * D};
@@ -345,19 +390,33 @@ struct Pass {
                      [&](int64_t n, int64_t o, float sum) { qkv[n * width + at + o] = sum * scale[n]; });
     }
 
-    NANOCHAT_INLINE void rotate_and_store(const Team& team, int64_t layer) const {
+    // Writes q, and keys and values into the cache. `scale` are the inverse norms of x.
+    NANOCHAT_INLINE void rotate_and_store(const Team& team, int64_t layer, const float* scale) const {
         const int64_t D = args.D, H = args.H, Hkv = args.Hkv;
+        const float factor = static_cast<float>(args.qk_scale);
         for (int64_t i = team.begin(N * heads); i < team.end(N * heads); i++) {
             const int64_t n = i / heads, head = i % heads, at = position(n);
             const float *from = qkv + i * D, *cos = args.cos + at * args.cos_stride, *sin = args.sin + at * D / 2;
             float* to = cache_at(layer, args.slots[n / args.T], at) + (head - H) * D;
             if (head < H)
-                rotate_and_norm(from, cos, sin, D, q + (n * H + head) * D);
+                rotate_and_norm(from, cos, sin, D, factor, q + (n * H + head) * D);
             else if (head < H + Hkv)
-                rotate_and_norm(from, cos, sin, D, to);
+                rotate_and_norm(from, cos, sin, D, factor, to);
+            else if (args.blocks[layer].value_table)
+                add_value_embedding(args.blocks[layer], n, head - H - Hkv, scale[n], from, to);
             else
                 for (int64_t d = 0; d < D; d++) to[d] = from[d];
         }
+    }
+
+    // to = value + its share of the token's value embedding, for row n and a key/value head.
+    NANOCHAT_INLINE void add_value_embedding(const BlockWeights& block, int64_t n, int64_t head, float scale,
+                                             const float* value, float* to) const {
+        const int64_t D = args.D, channels = args.value_channels;
+        const float* embedding = block.value_table + (args.tokens[n] * args.Hkv + head) * D;
+        const float h = dot_part(channels, x + n * args.C, block.value_gate + head * channels)[0] * scale;
+        const float gate = 3.0f * sigmoid(h);
+        for (int64_t d = 0; d < D; d++) to[d] = value[d] + gate * embedding[d];
     }
 
     // A work item is a chunk of keys of one head, for all rows of a sequence and all query heads that share the head.
@@ -425,11 +484,30 @@ struct Pass {
                  [&](int64_t n, int64_t c, float sum) { x[n * args.C + c] += sum; });
     }
 
+    // What follows the sums of a block, in the columns of x that this thread has computed.
+    NANOCHAT_INLINE void finish_block(const Team& team, int64_t layer) const {
+        const int64_t C = args.C, begin = team.begin(C, W), end = team.end(C, W), columns = end - begin;
+        const bool last = layer == args.layers - 1;
+        for (int64_t n = 0; n < N && columns > 0; n++) {
+            float *own = x + n * C + begin, *kept = middle + n * C + begin;
+            if (args.backout_lambda && layer == args.layers / 2)
+                __builtin_memcpy(kept, own, static_cast<size_t>(columns) * sizeof(float));
+            if (args.backout_lambda && last)
+                for (int64_t c = 0; c < columns; c += W) {
+                    const int64_t count = minimum<int64_t>(W, columns - c);
+                    const Vec<float> part = load_up_to(kept + c, count) * *args.backout_lambda;
+                    store_up_to(own + c, load_up_to(own + c, count) - part, count);
+                }
+            if (args.x0_lambdas && !last) add_x0(n, begin, end, layer + 1);
+        }
+    }
+
     NANOCHAT_INLINE void transformer_block(const Team& team, int64_t layer) const {
         const BlockWeights& block = args.blocks[layer];
-        project(team, block);
+        const float* scale = norms_of(team, x);
+        project(team, block, scale);
         team.wait();
-        rotate_and_store(team, layer);
+        rotate_and_store(team, layer, scale);
         team.wait();
         attention(team, layer, block.window);
         team.wait();
@@ -437,7 +515,7 @@ struct Pass {
         team.wait();
         add_product(team, args.H * args.D, attended, block.out);
         team.wait();
-        const float* scale = norms_of(team, x);
+        scale = norms_of(team, x);
         multiply(args.C, x, N, block.fc, team.begin(args.F, W), team.end(args.F, W),
                  [&](int64_t n, int64_t f, float sum) {
                      const float positive = maximum(sum * scale[n], 0.0f);
@@ -445,6 +523,7 @@ struct Pass {
                  });
         team.wait();
         add_product(team, args.F, hidden, block.proj);
+        finish_block(team, layer);
         team.wait();
     }
 

@@ -14,14 +14,17 @@
 #include "runtime.h"
 
 // Every kernel and its struct of arguments.
-#define NANOCHAT_FOR_EACH_KERNEL(use)                                                                                  \
-    use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward) use(rms_norm, RMSNorm)         \
-        use(rms_norm_backward, RMSNormBackward) use(embedding_rms_norm, EmbeddingRMSNorm) use(rotary_norm, RotaryNorm) \
-            use(rotary_norm_backward, RotaryNormBackward) use(relu_squared, ReluSquared)                               \
-                use(relu_squared_backward, ReluSquaredBackward) use(newton_schulz, NewtonSchulz) use(adamw, AdamW)     \
-                    use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)                                      \
-                        use(linear_cross_entropy, cpu::LinearCrossEntropy) use(linear, cpu::Linear)                    \
-                            use(cached_forward, cpu::CachedForward)
+#define NANOCHAT_FOR_EACH_KERNEL(use)                                                                                 \
+    use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward) use(rms_norm, RMSNorm) use(   \
+        rms_norm_backward, RMSNormBackward) use(embedding_rms_norm, EmbeddingRMSNorm) use(mix_rms_norm, MixRMSNorm)   \
+        use(mix_rms_norm_backward, MixRMSNormBackward) use(add_value_embedding, AddValueEmbedding)                    \
+            use(add_value_embedding_backward, AddValueEmbeddingBackward) use(smear, Smear)                            \
+                use(smear_backward, SmearBackward) use(rotary_norm, RotaryNorm)                                       \
+                    use(rotary_norm_backward, RotaryNormBackward) use(relu_squared, ReluSquared)                      \
+                        use(relu_squared_backward, ReluSquaredBackward) use(newton_schulz, NewtonSchulz)              \
+                            use(adamw, AdamW) use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)           \
+                                use(normuon_update, NorMuonUpdate) use(linear_cross_entropy, cpu::LinearCrossEntropy) \
+                                    use(linear, cpu::Linear) use(cached_forward, cpu::CachedForward)
 
 #define NANOCHAT_DECLARE(kernel, Arguments) void kernel(const Arguments&);
 namespace nanochat {
@@ -46,24 +49,31 @@ struct Kernels {
     NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_MEMBER)
 };
 
-#define NANOCHAT_KERNELS(isa, supported_)                 \
-    {.name = #isa,                                        \
-     .supported = supported_,                             \
-     .attention_forward = isa::attention_forward,         \
-     .attention_backward = isa::attention_backward,       \
-     .rms_norm = isa::rms_norm,                           \
-     .rms_norm_backward = isa::rms_norm_backward,         \
-     .embedding_rms_norm = isa::embedding_rms_norm,       \
-     .rotary_norm = isa::rotary_norm,                     \
-     .rotary_norm_backward = isa::rotary_norm_backward,   \
-     .relu_squared = isa::relu_squared,                   \
-     .relu_squared_backward = isa::relu_squared_backward, \
-     .newton_schulz = isa::newton_schulz,                 \
-     .adamw = isa::adamw,                                 \
-     .muon_momentum = isa::muon_momentum,                 \
-     .muon_update = isa::muon_update,                     \
-     .linear_cross_entropy = isa::linear_cross_entropy,   \
-     .linear = isa::linear,                               \
+#define NANOCHAT_KERNELS(isa, supported_)                               \
+    {.name = #isa,                                                      \
+     .supported = supported_,                                           \
+     .attention_forward = isa::attention_forward,                       \
+     .attention_backward = isa::attention_backward,                     \
+     .rms_norm = isa::rms_norm,                                         \
+     .rms_norm_backward = isa::rms_norm_backward,                       \
+     .embedding_rms_norm = isa::embedding_rms_norm,                     \
+     .mix_rms_norm = isa::mix_rms_norm,                                 \
+     .mix_rms_norm_backward = isa::mix_rms_norm_backward,               \
+     .add_value_embedding = isa::add_value_embedding,                   \
+     .add_value_embedding_backward = isa::add_value_embedding_backward, \
+     .smear = isa::smear,                                               \
+     .smear_backward = isa::smear_backward,                             \
+     .rotary_norm = isa::rotary_norm,                                   \
+     .rotary_norm_backward = isa::rotary_norm_backward,                 \
+     .relu_squared = isa::relu_squared,                                 \
+     .relu_squared_backward = isa::relu_squared_backward,               \
+     .newton_schulz = isa::newton_schulz,                               \
+     .adamw = isa::adamw,                                               \
+     .muon_momentum = isa::muon_momentum,                               \
+     .muon_update = isa::muon_update,                                   \
+     .normuon_update = isa::normuon_update,                             \
+     .linear_cross_entropy = isa::linear_cross_entropy,                 \
+     .linear = isa::linear,                                             \
      .cached_forward = isa::cached_forward}
 
 const Kernels kKernels[] = {

@@ -160,7 +160,7 @@ void run(const NewtonSchulz& args) {
     double *partial, *square[4], *double_scratch;
     T *spare, *second, *G, *F, *scratch;
     const auto carve_workspace = [&](cpu::Arena arena) {
-        partial = arena.take<double>(args.norms ? 0 : batch * parts);
+        partial = arena.take<double>(args.norms || args.scales ? 0 : batch * parts);
         spare = arena.take<T>(batch * size);
         second = arena.take<T>(wide ? batch * size : 0);
         F = arena.take<T>(gram ? 0 : batch * R * R);
@@ -179,7 +179,7 @@ void run(const NewtonSchulz& args) {
 #pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num();
-        if (!args.norms) {
+        if (!args.norms && !args.scales) {
 #pragma omp for
             for (int64_t item = 0; item < batch * parts; item++) {
                 const int64_t row = item % parts * kNormRows;
@@ -189,17 +189,26 @@ void run(const NewtonSchulz& args) {
 #pragma omp for
         for (int64_t item = 0; item < batch * parts; item++) {
             const int64_t index = item / parts, row = item % parts * kNormRows, rows = minimum(kNormRows, M - row);
-            double norm = 0;
-            if (args.norms) {
-                norm = args.norms[index];
-            } else {
-                for (int64_t part = 0; part < parts; part++) norm += partial[index * parts + part];
-                norm = __builtin_sqrt(norm);
-            }
-            const double inverse = norm == 0 ? 0 : 1 / (args.norm_factor * norm);
             const T* from = g + index * size + row * K;
             T* scaled = (wide ? other : x) + index * size + row * K;
-            for (int64_t i = 0; i < rows * K; i++) scaled[i] = static_cast<T>(static_cast<double>(from[i]) * inverse);
+            if (args.scales) {
+                for (int64_t i = 0; i < rows; i++) {
+                    const double scale = args.scales[index * M + row + i];
+                    for (int64_t j = i * K; j < (i + 1) * K; j++)
+                        scaled[j] = static_cast<T>(static_cast<double>(from[j]) * scale);
+                }
+            } else {
+                double norm = 0;
+                if (args.norms) {
+                    norm = args.norms[index];
+                } else {
+                    for (int64_t part = 0; part < parts; part++) norm += partial[index * parts + part];
+                    norm = __builtin_sqrt(norm);
+                }
+                const double inverse = norm == 0 ? 0 : 1 / (args.norm_factor * norm);
+                for (int64_t i = 0; i < rows * K; i++)
+                    scaled[i] = static_cast<T>(static_cast<double>(from[i]) * inverse);
+            }
             if (wide) transpose(rows, K, scaled, K, x + index * size + row, M);
         }
         const auto batch_with = [&]<class U>(U* thread_scratch) {

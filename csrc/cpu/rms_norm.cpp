@@ -5,32 +5,10 @@
 #include <type_traits>
 
 #include "../kernels.h"
-#include "elementwise.h"
+#include "rows.h"
 
 namespace nanochat::NANOCHAT_ISA {
 namespace {
-
-// v as a row of T holds it.
-template <class T>
-NANOCHAT_INLINE Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
-    T lanes[kLanes<Compute<T>>];
-    store(lanes, v);
-    return load(lanes);
-}
-
-// The sum of term(i, part) over the vectors of C elements. Four sums do not wait for each other.
-template <class T, class Term>
-NANOCHAT_INLINE T sum_over(int64_t C, const Term& term) {
-    constexpr int W = kLanes<T>, sums = 4;
-    Vec<T> sum[sums] = {};
-    int64_t i = 0;
-    for (; i + sums * W <= C; i += sums * W)
-#pragma GCC unroll 4
-        for (int s = 0; s < sums; s++) sum[s] += term(i + s * W, Whole{});
-    for (; i + W <= C; i += W) sum[0] += term(i, Whole{});
-    if (i < C) sum[1] += term(i, Part{static_cast<size_t>(C - i)});
-    return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
 
 // Writes y = s r, and s itself if `sum` is not null, for s = x + residual, or x if `residual` is null. Returns r. `sum`
 // may be x, and y may be x if `residual` is null.
@@ -73,15 +51,6 @@ NANOCHAT_INLINE void convert_row(int64_t C, const Row* row, T* y) {
         for_each_part<float>(C, [&](int64_t i, auto part) { write_part(y + i, read_part(row + i, part), part); });
     else
         for (int64_t i = 0; i < C; i++) write(y + i, read(row + i));
-}
-
-// Calls row(n) for each of N rows of C elements.
-template <class Row>
-NANOCHAT_INLINE void for_each_row(int64_t N, int64_t C, int threads, const Row& row) {
-    const int64_t worthwhile = maximum<int64_t>(1, N * C / kLeastPerThread);
-    const int team = static_cast<int>(minimum<int64_t>(threads, worthwhile));
-#pragma omp parallel for num_threads(team) schedule(static)
-    for (int64_t n = 0; n < N; n++) row(n);
 }
 
 template <class T>

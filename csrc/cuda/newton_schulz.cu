@@ -16,7 +16,7 @@
 namespace nanochat::cuda::newton_schulz_kernels {
 namespace {
 
-// --- X0 = g / (norm_factor |g|_F) ---
+// --- X0 = g / (norm_factor |g|_F), or scales g ---
 
 // Loads kElements of matrix blockIdx.y from (row, column) on, with zeros beyond the end of the row.
 NANOCHAT_DEVICE void load_elements(const NormaliseArguments& a, int row, int column, Pack<float, 4> (&g)[2]) {
@@ -56,23 +56,25 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
 template <class T>
 __global__ void __launch_bounds__(kThreads) normalise_kernel(const __grid_constant__ NormaliseArguments a) {
     NANOCHAT_SHARED(double[kThreads / 32], warps);
-    double norm;
+    double norm = 0;
     if (a.norms) {
         norm = a.norms[blockIdx.y];
-    } else {
+    } else if (!a.scales) {
         const bool own = threadIdx.x < gridDim.x;
         norm = sqrt(block_sum(own ? a.partials[blockIdx.y * gridDim.x + threadIdx.x] : 0.0, warps));
     }
     const double inverse = norm == 0 ? 0 : 1 / (a.norm_factor * norm);
+    const double* scales = a.scales ? a.scales + int64_t{blockIdx.y} * a.x.rows : nullptr;
     T* x = static_cast<T*>(a.x.data) + blockIdx.y * a.x.size();
     for_each_item(a, [&](int row, int column) {
         Pack<float, 4> g[2];
         load_elements(a, row, column, g);
+        const double scale = scales ? scales[row] : inverse;
         uint32_t words[kElements / 2];
 #pragma unroll
         for (int i = 0; i < kElements; i += 2) {
-            words[i / 2] = device::pack<T>(static_cast<float>(element(g[i / 4], i % 4) * inverse),
-                                           static_cast<float>(element(g[i / 4], i % 4 + 1) * inverse));
+            words[i / 2] = device::pack<T>(static_cast<float>(element(g[i / 4], i % 4) * scale),
+                                           static_cast<float>(element(g[i / 4], i % 4 + 1) * scale));
         }
         *reinterpret_cast<uint4*>(x + int64_t{row} * a.x.pitch + column) = {words[0], words[1], words[2], words[3]};
     });
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) normalise_kernel(const __grid_consta
 
 template <class T>
 void normalise(const NormaliseArguments& a, dim3 grid, void* stream) {
-    if (!a.norms) device::launch("newton_schulz", squares_kernel, grid, dim3(kThreads), 0, stream, a);
+    if (!a.norms && !a.scales) device::launch("newton_schulz", squares_kernel, grid, dim3(kThreads), 0, stream, a);
     device::launch("newton_schulz", normalise_kernel<T>, grid, dim3(kThreads), 0, stream, a);
 }
 
@@ -262,9 +264,10 @@ void newton_schulz(const NewtonSchulz& a) {
         }
         const float* g = static_cast<const float*>(a.g) + offset;
         const double* norms = a.norms ? a.norms + first : nullptr;
+        const double* scales = a.scales ? a.scales + first * a.M : nullptr;
         const int matrices = static_cast<int>(count);
-        use_float16 ? Iteration<float16>{a, phases, workspace, matrices}(g, norms, output)
-                    : Iteration<bfloat16>{a, phases, workspace, matrices}(g, norms, output);
+        use_float16 ? Iteration<float16>{a, phases, workspace, matrices}(g, scales, norms, output)
+                    : Iteration<bfloat16>{a, phases, workspace, matrices}(g, scales, norms, output);
     }
 }
 

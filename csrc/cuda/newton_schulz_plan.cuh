@@ -14,9 +14,10 @@ constexpr int kElements = 8;     // per thread: 16 bytes of X
 constexpr int kMostParts = 64;   // blocks of threads per matrix
 
 struct NormaliseArguments {
-    const float* g;        // (count, rows, columns)
-    const double* norms;   // (count,), or null:
-    double* partials;      // (count, parts) sums of squares
+    const float* g;         // (count, rows, columns)
+    const double* scales;   // (count, rows), or null:
+    const double* norms;    // (count,), or null:
+    double* partials;       // (count, parts) sums of squares
     double norm_factor;
     Matrices x;
 };
@@ -111,8 +112,8 @@ struct Workspace {
         const bool gram = *std::max_element(phases.begin(), phases.end()) > 1;
         for (int i = 0; i < 2; ++i) x[i] = matrices(a.M, a.K, i == 0 || phases.size() > 1);
         for (int i = 0; i < 5; ++i) square[i] = matrices(R, R, i < 2 || gram);
-        partials =
-            static_cast<double*>(take(a.norms ? 0 : count * norm_parts(a) * static_cast<int64_t>(sizeof(double))));
+        partials = static_cast<double*>(
+            take(a.norms || a.scales ? 0 : count * norm_parts(a) * static_cast<int64_t>(sizeof(double))));
     }
 };
 
@@ -151,10 +152,12 @@ struct Iteration {
         });
     }
 
-    void operator()(const float* g, const double* norms, OutputEpilogue& output) const {
+    // scales and norms: those of the first matrix, or null.
+    void operator()(const float* g, const double* scales, const double* norms, OutputEpilogue& output) const {
         const Matrices *x = &workspace.x[0], *other = &workspace.x[1];
         const NormaliseArguments arguments = {
             .g = g,
+            .scales = scales,
             .norms = norms,
             .partials = workspace.partials,
             .norm_factor = a.norm_factor,

@@ -9,54 +9,16 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../check.h"
 #include "../kernels.h"
-#include "packs.cuh"
+#include "rows.cuh"
 
 namespace nanochat::cuda::rms_norm_kernels {
 namespace {
 
-constexpr int kMaxThreads = 256;   // of a row: they hold 8,192 elements of bfloat16
-constexpr int kWarpRows = 4;       // rows of a block if a row takes one warp
-// Per thread: 64 bytes of loads in flight for each tensor, at least 64 KB per multiprocessor.
-constexpr int kHeldPacks = 4;
 // Blocks of kMaxThreads that share a multiprocessor, which leaves 64 and 128 registers per thread.
 constexpr int kForwardBlocks = 4, kBackwardBlocks = 2;
 
-// --- rows ---
-
-// Pack p of a row of C elements. `whole`: C is a multiple of N, and the rows of all tensors are aligned.
-template <int N, bool whole, class T>
-NANOCHAT_DEVICE Pack<T, N> load_pack(const T* row, int p, int C) {
-    const T* from = row + p * N;
-    return whole ? load<N>(from) : load<N>(from, C - p * N, is_aligned<N>(from));
-}
-template <bool whole, class T, int N>
-NANOCHAT_DEVICE void store_pack(T* row, int p, int C, const Pack<T, N>& pack) {
-    T* to = row + p * N;
-    whole ? store(to, pack) : store(to, pack, C - p * N, is_aligned<N>(to));
-}
-
-// The row of this thread: a block has blockDim.y rows, of blockDim.x threads each.
-NANOCHAT_DEVICE int64_t own_row() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
-
-// The sum over the threads of a row; all of them get it.
-NANOCHAT_DEVICE float row_sum(float x) {
-    NANOCHAT_SHARED(float[kMaxThreads / 32], warps);
-    return blockDim.x == 32 ? warp_sum(x) : block_sum(x, warps);
-}
-
 // --- forward ---
-
-template <class T, int N>
-NANOCHAT_DEVICE Pack<T, N> sum_of(const Pack<T, N>& a, const Pack<T, N>& b) {
-    Pack<T, N> sum;
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        set_pair(sum, i, element(a, i) + element(b, i), element(a, i + 1) + element(b, i + 1));
-    }
-    return sum;
-}
 
 template <class T, class From, int N>
 NANOCHAT_DEVICE Pack<T, N> rounded(const Pack<From, N>& pack) {
@@ -64,20 +26,6 @@ NANOCHAT_DEVICE Pack<T, N> rounded(const Pack<From, N>& pack) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) set_pair(result, i, element(pack, i), element(pack, i + 1));
     return result;
-}
-
-template <class T, int N>
-NANOCHAT_DEVICE Pack<T, N> times(const Pack<T, N>& pack, float factor) {
-    Pack<T, N> result;
-#pragma unroll
-    for (int i = 0; i < N; i += 2) set_pair(result, i, element(pack, i) * factor, element(pack, i + 1) * factor);
-    return result;
-}
-
-template <class T, int N>
-NANOCHAT_DEVICE void add_squares(float& sum, const Pack<T, N>& pack) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum += element(pack, i) * element(pack, i);
 }
 
 // What the kernels need of a row beside its source. `sum` may be null.
@@ -206,12 +154,6 @@ struct BackwardArguments {
     float inverse_C;
 };
 
-template <class T, int N>
-NANOCHAT_DEVICE void add_products(float& sum, const Pack<T, N>& a, const Pack<T, N>& b) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum += element(a, i) * element(b, i);
-}
-
 // dsum + r (dy - y mean)
 template <class T, int N>
 NANOCHAT_DEVICE Pack<T, N> gradient(const Pack<T, N>& dy, const Pack<T, N>& y, const Pack<T, N>& dsum, float r,
@@ -279,25 +221,6 @@ __global__ void __launch_bounds__(kMaxThreads, kBackwardBlocks) rms_norm_backwar
 
 // --- launches ---
 
-struct Grid {
-    dim3 blocks, threads;
-};
-
-Grid grid_of(const char* op, int64_t N, int64_t C, int pack) {
-    require(C >= 1 && C <= INT32_MAX / 2, op, ": rows must have 1 to ", INT32_MAX / 2, " elements, got ", C);
-    const int64_t packs = (C + pack - 1) / pack, warps = (packs + 32 * kHeldPacks - 1) / (32 * kHeldPacks);
-    const int64_t threads = std::min<int64_t>(32 * warps, kMaxThreads), rows = threads == 32 ? kWarpRows : 1;
-    const int64_t blocks = (N + rows - 1) / rows;
-    require(blocks <= INT32_MAX, op, ": takes at most ", INT32_MAX, " rows, got ", N);
-    return {dim3(static_cast<uint32_t>(blocks)), dim3(static_cast<uint32_t>(threads), static_cast<uint32_t>(rows))};
-}
-
-// Whether all packs of a row can be accessed at once. A null pointer is aligned.
-template <class... Pointers>
-bool is_whole(int64_t C, int pack, Pointers... pointers) {
-    return C % pack == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
-
 template <class T, bool add>
 void launch_norm(const RMSNorm& a, const Grid& grid) {
     const NormArguments arguments = {
@@ -318,7 +241,7 @@ void launch_norm(const RMSNorm& a, const Grid& grid) {
 
 template <class T>
 void launch_norm(const RMSNorm& a) {
-    const Grid grid = grid_of("rms_norm", a.N, a.C, kPack<T>);
+    const Grid grid = grid_of("rms_norm", a.N, a.C, kPack<T>, kHeldPacks);
     a.residual ? launch_norm<T, true>(a, grid) : launch_norm<T, false>(a, grid);
 }
 
@@ -342,7 +265,7 @@ void launch_backward(const RMSNormBackward& a, const Grid& grid) {
 
 template <class T>
 void launch_backward(const RMSNormBackward& a) {
-    const Grid grid = grid_of("rms_norm_backward", a.N, a.C, kPack<T>);
+    const Grid grid = grid_of("rms_norm_backward", a.N, a.C, kPack<T>, kHeldPacks);
     a.dsum ? launch_backward<T, true>(a, grid) : launch_backward<T, false>(a, grid);
 }
 
@@ -359,7 +282,7 @@ void launch_embedding(const EmbeddingRMSNorm& a) {
         .inverse_C = static_cast<float>(1.0 / a.C),
         .eps = static_cast<float>(a.eps),
     };
-    const Grid grid = grid_of("embedding_rms_norm", a.N, a.C, kPack<Table, T>);
+    const Grid grid = grid_of("embedding_rms_norm", a.N, a.C, kPack<Table, T>, kHeldPacks);
     const bool whole = is_whole(a.C, kPack<Table, T>, a.table, a.y);
     device::launch("embedding_rms_norm",
                    whole ? embedding_rms_norm_kernel<Table, T, true> : embedding_rms_norm_kernel<Table, T, false>,

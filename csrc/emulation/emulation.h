@@ -96,6 +96,14 @@ struct Launch {
 // Throws std::runtime_error, its text beginning with the name.
 void run(const Launch& launch);
 
+// Sets the padding of an argument to 0: it could hold an old address, which a check of the arguments would find.
+template <class T>
+void clear_padding([[maybe_unused]] T& argument) {
+#if !defined(__clang__)
+    if constexpr (std::is_class_v<T> && std::is_trivially_copyable_v<T>) __builtin_clear_padding(&argument);
+#endif
+}
+
 // Parameters that are values are copied to every thread's stack.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
@@ -106,6 +114,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     };
     alignas(Call) unsigned char space[sizeof(Call)] = {};   // the padding could hold old addresses
     Call& call = *new (space) Call{kernel, {std::forward<Arguments>(arguments)...}};
+    std::apply([](auto&... each) { (clear_padding(each), ...); }, call.arguments);
     const auto body = [](void* context) {
         std::apply(static_cast<Call*>(context)->kernel, static_cast<Call*>(context)->arguments);
     };

@@ -19,11 +19,15 @@ from nanochat_native.bench.operators import (
     adamw_case,
     add_rms_norm_case,
     linear_cross_entropy_case,
+    mix_rms_norm_case,
     muon_case,
     muon_step_case,
     newton_schulz_set_case,
+    normuon_case,
     relu_squared_case,
     rotary_norm_case,
+    smear_case,
+    value_embedding_case,
 )
 from nanochat_native.bench.step import BASELINES
 from nanochat_native.bench.torch_baseline import TorchGPT
@@ -178,6 +182,11 @@ def muon_entry(count: int, rows: int, columns: int) -> Entry:
     )
 
 
+def normuon_entry(count: int, rows: int, columns: int) -> Entry:
+    make = partial(normuon_case, count, rows, columns, min_speedup=2.0)
+    return Entry("normuon_update_", f"{count} x {rows} x {columns}", ("normuon_update_",), make)
+
+
 def matrices_of(depth: int) -> Shapes:
     """Return the shapes of the matrices of nanochat's blocks. The width is 64 channels for each layer."""
     width = 64 * depth
@@ -230,14 +239,14 @@ def passes_between_products(
     B: int,
     head: int,
     dtype: torch.dtype = torch.bfloat16,
-    min_speedups: tuple[float, float, float] = (1.2, 2.0, 1.5),
+    min_speedups: tuple[float, float, float, float] = (1.2, 1.6, 2.0, 1.5),
 ) -> list[Entry]:
     """Return the entries of what lies between the products of a block: norms, rotation and activation.
 
-    The minimum speedups are below the ratios of the bytes that the operators and torch's calls move: about 1.4, 3 and
-    2.4.
+    The minimum speedups are below the ratios of the bytes that the operators and torch's calls move: about 1.4, 2.4, 3
+    and 2.4.
     """
-    norm, rotary, relu = min_speedups
+    norm, mix, rotary, relu = min_speedups
     label = str(dtype).removeprefix("torch.")
     rows, heads = B * T, width // head
     return [
@@ -246,6 +255,12 @@ def passes_between_products(
             f"{rows} x {width} {label}",
             ("add_rms_norm",),
             partial(add_rms_norm_case, dtype, norm, rows, width),
+        ),
+        Entry(
+            "mix_rms_norm fwd+bwd",
+            f"{rows} x {width} {label}",
+            ("mix_rms_norm",),
+            partial(mix_rms_norm_case, dtype, mix, rows, width),
         ),
         Entry(
             "rotary_norm fwd+bwd",
@@ -258,6 +273,38 @@ def passes_between_products(
             f"{rows}x{4 * width} {label}",
             ("relu_squared",),
             partial(relu_squared_case, rows, 4 * width, dtype, relu),
+        ),
+    ]
+
+
+def parts_of_today(
+    width: int,
+    T: int,
+    B: int,
+    head: int,
+    vocabulary: int,
+    dtype: torch.dtype = torch.bfloat16,
+    min_speedups: tuple[float, float] = (1.2, 1.5),
+) -> list[Entry]:
+    """Return the entries of what nanochat's architecture of today has beside October's between its products.
+
+    The gradient of the table, which both sides sum up by the same call, takes most of the time of the value embeddings.
+    """
+    values, smeared = min_speedups
+    label = str(dtype).removeprefix("torch.")
+    rows, heads = B * T, width // head
+    return [
+        Entry(
+            "add_value_embedding fwd+bwd",
+            f"{rows} x {heads} x {head} V {vocabulary} {label}",
+            ("add_value_embedding",),
+            partial(value_embedding_case, rows, heads, head, vocabulary, dtype, values),
+        ),
+        Entry(
+            "smear fwd+bwd",
+            f"{B} x {T} x {width} {label}",
+            ("smear",),
+            partial(smear_case, B, T, width, dtype, smeared),
         ),
     ]
 
@@ -292,11 +339,14 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
             adamw_entry(many, f32, f32, 1.0),
             adamw_entry(many, bf16, f32, 0.6),
             muon_entry(4, 48, 32),
+            normuon_entry(4, 48, 32),
+            normuon_entry(2, 32, 96),
             newton_schulz_entry([(3, 48, 32), (2, 32, 96)], 0.0),
             newton_schulz_entry([(3, 48, 32)], 0.0, compiler="eager"),
             muon_step_entry([(3, 48, 32), (2, 32, 96)], "5 small"),
             loss_entry(64, 32, 128),
-            *passes_between_products(32, 16, 2, 16, f32, (0.0, 0.0, 0.0)),
+            *passes_between_products(32, 16, 2, 16, f32, (0.0, 0.0, 0.0, 0.0)),
+            *parts_of_today(32, 16, 2, 16, 64, f32, (0.0, 0.0)),
             phase_entry(1, 64),
             loss_entry(64, 32, 128, compiler="eager"),
         ]
@@ -341,6 +391,7 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
             *attention,
             *chosen,
             *passes_between_products(1280, 2048, 16, 128),
+            *parts_of_today(1280, 2048, 16, 128, 32768),
             loss_entry(8192, 1280, 32768),
             phase_entry(12, 65536),
             loss_entry(8192, 1280, 32768, compiler="inductor"),
@@ -349,6 +400,7 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
         *chosen,
         *attention,
         *passes_between_products(1280, 2048, 16, 128),
+        *parts_of_today(1280, 2048, 16, 128, 32768),
         *passes_between_products(768, 2048, 16, 128),
         newton_schulz_entry([(64, 768, 768)], 1.3),
         newton_schulz_entry([(48, 1024, 1024)], 1.3),
@@ -364,6 +416,8 @@ def entries(device_type: str, *, quick: bool) -> list[Entry]:
         adamw_entry(many, bf16, bf16, 1.0),
         muon_entry(20, 5120, 1280),
         muon_entry(20, 1280, 5120),
+        normuon_entry(20, 5120, 1280),
+        normuon_entry(20, 1280, 5120),
         loss_entry(65536, 1280, 32768),
         loss_entry(65536, 1280, 65536, compiler="inductor"),
         newton_schulz_entry(matrices_of(20), 1.3, "d20's 120 matrices", compiler="inductor"),

@@ -233,6 +233,54 @@ def muon_case(
     return Case("muon halves", name, ours, theirs, "torch._foreach, stack", check, min_speedup, bytes=traffic)
 
 
+def normuon_case(
+    count: int, rows: int, columns: int, min_speedup: float, *, device: torch.device | str = "cpu"
+) -> Case:
+    """Return a case of the rest of a step of NorMuon after Newton-Schulz, in float32, against torch's calls."""
+    generator = torch.Generator(device).manual_seed(rows)
+    update, initial = (torch.randn(count, rows, columns, generator=generator, device=device) for _ in range(2))
+    update *= max(rows, columns) ** -0.5
+    tall, lr, decay, beta2, eps, norm_eps = rows >= columns, 0.02, 0.1, 0.9, 1e-10, 1e-6
+    params, theirs_params = list(initial.clone()), initial.clone()
+    second = torch.zeros(count, *((rows, 1) if tall else (1, columns)), device=device)
+    seconds, theirs_second = list(second.clone()), second
+
+    def ours() -> None:
+        ops.normuon_update_(
+            params,
+            update,
+            seconds,
+            lr=lr,
+            weight_decay=decay,
+            cautious=True,
+            beta2=beta2,
+            eps=eps,
+            renormalise=True,
+            norm_eps=norm_eps,
+        )
+
+    def by_torch(update: Tensor, params: Tensor, second: Tensor) -> None:
+        x = update * (min(rows, columns) ** 0.5 / torch.linalg.matrix_norm(update, keepdim=True).clamp_min(norm_eps))
+        second.lerp_(x.square().mean(dim=-1 if tall else -2, keepdim=True), 1 - beta2)
+        w = x * second.clamp_min(eps).rsqrt()
+        w = w * (torch.linalg.matrix_norm(x, keepdim=True) / torch.linalg.matrix_norm(w, keepdim=True))
+        params.sub_(lr * w + lr * decay * params * (w * params >= 0))
+
+    def theirs() -> None:
+        by_torch(update, theirs_params, theirs_second)
+
+    def check() -> None:
+        ours()
+        for index in {0, count - 1}:
+            exact_param, exact_second = initial[index].double(), torch.zeros_like(seconds[index], dtype=torch.float64)
+            by_torch(update[index].double(), exact_param, exact_second)
+            assert_close("second_momentum", seconds[index], exact_second, 1e-6)
+            assert_close("param", params[index], exact_param, 1e-6)
+
+    name, traffic = f"{count} x {rows} x {columns}", 4.0 * 4 * count * rows * columns
+    return Case("normuon_update_", name, ours, theirs, "torch's calls", check, min_speedup, bytes=traffic)
+
+
 def linear_case(N: int, I: int, O: int, min_speedup: float) -> Case:  # noqa: E741
     """Return a case of a linear layer, forward and backward."""
     generator = torch.Generator().manual_seed(0)
@@ -298,6 +346,142 @@ def add_rms_norm_case(
         check,
         min_speedup,
         bytes=8.0 * N * C * dtype.itemsize,  # x, residual, sum, y; dsum, dy, y, dx
+    )
+
+
+def mix_rms_norm_case(
+    dtype: torch.dtype, min_speedup: float, N: int = 4096, C: int = 768, *, device: torch.device | str = "cpu"
+) -> Case:
+    """Return a case of mix_rms_norm, forward and backward; the mix, its norm and x0 have a gradient, as in a block."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = [torch.randn(N, C, generator=generator, device=device).to(dtype) for _ in range(6)]
+    inputs, douts = tensors[:3], tensors[3:]
+    inputs += [torch.tensor(scale, device=device) for scale in (1.1, 0.2)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def plain(x: Tensor, residual: Tensor, x0: Tensor, x_scale: Tensor, x0_scale: Tensor) -> tuple[Tensor, ...]:
+        z = x + residual
+        mixed = x_scale * z + x0_scale * x0
+        return z, mixed, F.rms_norm(mixed, (C,), eps=2**-23), x0.view_as(x0)
+
+    def passes(mix: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        results = mix(*inputs)
+        return *results, *torch.autograd.grad(results[1:], inputs, douts)
+
+    def check() -> None:
+        wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        exact = plain(*wide)
+        grads = torch.autograd.grad(exact[1:], wide, [dout.double() for dout in douts])
+        names = ("z", "mixed", "y", "x0", "dx", "dresidual", "dx0", "dx_scale", "dx0_scale")
+        for name, mine, expected in zip(names, passes(ops.mix_rms_norm), (*exact, *grads), strict=True):
+            tolerance = 1e-6 if mine.dtype == torch.float32 and dtype == torch.float32 else EXACT[dtype]
+            assert_close(f"mix_rms_norm {name}", mine, expected.detach(), tolerance)
+
+    return Case(
+        "mix_rms_norm fwd+bwd",
+        f"{N} x {C} {str(dtype).removeprefix('torch.')}",
+        lambda: passes(ops.mix_rms_norm),
+        lambda: passes(plain),
+        "F.rms_norm",
+        check,
+        min_speedup,
+        # x, residual, x0, z, mixed, y; those of the mix, its norm and x0, y, z, x0, dx, dx0
+        bytes=14.0 * N * C * dtype.itemsize,
+    )
+
+
+def value_embedding_case(
+    N: int,
+    heads: int,
+    head: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    min_speedup: float,
+    *,
+    device: torch.device | str = "cpu",
+) -> Case:
+    """Return a case of the gated value embeddings of a layer, forward and backward; the table is in float32."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    width = heads * head
+    v, h, dout = (random(N, *shape).to(dtype) for shape in ((heads, head), (12,), (heads, head)))
+    inputs = [x.requires_grad_() for x in (v, h, random(heads, 12), random(vocabulary, width))]
+    ids = torch.randint(0, vocabulary, (N,), generator=generator, device=device)
+
+    def composed(*tensors: Tensor) -> Tensor:
+        v, h, gate, table, ids = tensors
+        gates = 3 * F.linear(h, gate.to(h.dtype)).sigmoid()
+        return v + gates.unsqueeze(-1) * F.embedding(ids, table).unflatten(-1, (heads, head)).to(v.dtype)
+
+    def passes(add: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        out = add(*inputs, ids)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    def check() -> None:
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        v64, h64, gate64, table64 = wide
+        exact = composed(v64, h64, gate64, table64, ids)
+        grads = torch.autograd.grad(exact, wide, dout.double())
+        for name, ours, expected in zip(
+            ("result", "dv", "dh", "dgate", "dtable"), passes(ops.add_value_embedding), (exact, *grads), strict=True
+        ):
+            assert_close(f"add_value_embedding {name}", ours, expected.detach(), EXACT[dtype])
+
+    # v, the rows of the table, the result; dout, the rows, their gradients, which are read again; the table's gradient.
+    moved = N * width * (3 * dtype.itemsize + 4 * 4) + vocabulary * width * 4
+    return Case(
+        "add_value_embedding fwd+bwd",
+        f"{N} x {heads} x {head} V {vocabulary} {str(dtype).removeprefix('torch.')}",
+        lambda: passes(ops.add_value_embedding),
+        lambda: passes(composed),
+        "F.embedding, sigmoid",
+        check,
+        min_speedup,
+        bytes=float(moved),
+        saves_memory=True,
+    )
+
+
+def smear_case(
+    B: int, T: int, C: int, dtype: torch.dtype, min_speedup: float, *, device: torch.device | str = "cpu"
+) -> Case:
+    """Return a case of smear, forward and backward; the baseline is nanochat's composition."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, dout = (torch.randn(B, T, C, generator=generator, device=device).to(dtype) for _ in range(2))
+    gate = torch.randn(1, min(C, 24), generator=generator, device=device)
+    inputs = [tensor.requires_grad_() for tensor in (x, gate, torch.full((1,), 0.5, device=device))]
+
+    def composed(x: Tensor, gate: Tensor, smear_lambda: Tensor) -> Tensor:
+        gates = smear_lambda.to(x.dtype) * F.linear(x[:, 1:, : gate.size(1)], gate.to(x.dtype)).sigmoid()
+        return torch.cat((x[:, :1], x[:, 1:] + gates * x[:, :-1]), dim=1)
+
+    def passes(smear: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        out = smear(*inputs)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    def check() -> None:
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        exact = composed(*wide)
+        grads = torch.autograd.grad(exact, wide, dout.double())
+        for name, ours, expected in zip(
+            ("result", "dx", "dgate", "dlambda"), passes(ops.smear), (exact, *grads), strict=True
+        ):
+            assert_close(f"smear {name}", ours, expected.detach(), EXACT[dtype])
+
+    return Case(
+        "smear fwd+bwd",
+        f"{B} x {T} x {C} {str(dtype).removeprefix('torch.')}",
+        lambda: passes(ops.smear),
+        lambda: passes(composed),
+        "torch.cat, sigmoid",
+        check,
+        min_speedup,
+        bytes=5.0 * x.numel() * dtype.itemsize,  # x and the result; dout, x and dx
+        saves_memory=True,
     )
 
 
@@ -507,6 +691,8 @@ def cases() -> Iterator[Callable[[], Case]]:
         )
     yield partial(add_rms_norm_case, f32, min_speedup=2.0)
     yield partial(add_rms_norm_case, bf16, min_speedup=3.0)
+    yield partial(mix_rms_norm_case, f32, min_speedup=1.5)
+    yield partial(mix_rms_norm_case, bf16, min_speedup=2.0)
     yield partial(newton_schulz_case, 768, 768, min_speedup=1.25)
     yield partial(newton_schulz_case, 3072, 768, min_speedup=1.8)
     layer, layers = [(16, 256, 256), (4, 1024, 256), (4, 256, 1024)], "d4's 24 matrices"
@@ -515,12 +701,16 @@ def cases() -> Iterator[Callable[[], Case]]:
     large = [(4, 768, 768), (1, 3072, 768), (1, 768, 3072)]
     yield partial(muon_step_case, large, baseline="torch.optim.Muon", min_speedup=0.0, name="a layer of d12")
     yield partial(muon_step_case, large, baseline="torch.mm", min_speedup=1.0, name="a layer of d12")
+    for rows, columns in ((768, 768), (3072, 768), (768, 3072)):
+        yield partial(normuon_case, 4, rows, columns, min_speedup=2.0)
     yield partial(adamw_case, f32, f32, min_speedup=0.95, name="50M float32, moments float32")
     yield partial(adamw_case, bf16, bf16, min_speedup=1.7, name="50M bfloat16, moments bfloat16")
     yield partial(adamw_case, bf16, f32, min_speedup=1.7, name="50M bfloat16, moments float32")
     yield partial(linear_case, 4096, 256, 1024, min_speedup=1.0)
     for dtype in (f32, bf16):
         yield partial(rotary_norm_case, 8, 512, 4, 64, dtype, min_speedup=1.0)
+        yield partial(value_embedding_case, 4096, 4, 64, 8192, dtype, min_speedup=1.0)
+        yield partial(smear_case, 8, 512, 256, dtype, min_speedup=1.0)
         yield partial(relu_squared_case, 4096, 1024, dtype, min_speedup=1.0)
     yield partial(linear_relu_squared_case, 4096, 256, min_speedup=1.0)
     for vocabulary in (8192, 32768):

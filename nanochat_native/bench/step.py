@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from nanochat_native import ops
 from nanochat_native.bench.measure import assert_close
 from nanochat_native.bench.torch_baseline import TorchGPT, torch_optimizers
+from nanochat_native.bench.torch_today import TorchToday, today_optimizers
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import setup_optimizers
@@ -19,21 +21,38 @@ from nanochat_native.runtime.timing import side_by_side
 
 DEPTH, T, B = 4, 512, 8
 BASELINES = {"torch": "model in torch's calls", "reference": "ours, backend torch"}
-MIN_SPEEDUPS = {(8192, "torch"): 1.3, (32768, "torch"): 1.5, (8192, "reference"): 1.3}  # by vocabulary and baseline
+# By recipe, vocabulary and baseline.
+MIN_SPEEDUPS = {
+    ("october", 8192, "torch"): 1.3,
+    ("october", 32768, "torch"): 1.5,
+    ("october", 8192, "reference"): 1.3,
+    ("today", 8192, "torch"): 1.0,
+}
 
 
 class Step:
-    """One optimizer step of B x T tokens; the variant is "ours", "torch" or "reference" (ours, backend torch)."""
+    """One optimizer step of B x T tokens.
 
-    def __init__(self, variant: str, vocabulary: int) -> None:
+    Args:
+        variant: "ours", "torch" or "reference" (ours, backend torch).
+        recipe: "october" or "today", for the model and the optimizers.
+    """
+
+    def __init__(self, variant: str, vocabulary: int, recipe: str = "october") -> None:
         self.backend = "torch" if variant == "reference" else "native"
-        config = GPTConfig.from_depth(DEPTH, vocab_size=vocabulary, sequence_len=T)
-        self.model: nn.Module = TorchGPT(config) if variant == "torch" else GPT(config)
+        pattern = "SSSL" if recipe == "today" else "L"
+        sizes: dict[str, Any] = {"vocab_size": vocabulary, "sequence_len": T, "window_pattern": pattern}
+        config = GPTConfig.from_depth(DEPTH, architecture=recipe, **sizes)
+        theirs: Any = TorchToday if recipe == "today" else TorchGPT
+        self.model: nn.Module = theirs(config) if variant == "torch" else GPT(config)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.normal_(0, 0.02, generator=generator)
-        setup: Any = torch_optimizers if variant == "torch" else setup_optimizers
+            for _, parameter in sorted(self.model.named_parameters()):
+                mean, deviation = (0.0, 0.02) if parameter.ndim == 2 else (0.5, 0.1)
+                parameter.normal_(mean, deviation, generator=generator)
+        setup: Any = partial(setup_optimizers, recipe=recipe)
+        if variant == "torch":
+            setup = today_optimizers if recipe == "today" else torch_optimizers
         self.optimizers = setup(self.model)
         tokens = torch.randint(0, vocabulary, (B, T + 1), generator=generator)
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -53,15 +72,16 @@ def check(ours: Step, other: Step) -> None:
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
     for step in range(2):
         assert_close(f"loss of step {step}", ours(), other(), 1e-5)
-    named = zip(ours.model.named_parameters(), other.model.parameters(), before, strict=True)
-    for (name, a), b, start in named:
-        assert_close(f"{name} after two steps", a.detach() - start, b.detach() - start, 1e-2)
+    theirs = dict(other.model.named_parameters())
+    for (name, a), start in zip(ours.model.named_parameters(), before, strict=True):
+        assert_close(f"{name} after two steps", a.detach() - start, theirs[name].detach() - start, 1e-2)
 
 
-def peak_memory(variant: str, vocabulary: int) -> int:
+def peak_memory(variant: str, vocabulary: int, recipe: str) -> int:
     """Return the bytes that three steps add to a new process: its peak memory minus that before the model is built."""
+    arguments = [variant, str(vocabulary), recipe, str(torch.get_num_threads())]
     output = subprocess.run(
-        [sys.executable, "-m", "nanochat_native.bench.step", variant, str(vocabulary), str(torch.get_num_threads())],
+        [sys.executable, "-m", "nanochat_native.bench.step", *arguments],
         capture_output=True,
         text=True,
         check=True,
@@ -74,20 +94,25 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
-def run(vocabulary: int, baseline: str, *, seconds: float, repeats: int) -> dict[str, Any]:
-    ours, theirs = Step("ours", vocabulary), Step(baseline, vocabulary)
+def name_of(recipe: str, vocabulary: int) -> str:
+    """Return the name of a case, without its baseline."""
+    return f"d{DEPTH} T {T} B {B} V {vocabulary}" + (" today" if recipe == "today" else "")
+
+
+def run(recipe: str, vocabulary: int, baseline: str, *, seconds: float, repeats: int) -> dict[str, Any]:
+    ours, theirs = (Step(variant, vocabulary, recipe) for variant in ("ours", baseline))
     check(ours, theirs)
     ours_ms, theirs_ms = side_by_side([ours, theirs], seconds=seconds, repeats=repeats)
-    ours_peak, theirs_peak = peak_memory("ours", vocabulary), peak_memory(baseline, vocabulary)
+    ours_peak, theirs_peak = (peak_memory(variant, vocabulary, recipe) for variant in ("ours", baseline))
     assert isinstance(ours.model, GPT)
     return {
         "group": "training step",
-        "case": f"d{DEPTH} T {T} B {B} V {vocabulary}",
+        "case": name_of(recipe, vocabulary),
         "opponent": BASELINES[baseline],
         "ours_ms": ours_ms,
         "theirs_ms": theirs_ms,
         "ratio": theirs_ms / ours_ms,
-        "floor": MIN_SPEEDUPS[vocabulary, baseline],
+        "floor": MIN_SPEEDUPS[recipe, vocabulary, baseline],
         "ours_tokens_per_second": B * T / ours_ms * 1e3,
         "theirs_tokens_per_second": B * T / theirs_ms * 1e3,
         "ours_peak_bytes": ours_peak,
@@ -97,11 +122,11 @@ def run(vocabulary: int, baseline: str, *, seconds: float, repeats: int) -> dict
 
 
 def main() -> None:
-    variant, vocabulary, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(threads)
+    variant, vocabulary, recipe, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = resident("VmRSS")
-    step = Step(variant, vocabulary)
+    step = Step(variant, int(vocabulary), recipe)
     for _ in range(3):
         step()
     print(json.dumps(resident("VmHWM") - before))

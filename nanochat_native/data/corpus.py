@@ -4,6 +4,9 @@ A corpus folder holds train_*.bin, val_*.bin, tokenizer/ and manifest.json with 
 ends in a hash of everything that decides its content: the bytes of the source files, the tokenizer or the settings to
 train one, and the split. A folder that exists is therefore the right one. It is built under another name, flushed to
 the disk and renamed, so a build that is killed leaves nothing that a later run takes for a corpus.
+
+If the training documents are tokenized while training runs (streaming.py), the folder has no train_*.bin. Its hash
+is then that of the names and sizes of the source files, and of the first and last bytes of each.
 """
 
 from __future__ import annotations
@@ -19,19 +22,20 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from nanochat_native.data.documents import DocumentPart, ReadingPlan, plan_reading, read_document_parts
-from nanochat_native.data.file_names import printable
+from nanochat_native.data.documents import DocumentPart, ReadingPlan, is_held_out, plan_reading, read_document_parts
+from nanochat_native.data.file_names import last_shard, printable
 from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, token_dtype
 from nanochat_native.data.sources import Skipped, Source, find_source
+from nanochat_native.data.streaming import TextDocuments
 from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer
 from nanochat_native.runtime.files import fsync, sha256_file, sha256_json, write_atomically
 
@@ -42,12 +46,26 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 # Merges settle long before this much text, and rustbpe's word counts of it fit in 4 GB even for random text.
 TOKENIZER_TRAINING_CHARS = 1 << 27
+# Where the last shard validates, or documents are tokenized while training runs, the tokenizer is trained on the
+# first documents, up to this many characters of each, as in nanochat (scripts/tok_train.py).
+TOKENIZER_DOCUMENT_CHARS = 10_000
+# Text for validation, if the training documents are tokenized while training runs and no shard is for validation.
+HELD_OUT_CHARS = 1 << 26
 # Computing the SHA-256 of a file again takes a second for every 1.5 GB; up to this size nobody notices.
 FULL_CHECK_BYTES = 1 << 28
 
 _FORMAT = "nanochat_native.corpus"
 _VERSION = 1
 _JOB_CHARS = 1 << 18
+_EDGE_BYTES = 1 << 16  # of the beginning and of the end of a file, which stand for its content
+# Kinds of files that hold many documents each. A plain text is mostly one document.
+_KINDS_OF_RECORDS = {"parquet", "jsonl", "json"}
+
+# The token that begins a document in shards of llm.c, by the bytes of a token.
+_LLM_C_BOS = {2: 50256, 4: 128000}
+
+Validation = Literal["fraction", "shards", "last-shard"]
+Tokenize = Literal["ahead", "while-training"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,10 @@ class Corpus:
         description: one line with source, size, hash, vocabulary and bytes per token.
         notes: what was skipped, or differs from the default; one line each.
         hash: SHA-256, in hex, of tokens and tokenizer: equal hashes train equal models.
-        bytes_per_token: mean bytes of text for each token, `<|bos|>` included; None if the text is not known.
+        bytes_per_token: mean bytes of text for each token, `<|bos|>` included; None if the text is not known. If
+            training documents are tokenized while training runs, it is that of the validation text.
+        bos_id: the token that begins a document: `<|bos|>`, or the one of llm.c's shards; None if it is not known.
+        documents: the training documents, if they are tokenized while training runs; `train` is then empty.
     """
 
     tokenizer: Tokenizer | None
@@ -72,6 +93,8 @@ class Corpus:
     notes: tuple[str, ...]
     hash: str
     bytes_per_token: float | None
+    bos_id: int | None = None
+    documents: TextDocuments | None = None
 
 
 def prepare(
@@ -82,6 +105,8 @@ def prepare(
     tokenizer: Tokenizer | str | Path | None = None,
     text_column: str | None = None,
     val_fraction: float = 0.05,
+    validation: Validation = "fraction",
+    tokenize: Tokenize = "ahead",
     skip_damaged: bool = False,
     needs_training: bool = True,
     verify: bool | None = None,
@@ -92,7 +117,7 @@ def prepare(
 
     Validation documents are chosen by a hash of their text. Equal documents are therefore never in both splits, and
     their order does not matter. If there are too few documents for that, the end of the text becomes the validation
-    set, and a note says so.
+    set, and a note says so. With `validation="last-shard"` the documents of the last file validate, as in nanochat.
 
     Args:
         data: A file, folder or glob of text, .jsonl, .ndjson, .json (all of these also as .gz and .zst), .parquet, or
@@ -103,6 +128,9 @@ def prepare(
         tokenizer: A tokenizer, or a folder that holds one, to use instead of training one.
         text_column: Field with the text in records of .jsonl, .ndjson, .json and .parquet; None detects it.
         val_fraction: Fraction of the text to validate on, in (0, 0.5].
+        validation: "fraction"; "last-shard"; or "shards", which takes the last shard of several numbered files of
+            parquet or JSON, see file_names.last_shard, and else the fraction. Token shards are split by their names.
+        tokenize: "ahead", or "while-training": only the tokenizer and the validation text are then prepared.
         skip_damaged: Read damaged files up to the damage and count them, instead of raising.
         needs_training: Refuse token shards whose names all say validation; without it, they become `val`.
         verify: Check the SHA-256 of all shards of a cached corpus; None does so if they take at most 256 MB. Headers
@@ -125,6 +153,7 @@ def prepare(
         tokenizer = Tokenizer.load(tokenizer)
     if data and _is_corpus(folder := Path(os.path.expanduser(data))):
         _refuse_text_column(text_column, printable(data))
+        _refuse_for_tokens(validation, tokenize, printable(data))
         corpus = _open(folder, verify)
         if tokenizer is not None and corpus.tokenizer is not None and tokenizer.hash != corpus.tokenizer.hash:
             raise ValueError(f"{data}: made with tokenizer {corpus.tokenizer.hash[:8]}, got {tokenizer.hash[:8]}")
@@ -135,14 +164,33 @@ def prepare(
         bar = _ProgressBar(progress)
         if source.is_tokens:
             _refuse_text_column(text_column, source.name)
+            _refuse_for_tokens(validation, tokenize, source.name)
             corpus = _open_tokens(source, vocab_size, tokenizer, val_fraction, needs_training, cache_dir, bar)
         else:
             if tokenizer is None and vocab_size < MIN_VOCAB_SIZE:
                 raise ValueError(f"vocab_size must be >= {MIN_VOCAB_SIZE}, got {vocab_size}")
             plan = plan_reading(source.files, text_column, skip_damaged)
-            digests = [entry["sha256"] for entry in _file_digests(source, cache_dir, bar)]
-            recipe = _Recipe(source, plan, digests, tokenizer, vocab_size, text_column, val_fraction, skip_damaged)
+            validation_file = _validation_file(source, plan, validation)
+            streamed = tokenize == "while-training"
+            if streamed:
+                digests = [_edge_digest(path) for path in source.files]
+            else:
+                digests = [entry["sha256"] for entry in _file_digests(source, cache_dir, bar)]
+            recipe = _Recipe(
+                source,
+                plan,
+                digests,
+                tokenizer,
+                vocab_size,
+                text_column,
+                val_fraction,
+                skip_damaged,
+                validation_file,
+                streamed,
+            )
             corpus = _open_or_build(recipe, cache_dir, verify, bar, log)
+            if streamed:
+                corpus = _with_documents(corpus, recipe)
     for note in corpus.notes:
         log(note)
     return corpus
@@ -153,13 +201,59 @@ def _refuse_text_column(text_column: str | None, name: str) -> None:
         raise ValueError(f"--text-column must not be given for {name}, which holds tokens; got {text_column!r}")
 
 
+def _refuse_for_tokens(validation: Validation, tokenize: Tokenize, name: str) -> None:
+    for option, value, allowed in (("validation", validation, "fraction or shards"), ("tokenize", tokenize, "ahead")):
+        if value in ("last-shard", "while-training"):
+            raise ValueError(f"train's --{option} must be {allowed} for {name}, which holds tokens; got {value}")
+
+
+def _validation_file(source: Source, plan: ReadingPlan, validation: Validation) -> int | None:
+    """Return the index of the file that validates; None if documents of all files do."""
+    if validation == "fraction":
+        return None
+    last = last_shard(source.files)
+    if validation == "shards":
+        return last if {reading.kind for reading in plan.readings} <= _KINDS_OF_RECORDS else None
+    if len(source.files) < 2:
+        raise ValueError(f"train's --validation last-shard needs two files or more, got {source.name}, which is one")
+    return len(source.files) - 1 if last is None else last
+
+
+def _edge_digest(path: Path) -> str:
+    """Return a hash of the size, the beginning and the end of a file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        begin = file.read(_EDGE_BYTES)
+        file.seek(max(0, size - _EDGE_BYTES))
+        return sha256_json([size, hashlib.sha256(begin + file.read(_EDGE_BYTES)).hexdigest()])
+
+
+def _with_documents(corpus: Corpus, recipe: _Recipe) -> Corpus:
+    """Return a corpus that was built without training tokens, with the documents to tokenize."""
+    assert corpus.tokenizer is not None
+    kept = [i for i in range(len(recipe.source.files)) if i != recipe.validation_file]
+    documents = TextDocuments(
+        files=tuple(recipe.source.files[i] for i in kept),
+        sizes=tuple(recipe.source.files[i].stat().st_size for i in kept),
+        readings=tuple(recipe.plan.readings[i] for i in kept),
+        tokenizer=corpus.tokenizer,
+        text_column=recipe.text_column,
+        skip_damaged=recipe.skip_damaged,
+        val_fraction=recipe.val_fraction if recipe.validation_file is None else 0.0,
+    )
+    content = sha256_json([corpus.tokenizer.hash, corpus.hash, recipe.content()])
+    return replace(corpus, documents=documents, hash=content)
+
+
 @dataclass(frozen=True)
 class _Recipe:
     """Everything that decides the content of a corpus that is built from text.
 
     Attributes:
-        digests: SHA-256 of each file of the source.
+        digests: SHA-256 of each file of the source; if it is streamed, of its size, beginning and end.
         tokenizer: None trains one for `vocab_size` ids.
+        validation_file: index of the file that validates; None: a fraction of the documents does.
+        streamed: whether the training documents are tokenized while training runs.
     """
 
     source: Source
@@ -170,9 +264,20 @@ class _Recipe:
     text_column: str | None
     val_fraction: float
     skip_damaged: bool
+    validation_file: int | None = None
+    streamed: bool = False
 
     def cache_key(self) -> str:
         """Return the hash at the end of the corpus folder's name."""
+        return sha256_json(self.content())[:16]
+
+    @property
+    def trains_on_prefix(self) -> bool:
+        """Whether the tokenizer is trained on the first documents, instead of on the beginning of each file."""
+        return self.streamed or self.validation_file is not None
+
+    def content(self) -> dict[str, Any]:
+        """Return what decides the content of the corpus."""
         files: list[list[str | None]] = [
             [digest, *path.suffixes[-2:]] for digest, path in zip(self.digests, self.source.files, strict=True)
         ]
@@ -187,7 +292,12 @@ class _Recipe:
             "val_fraction": self.val_fraction,
             "skip_damaged": self.skip_damaged,
         }
-        return sha256_json(how)[:16]
+        # Corpora from before these settings keep their hash.
+        if self.validation_file is not None:
+            how["validation_file"] = self.validation_file
+        if self.streamed:
+            how["streamed"] = [str(path.relative_to(self.source.root)) for path in self.source.files]
+        return how
 
     def source_hash(self) -> str:
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()
@@ -210,7 +320,7 @@ def _open_or_build(recipe: _Recipe, cache_dir: Path, verify: bool | None, bar: _
         shutil.rmtree(building, ignore_errors=True)
         try:
             building.mkdir()
-            _Builder(recipe, bar, log).build(building)
+            (_StreamedBuilder if recipe.streamed else _Builder)(recipe, bar, log).build(building)
             fsync(building)
             building.rename(folder)
             fsync(cache_dir)
@@ -244,15 +354,15 @@ class _Builder:
     def build(self, folder: Path) -> None:
         """Write the corpus into an empty folder."""
         tokenizer = self._count_and_train()
-        notes = []
-        if tokenizer.vocab_size < self.recipe.vocab_size:
-            notes.append(
-                f"vocabulary of {tokenizer.vocab_size:,}, not {self.recipe.vocab_size:,}: the text has no more pairs "
-                "to merge"
-            )
+        notes = self._vocabulary_notes(tokenizer)
         fraction = self.recipe.val_fraction
         by_document = fraction / 4 <= self.counts.val_bytes / self.counts.text_bytes <= 4 * fraction
-        if not by_document:
+        if self.recipe.validation_file is not None:
+            by_document = True
+            notes.append(self._validation_note())
+            if self.counts.val_bytes == self.counts.text_bytes:
+                raise ValueError(f"no text to train on in {self.source.name}: only the last shard has text")
+        elif not by_document:
             notes.append(
                 f"too few documents ({self.counts.documents}) to split by document: "
                 f"the last {fraction:.0%} of the text is the validation set"
@@ -266,6 +376,22 @@ class _Builder:
         tokenizer.save(folder / "tokenizer")
         content = self._manifest(tokenizer, writers, notes)
         write_atomically(folder / MANIFEST, json.dumps({**content, "sha256": sha256_json(content)}, indent=1))
+
+    def _vocabulary_notes(self, tokenizer: Tokenizer) -> list[str]:
+        """Return a note if the tokenizer has fewer ids than were asked for."""
+        if tokenizer.vocab_size >= self.recipe.vocab_size:
+            return []
+        return [
+            f"vocabulary of {tokenizer.vocab_size:,}, not {self.recipe.vocab_size:,}: the text has no more pairs "
+            "to merge"
+        ]
+
+    def _validation_note(self) -> str:
+        """Return the note about the file that validates. Raise ValueError if it has no text."""
+        path = self.source.files[self.recipe.validation_file or 0]
+        if not self.counts.val_bytes:
+            raise ValueError(f"{printable(path)}: no text in the last shard, which is the validation set")
+        return f"validation: the last shard, {printable(path.name)}"
 
     def _count_and_train(self) -> Tokenizer:
         """Count all text. Return the tokenizer that was given, or one that is trained on the text."""
@@ -319,12 +445,14 @@ class _Builder:
             },
         }
 
-    def _parts(self, stage: str, skipped: Skipped) -> Iterator[tuple[int, DocumentPart]]:
-        """Yield (index of the file, part of a document) over all files."""
-        total, before = sum(self.sizes), 0
+    def _parts(self, stage: str, skipped: Skipped, only: int | None = None) -> Iterator[tuple[int, DocumentPart]]:
+        """Yield (index of the file, part of a document) over all files, or over the one with the index `only`."""
+        total, before = sum(self.sizes) if only is None else self.sizes[only], 0
         with self.bar.stage(stage, total) as advance:
             readings = zip(self.source.files, self.recipe.plan.readings, strict=True)
             for index, (path, reading) in enumerate(readings):
+                if only not in (None, index):
+                    continue
                 for part in read_document_parts(
                     path,
                     reading,
@@ -338,26 +466,32 @@ class _Builder:
                 advance(before)
 
     def _scan(self, stage: str) -> Iterator[str]:
-        """Count all text, and yield the beginning of each file, in proportion to its size, to train the tokenizer."""
+        """Count all text, and yield the text to train the tokenizer on: the beginning of each file, in proportion to
+        its size, or the first documents that are trained on."""
         counts, total = self.counts, sum(self.sizes)
         file, budget, in_validation = -1, 0, False
+        prefix = _Prefix() if self.recipe.trains_on_prefix else None
         for index, part in self._parts(stage, self.skipped):
             if index != file:
                 file, budget = index, -(-TOKENIZER_TRAINING_CHARS * self.sizes[index] // total)
             encoded = part.text.encode()
             if part.starts_document:
-                in_validation = self._in_validation(encoded)
+                in_validation = self._in_validation(index, encoded)
                 counts.documents += 1
             counts.chars += len(part.text)
             counts.text_bytes += len(encoded)
             counts.val_bytes += len(encoded) * in_validation
-            if budget > 0:
+            if prefix is not None:
+                if not in_validation:
+                    yield prefix.take(part)
+            elif budget > 0:
                 yield part.text[:budget]
                 budget -= len(part.text)
 
-    def _in_validation(self, document: bytes) -> bool:
-        digest = hashlib.blake2b(document, digest_size=8).digest()
-        return int.from_bytes(digest, "little") < self.recipe.val_fraction * 2**64
+    def _in_validation(self, file: int, document: bytes) -> bool:
+        if self.recipe.validation_file is not None:
+            return file == self.recipe.validation_file
+        return is_held_out(document, self.recipe.val_fraction)
 
     def _tail_start(self) -> int:
         """Return the character of the whole text at which the validation set begins, if it is the end of the text."""
@@ -368,10 +502,10 @@ class _Builder:
         job: list[tuple[str, bool, bool]] = []
         size = chars = 0
         in_validation = False
-        for _, (text, starts, _) in self._parts("tokenizing", Skipped()):
+        for file, (text, starts, _) in self._parts("tokenizing", Skipped()):
             if tail_start is None:
                 if starts:
-                    in_validation = self._in_validation(text.encode())
+                    in_validation = self._in_validation(file, text.encode())
                 job.append((text, starts, in_validation))
             else:
                 cut = min(max(tail_start - chars, 0), len(text))
@@ -405,6 +539,94 @@ class _Builder:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+class _Prefix:
+    """Takes the first documents to train a tokenizer on: TOKENIZER_TRAINING_CHARS in all, and of each document at most
+    TOKENIZER_DOCUMENT_CHARS."""
+
+    def __init__(self) -> None:
+        self.left, self._left_of_document = TOKENIZER_TRAINING_CHARS, 0
+
+    def take(self, part: DocumentPart) -> str:
+        """Return what is taken of the next part of a document."""
+        if part.starts_document:
+            self._left_of_document = TOKENIZER_DOCUMENT_CHARS
+        text = part.text[: min(self.left, self._left_of_document)]
+        self.left -= len(text)
+        self._left_of_document -= len(text)
+        return text
+
+
+class _StreamedBuilder(_Builder):
+    """Builds a corpus without training tokens: the tokenizer, and the validation text. It reads only what it needs."""
+
+    def build(self, folder: Path) -> None:
+        tokenizer = self.recipe.tokenizer
+        if tokenizer is None:
+            self.log(f"training a tokenizer for {self.recipe.vocab_size} ids on the first text of {self.source.name}")
+            tokenizer = Tokenizer.train(self._first_text(), self.recipe.vocab_size)
+        dtype = token_dtype(tokenizer.vocab_size)
+        writers = [ShardWriter(folder, split, dtype) for split in SPLITS]
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _, tokens in self._encoded(pool, tokenizer, None):
+                writers[1].write(tokens)
+        writers[1].close()
+        notes = self._vocabulary_notes(tokenizer)
+        if self.recipe.validation_file is not None:
+            notes.append(self._validation_note())
+        elif self.counts.val_bytes:
+            notes.append(f"validation: {self.counts.documents:,} documents of the first files")
+        else:
+            raise ValueError(
+                f"too few documents in {self.source.name} to hold some out for validation, or no text: use "
+                "train's --tokenize ahead"
+            )
+        tokenizer.save(folder / "tokenizer")
+        content = self._manifest(tokenizer, writers, notes + self.skipped.notes())
+        sizes = sum(self.sizes)
+        content["description"] = (
+            f"{self.source.name}, {len(self.sizes):,} files, {sizes / 1e6:.1f} MB, tokenized while training runs | "
+            f"vocabulary {tokenizer.vocab_size}, {content['bytes_per_token']:.2f} bytes a token"
+        )
+        write_atomically(folder / MANIFEST, json.dumps({**content, "sha256": sha256_json(content)}, indent=1))
+
+    def _first_text(self) -> Iterator[str]:
+        """Yield the text to train the tokenizer on."""
+        prefix = _Prefix()
+        in_validation = False
+        for file, part in self._parts("training the tokenizer", Skipped()):
+            if part.starts_document:
+                in_validation = self._in_validation(file, part.text.encode())
+            if not in_validation:
+                yield prefix.take(part)
+            if prefix.left == 0:
+                return
+
+    def _jobs(self, tail_start: int | None) -> Iterator[list[tuple[str, bool, bool]]]:
+        """Yield the documents that validate: those of the last shard, or held-out ones up to HELD_OUT_CHARS."""
+        job: list[tuple[str, bool, bool]] = []
+        size = 0
+        only = self.recipe.validation_file
+        in_validation = False
+        for file, part in self._parts("tokenizing the validation text", self.skipped, only):
+            encoded = part.text.encode()
+            if part.starts_document:
+                if only is None and self.counts.chars >= HELD_OUT_CHARS:
+                    break
+                in_validation = self._in_validation(file, encoded)
+                self.counts.documents += in_validation
+            if not in_validation:
+                continue
+            self.counts.chars += len(part.text)
+            self.counts.text_bytes += len(encoded)
+            self.counts.val_bytes += len(encoded)
+            job.append((part.text, part.starts_document, True))
+            size += len(part.text)
+            if size >= _JOB_CHARS:
+                yield job
+                job, size = [], 0
+        yield job
 
 
 def _is_corpus(folder: Path) -> bool:
@@ -444,6 +666,7 @@ def _open(folder: Path, verify: bool | None) -> Corpus:
         notes=tuple(manifest["notes"]),
         hash=sha256_json([manifest["tokenizer_hash"], manifest["shards"]]),
         bytes_per_token=manifest["bytes_per_token"],
+        bos_id=tokenizer.bos_id,
     )
 
 
@@ -507,7 +730,17 @@ def _open_tokens(
         notes=tuple(notes),
         hash=sha256_json([tokenizer.hash if tokenizer else vocab_size, content]),
         bytes_per_token=None if tokenizer is None else _mean_bytes(train if len(train) else val, tokenizer),
+        bos_id=tokenizer.bos_id if tokenizer else _llm_c_bos_id(arrays.values(), vocab_size),
     )
+
+
+def _llm_c_bos_id(arrays: Iterable[np.ndarray], vocab_size: int) -> int | None:
+    """Return the token that llm.c's scripts put before each document; None if the vocabulary lacks it.
+
+    It is <|endoftext|> of GPT-2 in shards of uint16, and <|begin_of_text|> of Llama 3 in those of uint32.
+    """
+    bos_id = max((_LLM_C_BOS[array.dtype.itemsize] for array in arrays), default=0)
+    return bos_id if 0 < bos_id < vocab_size else None
 
 
 def _tokenizer_of(source: Source, given: Tokenizer | None) -> Tokenizer | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -152,6 +153,16 @@ class Sample:
             return named[0]
         plain = names - self.labels or names
         return plain.pop() if len(plain) == 1 else None
+
+
+def is_held_out(document: bytes, val_fraction: float) -> bool:
+    """Return whether a document validates, by a hash of its text: equal documents are on the same side.
+
+    Args:
+        document: the document, or its first part, in UTF-8.
+    """
+    digest = hashlib.blake2b(document, digest_size=8).digest()
+    return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
 def _is_text(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 COMPRESSION_SUFFIXES = (".gz", ".zst")
@@ -76,6 +77,21 @@ def is_validation(path: Path) -> bool:
         if words & TRAIN_WORDS:
             return False
     return False
+
+
+def last_shard(paths: Sequence[Path]) -> int | None:
+    """Return the index of the last of several numbered shards, such as shard_00000.parquet, shard_00001.parquet.
+
+    Numbered shards are files of one folder whose names differ in one number only. None: these are not.
+    """
+    pieces = [re.split(r"(\d+)", path.name) for path in paths]
+    if len(paths) < 2 or len({path.parent for path in paths}) > 1 or len({len(split) for split in pieces}) > 1:
+        return None
+    differing = [place for place, texts in enumerate(zip(*pieces, strict=True)) if len(set(texts)) > 1]
+    if len(differing) != 1 or differing[0] % 2 == 0:  # the numbers are at the odd places
+        return None
+    numbers = [int(split[differing[0]]) for split in pieces]
+    return numbers.index(max(numbers))
 
 
 def printable(path: Path | str) -> str:

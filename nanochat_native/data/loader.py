@@ -13,7 +13,8 @@ import hashlib
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 import numpy as np
@@ -26,7 +27,74 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 _ROUNDS = 6
 
 
-class BatchLoader:
+class Loader(ABC):
+    """Training batches as a function of the step.
+
+    A batch has `batch_rows` rows over all ranks, and a rank has a contiguous part of them.
+    """
+
+    def __init__(
+        self, batch_rows: int, sequence_len: int, device: str | torch.device, rank: int, world_size: int
+    ) -> None:
+        """Raise ValueError if an argument is out of range or `batch_rows` is not a multiple of `world_size`."""
+        if batch_rows < 1 or sequence_len < 1:
+            raise ValueError(f"batch_rows and sequence_len must be >= 1, got {batch_rows} and {sequence_len}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+        if batch_rows % world_size:
+            raise ValueError(f"batch_rows must be a multiple of world_size {world_size}, got {batch_rows}")
+        self.batch_rows = batch_rows
+        self.sequence_len = sequence_len
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._rows = range(rank * batch_rows // world_size, (rank + 1) * batch_rows // world_size)
+
+    def batch(self, step: int) -> Batch:
+        """Return (inputs, targets) of a step for this rank, int64 (batch_rows / world_size, sequence_len).
+
+        Raises:
+            ValueError: The step is negative.
+        """
+        return self._to_device(self._host_batch(step))
+
+    def iterate(self, start_step: int = 0, *, depth: int = 4) -> Prefetcher:
+        """Return an endless iterator over the batches from `start_step` on; a thread prepares `depth` of them ahead.
+
+        For CUDA the thread pins them, and the copy of a batch runs on a stream of its own, beside the work on the batch
+        before it; the host does not wait. `next` raises an error of the thread. Close the iterator when done, or use it
+        in a `with`.
+        """
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream(self.device)
+            return Prefetcher(self._host_batch, lambda batch: _Copy(batch, stream), start_step, depth)
+        return Prefetcher(self._host_batch, None, start_step, depth)
+
+    def state(self, step: int) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint of `step` has to hold for `restore`; empty if a batch takes no others to compute."""
+        return {}
+
+    def restore(self, step: int, state: Mapping[str, torch.Tensor]) -> None:  # noqa: B027 (nothing to take over)
+        """Take over what `state` returned for `step`."""
+
+    @abstractmethod
+    def epochs_of(self, tokens: int) -> float | None:
+        """Return how many epochs so many training tokens are; None if the size of an epoch is not known."""
+
+    def describe(self) -> str:
+        """Return the order of the data in words; empty for the stream."""
+        return ""
+
+    @abstractmethod
+    def _host_batch(self, step: int) -> Batch:
+        """Return the batch of a step in the memory of the host, pinned for a GPU."""
+
+    def _to_device(self, batch: Batch) -> Batch:
+        inputs, targets = batch
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+
+class BatchLoader(Loader):
     """Training batches from a stream of tokens.
 
     Row r of step s is sample s * batch_rows + r of an endless sequence of epochs. Each epoch is a new permutation of
@@ -55,12 +123,7 @@ class BatchLoader:
             ValueError: An argument is out of range, `batch_rows` is not a multiple of `world_size`, or the stream has
                 fewer windows than a batch has rows.
         """
-        if batch_rows < 1 or sequence_len < 1:
-            raise ValueError(f"batch_rows and sequence_len must be >= 1, got {batch_rows} and {sequence_len}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-        if batch_rows % world_size:
-            raise ValueError(f"batch_rows must be a multiple of world_size {world_size}, got {batch_rows}")
+        super().__init__(batch_rows, sequence_len, device, rank, world_size)
         self.windows_per_epoch = stream.num_windows(sequence_len)
         if self.windows_per_epoch < batch_rows:
             raise ValueError(
@@ -68,33 +131,7 @@ class BatchLoader:
                 f"batch needs {batch_rows:,}: give more text, a smaller batch or a shorter sequence"
             )
         self.stream = stream
-        self.batch_rows = batch_rows
-        self.sequence_len = sequence_len
         self.seed = seed
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self._rows = range(rank * batch_rows // world_size, (rank + 1) * batch_rows // world_size)
-
-    def batch(self, step: int) -> Batch:
-        """Return (inputs, targets) of a step for this rank, int64 (batch_rows / world_size, sequence_len).
-
-        Raises:
-            ValueError: The step is negative.
-        """
-        return self._to_device(self._host_batch(step))
-
-    def iterate(self, start_step: int = 0, *, depth: int = 4) -> Prefetcher:
-        """Return an endless iterator over the batches from `start_step` on; a thread prepares `depth` of them ahead.
-
-        For CUDA the thread pins them, and the copy of a batch runs on a stream of its own, beside the work on the batch
-        before it; the host does not wait. `next` raises an error of the thread. Close the iterator when done, or use it
-        in a `with`.
-        """
-        if self.device.type == "cuda":
-            stream = torch.cuda.Stream(self.device)
-            return Prefetcher(self._host_batch, lambda batch: _Copy(batch, stream), start_step, depth)
-        return Prefetcher(self._host_batch, None, start_step, depth)
 
     def positions(self, step: int) -> np.ndarray:
         """Return the first token of each row's window in the stream, int64 (batch_rows / world_size,)."""
@@ -106,7 +143,7 @@ class BatchLoader:
         spare = (len(self.stream) - 1) % self.sequence_len
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            keys = _keys(self.seed, int(epoch))
+            keys = epoch_keys(self.seed, int(epoch))
             window = permute(indices[here], self.windows_per_epoch, keys[1:])
             positions[here] = window * self.sequence_len + int(keys[0]) % (spare + 1)
         return positions
@@ -114,14 +151,13 @@ class BatchLoader:
     def _host_batch(self, step: int) -> Batch:
         pairs = [self.stream.pair(position, self.sequence_len) for position in self.positions(step).tolist()]
         inputs, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*pairs, strict=True))
-        return _pinned(inputs, self.device), _pinned(targets, self.device)
+        return pinned(inputs, self.device), pinned(targets, self.device)
 
-    def _to_device(self, batch: Batch) -> Batch:
-        inputs, targets = batch
-        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+    def epochs_of(self, tokens: int) -> float:
+        return tokens / len(self.stream)
 
 
-def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a copy in pinned memory, from which a copy to a GPU does not block; for another device the tensor.
 
     Pinned memory that is freed is not used again before the copies from it have ended (torch's allocator).
@@ -251,7 +287,7 @@ def iterate_val(
     for first in range(start, stop, batch_rows):
         rows = list(stream.windows(sequence_len, first, min(first + batch_rows, stop)))
         inputs, wanted = (
-            _pinned(torch.from_numpy(np.stack(part)), torch.device(device)) for part in zip(*rows, strict=True)
+            pinned(torch.from_numpy(np.stack(part)), torch.device(device)) for part in zip(*rows, strict=True)
         )
         yield inputs.to(device, non_blocking=True), wanted.to(device, non_blocking=True)
 
@@ -287,7 +323,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _keys(seed: int, epoch: int) -> np.ndarray:
+def epoch_keys(seed: int, epoch: int) -> np.ndarray:
     """Return one uint64 for the offset of the epoch and one for each round."""
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * (1 + _ROUNDS)).digest()
     return np.frombuffer(digest, dtype="<u8")

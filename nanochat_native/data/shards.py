@@ -17,6 +17,7 @@ from nanochat_native.data.file_names import printable
 
 HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000
+SEARCH_TOKENS = 1 << 24  # tokens that are compared at once
 # The type of the tokens by (magic, version).
 SHARD_FORMATS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 
@@ -49,6 +50,15 @@ class TokenStream:
             out[position - start : upto - start] = self._arrays[shard][position - begin : upto - begin]
             position, shard = upto, shard + 1
         return out
+
+    def find(self, token: int) -> np.ndarray:
+        """Return the positions of a token, int64 (k,), ascending."""
+        found = [np.empty(0, dtype=np.int64)]
+        for array, end in zip(self._arrays, self._ends.tolist(), strict=True):
+            begin = end - len(array)
+            for start in range(0, len(array), SEARCH_TOKENS):
+                found.append(begin + start + np.flatnonzero(array[start : start + SEARCH_TOKENS] == token))
+        return np.concatenate(found)
 
     def split_at(self, position: int) -> tuple[TokenStream, TokenStream]:
         """Return the streams of tokens [0, position) and [position, len)."""

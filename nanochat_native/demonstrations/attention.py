@@ -327,7 +327,7 @@ def qk_norm(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
         row["rms_of_queries_before"] = float(sizes[0].mean())
         row["rms_of_keys_before"] = float(sizes[1].mean())
         layers.append(row)
-        x, inputs = block(x, inputs, cos, sin)
+        x, inputs = add_norm(*block(x, inputs, cos, sin))
     return {
         "bound": D**0.5,
         "layers": layers,
@@ -400,7 +400,7 @@ def _reach(model: GPT, ids: Tensor, layers: int) -> int:
     def last(ids: Tensor) -> Tensor:
         x, n = add_norm(norm(model.wte(ids)), None)
         for block in model.blocks[:layers]:
-            x, n = block(x, n, model.cos[:, : ids.size(1)], model.sin[:, : ids.size(1)])
+            x, n = add_norm(*block(x, n, model.cos[:, : ids.size(1)], model.sin[:, : ids.size(1)]))
         return x[0, -1]
 
     expected = last(ids)

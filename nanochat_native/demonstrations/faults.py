@@ -94,6 +94,7 @@ def _corpus(other: bool = False) -> Corpus:
 
 def _config(**flags: Any) -> TrainConfig:
     config = TrainConfig(
+        recipe="october",
         depth=2,
         vocab_size=VOCABULARY,
         max_seq_len=LENGTH,
@@ -230,8 +231,8 @@ def inject_qk_norm() -> Patch:
         x1, x2 = x.chunk(2, dim=-1)
         return x * cos + torch.cat((x2 * sin, x1 * -sin), dim=-1)  # the fault: no norm
 
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return rotate_one(q, cos, sin), rotate_one(k, cos, sin)
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return scale * rotate_one(q, cos, sin), scale * rotate_one(k, cos, sin)
 
     return mock.patch.object(gpt, "rotary_norm", rotate)
 
@@ -269,8 +270,8 @@ def measure_softcap() -> float:
 def inject_rate() -> Patch:
     """Return the patch by which every learning rate is 100 times as large."""
 
-    def set_rates(self: Trainer, multiplier: float, momentum: float) -> None:
-        original(self, 100 * multiplier, momentum)  # the fault: 100
+    def set_rates(self: Trainer, multiplier: float, momentum: float, decay: float = 1.0) -> None:
+        original(self, 100 * multiplier, momentum, decay)  # the fault: 100
 
     original = Trainer.set_rates
     return mock.patch.object(Trainer, "set_rates", set_rates)
@@ -407,10 +408,10 @@ def _nan_gradient() -> Iterator[None]:
     """Put one NaN into the gradient of step INTRUSION."""
     calls = iter(range(1 << 30))
 
-    def clip(optimizers: Any, max_norm: float) -> Tensor:
+    def clip(optimizers: Any, max_norm: float, **options: Any) -> Tensor:
         if next(calls) == INTRUSION:
             optimizers[-1].param_groups[0]["params"][0].grad[0, 0] = math.nan  # of a matrix that Muon trains
-        return original(optimizers, max_norm)
+        return original(optimizers, max_norm, **options)
 
     original = trainer_module.clip_reduced_
     with mock.patch.object(trainer_module, "clip_reduced_", clip):

@@ -59,6 +59,7 @@ def chain_corpus(seed: int = 0) -> Corpus:
 def small_config(**flags: Any) -> TrainConfig:
     """Return the flags of a small run on the chain."""
     config = TrainConfig(
+        recipe="october",
         depth=2,
         head_dim=32,
         vocab_size=VOCABULARY,
@@ -237,7 +238,9 @@ def first_batches(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
     """Find the places of the training text that the first steps of a run read."""
     trainer = _trainer_of(checkpoint)
     stream, tokenizer = trainer.corpus.train, trainer.corpus.tokenizer
-    starts = [trainer.loader.positions(step).tolist() for step in range(BATCHES)]
+    loader = trainer.loader
+    assert isinstance(loader, BatchLoader)
+    starts = [loader.positions(step).tolist() for step in range(BATCHES)]
     length = trainer.config.max_seq_len
     tokens = np.concatenate([stream.read(start, start + length + 1) for row in starts for start in row])
     in_bytes = 0 if tokenizer is None else int(tokenizer.token_bytes[torch.from_numpy(tokens)].sum())
@@ -252,7 +255,7 @@ def first_batches(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
         "positions": starts,
         "bytes_read": in_bytes,
         "share_read": BATCHES * len(starts[0]) * length / len(stream),
-        "epochs_of_the_run": steps * len(starts[0]) / trainer.loader.windows_per_epoch,
+        "epochs_of_the_run": steps * len(starts[0]) / loader.windows_per_epoch,
         "windows_read_twice": BATCHES * len(starts[0]) - len({start for row in starts for start in row}),
         "first_row": "" if tokenizer is None else tokenizer.decode(stream.read(first, first + 24)),
     }
@@ -261,7 +264,7 @@ def first_batches(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
 def _trainer_of(folder: Path) -> Trainer:
     """Return the run in a folder with its newest checkpoint, to look at. Nothing is written."""
     trainer = Trainer(load_config(folder), SilentConsole())
-    trainer.step = trainer.checkpointer.load(lambda meta: None)["step"]
+    trainer.step = trainer.checkpointer.load(lambda meta: None)[0]["step"]
     return trainer
 
 

@@ -149,23 +149,12 @@ def first_loss(seed: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = {"ln_vocabulary": math.log(config.vocab_size), "zero": model(inputs, targets).item()}
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        x = final_hidden(model, inputs)
+        x = model.hidden_states(inputs)
         head = torch.randn(config.vocab_size, config.n_embd, generator=generator) / math.sqrt(config.n_embd)
         for name, factor in (("random", 1), ("random_10_times", 10)):
             logits = F.linear(x, factor * head)
             found[name] = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     return found
-
-
-def final_hidden(model: GPT, inputs: Tensor) -> Tensor:
-    """Return the input of lm_head, (B, T, C)."""
-    seen: list[Tensor] = []
-    hook = model.lm_head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    try:
-        model(inputs)
-    finally:
-        hook.remove()
-    return seen[0]
 
 
 def flops() -> dict[str, Any]:
@@ -230,7 +219,7 @@ def residual_norms(model: GPT, inputs: Tensor) -> dict[str, list[float]]:
     hooks = [model.blocks[0].register_forward_pre_hook(lambda module, arguments: stream.append(arguments[0]))]
     for block in model.blocks:
         hooks += [
-            block.register_forward_hook(lambda module, arguments, out: stream.append(out[0])),
+            block.register_forward_hook(lambda module, arguments, out: stream.append(out[0] + out[1])),
             block.attn.register_forward_hook(lambda module, arguments, out: added["attention"].append(mean_rms(out))),
             block.mlp.register_forward_hook(lambda module, arguments, out: added["mlp"].append(mean_rms(out))),
         ]
@@ -262,7 +251,7 @@ def softcap(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
     """Measure the logits of a run before the softcap 15 tanh(z / 15), and the loss with and without it."""
     model, inputs, targets, step = validation_batch(checkpoint)
     with torch.no_grad():
-        raw = F.linear(final_hidden(model, inputs), model.lm_head.weight).flatten(0, 1).double()
+        raw = F.linear(model.hidden_states(inputs), model.lm_head.weight).flatten(0, 1).double()
         capped = SOFTCAP * (raw / SOFTCAP).tanh()
         wanted = targets.flatten()
         edges = torch.linspace(-30, 30, 61, dtype=torch.float64)

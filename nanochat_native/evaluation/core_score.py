@@ -396,11 +396,7 @@ def greedy(
     for chosen, inputs, targets in batches(sequences, batch_tokens, max(1, MAX_LOGITS // model.config.vocab_size)):
         rows, columns = (targets >= 0).nonzero(as_tuple=True)
         wanted = targets[rows, columns].to(device)
-        selecting = model.lm_head.register_forward_pre_hook(_select(rows.to(device), columns.to(device)))
-        try:
-            logits = model(inputs.to(device))
-        finally:
-            selecting.remove()
+        logits = model.logits(model.hidden_states(inputs.to(device))[rows.to(device), columns.to(device)])
         best = logits.topk(2)
         own = logits.gather(1, wanted[:, None])[:, 0]
         right = logits.argmax(1) == wanted
@@ -429,11 +425,6 @@ def greedy_with_recheck(
 
 def _margin(model: GPT) -> float:
     return MARGIN_16_BIT if model.compute_dtype in (torch.bfloat16, torch.float16) else MARGIN
-
-
-def _select(rows: Tensor, columns: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    """Return a hook that passes only the rows (N, C) of its input (B, T, C) to a layer."""
-    return lambda _, inputs: (inputs[0][rows, columns],)
 
 
 def _finite(number: float) -> float:

@@ -4,7 +4,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,16 +105,24 @@ class Session:
     def batches(self, run: Path, tokenizer: Tokenizer, sequence_len: int) -> Iterator[data.Batch]:
         """Return this rank's part of the text, tokenized as in `run`."""
         options, world = self.options, self.world
+        trained = run_folder.load_config(options.checkpoint)
+        packing: data.Packing = "bestfit" if trained.packing == "bestfit" else "stream"
+        is_own = options.data is None
+        streamed = is_own and trained.tokenize == "while-training"
+        if streamed and options.split == "train":
+            raise ValueError(
+                "--split must be val for a run of train's --tokenize while-training, which keeps no training tokens"
+            )
 
         def prepare() -> data.Corpus:
             source, text_column = options.data, options.text_column
             if source is None:
-                config = run_folder.load_config(options.checkpoint)
-                if isinstance(config, FinetuneConfig):
+                if isinstance(trained, FinetuneConfig):
                     raise ValueError(f"{options.checkpoint} was fine-tuned on conversations; set --data to a text")
-                source = config.data
-                text_column = config.text_column if text_column is None else text_column
+                source = trained.data
+                text_column = trained.text_column if text_column is None else text_column
             cache_dir = run_folder.load_config(run).cache_dir
+            rule: data.Validation = "fraction" if trained.validation == "auto" else trained.validation
             assert cache_dir is not None, "config.json of a run has every value"
             return data.prepare(
                 None if source == STDLIB else source,
@@ -122,6 +130,8 @@ class Session:
                 cache_dir=cache_dir,
                 tokenizer=tokenizer,
                 text_column=text_column,
+                validation=rule if is_own or rule == "fraction" else "shards",
+                tokenize="while-training" if streamed else "ahead",
                 needs_training=options.split == "train",
                 log=None if options.data is None else lambda note: self.warn(f"data     {note}"),
             )
@@ -131,8 +141,11 @@ class Session:
             prepare if world.local_rank == 0 else lambda: None, *MISTAKES, long_running=True
         )
         corpus = prepare() if corpus is None else corpus
-        return data.iterate_val(
-            corpus.val if options.split == "val" else corpus.train,
+        if options.split == "train":
+            corpus = replace(corpus, val=corpus.train)
+        return data.iterate_validation(
+            corpus,
+            packing=packing,
             batch_rows=options.device_batch_size,
             sequence_len=sequence_len,
             max_tokens=options.max_tokens,

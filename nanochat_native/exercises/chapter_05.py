@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nanochat_native.exercises.base import Experiment, Number, Write
 from nanochat_native.model import GPTConfig
-from nanochat_native.model.gpt import ROTARY_BASE
 from nanochat_native.ops.attention import attention_mask
 
 D4 = GPTConfig.from_depth(4, vocab_size=8192, sequence_len=256)
@@ -18,7 +17,7 @@ D4 = GPTConfig.from_depth(4, vocab_size=8192, sequence_len=256)
 
 def slowest_frequency() -> float:
     """Return the angle by which the slowest pair of d4 turns from one position to the next, in radians."""
-    return float(ROTARY_BASE ** -((D4.head_dim - 2) / D4.head_dim))
+    return float(D4.rotary_base ** -((D4.head_dim - 2) / D4.head_dim))
 
 
 def slowest_turn() -> float:
@@ -186,7 +185,7 @@ EXERCISES = (
         unit="tokens",
         mistakes={
             "that is one radian; a turn is 2 pi": lambda: 1 / slowest_frequency(),
-            "the last exponent is (D - 2) / D, less than 1": lambda: 2 * math.pi * ROTARY_BASE,
+            "the last exponent is (D - 2) / D, less than 1": lambda: 2 * math.pi * D4.rotary_base,
             "that is the fastest pair": lambda: 2 * math.pi,
         },
     ),

@@ -1,4 +1,4 @@
-"""Models in the formats of other programs: transformers (import and export) and nanochat (import).
+"""Models in the formats of other programs, transformers and nanochat: import and export.
 
 It may depend on `ops`, `runtime`, `model`, `data`, `runs` and `inference`.
 """

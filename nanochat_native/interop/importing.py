@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nanochat_native
 from nanochat_native.data.conversations import CHAT_TRAINED
-from nanochat_native.interop.nanochat_files import read_nanochat
+from nanochat_native.interop.nanochat_files import NANOCHAT, PADDING, read_nanochat
 from nanochat_native.interop.source import Source, to_float32
 from nanochat_native.interop.transformers_import import read_transformers
 from nanochat_native.model import functional
@@ -36,24 +36,26 @@ class Options:
     step: int | None = None
     """Step of the nanochat checkpoint; default: the newest."""
     chat: bool = False
-    """State that the nanochat checkpoint was trained on conversations, which its files do not record. For a folder of
-    transformers the chat template decides."""
+    """State that the nanochat checkpoint was trained on conversations. By default its folder (chatsft_checkpoints) and
+    its meta file decide. For a folder of transformers the chat template decides."""
     tokenizer: Path | None = None
-    """nanochat's tokenizer.pkl, or its folder; default: tokenizer/ in the source, beside it or one folder higher."""
+    """nanochat's tokenizer.pkl, or its folder; default: in the source, or in tokenizer/ in it, beside it or one folder
+    higher."""
 
 
 def read(options: Options) -> Source:
     """Read the model in options.source.
 
-    Raises FileNotFoundError, naming the missing file, and ValueError for a model that is not of nanochat's first
-    architecture.
+    Raises FileNotFoundError, naming the missing file, and ValueError for a model that is neither of nanochat's first
+    architecture nor of today's.
     """
     folder = options.source
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if list(folder.glob("model_*.pt")):
         source = read_nanochat(folder, options.step, options.tokenizer)
-        source = dataclasses.replace(source, chat=options.chat)
+        if options.chat:
+            source = dataclasses.replace(source, chat=True, notes=[])
     elif (folder / "config.json").is_file():
         if options.step is not None:
             raise ValueError(
@@ -94,11 +96,14 @@ def write(source: Source, out: Path) -> None:
         raise ValueError(f"{out} is not empty; choose another --out")
     config = source.config
     flags = TrainConfig(
+        recipe="today" if config.parts_beyond("october") else "october",
+        packing="bestfit" if config.parts_beyond("october") else "stream",
         depth=config.n_layer,
         head_dim=config.head_dim,
         n_kv_head=config.n_kv_head,
         max_seq_len=config.sequence_len,
         vocab_size=config.vocab_size,
+        window_pattern=config.window_pattern,
         num_iterations=max(1, source.step or 1),
         device="cpu",
         out_dir=out.absolute().parent,
@@ -115,9 +120,14 @@ def write(source: Source, out: Path) -> None:
         "skipped_in_a_row": 0,
         "validation_bpb": source.bpb,
     }
+    tensors = {"model": source.tensors}
+    if source.nanochat is not None:
+        meta[NANOCHAT] = source.nanochat
+    if source.padding:
+        tensors[PADDING] = source.padding
     existed = out.exists()
     try:
-        checkpoint.save(out / "checkpoints", source.step or 0, {"model": source.tensors}, meta)
+        checkpoint.save(out / "checkpoints", source.step or 0, tensors, meta)
         source.tokenizer.save(out / "tokenizer")
         run_folder.save_config(resolve_defaults(flags, gpu=False))
     except BaseException:

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class Source:
         notes: Remarks for the user.
         chat: Whether the model was trained on conversations.
         eps: Epsilon of the source's norms.
+        padding: Rows of tensors that follow those of the vocabulary and that the model does not have, by name.
+        nanochat: What a checkpoint of nanochat needs beyond this to be written again: "folder" and "tag" (the names of
+            its two folders), "meta" (the content of its meta_STEP.json) and "dtypes" (of its tensors, by name). None
+            for a model of another program.
     """
 
     config: GPTConfig
@@ -36,6 +41,8 @@ class Source:
     notes: list[str]
     chat: bool = False
     eps: float = EPS
+    padding: dict[str, Tensor] = field(default_factory=dict)
+    nanochat: dict[str, Any] | None = None
 
 
 def to_float32(folder: Path, source: Source) -> Source:
@@ -50,13 +57,14 @@ def to_float32(folder: Path, source: Source) -> Source:
         )
     with torch.device("meta"):
         check_weights(folder, source.tensors, GPT(source.config))
-    for name, tensor in source.tensors.items():
+    for name, tensor in [*source.tensors.items(), *source.padding.items()]:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{folder}: {name} must be float32, bfloat16 or float16, got {kind}")
         if not tensor.isfinite().all():
             raise ValueError(f"{folder}: {name} has values that are not finite: the model is damaged")
-    return dataclasses.replace(source, tensors={name: tensor.float() for name, tensor in source.tensors.items()})
+    tensors, padding = ({name: t.float() for name, t in group.items()} for group in (source.tensors, source.padding))
+    return dataclasses.replace(source, tensors=tensors, padding=padding)
 
 
 def tensor_names(config: GPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.config import ARCHITECTURES, GPTConfig
 from nanochat_native.model.functional import EPS
-from nanochat_native.model.gpt import ROTARY_BASE, SOFTCAP
+from nanochat_native.model.gpt import SOFTCAP
 
 MODEL_TYPE, ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
 ENDS = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
@@ -23,6 +23,7 @@ BLOCK = {
     "mlp.c_proj": "mlp.fc2",
 }
 
+OCTOBER = ARCHITECTURES["october"]
 SIZES = {
     "max_position_embeddings": "sequence_len",
     "vocab_size": "vocab_size",
@@ -47,8 +48,15 @@ def names(n_layer: int) -> dict[str, str]:
 def config_of(config: GPTConfig, *, bos_id: int | None, dtype: str) -> dict[str, Any]:
     """Return the content of config.json.
 
-    Raises ValueError for a model with windows, which transformers does not support.
+    Raises ValueError, naming the parts, for a model with parts of today's architecture, and for one with windows:
+    transformers supports neither.
     """
+    parts = [part for part in config.parts_beyond("october") if part != "initialization"]
+    if parts:
+        raise ValueError(
+            f"transformers has nanochat's first architecture only, and this model differs in {', '.join(parts)}; "
+            "--format nanochat or safetensors supports it"
+        )
     if any(window is not None for window in config.windows):
         raise ValueError(
             f"train's --window-pattern must be L, got {config.window_pattern}: transformers has no windows; "
@@ -68,7 +76,7 @@ def config_of(config: GPTConfig, *, bos_id: int | None, dtype: str) -> dict[str,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "rms_norm_eps": EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(ROTARY_BASE)},
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(OCTOBER["rotary_base"])},
         "final_logit_softcapping": SOFTCAP,
         "tie_word_embeddings": False,
         "bos_token_id": bos_id,
@@ -134,7 +142,7 @@ def gpt_config(folder: Path) -> tuple[GPTConfig, float]:
         "attention_bias": (found.get("attention_bias", False), False),
         "tie_word_embeddings": (found.get("tie_word_embeddings", False), False),
         "final_logit_softcapping": (found.get("final_logit_softcapping", SOFTCAP), SOFTCAP),
-        "rope_theta": (rope.get("rope_theta", found.get("rope_theta", ROTARY_BASE)), ROTARY_BASE),
+        "rope_theta": (rope.get("rope_theta", found.get("rope_theta", OCTOBER["rotary_base"])), OCTOBER["rotary_base"]),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "rope_scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1)), 1),

@@ -1,4 +1,4 @@
-"""Exports a trained model as a folder that transformers opens."""
+"""Exports a trained model as a folder that transformers or nanochat opens."""
 
 import dataclasses
 import importlib.util
@@ -20,8 +20,10 @@ from nanochat_native.data.conversations import chat_template, is_chat_trained, p
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.inference.engine import complete
 from nanochat_native.inference.sampling import Sampling
-from nanochat_native.interop import transformers_config
+from nanochat_native.interop import nanochat_export, transformers_config
+from nanochat_native.interop.nanochat_files import NANOCHAT, PADDING
 from nanochat_native.model.gpt import GPT
+from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import EXAMPLES, STDLIB
 from nanochat_native.runs.run_folder import load_config
 from nanochat_native.runs.saved_model import load_model
@@ -34,7 +36,7 @@ VERIFIED_TOKENS = 24  # greedy tokens compared after each prompt
 
 @dataclass
 class Options:
-    """Export a trained model in the format that transformers, vLLM and others read."""
+    """Export a trained model in the format that transformers, vLLM and others read, or in nanochat's."""
 
     checkpoint: Path
     """Run folder of `python -m nanochat_native.train` or finetune."""
@@ -42,16 +44,18 @@ class Options:
     """Folder to write; it must not exist, or must be empty."""
     step: int | None = None
     """Checkpoint to use; default: the newest."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the written weights; bfloat16 halves their size and rounds them."""
-    format: Literal["transformers", "safetensors"] = "transformers"
-    """transformers: for AutoModelForCausalLM and AutoTokenizer. safetensors: weights under nanochat's names."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the written weights; bfloat16 halves their size and rounds them. With --format nanochat, bfloat16 is for
+    the embeddings only, as in nanochat's files. auto: float32, or with that format the types of the imported file."""
+    format: Literal["transformers", "safetensors", "nanochat"] = "transformers"
+    """transformers: for AutoModelForCausalLM and AutoTokenizer, models of --architecture october. safetensors: weights
+    under nanochat's names. nanochat: a base directory of nanochat with model_STEP.pt, meta_STEP.json and tokenizer."""
     verify: bool = False
     """Open the folder with transformers, which must be installed, and compare logits and greedy tokens."""
 
 
-def export(options: Options) -> None:
-    """Write the folder, completely or not at all.
+def export(options: Options) -> str:
+    """Write the folder, completely or not at all. Return the types of its weights, for the user.
 
     Raises ValueError for a folder that is not empty and for a model that the format cannot express, and the errors of
     load_model.
@@ -60,14 +64,15 @@ def export(options: Options) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another --out")
     model, tokenizer, meta = load_model(options.checkpoint, options.step, warn=_warn)
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    state = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if options.format != "nanochat" and options.dtype == "bfloat16":
+        state = {name: parameter.bfloat16() for name, parameter in state.items()}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         if options.format == "transformers":
-            config = transformers_config.config_of(model.config, bos_id=tokenizer.bos_id, dtype=options.dtype)
+            config = transformers_config.config_of(model.config, bos_id=tokenizer.bos_id, dtype=_types(options, meta))
             _write_json(temporary / "config.json", config)
             ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends_of(tokenizer, meta), "do_sample": False}
             _write_json(temporary / "generation_config.json", ends)
@@ -75,6 +80,12 @@ def export(options: Options) -> None:
                 temporary, transformers_config.renamed(state, transformers_config.names(model.config.n_layer))
             )
             write_tokenizer(temporary, tokenizer, chat=is_chat_trained(meta))
+        elif options.format == "nanochat":
+            nanochat_export.check_architecture(model.config)
+            padding = _padding(options.checkpoint, meta)
+            weights = nanochat_export.weights_of(state, padding, meta, options.dtype)
+            trained = load_config(options.checkpoint)
+            nanochat_export.write_nanochat(temporary, model.config, weights, tokenizer, meta, trained)
         else:
             _write_json(temporary / "model_config.json", dataclasses.asdict(model.config))
             write_weights(temporary, state)
@@ -86,6 +97,14 @@ def export(options: Options) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return _types(options, meta)
+
+
+def _padding(run: Path, meta: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return the rows that import cut from the weights of nanochat's file, by name."""
+    if NANOCHAT not in meta:
+        return {}
+    return checkpoint.load(run / "checkpoints", meta["step"], warn=_warn)[0].get(PADDING, {})
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
@@ -163,7 +182,8 @@ def card(options: Options, model: GPT, tokenizer: Tokenizer, meta: Mapping[str, 
     kind = "It continues text. It was not trained to chat and has had no safety training."
     if is_chat_trained(meta):
         kind = "It was fine-tuned on conversations; its tokenizer has the chat template. It has had no safety training."
-    use = _use(options, chat=is_chat_trained(meta))
+    is_today = not shape.parts_beyond("today")
+    use = _use(options, nanochat_export.folder_of(shape, meta), chat=is_chat_trained(meta), is_today=is_today)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -174,7 +194,7 @@ tags: [nanochat]
 {model.num_params():,} parameters: {shape.n_layer} layers, width {shape.n_embd}, {shape.n_head} query and
 {shape.n_kv_head} key/value heads, {shape.sequence_len} tokens of context, a vocabulary of {shape.vocab_size:,}.
 
-- Training: {training}. Exported in {options.dtype} with {nanochat_native.__version__}.
+- Training: {training}. Exported in {_types(options, meta)} with {nanochat_native.__version__}.
 - Data: {data}; tokenizer {tokenizer.hash[:16]}.
 - Validation: {quality}.
 - {kind}
@@ -182,8 +202,31 @@ tags: [nanochat]
 {use}"""
 
 
-def _use(options: Options, *, chat: bool) -> str:
-    """Return the model card's section on opening the folder, and on texts that may contain special tokens."""
+def _types(options: Options, meta: Mapping[str, Any]) -> str:
+    """Return the types of the written weights, for the user."""
+    if options.format == "nanochat" and options.dtype == "auto" and NANOCHAT in meta:
+        return "the types of the imported file"
+    if options.format == "nanochat" and options.dtype == "bfloat16":
+        return "float32, the embeddings in bfloat16"
+    return "float32" if options.dtype == "auto" else options.dtype
+
+
+def _use(options: Options, folder: Path, *, chat: bool, is_today: bool) -> str:
+    """Return the model card's section on opening the folder, and on texts that may contain special tokens.
+
+    folder: that of the checkpoint, in nanochat's base directory.
+    """
+    if options.format == "nanochat" and not is_today:
+        return f"It is a base directory of nanochat of October 2025 with the checkpoint `{folder}`.\n"
+    if options.format == "nanochat":
+        source = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl"}.get(folder.parts[0])
+        command = "base_eval --eval sample" if source is None else f"chat_cli -i {source}"
+        return f"""It is a base directory of nanochat with the checkpoint `{folder}`:
+
+```sh
+NANOCHAT_BASE_DIR=$PWD python -m scripts.{command} {"--model-tag" if source is None else "-g"} {folder.name}
+```
+"""
     opened = "The weights have nanochat's names. model_config.json describes the shape, tokenizer/ is the tokenizer.\n"
     protected = ""
     if options.format == "transformers":

@@ -27,7 +27,15 @@ from nanochat_native.lab.command_flags import refuse_run_flags
 from nanochat_native.lab.fork import Fork
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import metrics_log, pictures, results
-from nanochat_native.runs.config import TrainConfig, parse, to_json
+from nanochat_native.runs.config import (
+    TrainConfig,
+    parse,
+    reopened,
+    resolve_device,
+    resolve_recipe,
+    to_json,
+    upgraded,
+)
 from nanochat_native.runs.run_folder import COMPARED_BY_CONTENT, PER_CALL_FLAGS, is_run
 from nanochat_native.runtime.console import Console, SilentConsole, bar
 from nanochat_native.runtime.errors import ConfigError
@@ -77,6 +85,32 @@ SUITES: dict[str, dict[str, str]] = {
         "Frobenius renormalisation": "--frobenius-renormalisation",
         "per head": "--per-head",
     },
+    # All with the same rows, because a run is validated on rows of the kind that it is trained on.
+    "recipes": {
+        "october": "--recipe october --packing stream",
+        "today": "--recipe today --packing stream",
+        "today's model, october's recipe": "--recipe october --architecture today --packing stream",
+        "october's model, today's recipe": "--recipe today --architecture october --packing stream",
+    },
+    "parts": {
+        "today": "",
+        "no value embeddings": "--value-embeddings off",
+        "no residual scalars": "--residual-scalars off",
+        "no smear": "--smear off",
+        "no backout": "--backout off",
+        "q and k not scaled": "--qk-scale 1",
+        "rotary base 10000": "--rotary-base 10000",
+        "no short windows": "--window-pattern L",
+        "no NorMuon": "--normuon off",
+        "no row equilibration": "--row-equilibration off",
+        "no Frobenius renormalisation": "--frobenius-renormalisation off",
+        "no cautious decay": "--cautious off",
+        "constant decay": "--decay-schedule constant",
+        "no weight decay": "--matrix-weight-decay 0",
+        "no warm-up": "--warmup-steps 0",
+        "no fall of the momentum": "--momentum-final 0.97",
+        "quintic": "--ns-coefficients quintic",
+    },
     # The factors multiply the learning rates of all groups. The momentum that comes after makes longer steps, so its
     # matrices start at a lower rate.
     "guide": {
@@ -88,10 +122,19 @@ SUITES: dict[str, dict[str, str]] = {
         "original guide": "--muon-form original_guide --ns-coefficients cubic",
     },
 }
+# The recipe of the suites; those of October test one change of it at a time.
+RECIPE_OF_SUITE = dict.fromkeys(SUITES, "october") | {"recipes": "auto", "parts": "today"}
 # The defaults on a CPU: a model so small that the default comparison takes minutes.
 CPU_DEFAULTS = TrainConfig(
     depth=2, vocab_size=1024, max_seq_len=128, total_batch_size=1024, num_iterations=64, eval_tokens=8192
 )
+# For the suite parts: a sequence that is longer than a short window, and schedules that fit into the run.
+PARTS_ON_CPU: dict[str, Any] = {
+    "max_seq_len": 256,
+    "total_batch_size": 2048,
+    "momentum_warmup_steps": 16,
+    "warmup_steps": 4,
+}
 
 
 @dataclass
@@ -108,9 +151,11 @@ class Options:
     The guide explains it: docs/guide/09-optimizers.md and docs/guide/10-rates-schedules-batches.md.
     """
 
-    suite: Literal["optimizers", "newton_schulz", "momentum", "muon", "guide"] = "optimizers"
-    """Cases to compare: optimizers, coefficients and steps of Newton-Schulz, Muon's momentum, Muon's options, or the
-    Muon of the original guide (docs/guide/a-original-guide.md) and each of its differences from ours."""
+    suite: Literal["optimizers", "newton_schulz", "momentum", "muon", "recipes", "parts", "guide"] = "optimizers"
+    """Cases to compare: optimizers, coefficients and steps of Newton-Schulz, Muon's momentum, Muon's options,
+    nanochat's recipes and models, today's recipe without each of its parts, or the Muon of the original guide
+    (docs/guide/a-original-guide.md) and each of its differences from ours. Unless --recipe is given, all but recipes
+    and parts use the recipe of October 2025."""
     cases: tuple[str, ...] = ()
     """Own cases instead of a suite, each "name: flags of train", e.g. "warm: --warmup-ratio 0.1" "cold:"."""
     fork: Path | None = None
@@ -187,7 +232,7 @@ class Comparison:
 
     def corpus_of(self, case: str) -> Corpus | None:
         """Return the prepared data if the case trains on it, else None."""
-        data_flags = ("data", "text_column", "vocab_size", "cache_dir")
+        data_flags = ("data", "text_column", "vocab_size", "cache_dir", "validation", "tokenize")
         same = all(getattr(self.cases[case], name) == getattr(self.plan, name) for name in data_flags)
         return self.corpus if same else None
 
@@ -340,12 +385,20 @@ def markdown_table(rows: Sequence[dict[str, Any]], *, baseline: str, unit: str) 
     return text
 
 
-def make_cases(options: Options, config: TrainConfig, origin: Fork | None) -> dict[str, TrainConfig]:
-    """Return the config of each case. Raises ConfigError, with the name of the case, for wrong flags."""
+def make_cases(
+    options: Options, config: TrainConfig, given: TrainConfig, origin: Fork | None
+) -> dict[str, TrainConfig]:
+    """Return the config of each case. Raises ConfigError, with the name of the case, for wrong flags.
+
+    Args:
+        config: the flags that all cases share, but for those that follow from the recipe.
+        given: the flags as they were given, from which those that follow from the recipe are taken.
+    """
+    base = reopened(config, given)
     cases = {}
     for name, flags in options.selected_cases().items():
         try:
-            cases[name] = parse(shlex.split(flags), base=config)
+            cases[name] = resolve_device(parse(shlex.split(flags), base=base))
             if origin is not None:
                 origin.check(cases[name], config)
         except ValueError as error:
@@ -429,14 +482,14 @@ def measure_costs(comparison: Comparison, *, seconds: float, repeats: int) -> di
     return costs
 
 
-def open_comparison(options: Options, config: TrainConfig, console: Console) -> Comparison:
+def open_comparison(options: Options, config: TrainConfig, given: TrainConfig, console: Console) -> Comparison:
     """Create a comparison, or open the one in its folder. Raises ConfigError if the folder holds another one."""
     selected = options.selected_cases()
     baseline = next(iter(selected)) if options.baseline is None else options.baseline
     if baseline not in selected:
         raise ConfigError(f"--baseline must be one of {', '.join(map(repr, selected))}, got {baseline!r}")
     origin = None if options.fork is None else fork.open_fork(options.fork, options.fork_step, console)
-    planned = make_cases(options, config, origin)
+    planned = make_cases(options, config, given, origin)
     plan = Trainer(config, console)
     steps, first = plan.config.num_iterations, 0
     name: str = "own" if options.cases else options.suite
@@ -448,7 +501,7 @@ def open_comparison(options: Options, config: TrainConfig, console: Console) -> 
     console.say(f"compare  {', '.join(selected)} | {report.describe_run(plan.setup)}, {steps} steps")
     every = math.ceil((steps - first) / EVALUATIONS_PER_RUN) if is_unset(config, "eval_every") else config.eval_every
     folder = options.out or results.OUT / f"compare-{name}"
-    cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every), origin)
+    cases = make_cases(options, dataclasses.replace(plan.config, eval_every=every), given, origin)
     comparison = Comparison(cases, baseline, options.seeds, options.rates, folder, config, plan.corpus, [], {}, origin)
     if folder.exists() and not all(map(is_temporary, folder.iterdir())):
         stored = read_result(folder)
@@ -476,14 +529,15 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return the names of the differences between two fingerprints. A flag that one lacks has its default there."""
-    defaults = to_json(TrainConfig())
+    """Return the names of the differences between two fingerprints. A flag that one lacks has its default there, in the
+    recipe of October 2025."""
+    defaults = to_json(resolve_recipe(TrainConfig(), default="october"))
     names = [name for name in ("baseline", "rates", "data", "fork") if stored.get(name) != wanted.get(name)]
     cases = [plan.get("cases", {}) for plan in (stored, wanted)]
     if set(cases[0]) != set(cases[1]):
         names.append("cases")
     for case in set(cases[0]) & set(cases[1]):
-        old = defaults | cases[0][case]
+        old = defaults | upgraded(cases[0][case])
         names += [flag(name) for name, value in cases[1][case].items() if old[name] != value]
     return list(dict.fromkeys(names))
 
@@ -504,24 +558,32 @@ def fingerprint(comparison: Comparison) -> dict[str, Any]:
     return found
 
 
-def defaults(options: Options, args: Sequence[str]) -> TrainConfig | None:
-    """Return the defaults of train's flags: those of the run that is forked, None for train's own, or a small model on
-    a CPU."""
+def defaults(options: Options, args: Sequence[str]) -> TrainConfig:
+    """Return the defaults of train's flags: those of the run that is forked, or those of train, on a CPU with a small
+    model; with the recipe of the suite."""
     if options.fork is not None:
         return fork.defaults_of(options.fork)
+    recipe: Any = "auto" if options.cases else RECIPE_OF_SUITE[options.suite]
     if torch.cuda.is_available() and "cpu" not in args:
-        return None
+        return TrainConfig(recipe=recipe)
+    small = dataclasses.replace(CPU_DEFAULTS, recipe=recipe)
+    if options.suite == "parts" and not options.cases:
+        small = dataclasses.replace(small, **PARTS_ON_CPU)
     if any(argument.startswith("--target") for argument in args):
-        return dataclasses.replace(CPU_DEFAULTS, num_iterations=UNSET)
-    return CPU_DEFAULTS
+        return dataclasses.replace(small, num_iterations=UNSET)
+    return small
 
 
-def run(options: Options, config: TrainConfig, console: Console) -> int:
+def run(options: Options, config: TrainConfig, given: TrainConfig, console: Console) -> int:
     """Run what the comparison is missing, print its table, and write the result with its picture.
+
+    Args:
+        config: the flags that all cases share, with all sizes filled in.
+        given: the same flags as they were given.
 
     Returns 0, or the exit code of a run that a signal stopped.
     """
-    comparison = open_comparison(options, config, console)
+    comparison = open_comparison(options, config, given, console)
 
     def save(finished: bool) -> dict[str, Any]:
         record = results.result(

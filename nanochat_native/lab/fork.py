@@ -14,7 +14,11 @@ from nanochat_native.runtime.flags import UNSET, flag
 
 # Flags that a fork keeps: the shape of the weights, the kind of optimizer state, and the rows of a step, because the
 # data continues at the number of the step.
-KEPT = ("depth", "head_dim", "n_kv_head", "vocab_size", "optimizer", "total_batch_size", "max_seq_len")
+KEPT = (
+    *("recipe", "architecture", "depth", "head_dim", "n_kv_head", "vocab_size"),
+    *("value_embeddings", "residual_scalars", "smear", "backout"),
+    *("optimizer", "total_batch_size", "max_seq_len"),
+)
 DATA = ("data", "text_column")  # compared by content with the run, and by value between the cases
 
 
@@ -78,6 +82,8 @@ def defaults_of(folder: Path) -> TrainConfig:
         raise ConfigError(f"--fork must be a run of nanochat_native.train, got {folder}, a run of finetune")
     plain = TrainConfig()
     own = {name: getattr(plain, name) for name in (*PER_CALL_FLAGS, "diagnose")}
+    if config.momentum_final == config.momentum_end:  # then it follows the --momentum-end of each case
+        own["momentum_final"] = plain.momentum_final
     return dataclasses.replace(config, **own, eval_every=UNSET)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native.optim import clip_reduced_
-from nanochat_native.optim.routing import BLOCKS, LM_HEAD, WTE
+from nanochat_native.optim.routing import BLOCKS, LM_HEAD, VALUE_EMBEDS, WTE
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import results
 from nanochat_native.runs.config import TrainConfig
@@ -27,7 +27,7 @@ from nanochat_native.runtime.signals import StopSignals
 from nanochat_native.training.report import describe_run
 from nanochat_native.training.trainer import Trainer
 
-PARTS = {"matrices": BLOCKS, "wte": WTE, "lm_head": LM_HEAD}
+PARTS = {"matrices": BLOCKS, "wte": WTE, "lm_head": LM_HEAD, "value_embeds": VALUE_EMBEDS}
 STEPS_PER_POINT = 10  # of the noise scale over time
 TABLE_FACTORS = (1 / 16, 1 / 4, 1, 4, 16)  # batch sizes in the printed table, in units of the noise scale
 
@@ -108,8 +108,8 @@ def measure_step(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> tuple[float,
     """Compute the gradients of a step, and leave their mean over the micro-batches in .grad.
 
     Returns:
-        The loss, and for "all" and each of PARTS two squared norms: the mean over the micro-batches, and that of the
-        mean gradient.
+        The loss, and for "all" and each of PARTS that the model has two squared norms: the mean over the micro-batches,
+        and that of the mean gradient.
     """
     named = list(trainer.model.named_parameters())
     total = [torch.zeros_like(parameter) for _, parameter in named]
@@ -131,7 +131,8 @@ def measure_step(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> tuple[float,
     norms = {"all": (sum(pairs[0]), sum(pairs[1]))}
     for part, beginning in PARTS.items():
         places = [i for i, (name, _) in enumerate(named) if name.startswith(beginning)]
-        norms[part] = (sum(pairs[0][i] for i in places), sum(pairs[1][i] for i in places))
+        if places:
+            norms[part] = (sum(pairs[0][i] for i in places), sum(pairs[1][i] for i in places))
     return loss.item(), norms
 
 
@@ -171,6 +172,7 @@ def run(options: Options, config: TrainConfig, console: Console) -> Outcome:
     if is_unset(config, "device_batch_size"):
         config = dataclasses.replace(config, device_batch_size=1)
     trainer = Trainer(config, console)
+    trainer.refuse_loss_scaling()
     config = trainer.config
     if config.total_batch_size < 2 * config.max_seq_len:
         raise ConfigError(

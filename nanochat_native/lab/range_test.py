@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nanochat_native.optim.routing import BLOCKS, LM_HEAD, WTE
+from nanochat_native.optim.routing import BLOCKS, LM_HEAD, VALUE_EMBEDS, WTE
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import results
 from nanochat_native.runs.config import TrainConfig
@@ -25,7 +25,12 @@ from nanochat_native.training.trainer import Trainer
 HALF_WINDOW = 0.04  # share of the steps on each side of a point that its slope and its mean use
 RECENT = 3  # losses whose mean decides whether the test has diverged
 MARGIN = 4.0  # the suggestion is at least the rate of the lowest loss divided by this
-GROUPS = {"matrix": BLOCKS, "embedding": WTE, "unembedding": LM_HEAD}
+GROUPS = {
+    "matrix": (BLOCKS,),
+    "embedding": (WTE, VALUE_EMBEDS),
+    "unembedding": (LM_HEAD,),
+    "scalar": ("resid_lambdas", "x0_lambdas"),
+}
 
 
 @dataclass
@@ -38,7 +43,7 @@ class Options:
     The guide explains it: docs/guide/10-rates-schedules-batches.md.
     """
 
-    group: Literal["all", "matrix", "embedding", "unembedding", "each"] = "all"
+    group: Literal["all", "matrix", "embedding", "unembedding", "scalar", "each"] = "all"
     """The parameters whose rate rises: all together; one group, with the others frozen; or each group in turn."""
     steps: int = 100
     """Number of steps from --floor to --ceiling, one for each rate."""
@@ -47,8 +52,8 @@ class Options:
     ceiling: float = 1e3
     """Last factor; the test stops earlier if the loss diverges."""
     warmup_steps: int | None = None
-    """Steps of all groups at a factor of 1 before the test; default: 0, or 20 for a single group. Without them most
-    gradients are 0, because lm_head starts at 0."""
+    """Steps of all groups at a factor of 1 before the test, not train's flag of this name; default: 0, or 20 for a
+    single group. Without them most gradients are 0, because lm_head starts at 0."""
     out: Path | None = None
     """Folder for result.json and the picture; default: lab/lr_find, or the next free name."""
 
@@ -248,10 +253,15 @@ class Outcome(NamedTuple):
 def run(options: Options, config: TrainConfig, console: Console) -> Outcome:
     """Test the groups that the options name, print the suggestions, and write the result with its picture."""
     trainer = Trainer(config, console)
+    trainer.refuse_loss_scaling()
     config = trainer.config
+    groups = list(GROUPS) if options.group == "each" else [options.group]
+    if config.residual_scalars == "off":
+        if options.group == "scalar":
+            raise ConfigError("--group scalar needs a model with --residual-scalars on")
+        groups = [group for group in groups if group != "scalar"]
     folder = results.open_folder(options.out, "lr_find")
     console.say(f"test     {report.describe_run(trainer.setup)}, {options.steps} steps for each test")
-    groups = list(GROUPS) if options.group == "each" else [options.group]
     tests: list[dict[str, Any]] = []
     with StopSignals("the results so far are kept") as stopping:
         for group in groups:

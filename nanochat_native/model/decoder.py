@@ -1,6 +1,9 @@
 """The model with a KV cache, for generation."""
 
 import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -14,7 +17,8 @@ from nanochat_native.ops.cached_forward import to_device
 class Decoder:
     """The model for generation, without gradients: each sequence has a slot of a preallocated cache.
 
-    The weights are the model's own if they have its compute_dtype, otherwise copies. See ops.cached_forward_.
+    The weights are the model's own if they have its compute_dtype, otherwise copies. The lambdas and the gate of smear,
+    in float32, are always its own. See ops.cached_forward_.
 
     On the native CPU backend, in float32, the logits of a token have the same bits whatever else is decoded with it and
     however its prompt was split. Elsewhere they may differ by rounding.
@@ -26,33 +30,65 @@ class Decoder:
     def __init__(self, model: GPT, slots: int, capacity: int) -> None:
         config, device, dtype = model.config, model.wte.weight.device, model.compute_dtype
         self.device = device
-
-        def weights(*linears: nn.Linear) -> list[Tensor]:
-            return [linear.weight.detach().to(dtype) for linear in linears]
+        self._smear = config.smear
+        self._tokens: dict[int, dict[int, int]] = defaultdict(dict)  # of each slot by position, for smear
 
         blocks = []
         for block in model.blocks:
             a, mlp = block.attn, block.mlp
-            blocks += weights(a.c_q, a.c_k, a.c_v, a.c_proj, mlp.c_fc, mlp.c_proj)
-        (lm_head,) = weights(model.lm_head)
+            blocks += [_weight(m, dtype) for m in (a.c_q, a.c_k, a.c_v, a.c_proj, mlp.c_fc, mlp.c_proj)]
         shape = (config.n_layer, slots, capacity, 2 * config.n_kv_head, config.head_dim)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
-        self._forward = functools.partial(
+        self._forward: Callable[..., Tensor] = functools.partial(
             ops.cached_forward_,
-            wte=model.wte.weight.detach().to(dtype),
+            wte=_weight(model.wte, dtype),
             blocks=blocks,
-            lm_head=lm_head,
+            lm_head=_weight(model.lm_head, dtype)[: config.vocab_size],
             windows=config.windows,
             cos=model.cos[0, :, 0],  # float32 even if the weights are bfloat16, as in training
             sin=model.sin[0, :, 0],
             cache=self.cache,
             softcap=SOFTCAP,
+            qk_scale=config.qk_scale,
+            **_parts(model, dtype),
         )
 
     def prefill(self, slot: int, tokens: list[int], start: int) -> None:
         """Fill the positions from `start` of a slot with `tokens`; the earlier positions must be filled."""
-        self._forward(to_device([tokens], self.device), [slot], [start], with_logits=False)
+        self._run([slot], [tokens], [start], with_logits=False)
 
     def decode(self, slots: list[int], tokens: list[int], positions: list[int]) -> Tensor:
         """Decode one token per slot, each at its position; return logits (len(slots), V), float32 or better."""
-        return self._forward(to_device(tokens, self.device)[:, None], slots, positions)
+        return self._run(slots, [[token] for token in tokens], positions)
+
+    def _run(self, slots: list[int], tokens: list[list[int]], starts: list[int], *, with_logits: bool = True) -> Tensor:
+        ids = to_device(tokens, self.device)
+        if not self._smear:
+            return self._forward(ids, slots, starts, with_logits=with_logits)
+        previous = [self._tokens[slot].get(start - 1, -1) for slot, start in zip(slots, starts, strict=True)]
+        logits = self._forward(ids, slots, starts, with_logits=with_logits, previous=previous)
+        for slot, row, start in zip(slots, tokens, starts, strict=True):
+            self._tokens[slot].update(enumerate(row, start))
+        return logits
+
+
+def _weight(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> Tensor:
+    return module.weight.detach().to(dtype)
+
+
+def _parts(model: GPT, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of cached_forward_ for the parts that nanochat's first architecture lacks."""
+    config, parts = model.config, dict[str, Any]()
+    wide = torch.promote_types(dtype, torch.float32)
+    if config.value_embeddings:
+        parts |= {"value_gates": [None] * config.n_layer, "value_tables": [None] * config.n_layer}
+        for layer in filter(config.has_value_embedding, range(config.n_layer)):
+            parts["value_gates"][layer] = _weight(model.blocks[layer].attn.ve_gate, dtype)
+            parts["value_tables"][layer] = _weight(cast(nn.Embedding, model.value_embeds[str(layer)]), dtype)
+    if config.residual_scalars:
+        parts |= {"resid_lambdas": model.resid_lambdas, "x0_lambdas": model.x0_lambdas}
+    if config.smear:
+        parts |= {"smear_gate": model.smear_gate.weight, "smear_lambda": model.smear_lambda}
+    if config.backout:
+        parts["backout_lambda"] = model.backout_lambda
+    return {name: part.detach().to(wide) if isinstance(part, Tensor) else part for name, part in parts.items()}

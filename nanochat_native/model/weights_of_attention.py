@@ -1,10 +1,12 @@
 """The weights of attention, for looking into a model: training and generation never store them."""
 
+from typing import Any, cast
+
 import torch
+import torch.nn as nn
 from torch import Tensor
 
-from nanochat_native.model.functional import add_norm, embedding_norm
-from nanochat_native.model.gpt import GPT
+from nanochat_native.model.gpt import GPT, Attention
 from nanochat_native.ops.attention import attention_mask
 
 
@@ -24,14 +26,18 @@ def attention_weights(model: GPT, ids: Tensor) -> Tensor:
         raise ValueError(
             f"ids must have shape (B, T), B >= 1 and T from 1 to {model.max_positions}, got {tuple(ids.shape)}"
         )
-    length = ids.size(1)
-    cos, sin = model.cos[:, :length], model.sin[:, :length]
-    x, n = add_norm(embedding_norm(ids, model.wte.weight, model.compute_dtype), None)
     layers = []
-    for block in model.blocks:
-        q, k, _ = block.attn.project(n, cos, sin)
-        layers.append(_weights(q, k, block.attn.window))
-        x, n = block(x, n, cos, sin)
+
+    def record(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+        q, k, _ = cast(Attention, attention).project(*inputs)
+        layers.append(_weights(q, k, cast(Attention, attention).window))
+
+    hooks = [block.attn.register_forward_pre_hook(record) for block in model.blocks]
+    try:
+        model.hidden_states(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return torch.stack(layers)
 
 

@@ -25,8 +25,9 @@ from nanochat_native.ops.backends import (
 from nanochat_native.ops.cached_forward import cached_forward_
 from nanochat_native.ops.linear import linear, linear_backward
 from nanochat_native.ops.linear_cross_entropy import linear_cross_entropy
+from nanochat_native.ops.mix_rms_norm import mix_rms_norm
 from nanochat_native.ops.modes import beyond_backward
-from nanochat_native.ops.muon import muon_momentum_, muon_update_, newton_schulz_update_
+from nanochat_native.ops.muon import muon_momentum_, muon_update_, newton_schulz_update_, normuon_update_
 from nanochat_native.ops.newton_schulz import newton_schulz
 from nanochat_native.ops.relu_squared import (
     linear_backward_relu_squared,
@@ -37,11 +38,15 @@ from nanochat_native.ops.relu_squared import (
 )
 from nanochat_native.ops.rms_norm import add_rms_norm, embedding_rms_norm, rms_norm
 from nanochat_native.ops.rotary_norm import rotary_norm
+from nanochat_native.ops.smear import smear
+from nanochat_native.ops.value_embedding import add_value_embedding, add_value_embedding_backward
 
 __all__ = [
     "OPERATORS",
     "adamw_",
     "add_rms_norm",
+    "add_value_embedding",
+    "add_value_embedding_backward",
     "attention",
     "backend",
     "beyond_backward",
@@ -57,15 +62,18 @@ __all__ = [
     "linear_backward_relu_squared",
     "linear_cross_entropy",
     "linear_relu_squared",
+    "mix_rms_norm",
     "muon_momentum_",
     "muon_update_",
     "newton_schulz",
     "newton_schulz_update_",
+    "normuon_update_",
     "relu_squared",
     "relu_squared_",
     "relu_squared_backward_",
     "rms_norm",
     "rotary_norm",
     "serves",
+    "smear",
     "use_backend",
 ]

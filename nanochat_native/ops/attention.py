@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
+from nanochat_native.ops.block_attention import block_attention
 from nanochat_native.ops.dtypes import ALL_DTYPES, CPU_DTYPES, compute_dtype
 from nanochat_native.ops.softmax import softmax
 
@@ -49,16 +50,19 @@ def attention(
     The CPU kernels take float32, float64 and bfloat16 (computed in float32), with any strides whose stride in D is 1;
     other tensors are copied first. The CUDA kernels (compute capability 8.0 or newer) take bfloat16 and float16 with
     float32 sums, and D a multiple of 8 up to 128, computed as 64, 96 or 128; tensors whose rows are not aligned to 16
-    bytes are copied first. Other types and D run in plain torch, with a warning. On compute capability 9.0 the kernels
-    use tensor copies and wgmma. With up to 64 rows Tq * H / Hkv, a step of generation, the GPU's multiprocessors share
-    the keys.
+    bytes are copied first. On compute capability 9.0 the kernels use tensor copies and wgmma. With up to 64 rows
+    Tq * H / Hkv, a step of generation, the GPU's multiprocessors share the keys. Other types, D and GPUs run torch's
+    scaled_dot_product_attention on blocks of queries, with a warning, and without the matrix of scores.
 
     Second derivatives, forward-mode AD and torch.func transforms run in plain torch, with a warning: that keeps the
-    matrix of scores.
+    matrix of scores. Where blocks of queries run, second derivatives need the torch backend.
     """
     _check(q, k, v, window, lengths)
-    if backends.runs_native("attention", q, modes.unsupported(modes.beyond_backward(q, k, v)) or _unsupported(q)):
+    mode = modes.unsupported(modes.beyond_backward(q, k, v))
+    if backends.runs_native("attention", q, mode or _unsupported(q)):
         return native_attention(q, k, v, causal, window, scale, lengths)
+    if q.device.type == "cuda" and backends.backend() == "native" and not mode:
+        return block_attention(q, k, v, causal=causal, window=window, scale=scale, lengths=lengths)
     return reference_attention(q, k, v, causal=causal, window=window, scale=scale, lengths=lengths)
 
 

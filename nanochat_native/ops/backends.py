@@ -10,8 +10,9 @@ The CUDA kernel of `linear_cross_entropy` and the models of its memory and time 
 A wrong value raises ValueError in the first call that needs it, and in `check_environment`.
 
 On the native backend, plain torch runs an operator on a device without a native kernel, and in a mode that the kernel
-does not support (second derivatives, forward-mode AD, torch.func transforms). One warning then names the operator. A
-native module that is missing, or was built for another torch, raises RuntimeError with the command that repairs it.
+does not support (second derivatives, forward-mode AD, torch.func transforms). One warning then names the operator. On a
+GPU that is older than the CUDA kernels, one warning names all operators. A native module that is missing, or was built
+for another torch, raises RuntimeError with the command that repairs it.
 """
 
 import importlib
@@ -30,10 +31,15 @@ OPERATORS = (
     "rms_norm",
     "add_rms_norm",
     "embedding_rms_norm",
+    "mix_rms_norm",
+    "add_value_embedding",
+    "add_value_embedding_backward",
+    "smear",
     "newton_schulz",
     "adamw_",
     "muon_momentum_",
     "muon_update_",
+    "normuon_update_",
     "newton_schulz_update_",
     "linear_cross_entropy",
     "linear",
@@ -47,7 +53,7 @@ OPERATORS = (
     "linear_backward_relu_squared",
 )
 LINEAR_OPERATORS = ("linear", "linear_backward", "linear_relu_squared", "linear_backward_relu_squared")
-# Every operator has CPU kernels. Those without a CUDA kernel are composed of torch's matrix products on a GPU.
+# Every operator has CPU kernels. Those without a CUDA kernel are composed of torch's operators on a GPU.
 CUDA_OPERATORS = frozenset(OPERATORS) - {*LINEAR_OPERATORS, "cached_forward_"}
 
 REPAIR = "run `pip install --no-build-isolation .` in nanochat-native's folder, or choose NANOCHAT_NATIVE_BACKEND=torch"
@@ -150,6 +156,23 @@ DEVICES: dict[str, tuple[str, ...]] = {
     op: ("cpu", "meta", "cuda") if op in CUDA_OPERATORS and not load_error and build_info()["cuda"] else ("cpu", "meta")
     for op in OPERATORS
 }
+
+LEAST_CAPABILITY = (8, 0)  # the compute capability from which a GPU has the instructions of the CUDA kernels
+_gpu_problems: dict[int, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def gpu_problem(index: int | None = None) -> str:
+    """Return, as a phrase, why the CUDA kernels do not run on a GPU, by default the current one; "" if they do."""
+    if not torch.cuda.is_available():  # the device of a tensor without data
+        return ""
+    index = torch.cuda.current_device() if index is None else index
+    if index not in _gpu_problems:
+        capability = torch.cuda.get_device_capability(index)
+        needed, found = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+        problem = f"the CUDA kernels need compute capability {needed} or newer, and this GPU has {found}"
+        _gpu_problems[index] = problem if capability < LEAST_CAPABILITY else ""
+    return _gpu_problems[index]
 
 
 # --- the product of `linear` on a CPU ---
@@ -262,7 +285,8 @@ def serves(op: str, device: torch.device | str) -> tuple[str, str]:
     """
     if op not in DEVICES:
         raise ValueError(f"serves: op must be one of {', '.join(DEVICES)}, got {op!r}")
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
     if backend() == "torch":
         return "torch", "chosen by use_backend or NANOCHAT_NATIVE_BACKEND"
     if load_error:
@@ -270,7 +294,8 @@ def serves(op: str, device: torch.device | str) -> tuple[str, str]:
     if op in LINEAR_OPERATORS and kind == "cpu" and not uses_native_linear():
         return "torch", "torch's product is chosen by NANOCHAT_LINEAR, or is as fast on this processor"
     if kind in DEVICES[op]:
-        return "native", "kernel built"
+        problem = gpu_problem(device.index) if kind == "cuda" else ""
+        return ("torch", problem) if problem else ("native", "kernel built")
     if op not in CUDA_OPERATORS:
         return "torch", f"composed of torch's products on {kind}"
     if kind == "cuda" and not build_info()["cuda"]:
@@ -290,6 +315,9 @@ def runs_native(op: str, tensor: Tensor, unsupported: str = "") -> bool:
         return False
     require_native()
     kind = tensor.device.type
+    if kind == "cuda" and kind in DEVICES[op] and (problem := gpu_problem(tensor.device.index)):
+        warn_reference_runs("every operator", kind, problem)
+        return False
     if kind in DEVICES[op] and not unsupported:
         return True
     warn_reference_runs(op, kind, unsupported if kind in DEVICES[op] else serves(op, kind)[1])

@@ -1,5 +1,6 @@
 """The whole transformer on a key-value cache, for generation."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,14 +30,26 @@ def cached_forward_(
     cache: Tensor,
     softcap: float,
     with_logits: bool = True,
+    qk_scale: float = 1.0,
+    value_gates: Sequence[Tensor | None] = (),
+    value_tables: Sequence[Tensor | None] = (),
+    resid_lambdas: Tensor | None = None,
+    x0_lambdas: Tensor | None = None,
+    smear_gate: Tensor | None = None,
+    smear_lambda: Tensor | None = None,
+    previous: Sequence[int] = (),
+    backout_lambda: Tensor | None = None,
 ) -> Tensor:
     """Run the transformer of nanochat_native.model on T further tokens of each of B sequences, with a cache.
+
+    The defaults are those of nanochat's first architecture. See nanochat_native.model.gpt for the parts.
 
     Args:
         tokens: (B, T) int64, T from 1. Token (b, t) has position starts[b] + t of slot slots[b]. Its key and value are
             stored there, and it sees the positions of its slot up to its own.
         slots, starts: B numbers each. The slots are distinct, and each is filled before starts[b].
-        wte, lm_head: (V, C).
+        wte: (Vp, C). Tokens are rows of it.
+        lm_head: (V, C), V <= Vp.
         blocks: Six matrices per layer, as linear layers have them: of q (C, C), k and v (Hkv D, C), attention's output
             (C, C), and the MLP (F, C) and (C, F).
         windows: One per layer, as attention's.
@@ -44,8 +57,18 @@ def cached_forward_(
         cache: (layers, slots, capacity, 2 Hkv, D), keys and then values. Updated.
         softcap: Logits are softcap * tanh(x / softcap); 0 for no bound.
         with_logits: False if only the cache is needed.
+        qk_scale: A factor of the normalised queries and keys.
+        value_gates, value_tables: None, or one per layer, of which each may be None: (Hkv, n) and (Vp, Hkv D). The
+            value of a token becomes v + 3 sigmoid(gate h) table[token], for the first n channels of the block's normed
+            input h.
+        resid_lambdas, x0_lambdas: (layers,) each. A block begins with x = resid_lambda x + x0_lambda x0.
+        smear_gate, smear_lambda: (1, n) and (1,). The embedding e of a token becomes e + lambda sigmoid(gate e) f, for
+            the first n channels of e and the embedding f of the token before it.
+        previous: With smear_gate, B numbers: the token at the position before starts[b], -1 at position 0.
+        backout_lambda: (1,). Before the last norm x -= lambda m, for the stream m after the block layers // 2.
 
-    All tensors but tokens have wte's type and device, and are contiguous; cos and sin may be of a wider type.
+    All tensors but tokens have wte's type and device, and are contiguous. cos, sin, smear_gate and the lambdas may be
+    of a wider type.
 
     Returns:
         The logits of each sequence's last token: (B, V), float32, or float64 for float64; (0, V) if not with_logits.
@@ -58,13 +81,23 @@ def cached_forward_(
     with, however its prompt was divided, and for every number of threads. Otherwise it is composed of torch's products
     and `attention`.
     """
-    modes.refuse("cached_forward_", tokens, wte, blocks, lm_head, cos, sin, cache)
+    lambdas: dict[str, Any] = {
+        "resid_lambdas": resid_lambdas,
+        "x0_lambdas": x0_lambdas,
+        "smear_gate": smear_gate,
+        "smear_lambda": smear_lambda,
+        "backout_lambda": backout_lambda,
+    }
+    given = [part for part in (*value_gates, *value_tables, *lambdas.values()) if part is not None]
+    modes.refuse("cached_forward_", tokens, wte, blocks, lm_head, cos, sin, cache, given)
     run: Callable[..., Tensor]
     if tokens.device.type == "cpu" and wte.dtype == torch.float32 and backends.backend() == "native":
         backends.require_native()
         run = native_cached_forward_
     else:
-        _check(tokens, slots, starts, wte, cache)
+        _check(tokens, slots, starts, wte, lm_head, cache)
+        _check_parts(wte, cache, qk_scale, value_gates, value_tables, **lambdas)
+        _check_previous(starts, previous, wte.size(0), with_smear=smear_gate is not None)
         run = partial(reference_cached_forward_, attention=attention)
     return run(
         tokens,
@@ -79,10 +112,17 @@ def cached_forward_(
         cache=cache,
         softcap=softcap,
         with_logits=with_logits,
+        qk_scale=qk_scale,
+        value_gates=value_gates,
+        value_tables=value_tables,
+        previous=previous,
+        **lambdas,
     )
 
 
-def _check(tokens: Tensor, slots: Sequence[int], starts: Sequence[int], wte: Tensor, cache: Tensor) -> None:
+def _check(
+    tokens: Tensor, slots: Sequence[int], starts: Sequence[int], wte: Tensor, lm_head: Tensor, cache: Tensor
+) -> None:
     """Check what torch would not find. The native operator checks this and the rest by itself."""
     op = "cached_forward_"
     if tokens.dim() != 2 or tokens.size(1) == 0 or cache.dim() != 5:
@@ -92,6 +132,8 @@ def _check(tokens: Tensor, slots: Sequence[int], starts: Sequence[int], wte: Ten
         )
     checks.check_dtype(op, "tokens", tokens, (torch.int64,))
     checks.check_alike(op, "wte", wte, cache=cache)
+    if lm_head.size(0) > wte.size(0):
+        raise ValueError(f"{op}: lm_head must have at most the {wte.size(0)} rows of wte, got {lm_head.size(0)}")
     count, capacity, (B, T) = cache.size(1), cache.size(2), tokens.shape
     if len(slots) != B or len(starts) != B or len(set(slots)) != len(slots):
         raise ValueError(
@@ -103,6 +145,82 @@ def _check(tokens: Tensor, slots: Sequence[int], starts: Sequence[int], wte: Ten
             raise ValueError(
                 f"{op}: tokens must fit into {count} slots of {capacity} positions, "
                 f"got {T} tokens from position {start} of slot {slot}"
+            )
+
+
+def _check_parts(
+    wte: Tensor,
+    cache: Tensor,
+    qk_scale: float,
+    value_gates: Sequence[Tensor | None],
+    value_tables: Sequence[Tensor | None],
+    *,
+    resid_lambdas: Tensor | None,
+    x0_lambdas: Tensor | None,
+    smear_gate: Tensor | None,
+    smear_lambda: Tensor | None,
+    backout_lambda: Tensor | None,
+) -> None:
+    """Check the parts of the model that nanochat's first architecture lacks."""
+    op, layers, (heads, D) = "cached_forward_", cache.size(0), cache.shape[3:]
+
+    def check(name: str, part: Tensor, shape: tuple[int, ...]) -> None:
+        checks.check_device(op, name, part, wte.device, "wte")
+        if part.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(part.shape)}")
+
+    def check_together(**pair: Tensor | None) -> None:
+        if len(given := [name for name, part in pair.items() if part is not None]) == 1:
+            raise ValueError(f"{op}: {' and '.join(pair)} must be given together, got {given[0]} alone")
+
+    def check_gate(name: str, gate: Tensor, outputs: int) -> None:
+        channels = gate.size(1) if gate.dim() == 2 else 0
+        check(name, gate, (outputs, channels))
+        if not 1 <= channels <= wte.size(1):
+            raise ValueError(f"{op}: {name} must have from 1 to {wte.size(1)} columns, got {channels}")
+
+    if not math.isfinite(qk_scale):
+        raise ValueError(f"{op}: qk_scale must be finite, got {qk_scale}")
+    check_together(resid_lambdas=resid_lambdas, x0_lambdas=x0_lambdas)
+    check_together(smear_gate=smear_gate, smear_lambda=smear_lambda)
+    sizes = {"resid_lambdas": layers, "x0_lambdas": layers, "smear_lambda": 1, "backout_lambda": 1}
+    for (name, size), part in zip(
+        sizes.items(), (resid_lambdas, x0_lambdas, smear_lambda, backout_lambda), strict=True
+    ):
+        if part is not None:
+            check(name, part, (size,))
+    if smear_gate is not None:
+        check_gate("smear_gate", smear_gate, 1)
+    if backout_lambda is not None and not layers:
+        raise ValueError(f"{op}: backout_lambda must be None without layers")
+    if not value_gates and not value_tables:
+        return
+    if len(value_gates) != layers or len(value_tables) != layers:
+        raise ValueError(
+            f"{op}: value_gates and value_tables must have {layers} entries or none, "
+            f"got {len(value_gates)} and {len(value_tables)}"
+        )
+    for gate, table in zip(value_gates, value_tables, strict=True):
+        check_together(value_gates=gate, value_tables=table)
+        if gate is not None and table is not None:
+            checks.check_alike(op, "wte", wte, value_gates=gate, value_tables=table)
+            check_gate("value_gates", gate, heads // 2)
+            check("value_tables", table, (wte.size(0), heads // 2 * D))
+
+
+def _check_previous(starts: Sequence[int], previous: Sequence[int], tokens: int, *, with_smear: bool) -> None:
+    """Check the tokens before the first ones."""
+    op, count = "cached_forward_", len(starts) if with_smear else 0
+    if len(previous) != count:
+        raise ValueError(
+            f"{op}: previous must have {count} entries {'with' if with_smear else 'without'} smear_gate, "
+            f"got {len(previous)}"
+        )
+    for start, token in zip(starts, previous, strict=False):
+        if not (0 <= token < tokens if start else token == -1):
+            raise ValueError(
+                f"{op}: previous must be -1 at position 0 and a token from 0 to {tokens - 1} elsewhere, "
+                f"got {token} at position {start}"
             )
 
 
@@ -130,36 +248,75 @@ def reference_cached_forward_(
     cache: Tensor,
     softcap: float,
     with_logits: bool = True,
+    qk_scale: float = 1.0,
+    value_gates: Sequence[Tensor | None] = (),
+    value_tables: Sequence[Tensor | None] = (),
+    resid_lambdas: Tensor | None = None,
+    x0_lambdas: Tensor | None = None,
+    smear_gate: Tensor | None = None,
+    smear_lambda: Tensor | None = None,
+    previous: Sequence[int] = (),
+    backout_lambda: Tensor | None = None,
     attention: Callable[..., Tensor] = reference_attention,
 ) -> Tensor:
     """Do what `cached_forward_` does, with torch's products and the given `attention`."""
     T, device, (Hkv2, D) = tokens.size(1), tokens.device, cache.shape[3:]
-    slot, first = to_device([list(slots), list(starts)], device)
+    wide = compute_dtype(wte.dtype)
+    # `before` are the tokens before the first ones.
+    places = [list(slots), list(starts)] + [list(previous)] * (smear_gate is not None)
+    slot, first, *before = to_device(places, device)
     at = first[:, None] + torch.arange(T, device=device)
     cos, sin, half = cos[at][:, :, None], sin[at][:, :, None], D // 2
 
-    def norm(x: Tensor) -> Tensor:
-        wide = x.to(compute_dtype(x.dtype))
-        return (wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()).to(wte.dtype)
+    def norm(x: Tensor, scale: float = 1.0) -> Tensor:
+        x = x.to(compute_dtype(x.dtype))
+        return (x * ((x.square().mean(-1, keepdim=True) + EPS).rsqrt() * scale)).to(wte.dtype)
 
     def rotated_norm(x: Tensor) -> Tensor:
         x = x.unflatten(-1, (-1, D))
         swapped = torch.cat((x[..., half:] * sin, x[..., :half] * -sin), dim=-1)
-        return norm(x * cos + swapped)
+        return norm(x * cos + swapped, qk_scale)
+
+    def smeared(x: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
+        """Add a part of the embedding before it to each embedding."""
+        ids = torch.cat((before[0][:, None], tokens), dim=1)[:, :-1]
+        neighbour = torch.where((ids >= 0)[..., None], norm(F.embedding(ids.clamp(min=0), wte)), 0)
+        part = scale.to(wide) * (x[..., : gate.size(1)].to(wide) @ gate.to(wide).T).sigmoid()
+        return (x.to(wide) + part * neighbour.to(wide)).to(x.dtype)
+
+    def with_embeddings(values: Tensor, h: Tensor, gate: Tensor, table: Tensor) -> Tensor:
+        gates = 3 * (h[..., : gate.size(1)].to(wide) @ gate.to(wide).T).sigmoid()
+        embedded = F.embedding(tokens, table).unflatten(-1, (-1, D)).to(wide)
+        return (values.to(wide) + gates[..., None] * embedded).to(values.dtype)
+
+    def mixed(x: Tensor, x_scale: Tensor | float, other: Tensor, scale: Tensor) -> Tensor:
+        return (x_scale * x.to(wide) + scale.to(wide) * other.to(wide)).to(x.dtype)
 
     x = norm(F.embedding(tokens, wte))
+    if smear_gate is not None and smear_lambda is not None:
+        x = smeared(x, smear_gate, smear_lambda)
+    x0 = middle = x
     for layer, window in enumerate(windows):
         q, k, v, out, fc, proj = blocks[6 * layer : 6 * layer + 6]
+        if resid_lambdas is not None and x0_lambdas is not None:
+            x = mixed(x, resid_lambdas[layer].to(wide), x0, x0_lambdas[layer])
         h = norm(x)
-        cache[layer, slot[:, None], at] = torch.cat((rotated_norm(h @ k.T), (h @ v.T).unflatten(-1, (-1, D))), dim=2)
+        values = (h @ v.T).unflatten(-1, (-1, D))
+        gate, table = (parts[layer] if parts else None for parts in (value_gates, value_tables))
+        if gate is not None and table is not None:
+            values = with_embeddings(values, h, gate, table)
+        cache[layer, slot[:, None], at] = torch.cat((rotated_norm(h @ k.T), values), dim=2)
         keys, values = cache[layer].index_select(0, slot).split(Hkv2 // 2, dim=2)
         attended = attention(rotated_norm(h @ q.T), keys, values, window=window, lengths=first + T)
         x = x + attended.flatten(-2) @ out.T
         x = x + (norm(x) @ fc.T).relu().square() @ proj.T
+        middle = x if layer == len(windows) // 2 else middle
     if not with_logits:
-        return wte.new_empty((0, wte.size(0)))
+        return wte.new_empty((0, lm_head.size(0)))
+    if backout_lambda is not None:
+        x = mixed(x, 1.0, middle, -backout_lambda)
     logits = norm(x[:, -1]) @ lm_head.T
-    logits = logits.to(compute_dtype(logits.dtype))
+    logits = logits.to(wide)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
@@ -188,8 +345,10 @@ def _fake(
     cache: Tensor,
     softcap: float,
     with_logits: bool,
+    *parts: Any,
+    **named_parts: Any,
 ) -> Tensor:
-    return wte.new_empty((tokens.size(0) if with_logits else 0, wte.size(0)))
+    return wte.new_empty((tokens.size(0) if with_logits else 0, lm_head.size(0)))
 
 
 schema.register("cached_forward_", _fake)

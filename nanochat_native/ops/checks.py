@@ -35,6 +35,20 @@ def check_alike(op: str, like: str, first: Tensor, **tensors: Tensor) -> None:
         check_device(op, name, tensor, first.device, like)
 
 
+def check_rows(op: str, name: str, rows: Tensor, count: int) -> None:
+    """Raise ValueError unless the numbers of rows are from 0 to count - 1, on the CPU only.
+
+    F.embedding checks the range itself on every device, but by an IndexError or a device-side assert.
+    """
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    # Under vmap, `if` cannot use the values of one mapped call, so those of all calls are checked.
+    every = torch.func.debug_unwrap(rows)
+    outside = every[(every < 0) | (every >= count)]
+    if outside.numel():
+        raise ValueError(f"{op}: {name} must be from 0 to {count - 1}, got {int(outside[0])}")
+
+
 def check_number(
     op: str,
     name: str,

@@ -30,7 +30,7 @@ def muon_momentum_(
     *,
     momentum: float | Tensor,
     nesterov: bool = True,
-    return_norm: Literal[True],
+    return_norm: Literal[True, "rows"],
 ) -> tuple[Tensor, Tensor]: ...
 def muon_momentum_(
     grads: Sequence[Tensor],
@@ -38,7 +38,7 @@ def muon_momentum_(
     *,
     momentum: float | Tensor,
     nesterov: bool = True,
-    return_norm: bool = False,
+    return_norm: bool | Literal["rows"] = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the part of Muon before newton_schulz, for tensors of one shape in one pass.
 
@@ -48,12 +48,15 @@ def muon_momentum_(
         grads: At least one contiguous tensor; one shape, all float32 or all bfloat16.
         momentum_buffers: As many contiguous float32 tensors with that shape. Updated.
         momentum: In [0, 1): a number, or a 0-d float64 tensor on the grads' device, like adamw_'s lr.
-        return_norm: Also return the norms, computed in the same pass over memory.
+        return_norm: Also return the norms of the updates, or with "rows" those of their rows. On a CPU they are
+            computed in the same pass over memory; on CUDA those of rows take another one.
 
     Returns:
         update: (len(grads), *shape) float32, contiguous: ready for one batched newton_schulz.
         norms: (len(grads),) float64, the Frobenius norm of each update, summed in float64 in a fixed order: the same
-            bits for every number of threads. For matrices, they are the `norms` that newton_schulz takes.
+            bits for every number of threads. For matrices, they are the `norms` that newton_schulz takes. With "rows":
+            the shape of update without its last dimension, the `row_norms` that newton_schulz takes; on CUDA their sums
+            are in float32.
 
     Raises:
         ValueError, TypeError: An argument is wrong.
@@ -67,6 +70,10 @@ def muon_momentum_(
     checks.check_dtype(op, "grads[0]", grads[0], PARAM_DTYPES)
     checks.check_list_dtypes(op, grads[0].dtype, grads=grads)
     checks.check_list_dtypes(op, torch.float32, momentum_buffers=momentum_buffers)
+    if return_norm not in (False, True, "rows"):
+        raise ValueError(f"{op}: return_norm must be False, True or 'rows', got {return_norm!r}")
+    if return_norm == "rows" and not grads[0].dim():
+        raise ValueError(f"{op}: grads must have rows with return_norm 'rows', got shape ()")
     function = native_muon_momentum_ if backends.runs_native(op, grads[0]) else reference_muon_momentum_
     return function(grads, momentum_buffers, momentum=momentum, nesterov=nesterov, return_norm=return_norm)
 
@@ -87,7 +94,7 @@ def reference_muon_momentum_(
     *,
     momentum: float | Tensor,
     nesterov: bool = True,
-    return_norm: bool,
+    return_norm: bool | Literal["rows"],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @torch.no_grad()
 def reference_muon_momentum_(
@@ -96,7 +103,7 @@ def reference_muon_momentum_(
     *,
     momentum: float | Tensor,
     nesterov: bool = True,
-    return_norm: bool = False,
+    return_norm: bool | Literal["rows"] = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Do what `muon_momentum_` does, on stacked tensors."""
     g = torch.stack([grad.float() for grad in grads])
@@ -106,6 +113,8 @@ def reference_muon_momentum_(
     update = momentum * buffers + (1 - momentum) * g if nesterov else buffers
     if not return_norm:
         return update
+    if return_norm == "rows":
+        return update, torch.linalg.vector_norm(update, dim=-1, dtype=torch.float64)
     return update, torch.linalg.vector_norm(update.view(len(grads), grads[0].numel()), dim=1, dtype=torch.float64)
 
 
@@ -116,12 +125,12 @@ def native_muon_momentum_(
     *,
     momentum: float | Tensor,
     nesterov: bool,
-    return_norm: bool,
+    return_norm: bool | Literal["rows"],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the kernel."""
     momentum, momentum_tensor = schema.number_and_tensor(momentum, 0.0)
     update, norms = torch.ops.nanochat_native.muon_momentum_(
-        grads, momentum_buffers, momentum, nesterov, return_norm, momentum_tensor
+        grads, momentum_buffers, momentum, nesterov, return_norm is True, momentum_tensor, return_norm == "rows"
     )
     return (update, norms) if return_norm else update
 
@@ -133,10 +142,12 @@ def _muon_momentum_fake(
     nesterov: bool,
     with_norms: bool,
     momentum_tensor: Tensor | None,
+    with_row_norms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     count = len(grads)
     update = grads[0].new_empty((count, *grads[0].shape), dtype=torch.float32)
-    return update, grads[0].new_empty(count if with_norms else 0, dtype=torch.float64)
+    norms_shape = update.shape[:-1] if with_row_norms else (count if with_norms else 0,)
+    return update, grads[0].new_empty(norms_shape, dtype=torch.float64)
 
 
 # --- muon_update_ ---
@@ -233,6 +244,148 @@ def native_muon_update_(
     weight_decay, weight_decay_tensor = schema.number_and_tensor(weight_decay, 0.0)
     torch.ops.nanochat_native.muon_update_(
         params, update, copies or [], lr, weight_decay, scale, cautious, lr_tensor, weight_decay_tensor
+    )
+
+
+# --- normuon_update_ ---
+
+
+def normuon_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    second_momentums: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
+    beta2: float = 0.95,
+    eps: float = 1e-10,
+    renormalise: bool = False,
+    norm_eps: float = 0.0,
+    copies: Sequence[Tensor] | None = None,
+) -> None:
+    """Run NorMuon's variance reduction (arXiv:2510.05491) of orthogonalised matrices o = update[i], and muon_update_.
+
+    A line of o is a row if M >= K, else a column: s = s + (1 - beta2) (mean(o^2) - s) for each line, starting from 0
+    and without a correction of the bias. w is o / sqrt(max(s, eps)), scaled to the Frobenius norm of o.
+    p = (1 - lr weight_decay) p - lr scale w.
+
+    The kernels make one pass over o for the sums of squares and one for the update.
+
+    Args:
+        params: At least one contiguous tensor; one shape (..., M, K), all float32 or all bfloat16. Updated.
+        update: (len(params), ..., M, K) float32, contiguous.
+        second_momentums: s of each param: contiguous float32 tensors (..., M, 1) if M >= K, else (..., 1, K). Updated.
+        lr, weight_decay, scale, copies: As for muon_update_.
+        cautious: Decay only where w p >= 0.
+        beta2: In [0, 1).
+        eps: At least 0.
+        renormalise: First scale each matrix of o to the Frobenius norm of one with singular values of 1:
+            o sqrt(min(M, K)) / max(|o|_F, norm_eps).
+        norm_eps: At least 0.
+
+    Raises:
+        ValueError, TypeError: An argument is wrong.
+        RuntimeError: A derivative is asked for.
+    """
+    op = "normuon_update_"
+    modes.refuse(op, second_momentums)
+    _check_muon_update(op, params, update, lr, weight_decay, copies)
+    if params[0].dim() < 2:
+        raise ValueError(f"{op}: params must have shape (..., M, K), got {tuple(params[0].shape)}")
+    if len(second_momentums) != len(params):
+        raise ValueError(
+            f"{op}: second_momentums must have the length of params, {len(params)}, got {len(second_momentums)}"
+        )
+    *stack, M, K = params[0].shape
+    shape = (*stack, M, 1) if M >= K else (*stack, 1, K)
+    if second_momentums[0].shape != shape:
+        raise ValueError(f"{op}: second_momentums must have shape {shape}, got {tuple(second_momentums[0].shape)}")
+    checks.check_lists(op, second_momentums=second_momentums)
+    checks.check_list_dtypes(op, torch.float32, second_momentums=second_momentums)
+    checks.check_device(op, "second_momentums[0]", second_momentums[0], params[0].device, "params")
+    checks.check_number(op, "beta2", beta2, params[0].device, below=1)
+    for name, value in (("eps", eps), ("norm_eps", norm_eps)):
+        checks.check_number(op, name, value, params[0].device)
+    function = native_normuon_update_ if backends.runs_native(op, update) else reference_normuon_update_
+    function(
+        params,
+        update,
+        second_momentums,
+        lr=lr,
+        weight_decay=weight_decay,
+        scale=scale,
+        cautious=cautious,
+        beta2=beta2,
+        eps=eps,
+        renormalise=renormalise,
+        norm_eps=norm_eps,
+        copies=copies,
+    )
+
+
+@torch.no_grad()
+def reference_normuon_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    second_momentums: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
+    scale: float = 1.0,
+    cautious: bool = False,
+    beta2: float = 0.95,
+    eps: float = 1e-10,
+    renormalise: bool = False,
+    norm_eps: float = 0.0,
+    copies: Sequence[Tensor] | None = None,
+) -> None:
+    """Do what `normuon_update_` does, with `reference_muon_update_`."""
+    M, K = params[0].shape[-2:]
+    squares = update.square().sum(dim=-1 if M >= K else -2, keepdim=True)
+    norms = squares.sum(dim=(-2, -1), keepdim=True).sqrt()
+    factors = torch.ones_like(norms)
+    if renormalise:
+        factors = min(M, K) ** 0.5 / _nonzero(norms.clamp_min(norm_eps))
+    squares = squares * factors.square()
+    torch._foreach_lerp_(list(second_momentums), list((squares / min(M, K)).unbind()), 1 - beta2)
+    inverse = torch.stack(list(second_momentums)).clamp_min(eps).rsqrt()
+    after = (squares * inverse.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    reduced = update * (factors * inverse * (norms * factors / _nonzero(after)))
+    reference_muon_update_(
+        params, reduced, lr=lr, weight_decay=weight_decay, scale=scale, cautious=cautious, copies=copies
+    )
+
+
+def _nonzero(norms: Tensor) -> Tensor:
+    return torch.where(norms == 0, 1.0, norms)
+
+
+@torch.no_grad()
+def native_normuon_update_(
+    params: Sequence[Tensor],
+    update: Tensor,
+    second_momentums: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    copies: Sequence[Tensor] | None,
+    **others: Any,
+) -> None:
+    """Run the kernel."""
+    lr, lr_tensor = schema.number_and_tensor(lr, 0.0)
+    weight_decay, weight_decay_tensor = schema.number_and_tensor(weight_decay, 0.0)
+    torch.ops.nanochat_native.normuon_update_(
+        params,
+        update,
+        second_momentums,
+        copies or [],
+        lr=lr,
+        weight_decay=weight_decay,
+        lr_tensor=lr_tensor,
+        weight_decay_tensor=weight_decay_tensor,
+        **others,
     )
 
 
@@ -343,4 +496,5 @@ def native_newton_schulz_update_(
 
 schema.register("muon_momentum_", _muon_momentum_fake)
 schema.register("muon_update_", schema.returns_nothing)
+schema.register("normuon_update_", schema.returns_nothing)
 schema.register("newton_schulz_update_", schema.returns_nothing)

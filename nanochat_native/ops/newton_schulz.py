@@ -1,5 +1,6 @@
 """The Newton-Schulz iteration: matrices with singular values near 1."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,10 +34,13 @@ def newton_schulz(
     steps: int = 5,
     coefficients: str | Sequence[Triple] = "quintic",
     norms: Tensor | None = None,
+    row_norms: Tensor | None = None,
+    equilibrate_rows: bool = False,
+    norm_eps: float = 0.0,
 ) -> Tensor:
     """Orthogonalize matrices: replace the singular values of g by values near 1. Differentiable in plain torch.
 
-    X0 = g / (f |g|_F). Each step has a triple (a, b, c): A = X X^T, X = a X + (b A + c A A) X.
+    X0 = g / (f |g|_F + norm_eps). Each step has a triple (a, b, c): A = X X^T, X = a X + (b A + c A A) X.
 
     Args:
         g: (..., M, K), floating point. Each matrix is treated by itself and may have any scale.
@@ -46,6 +50,10 @@ def newton_schulz(
         norms: (...) float64, the Frobenius norms |g|_F if they are known (see muon_momentum_). They save a pass over g,
             and are not verified: wrong ones give a wrong result, and too small ones let it grow without bound. Excludes
             derivatives and torch.func transforms.
+        row_norms: (..., M) float64, the norms of the rows if they are known, instead of norms and with the same limits.
+        equilibrate_rows: First scale each row to the norm |g|_F / sqrt(M), as in MuonEq's R (arXiv:2603.28254), in the
+            pass that divides by the norm. Rows whose norm is below norm_eps grow by the factor of a row of that norm.
+        norm_eps: Added to the norm that g is divided by, at least 0.
 
     Returns:
         (..., M, K) in g's dtype, contiguous. A zero matrix gives zero; a NaN makes its matrix NaN.
@@ -62,12 +70,37 @@ def newton_schulz(
     torch.func transforms, plain torch runs with a warning, differentiable and not in bfloat16. Optimizers call this
     under torch.no_grad().
     """
-    triples, norm_factor = check_newton_schulz("newton_schulz", "g", g, steps, coefficients, norms)
-    if norms is not None:
-        modes.refuse_with("newton_schulz", "norms", g, norms)
-    if backends.runs_native("newton_schulz", g, modes.unsupported(modes.derivative(g))):
+    op = "newton_schulz"
+    triples, norm_factor = check_newton_schulz(op, "g", g, steps, coefficients, norms)
+    if not 0 <= norm_eps < math.inf:
+        raise ValueError(f"{op}: norm_eps must be a finite number >= 0, got {norm_eps}")
+    if row_norms is not None:
+        if norms is not None:
+            raise ValueError(f"{op}: norms and row_norms exclude each other, got both")
+        checks.check_dtype(op, "row_norms", row_norms, (torch.float64,))
+        checks.check_device(op, "row_norms", row_norms, g.device, "g")
+        if row_norms.shape != g.shape[:-1]:
+            raise ValueError(
+                f"{op}: row_norms must have shape {tuple(g.shape[:-1])}, that of g without K, "
+                f"got {tuple(row_norms.shape)}"
+            )
+    for name, known in (("norms", norms), ("row_norms", row_norms)):
+        if known is not None:
+            modes.refuse_with(op, name, g, known)
+    if not backends.runs_native(op, g, modes.unsupported(modes.derivative(g))):
+        return reference_newton_schulz(
+            g,
+            steps=steps,
+            coefficients=coefficients,
+            norms=norms,
+            row_norms=row_norms,
+            equilibrate_rows=equilibrate_rows,
+            norm_eps=norm_eps,
+        )
+    if row_norms is None and not equilibrate_rows and not norm_eps:
         return native_newton_schulz(g, triples, norm_factor, norms)
-    return reference_newton_schulz(g, steps=steps, coefficients=coefficients, norms=norms)
+    scales = row_scales(g, norm_factor, norms, row_norms, equilibrate_rows, norm_eps)
+    return native_newton_schulz(g, triples, norm_factor, None, scales)
 
 
 def check_newton_schulz(
@@ -111,6 +144,20 @@ def newton_schulz_schedule(steps: int, coefficients: str | Sequence[Sequence[flo
     return triples[:steps] + [triples[-1]] * (steps - len(triples)), norm_factor
 
 
+def fits_float16(triples: Sequence[Triple], norm_factor: float) -> bool:
+    """Return whether float16 holds all numbers of these steps, with a margin of 8, by bounds on singular values."""
+    top = 1 / norm_factor  # no singular value of X is larger
+    for a, b, c in triples:
+        squares = [(top * i / 256) ** 2 for i in range(257)]
+        symmetric = max(abs(b * square + c * square * square) for square in squares)  # of b A + c A A
+        following = max(abs(a + b * square + c * square * square) * square**0.5 for square in squares)
+        # False for NaN.
+        if not max(top * top, abs(b) * top * top, abs(c) * top * top, symmetric, abs(a) * top, following) <= 8192:
+            return False
+        top = following
+    return True
+
+
 # --- reference ---
 
 
@@ -120,15 +167,17 @@ def reference_newton_schulz(
     steps: int = 5,
     coefficients: str | Sequence[Sequence[float]] = "quintic",
     norms: Tensor | None = None,
+    row_norms: Tensor | None = None,
+    equilibrate_rows: bool = False,
+    norm_eps: float = 0.0,
 ) -> Tensor:
-    """Return what `newton_schulz` returns; on CUDA in bfloat16, unless a derivative is asked for."""
+    """Return what `newton_schulz` returns; on CUDA in 16 bits, unless a derivative is asked for.
+
+    These are bfloat16, and on a GPU without it float16, or float32 where float16 could overflow.
+    """
     triples, norm_factor = newton_schulz_schedule(steps, coefficients)
-    in_bfloat16 = g.device.type == "cuda" and not modes.derivative(g)
-    dtype = torch.bfloat16 if in_bfloat16 else compute_dtype(g.dtype)
-    if norms is None:
-        norms = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64)
-    norm = norms[..., None, None]
-    x = (g / torch.where(norm == 0, 1.0, norm_factor * norm)).to(dtype)
+    x = divide_by_norm(g, norm_factor, norms, row_norms, equilibrate_rows, norm_eps)
+    x = x.to(_product_dtype(g, triples, norm_factor))
     tall = g.size(-2) > g.size(-1)
     if tall:
         x = x.mT
@@ -140,14 +189,66 @@ def reference_newton_schulz(
     return x.to(g.dtype).contiguous()
 
 
+def divide_by_norm(
+    g: Tensor,
+    norm_factor: float,
+    norms: Tensor | None,
+    row_norms: Tensor | None,
+    equilibrate_rows: bool,
+    norm_eps: float,
+) -> Tensor:
+    """Return X0 of `newton_schulz`, in float64."""
+    if row_norms is not None or equilibrate_rows or norm_eps:
+        return g * row_scales(g, norm_factor, norms, row_norms, equilibrate_rows, norm_eps)[..., None]
+    if norms is None:
+        norms = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64)
+    norm = norms[..., None, None]
+    return g / torch.where(norm == 0, 1.0, norm_factor * norm)
+
+
+def row_scales(
+    g: Tensor,
+    norm_factor: float,
+    norms: Tensor | None,
+    row_norms: Tensor | None,
+    equilibrate_rows: bool,
+    norm_eps: float,
+) -> Tensor:
+    """Return the number (..., M), float64, that multiplies each row of g to make X0, 0 in a zero matrix."""
+    if norms is not None and not equilibrate_rows:
+        norms = norms[..., None]
+        divisors = torch.where(norms == 0, 1.0, norm_factor * norms + norm_eps)
+        return torch.where(norms == 0, 0.0, 1 / divisors).expand(g.shape[:-1])
+    if row_norms is None:
+        row_norms = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(row_norms, dim=-1, keepdim=True)
+    scales = torch.ones_like(row_norms)
+    if equilibrate_rows:
+        floors = row_norms.clamp_min(norm_eps)
+        scales = norms / g.size(-2) ** 0.5 / torch.where(floors == 0, 1.0, floors)
+        norms = torch.linalg.vector_norm(scales * row_norms, dim=-1, keepdim=True)
+    divisors = torch.where(norms == 0, 1.0, norm_factor * norms + norm_eps)
+    return torch.where(norms == 0, 0.0, scales / divisors)
+
+
+def _product_dtype(g: Tensor, triples: Sequence[Triple], norm_factor: float) -> torch.dtype:
+    if g.device.type != "cuda" or modes.derivative(g):
+        return compute_dtype(g.dtype)
+    if not backends.gpu_problem(g.device.index):
+        return torch.bfloat16
+    return torch.float16 if fits_float16(triples, norm_factor) else torch.float32
+
+
 # --- native ---
 
 
-def native_newton_schulz(g: Tensor, triples: Sequence[Triple], norm_factor: float, norms: Tensor | None) -> Tensor:
-    """Run the kernel."""
+def native_newton_schulz(
+    g: Tensor, triples: Sequence[Triple], norm_factor: float, norms: Tensor | None, scales: Tensor | None = None
+) -> Tensor:
+    """Run the kernel; with scales (..., M), X0 is g with its rows multiplied by them."""
     kernel_dtype = torch.float32 if g.device.type == "cuda" else compute_dtype(g.dtype)
     with torch.no_grad():
-        x = torch.ops.nanochat_native.newton_schulz(g.to(kernel_dtype), flattened(triples), norm_factor, norms)
+        x = torch.ops.nanochat_native.newton_schulz(g.to(kernel_dtype), flattened(triples), norm_factor, norms, scales)
         return x.to(g.dtype)
 
 
@@ -156,7 +257,9 @@ def flattened(triples: Sequence[Triple]) -> list[float]:
     return [number for triple in triples for number in triple]
 
 
-def _fake(g: Tensor, coefficients: Sequence[float], norm_factor: float, norms: Tensor | None) -> Tensor:
+def _fake(
+    g: Tensor, coefficients: Sequence[float], norm_factor: float, norms: Tensor | None, scales: Tensor | None = None
+) -> Tensor:
     return g.new_empty(g.shape)
 
 

@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, *, eps: float = EPS) -> Tensor:
     Second derivatives, forward-mode AD and torch.func transforms run in plain torch, with a warning. So do float64 and
     float16 on a GPU.
     """
-    _check("rms_norm", "x", x, eps)
+    check_rows("rms_norm", "x", x, eps)
     if backends.runs_native("rms_norm", x, _unsupported(x, x.dtype)):
         return native_rms_norm(x, eps)
     return reference_rms_norm(x, eps=eps)
@@ -54,7 +54,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, *, eps: float = EPS) -> tup
 
     What `rms_norm` keeps, computes in plain torch and guarantees, holds here too.
     """
-    _check("add_rms_norm", "x", x, eps)
+    check_rows("add_rms_norm", "x", x, eps)
     if residual is None:
         if backends.runs_native("add_rms_norm", x, _unsupported(x, x.dtype)):
             return native_add_rms_norm(x, None, eps)
@@ -100,7 +100,8 @@ def embedding_rms_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype, *, eps
     return reference_embedding_rms_norm(tokens, table, dtype, eps=eps)
 
 
-def _check(op: str, name: str, x: Tensor, eps: float) -> None:
+def check_rows(op: str, name: str, x: Tensor, eps: float) -> None:
+    """Raise ValueError or TypeError unless a norm takes rows x (..., C) and eps."""
     if x.dim() < 1 or x.size(-1) < 1:
         raise ValueError(f"{op}: {name} must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
     checks.check_dtype(op, name, x, dtypes_on(x.device))
@@ -143,17 +144,12 @@ def reference_add_rms_norm(x: Tensor, residual: Tensor | None, *, eps: float = E
 
 def reference_embedding_rms_norm(tokens: Tensor, table: Tensor, dtype: torch.dtype, *, eps: float = EPS) -> Tensor:
     """Return what `embedding_rms_norm` returns."""
-    # F.embedding checks the range itself on every device, but by an IndexError or a device-side assert.
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Under vmap, `if` cannot use the values of one mapped call, so those of all calls are checked.
-        every = torch.func.debug_unwrap(tokens)
-        outside = every[(every < 0) | (every >= table.size(0))]
-        if outside.numel():
-            raise ValueError(f"embedding_rms_norm: tokens must be from 0 to {table.size(0) - 1}, got {int(outside[0])}")
+    checks.check_rows("embedding_rms_norm", "tokens", tokens, table.size(0))
     return reference_rms_norm(F.embedding(tokens, table).to(dtype), eps=eps)
 
 
-def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of x (..., C), and r (...) in the type that it is computed in. Not differentiable."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=compute_dtype(x.dtype))
     r = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
     return (x * r).to(x.dtype), r.squeeze(-1)
@@ -165,7 +161,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         summed = x.new_empty(0) if residual is None else x + residual
-        y, r = _normalise(x if residual is None else summed, eps)
+        y, r = normalise(x if residual is None else summed, eps)
         _setup_context(ctx, (x, residual, eps), (summed, y, r))
         return summed, y, r
 
@@ -179,13 +175,19 @@ class _RMSNorm(torch.autograd.Function):
 def _differentiable_backward(
     dy: Tensor | None, dsum: Tensor | None, dr: Tensor | None, y: Tensor, r: Tensor
 ) -> Tensor | None:
-    """Return dsum + r (dy - y mean(dy y)) - dr r^2 y / C in y's dtype.
+    """Return dsum + r (dy - y mean(dy y)) - dr r^2 y / C in y's dtype."""
+    dx = gradient_of_rows(dy, dr, y, r)
+    if dx is None:
+        return dsum
+    return (dx if dsum is None else dx + dsum).to(y.dtype)
+
+
+def gradient_of_rows(dy: Tensor | None, dr: Tensor | None, y: Tensor, r: Tensor) -> Tensor | None:
+    """Return r (dy - y mean(dy y)) - dr r^2 y / C in r's dtype: the gradient of rows with the norm y.
 
     y and r are results of the operator, so this can be differentiated again; only then is there a dr.
     """
-    if dy is None and dr is None:
-        return dsum
-    dtype, r = y.dtype, r.unsqueeze(-1)
+    r = r.unsqueeze(-1)
     y = y.to(r.dtype)
     dx = None
     if dy is not None:
@@ -194,8 +196,7 @@ def _differentiable_backward(
     if dr is not None:
         through_r = dr.unsqueeze(-1) * r.square() * y / y.size(-1)
         dx = -through_r if dx is None else dx - through_r
-    assert dx is not None
-    return (dx if dsum is None else dx + dsum).to(dtype)
+    return dx
 
 
 # --- native ---
@@ -220,7 +221,7 @@ class _NormBesideStream(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, native: bool) -> tuple[Tensor, Tensor, Tensor]:
-        y, r = torch.ops.nanochat_native.rms_norm(x, None, eps)[1:] if native else _normalise(x, eps)
+        y, r = torch.ops.nanochat_native.rms_norm(x, None, eps)[1:] if native else normalise(x, eps)
         ctx.native = native
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, r)

@@ -101,6 +101,42 @@ def _embedding_rms_norm() -> tuple[Results, Results]:
     return ours, theirs
 
 
+def _mix_rms_norm() -> tuple[Results, Results]:
+    streams, scales, dout = torch.randn(3, 9, 70), torch.randn(2), torch.randn(4, 9, 70)
+    ours, theirs = (
+        _with_gradients(lambda *inputs, mix=mix: torch.stack(mix(*inputs)), (*streams, *scales), dout)
+        for mix in (ops.mix_rms_norm, reference.mix_rms_norm)
+    )
+    return ours, theirs
+
+
+def _value_embedding() -> tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Return v, h, gate and table, the ids, and the gradient of the result."""
+    inputs = torch.randn(20, 2, 35), torch.randn(20, 12), torch.randn(2, 12), torch.randn(33, 70)
+    return inputs, torch.randint(0, 33, (20,)), torch.randn(20, 2, 35)
+
+
+def _add_value_embedding() -> tuple[Results, Results]:
+    inputs, ids, dout = _value_embedding()
+    ours, theirs = (
+        _with_gradients(lambda *inputs, add=add: add(*inputs, ids), inputs, dout)
+        for add in (ops.add_value_embedding, reference.add_value_embedding)
+    )
+    return ours, theirs
+
+
+def _add_value_embedding_backward() -> tuple[Results, Results]:
+    (_, h, gate, table), ids, dout = _value_embedding()
+    ours = ops.add_value_embedding_backward(dout, h, gate, table, ids)
+    return ours, reference.add_value_embedding_backward(dout, h, gate, table, ids)
+
+
+def _smear() -> tuple[Results, Results]:
+    inputs, dout = (torch.randn(2, 9, 70), torch.randn(1, 24), torch.ones(1)), torch.randn(2, 9, 70)
+    ours, theirs = (_with_gradients(smear, inputs, dout) for smear in (ops.smear, reference.smear))
+    return ours, theirs
+
+
 def _newton_schulz() -> tuple[Results, Results]:
     g = torch.randn(2, 400, 240)
     return [ops.newton_schulz(g)], [_newton_schulz_reference(g)]
@@ -134,6 +170,19 @@ def _muon_update() -> tuple[Results, Results]:
     ops.muon_update_(params, update, lr=0.1, weight_decay=0.1)
     reference.muon_update_(expected, update, lr=0.1, weight_decay=0.1)
     return params, expected
+
+
+def _normuon_update() -> tuple[Results, Results]:
+    """A tall and a wide matrix: their second momentum is that of rows and of columns."""
+    ours, theirs = [], []
+    for shape, lines in (((33, 7), (33, 1)), ((7, 33), (1, 33))):
+        state = [torch.randn(shape), torch.rand(lines)]
+        expected, update = [tensor.clone() for tensor in state], torch.randn(1, *shape)
+        for call, (param, second) in ((ops.normuon_update_, state), (reference.normuon_update_, expected)):
+            call([param], update, [second], lr=0.1, weight_decay=0.1, cautious=True, renormalise=True, norm_eps=1e-6)
+        ours += state
+        theirs += expected
+    return ours, theirs
 
 
 def _newton_schulz_update() -> tuple[Results, Results]:
@@ -186,10 +235,23 @@ def _cached_forward() -> tuple[Results, Results]:
         "sin": angles.sin(),
         "softcap": 15.0,
     }
-    tokens, expected = torch.randint(0, V, (2, 4)), cache.clone()
-    ours = ops.cached_forward_(tokens, [2, 0], [0, 5], cache=cache, **settings)
-    theirs = reference.cached_forward_(tokens, [2, 0], [0, 5], cache=expected, **settings)
-    return (ours, cache), (theirs, expected)
+    parts = {
+        "qk_scale": 1.2,
+        "value_gates": [None, torch.randn(1, 12)],
+        "value_tables": [None, torch.randn(V, D)],
+        "resid_lambdas": torch.rand(2),
+        "x0_lambdas": torch.rand(2),
+        "smear_gate": torch.randn(1, 24),
+        "smear_lambda": torch.ones(1),
+        "previous": [-1, 7],
+        "backout_lambda": torch.rand(1),
+    }
+    tokens, ours, theirs = torch.randint(0, V, (2, 4)), list[torch.Tensor](), list[torch.Tensor]()
+    for arguments in (settings, settings | parts):
+        for run, results in ((ops.cached_forward_, ours), (reference.cached_forward_, theirs)):
+            own = cache.clone()
+            results += [run(tokens, [2, 0], [0, 5], cache=own, **arguments), own]
+    return tuple(ours), tuple(theirs)
 
 
 def _rotary_norm() -> tuple[Results, Results]:
@@ -247,10 +309,15 @@ CHECKS: dict[str, Callable[[], tuple[Results, Results]]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "embedding_rms_norm": _embedding_rms_norm,
+    "mix_rms_norm": _mix_rms_norm,
+    "add_value_embedding": _add_value_embedding,
+    "add_value_embedding_backward": _add_value_embedding_backward,
+    "smear": _smear,
     "newton_schulz": _newton_schulz,
     "adamw_": _adamw,
     "muon_momentum_": _muon_momentum,
     "muon_update_": _muon_update,
+    "normuon_update_": _normuon_update,
     "newton_schulz_update_": _newton_schulz_update,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear": _linear,

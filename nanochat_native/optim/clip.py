@@ -28,11 +28,15 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def clip_reduced_(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> Tensor:
+def clip_reduced_(optimizers: Sequence[torch.optim.Optimizer], max_norm: float, *, loss_scale: float = 1.0) -> Tensor:
     """Clip the gradients that the optimizers will use, as clip_grad_norm_ does.
 
     With sharded optimizers these are the averages over the ranks, for which this function waits. All ranks get the same
     norm and scale by the same factor.
+
+    Args:
+        loss_scale: The factor of the gradients, those of a loss that was multiplied by it. They are divided by it, and
+            the norm and max_norm are those of the quotients.
     """
     gradients: list[Tensor] = []
     buckets = buckets_of(optimizers)
@@ -46,11 +50,15 @@ def clip_reduced_(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) 
         else:
             gradients += [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     group, device = (buckets[0].group, buckets[0].flat_gradients.device) if buckets else (None, None)
-    return _clip(gradients, max_norm, group, device)
+    return _clip(gradients, max_norm, group, device, loss_scale)
 
 
 def _clip(
-    gradients: list[Tensor], max_norm: float, group: dist.ProcessGroup | None, device: torch.device | None = None
+    gradients: list[Tensor],
+    max_norm: float,
+    group: dist.ProcessGroup | None,
+    device: torch.device | None = None,
+    loss_scale: float = 1.0,
 ) -> Tensor:
     if not max_norm > 0:
         raise ValueError(f"max_norm must be a number > 0, got {max_norm}")
@@ -61,14 +69,17 @@ def _clip(
         total = total.square()
         dist.all_reduce(total, group=group)
         total = total.sqrt()
-    if math.isinf(max_norm) or not gradients:
+    total = total / loss_scale
+    if (math.isinf(max_norm) and loss_scale == 1) or not gradients:
         return total
     if total.device.type != "cpu":
-        _scale_(gradients, torch.where(total.isfinite() & (total > max_norm), max_norm / total, 1.0))
+        clipped = torch.where(total > max_norm, max_norm / total, 1.0) / loss_scale
+        _scale_(gradients, torch.where(total.isfinite(), clipped, 1.0))
         return total
     value = total.item()
-    if math.isfinite(value) and value > max_norm:
-        torch._foreach_mul_(gradients, max_norm / value)
+    factor = (max_norm / value if value > max_norm else 1.0) / loss_scale
+    if math.isfinite(value) and factor != 1:
+        torch._foreach_mul_(gradients, factor)
     return total
 
 

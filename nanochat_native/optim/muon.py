@@ -19,7 +19,10 @@ OPTIONS = {
     "row_equilibration": False,
     "frobenius_renormalisation": False,
     "normuon": False,
+    "scale_decay": False,
 }
+# The other options that a state from before they existed does not have.
+SETTINGS = {"beta2": 0.95, "norm_eps": 0.0, "normuon_eps": 1e-20, "heads": 1, "head_axis": "rows"}
 
 
 class Muon(Optimizer):
@@ -36,11 +39,17 @@ class Muon(Optimizer):
         coefficients: the coefficients of ops.newton_schulz, a name or a list of triples.
         cautious: decay only the elements that the update moves towards 0 (Cautious Weight Decay, arXiv:2510.12402).
         row_equilibration: divide each row of u by its norm before newton_schulz (MuonEq's R, arXiv:2603.28254).
+        norm_eps: the smallest norm that a row or an orthogonalised matrix is divided by; newton_schulz adds it to its
+            divisor. nanochat has 1e-6 since July 2026. Where the norms are far above it, it does not change the result
+            beyond rounding. If it is not 0, the operators compute the norms and apply the options in the passes that
+            they make anyway, with other rounding than without it.
+        scale_decay: the decay is lr sqrt(max(1, rows / columns)) weight_decay, as nanochat's of July 2026.
         frobenius_renormalisation: scale the orthogonalised u to the Frobenius norm of a matrix with singular values of
             1, sqrt(min(rows, columns)). Newton-Schulz leaves the singular values between 0.7 and 1.2.
         normuon: reduce the variance (NorMuon, arXiv:2510.05491): v = beta2 v + (1 - beta2) mean(o^2) for each row of o,
             the orthogonalised u, or for each column if there are more columns. o is divided by sqrt(v) and scaled back
             to its Frobenius norm. The state has "second_momentum", float32, (..., rows, 1) or (..., 1, columns).
+        beta2, normuon_eps: the settings of normuon. normuon_eps is the smallest v.
         heads: the number of blocks of rows, the heads of an attention projection, that are orthogonalised as separate
             matrices; with head_axis "columns", blocks of columns. The scale is then that of a block.
         sharding: process_group, reduce_dtype, gather_dtype and bucket_bytes of base.Optimizer. Each matrix has one
@@ -74,6 +83,9 @@ class Muon(Optimizer):
         frobenius_renormalisation: bool = False,
         normuon: bool = False,
         beta2: float = 0.95,
+        norm_eps: float = 0.0,
+        normuon_eps: float = 1e-20,
+        scale_decay: bool = False,
         heads: int = 1,
         head_axis: str = "rows",
         **sharding: Any,
@@ -90,6 +102,9 @@ class Muon(Optimizer):
             "frobenius_renormalisation": frobenius_renormalisation,
             "normuon": normuon,
             "beta2": beta2,
+            "norm_eps": norm_eps,
+            "normuon_eps": normuon_eps,
+            "scale_decay": scale_decay,
             "heads": heads,
             "head_axis": head_axis,
         }
@@ -104,6 +119,8 @@ class Muon(Optimizer):
             if not isinstance(group[option], bool):
                 raise ValueError(f"{option} must be True or False, got {group[option]!r}")
         check_number("beta2", group["beta2"], below=1)
+        check_number("norm_eps", group["norm_eps"])
+        check_number("normuon_eps", group["normuon_eps"])
         if group["head_axis"] not in ("rows", "columns"):
             raise ValueError(f"head_axis must be 'rows' or 'columns', got {group['head_axis']!r}")
         for index, parameter in enumerate(group["params"]):
@@ -121,7 +138,7 @@ class Muon(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # of a state from before the options existed
-            for name, default in (*OPTIONS.items(), ("beta2", 0.95), ("heads", 1), ("head_axis", "rows")):
+            for name, default in (*OPTIONS.items(), *SETTINGS.items()):
                 group.setdefault(name, default)
 
     def update(self, pieces: list[ShardPiece], group: dict[str, Any]) -> None:
@@ -139,42 +156,63 @@ class Muon(Optimizer):
         self._init_state([p for p in parameters if "momentum_buffer" not in self.state[p]])
         gradients, device = [piece.gradient for piece in pieces], matrices[0].device
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        heads, head_axis, norm_eps = group["heads"], group["head_axis"], float(group["norm_eps"])
         update, norms = ops.muon_momentum_(
             gradients,
             buffers,
             momentum=as_operand(group["momentum"], device),
             nesterov=group["nesterov"],
-            return_norm=True,
+            return_norm="rows" if norm_eps else True,
         )
-        known: Tensor | None = norms
-        if matrices[0].ndim > 2 or group["heads"] > 1 or group["row_equilibration"]:
-            known = None  # the norms are those of whole parameters
-        update = split_heads(update, group["heads"], group["head_axis"])
-        if group["row_equilibration"]:
-            update = equilibrate_rows(update)
+        update = split_heads(update, heads, head_axis)
+        iteration: dict[str, Any] = {"steps": group["ns_steps"], "coefficients": group["coefficients"]}
+        if norm_eps:
+            if heads > 1 and head_axis == "rows":
+                norms = norms.unflatten(-1, (heads, -1))
+            iteration["row_norms"] = norms if heads == 1 or head_axis == "rows" else None
+            iteration |= {"equilibrate_rows": group["row_equilibration"], "norm_eps": norm_eps}
+        else:
+            if group["row_equilibration"]:
+                update = equilibrate_rows(update)
+            known = matrices[0].ndim == 2 and heads == 1 and not group["row_equilibration"]
+            iteration["norms"] = norms if known else None  # otherwise the norms are those of whole parameters
 
         rows, columns = update.shape[-2:]
+        scale, weight_decay = max(1.0, rows / columns) ** 0.5, as_operand(group["weight_decay"], device)
         rates: dict[str, Any] = {
             "lr": as_operand(group["lr"], device),
-            "weight_decay": as_operand(group["weight_decay"], device),
-            "scale": max(1.0, rows / columns) ** 0.5,
+            "weight_decay": weight_decay * scale if group["scale_decay"] else weight_decay,
+            "scale": scale,
             "cautious": group["cautious"],
         }
         copies = copies_of(pieces)
-        iteration: dict[str, Any] = {"steps": group["ns_steps"], "coefficients": group["coefficients"], "norms": known}
-        in_rows = group["heads"] == 1 or group["head_axis"] == "rows"
-        if in_rows and not group["frobenius_renormalisation"] and not group["normuon"]:
+        renormalises, in_rows = group["frobenius_renormalisation"], heads == 1 or head_axis == "rows"
+        if in_rows and not renormalises and not group["normuon"] and not norm_eps:
             blocks, block_copies = ([each.view(update.shape[1:]) for each in every] for every in (matrices, copies))
             ops.newton_schulz_update_(blocks, update, copies=block_copies, **rates, **iteration)
             mark_copies(pieces)
             return
         update = ops.newton_schulz(update, **iteration)
-        if group["frobenius_renormalisation"]:
-            update = renormalise(update)
-        update = merge_heads(update, group["heads"], group["head_axis"])
-        if group["normuon"]:
-            update = self._reduce_variance(update, parameters, group["beta2"])
-        ops.muon_update_(matrices, update, copies=copies, **rates)
+        fused = group["normuon"] and norm_eps > 0
+        if renormalises and not (fused and heads == 1):
+            update = renormalise(update, norm_eps)
+        update = merge_heads(update, heads, head_axis)
+        if fused:
+            ops.normuon_update_(
+                matrices,
+                update,
+                self._second_momentums(parameters, update),
+                beta2=float(group["beta2"]),
+                eps=float(group["normuon_eps"]),
+                renormalise=renormalises and heads == 1,
+                norm_eps=norm_eps,
+                copies=copies,
+                **rates,
+            )
+        else:
+            if group["normuon"]:
+                update = self._reduce_variance(update, parameters, group["beta2"], group["normuon_eps"])
+            ops.muon_update_(matrices, update, copies=copies, **rates)
         mark_copies(pieces)
 
     def _init_state(self, parameters: list[Tensor]) -> None:
@@ -184,17 +222,21 @@ class Muon(Optimizer):
             for parameter, buffer in zip(parameters, momentum.unbind(), strict=True):
                 self.state[parameter]["momentum_buffer"] = buffer
 
-    def _reduce_variance(self, update: Tensor, parameters: list[Tensor], beta2: float) -> Tensor:
-        """Apply the variance reduction of NorMuon."""
-        axis = -1 if update.size(-2) >= update.size(-1) else -2
-        squares = update.square().mean(dim=axis, keepdim=True)
-        states = [self.state[parameter] for parameter in parameters]
-        for state, square in zip(states, squares, strict=True):
-            if "second_momentum" not in state:
-                state["second_momentum"] = torch.zeros_like(square)
-        averages = [state["second_momentum"] for state in states]
+    def _second_momentums(self, parameters: list[Tensor], update: Tensor) -> list[Tensor]:
+        """Return the state of NorMuon, zeros at first, for matrices with the shape of update[0]."""
+        *stack, rows, columns = update.shape[1:]
+        shape = (*stack, rows, 1) if rows >= columns else (*stack, 1, columns)
+        for parameter in parameters:
+            if "second_momentum" not in self.state[parameter]:
+                self.state[parameter]["second_momentum"] = torch.zeros(shape, device=update.device)
+        return [self.state[parameter]["second_momentum"] for parameter in parameters]
+
+    def _reduce_variance(self, update: Tensor, parameters: list[Tensor], beta2: float, eps: float) -> Tensor:
+        """Apply the variance reduction of NorMuon, with the rounding of runs that have no norm_eps."""
+        averages = self._second_momentums(parameters, update)
+        squares = update.square().mean(dim=-1 if averages[0].size(-1) == 1 else -2, keepdim=True)
         torch._foreach_lerp_(averages, list(squares.unbind()), 1 - beta2)
-        reduced = update * torch.stack(averages).clamp_min(1e-20).rsqrt()
+        reduced = update * torch.stack(averages).clamp_min(eps).rsqrt()
         before, after = (torch.linalg.matrix_norm(x)[..., None, None] for x in (update, reduced))
         return reduced * (before / torch.where(after == 0, 1.0, after))
 
@@ -223,7 +265,7 @@ def equilibrate_rows(update: Tensor) -> Tensor:
     return update / torch.where(norms == 0, 1.0, norms)
 
 
-def renormalise(orthogonal: Tensor) -> Tensor:
-    """Scale each matrix to the Frobenius norm sqrt(min(rows, columns)). A zero matrix is unchanged."""
-    norms = torch.linalg.matrix_norm(orthogonal)[..., None, None]
+def renormalise(orthogonal: Tensor, norm_eps: float = 0.0) -> Tensor:
+    """Scale each matrix by sqrt(min(rows, columns)) / max(its Frobenius norm, norm_eps). A zero matrix is unchanged."""
+    norms = torch.linalg.matrix_norm(orthogonal)[..., None, None].clamp_min(norm_eps)
     return orthogonal * (min(orthogonal.shape[-2:]) ** 0.5 / torch.where(norms == 0, 1.0, norms))

@@ -166,17 +166,25 @@ class ShardedSave:
         (self.temporary / OPTIMIZER).mkdir(parents=True)
 
     def start(
-        self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor | DTensor], group: dist.ProcessGroup
+        self,
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Tensor | DTensor],
+        group: dist.ProcessGroup,
+        loader_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy the tensors and start to write them. The next step may then update them in place.
 
         Args:
             weights: the weights; only rank 0 writes them.
             state: on the CPU, the whole tensors of this rank, and its rows of DTensors that all ranks have.
+            loader_state: the state of the loader, on the CPU, if it has one; only rank 0 writes it.
         """
         if self.rank == 0:
             plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
             self._jobs.append(self._pool.submit(save_file, plain, self.temporary / "model.safetensors"))
+            if loader_state:
+                path = self.temporary / "loader.safetensors"
+                self._jobs.append(self._pool.submit(save_file, dict(loader_state), path))
         writer = dcp.HuggingFaceStorageWriter(str(self.temporary / OPTIMIZER), save_distributed=True)
         job = dcp.async_save(dict(state), storage_writer=writer, process_group=group)
         self._jobs.append(cast("Future[Any]", job))

@@ -1,25 +1,101 @@
 """The flags of `python -m nanochat_native.train`: one flat dataclass, named as nanochat names them.
 
-A flag that is unset (runtime/flags.py) gets its value in steps: from the kind of device and the data by
-`resolve_defaults`, from the model by `resolve_horizon`, and from the memory of the device by training/sizing.py.
+A flag that is unset (runtime/flags.py) gets its value in steps: from the recipe, the kind of device and the data by
+`resolve_defaults`, from the model by training/resolve.py and `resolve_horizon`, and from the memory of the device by
+training/sizing.py.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 import tyro
 
+from nanochat_native.model.config import ARCHITECTURES, GPTConfig
+from nanochat_native.runtime import hardware
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import LARGEST, UNSET, auto_flag, check_values, flag, is_unset, one_line_errors
 
 STDLIB = "stdlib"  # value of --data for the sources of the standard library
 EXAMPLES = "examples"  # value of --data in finetune for the generated conversations
+
+# The recipe of a run on each kind of device, unless --recipe names one. On a CPU a run is a demonstration of minutes;
+# nanochat's present recipe is tuned for hours on GPUs.
+RECIPE_ON_GPU, RECIPE_ON_CPU = "today", "october"
+REFERENCE_BATCH = 2**19  # tokens of a step for which nanochat's present rates and weight decay are
+
+# The values of flags that nanochat's recipes set: the first one, of October 2025, and that of July 2026. The rates and
+# the other constants of the optimizers are in optim/routing.py.
+RECIPES: dict[str, dict[str, Any]] = {
+    "today": {
+        "architecture": "today",
+        "matrix_weight_decay": 0.28,
+        "decay_schedule": "cosine",
+        "scale_decay": "on",
+        "cautious": "on",
+        "ns_coefficients": "polar_express",
+        "momentum_end": 0.97,
+        "momentum_warmup_steps": 400,
+        "momentum_final": 0.9,
+        "row_equilibration": "on",
+        "frobenius_renormalisation": "on",
+        "normuon": "on",
+        "normuon_beta2": 0.9,
+        "grad_clip": 0.0,
+        "warmup_ratio": 0.0,
+        "warmup_steps": 40,
+        "warmdown_ratio": 0.65,
+        "final_lr_frac": 0.05,
+        "packing": "bestfit",
+    },
+    "october": {
+        "architecture": "october",
+        "weight_decay": 0.0,
+        "matrix_weight_decay": 0.0,
+        "decay_schedule": "constant",
+        "scale_decay": "off",
+        "cautious": "off",
+        "ns_coefficients": "quintic",
+        "momentum_end": 0.95,
+        "momentum_warmup_steps": 300,
+        "row_equilibration": "off",
+        "frobenius_renormalisation": "off",
+        "normuon": "off",
+        "normuon_beta2": 0.95,
+        "grad_clip": 1.0,
+        "warmup_ratio": 0.0,
+        "warmup_steps": 0,
+        "warmdown_ratio": 0.2,
+        "final_lr_frac": 0.0,
+        "packing": "stream",
+        "reference_batch_size": 0,
+    },
+}
+WINDOW_PATTERNS = {"today": "SSSL", "october": "L"}  # by architecture
+PARTS = ("value_embeddings", "residual_scalars", "smear", "backout", "qk_scale", "rotary_base")  # with a flag
+
+
+def _by_recipe(metavar: str, name: str) -> Any:
+    """Return the setting that makes --help show a flag whose value depends on the recipe."""
+    return auto_flag(metavar, ", ".join(f"{recipe} {_text(values[name])}" for recipe, values in RECIPES.items()))
+
+
+def _by_architecture(metavar: str, name: str) -> Any:
+    """Return the setting that makes --help show a flag whose value depends on the architecture."""
+    values = {each: ARCHITECTURES[each] | {"window_pattern": WINDOW_PATTERNS[each]} for each in WINDOW_PATTERNS}
+    return auto_flag(metavar, ", ".join(f"{each} {_text(values[each][name])}" for each in values))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -29,16 +105,44 @@ class TrainConfig:
     The guide explains it: docs/guide/01-one-command.md and docs/guide/08-data-and-the-loop.md.
     """
 
+    recipe: Annotated[
+        Literal["auto", "today", "october"],
+        auto_flag("{auto,today,october}", f"{RECIPE_ON_GPU} on a GPU, {RECIPE_ON_CPU} on a CPU"),
+    ] = "auto"
+    """The way to train: that of nanochat today (July 2026), or its first one (October 2025). It chooses the value of
+    every flag below whose default names the two and that is not given, and the rates of the optimizers."""
+    architecture: Annotated[Literal["auto", "today", "october"], auto_flag("{auto,today,october}", "as --recipe")] = (
+        "auto"
+    )
+    """The model: that of nanochat today, or its first one. It sets the rule for the width, the initial weights, and
+    the parts that are not given."""
     depth: Annotated[int, auto_flag("INT", "4 on a CPU, 12 on a GPU, 6 on a GPU without --data")] = UNSET
     """Number of layers. It also sets the size of the model: the width is 64 times the depth, and the number of heads,
     the learning rates and the length of the training follow."""
     head_dim: int = 128
-    """Largest number of channels of an attention head."""
+    """Number of channels of an attention head. With the architecture today the width is rounded up to a multiple of it;
+    with october it is the largest number, and the heads divide the width."""
     n_kv_head: Annotated[int, auto_flag("INT", "as many as query heads")] = UNSET
     """Number of key/value heads, a divisor of the number of query heads; 1 is multi-query attention."""
-    window_pattern: str = "L"
+    window_pattern: Annotated[str, _by_architecture("STR", "window_pattern")] = "auto"
     """Attention window of each layer, a pattern of letters that repeats: L for the whole sequence, S for a quarter of
     it, e.g. SSSL."""
+    value_embeddings: Annotated[Literal["auto", "on", "off"], _by_architecture("{auto,on,off}", "value_embeddings")] = (
+        "auto"
+    )
+    """Every second layer adds a gated embedding of the token to its values."""
+    residual_scalars: Annotated[Literal["auto", "on", "off"], _by_architecture("{auto,on,off}", "residual_scalars")] = (
+        "auto"
+    )
+    """Each layer begins with a learned mixture of the residual stream and the first layer's input."""
+    smear: Annotated[Literal["auto", "on", "off"], _by_architecture("{auto,on,off}", "smear")] = "auto"
+    """A gated part of the previous token's embedding is added to each embedding."""
+    backout: Annotated[Literal["auto", "on", "off"], _by_architecture("{auto,on,off}", "backout")] = "auto"
+    """A learned part of the residual stream in the middle of the model is subtracted before the last norm."""
+    qk_scale: Annotated[float, _by_architecture("FLOAT", "qk_scale")] = UNSET
+    """Factor of the normalised queries and of the normalised keys."""
+    rotary_base: Annotated[int, _by_architecture("INT", "rotary_base")] = UNSET
+    """Base of the frequencies of the rotary positions."""
     max_seq_len: Annotated[int, auto_flag("INT", "2048 on a GPU, 1024 there without --data, 256 on a CPU")] = UNSET
     """Length of a sequence, in tokens."""
     vocab_size: Annotated[int, auto_flag("INT", "32768 on a GPU with --data, else 8192")] = UNSET
@@ -51,67 +155,109 @@ class TrainConfig:
     """Length of the training, in optimizer steps. With --resume it may be raised to train longer."""
     target_flops: Annotated[float, auto_flag("FLOAT", "not used")] = UNSET
     """Length of the training, in floating-point operations."""
-    target_param_data_ratio: Annotated[float, auto_flag("FLOAT", "20 on a GPU, 1 without --data, 0.1 on a CPU")] = UNSET
-    """Length of the training, in training tokens per parameter."""
+    target_param_data_ratio: Annotated[
+        float,
+        auto_flag("FLOAT", "today 12 on a GPU, october 20; 1 there without --data; today 0.14 on a CPU, october 0.1"),
+    ] = UNSET
+    """Length of the training, in training tokens per parameter. With the recipe today only the matrices of the blocks
+    and lm_head count."""
     device_batch_size: Annotated[int, auto_flag("INT", "the largest that fits on a GPU; 8 on a CPU")] = UNSET
     """Sequences in one forward and backward pass on one device. Gradients accumulate up to --total-batch-size."""
-    total_batch_size: Annotated[int, auto_flag("INT", "524288 on a GPU, 65536 there without --data, 2048 on a CPU")] = (
-        UNSET
-    )
+    total_batch_size: Annotated[
+        int,
+        auto_flag(
+            "INT", "on a GPU today by the scaling law, october 524288; 65536 there without --data; 2048 on a CPU"
+        ),
+    ] = UNSET
     """Tokens in one optimizer step, over all devices."""
+    reference_batch_size: Annotated[
+        int, auto_flag("INT", f"today {REFERENCE_BATCH} on a GPU, 0 on a CPU; october 0")
+    ] = UNSET
+    """Tokens in one optimizer step for which the learning rates and --matrix-weight-decay are given. The rates are
+    multiplied by (total batch / reference)^0.5, and the decay follows its scaling law. 0: neither depends on the
+    batch."""
 
     optimizer: Literal["hybrid", "muon_sgd", "adamw", "adam", "sgd_momentum", "sgd"] = "hybrid"
-    """hybrid: Muon for the weight matrices of the blocks, AdamW for wte and lm_head; muon_sgd: Muon and SGD, in
+    """hybrid: Muon for the weight matrices of the blocks, AdamW for the rest; muon_sgd: Muon and SGD, in
     the same way. The others train all parameters."""
     matrix_lr: Annotated[float, auto_flag("FLOAT", "0.02 with Muon, 0.002 with adamw and adam, else 0.3 or 0.1")] = (
         UNSET
     )
     """Learning rate of the weight matrices of the blocks. With adamw and adam it is the rate at width 768, and is
     multiplied by (width / 768)^-0.5."""
-    embedding_lr: Annotated[float, auto_flag("FLOAT", "0.2; 0.3 with SGD, 0.1 with sgd_momentum")] = UNSET
+    embedding_lr: Annotated[
+        float, auto_flag("FLOAT", "today 0.3, october 0.2; 0.3 with SGD, 0.1 with sgd_momentum")
+    ] = UNSET
     """Learning rate of wte, the token embeddings, at width 768. It is multiplied by (width / 768)^-0.5, except with
-    SGD."""
-    unembedding_lr: Annotated[float, auto_flag("FLOAT", "0.004; 0.3 with SGD, 0.1 with sgd_momentum")] = UNSET
+    SGD. Value embeddings have half of it."""
+    unembedding_lr: Annotated[
+        float, auto_flag("FLOAT", "today 0.008, october 0.004; 0.3 with SGD, 0.1 with sgd_momentum")
+    ] = UNSET
     """Learning rate of lm_head, the output layer, at width 768. It is multiplied like --embedding-lr."""
-    weight_decay: float = 0.0
+    scalar_lr: Annotated[float, auto_flag("FLOAT", "0.5; 0.03 with SGD, 0.01 with sgd_momentum")] = UNSET
+    """Learning rate of the factors of the first layer's input in --residual-scalars. Those of the residual stream have
+    a hundredth of it."""
+    weight_decay: Annotated[float, auto_flag("FLOAT", "today 0 to 0.05, each kind of parameter its own, october 0")] = (
+        UNSET
+    )
     """Weight decay of the parameters that Muon does not train, as a fraction of their learning rate. With adam and SGD
     it is an L2 penalty."""
-    matrix_weight_decay: float = 0.0
+    matrix_weight_decay: Annotated[float, _by_recipe("FLOAT", "matrix_weight_decay")] = UNSET
     """Weight decay of the parameters that Muon trains, as a fraction of their learning rate."""
+    decay_schedule: Annotated[
+        Literal["auto", "constant", "cosine"], _by_recipe("{auto,constant,cosine}", "decay_schedule")
+    ] = "auto"
+    """Weight decay of Muon over the run: constant, or falling to 0 as half a period of a cosine."""
+    scale_decay: Annotated[Literal["auto", "on", "off"], _by_recipe("{auto,on,off}", "scale_decay")] = "auto"
+    """Muon: multiply the weight decay, as the update, by the factor of matrices with more rows than columns."""
+    cautious: Annotated[Literal["auto", "on", "off"], _by_recipe("{auto,on,off}", "cautious")] = "auto"
+    """Muon: apply weight decay only to elements that the update moves towards 0."""
     ns_steps: int = 5
     """Newton-Schulz iterations in each update of Muon."""
-    ns_coefficients: Literal["quintic", "polar_express", "cubic"] = "quintic"
+    ns_coefficients: Annotated[
+        Literal["auto", "quintic", "polar_express", "cubic"],
+        _by_recipe("{auto,quintic,polar_express,cubic}", "ns_coefficients"),
+    ] = "auto"
     """Polynomials of the Newton-Schulz iterations: quintic (Keller Jordan's), polar_express (a different one in each
     iteration) or cubic (1.5, -0.5)."""
     momentum_start: float = 0.85
     """Momentum of Muon at the first step, in [0, 1)."""
-    momentum_end: float = 0.95
+    momentum_end: Annotated[float, _by_recipe("FLOAT", "momentum_end")] = UNSET
     """Momentum of Muon after --momentum-warmup-steps, in [0, 1)."""
-    momentum_warmup_steps: int = 300
+    momentum_warmup_steps: Annotated[int, _by_recipe("INT", "momentum_warmup_steps")] = UNSET
     """Steps over which the momentum of Muon changes from --momentum-start to --momentum-end."""
-    cautious: bool = False
-    """Muon: apply weight decay only to elements that the update moves towards 0."""
-    row_equilibration: bool = False
-    """Muon: divide each row of the momentum by its norm before orthogonalisation."""
-    frobenius_renormalisation: bool = False
+    momentum_final: Annotated[float, auto_flag("FLOAT", "today 0.9, october as --momentum-end")] = UNSET
+    """Momentum of Muon at the end of the warmdown, over which it changes from --momentum-end, in [0, 1)."""
+    row_equilibration: Annotated[Literal["auto", "on", "off"], _by_recipe("{auto,on,off}", "row_equilibration")] = (
+        "auto"
+    )
+    """Muon: give all rows of the momentum the same norm before orthogonalisation."""
+    frobenius_renormalisation: Annotated[
+        Literal["auto", "on", "off"], _by_recipe("{auto,on,off}", "frobenius_renormalisation")
+    ] = "auto"
     """Muon: scale each update to the Frobenius norm of an orthogonal matrix."""
-    normuon: bool = False
+    normuon: Annotated[Literal["auto", "on", "off"], _by_recipe("{auto,on,off}", "normuon")] = "auto"
     """Muon: equalise the variance of the rows of each update (NorMuon)."""
+    normuon_beta2: Annotated[float, _by_recipe("FLOAT", "normuon_beta2")] = UNSET
+    """Decay of the average of --normuon's variances, in [0, 1)."""
     per_head: bool = False
     """Muon: orthogonalise the attention matrices separately for each head."""
     muon_form: Literal["nanochat", "cropped", "momentum_after", "original_guide"] = "nanochat"
     """Muon: nanochat's, or on one rank, for comparison, forms of the original guide. cropped: only the leading square
     of each matrix is updated; momentum_after: the momentum sums orthogonalised gradients; original_guide: both, without
     the factor of the aspect ratio. compare --suite guide uses them."""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, _by_recipe("FLOAT", "grad_clip")] = UNSET
     """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it. 0: no clipping."""
     schedule: Literal["linear", "cosine", "exponential", "step", "constant"] = "linear"
     """Shape of the learning rate's decay during the warmdown."""
-    warmup_ratio: float = 0.0
-    """Fraction of the training, at its start, over which the learning rate rises from 0, in [0, 1]."""
-    warmdown_ratio: float = 0.2
+    warmup_steps: Annotated[int, _by_recipe("INT", "warmup_steps")] = UNSET
+    """Steps at the start over which the learning rate rises from 0. A shorter run never reaches the full rate."""
+    warmup_ratio: Annotated[float, auto_flag("FLOAT", "0")] = UNSET
+    """Fraction of the training, at its start, over which the learning rate rises from 0, in [0, 1]. It replaces
+    --warmup-steps."""
+    warmdown_ratio: Annotated[float, _by_recipe("FLOAT", "warmdown_ratio")] = UNSET
     """Fraction of the training, at its end, over which the learning rate decays, in [0, 1]."""
-    final_lr_frac: float = 0.0
+    final_lr_frac: Annotated[float, _by_recipe("FLOAT", "final_lr_frac")] = UNSET
     """Learning rate at the end of the warmdown, as a fraction of the full rate, in [0, 1]."""
     skip_spikes: float = 0.0
     """Skip the update of a step whose loss or gradient norm is more than this many standard deviations above the mean
@@ -124,6 +270,17 @@ class TrainConfig:
     """File, folder or glob of text, .jsonl, .ndjson or .json (.gz, .zst), .parquet or llm.c token shards (.bin)."""
     text_column: Annotated[str | None, auto_flag("STR", "detected: the field with text in most records")] = None
     """Field of the records of .jsonl, .ndjson, .json and .parquet that holds the text."""
+    packing: Annotated[Literal["auto", "stream", "bestfit"], _by_recipe("{auto,stream,bestfit}", "packing")] = "auto"
+    """Rows of training and validation. stream: windows of the stream of all documents; bestfit: rows that begin with
+    <|bos|>, packed with the documents that fit best, nanochat's order: documents are cropped. auto is stream for the
+    built-in data, whose documents are much longer than a row, and bestfit with --tokenize while-training."""
+    validation: Literal["auto", "fraction", "shards", "last-shard"] = "auto"
+    """Validation text. fraction: a twentieth of the documents; last-shard: the last file; shards: the last of several
+    numbered files of parquet or JSON, if --data is that, else a fraction; auto: shards with --packing bestfit, else
+    fraction. Token shards are split by their names."""
+    tokenize: Literal["ahead", "while-training"] = "ahead"
+    """When documents are tokenized: ahead of the training, once, or while it runs, for text that is too large to
+    wait for. The documents then come in the order of the files."""
     cache_dir: Annotated[Path | None, auto_flag("PATH", "~/.cache/nanochat-native, or below XDG_CACHE_HOME")] = None
     """Folder in which tokenizers and token shards are kept between runs."""
     eval_every: Annotated[int, auto_flag("INT", "a fifth of the training, at most 250")] = UNSET
@@ -155,8 +312,12 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: a GPU if there is one, else the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the activations; parameters are always float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the activations; parameters are always float32. float16 needs a GPU, and the loss is scaled. auto:
+    bfloat16 on a GPU, float16 on one without bfloat16 (compute capability below 8.0), float32 on a CPU."""
+    fp8: Literal["off", "tensorwise", "rowwise"] = "off"
+    """Products of the blocks' linear layers in FP8, in training with --dtype bfloat16, on a GPU of compute capability
+    8.9 or newer. tensorwise: one scale for each matrix; rowwise: one for each row, more exact and slower."""
     backend: Literal["auto", "native", "torch"] = "auto"
     """native: the C++ and CUDA kernels of this package; torch: their reference implementations in PyTorch; auto: the
     value of NANOCHAT_NATIVE_BACKEND, or native."""
@@ -190,31 +351,39 @@ class TrainConfig:
             "matrix_lr",
             "embedding_lr",
             "unembedding_lr",
+            "scalar_lr",
             "weight_decay",
             "matrix_weight_decay",
             "grad_clip",
             "skip_spikes",
         ):
             self._require(name, "a finite number >= 0", 0 <= getattr(self, name) < math.inf)
-        for name in ("momentum_start", "momentum_end"):
+        for name in ("momentum_start", "momentum_end", "momentum_final", "normuon_beta2"):
             self._require(name, "a number in [0, 1)", 0 <= getattr(self, name) < 1)
         self._require("data", "a file, a folder or a glob", self.data != "")
         self._require("text_column", "the name of a field", self.text_column != "")
+        self._require("qk_scale", "a finite number > 0", 0 < self.qk_scale < math.inf)
         letters = bool(self.window_pattern) and not set(self.window_pattern) - set("LS")
         self._require("window_pattern", "letters L and S, such as SSSL", letters)
         if self.run is not None:
             plain = self.run not in ("", "..") and Path(self.run).name == self.run and "\0" not in self.run
             self._require("run", "a name without slashes (--out-dir sets the folder)", plain)
 
-        fields = self.__dataclass_fields__
-        muon_flags = [name for name in MUON_FLAGS if getattr(self, name) != fields[name].default]
+        neutral = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+        neutral |= RECIPES["october"] | {"momentum_final": self.momentum_end}
+        muon_flags = [name for name in MUON_FLAGS if not is_unset(self, name) and getattr(self, name) != neutral[name]]
         if muon_flags and self.optimizer not in WITH_MUON:
             raise ConfigError(f"{flag(muon_flags[0])} needs Muon, which --optimizer {self.optimizer} does not use")
 
-        unsupported = [name for name in NANOCHAT_FORM_ONLY if getattr(self, name)]
+        unsupported = [name for name in NANOCHAT_FORM_ONLY if getattr(self, name) in (True, "on")]
         if self.muon_form != "nanochat" and unsupported:
             raise ConfigError(f"{flag(unsupported[0])} needs --muon-form nanochat, got {self.muon_form}")
 
+        if self.warmup_ratio > 0 and self.warmup_steps > 0:
+            raise ConfigError(
+                "--warmup-steps and --warmup-ratio each set the length of the warmup, "
+                f"got {self.warmup_steps} and {self.warmup_ratio}; set one of them to 0"
+            )
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError(
                 "the sum of --warmup-ratio and --warmdown-ratio must be <= 1, "
@@ -227,6 +396,8 @@ class TrainConfig:
             raise ConfigError(
                 f"{' and '.join(map(flag, horizons))} each set the length of the training; give only one of them"
             )
+        if self.tokenize == "while-training" and self.packing == "stream":
+            raise ConfigError("--tokenize while-training needs --packing bestfit, got stream")
         if self.resume is not None and self.overwrite:
             raise ConfigError("--resume continues a run and --overwrite deletes it; give only one of them")
 
@@ -250,6 +421,10 @@ class FinetuneConfig(TrainConfig):
     The guide explains it: docs/guide/13-using-it.md.
     """
 
+    recipe: Annotated[
+        Literal["auto", "today", "october"], auto_flag("{auto,today,october}", "that of the base model")
+    ] = "auto"
+    """The way to train. It sets the rates of the optimizers and the options of Muon that are not given."""
     checkpoint: Path | None = None
     """Run folder of the base model: pretrained, imported or fine-tuned. A new run needs it."""
     step: int | None = None
@@ -265,8 +440,22 @@ class FinetuneConfig(TrainConfig):
 
     data: Annotated[str, auto_flag("PATH", "examples, some generated conversations")] = EXAMPLES
     """Conversations, one JSON object on each line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    reference_batch_size: int = 0
+    """Tokens in one optimizer step for which the learning rates are given. 0: they do not depend on the batch."""
+    matrix_weight_decay: float = 0.0
+    """Weight decay of the parameters that Muon trains, as a fraction of their learning rate."""
+    momentum_end: float = 0.95
+    """Momentum of Muon after --momentum-warmup-steps, in [0, 1)."""
+    momentum_warmup_steps: int = 300
+    """Steps over which the momentum of Muon changes from --momentum-start to --momentum-end."""
+    momentum_final: Annotated[float, auto_flag("FLOAT", "as --momentum-end")] = UNSET
+    """Momentum of Muon at the end of the warmdown, over which it changes from --momentum-end, in [0, 1)."""
+    warmup_steps: int = 0
+    """Steps at the start over which the learning rate rises from 0. A shorter run never reaches the full rate."""
     warmdown_ratio: float = 1.0
     """Fraction of the training, at its end, over which the learning rate decays, in [0, 1]."""
+    final_lr_frac: float = 0.0
+    """Learning rate at the end of the warmdown, as a fraction of the full rate, in [0, 1]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,19 +464,23 @@ class FinetuneConfig(TrainConfig):
         self._require("batch_rows", "a whole number >= 1", self.batch_rows >= 1)
 
 
-LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr")
+LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
 WITH_MUON = ("hybrid", "muon_sgd")
-MUON_OPTIONS = ("cautious", "row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
-NANOCHAT_FORM_ONLY = ("row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
+MUON_SWITCHES = ("scale_decay", "cautious", "row_equilibration", "frobenius_renormalisation", "normuon")
+NANOCHAT_FORM_ONLY = ("scale_decay", "row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
 MUON_FLAGS = (
     "matrix_weight_decay",
+    "decay_schedule",
     "ns_steps",
     "ns_coefficients",
     "momentum_start",
     "momentum_end",
     "momentum_warmup_steps",
+    "momentum_final",
+    "normuon_beta2",
+    "per_head",
     "muon_form",
-    *MUON_OPTIONS,
+    *MUON_SWITCHES,
 )
 _HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio")
 _LEAST = {
@@ -299,6 +492,8 @@ _LEAST = {
     "num_iterations": 1,
     "device_batch_size": 1,
     "total_batch_size": 1,
+    "reference_batch_size": 0,
+    "rotary_base": 1,
     "eval_every": 0,
     "eval_tokens": 1,
     "sample_every": 0,
@@ -308,6 +503,7 @@ _LEAST = {
     "check_replicas_every": 0,
     "ns_steps": 1,
     "momentum_warmup_steps": 0,
+    "warmup_steps": 0,
     "seed": 0,
     "max_skipped_steps": 1,
 }
@@ -323,8 +519,15 @@ def shown(config: TrainConfig, name: str) -> str:
 C = TypeVar("C", bound=TrainConfig)
 
 
+def switches(kind: type[TrainConfig] = TrainConfig) -> tuple[str, ...]:
+    """Return the names of the flags whose values are auto, on and off."""
+    types = get_type_hints(kind)
+    return tuple(f.name for f in dataclasses.fields(kind) if set(get_args(types[f.name])) == {"auto", "on", "off"})
+
+
 def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfig) -> C:  # type: ignore[assignment]
-    """Return the config of a command line.
+    """Return the config of a command line. A flag with the values auto, on and off is on without a value, and off with
+    the prefix no-.
 
     Args:
         base: a config whose values are the defaults; None means the defaults of `kind`.
@@ -338,13 +541,27 @@ def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfi
         config: C = tyro.cli(
             type(default),
             prog=f"python -m nanochat_native.{command_of(default)}",
-            args=list(args),
+            args=_with_values(args, switches(type(default))),
             default=default,
             # A switch that is on in `base` may be given again, or turned off by --no-...
             config=(tyro.conf.FlagCreatePairsOff,) if base is None else (),
         )
     check_values(config, args)
     return config
+
+
+def _with_values(args: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return a command line with a value for each of the flags `names`: on for one without a value, and off for one
+    with the prefix no-."""
+    on, off = ({flag(prefix + name): flag(name) for name in names} for prefix in ("", "no_"))
+    found: list[str] = []
+    for argument, following in itertools.zip_longest(args, args[1:], fillvalue="--"):
+        name = argument.replace("_", "-")
+        if name in off:
+            found += [off[name], "off"]
+        else:
+            found += [argument, "on"] if name in on and following.startswith("--") else [argument]
+    return found
 
 
 def command_of(config: TrainConfig) -> str:
@@ -355,45 +572,107 @@ def command_of(config: TrainConfig) -> str:
 def resolve_device(config: C) -> C:
     """Return the config with its device, an absolute path of its data, and what follows from them by resolve_defaults.
 
-    Raises ConfigError for a GPU that is not there.
+    Raises ConfigError for a GPU that is not there, and for a type that the device does not have.
     """
     gpu = torch.cuda.is_available() if is_unset(config, "device") else config.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise ConfigError("--device must be cpu, because torch sees no GPU, got cuda")
+    if gpu and is_unset(config, "dtype"):
+        has_bfloat16 = hardware.gpu_dtype(torch.device("cuda")) == torch.bfloat16
+        config = dataclasses.replace(config, dtype="bfloat16" if has_bfloat16 else "float16")
     data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
-    return resolve_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
+    config = resolve_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
+    _require_types(config)
+    return config
+
+
+def _require_types(config: TrainConfig) -> None:
+    """Raise ConfigError for a type of the activations or of the products that the device does not have."""
+    if config.dtype == "float16" and config.device == "cpu":
+        raise ConfigError("--dtype must be float32 or bfloat16 on a CPU, whose kernels have no float16, got float16")
+    if config.fp8 == "off":
+        return
+    device = torch.device(config.device)
+    if not hardware.has_float8(device):
+        raise ConfigError(
+            f"--fp8 must be off on {hardware.describe(device)}, got {config.fp8}: products in FP8 need a GPU of "
+            "compute capability 8.9 or newer"
+        )
+    if config.dtype != "bfloat16":
+        raise ConfigError(f"--fp8 {config.fp8} needs --dtype bfloat16, got {config.dtype}")
 
 
 def resolve_defaults(config: C, *, gpu: bool) -> C:
-    """Return the config with what follows from the kind of device and from whether data is given, but for the steps of
-    the horizon."""
+    """Return the config with what follows from the recipe, the kind of device and whether data is given, but for the
+    steps of the horizon, and for the batch where it follows from the model."""
+    config = resolve_recipe(config, default=RECIPE_ON_GPU if gpu else RECIPE_ON_CPU)
+    today = config.recipe == "today"
     embedded = config.data == STDLIB
     depth = 4 if not gpu else 6 if embedded else 12
     max_seq_len = 256 if not gpu else 1024 if embedded else 2048
-    total_batch_size = 2048 if not gpu else 65536 if embedded else 524288
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nanochat-native"
+    # The scaling law of the decay is for a training of hours; in one of minutes it would make the weights vanish.
+    config = _resolve(config, {"reference_batch_size": REFERENCE_BATCH if gpu else 0})
     values: dict[str, Any] = {
         "depth": depth,
         "max_seq_len": max_seq_len,
-        "total_batch_size": total_batch_size,
         "vocab_size": 32768 if gpu and not embedded else 8192,
+        "validation": "shards" if config.packing == "bestfit" else "fraction",
         "dtype": "bfloat16" if gpu else "float32",
         "backend": os.environ.get("NANOCHAT_NATIVE_BACKEND", "native"),
         "cache_dir": cache,
         "run": f"d{depth if is_unset(config, 'depth') else config.depth}",
         "eval_tokens": 20 * 524288 if gpu else 32768,
     }
+    if not gpu or embedded:
+        values["total_batch_size"] = 65536 if gpu else 2048
+    elif config.reference_batch_size == 0:
+        values["total_batch_size"] = 524288
     if all(is_unset(config, name) for name in _HORIZONS):
-        values["target_param_data_ratio"] = 0.1 if not gpu else 1.0 if embedded else 20.0
+        ratio = (0.14 if today else 0.1) if not gpu else 1.0 if embedded else 12.0 if today else 20.0
+        values["target_param_data_ratio"] = ratio
+    return _resolve(config, values)
+
+
+def resolve_recipe(config: C, *, default: str) -> C:
+    """Return the config with its recipe and its architecture, and the values that they give to flags.
+
+    An optimizer without Muon, and a form of Muon other than nanochat's, take the values of the first recipe for the
+    flags of Muon: they have no other.
+
+    Args:
+        default: the recipe if the config names none.
+    """
+    config = _resolve(config, {"recipe": default})
+    values = dict(RECIPES[config.recipe])
+    plain = config.optimizer not in WITH_MUON or config.muon_form != "nanochat"
+    if plain:
+        values |= {name: value for name, value in RECIPES["october"].items() if name in MUON_FLAGS}
+    if plain or isinstance(config, FinetuneConfig):
+        values.pop("momentum_final", None)
+    if config.data == STDLIB:
+        values["packing"] = "stream"
+    if config.tokenize == "while-training":
+        values["packing"] = "bestfit"
+    if not is_unset(config, "warmup_ratio"):
+        values["warmup_steps"] = 0
+    elif not is_unset(config, "warmup_steps"):
+        values["warmup_ratio"] = 0.0
+    config = _resolve(config, values)
+    parts = ARCHITECTURES[config.architecture]
+    values = {name: ("off", "on")[parts[name]] if isinstance(parts[name], bool) else parts[name] for name in PARTS}
+    values |= {"window_pattern": WINDOW_PATTERNS[config.architecture], "momentum_final": config.momentum_end}
     return _resolve(config, values)
 
 
 def resolve_horizon(config: C, *, num_params: int, flops_per_token: int) -> C:
     """Return the config with its number of steps, from the target that is set, and the intervals that follow from it.
 
+    The recipe today leaves out the last part of the target's tokens, if it is shorter than a batch.
+
     Args:
-        config: as `resolve_defaults` returns it.
-        num_params: parameters of the model, including wte and lm_head.
+        config: as `resolve_defaults` returns it, with its batch.
+        num_params: parameters of the model that --target-param-data-ratio counts.
 
     Raises:
         ConfigError: for a target of more than LARGEST steps.
@@ -402,7 +681,9 @@ def resolve_horizon(config: C, *, num_params: int, flops_per_token: int) -> C:
     if not is_unset(config, "target_flops"):
         steps = max(1, round(config.target_flops / (flops_per_token * config.total_batch_size)))
     elif not is_unset(config, "target_param_data_ratio"):
-        steps = max(1, round(config.target_param_data_ratio * num_params / config.total_batch_size))
+        tokens = min(config.target_param_data_ratio * num_params, float(LARGEST) ** 2)
+        whole = config.recipe == "today" and tokens < LARGEST
+        steps = max(1, int(tokens) // config.total_batch_size if whole else round(tokens / config.total_batch_size))
     if steps > LARGEST:
         name = "target_param_data_ratio" if is_unset(config, "target_flops") else "target_flops"
         raise ConfigError(f"{flag(name)} is {getattr(config, name)}; that is more than {LARGEST} steps")
@@ -419,6 +700,34 @@ def resolve_horizon(config: C, *, num_params: int, flops_per_token: int) -> C:
 def _resolve(config: C, values: dict[str, Any]) -> C:
     """Return the config with `values` for those of their flags that are unset."""
     return dataclasses.replace(config, **{name: value for name, value in values.items() if is_unset(config, name)})
+
+
+def flags_of_model(shape: GPTConfig) -> dict[str, Any]:
+    """Return the flags that name the architecture of a model, which is the nearer one, its windows and its parts."""
+    parts = {name: getattr(shape, name) for name in PARTS}
+    flags = {name: ("off", "on")[value] if isinstance(value, bool) else value for name, value in parts.items()}
+    architecture = min(ARCHITECTURES, key=lambda name: len(shape.parts_beyond(name)))
+    return {"architecture": architecture, "window_pattern": shape.window_pattern, **flags}
+
+
+def reopened(config: C, given: TrainConfig) -> C:
+    """Return the config with the values of `given` for the flags whose values follow from the recipe."""
+    follow = {name for values in RECIPES.values() for name in values} | set(PARTS)
+    names = ("recipe", "window_pattern", "momentum_final", *sorted(follow))
+    return dataclasses.replace(config, **{name: getattr(given, name) for name in names})
+
+
+def upgraded(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored flags of a run, of this or an earlier version, in the form of this version.
+
+    Switches of earlier versions were true or false. Their runs have no recipe and no order of the data; theirs are the
+    first ones.
+    """
+    switched = {name: "on" if flags[name] else "off" for name in switches() if isinstance(flags.get(name), bool)}
+    own = {"recipe": "october", "packing": "stream", "validation": "fraction"}
+    if "momentum_end" in flags:
+        own["momentum_final"] = flags["momentum_end"]
+    return own | flags | switched
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

@@ -241,14 +241,16 @@ def draw_memory(figure: Any, record: dict[str, Any]) -> None:
 
 
 def draw_schedules(figure: Any, record: dict[str, Any]) -> None:
-    """Draw the learning rate of every schedule, and the momentum of Muon, over the steps."""
+    """Draw the learning rate of every schedule, and Muon's momentum and the factor of its decay, over the steps."""
     figure.set_size_inches(12, 4.5)
     left, right = figure.subplots(1, 2)
     for shape, values in record["multipliers"].items():
         left.plot(values, label=shape)
     left.set(xlabel="step", ylabel="factor of the learning rate", title="--schedule")
     right.plot(record["momentum"], label="Muon's momentum")
-    right.set(xlabel="step", ylabel="momentum", title="--momentum-start, --momentum-end, --momentum-warmup-steps")
+    if "decay" in record:
+        right.plot(record["decay"], label="factor of Muon's weight decay")
+    right.set(xlabel="step", title="--momentum-start, --momentum-end, --momentum-final, --decay-schedule")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -21,8 +21,10 @@ from nanochat_native.runs.config import (
     command_of,
     parse,
     resolve_device,
+    resolve_recipe,
     shown,
     to_json,
+    upgraded,
 )
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.files import is_temporary, write_atomically
@@ -133,12 +135,14 @@ def load_config(folder: Path) -> TrainConfig:
     command = content.get("command", "finetune" if "rate_scale" in flags else "train")
     if flags.get("optimizer") == "sgd" and "ns_steps" not in flags:  # sgd had one learning rate in earlier versions
         flags |= dict.fromkeys(LEARNING_RATE_FLAGS, 0.1 if flags["matrix_lr"] == UNSET else flags["matrix_lr"])
+    flags = upgraded(flags)
     place = folder if folder.name not in ("", "..") else folder.resolve()
     flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
     try:
         if command == "finetune":
             flags["checkpoint"] = Path(flags["checkpoint"])
-        return CONFIG_OF_COMMAND[command](**flags)
+        config = CONFIG_OF_COMMAND[command](**flags)
+        return resolve_recipe(config, default=config.recipe)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder / 'config.json'} was written by another version ({error})") from None
 

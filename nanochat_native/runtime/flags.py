@@ -4,7 +4,7 @@ A flag whose value follows from the machine, the data or another flag is unset u
 default marks it as unset, and depends on the type of the flag:
 
     UNSET (-1)   a number; as in nanochat's scripts, `--depth -1` on the command line leaves the choice to the program
-    "auto"       a choice among names; `--device auto` leaves the choice to the program
+    "auto"       a choice among names, or a word; `--device auto` leaves the choice to the program
     None         text or a path; on the command line, the flag is left out
 
 A flag with any other default is never unset: its value is what it says. Use is_unset() instead of comparing with one

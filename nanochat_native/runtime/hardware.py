@@ -141,6 +141,18 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def gpu_dtype(device: torch.device) -> torch.dtype:
+    """Return the type of the activations on a GPU: bfloat16, or float16 on one without products in bfloat16."""
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def has_float8(device: torch.device) -> bool:
+    """Return whether a device is a GPU with products in FP8: compute capability 8.9 or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def autocast(device: torch.device) -> torch.autocast:
-    """Return the precision in which models run: bfloat16 on a GPU, float32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Return the precision in which models run: gpu_dtype on a GPU, float32 on a CPU."""
+    is_gpu = device.type == "cuda"
+    return torch.autocast(device.type, gpu_dtype(device) if is_gpu else torch.bfloat16, enabled=is_gpu)

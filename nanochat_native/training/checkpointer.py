@@ -45,8 +45,12 @@ class Checkpointer:
         self._meta: dict[str, Any] | None = None  # meta of the checkpoint in the background, until it is sealed
         self._measured: dict[int, float] = {}  # bits per byte by step, until their checkpoint is complete
 
-    def save(self, step: int, meta: dict[str, Any]) -> None:
-        """Write the checkpoint of `step`. If a value is not finite or the disk is full, say so and keep the others."""
+    def save(self, step: int, meta: dict[str, Any], loader_state: dict[str, Tensor] | None = None) -> None:
+        """Write the checkpoint of `step`. If a value is not finite or the disk is full, say so and keep the others.
+
+        loader_state: of data/loader.py; equal on all ranks, and may be empty.
+        """
+        loader_state = loader_state or {}
         self.wait()
         weights = {name: parameter.detach() for name, parameter in self._named}
         state, scalars = checkpoint.flatten_optimizers(self._named, self._optimizers)
@@ -57,9 +61,9 @@ class Checkpointer:
             return
         meta = {**meta, "optimizer": scalars}
         if self._world.size > 1:
-            self._begin(step, weights, state, meta)
+            self._begin(step, weights, state, meta, loader_state)
             return
-        tensors = {"model": weights, "optimizer": state}
+        tensors = {"model": weights, "optimizer": state} | ({"loader": loader_state} if loader_state else {})
         try:
             checkpoint.save(self._folder, step, tensors, meta, keep=self._keep)
         except OSError as error:
@@ -67,18 +71,25 @@ class Checkpointer:
             return
         self._complete(step)
 
-    def _begin(self, step: int, weights: dict[str, Tensor], state: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    def _begin(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        state: dict[str, Tensor],
+        meta: dict[str, Any],
+        loader_state: dict[str, Tensor],
+    ) -> None:
         world = self._world
         assert world.background is not None
         saving = checkpoint.ShardedSave(self._folder, step, rank=world.rank, keep=self._keep)
         needed = sum(world.all_gather_object(sum(tensor.nbytes for tensor in state.values())))
-        needed += sum(tensor.nbytes for tensor in weights.values())
+        needed += sum(tensor.nbytes for tensor in (*weights.values(), *loader_state.values()))
         try:
             world.run_collectively((lambda: saving.prepare(needed)) if world.is_rank0 else lambda: None, OSError)
         except RankError as error:
             self._console.say(f"warning: {error}")
             return
-        saving.start(weights, self._as_shards(state), world.background)
+        saving.start(weights, self._as_shards(state), world.background, loader_state)
         self._saving, self._meta = saving, meta
 
     def _as_shards(self, state: dict[str, Tensor]) -> dict[str, Tensor | DTensor]:
@@ -135,8 +146,8 @@ class Checkpointer:
             with self._console.isolated("note of the validation"):
                 checkpoint.add_measurement(self._folder, self.saved_step, bpb)
 
-    def load(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Load the newest intact checkpoint into the model and the optimizers, and return its meta.
+    def load(self, check: Callable[[dict[str, Any]], None]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Load the newest intact checkpoint into the model and the optimizers. Return its meta and its loader_state.
 
         check: called with the meta before anything changes; raises for a checkpoint that this run cannot resume from.
 
@@ -149,4 +160,4 @@ class Checkpointer:
         self._model.load_state_dict(tensors["model"])
         checkpoint.restore_optimizers(self._named, self._optimizers, tensors["optimizer"], meta["optimizer"])
         self.saved_step = meta["step"]
-        return meta
+        return meta, tensors.get("loader", {})

@@ -1,6 +1,7 @@
 """Numerical health of a run, layer by layer, for train --diagnose: its gradients, updates and activations.
 
-A layer is a block of the transformer ("h.0"), wte or lm_head. Quantities, as "<quantity>/<layer>":
+A layer is a block of the transformer ("h.0"), wte, lm_head, a value embedding, or the scalars of a kind. Quantities, as
+"<quantity>/<layer>":
 
     gradient_norm         Euclidean norm of the layer's gradient, averaged over the ranks, before clipping
     update_norm           Euclidean norm of the change of its weights in the step
@@ -9,7 +10,10 @@ A layer is a block of the transformer ("h.0"), wte or lm_head. Quantities, as "<
                           Newton-Schulz's quintic takes singular values to 0.7 to 1.2, and the smallest less far:
                           0.3 is good, and 0.5 is usual for square matrices. NorMuon's updates are not meant to be
                           orthogonal. With weights sent in bfloat16, the error includes their rounding
+    resid_lambda, x0_lambda, smear_lambda, backout_lambda
+                          the model's scalars after the step, where it has them
     attention_logit       largest |q . k| scale of a query and a key that it sees; QK-norm bounds it by sqrt(head_dim)
+                          times the square of --qk-scale
     dead_units            share of the MLP's hidden units that are 0 on every token
 
 The last two are measured on a fixed piece of the validation text.
@@ -124,7 +128,7 @@ class Diagnosis:
         for name, error in self._orthogonality():
             key = f"orthogonality_error/{layer_of(name)}"
             found[key] = max(error, found.get(key, 0.0))
-        return found
+        return found | scalars(self.model)
 
     def _orthogonality(self) -> Iterable[tuple[str, float]]:
         parameters = dict(self.model.named_parameters())
@@ -135,13 +139,28 @@ class Diagnosis:
             for name in group["param_names"]:
                 before = self._before[name]
                 update = (before - parameters[name]) / group["lr"]
-                decay = before * group["weight_decay"]
+                rows, columns = split_heads(before[None], group["heads"], group["head_axis"]).shape[-2:]
+                factor = max(1.0, rows / columns) ** 0.5 if group.get("aspect_factor", True) else 1.0
+                decay = before * group["weight_decay"] * (factor if group.get("scale_decay") else 1.0)
                 if group["cautious"]:  # Muon decays only where update and weight have the same sign
                     decay = decay * (update * before > 0)
                 blocks = split_heads((update - decay)[None], group["heads"], group["head_axis"])
-                with_factor = group.get("aspect_factor", True)
-                factor = max(1.0, blocks.size(-2) / blocks.size(-1)) ** 0.5 if with_factor else 1.0
                 yield name, orthogonality_error(blocks / factor)
+
+
+@torch.no_grad()
+def scalars(model: GPT) -> dict[str, float]:
+    """Return the scalars that the model has: of each block, of smear and of backout."""
+    found: dict[str, float] = {}
+    for quantity in ("resid_lambda", "x0_lambda"):
+        values = getattr(model, f"{quantity}s", None)
+        if values is not None:
+            found |= {f"{quantity}/h.{layer}": value for layer, value in enumerate(values.tolist())}
+    for part in ("smear", "backout"):
+        value = getattr(model, f"{part}_lambda", None)
+        if value is not None:
+            found[f"{part}_lambda/{part}"] = value.item()
+    return found
 
 
 def orthogonality_error(matrices: Tensor) -> float:

@@ -21,8 +21,16 @@ from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
-from nanochat_native.runs import checkpoint
-from nanochat_native.runs.config import EXAMPLES, FinetuneConfig, TrainConfig, resolve_device
+from nanochat_native.runs import checkpoint, run_folder
+from nanochat_native.runs.config import (
+    EXAMPLES,
+    PARTS,
+    FinetuneConfig,
+    TrainConfig,
+    flags_of_model,
+    resolve_device,
+    resolve_recipe,
+)
 from nanochat_native.runs.saved_model import load_config, load_model
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.distributed import World
@@ -36,8 +44,16 @@ from nanochat_native.training.trainer import Trainer
 VAL_SHARE = 0.1  # share of the conversations that is held out without --val-data
 LENGTHS = 16  # the length of a row, that of the longest conversation, is rounded up to a multiple of this
 CPU_ROWS, GPU_ROWS = 8, 32
-INHERITED_FLAGS = ("depth", "head_dim", "n_kv_head", "window_pattern", "vocab_size")
-PRETRAINING_FLAGS = ("total_batch_size", "target_flops", "target_param_data_ratio", "text_column")
+INHERITED_FLAGS = ("architecture", "depth", "head_dim", "n_kv_head", "window_pattern", "vocab_size", *PARTS)
+PRETRAINING_FLAGS = (
+    "total_batch_size",
+    "target_flops",
+    "target_param_data_ratio",
+    "text_column",
+    "packing",
+    "validation",
+    "tokenize",
+)
 Conversation = Sequence[Message]
 
 
@@ -333,6 +349,9 @@ def resolve_finetuning(config: FinetuneConfig) -> FinetuneConfig:
         raise ConfigError(str(error)) from error
     if config.max_seq_len > shape.sequence_len:
         raise ConfigError(f"--max-seq-len must be <= {shape.sequence_len}, the base model's, got {config.max_seq_len}")
+    base = config.checkpoint
+    config = dataclasses.replace(with_absolute_paths(config), **flags_of_model(shape))
+    config = resolve_recipe(config, default=recipe_of(base, default=config.architecture))
     rates: dict[str, Any] = {
         name: config.rate_scale * rate
         for name, rate in resolve.learning_rates(config).items()
@@ -340,20 +359,28 @@ def resolve_finetuning(config: FinetuneConfig) -> FinetuneConfig:
     }
     config = resolve_device(
         dataclasses.replace(
-            with_absolute_paths(config),
+            config,
             step=meta["step"],
+            packing="stream",
             depth=shape.n_layer,
             head_dim=shape.head_dim,
             n_kv_head=shape.n_kv_head,
-            window_pattern=shape.window_pattern,
             vocab_size=shape.vocab_size,
             max_seq_len=shape.sequence_len if is_unset(config, "max_seq_len") else config.max_seq_len,
-            run=f"{config.checkpoint.absolute().name}-chat" if is_unset(config, "run") else config.run,
+            run=f"{base.absolute().name}-chat" if is_unset(config, "run") else config.run,
             **rates,
         )
     )
     rows = GPU_ROWS if config.device == "cuda" else CPU_ROWS
     return dataclasses.replace(config, batch_rows=rows if is_unset(config, "batch_rows") else config.batch_rows)
+
+
+def recipe_of(folder: Path, *, default: str) -> str:
+    """Return the recipe of the run in a folder; `default` if it has no config that this version can read."""
+    try:
+        return run_folder.load_config(folder).recipe
+    except ConfigError:
+        return default
 
 
 def with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:

@@ -5,7 +5,7 @@ into fixed tensors before a replay. The gradients stay where the first graph put
 changes, and AdamW's step, are numbers in the memory of the device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,7 +21,14 @@ from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.errors import ConfigError
 
 SETTINGS = ("lr", "weight_decay", "momentum")  # those that the optimizers read from the memory of the device
-OPERATORS = ("attention", "linear_cross_entropy", "adamw_", "muon_momentum_", "newton_schulz_update_")
+OPERATORS = (
+    "attention",
+    "linear_cross_entropy",
+    "adamw_",
+    "muon_momentum_",
+    "newton_schulz_update_",
+    "normuon_update_",
+)
 
 Divisor = float | Tensor
 
@@ -34,6 +41,8 @@ def why_not(
         return f"--device is {device.type}"
     if ranks > 1:
         return f"{ranks} ranks exchange gradients during the backward pass"
+    if dtype == torch.float16:
+        return "--dtype is float16, whose loss scale changes between steps"
     if dtype != torch.bfloat16:
         return "--dtype is float32, for which attention has no CUDA kernel"
     for optimizer in optimizers:
@@ -136,7 +145,8 @@ class StepGraphs:
     def _capture_update(self) -> bool:
         """Capture the update, and return whether that succeeded."""
         with self._giving_up("the update"):
-            update = _Update(self._optimizers)
+            weights = [w for w in self._model.parameters() if weight_copies.copy_for_update(w) is None]
+            update = _Update(self._optimizers, weights)
             with update.settings_on_device(), self._capture(update.graph):
                 for optimizer in self._optimizers:
                     optimizer.step()
@@ -175,10 +185,16 @@ class StepGraphs:
 
 
 class _Update:
-    """The graph of the optimizers' steps, and the numbers that it reads from the memory of the device."""
+    """The graph of the optimizers' steps, and the numbers that it reads from the memory of the device.
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    Args:
+        without_copy: weights whose copies the graph does not write, because there were none. A replay makes copies that
+            were written later stale.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], without_copy: Iterable[Tensor] = ()) -> None:
         self.graph = torch.cuda.CUDAGraph()
+        self._without_copy = list(without_copy)
         self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self._adamw = [optimizer for optimizer in optimizers if isinstance(optimizer, AdamW)]
         self._device = self._groups[0]["params"][0].device
@@ -234,3 +250,4 @@ class _Update:
             for done in self._states(optimizer):
                 done += 1
         self.graph.replay()
+        torch.autograd.graph.increment_version(self._without_copy)

@@ -12,6 +12,7 @@ import torch
 
 import nanochat_native
 from nanochat_native import ops
+from nanochat_native.data import DamagedFileError
 from nanochat_native.runs.checkpoint import CheckpointError
 from nanochat_native.runs.config import TrainConfig, to_json
 from nanochat_native.runs.run_folder import check_free
@@ -72,6 +73,9 @@ def _run(world: World, args: Sequence[str], resolve: Resolve, make: Make, failur
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except DamagedFileError as error:  # of text that is tokenized while training runs, perhaps on one rank alone
+        print(f"error: {error}", file=sys.stderr)
+        return distributed.exit_rank(2)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -36,7 +36,8 @@ class Pretraining:
         if self._corpus is not None:
             return self._corpus
         assert config.cache_dir is not None
-        cache_dir = config.cache_dir
+        assert config.validation != "auto", "resolve_defaults chooses the rule"
+        cache_dir, validation = config.cache_dir, config.validation
 
         def run() -> Corpus:
             try:
@@ -45,6 +46,8 @@ class Pretraining:
                     vocab_size=config.vocab_size,
                     cache_dir=cache_dir,
                     text_column=config.text_column,
+                    validation=validation,
+                    tokenize=config.tokenize,
                     log=lambda note: console.say(f"data     {note}"),
                 )
             except FileNotFoundError as error:

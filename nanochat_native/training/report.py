@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from nanochat_native import ops
-from nanochat_native.data import Corpus
+from nanochat_native.data import Corpus, Loader
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import buckets_of, describe_routing
 from nanochat_native.runs.config import STDLIB, FinetuneConfig, TrainConfig, command_of
 from nanochat_native.runs.pictures import MISSING, plot_diagnosis, plot_loss
 from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console, compact, duration
-from nanochat_native.training import sizing
+from nanochat_native.training import scaling_laws, sizing
 
 EXPECTED_MFU = {"cpu": 0.9, "cuda": 0.4}  # for the time that is announced before the first step
 
@@ -30,6 +30,7 @@ class Setup:
     device: torch.device
     peak: hardware.Peak
     corpus: Corpus
+    loader: Loader
     model: GPT
     optimizers: Sequence[torch.optim.Optimizer]
     row_bytes: int
@@ -73,11 +74,14 @@ def announce(setup: Setup, notes: Sequence[str], console: Console) -> None:
     say(f"kernels  {' | '.join(kernels)}")
     say(f"peak     {'unknown' if peak.flops is None else f'{compact(peak.flops)}FLOP/s'} ({peak.source})")
     say(f"data     {setup.corpus.description}")
+    order = setup.loader.describe()
+    if order:
+        say(f"packing  {order}")
 
     model, num_params, flops_per_token = setup.model.config, setup.model.num_params(), setup.model.estimate_flops()
     memory = sizing.memory_bytes(config, num_params=num_params, row_bytes=setup.row_bytes)
     say(
-        f"model    d{model.n_layer}, {num_params / 1e6:.1f}M parameters, width {model.n_embd}, {model.n_head} heads | "
+        f"model    d{model.n_layer}, {describe_size(setup)}, width {model.n_embd}, {model.n_head} heads | "
         f"{compact(flops_per_token)}FLOP a token | "
         f"memory about {memory / 1e9:.1f} of {hardware.memory(device)[1] / 1e9:.0f} GB"
     )
@@ -93,13 +97,15 @@ def announce(setup: Setup, notes: Sequence[str], console: Console) -> None:
 
     tokens = config.num_iterations * config.total_batch_size
     flops = tokens * flops_per_token
+    epochs = setup.loader.epochs_of(tokens)
+    passes = "" if epochs is None else f" ({epochs:.2g} epochs)"
     time = ""
     if peak.flops is not None:
         time = f", about {duration(flops / (peak.flops * setup.world_size * EXPECTED_MFU[device.type]))}"
     say(
         f"batch    {config.device_batch_size} x {config.max_seq_len} x {setup.accumulation_steps} = "
-        f"{config.total_batch_size:,} tokens | {config.num_iterations} steps, {tokens:,} tokens "
-        f"({tokens / len(setup.corpus.train):.2g} epochs), {compact(flops)}FLOP{time}"
+        f"{config.total_batch_size:,} tokens | {config.num_iterations} steps, {tokens:,} tokens{passes}, "
+        f"{compact(flops)}FLOP{time}"
     )
     extras = [("tensorboard", "tensorboard/"), ("matplotlib", "loss.png")]
     missing = [f"no {what}: {module} is not installed" for module, what in extras if not find_spec(module)]
@@ -195,6 +201,14 @@ def next_commands(outcome: Outcome) -> list[str]:
         lines.append(f"sample   python -m nanochat_native.generate --checkpoint {folder}{prompt}")
         lines.append(f"measure  python -m nanochat_native.evaluate --checkpoint {folder}")
     return lines
+
+
+def describe_size(setup: Setup) -> str:
+    """Return the number of parameters, and of those that the scaling laws count if the recipe uses them."""
+    size = f"{setup.model.num_params() / 1e6:.1f}M parameters"
+    if setup.config.recipe != "today":
+        return size
+    return f"{size}, {scaling_laws.scaling_params(setup.model.config) / 1e6:.1f}M of them in matrices and lm_head"
 
 
 def describe_run(setup: Setup) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from nanochat_native.model.config import GPTConfig
 from nanochat_native.runs.config import TrainConfig
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import is_unset
@@ -58,15 +59,20 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(n for n in range(min(number, limit), 0, -1) if number % n == 0)
 
 
-def row_bytes(config: TrainConfig, *, n_embd: int, kv_channels: int, element_bytes: int) -> int:
+def row_bytes(config: TrainConfig, shape: GPTConfig, *, element_bytes: int) -> int:
     """Return the bytes of activations that one sequence keeps for the backward pass.
 
-    A layer keeps two normalised inputs, q, k, v, the attention's output and the MLP's hidden tensor of 4 n_embd. With
-    gradient checkpointing each layer keeps only its input, and one layer at a time the rest.
+    A layer keeps two normalised inputs, q, k, v, the attention's output and the MLP's hidden tensor of 4 n_embd, and
+    with residual scalars the residual stream. With gradient checkpointing each layer keeps only its input, and one
+    layer at a time the rest.
     """
-    layer = 8 * n_embd + 2 * kv_channels
+    n_embd = shape.n_embd
+    layer = (8 + shape.residual_scalars) * n_embd + 2 * shape.n_kv_head * shape.head_dim
     kept = config.depth * n_embd + layer if config.grad_checkpoint else config.depth * layer
     ends = 3 * n_embd  # the embedding, the last norm and the gradient of the loss
+    ends += shape.smear * n_embd  # the embedding before it
+    if not config.grad_checkpoint:  # which keeps the first layer's input and the stream in the middle anyway
+        ends += (shape.residual_scalars + shape.backout * (1 if shape.residual_scalars else 2)) * n_embd
     working = 6 * n_embd  # gradients of the current MLP: of its output, its hidden tensor and its input
     return config.max_seq_len * (kept + ends + working) * element_bytes
 

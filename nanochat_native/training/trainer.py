@@ -18,13 +18,14 @@ from torch import Tensor
 
 import nanochat_native
 from nanochat_native import ops
-from nanochat_native.data import Batch, BatchLoader, iterate_val
+from nanochat_native.data import Batch, iterate_validation, make_loader
 from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
 from nanochat_native.model.gpt import GPT
+from nanochat_native.ops import float8
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
-from nanochat_native.optim.schedule import lr_at, momentum_at
+from nanochat_native.optim.schedule import lr_at, momentum_at, weight_decay_at
 from nanochat_native.runs import checkpoint, run_folder
-from nanochat_native.runs.config import LEARNING_RATE_FLAGS, MUON_OPTIONS, WITH_MUON, TrainConfig, resolve_horizon
+from nanochat_native.runs.config import MUON_SWITCHES, WITH_MUON, TrainConfig, resolve_horizon
 from nanochat_native.runs.metrics_log import MetricsLog, SilentLog, none_if_nonfinite, value_of
 from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console
@@ -32,14 +33,17 @@ from nanochat_native.runtime.distributed import RankError, World, require_same_b
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import is_unset
 from nanochat_native.runtime.signals import StopSignals
-from nanochat_native.training import report, sizing
+from nanochat_native.training import report, resolve, scaling_laws, sizing
 from nanochat_native.training.checkpointer import Checkpointer
 from nanochat_native.training.diagnosis import ROWS, Diagnosis
 from nanochat_native.training.graphs import StepGraphs, why_not
+from nanochat_native.training.loss_scaling import LossScale
 from nanochat_native.training.pretraining import Pretraining
 from nanochat_native.training.spikes import SpikeGuard
 from nanochat_native.training.task import Task
 from nanochat_native.training.throughput import Throughput
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of --dtype
 
 
 class Trainer:
@@ -62,51 +66,61 @@ class Trainer:
         self.device = torch.device(config.device)
         if self.device.type == "cuda" and world.size > 1:
             self.device = torch.device("cuda", world.local_rank)
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.dtype = DTYPES[config.dtype]
         try:
             ops.use_backend(config.backend)
         except RuntimeError as error:
             raise ConfigError(str(error)) from None
         shape = task.model_config(config)
-        self.row_bytes = sizing.row_bytes(
-            config,
-            n_embd=shape.n_embd,
-            kv_channels=shape.n_kv_head * shape.head_dim,
-            element_bytes=self.dtype.itemsize,
-        )
+        self.row_bytes = sizing.row_bytes(config, shape, element_bytes=self.dtype.itemsize)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
         if free is not None:
             free = min(world.all_gather_object(free))
-        config = sizing.resolve_batch_size(config, row_bytes=self.row_bytes, free_bytes=free, world_size=world.size)
-        self.accumulation_steps = sizing.accumulation_steps(config, world.size)
+        batch: dict[str, Any] = {"row_bytes": self.row_bytes, "free_bytes": free, "world_size": world.size}
+        if not is_unset(config, "total_batch_size"):  # an error then comes before the data is prepared
+            config = sizing.resolve_batch_size(config, **batch)
         self.corpus = task.prepare_data(config, console, world)
+        shape = dataclasses.replace(shape, vocab_size=self.corpus.vocab_size)
+        config = sizing.resolve_batch_size(resolve.with_batch(config, shape), **batch)
+        self.accumulation_steps = sizing.accumulation_steps(config, world.size)
 
         torch.manual_seed(config.seed)
         with torch.device("meta"):
-            shape = dataclasses.replace(shape, vocab_size=self.corpus.vocab_size)
             self.model = GPT(shape, grad_checkpoint=config.grad_checkpoint)
+        if config.fp8 != "off":
+            self._use_float8(config)
         self.flops_per_token = self.model.estimate_flops()
-        config = resolve_horizon(config, num_params=self.model.num_params(), flops_per_token=self.flops_per_token)
+        counted = scaling_laws.scaling_params(shape) if config.recipe == "today" else self.model.num_params()
+        config = resolve_horizon(config, num_params=counted, flops_per_token=self.flops_per_token)
         self.config = config
-        self.loader = BatchLoader(
-            self.corpus.train,
+        assert config.packing != "auto", "resolve_defaults chooses the packing"
+        self.loader = make_loader(
+            self.corpus,
+            packing=config.packing,
             batch_rows=config.total_batch_size // config.max_seq_len,
             sequence_len=config.max_seq_len,
             seed=config.seed,
             device=self.device,
             rank=world.rank,
             world_size=world.size,
+            cache_dir=config.cache_dir,
         )
         self.model.to_empty(device=self.device)
         task.init_weights(self.model, config.seed)
-        muon = {name: getattr(config, name) for name in MUON_OPTIONS}
+        rates: dict[str, Any] = {**resolve.learning_rates(config)}
+        muon: dict[str, Any] = {}
         if config.optimizer in WITH_MUON:
-            muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients, "muon_form": config.muon_form}
+            muon = {name: getattr(config, name) == "on" for name in MUON_SWITCHES}
+            muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients, "beta2": config.normuon_beta2}
+            muon |= {"muon_form": config.muon_form, "per_head": config.per_head}
         self.optimizers = setup_optimizers(
             self.model,
-            **{name: getattr(config, name) for name in LEARNING_RATE_FLAGS if not is_unset(config, name)},
-            weight_decay=config.weight_decay,
-            matrix_weight_decay=config.matrix_weight_decay,
+            recipe=config.recipe,
+            **rates,
+            smear_lr=resolve.smear_rate(config),
+            batch_lr_scale=resolve.rate_factor(config),
+            weight_decay=None if is_unset(config, "weight_decay") else config.weight_decay,
+            matrix_weight_decay=resolve.matrix_weight_decay(config, shape),
             optimizer=config.optimizer,
             process_group=world.group,
             reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bfloat16" else None,
@@ -127,9 +141,26 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.stop_signal = 0  # the signal that a rank has received
         self.skipped = self.skipped_in_a_row = 0
+        self.loss_scale = LossScale() if self.dtype == torch.float16 else None
         self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
         self.last_bpb: float | None = None
+
+    def _use_float8(self, config: TrainConfig) -> None:
+        """Let the model multiply in FP8 in training. Raise ConfigError for a batch or a model that does not suit it."""
+        rows = config.device_batch_size * config.max_seq_len
+        if rows % float8.MULTIPLE:
+            raise ConfigError(
+                f"--device-batch-size x --max-seq-len must be a multiple of {float8.MULTIPLE} tokens with --fp8, "
+                f"got {rows}"
+            )
+        count = self.model.use_float8(config.fp8)
+        if count == 0:
+            raise ConfigError(
+                f"--fp8 must be off for this model, got {config.fp8}: a linear layer in FP8 needs sizes that are "
+                f"multiples of {float8.MULTIPLE} and at least {float8.SMALLEST_SIZE}"
+            )
+        self.console.say(f"fp8      {config.fp8}, {count} of {self.model.num_linears} linear layers")
 
     @property
     def setup(self) -> report.Setup:
@@ -140,6 +171,7 @@ class Trainer:
             device=self.device,
             peak=self.throughput.peak,
             corpus=self.corpus,
+            loader=self.loader,
             model=self.model,
             optimizers=self.optimizers,
             row_bytes=self.row_bytes,
@@ -256,7 +288,13 @@ class Trainer:
 
         self.last_loss, norm = self.compute_gradients(batch)
         rate, momentum = self._set_schedules()
-        if self.spikes.is_spike(self.last_loss, norm):
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        if self.loss_scale is not None and self.loss_scale.update(norm):
+            self.console.say(
+                f"step {self.step + 1}: the gradients overflow float16 at the loss scale {scale:g}: no update; "
+                f"the scale is {self.loss_scale.scale:g} now"
+            )
+        elif self.spikes.is_spike(self.last_loss, norm):
             self._skip(f"a spike, loss {self.last_loss:.3f}, gradient norm {norm:.3f}")
         elif math.isfinite(norm):
             diagnosed = self._update_and_diagnose(norm)
@@ -268,7 +306,7 @@ class Trainer:
         check_every = self.config.check_replicas_every
         if self.world.size > 1 and check_every and self.step % check_every == 0:
             require_same_bits(self.world, list(self.model.named_parameters()))
-        self._log_step(norm, rate, momentum, waited, time.perf_counter() - start - diagnosed)
+        self._log_step(norm, rate, momentum, scale, waited, time.perf_counter() - start - diagnosed)
 
     def compute_gradients(self, batch: Batch) -> tuple[float, float]:
         """Compute the gradients of a step's batch in micro-batches, averaged over the ranks and clipped.
@@ -277,6 +315,7 @@ class Trainer:
             (the mean loss in nats, the norm of the gradients before clipping).
         """
         loss = torch.zeros((), device=self.device)
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         micro_batches = list(self.micro_batches(batch))
         divisors = self.task.loss_divisors(micro_batches, self.world)
         for i, ((x, y), divisor) in enumerate(zip(micro_batches, divisors, strict=True)):
@@ -286,9 +325,9 @@ class Trainer:
             with self.autocast():
                 micro_loss = self.model(x, y) / divisor
             with self.overlap if i + 1 == len(micro_batches) else contextlib.nullcontext():
-                micro_loss.backward()
+                (micro_loss if scale == 1 else micro_loss * scale).backward()
             loss += micro_loss.detach()
-        norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf)
+        norm = clip_reduced_(self.optimizers, self.config.grad_clip or math.inf, loss_scale=scale)
         mean = self.world.all_reduce_sum_(loss) / self.world.size
         return read_numbers(mean, norm)
 
@@ -333,12 +372,14 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the model runs in --dtype."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        is_float32 = self.dtype == torch.float32  # which autocast does not take
+        return torch.autocast(self.device.type, torch.bfloat16 if is_float32 else self.dtype, enabled=not is_float32)
 
     def _set_schedules(self) -> tuple[float, float]:
-        """Set the learning rates and the momentum of this step. Return the rates' multiplier and the momentum."""
+        """Set the learning rates, the momentum and the weight decay of this step. Return the rates' multiplier and the
+        momentum."""
         rate, momentum = lr_at(self.step, self.config), momentum_at(self.step, self.config)
-        self.set_rates(rate, momentum)
+        self.set_rates(rate, momentum, weight_decay_at(self.step, self.config))
         return rate, momentum
 
     @contextlib.contextmanager
@@ -354,13 +395,20 @@ class Trainer:
                 raise
             self.console.failed(name, error)
 
-    def set_rates(self, multiplier: float, momentum: float) -> None:
-        """Set each group's learning rate to its initial one times `multiplier`, and Muon's momentum."""
+    def refuse_loss_scaling(self) -> None:
+        """Raise ConfigError for a run in float16, for an experiment that takes every step."""
+        if self.loss_scale is not None:
+            raise ConfigError("--dtype must be float32 or bfloat16 for this experiment, got float16: it skips steps")
+
+    def set_rates(self, multiplier: float, momentum: float, decay: float = 1.0) -> None:
+        """Set each group's learning rate to its initial one times `multiplier`, Muon's momentum, and its weight decay
+        to the initial one times `decay`."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
                 if isinstance(optimizer, Muon):
                     group["momentum"] = momentum
+                    group["weight_decay"] = group["initial_weight_decay"] * decay
 
     def _skip(self, why: str) -> None:
         self.skipped += 1
@@ -396,8 +444,10 @@ class Trainer:
     def validation_batches(self, max_tokens: int, world: World | None = None) -> Iterator[Batch]:
         """Yield this rank's part of the first max_tokens of the validation text. world: default: the run's."""
         world = world or self.world
-        return iterate_val(
-            self.corpus.val,
+        assert self.config.packing != "auto"
+        return iterate_validation(
+            self.corpus,
+            packing=self.config.packing,
             batch_rows=self.config.device_batch_size,
             sequence_len=self.config.max_seq_len,
             max_tokens=max_tokens,
@@ -434,11 +484,12 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "spike_history": list(self.spikes.history),
+            **({} if self.loss_scale is None else {"loss_scale": dataclasses.asdict(self.loss_scale)}),
             "validation_bpb": self.last_bpb,
             **self.task.checkpoint_metadata(),
         }
         self.log.sync()
-        self.checkpointer.save(self.step, meta)
+        self.checkpointer.save(self.step, meta, self.loader.state(self.step))
 
     def _open_run(self, stack: contextlib.ExitStack) -> None:
         """Create the run's folder, or resume from its newest intact checkpoint, and open its log."""
@@ -458,11 +509,15 @@ class Trainer:
             self.console.say(f"resume   {run_dir} from step {self.step}")
 
     def _load(self) -> None:
-        meta = self.checkpointer.load(self._check_resumable)
+        meta, loader_state = self.checkpointer.load(self._check_resumable)
         self.step = meta["step"]
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.spikes = SpikeGuard(self.config.skip_spikes, meta.get("spike_history", ()))
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale(**meta.get("loss_scale", {}))
         self.last_bpb = meta["validation_bpb"]
+        if loader_state:
+            self.loader.restore(self.step, loader_state)
 
     def _check_resumable(self, meta: dict[str, Any]) -> None:
         """Raise ConfigError for the meta of a checkpoint of other data, or of a step beyond the horizon."""
@@ -474,7 +529,9 @@ class Trainer:
                 f"{self.config.run_dir / 'checkpoints'}, got {self.config.num_iterations}"
             )
 
-    def _log_step(self, norm: float, rate: float, momentum: float, waited: float, seconds: float) -> None:
+    def _log_step(
+        self, norm: float, rate: float, momentum: float, scale: float | None, waited: float, seconds: float
+    ) -> None:
         self.throughput.add_step(seconds)
         with self.console.isolated("log of a step"):
             tokens_per_second = self.config.total_batch_size / seconds
@@ -491,6 +548,7 @@ class Trainer:
                 lr_multiplier=rate,
                 momentum=momentum,
                 skipped=self.skipped,
+                **({} if scale is None else {"loss_scale": scale}),
                 seconds=seconds,
                 tokens_per_second=tokens_per_second,
                 mfu=self.throughput.share_of_peak(self.flops_per_token * tokens_per_second, self.world.size),

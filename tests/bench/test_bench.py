@@ -522,3 +522,16 @@ def test_unknown_baseline_is_a_value_error():
     problem = Problem(B=1, T=16, H=2, D=16)
     with pytest.raises(ValueError, match=r"baseline must be one of 'SDPA'.*, got 'FLASHY'"):
         attention_case(problem, "forward", baseline="FLASHY", dtype=torch.bfloat16, min_speedup=0.0, name="")
+
+
+@pytest.mark.parametrize("recipe", ["october", "today"])
+def test_our_step_is_that_of_torchs_calls(recipe, monkeypatch):
+    if backends.load_error:
+        pytest.skip(backends.load_error)
+    monkeypatch.setattr(step, "T", 160)  # beyond the short window of 128
+    monkeypatch.setattr(step, "B", 1)
+    step.check(step.Step("ours", 300, recipe), step.Step("torch", 300, recipe))
+    other = step.Step("torch", 300, recipe)
+    other.optimizers[1].param_groups[0]["lr"] *= 1.05
+    with pytest.raises(AssertionError, match="relative error must be at most"):
+        step.check(step.Step("ours", 300, recipe), other)

@@ -138,7 +138,7 @@ def test_each_subcommand_completes_the_flags_that_its_parser_takes():
 
 def test_values_of_a_choice_are_read():
     flags = {flag.name: flag for flag in completion.flags_of("train")}
-    assert flags["--dtype"].choices == ("auto", "float32", "bfloat16")
+    assert flags["--dtype"].choices == ("auto", "float32", "bfloat16", "float16")
     assert flags["--depth"].choices == ()
     assert flags["--dry-run"].is_switch
     assert not flags["--depth"].is_switch

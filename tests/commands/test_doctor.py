@@ -90,6 +90,10 @@ VALUES = [
     "rms_norm",
     "add_rms_norm",
     "embedding_rms_norm",
+    "mix_rms_norm",
+    "add_value_embedding",
+    "add_value_embedding_backward",
+    "smear",
     "newton_schulz",
     "muon_momentum_",
     "linear_cross_entropy",
@@ -121,8 +125,11 @@ def test_a_wrong_value_is_noticed(monkeypatch, capsys, name, factor):
     [
         *(("attention", i) for i in range(3)),
         *((name, i) for name in ("add_rms_norm", "linear_cross_entropy", "linear", "rotary_norm") for i in range(2)),
+        *(("mix_rms_norm", i) for i in range(5)),
         ("rms_norm", 0),
         ("embedding_rms_norm", 1),
+        *(("add_value_embedding", i) for i in range(4)),
+        *(("smear", i) for i in range(3)),
         ("relu_squared", 0),
     ],
 )
@@ -150,12 +157,15 @@ UPDATED = {
     "adamw_": lambda args, options: [args[0][0], args[2][0], args[3][0]],
     "muon_momentum_": lambda args, options: [args[1][0]],
     "muon_update_": lambda args, options: [args[0][0]],
+    "normuon_update_": lambda args, options: [args[0][0], args[2][0]],
     "newton_schulz_update_": lambda args, options: [args[0][0]],
     "cached_forward_": lambda args, options: [options["cache"]],
     "relu_squared_": lambda args, options: [args[0]],
     "relu_squared_backward_": lambda args, options: [args[0]],
 }
-UPDATES = [(name, index) for name, count in zip(UPDATED, (3, 1, 1, 1, 1, 1, 1), strict=True) for index in range(count)]
+UPDATES = [
+    (name, index) for name, count in zip(UPDATED, (3, 1, 1, 2, 1, 1, 1, 1), strict=True) for index in range(count)
+]
 
 
 @pytest.mark.parametrize(("name", "index"), UPDATES)

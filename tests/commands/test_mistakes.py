@@ -172,7 +172,7 @@ def test_missing_value_and_unknown_choice_are_refused(capsys):
     found = run(evaluate, ["--checkpoint"], capsys)
     assert found.startswith("Missing value for argument '--checkpoint'")
     found = run(export, ["--checkpoint", "x", "--out", "y", "--dtype", "int8"], capsys)
-    assert found == "invalid choice 'int8' for argument '--dtype'. Expected one of ('float32', 'bfloat16')."
+    assert found == "invalid choice 'int8' for argument '--dtype'. Expected one of ('auto', 'float32', 'bfloat16')."
     assert run(generate, ["--checkpoint", "x", "--temprature", "1"], capsys).endswith("perhaps you meant --temperature")
 
 

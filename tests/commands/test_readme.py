@@ -162,6 +162,13 @@ WITHOUT_FLAGS = {f"nanochat_native.{name}" for name in ("doctor", "bench.step", 
 WITHOUT_FLAGS |= {"nanochat_native.lab.roofline.worker"}
 # Flags of another program that a module names: of a command of this package, which has them, or of a foreign one.
 OF_ANOTHER = {
+    "nanochat_native.bench.torch_today": {"nanochat_native.train": {"--architecture", "--recipe"}},
+    "nanochat_native.doctor": {"nanochat_native.train": {"--dtype", "--fp8"}},
+    "nanochat_native.interop.nanochat_export": {"nanochat_native.train": {"--architecture"}},
+    "nanochat_native.interop.transformers_export": {
+        "nanochat_native.train": {"--architecture"},
+        "nanochat": {"--model-tag", "--eval"},
+    },
     "nanochat_native.demonstrations.faults": {"nanochat_native.train": {"--diagnose"}},
     "nanochat_native.exercises.chapter_06": {"nanochat_native.memory": {"--measure"}},
     "nanochat_native.demonstrations.rates": {"nanochat_native.train": {"--schedule"}},

@@ -71,9 +71,9 @@ def test_activations_grow_with_the_length_and_scores_with_its_square():
 def test_gradients_exist_between_micro_batches():
     found = gradients_between_steps()
     head = 2 * 65536 * 1280 / 2**20  # the gradient of lm_head in bfloat16, which the loss computes
-    assert found["one"]["forward"] == head
-    assert found["one"]["backward"] < found["one"]["optimizer"]
-    assert found["two"]["forward"] == head + found["one"]["optimizer"]
+    assert found["one"]["forward"] == 0  # the peak is before the loss
+    assert found["one"]["backward"] == 2 * head < found["one"]["optimizer"]
+    assert found["two"]["forward"] == found["one"]["optimizer"]
     assert found["two"]["backward"] == 3 * head + found["one"]["optimizer"]  # and converted to float32
 
 

@@ -262,6 +262,29 @@ def loss(kernels, seed):
         torch.testing.assert_close(logits.double(), gradient, rtol=rtol, atol=1e-7)
 
 
+def normuon(kernels, seed):
+    """Tall and wide matrices, with tails and several parts of rows; lines and a matrix below the smallest values."""
+    generator = torch.Generator().manual_seed(seed)
+    for shape, offset in (((70, 33), 0), ((70, 131), 1), ((12, 16), 0), ((3, 5), 0)):
+        M, K = shape
+        params = [randn(generator, *shape, offset=offset) for _ in range(3)]
+        seconds = [torch.zeros((M, 1) if M >= K else (1, K)) for _ in range(3)]
+        expected, expected_seconds = ([tensor.clone() for tensor in tensors] for tensors in (params, seconds))
+        copies = empty_copies(params, seed % 2)
+        options = {"lr": 0.1, "weight_decay": 0.5, "scale": 2.0, "cautious": True, "renormalise": True}
+        options |= {"beta2": 0.9, "eps": 1e-4, "norm_eps": 1e-3}
+        for _ in range(2):
+            update = randn(generator, 3, *shape, offset=offset)
+            update[0, -1] *= 1e-3
+            update[0, :, 0] *= 1e-3
+            update[1] *= 1e-6
+            operators.normuon_update_(kernels, params, update, seconds, copies=copies, schedule=seed, **options)
+            reference.normuon_update_(expected, update, expected_seconds, **options)
+        check_copies(copies, params)
+        for mine, other in zip((*params, *seconds), (*expected, *expected_seconds), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
 def orthogonal(kernels, seed, form, steps, *shape, tolerance=3e-3, **path):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     mine = operators.newton_schulz(kernels, g, form=form, steps=steps, schedule=seed, **path)
@@ -284,6 +307,15 @@ def into_params(kernels, seed, dtype, *shape, **path):
         torch.testing.assert_close(mine, other, atol=2e-3, rtol=2**-7)
 
 
+def scaled_rows(kernels, seed, *shape, **path):
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(shape, generator=generator)
+    scales = torch.rand(shape[:-1], generator=generator, dtype=torch.float64) / g[0].numel() ** 0.5
+    one_step = {"steps": 1, "coefficients": [(1.0, 0.0, 0.0)]}
+    mine = operators.newton_schulz(kernels, g, scales=scales, schedule=seed, **one_step, **path)
+    torch.testing.assert_close(mine, g * scales[..., None].float(), rtol=1e-3, atol=1e-6)
+
+
 def newton_schulz(kernels, seed, **path):
     """Symmetric results of one tile and of several, on and off the diagonal, with tails; matrices tall and wide."""
     orthogonal(kernels, seed, "plain", 1, 2, 150, 141, **path)
@@ -292,6 +324,7 @@ def newton_schulz(kernels, seed, **path):
     into_params(kernels, seed, torch.float32, 33, 21, **path)
     into_params(kernels, seed, torch.float32, 5, 6, **path)
     into_params(kernels, seed, torch.bfloat16, 20, 24, **path)
+    scaled_rows(kernels, seed, 3, 33, 21, **path)
 
 
 def newton_schulz_ampere(kernels, seed):
@@ -345,6 +378,55 @@ def rms_norm(kernels, seed):
         assert_rounded(dx, residual.double() + r.double()[:, None] * (dy.double() - y.double() * product))
 
 
+def mix_rms_norm(kernels, seed):
+    """The rows of rms_norm; where a row has 64 elements, all tensors but one are aligned."""
+    generator = torch.Generator().manual_seed(seed)
+    F32, BF16 = torch.float32, torch.bfloat16
+    scales = torch.tensor([[1.1], [-0.3]])
+    x_scale, x0_scale = scales.double()
+    names = ("dy", "dz", "dmixed", "add_to", "z", "x0")
+    for C, dtype, unaligned in (
+        *((260, F32, ""), (1280, BF16, ""), (9000, F32, ""), (77, BF16, "")),
+        *((64, F32, name) for name in (*names, "x", "residual", "y")),
+    ):
+        inputs = {name: randn(generator, 5, C, dtype=dtype) for name in (*names, "x", "residual", "y")}
+        if unaligned:
+            inputs[unaligned] = moved(inputs[unaligned])
+        z, mixed, y, r = operators.mix_rms_norm(
+            kernels, inputs["x"], inputs["residual"], inputs["x0"], *scales, schedule=seed
+        )
+        assert torch.equal(z, inputs["x"] + inputs["residual"])
+        assert_rounded(mixed, x_scale * z.double() + x0_scale * inputs["x0"].double())
+        exact, exact_r = normalised(mixed)
+        assert_rounded(y, exact)
+        torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0)
+        dy, dz, dmixed, add_to, z, x0 = (inputs[name] for name in names)
+        y = moved(y) if unaligned == "y" else y
+        dx, dx0, *of_factors = operators.mix_rms_norm_backward(
+            kernels, dy, y, r, z, x0, *scales, dz=dz, dmixed=dmixed, add_to=add_to, schedule=seed
+        )
+        product = (dy.double() * y.double()).mean(1, keepdim=True)
+        ds = dmixed.double() + r.double()[:, None] * (dy.double() - y.double() * product)
+        assert_rounded(dx, x_scale * ds + dz.double())
+        assert_rounded(dx0, x0_scale * ds + add_to.double())
+        for mine, stream in zip(of_factors, (z, x0), strict=True):
+            assert abs(mine.double() - (ds * stream.double()).sum()) <= 1e-6 * (ds * stream.double()).abs().sum()
+
+
+def factor_gradients(kernels, seed):
+    """More rows than the kernel has threads, of which the first is large."""
+    N = 2100
+    zero, dmixed = torch.zeros(N, 2), torch.ones(N, 2)
+    dmixed[0] = 2.0**24
+    z, x0, scale = torch.ones(N, 2), torch.full((N, 2), 2.0), torch.ones(1)
+    *_, dx_scale, dx0_scale = operators.mix_rms_norm_backward(
+        kernels, zero, zero, torch.ones(N), z, x0, scale, scale, dmixed=dmixed, schedule=seed
+    )
+    exact = torch.tensor([2 * (2.0**24 + N - 1)])
+    assert torch.equal(dx_scale, exact)
+    assert torch.equal(dx0_scale, 2 * exact)
+
+
 def embedding_rms_norm(kernels, seed):
     generator = torch.Generator().manual_seed(seed)
     table = randn(generator, 4, 136)
@@ -354,6 +436,73 @@ def embedding_rms_norm(kernels, seed):
     known = (tokens >= 0) & (tokens < 4)
     assert_rounded(y, exact.masked_fill(~known[:, None], torch.nan))
     torch.testing.assert_close(r.double(), exact_r.masked_fill(~known, torch.nan), rtol=1e-6, atol=0, equal_nan=True)
+
+
+def assert_near_sum(mine, exact, terms):
+    """One rounding of a sum in float32; `terms` is the sum of the terms' magnitudes."""
+    rtol = 2**-8 + 1e-5 if mine.dtype == torch.bfloat16 else 2e-6
+    assert ((mine.double() - exact).abs() <= rtol * exact.abs() + 2e-6 * terms + 1e-6).all()
+
+
+def value_embedding(kernels, seed):
+    """Whole heads, heads with a tail, and heads longer than a warp; groups that are not full; several blocks of rows.
+
+    An id is out of range. Where a head has 64 elements, all tensors but one are aligned.
+    """
+    F32, BF16 = torch.float32, torch.bfloat16
+    for N, Hkv, D, I, dtype, table_dtype, unaligned in (  # noqa: E741
+        *((67, 6, 16, 12, BF16, F32, ""), (3, 3, 10, 5, F32, F32, ""), (2, 1, 320, 33, BF16, BF16, "")),
+        *((3, 2, 64, 12, F32, F32, "in"), (3, 2, 64, 12, BF16, BF16, "table")),
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        v, dout = (randn(generator, N, Hkv, D, dtype=dtype) for _ in range(2))
+        h, gate = randn(generator, N, I + 2, dtype=dtype)[:, 1:-1], randn(generator, Hkv, I) * I**-0.5
+        table, ids = randn(generator, 4, Hkv * D, dtype=table_dtype), torch.arange(N) % 4
+        v, dout = (moved(tensor) if unaligned == "in" else tensor for tensor in (v, dout))
+        table = moved(table) if unaligned == "table" else table
+        ids[1] = 4
+        known = ids < 4
+        arguments = h, gate, table, ids
+        out = operators.add_value_embedding(kernels, v, *arguments, schedule=seed)
+        dh, dgate, drows = operators.add_value_embedding_backward(kernels, dout, *arguments, schedule=seed)
+        rows, wide = table.double()[ids % 4].view(N, Hkv, D), h.double()
+        s = (wide @ gate.double().mT).sigmoid()[..., None]
+        assert_rounded(out, (v.double() + 3 * s * rows).masked_fill(~known[:, None, None], torch.nan))
+        assert_rounded(drows[known], (3 * s * dout.double()).flatten(1)[known])
+        terms = 3 * s * (1 - s) * dout.double() * rows * known[:, None, None]
+        dz, size = terms.sum(-1), terms.abs().sum(-1)
+        assert_near_sum(dh, dz @ gate.double(), size @ gate.double().abs())
+        assert_near_sum(dgate, dz.mT @ wide, size.mT @ wide.abs())
+
+
+def smear(kernels, seed):
+    """Rows of a warp and of a block, with tails, and several blocks of rows.
+
+    Where a row has 64 elements, all tensors but one are aligned.
+    """
+    F32, BF16 = torch.float32, torch.bfloat16
+    for B, T, C, I, dtype, unaligned in (  # noqa: E741
+        *((2, 35, 70, 24, F32, ""), (1, 3, 1280, 24, F32, ""), (3, 1, 30, 5, BF16, "")),
+        *((1, 2, 64, 24, F32, "x"), (1, 2, 64, 24, BF16, "dout")),
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        x, dout = (randn(generator, B, T, C, dtype=dtype) for _ in range(2))
+        gate, smear_lambda = randn(generator, 1, I) * I**-0.5, torch.tensor([0.7])
+        x, dout = (moved(t) if unaligned == name else t for t, name in ((x, "x"), (dout, "dout")))
+        out = operators.smear(kernels, x, gate, smear_lambda, schedule=seed)
+        dx, dgate, dlambda = operators.smear_backward(kernels, dout, x, gate, smear_lambda, schedule=seed)
+        wide, ddout, w = x.double(), dout.double(), gate.double()
+        s = (wide[:, 1:, :I] @ w.mT).sigmoid()
+        assert_rounded(out, torch.cat((wide[:, :1], wide[:, 1:] + 0.7 * s * wide[:, :-1]), 1))
+        products = ddout[:, 1:] * wide[:, :-1]
+        dz, size = (0.7 * s * (1 - s) * terms.sum(-1, keepdim=True) for terms in (products, products.abs()))
+        exact, terms = ddout.clone(), ddout.abs()
+        exact[:, :-1] += 0.7 * s * ddout[:, 1:]
+        exact[:, 1:, :I] += dz * w
+        terms[:, 1:, :I] += size * w.abs()
+        assert_near_sum(dx, exact, terms)
+        assert_near_sum(dgate, (dz * wide[:, 1:, :I]).sum((0, 1))[None], (size * wide[:, 1:, :I].abs()).sum((0, 1)))
+        assert_near_sum(dlambda, (s * products).sum()[None], (s * products.abs()).sum())
 
 
 def with_longer_rows(tensor):
@@ -533,8 +682,10 @@ SMALL = [
 ]
 
 ADAMW, MUON, LOSS = (f"csrc/cuda/{name}.cu" for name in ("adamw", "muon", "softcap_cross_entropy"))
+NORMUON = "csrc/cuda/normuon.cu"
 PACKS = "csrc/cuda/packs.cuh"
 ADAMW_LIBRARY, MUON_LIBRARY, LOSS_LIBRARY = (f"tests/emulation/{name}" for name in (operators.ADAMW, operators.MUON, operators.LOSS))
+NORMUON_LIBRARY = f"tests/emulation/{operators.NORMUON}"
 
 OPERATORS = [
     *of(
@@ -596,6 +747,30 @@ OPERATORS = [
         library=MUON_LIBRARY,
     ),
     *of(
+        NORMUON,
+        normuon,
+        ("rows of all matrices summed in one place", "o.sums[blockIdx.y * o.M + row] = sum;", "o.sums[row] = sum;"),
+        ("columns of all parts summed in one place", "blockIdx.z * int64_t{o.parts} + blockIdx.y) * o.K", "blockIdx.z * int64_t{o.parts}) * o.K"),
+        ("columns of one warp alone", "i < kWarps; ++i) sum += shared_sums", "i < 1; ++i) sum += shared_sums"),
+        ("sums of columns read before they are written", "    __syncthreads();\n    const int column", "    const int column"),
+        ("rows of the next part added too", "begin + kPartRows < o.M ? begin + kPartRows : o.M;", "o.M;"),
+        ("sum of a row of one lane alone", "sum = warp_sum(sum);", ""),
+        ("one part of the columns alone", "part < o.parts; ++part) sum +=", "part < 0; ++part) sum +="),
+        ("no renormalisation", "if (o.renormalise) {", "if (false) {"),
+        ("norms without their smallest value", "norm < o.norm_eps ? o.norm_eps : norm", "norm"),
+        ("second momentum without its smallest value", "sqrt(s < o.eps ? o.eps : s)", "sqrt(s)"),
+        ("second momentum not kept", "        second[line] = s;\n", ""),
+        ("second momentum of the first matrix for all", "table.second_momentums[blockIdx.x]", "table.second_momentums[0]"),
+        ("mean over the longer side", "length = o.M < o.K ? o.M : o.K;", "length = o.M < o.K ? o.K : o.M;"),
+        ("factors of the first matrix for all", "*factors = o.factors + blockIdx.y * o.lines();", "*factors = o.factors;"),
+        ("the factor of the first row for all", "tall ? factors[row] : 0;", "tall ? factors[0] : 0;"),
+        ("first matrix's copy for all", "table.copies[blockIdx.y]", "table.copies[0]"),
+        ("copy of each row in the first", "if (copy) copy += row * o.K;", ""),
+        ("alignment of the copy not looked at", " && is_aligned<N>(copy);", ";", "address"),
+        ("alignment of the factors not looked at", "load<N>(factors + column, left, factors_aligned);", "load<N>(factors + column, left, true);", "address"),
+        library=NORMUON_LIBRARY,
+    ),
+    *of(
         "csrc/cuda/muon.cuh",
         muon,
         ("cautious everywhere", "!rates.cautious || update * param >= 0", "!rates.cautious || update * param >= -1e30f"),
@@ -627,21 +802,69 @@ OPERATORS = [
     ),
 ]
 
-RMS_NORM, ROTARY_NORM, RELU_SQUARED = (f"csrc/cuda/{name}.cu" for name in ("rms_norm", "rotary_norm", "relu_squared"))
-RMS_NORM_LIBRARY, ROTARY_NORM_LIBRARY, RELU_SQUARED_LIBRARY = (f"tests/emulation/{name}" for name in (operators.RMS_NORM, operators.ROTARY_NORM, operators.RELU_SQUARED))
+ROWS = "csrc/cuda/rows.cuh"
+RMS_NORM, MIX_RMS_NORM, ROTARY_NORM, RELU_SQUARED = (f"csrc/cuda/{name}.cu" for name in ("rms_norm", "mix_rms_norm", "rotary_norm", "relu_squared"))
+VALUE_EMBEDDING, SMEAR, GATE = (f"csrc/cuda/{name}" for name in ("value_embedding.cu", "smear.cu", "gate.cuh"))
+RMS_NORM_LIBRARY, MIX_RMS_NORM_LIBRARY, ROTARY_NORM_LIBRARY, RELU_SQUARED_LIBRARY = (f"tests/emulation/{name}" for name in (operators.RMS_NORM, operators.MIX_RMS_NORM, operators.ROTARY_NORM, operators.RELU_SQUARED))
+VALUE_EMBEDDING_LIBRARY, SMEAR_LIBRARY = (f"tests/emulation/{name}" for name in (operators.VALUE_EMBEDDING, operators.SMEAR))
 
 NORMS = [
+    *of(
+        ROWS,
+        rms_norm,
+        ("first row of a block for all", "int64_t{blockIdx.x} * blockDim.y + threadIdx.y", "int64_t{blockIdx.x} * blockDim.y"),
+        ("sum over one warp of several", "blockDim.x == 32 ? warp_sum(x) : block_sum(x, warps)", "warp_sum(x)"),
+        ("tail taken for whole packs", "return C % pack == 0 && (", "return (", "address"),
+        library=RMS_NORM_LIBRARY,
+    ),
+    *of(
+        MIX_RMS_NORM,
+        mix_rms_norm,
+        ("residual forgotten", "            sum = sum_of(sum, own_residual);\n", ""),
+        ("residual forgotten in the rest of a long row", "if (add) own_residual = load_pack<N, whole>(residual, p, a.C);", ""),
+        ("factors exchanged", "mix_of(sum, x_scale, own_x0, x0_scale)", "mix_of(sum, x0_scale, own_x0, x_scale)"),
+        ("one element of two for both", "set_pair(mixed, i, pair[0], pair[1]);", "set_pair(mixed, i, pair[0], pair[0]);"),
+        ("row behind the last written", "    if (row >= a.N) return;\n    const int64_t start = row * a.C;\n    const T *x", "    const int64_t start = row * a.C;\n    const T *x", "address"),
+        ("alignment of x alone looked at", "a.x, a.residual, a.x0, a.z, a.mixed, a.y);", "a.x);", "address"),
+        ("alignment of x0 not looked at", "a.x, a.residual, a.x0, a.z, a.mixed, a.y);", "a.x, a.residual, a.z, a.mixed, a.y);", "address"),
+        ("rest of a long row not summed", "add_squares(squares, write_mix(p, own_x, own_residual, own_x0));", "write_mix(p, own_x, own_residual, own_x0);"),
+        ("rest of a long row not written", "store_pack<whole>(y, p, a.C, times(load_pack<N, whole>(mixed, p, a.C), r));", ""),
+        ("all threads write r", "if (thread == 0) a.r[row] = r;", "a.r[row] = r;", "thread"),
+        ("gradient of z dropped", "        if (a.dz) own.dz = load_from(a.dz, p);\n", ""),
+        ("gradient of the mix dropped", "        if (a.dmixed) own.dmixed = load_from(a.dmixed, p);\n", ""),
+        ("later gradient of x0 dropped", "        if (a.add_to) own.add_to = load_from(a.add_to, p);\n", ""),
+        ("row behind the last differentiated", "    if (row >= a.N) return;\n    const int64_t start = row * a.C;\n    const int thread", "    const int64_t start = row * a.C;\n    const int thread", "address"),
+        ("alignment of dy alone looked at", "a.dy, a.dz, a.dmixed, a.add_to, a.y, a.z, a.x0, a.dx, a.dx0);", "a.dy);", "address"),
+        ("alignment of z not looked at", "a.add_to, a.y, a.z, a.x0, a.dx, a.dx0);", "a.add_to, a.y, a.x0, a.dx, a.dx0);", "address"),
+        ("alignment of add_to not looked at", "a.dmixed, a.add_to, a.y, a.z,", "a.dmixed, a.y, a.z,", "address"),
+        ("sum instead of the mean", "row_sum<0>(products) * a.inverse_C", "row_sum<0>(products)"),
+        ("products of the rest of a long row forgotten", "        add_products(products, load_from(a.dy, p), load_from(a.y, p));\n", ""),
+        ("two sums in one place", "row_sum<2>(with_x0)", "row_sum<1>(with_x0)", "thread"),
+        ("terms of one thread", "    with_z = row_sum<1>(with_z);\n", ""),
+        ("term with z for x0", "with_x0 += ds * element(own.x0, k);", "with_x0 += ds * element(own.z, k);"),
+        ("dx scaled for dx0", "element(own.add_to, k) + x0_scale * ds", "element(own.add_to, k) + x_scale * ds"),
+        ("rest of a long row not differentiated", "p < packs; p += threads) write_gradients(p, load_packs(p));", "p < packs; p += threads) {}"),
+        ("all threads write the terms", "    if (thread == 0) {\n        a.terms[row] = with_z;", "    {\n        a.terms[row] = with_z;", "thread"),
+        ("terms of x0 in the place of another row", "a.terms[a.N + row] = with_x0;", "a.terms[a.N + row + 1] = with_x0;", "address"),
+        library=MIX_RMS_NORM_LIBRARY,
+    ),
+    *of(
+        MIX_RMS_NORM,
+        factor_gradients,
+        ("as many terms as threads", "for (int64_t n = threadIdx.x; n < N; n += kSumThreads) sum", "for (int64_t n = threadIdx.x; n < kSumThreads; n += kSumThreads) sum"),
+        ("terms added in float32", "sum += static_cast<double>(own[n]);", "sum = static_cast<float>(sum + static_cast<double>(own[n]));"),
+        ("terms of x_scale for both", "terms + blockIdx.x * N;", "terms;"),
+        ("gradients of the factors exchanged", "blockIdx.x == 0 ? dx_scale : dx0_scale", "blockIdx.x == 0 ? dx0_scale : dx_scale"),
+        library=MIX_RMS_NORM_LIBRARY,
+    ),
     *of(
         RMS_NORM,
         rms_norm,
         ("residual forgotten", "        if (add) held[i] = sum_of(held[i], other[i]);\n", ""),
         ("residual forgotten in the rest of a long row", "return add ? sum_of(pack, load_pack<N, whole>(residual, p, a.C)) : pack;", "return pack;"),
         ("gradient of the sum dropped", "            if (add) held_dsum[i] = load_pack<N, whole>(dsum, p, a.C);\n", ""),
-        ("first row of a block for all", "int64_t{blockIdx.x} * blockDim.y + threadIdx.y", "int64_t{blockIdx.x} * blockDim.y"),
         ("row behind the last written", "    if (row >= a.N) return;\n    const int64_t start = row * a.C;\n    const T *x", "    const int64_t start = row * a.C;\n    const T *x", "address"),
-        ("sum over one warp of several", "blockDim.x == 32 ? warp_sum(x) : block_sum(x, warps)", "warp_sum(x)"),
         ("sum instead of the mean", "row_sum(products) * a.inverse_C", "row_sum(products)"),
-        ("tail taken for whole packs", "return C % pack == 0 && (", "return (", "address"),
         ("alignment of x alone looked at", "a.x, a.residual, a.sum, a.y);", "a.x);", "address"),
         ("alignment of dy alone looked at", "a.dy, a.y, a.dsum, a.dx);", "a.dy);", "address"),
         ("alignment of y not looked at", "a.dy, a.y, a.dsum, a.dx);", "a.dy, a.dsum, a.dx);", "address"),
@@ -657,6 +880,69 @@ NORMS = [
         ("row of an unknown token read", "known ? token * a.C : 0", "token * a.C", "address"),
         ("row scaled", "held[i] = rounded<T>(loaded[i]);", "held[i] = rounded<T>(times(loaded[i], 1.01f));"),
         library=RMS_NORM_LIBRARY,
+    ),
+    *of(
+        VALUE_EMBEDDING,
+        value_embedding,
+        ("gate not scaled", "known ? kGateScale * sigmoid : NAN", "known ? sigmoid : NAN"),
+        ("row of an unknown id read", "(known ? id : 0) * a.Hkv", "id * a.Hkv", "address"),
+        ("unknown id added to the gradient of the gate", "known ? factor * (1 - sigmoid) * product : 0", "factor * (1 - sigmoid) * product"),
+        ("derivative of the sigmoid forgotten", "known ? factor * (1 - sigmoid) * product : 0", "known ? factor * product : 0"),
+        ("channels of another token's row", "a.h) + (first < a.Hkv ? token * a.h_stride : 0)", "a.h) + (first < a.Hkv ? token * a.I : 0)"),
+        ("head behind the last", "const bool exists = g < a.Hkv;", "const bool exists = g <= a.Hkv;", "address"),
+        ("gate of the first head for all", "part_of_dot(a.gate + g * a.I, h,", "part_of_dot(a.gate, h,"),
+        ("tail taken for whole packs", "bool whole = a.D % N == 0 && ", "bool whole = ", "address"),
+        ("heads longer than a warp taken for whole", " && a.D <= 32 * N;", ";"),
+        ("alignment of v and dout not looked at", "{a.in, a.table,", "{a.table, a.table,", "address"),
+        ("alignment of the table not looked at", "{a.in, a.table,", "{a.in, a.in,", "address"),
+        ("product of one lane of a head", "        product = gate_kernels::sum_of_lanes(product, lanes);\n", ""),
+        ("last pack of a long head alone", "if (backward) product += product_of(pack, row);", "if (backward) product = product_of(pack, row);"),
+        ("all lanes write dz", "if (exists && lane == 0) {", "if (exists) {", "thread"),
+        ("partial sums in the place of dz", ".partials = dz + a.N * a.Hkv,", ".partials = dz,"),
+        library=VALUE_EMBEDDING_LIBRARY,
+    ),
+    *of(
+        GATE,
+        value_embedding,
+        ("half of the lanes summed", "distance = lanes / 2; distance > 0", "distance = lanes / 2; distance > 1"),
+        ("channels beyond the lanes forgotten", "for (int i = lane; i < inputs; i += lanes) sum +=", "if (const int i = lane; i < inputs) sum +="),
+        ("rows behind the last", "min(int64_t{kBlockRows}, a.N - first)", "kBlockRows", "address"),
+        ("first block of rows for all", "const float* dz = a.dz + first * a.G;", "const float* dz = a.dz;"),
+        ("gate of the first head in dx", "a.weights[g * a.I + i]", "a.weights[i]"),
+        ("first block alone in the total", "block < blocks; block += 32", "block < 1; block += 32"),
+        ("partial sums of all blocks in one place", "a.partials + int64_t{blockIdx.x} * (outputs + 1)", "a.partials + 0 * (outputs + 1)", "thread"),
+        ("total of one lane", "    sum = warp_sum(sum);\n", ""),
+        ("sums of a gate's channels exchanged", "const int g = o / a.I, i = o % a.I;", "const int g = o % a.G, i = o / a.G;"),
+        library=VALUE_EMBEDDING_LIBRARY,
+    ),
+    *of(
+        SMEAR,
+        smear,
+        ("first token smeared with another sequence's last", "const bool is_first = row % a.T == 0;", "const bool is_first = row == 0;"),
+        ("last token's gradient from another sequence", "is_last = t == a.T - 1;", "is_last = row == a.N - 1;"),
+        ("token behind the last read", "is_last = t == a.T - 1;", "is_last = false;", "address"),
+        ("token before the first read", "const bool is_first = row % a.T == 0;", "const bool is_first = false;", "address"),
+        ("gate of this token for the next", "lambda * gate_of(a, x + a.C)", "lambda * gate_of(a, x)"),
+        ("row behind the last written", "    if (row >= a.N) return;\n    const bool is_first", "    const bool is_first", "address"),
+        ("product of one warp of several", "product = row_sum(product);", "product = warp_sum(product);"),
+        ("gate's own gradient dropped", "+ dz * weight;", ";"),
+        ("weight behind the last", "first + i + j < a.I ? a.gate[first + i + j] : 0", "a.gate[first + i + j]", "address"),
+        ("lambda's gradient with lambda", "a.terms[row] = gate * product;", "a.terms[row] = lambda * gate * product;"),
+        ("dz and its terms in one place", "arguments.terms = dz + N;", "arguments.terms = dz;"),
+        ("partial sums in the place of the terms", ".partials = dz + 2 * N,", ".partials = dz + N,"),
+        ("alignment of dx and dout not looked at", "is_whole(a.C, kPack<T>, a.x, a.dout, a.dx)", "is_whole(a.C, kPack<T>, a.x)", "address"),
+        ("alignment of x not looked at", "is_whole(a.C, kPack<T>, a.x, a.dout, a.dx)", "is_whole(a.C, kPack<T>, a.dout, a.dx)", "address"),
+        ("alignment of x not looked at in the forward pass", "is_whole(a.C, kPack<T>, a.x, a.out)", "is_whole(a.C, kPack<T>, a.out)", "address"),
+        ("all threads write dz", "    if (thread == 0) {\n        a.dz[row]", "    {\n        a.dz[row]", "thread"),
+        library=SMEAR_LIBRARY,
+    ),
+    *of(
+        GATE,
+        smear,
+        ("sum of the terms forgotten", "        } else if (a.extra) {\n", "        } else if (false) {\n"),
+        ("first block's terms for all", "sum += a.extra[first + n];", "sum += a.extra[n];"),
+        ("rows of x without their stride", "to_float(x[n * a.x_stride + i])", "to_float(x[n * a.I + i])"),
+        library=SMEAR_LIBRARY,
     ),
     *of(
         ROTARY_NORM,
@@ -848,6 +1134,8 @@ NEWTON_SCHULZ = [
         ("square root of the norm forgotten", "norm = sqrt(block_sum(", "norm = (block_sum("),
         ("partial sums of all matrices in one place", "a.partials[blockIdx.y * gridDim.x + blockIdx.x] = sum;", "a.partials[blockIdx.x] = sum;"),
         ("known norms of the first matrix", "norm = a.norms[blockIdx.y];", "norm = a.norms[0];"),
+        ("scales of the first matrix", "a.scales + int64_t{blockIdx.y} * a.x.rows", "a.scales + 0 * a.x.rows"),
+        ("the scale of the first row for all", "scales ? scales[row] : inverse", "scales ? scales[0] : inverse"),
         ("tile of the upper half for one of the lower", "for (; tile > row; ++row) tile -= row + 1;", "for (; tile > row + 1; ++row) tile -= row + 1;"),
         ("last row of tiles forgotten", "columns * (columns + 1) / 2", "columns * columns / 2"),
         ("zeros behind a row not written", "load<4>(from + 4 * i, a.x.columns - column - 4 * i,", "load<4>(from + 4 * i, 4,"),

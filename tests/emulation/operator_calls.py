@@ -13,11 +13,15 @@ ADAMW, MUON, LOSS, ATTENTION_FORWARD, ATTENTION_BACKWARD, NEWTON_SCHULZ = (
     f"operators/{name}.cpp"
     for name in ("adamw", "muon", "softcap_cross_entropy", "attention_forward", "attention_backward", "newton_schulz")
 )
-RMS_NORM, ROTARY_NORM, RELU_SQUARED = (f"operators/{name}.cpp" for name in ("rms_norm", "rotary_norm", "relu_squared"))
+RMS_NORM, MIX_RMS_NORM, ROTARY_NORM, RELU_SQUARED, NORMUON = (
+    f"operators/{name}.cpp" for name in ("rms_norm", "mix_rms_norm", "rotary_norm", "relu_squared", "normuon")
+)
+VALUE_EMBEDDING, SMEAR = (f"operators/{name}.cpp" for name in ("value_embedding", "smear"))
 LIBRARIES = {
     "adamw": ADAMW,
     "muon_momentum": MUON,
     "muon_update": MUON,
+    "normuon_update": NORMUON,
     "softcap_cross_entropy": LOSS,
     "attention_forward": ATTENTION_FORWARD,
     "places": ATTENTION_FORWARD,
@@ -27,6 +31,12 @@ LIBRARIES = {
     "rms_norm": RMS_NORM,
     "rms_norm_backward": RMS_NORM,
     "embedding_rms_norm": RMS_NORM,
+    "add_value_embedding": VALUE_EMBEDDING,
+    "add_value_embedding_backward": VALUE_EMBEDDING,
+    "smear": SMEAR,
+    "smear_backward": SMEAR,
+    "mix_rms_norm": MIX_RMS_NORM,
+    "mix_rms_norm_backward": MIX_RMS_NORM,
     "rotary_norm": ROTARY_NORM,
     "rotary_norm_backward": ROTARY_NORM,
     "relu_squared": RELU_SQUARED,
@@ -113,6 +123,37 @@ def muon_update_(kernels, params, update, *, lr, weight_decay=0.0, scale=1.0, ca
     )
 
 
+def normuon_update_(
+    kernels,
+    params,
+    update,
+    second_momentums,
+    *,
+    lr,
+    weight_decay=0.0,
+    scale=1.0,
+    cautious=False,
+    beta2=0.95,
+    eps=1e-10,
+    renormalise=False,
+    norm_eps=0.0,
+    copies=None,
+    schedule=0,
+):
+    lr, lr_address = number_and_address(lr, 0.0)
+    weight_decay, weight_decay_address = number_and_address(weight_decay, 0.0)
+    count, M, K = update.shape
+    parts = 1 if M >= K else -(-M // 64)
+    workspace = torch.full((count * max(M, K) * (8 * parts + 4),), 255, dtype=torch.uint8, device=update.device)
+    kernels.call(
+        "normuon_update",
+        *(params, copies or 0, second_momentums, update, count, M, K, DTYPES[params[0].dtype]),
+        *(lr, weight_decay, scale, int(cautious), lr_address, weight_decay_address),
+        *(beta2, eps, int(renormalise), norm_eps, workspace, workspace.nbytes),
+        seed=schedule,
+    )
+
+
 def softcap_cross_entropy(
     kernels, logits, targets, *, grad_scale=None, softcap=15.0, ignore_index=-1, schedule=0, misalignment=16
 ):
@@ -172,6 +213,86 @@ def embedding_rms_norm(kernels, tokens, table, dtype, *, eps=EPS, schedule=0):
         seed=schedule,
     )
     return y, r
+
+
+def value_embedding_problem(v, h, gate, table, ids):
+    """h, its stride, gate, table, ids, N, Hkv, D, I, V and the types of v (N, Hkv, D) and table."""
+    sizes = (*v.shape, h.size(1), table.size(0))
+    return (h, h.stride(0), gate, table, ids, *sizes, DTYPES[v.dtype], DTYPES[table.dtype])
+
+
+def add_value_embedding(kernels, v, h, gate, table, ids, *, schedule=0):
+    out = poisoned_like(v)
+    kernels.call("add_value_embedding", v, *value_embedding_problem(v, h, gate, table, ids), out, seed=schedule)
+    return out
+
+
+def add_value_embedding_backward(kernels, dout, h, gate, table, ids, *, schedule=0):
+    """(dh, dgate, the gradient of table[ids] (N, Hkv D))."""
+    (N, Hkv, D), I = dout.shape, h.size(1)  # noqa: E741
+    results = poisoned((N, I), h).to(h.dtype), poisoned_like(gate), poisoned((N, Hkv * D), h).to(table.dtype)
+    workspace = poisoned((N * Hkv + (N + 63) // 64 * (Hkv * I + 1),), h)
+    kernels.call(
+        "add_value_embedding_backward",
+        *(dout, *value_embedding_problem(dout, h, gate, table, ids), *results, workspace, workspace.nbytes),
+        seed=schedule,
+    )
+    return results
+
+
+def smear_problem(x, gate, smear_lambda):
+    return (x, gate, smear_lambda, *x.shape, gate.size(1), DTYPES[x.dtype])
+
+
+def smear(kernels, x, gate, smear_lambda, *, schedule=0):
+    out = poisoned_like(x)
+    kernels.call("smear", *smear_problem(x, gate, smear_lambda), out, seed=schedule)
+    return out
+
+
+def smear_backward(kernels, dout, x, gate, smear_lambda, *, schedule=0):
+    """(dx, dgate, dlambda)."""
+    results = poisoned_like(x), poisoned_like(gate), poisoned_like(smear_lambda)
+    rows = x.size(0) * x.size(1)
+    workspace = poisoned((2 * rows + (rows + 63) // 64 * (gate.size(1) + 1),), x)
+    kernels.call(
+        "smear_backward",
+        *(dout, *smear_problem(x, gate, smear_lambda), *results, workspace, workspace.nbytes),
+        seed=schedule,
+    )
+    return results
+
+
+def address_or_0(tensor):
+    return 0 if tensor is None else tensor
+
+
+def mix_rms_norm(kernels, x, residual, x0, x_scale, x0_scale, *, eps=EPS, schedule=0):
+    """(z or None, mixed, y, r) of x (N, C)."""
+    z = None if residual is None else poisoned_like(x)
+    mixed, y, r = poisoned_like(x), poisoned_like(x), poisoned(x.shape[:1], x)
+    kernels.call(
+        "mix_rms_norm",
+        *(x, address_or_0(residual), x0, x_scale, x0_scale, address_or_0(z), mixed, y, r),
+        *(*x.shape, DTYPES[x.dtype], eps),
+        seed=schedule,
+    )
+    return z, mixed, y, r
+
+
+def mix_rms_norm_backward(
+    kernels, dy, y, r, z, x0, x_scale, x0_scale, *, dz=None, dmixed=None, add_to=None, schedule=0
+):
+    """(dx, dx0, dx_scale, dx0_scale)."""
+    results = [poisoned_like(dy), poisoned_like(dy), poisoned((1,), dy), poisoned((1,), dy)]
+    workspace = poisoned((2, dy.size(0)), dy)
+    kernels.call(
+        "mix_rms_norm_backward",
+        *(dy, *map(address_or_0, (dz, dmixed, add_to)), y, r, z, x0, x_scale, x0_scale, *results),
+        *(*dy.shape, DTYPES[dy.dtype], workspace, workspace.nbytes),
+        seed=schedule,
+    )
+    return results
 
 
 def rotary_problem(q, k, cos, sin):
@@ -300,17 +421,18 @@ class Plan:
     float16: dict[str, bool]
 
 
-def problem(g, steps, coefficients, norms):
+def problem(g, steps, coefficients, norms, scales=None):
     triples, norm_factor = reference.newton_schulz_schedule(steps, coefficients)
     M, K = g.shape[-2:]
     numbers = torch.tensor(triples, dtype=torch.float64)
-    return (g, 0 if norms is None else norms, numbers, steps, g[..., 0, 0].numel(), M, K, norm_factor)
+    known = [0 if tensor is None else tensor for tensor in (norms, scales)]
+    return (g, *known, numbers, steps, g[..., 0, 0].numel(), M, K, norm_factor)
 
 
-def newton_schulz_plan(kernels, g, *, steps=5, coefficients="quintic", norms=None):
+def newton_schulz_plan(kernels, g, *, steps=5, coefficients="quintic", norms=None, scales=None):
     form, sizes, float16 = (torch.zeros(n, dtype=torch.int64) for n in (1, 2, 2))
     phases = torch.zeros(2, steps, dtype=torch.int64)
-    kernels.call("newton_schulz_plan", *problem(g, steps, coefficients, norms), form, sizes, phases, float16)
+    kernels.call("newton_schulz_plan", *problem(g, steps, coefficients, norms, scales), form, sizes, phases, float16)
     return Plan(
         list(FORMS)[form.item()],
         dict(zip(FORMS, sizes.tolist(), strict=True)),
@@ -326,6 +448,7 @@ def newton_schulz(
     steps=5,
     coefficients="quintic",
     norms=None,
+    scales=None,
     form=None,
     params=(),
     lr=0.1,
@@ -339,7 +462,7 @@ def newton_schulz(
     misalignment=16,
 ):
     """newton_schulz(g), or, where there are params, what newton_schulz_update_ makes of them, in place."""
-    plan = newton_schulz_plan(kernels, g, steps=steps, coefficients=coefficients, norms=norms)
+    plan = newton_schulz_plan(kernels, g, steps=steps, coefficients=coefficients, norms=norms, scales=scales)
     form = form or plan.form
     out = 0 if params else torch.full(g.shape, torch.nan, device=g.device)
     workspace = torch.full((plan.bytes[form],), 255, dtype=torch.uint8, device=g.device)
@@ -347,7 +470,7 @@ def newton_schulz(
     weight_decay, weight_decay_address = number_and_address(weight_decay, 0.0)
     kernels.call(
         "newton_schulz",
-        *(*problem(g, steps, coefficients, norms), FORMS[form], out, list(params), copies or 0),
+        *(*problem(g, steps, coefficients, norms, scales), FORMS[form], out, list(params), copies or 0),
         *(DTYPES[params[0].dtype] if params else 0, lr, weight_decay, scale, int(cautious)),
         *(lr_address, weight_decay_address, multiprocessors, int(hopper), workspace, workspace.nbytes),
         seed=schedule,

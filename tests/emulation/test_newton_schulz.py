@@ -175,6 +175,18 @@ def test_known_norms(unwatched):
     torch.testing.assert_close(2 * halved, unwatched(g, **one_step), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(3, 24, 41), (2, 70, 33)], ids=str)
+def test_scales_of_rows(unwatched, shape):
+    g = torch.randn(shape, device=unwatched.device)
+    scales = torch.rand(shape[:-1], dtype=torch.float64, device=unwatched.device) / g[0].numel() ** 0.5
+    scales[0, 3] = 0
+    one_step = {"steps": 1, "coefficients": [(1.0, 0.0, 0.0)]}
+    scaled = g * scales[..., None].float()
+    torch.testing.assert_close(unwatched(g, scales=scales, **one_step), scaled, rtol=1e-3, atol=1e-6)
+    norms = torch.ones(shape[0], dtype=torch.float64, device=unwatched.device)
+    torch.testing.assert_close(unwatched(g, scales=scales), unwatched(scaled, norms=norms), rtol=1e-2, atol=1e-3)
+
+
 def test_norms_of_large_matrices(unwatched):
     """Summed by many blocks of threads."""
     g = torch.randn(2, 3, 7_001, device=unwatched.device)

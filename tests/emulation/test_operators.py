@@ -282,6 +282,76 @@ def check_muon_copies(library, shape, place):
     assert_are_copies(copies, params)
 
 
+# --- normuon_update_ ---
+
+NORMUON = {"lr": 0.1, "weight_decay": 0.5, "scale": 3.0, "cautious": True, "beta2": 0.9, "norm_eps": 1e-6}
+
+
+def lines_of(M, K):
+    return (M, 1) if M >= K else (1, K)
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (64, 64), (65, 129), (300, 20), (20, 300), (1, 12)], ids=str)
+def test_normuon_update(unwatched, shape, dtype, renormalise, place):
+    check_normuon_update(unwatched, shape, dtype, renormalise, place)
+
+
+def check_normuon_update(library, shape, dtype, renormalise, place):
+    """Two updates; a zero line, a line below eps, and a zero matrix."""
+    params = place([torch.randn(shape, device=library.device).to(dtype) for _ in range(3)])
+    seconds = place([torch.zeros(lines_of(*shape), device=library.device) for _ in range(3)])
+    copies = place(empty_copies(params)) if dtype == torch.float32 else None
+    expected, expected_seconds = clone([params, seconds])
+    for schedule in range(2):
+        update = torch.randn(3, *shape, device=library.device)
+        update[0, 0], update[0, :, -1], update[2] = 0, 1e-3 * update[0, :, -1], 0
+        update = place([update])[0]
+        options = {**NORMUON, "eps": 1e-4, "renormalise": renormalise}
+        operators.normuon_update_(library, params, update, seconds, copies=copies, schedule=schedule, **options)
+        reference.normuon_update_(expected, update, expected_seconds, **options)
+    for mine, other in zip(params, expected, strict=True):
+        assert_near(mine, other)
+    for mine, other in zip(seconds, expected_seconds, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-12)
+    if copies:
+        assert_are_copies(copies, params)
+
+
+@pytest.mark.parametrize("shape", [(100, 37), (37, 100)], ids=str)
+def test_normuon_has_the_same_bits_for_every_schedule_and_reads_its_numbers_where_they_stand(unwatched, shape):
+    start = [torch.randn(shape, device=unwatched.device) for _ in range(2)]
+    seconds, update = [torch.rand(lines_of(*shape), device=unwatched.device) for _ in range(2)], torch.stack(start)
+    numbers = {
+        name: torch.tensor(NORMUON[name], dtype=torch.float64, device=unwatched.device)
+        for name in ("lr", "weight_decay")
+    }
+    results = []
+    for schedule, options in enumerate([{}, {}, {}, numbers]):
+        ours = clone([start, seconds])
+        operators.normuon_update_(
+            unwatched, ours[0], update, ours[1], schedule=schedule, renormalise=True, **{**NORMUON, **options}
+        )
+        results.append(ours)
+        for mine, other in zip(results[-1], results[0], strict=True):
+            assert_same_bits([mine], [other])
+
+
+def test_normuon_takes_more_matrices_than_a_table_holds(unwatched):
+    params = [torch.randn(2, 3, device=unwatched.device) for _ in range(1303)]
+    seconds = [torch.rand(1, 3, device=unwatched.device) for _ in params]
+    update = torch.randn(len(params), 2, 3, device=unwatched.device)
+    expected, expected_seconds = clone([params, seconds])
+    copies = empty_copies(params)
+    operators.normuon_update_(unwatched, params, update, seconds, copies=copies, **NORMUON)
+    assert_are_copies(copies, params)
+    reference.normuon_update_(expected, update, expected_seconds, **NORMUON)
+    torch.testing.assert_close(torch.stack(params), torch.stack(expected))
+    torch.testing.assert_close(torch.stack(seconds), torch.stack(expected_seconds))
+
+
 def test_copies_are_rounded_to_the_nearest_and_ties_to_even(unwatched):
     bits = torch.arange(1 << 16, dtype=torch.int32, device=unwatched.device)
     for high in (0x3F80, 0x3F81, -0x3D01, 0x7F7F, 0):
@@ -496,6 +566,239 @@ def test_rows_of_zeros_infinities_and_nan(library):
         torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0, equal_nan=True)
 
 
+# --- add_value_embedding ---
+
+# N, Hkv, D, I: a pack for every lane, fewer, more than a warp has lanes; tails; groups of heads that are not full; more
+# rows than a block of the sums has.
+VALUES = (
+    (5, 3, 64, 12),
+    (3, 6, 128, 12),
+    (70, 5, 16, 7),
+    (2, 1, 256, 64),
+    (4, 9, 26, 5),
+    (3, 2, 1, 1),
+    (2, 2, 1100, 33),
+)
+VALUE_TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
+def assert_near_sum(mine, exact, terms):
+    """One rounding of a sum in float32; `terms` is the sum of the terms' magnitudes."""
+    rtol = 2**-8 + 1e-5 if mine.dtype == torch.bfloat16 else 2e-6
+    bound = rtol * exact.abs() + 2e-6 * terms + 1e-6
+    assert ((mine.double() - exact).abs() <= bound).all(), (mine.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize(("dtype", "table_dtype"), VALUE_TYPES)
+@pytest.mark.parametrize("sizes", VALUES, ids=str)
+def test_value_embedding_and_its_gradient(unwatched, sizes, dtype, table_dtype, place):
+    check_value_embedding(unwatched, sizes, dtype, table_dtype, place)
+
+
+def check_value_embedding(library, sizes, dtype, table_dtype, place):
+    """Ids out of range make their own rows NaN, and have no gradient."""
+    (N, Hkv, D, I), V = sizes, 6  # noqa: E741
+    like = {"device": library.device}
+    v, dout, h = (torch.randn(shape, **like).to(dtype) for shape in ((N, Hkv, D), (N, Hkv, D), (N, I + 3)))
+    gate, table = torch.randn(Hkv, I, **like) * I**-0.5, torch.randn(V, Hkv * D, **like).to(table_dtype)
+    v, dout, h, gate, table = place([v, dout, h, gate, table])
+    h = h[:, 1 : 1 + I]
+    ids = torch.randint(0, V, (N,), **like)
+    ids[0] = V - 1
+    if N > 2:
+        ids[1], ids[2] = -1, V + (1 << 60) * (N % 2)
+    known = (ids >= 0) & (ids < V)
+    schedule = D % 4
+    out = operators.add_value_embedding(library, v, h, gate, table, ids, schedule=schedule)
+    dh, dgate, drows = operators.add_value_embedding_backward(library, dout, h, gate, table, ids, schedule=schedule)
+    wide, rows = h.double(), table.double()[ids.masked_fill(~known, 0)].view(N, Hkv, D)
+    s = (wide @ gate.double().mT).sigmoid()[..., None]
+    assert_rounded(out[known], (v.double() + 3 * s * rows)[known])
+    assert out[~known].isnan().all()
+    assert_rounded(drows[known], (3 * s * dout.double()).flatten(1)[known])
+    terms = 3 * s * (1 - s) * dout.double() * rows * known[:, None, None]
+    dz, sizes_of_dz = terms.sum(-1), terms.abs().sum(-1)
+    assert_near_sum(dh, dz @ gate.double(), sizes_of_dz @ gate.double().abs())
+    assert_near_sum(dgate, dz.mT @ wide, sizes_of_dz.mT @ wide.abs())
+
+
+def test_value_embedding_of_no_rows_has_a_gradient_of_zero(unwatched):
+    like = {"device": unwatched.device}
+    none, ids = torch.empty(0, 2, 8, **like), torch.empty(0, dtype=torch.int64, **like)
+    gate, table = torch.randn(2, 5, **like), torch.randn(3, 16, **like)
+    arguments = torch.empty(0, 5, **like), gate, table, ids
+    assert operators.add_value_embedding(unwatched, none, *arguments).shape == (0, 2, 8)
+    _, dgate, _ = operators.add_value_embedding_backward(unwatched, none, *arguments)
+    assert torch.equal(dgate, torch.zeros_like(gate))
+
+
+def test_value_embedding_has_the_same_bits_for_every_schedule(unwatched):
+    for dtype, table_dtype in VALUE_TYPES:
+        N, Hkv, D, I = 150, 5, 32, 12  # noqa: E741
+        like = {"device": unwatched.device}
+        dout, h = (torch.randn(shape, **like).to(dtype) for shape in ((N, Hkv, D), (N, I)))
+        gate, table = torch.randn(Hkv, I, **like), torch.randn(4, Hkv * D, **like).to(table_dtype)
+        ids = torch.randint(0, 4, (N,), **like)
+        results = []
+        for schedule in range(4):
+            out = operators.add_value_embedding(unwatched, dout, h, gate, table, ids, schedule=schedule)
+            grads = operators.add_value_embedding_backward(unwatched, dout, h, gate, table, ids, schedule=schedule)
+            results.append([[out, *grads]])
+            assert_same_bits(results[-1], results[0])
+
+
+# --- smear ---
+
+# B, T, C, I: rows of a warp, of a block, longer ones, tails; one token; more rows than a block of the sums has.
+SMEARED = (
+    (2, 3, 64, 24),
+    (1, 5, 1280, 24),
+    (2, 2, 9001, 64),
+    (3, 1, 30, 24),
+    (2, 40, 70, 5),
+    (1, 3, 1, 1),
+    (1, 4, 260, 33),
+)
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SMEARED, ids=str)
+def test_smear_and_its_gradient(unwatched, sizes, dtype, place):
+    check_smear(unwatched, sizes, dtype, place)
+
+
+def check_smear(library, sizes, dtype, place):
+    (B, T, C, I), like = sizes, {"device": library.device}  # noqa: E741
+    x, dout = (torch.randn(B, T, C, **like).to(dtype) for _ in range(2))
+    gate, smear_lambda = torch.randn(1, I, **like) * I**-0.5, torch.tensor([0.7], **like)
+    x, dout, gate, smear_lambda = place([x, dout, gate, smear_lambda])
+    arguments = x, gate, smear_lambda
+    out = operators.smear(library, *arguments, schedule=C % 4)
+    dx, dgate, dlambda = operators.smear_backward(library, dout, *arguments, schedule=C % 4)
+    wide, ddout, w, factor = x.double(), dout.double(), gate.double(), smear_lambda.double()
+    s = (wide[:, 1:, :I] @ w.mT).sigmoid()
+    assert_rounded(out, torch.cat((wide[:, :1], wide[:, 1:] + factor * s * wide[:, :-1]), 1))
+    assert torch.equal(out[:, 0], x[:, 0])
+    products = ddout[:, 1:] * wide[:, :-1]
+    dz, sizes_of_dz = (factor * s * (1 - s) * terms.sum(-1, keepdim=True) for terms in (products, products.abs()))
+    exact, terms = ddout.clone(), ddout.abs()
+    exact[:, :-1] += factor * s * ddout[:, 1:]
+    exact[:, 1:, :I] += dz * w
+    terms[:, 1:, :I] += sizes_of_dz * w.abs()
+    assert_near_sum(dx, exact, terms)
+    assert_near_sum(dgate, (dz * wide[:, 1:, :I]).sum((0, 1))[None], (sizes_of_dz * wide[:, 1:, :I].abs()).sum((0, 1)))
+    assert_near_sum(dlambda, (s * products).sum()[None], (s * products.abs()).sum())
+
+
+def test_smear_of_no_sequences_has_a_gradient_of_zero(unwatched):
+    like = {"device": unwatched.device}
+    arguments = torch.empty(0, 3, 30, **like), torch.randn(1, 24, **like), torch.ones(1, **like)
+    assert operators.smear(unwatched, *arguments).shape == (0, 3, 30)
+    _, dgate, dlambda = operators.smear_backward(unwatched, arguments[0], *arguments)
+    assert not dgate.any()
+    assert not dlambda.any()
+
+
+def test_smear_has_the_same_bits_for_every_schedule(unwatched):
+    for dtype, C in ((torch.bfloat16, 1280), (torch.float32, 70)):
+        x, dout = (torch.randn(3, 50 if C == 70 else 4, C, device=unwatched.device).to(dtype) for _ in range(2))
+        gate, smear_lambda = (torch.randn(shape, device=unwatched.device) for shape in ((1, 24), (1,)))
+        results = []
+        for schedule in range(4):
+            out = operators.smear(unwatched, x, gate, smear_lambda, schedule=schedule)
+            grads = operators.smear_backward(unwatched, dout, x, gate, smear_lambda, schedule=schedule)
+            results.append([[out, *grads]])
+            assert_same_bits(results[-1], results[0])
+
+
+# --- mix_rms_norm ---
+
+
+def factors(library):
+    """x_scale and x0_scale."""
+    return [torch.tensor([number], device=library.device) for number in (1.1, -0.3)]
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", CHANNELS)
+def test_mix_rms_norm(unwatched, C, dtype, with_residual, place):
+    check_mix_rms_norm(unwatched, C, dtype, with_residual, place)
+
+
+def check_mix_rms_norm(library, C, dtype, with_residual, place, rows=ROWS):
+    x, residual, x0 = place([random_rows(library, C, dtype, rows=rows) * 3 for _ in range(3)])
+    residual = residual if with_residual else None
+    scales = factors(library)
+    z, mixed, y, r = operators.mix_rms_norm(library, x, residual, x0, *scales, schedule=C % 4)
+    assert (z is None) == (residual is None)
+    expected = x if residual is None else x + residual
+    if z is not None:
+        assert torch.equal(z, expected)
+    x_scale, x0_scale = (scale.double() for scale in scales)
+    assert_rounded(mixed, x_scale * expected.double() + x0_scale * x0.double())
+    exact, exact_r = exact_norm(mixed)
+    assert_rounded(y, exact)
+    torch.testing.assert_close(r.double(), exact_r, rtol=1e-6, atol=0)
+
+
+GRADIENTS = ("dz", "dmixed", "add_to")
+
+
+@pytest.mark.parametrize("place", [list, moved])
+@pytest.mark.parametrize("given", [GRADIENTS, *((name,) for name in GRADIENTS)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", CHANNELS)
+def test_mix_rms_norm_backward(unwatched, C, dtype, given, place):
+    check_mix_rms_norm_backward(unwatched, C, dtype, given, place)
+
+
+def check_mix_rms_norm_backward(library, C, dtype, given, place, rows=ROWS):
+    dy, dz, dmixed, add_to, z, x0, mixed = (random_rows(library, C, dtype, rows=rows) for _ in range(7))
+    y, r = exact_norm(mixed * 3)
+    y, r = y.to(dtype), r.float()
+    dy, dz, dmixed, add_to, y, z, x0 = place([dy, dz, dmixed, add_to, y, z, x0])
+    scales = factors(library)
+    others = {name: tensor for name, tensor in zip(GRADIENTS, (dz, dmixed, add_to), strict=True) if name in given}
+    dx, dx0, *of_factors = operators.mix_rms_norm_backward(library, dy, y, r, z, x0, *scales, **others, schedule=C % 4)
+    dz, dmixed, add_to = (others[name].double() if name in given else 0 for name in GRADIENTS)
+    dy, y, z, x0 = (tensor.double() for tensor in (dy, y, z, x0))
+    x_scale, x0_scale = (scale.double() for scale in scales)
+    ds = dmixed + r.double()[:, None] * (dy - y * (dy * y).mean(1, keepdim=True))
+    assert_rounded(dx, x_scale * ds + dz)
+    assert_rounded(dx0, x0_scale * ds + add_to)
+    for mine, stream in zip(of_factors, (z, x0), strict=True):
+        size = 1 + (ds * stream).abs().sum()  # of the terms, which cancel
+        assert (mine.double() - (ds * stream).sum()).abs() <= 1e-6 * size
+
+
+def test_the_gradients_of_factors_have_many_terms_or_none(library):
+    """More rows than the last kernel has threads; and none."""
+    check_mix_rms_norm_backward(library, 3, torch.float32, GRADIENTS, list, rows=2100)
+    scales = factors(library)
+    nothing = torch.empty(0, 3, device=library.device)
+    r = torch.empty(0, device=library.device)
+    *_, dx_scale, dx0_scale = operators.mix_rms_norm_backward(library, *[nothing] * 2, r, *[nothing] * 2, *scales)
+    assert dx_scale.item() == dx0_scale.item() == 0
+
+
+def test_mix_rms_norm_has_the_same_bits_for_every_schedule(unwatched):
+    for dtype, C in ((torch.bfloat16, 1280), (torch.float32, 5000), (torch.float32, 100)):
+        x, residual, x0, dy, dz, dmixed, add_to = (random_rows(unwatched, C, dtype) for _ in range(7))
+        scales = factors(unwatched)
+        results = []
+        for schedule in range(4):
+            z, mixed, y, r = operators.mix_rms_norm(unwatched, x, residual, x0, *scales, schedule=schedule)
+            grads = operators.mix_rms_norm_backward(
+                unwatched, dy, y, r, z, x0, *scales, dz=dz, dmixed=dmixed, add_to=add_to, schedule=schedule
+            )
+            results.append([[z, mixed, y, r, *grads]])
+            assert_same_bits(results[-1], results[0])
+
+
 # --- rotary_norm ---
 
 # B, T, H, Hkv, D: one pack of a half, several, as many as a warp has lanes, more; no power of two; tails.
@@ -647,6 +950,9 @@ WATCHED = {
     "muon_update unaligned": lambda library: check_muon_update(library, (65, 129), F32, False, moved),
     "adamw copies": lambda library: check_adamw_copies(library, False, list),
     "adamw copies unaligned": lambda library: check_adamw_copies(library, True, moved),
+    "normuon_update tall": lambda library: check_normuon_update(library, (70, 33), F32, True, list),
+    "normuon_update wide": lambda library: check_normuon_update(library, (70, 133), F32, False, moved),
+    "normuon_update bfloat16": lambda library: check_normuon_update(library, (20, 36), BF16, True, list),
     "muon_update copies": lambda library: check_muon_copies(library, (64, 64), list),
     "muon_update copies unaligned": lambda library: check_muon_copies(library, (65, 129), moved),
     "loss": lambda library: check_loss(library, 2051, BF16, 15.0, True),
@@ -669,6 +975,48 @@ WATCHED = {
     ),
     "embedding_rms_norm": lambda library: check_embedding(library, 1280, F32, BF16, list),
     "embedding_rms_norm unaligned": lambda library: check_embedding(library, 7, BF16, F32, moved),
+    "value_embedding": lambda library: check_value_embedding(library, (3, 6, 128, 12), BF16, BF16, list),
+    "value_embedding of a float32 table": lambda library: check_value_embedding(
+        library, (70, 5, 16, 7), BF16, F32, list
+    ),
+    "value_embedding unaligned": lambda library: check_value_embedding(library, (4, 9, 26, 5), F32, F32, moved),
+    "value_embedding of long heads": lambda library: check_value_embedding(library, (2, 2, 1100, 33), BF16, F32, list),
+    "value_embedding with a moved v": lambda library: check_value_embedding(
+        library, (5, 3, 64, 12), F32, F32, only(0, moved_by_one)
+    ),
+    "value_embedding with a moved dout": lambda library: check_value_embedding(
+        library, (5, 3, 64, 12), F32, F32, only(1, moved_by_one)
+    ),
+    "value_embedding with a moved table": lambda library: check_value_embedding(
+        library, (5, 3, 64, 12), F32, F32, only(4, moved_by_one)
+    ),
+    "smear of a warp": lambda library: check_smear(library, (2, 40, 70, 5), F32, list),
+    "smear of a block": lambda library: check_smear(library, (1, 5, 1280, 24), F32, list),
+    "smear of a long row": lambda library: check_smear(library, (2, 2, 9001, 64), BF16, list),
+    "smear unaligned": lambda library: check_smear(library, (1, 4, 260, 33), BF16, moved),
+    "smear with a moved x": lambda library: check_smear(library, (2, 3, 64, 24), F32, only(0, moved_by_one)),
+    "smear with a moved dout": lambda library: check_smear(library, (2, 3, 64, 24), F32, only(1, moved_by_one)),
+    "mix_rms_norm of a warp": lambda library: check_mix_rms_norm(library, 260, F32, True, list),
+    "mix_rms_norm of a block": lambda library: check_mix_rms_norm(library, 1280, BF16, True, list),
+    "mix_rms_norm unaligned": lambda library: check_mix_rms_norm(library, 1281, BF16, False, moved),
+    "mix_rms_norm of a long row": lambda library: check_mix_rms_norm(library, 9001, F32, True, list),
+    **{
+        f"mix_rms_norm with a moved {name}": lambda library, index=index: check_mix_rms_norm(
+            library, 64, F32, True, only(index, moved_by_one)
+        )
+        for index, name in enumerate(("x", "residual", "x0"))
+    },
+    "mix_rms_norm_backward of a warp": lambda library: check_mix_rms_norm_backward(library, 256, F32, GRADIENTS, list),
+    "mix_rms_norm_backward of a block": lambda library: check_mix_rms_norm_backward(library, 1280, BF16, (), list),
+    "mix_rms_norm_backward of a long row": lambda library: check_mix_rms_norm_backward(
+        library, 9001, BF16, GRADIENTS, moved
+    ),
+    **{
+        f"mix_rms_norm_backward with a moved {name}": lambda library, index=index: check_mix_rms_norm_backward(
+            library, 64, BF16, GRADIENTS, only(index, moved_by_one)
+        )
+        for index, name in enumerate(("dy", *GRADIENTS, "y", "z", "x0"))
+    },
     "rotary_norm": lambda library: check_rotary_norm(library, (1, 5, 6, 6, 128), BF16, dense),
     "rotary_norm of grouped heads": lambda library: check_rotary_norm(library, (2, 3, 3, 1, 64), F32, heads_first),
     "rotary_norm between others": lambda library: check_rotary_norm(

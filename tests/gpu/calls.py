@@ -78,6 +78,31 @@ def muon_update(device, small=False, dtype=F32, cautious=False, with_copies=Fals
     return Call(("muon_update_",), [*params, update, *(empty_copies(params) if with_copies else [])], run)
 
 
+def normuon_update(device, small=False, dtype=F32, shape=(257, 129), with_copies=False):
+    count, shape = (5, (19, 23)) if small else (60, shape)
+    params = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
+    lines = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
+    seconds = [torch.rand(lines, device=device) for _ in range(count)]
+    update = torch.randn(count, *shape, device=device)
+
+    def run(tensors):
+        params, seconds = tensors[:count], tensors[count : 2 * count]
+        options = {
+            "lr": 0.1,
+            "weight_decay": 0.1,
+            "scale": 1.5,
+            "cautious": True,
+            "renormalise": True,
+            "norm_eps": 1e-6,
+        }
+        copies = tensors[2 * count + 1 :]
+        ops.normuon_update_(params, tensors[2 * count], seconds, copies=copies, **options)
+        return params + seconds + copies
+
+    copies = empty_copies(params) if with_copies else []
+    return Call(("normuon_update_",), [*params, *seconds, update, *copies], run)
+
+
 def newton_schulz(device, small=False, shape=(5, 1100, 270), isa="", **options):
     g = torch.randn((2, 140, 70) if small else shape, device=device)
 
@@ -161,12 +186,57 @@ def norm(device, small=False, dtype=F32, C=768, residual=True):
     return Call(("add_rms_norm" if residual else "rms_norm",), tensors, run)
 
 
+def mix(device, small=False, dtype=BF16, C=768):
+    """The residual sum mixed with another stream, and its norm, with all gradients."""
+    shape = (5, 77) if small else (2, 999, C)
+    tensors = [torch.randn(shape, device=device).to(dtype) for _ in range(7)]
+
+    def run(tensors):
+        *streams, scales = (tensor.detach() for tensor in tensors)
+        inputs = [tensor.requires_grad_() for tensor in (*streams[:3], *scales.split(1))]
+        results = ops.mix_rms_norm(*inputs)
+        grads = torch.autograd.grad(results, inputs, streams[3:])
+        return [*(result.detach() for result in results), *grads]
+
+    return Call(("mix_rms_norm",), [*tensors, torch.tensor([1.1, -0.3], device=device)], run)
+
+
 def embedding(device, small=False, dtype=BF16):
     """The norm of rows of a table; torch's gradient of the table is no kernel of ours."""
     V, C, N = (7, 77, 9) if small else (1000, 768, 1999)
     tokens = torch.randint(0, V, (N,), device=device)
     tensors = [tokens, torch.randn(V, C, device=device)]
     return Call(("embedding_rms_norm",), tensors, lambda tensors: [ops.embedding_rms_norm(*tensors, dtype)])
+
+
+def value_embedding(device, small=False, dtype=BF16, table_dtype=F32, Hkv=6, D=128):
+    """The gradients of the kernels; torch's sum of the rows of the table is no kernel of ours."""
+    V, N = (7, 90) if small else (1000, 1999)
+    ids = torch.randint(0, V, (N,), device=device)
+    v, dout, x = (torch.randn(N, *shape, device=device).to(dtype) for shape in ((Hkv, D), (Hkv, D), (40,)))
+    tensors = [v, dout, x, torch.randn(Hkv, 12, device=device), torch.randn(V, Hkv * D, device=device).to(table_dtype)]
+
+    def run(tensors):
+        v, dout, x, gate, table, ids = tensors
+        inputs = x[:, :12], gate, table, ids
+        out = ops.add_value_embedding(v, *inputs)
+        return [out, *ops.add_value_embedding_backward(dout, *inputs)[:2]]
+
+    return Call(("add_value_embedding", "add_value_embedding_backward"), [*tensors, ids], run)
+
+
+def smear(device, small=False, dtype=BF16, C=768):
+    shape = (2, 50, 77) if small else (3, 999, C)
+    tensors = [torch.randn(shape, device=device).to(dtype) for _ in range(2)]
+
+    def run(tensors):
+        dout, *inputs = (tensor.detach() for tensor in tensors)
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        out = ops.smear(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+    gate, smear_lambda = torch.randn(1, 24, device=device), torch.randn(1, device=device)
+    return Call(("smear",), [*tensors, gate, smear_lambda], run)
 
 
 def rotary(device, small=False, dtype=BF16, T=777, H=6, Hkv=6, D=128):
@@ -203,7 +273,15 @@ CALLS = {
     "rms_norm float32": lambda device, small=False: norm(device, small, residual=False),
     "add_rms_norm bfloat16": lambda device, small=False: norm(device, small, BF16),
     "add_rms_norm float32, wide": lambda device, small=False: norm(device, small, F32, 5001),
+    "mix_rms_norm bfloat16": mix,
+    "mix_rms_norm float32, wide": lambda device, small=False: mix(device, small, F32, 5001),
     "embedding_rms_norm bfloat16": embedding,
+    "add_value_embedding bfloat16": value_embedding,
+    "add_value_embedding float32, one head": lambda device, small=False: value_embedding(
+        device, small, F32, F32, Hkv=1, D=90
+    ),
+    "smear bfloat16": smear,
+    "smear float32, wide": lambda device, small=False: smear(device, small, F32, 5001),
     "rotary_norm bfloat16": rotary,
     "rotary_norm float32, grouped heads": lambda device, small=False: rotary(device, small, F32, H=5, Hkv=1, D=90),
     "relu_squared bfloat16": square,
@@ -228,6 +306,9 @@ CALLS = {
     "muon_update_ float32": muon_update,
     "muon_update_ copies": lambda device, small=False: muon_update(device, small, with_copies=True),
     "muon_update_ bfloat16": lambda device, small=False: muon_update(device, small, BF16, cautious=True),
+    "normuon_update_ tall": lambda device, small=False: normuon_update(device, small, with_copies=True),
+    "normuon_update_ wide": lambda device, small=False: normuon_update(device, small, shape=(129, 257)),
+    "normuon_update_ bfloat16": lambda device, small=False: normuon_update(device, small, BF16),
     "newton_schulz tall": newton_schulz,
     "newton_schulz square": lambda device, small=False: newton_schulz(device, small, (4, 513, 520)),
     "newton_schulz wide": lambda device, small=False: newton_schulz(

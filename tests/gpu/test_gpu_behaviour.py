@@ -282,7 +282,8 @@ def test_tensors_of_another_device_than_the_current_one(cuda, require_native, na
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(cuda, require_native, tool):
     require_native("attention", "adamw_", "muon_momentum_", "muon_update_", "linear_cross_entropy")
-    require_native("add_rms_norm", "embedding_rms_norm", "rotary_norm", "relu_squared_backward_")
+    require_native("add_rms_norm", "embedding_rms_norm", "mix_rms_norm", "rotary_norm", "relu_squared_backward_")
+    require_native("add_value_embedding", "add_value_embedding_backward", "smear")
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         pytest.skip("compute-sanitizer was not found")

@@ -1,4 +1,4 @@
-"""rms_norm, embedding_rms_norm, rotary_norm and relu_squared on the GPU against float64: shapes, strides, addresses."""
+"""The norms, value embeddings, smear, rotation and squared ReLU on the GPU: shapes, strides, addresses, float64."""
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ EPS = 2**-23
 
 @pytest.fixture(autouse=True)
 def kernels(require_native):
-    require_native("rms_norm", "add_rms_norm", "embedding_rms_norm", "rotary_norm", "relu_squared", "relu_squared_")
+    require_native("rms_norm", "add_rms_norm", "embedding_rms_norm", "mix_rms_norm", "rotary_norm")
+    require_native("relu_squared", "relu_squared_")
+    require_native("add_value_embedding", "add_value_embedding_backward", "smear")
 
 
 def moved(tensor):
@@ -164,6 +166,169 @@ def test_rows_that_are_out_of_the_ordinary(device):
     x[3] *= 1e-20
     y = ops.rms_norm(x)
     torch.testing.assert_close(y.double(), exact_norm(x.double()), rtol=3e-6, atol=1e-30, equal_nan=True)
+
+
+# --- mix_rms_norm ---
+
+
+@pytest.mark.parametrize("place", [same, moved])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_mix_its_norm_and_their_gradient(device, shape, dtype, place):
+    x, residual, x0, dz, dmixed, dy, later = (randn(device, *shape, dtype=dtype, place=place) for _ in range(7))
+    scales = torch.tensor([1.1, -0.3], device=device).split(1)
+    inputs = [tensor.requires_grad_() for tensor in (x, residual, x0, *(scale.clone() for scale in scales))]
+    results = z, mixed, y, _ = ops.mix_rms_norm(*inputs)
+    dx, dresidual, dx0, *of_factors = gradients(results, inputs, (dz, dmixed, dy, later))
+    x_scale, x0_scale = (scale.double() for scale in scales)
+    assert torch.equal(z, x + residual)
+    assert_rounded("mixed", mixed, x_scale * z.double() + x0_scale * x0.double())
+    assert torch.equal(y, ops.rms_norm(mixed.detach()))
+    assert torch.equal(dx, dresidual)
+
+    # The kernel's formula on the rounded z, mix and y, which are what it is given.
+    with torch.no_grad():
+        z, mixed, y, x0, dz, dmixed, dy, later = (t.double() for t in (z, mixed, y, x0, dz, dmixed, dy, later))
+        r = (mixed.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        ds = dmixed + r * (dy - y * (dy * y).mean(-1, keepdim=True))
+        assert_rounded("dx", dx, x_scale * ds + dz)
+        assert_rounded("dx0", dx0, x0_scale * ds + later)
+        for mine, stream in zip(of_factors, (z, x0), strict=True):
+            size = 1 + (ds * stream).abs().sum()  # of the terms, which cancel
+            assert (mine.double() - (ds * stream).sum()).abs() <= 1e-6 * size
+
+
+@pytest.mark.slow
+def test_the_mix_of_more_than_two_billion_elements(cuda):
+    """The last rows have the bits that they have alone."""
+    require_memory(40)
+    C, random_rows = 1280, 8  # all of these lie beyond element 2^31
+    x = torch.ones((1 << 31) // C + 1 + random_rows, C, dtype=BF16, device=cuda)
+    x[-random_rows:] = randn(cuda, random_rows, C, dtype=BF16)
+    scales = torch.tensor([0.5, 0.25], device=cuda).split(1)
+
+    def results(x):
+        """The mix of x + x and x, its norm, and the gradient of x."""
+        inputs = x.requires_grad_(), x.detach(), x.detach()
+        _, mixed, y, _ = ops.mix_rms_norm(*inputs, *scales)
+        return [mixed.detach(), y.detach(), *gradients((mixed, y), x, (x.detach(), x.detach()))]
+
+    alone = results(x[-random_rows:].clone())
+    for mine, other, ones in zip(results(x), alone, (1.25, 1, 0.5), strict=True):
+        assert torch.equal(mine[-random_rows:], other)
+        assert (mine[:-random_rows] == ones).all()
+
+
+# --- add_value_embedding ---
+
+VALUE_TYPES = [(F32, F32), (BF16, F32), (BF16, BF16)]
+
+
+def assert_near(name, mine, exact, tolerance):
+    assert (mine.double() - exact).norm() <= tolerance * exact.norm(), name
+
+
+@pytest.mark.parametrize("place", [same, moved])
+@pytest.mark.parametrize(("dtype", "table_dtype"), VALUE_TYPES)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (70, 5, 26, 7), (999, 6, 128, 12), (130, 2, 256, 64), (5, 2, 1100, 33)], ids=str
+)
+def test_value_embeddings_and_their_gradients(device, sizes, dtype, table_dtype, place):
+    (N, Hkv, D, I), V = sizes, 50  # noqa: E741
+    v, dout = (randn(device, N, Hkv, D, dtype=dtype, place=place) for _ in range(2))
+    h = randn(device, N, I + 3, dtype=dtype, place=place)[:, 1 : 1 + I]
+    gate = randn(device, Hkv, I, dtype=F32, place=place) * I**-0.5
+    table = randn(device, V, Hkv * D, dtype=table_dtype, place=place)
+    inputs = [x.requires_grad_() for x in (v, h.detach(), gate, table)]
+    ids = torch.randint(0, V, (N,), device=device)
+    out = ops.add_value_embedding(*inputs, ids)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    gates = 3 * (wide[1] @ wide[2].mT).sigmoid()[..., None]
+    exact = wide[0] + gates * wide[3][ids].view(N, Hkv, D)
+    assert_rounded("out", out, exact)
+    grads = gradients(out, inputs, dout)
+    for name, grad, true in zip(
+        ("dv", "dh", "dgate", "dtable"), grads, gradients(exact, wide, dout.double()), strict=True
+    ):
+        assert_near(name, grad, true, 1e-2 if grad.dtype == BF16 else 1e-5)
+
+
+@pytest.mark.parametrize("wrong", [5, -1, 1 << 40])
+def test_an_id_out_of_range_makes_its_own_row_nan_and_adds_nothing(cuda, wrong):
+    v, dout = (randn(cuda, 3, 2, 64, dtype=BF16) for _ in range(2))
+    h, gate, table = randn(cuda, 3, 12, dtype=BF16), randn(cuda, 2, 12, dtype=F32), randn(cuda, 5, 128, dtype=F32)
+    ids = torch.tensor([4, wrong, 0], device=cuda)
+    out = ops.add_value_embedding(v, h, gate, table, ids)
+    assert out[1].isnan().all()
+    assert torch.equal(out[::2], ops.add_value_embedding(v[::2], h[::2], gate, table, ids[::2]))
+    dh, *sums = ops.add_value_embedding_backward(dout, h, gate, table, ids)
+    known, *expected = ops.add_value_embedding_backward(dout[::2], h[::2], gate, table, ids[::2])
+    assert torch.equal(dh[::2], known)
+    assert not dh[1].any()
+    for mine, other in zip(sums, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_value_embeddings_of_more_than_two_billion_elements(cuda):
+    """The last tokens, all of them beyond element 2^31, have the bits that they have alone."""
+    require_memory(22)
+    N, Hkv, D, count = (1 << 21) + 100, 8, 128, 100
+    v = torch.ones(N, Hkv, D, dtype=BF16, device=cuda)
+    v[-count:] = torch.randn_like(v[-count:])
+    h, gate = torch.ones(N, 12, dtype=BF16, device=cuda), randn(cuda, Hkv, 12, dtype=F32)
+    table, ids = randn(cuda, 7, Hkv * D, dtype=BF16), torch.arange(N, device=cuda) % 7
+
+    def results(rows):
+        out = ops.add_value_embedding(v[rows], h[rows], gate, table, ids[rows])
+        dh, _, drows = torch.ops.nanochat_native.add_value_embedding_backward(v[rows], h[rows], gate, table, ids[rows])
+        return out, dh, drows
+
+    alone = results(slice(-count, None))
+    for mine, other in zip(results(slice(None)), alone, strict=True):
+        assert torch.equal(mine[-count:], other)
+
+
+# --- smear ---
+
+
+@pytest.mark.parametrize("place", [same, moved])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1), (3, 1, 30, 24), (2, 70, 64, 24), (2, 300, 768, 24), (1, 40, 1281, 64), (2, 3, 9001, 5)],
+    ids=str,
+)
+def test_smear_and_its_gradients(device, sizes, dtype, place):
+    B, T, C, I = sizes  # noqa: E741
+    x, dout = (randn(device, B, T, C, dtype=dtype, place=place) for _ in range(2))
+    gate = randn(device, 1, I, dtype=F32, place=place) * I**-0.5
+    inputs = [tensor.requires_grad_() for tensor in (x, gate, torch.tensor([0.7], device=device))]
+    out = ops.smear(*inputs)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    gates = wide[2] * (wide[0][:, 1:, :I] @ wide[1].mT).sigmoid()
+    exact = torch.cat((wide[0][:, :1], wide[0][:, 1:] + gates * wide[0][:, :-1]), 1)
+    assert_rounded("out", out, exact)
+    grads = gradients(out, inputs, dout)
+    for name, grad, true in zip(("dx", "dgate", "dlambda"), grads, gradients(exact, wide, dout.double()), strict=True):
+        assert_near(name, grad, true, 1e-2 if grad.dtype == BF16 else 1e-4)
+
+
+@pytest.mark.slow
+def test_smear_of_more_than_two_billion_elements(cuda):
+    """The last sequence, all of it beyond element 2^31, has the bits that it has alone."""
+    require_memory(22)
+    B, T, C = 1025, 2048, 1024
+    x = torch.ones(B, T, C, dtype=BF16, device=cuda)
+    x[-1] = torch.randn_like(x[-1])
+    gate, smear_lambda = randn(cuda, 1, 24, dtype=F32), torch.ones(1, device=cuda)
+
+    def results(x):
+        out = ops.smear(x, gate, smear_lambda)
+        return out, torch.ops.nanochat_native.smear_backward(x, x, gate, smear_lambda)[0]
+
+    for mine, other in zip(results(x), results(x[-1:].clone()), strict=True):
+        assert torch.equal(mine[-1:], other)
 
 
 # --- rotary_norm ---

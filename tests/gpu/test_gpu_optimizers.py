@@ -1,4 +1,4 @@
-"""adamw_, muon_momentum_, muon_update_ on the GPU against references and torch: odd sizes and addresses, rounding."""
+"""The operators of the optimizers on the GPU against references and torch: odd sizes and addresses, rounding."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ KINDS = [(F32, F32), (BF16, F32), (BF16, BF16)]
 
 @pytest.fixture(autouse=True)
 def kernels(require_native):
-    require_native("adamw_", "muon_momentum_", "muon_update_")
+    require_native("adamw_", "muon_momentum_", "muon_update_", "normuon_update_")
 
 
 def state(device, shapes=SHAPES, dtype=F32, moments=F32):
@@ -312,3 +312,53 @@ def test_copies_are_the_rounded_parameters(device, offset):
     ops.muon_update_(others, update, lr=0.1, weight_decay=0.5)
     ops.newton_schulz_update_(plain_projected, update, lr=0.1)
     assert_equal([adamw[0], moved, projected], [plain[0], others, plain_projected])
+
+
+def lines_of(M, K):
+    return (M, 1) if M >= K else (1, K)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(
+    ("count", "shape"), [(3, (2, 12)), (5, (61, 41)), (4, (129, 257)), (2, pick((1024, 256), (64, 32)))]
+)
+def test_normuon_update_matches_the_reference(device, dtype, renormalise, count, shape):
+    params = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
+    seconds = [torch.rand(lines_of(*shape), device=device) for _ in range(count)]
+    update = torch.randn(count, *shape, device=device)
+    update[0, 0] = 0
+    (expected, expected_seconds), kept = clone([params, seconds]), update.clone()
+    settings = {"lr": 0.1, "weight_decay": 0.2, "scale": 1.5, "cautious": True, "renormalise": renormalise}
+    for _ in range(2):
+        ops.normuon_update_(params, update, seconds, beta2=0.5, eps=1e-3, norm_eps=1e-6, **settings)
+        reference.normuon_update_(expected, update, expected_seconds, beta2=0.5, eps=1e-3, norm_eps=1e-6, **settings)
+    assert_close(params, expected)
+    assert_close(seconds, expected_seconds)
+    assert torch.equal(update, kept)
+
+
+@pytest.mark.parametrize("shape", [(61, 41), (41, 61)])
+@pytest.mark.parametrize("offset", [1, 2, 3, 4])
+def test_normuon_update_of_unaligned_views_gives_the_same_bits(device, shape, offset):
+    params = [torch.randn(shape, device=device) for _ in range(20)]
+    seconds = [torch.rand(lines_of(*shape), device=device) for _ in range(20)]
+    update = torch.randn(20, *shape, device=device)
+    moved, moved_seconds = Guarded(params, offset), Guarded(seconds, offset)
+    for tensors, second in ((params, seconds), (moved.views, moved_seconds.views)):
+        ops.normuon_update_(tensors, update, second, lr=0.1, weight_decay=0.2, scale=1.5, renormalise=True)
+    assert_equal([moved.views, moved_seconds.views], [params, seconds])
+    moved.assert_whole()
+    moved_seconds.assert_whole()
+
+
+@pytest.mark.parametrize("shape", [(5, 61, 41), (3, 41, 61)])
+def test_the_norms_of_rows_and_rows_equilibrated(device, shape):
+    grads = [torch.randn(shape[1:], device=device) for _ in range(shape[0])]
+    buffers = [torch.zeros_like(grad) for grad in grads]
+    update, norms = ops.muon_momentum_(grads, buffers, momentum=0.9, return_norm="rows")
+    torch.testing.assert_close(norms, torch.linalg.vector_norm(update.double(), dim=-1), rtol=1e-6, atol=0)
+    options = {"row_norms": norms, "equilibrate_rows": True, "norm_eps": 1e-6, "coefficients": "polar_express"}
+    found = ops.newton_schulz(update, **options)
+    expected = reference.newton_schulz(update.double().cpu(), **{**options, "row_norms": norms.cpu()})
+    assert (found.cpu().double() - expected).norm() <= 2e-2 * expected.norm()

@@ -107,8 +107,9 @@ def poison(patch, trainer, step):
     patch.setattr(trainer, "clip_reduced_", clip)
 
 
+@pytest.mark.parametrize("recipe", ["october", "today"])
 def test_graphs_change_no_bit_of_a_run_that_skips_a_step_and_is_resumed(
-    cuda, require_native, tmp_path, monkeypatch, capsys
+    cuda, require_native, tmp_path, monkeypatch, capsys, recipe
 ):
     for package in RUN_PACKAGES:
         pytest.importorskip(package)
@@ -119,7 +120,8 @@ def test_graphs_change_no_bit_of_a_run_that_skips_a_step_and_is_resumed(
     from nanochat_native.training import trainer
 
     write_text(tmp_path / "text.jsonl")
-    flags = {"device": "cuda", "backend": "native", "depth": 1, "weight_decay": 0.1, "warmup_ratio": 0.5}
+    flags = {"device": "cuda", "backend": "native", "depth": 1, "weight_decay": 0.1, "recipe": recipe}
+    flags |= {"warmup_ratio": 0.5, "warmdown_ratio": 0.2}
     with monkeypatch.context() as patch:
         poison(patch, trainer, 3)
         assert main(tiny_flags(tmp_path, run="without", cuda_graphs="off", **flags)) == 0
@@ -152,6 +154,7 @@ def test_graphs_change_no_bit_with_every_option(cuda, require_native, tmp_path, 
     switches = ("grad_checkpoint", "diagnose", "normuon", "row_equilibration", "per_head", "cautious")
     flags = {"device": "cuda", "backend": "native", "depth": 1, "steps": 4, "total_batch_size": 192}
     flags |= dict.fromkeys(switches, True) | {"diagnose_every": 2, "matrix_weight_decay": 0.1, "schedule": "cosine"}
+    flags |= {"recipe": "october"}
     for run in ("off", "on"):
         assert main(tiny_flags(tmp_path, run=run, cuda_graphs=run, **flags)) == 0
     assert capsys.readouterr().out.count("are replayed as CUDA graphs") == 1

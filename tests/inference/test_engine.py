@@ -15,7 +15,7 @@ from nanochat_native.inference import sampling as sampling_module
 from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import Sampling, sample
 from nanochat_native.inference.text_stream import TextStream
-from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.config import ARCHITECTURES, GPTConfig
 from nanochat_native.model.decoder import Decoder
 
 TOKENIZER = Tokenizer.train(["def f(x): return x + 1\n" * 50], 300)
@@ -23,10 +23,14 @@ V = TOKENIZER.vocab_size
 LENGTHS = (1, 2, 3, 16, 17, 18, 33, 60)  # of prompts, around the chunks of 16 that they are cut in
 WINDOWS = GPTConfig(sequence_len=32, vocab_size=V, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
 ONE_KV_HEAD = dataclasses.replace(WINDOWS, n_kv_head=1, window_pattern="SSL", n_layer=4)
+TODAY = dataclasses.replace(
+    WINDOWS, n_layer=4, window_pattern="SSL", **ARCHITECTURES["today"] | {"window_multiple": 8, "qk_scale": 1.5}
+)
 WIDE = dataclasses.replace(WINDOWS, n_embd=256, n_head=2, n_kv_head=2, n_layer=2, window_pattern="L", vocab_size=V)
 
 
-MODELS = {name: build(config) for name, config in (("w", WINDOWS), ("1", ONE_KV_HEAD), ("wide", WIDE))}
+CONFIGS = {"w": WINDOWS, "1": ONE_KV_HEAD, "wide": WIDE, "today": TODAY}
+MODELS = {name: build(config) for name, config in CONFIGS.items()}
 
 
 def prompt_of(length, seed=0):
@@ -120,9 +124,10 @@ def test_a_row_has_the_same_bits_beside_any_others(name, threads):
                 assert torch.equal(logits[row], expected[slot % 2]), (slots, slot)
 
 
-def test_rows_under_autocast_are_those_of_the_model_under_autocast():
+@pytest.mark.parametrize("name", ["wide", "today"])
+def test_rows_under_autocast_are_those_of_the_model_under_autocast(name):
     """As on a GPU: bfloat16 weights, and angles in float32."""
-    model = MODELS["wide"]
+    model = MODELS[name]
     with use("torch"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         decoder = Decoder(model, 2, 200)
         prompt = prompt_of(150)

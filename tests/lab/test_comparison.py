@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -23,9 +24,11 @@ from nanochat_native.lab.comparison import (
     summarize,
     time_to_reach,
 )
+from nanochat_native.optim.schedule import lr_at, momentum_at, weight_decay_at
 from nanochat_native.runs import checkpoint
-from nanochat_native.runs.config import TrainConfig, parse
+from nanochat_native.runs.config import MUON_SWITCHES, TrainConfig, parse, resolve_defaults, resolve_device, to_json
 from nanochat_native.runtime.errors import ConfigError
+from nanochat_native.training.resolve import model_config
 from nanochat_native.training.trainer import Trainer
 
 
@@ -59,6 +62,72 @@ def test_the_suites_flags_are_trains(suite):
     assert all(flag in SUITES["optimizers"] for flag in ("SGD", "Adam", "AdamW", "Muon + SGD", "Muon + AdamW"))
 
 
+def cases_of(*args, cases=(), suite="optimizers"):
+    """The configs of a comparison's cases, as compare makes them from train's flags on a CPU."""
+    options = Options(suite=suite, cases=cases)
+    given = parse(["--device", "cpu", *args], comparison.defaults(options, ["cpu"]))
+    return comparison.make_cases(options, resolve_device(given), given, None)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_starts_from_its_recipe(suite):
+    found = cases_of(suite=suite)
+    for name, config in found.items():
+        recipe = {"parts": "today", "recipes": config.recipe}.get(suite, "october")
+        assert config.recipe == recipe
+        if "recipe" not in SUITES[suite][name]:
+            assert config.architecture == recipe
+    assert len({config.num_iterations for config in found.values()}) == 1
+    assert len({config.packing for config in found.values()}) == 1, "validated on the same rows"
+    assert {config.recipe for config in cases_of("--recipe", "today", suite="muon").values()} == {"today"}
+
+
+def test_a_case_takes_what_follows_from_its_own_recipe():
+    found = cases_of(suite="recipes")
+    today, october = found["today"], found["october"]
+    assert (today.normuon, today.warmdown_ratio, today.smear) == ("on", 0.65, "on")
+    assert (october.normuon, october.warmdown_ratio, october.smear) == ("off", 0.2, "off")
+    mixed = found["today's model, october's recipe"]
+    assert (mixed.normuon, mixed.warmdown_ratio, mixed.smear) == ("off", 0.2, "on")
+    without = cases_of(suite="parts")["no smear"]
+    assert (without.smear, without.backout, without.normuon) == ("off", "on", "on")
+    found = cases_of("--recipe", "today", "--grad-clip", "3", cases=("a: --optimizer adamw", "b: --recipe october"))
+    assert (found["a"].recipe, found["a"].normuon, found["a"].warmdown_ratio) == ("today", "off", 0.65)
+    assert (found["b"].normuon, found["b"].warmdown_ratio) == ("off", 0.2)
+    assert found["a"].grad_clip == found["b"].grad_clip == 3.0
+
+
+def test_a_comparison_from_before_there_were_recipes_is_the_same():
+    config = cases_of(cases=("one: --normuon",))["one"]
+    flags = to_json(config)
+    old = {name: value for name, value in flags.items() if name not in ("recipe", "architecture", "smear", "packing")}
+    stored = {"cases": {"one": old | {"normuon": True, "cautious": False}}}
+    assert comparison.differences(stored, {"cases": {"one": flags}}) == []
+    assert comparison.differences(stored, {"cases": {"one": flags | {"smear": "on"}}}) == ["--smear"]
+
+
+def test_a_suite_of_momenta_from_before_momentum_could_fall_is_the_same():
+    cases = {name: to_json(config) for name, config in cases_of(suite="momentum").items()}
+    later = ("recipe", "architecture", "packing", "validation", "momentum_final")
+    stored = {name: {key: v for key, v in flags.items() if key not in later} for name, flags in cases.items()}
+    assert comparison.differences({"cases": stored}, {"cases": cases}) == []
+    falling = cases | {"0.95": cases["0.95"] | {"momentum_final": 0.9}}
+    assert comparison.differences({"cases": stored}, {"cases": falling}) == ["--momentum-final"]
+
+
+def test_each_part_of_todays_recipe_changes_a_run_on_a_cpu():
+    def described(config):
+        shape = dataclasses.asdict(model_config(config)) | {"windows": model_config(config).windows}
+        del shape["window_pattern"]
+        curves = [[at(step, config) for step in range(config.num_iterations)] for at in (momentum_at, lr_at)]
+        decays = [config.matrix_weight_decay * weight_decay_at(step, config) for step in range(config.num_iterations)]
+        return shape, curves, decays, {name: getattr(config, name) for name in (*MUON_SWITCHES, "ns_coefficients")}
+
+    found = {name: described(config) for name, config in cases_of(suite="parts").items()}
+    base = found.pop("today")
+    assert [name for name, case in found.items() if case == base] == []
+
+
 def test_time_to_reach_lies_between_two_measurements():
     points = curve((0, 8.0), (10, 6.0), (20, 4.0), (30, 4.5))
     assert time_to_reach(points, 5.0) == (15.0, 30.0)
@@ -70,7 +139,8 @@ def test_time_to_reach_lies_between_two_measurements():
 
 def searched(losses_at, rates=3, seeds=1):
     """Factors in the order in which they are tried, of a case whose final loss is losses_at(factor)."""
-    comparison = Comparison({"one": TrainConfig(seed=5)}, "one", seeds, rates, None, None, None, [], {})
+    cases = {"one": resolve_defaults(TrainConfig(seed=5), gpu=False)}
+    comparison = Comparison(cases, "one", seeds, rates, None, None, None, [], {})
     order = []
     while next_run := comparison.next_run("one"):
         order.append(next_run)
@@ -123,7 +193,8 @@ def test_a_diverged_run_is_the_worst():
 
 
 def comparison_of(runs, costs=None):
-    cases = {"a": parse(["--optimizer", "adamw"]), "b": parse([]), "c": parse(["--optimizer", "sgd"])}
+    flags = {"a": ["--optimizer", "adamw"], "b": [], "c": ["--optimizer", "sgd"]}
+    cases = {name: resolve_defaults(parse(args), gpu=False) for name, args in flags.items()}
     return Comparison(cases, "a", 2, 3, None, None, None, runs, costs or {})
 
 
@@ -373,6 +444,7 @@ def test_more_seeds_resume_and_other_changes_are_refused(folder, tmp_path, capsy
         (["--cases", "a: --dephts 2"], "case 'a': "),
         (["--cases", "a: --optimizer adamw --normuon"], "case 'a': --normuon needs Muon"),
         (["--cases", "a: --matrix-lr 0"], "a learning rate of 0"),
+        (["--cases", "plain:", "a: --fp8 rowwise"], "case 'a': --fp8 must be off on "),
         (["--baseline", "Lion"], "got 'Lion'"),
         (["--rates", "2"], "--rates must be an odd number >= 1, got 2"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),

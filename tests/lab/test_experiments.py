@@ -18,7 +18,7 @@ from nanochat_native.lab import command_flags
 from nanochat_native.memory import main as memory
 from nanochat_native.optim.schedule import SHAPES, lr_at, lr_multiplier, momentum_at, muon_momentum
 from nanochat_native.runs import pictures, results
-from nanochat_native.runs.config import TrainConfig, parse
+from nanochat_native.runs.config import TrainConfig, parse, resolve_defaults
 from nanochat_native.runtime import console
 from nanochat_native.runtime.command import run_reporting
 from nanochat_native.runtime.console import Console
@@ -49,7 +49,7 @@ def test_own_flags_and_those_of_train_are_parsed(tmp_path):
         Options, "lr_find", ["--depth", "3", "--size", "5", "--device", "cpu", "--cautious"]
     )
     assert options == Options(size=5)
-    assert (config.depth, config.cautious, config.max_seq_len, config.dtype) == (3, True, 256, "float32")
+    assert (config.depth, config.cautious, config.max_seq_len, config.dtype) == (3, "on", 256, "float32")
     _, config, _ = command_flags.parse_flags(
         Options, "lr_find", ["--device", "cpu"], base=lambda own: TrainConfig(depth=7)
     )
@@ -62,10 +62,21 @@ def test_flags_of_a_run_are_refused(flag):
         command_flags.parse_flags(Options, "lr_find", flag.split())
 
 
+def rates(args):
+    return resolve.learning_rates(resolve_defaults(parse(args), gpu=False))
+
+
 def test_rates_are_those_that_train_takes():
-    assert resolve.learning_rates(parse([])) == {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02}
-    assert resolve.learning_rates(parse(["--optimizer", "adamw"]))["matrix_lr"] == 0.002
-    assert resolve.learning_rates(parse(["--embedding-lr", "0.7", "--matrix-lr", "0"])) == {
+    assert rates([]) == {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02}
+    assert rates(["--recipe", "today"]) == {
+        "embedding_lr": 0.3,
+        "unembedding_lr": 0.008,
+        "matrix_lr": 0.02,
+        "scalar_lr": 0.5,
+    }
+    assert rates(["--optimizer", "adamw"])["matrix_lr"] == 0.002
+    assert rates(["--recipe", "today", "--scalar-lr", "0.7"])["scalar_lr"] == 0.7
+    assert rates(["--embedding-lr", "0.7", "--matrix-lr", "0"]) == {
         "embedding_lr": 0.7,
         "unembedding_lr": 0.004,
         "matrix_lr": 0.0,
@@ -99,7 +110,8 @@ FLAGS = ["--num-iterations", "40", "--warmup-ratio", "0.1", "--warmdown-ratio", 
 def test_schedules_are_the_functions_that_train_uses(folder, tmp_path, capsys, monkeypatch):
     """Every point of the result is what the trainer's optimizers are given."""
     out = tmp_path / "out"
-    assert schedules.main([*FLAGS, "--final-lr-frac", "0.2", "--plot", "--out", str(out)]) == 0
+    changing = ["--final-lr-frac", "0.2", "--momentum-final", "0.6", "--decay-schedule", "cosine"]
+    assert schedules.main([*FLAGS, *changing, "--plot", "--out", str(out)]) == 0
     record = json.loads((out / "result.json").read_text())
     assert set(record["multipliers"]) == set(SHAPES)
     printed = capsys.readouterr().out
@@ -112,17 +124,20 @@ def test_schedules_are_the_functions_that_train_uses(folder, tmp_path, capsys, m
     def spy(self, batches, real=Trainer.train_step):
         real(self, batches)
         group = self.optimizers[1].param_groups[0]
-        given.append((group["lr"] / group["initial_lr"], group["momentum"]))
+        decay = group["weight_decay"] / group["initial_weight_decay"]
+        given.append((group["lr"] / group["initial_lr"], group["momentum"], decay))
 
     monkeypatch.setattr(Trainer, "train_step", spy)
     flags = {"warmup_ratio": 0.1, "warmdown_ratio": 0.5, "momentum_warmup_steps": 20, "final_lr_frac": 0.2}
+    flags |= {"momentum_final": 0.6, "decay_schedule": "cosine", "matrix_weight_decay": 0.1}
     assert train(folder, steps=40, schedule="cosine", **flags) == 0
-    assert [rate for rate, _ in given] == pytest.approx(record["multipliers"]["cosine"])
-    assert [momentum for _, momentum in given] == pytest.approx(record["momentum"])
+    curves = (record["multipliers"]["cosine"], record["momentum"], record["decay"])
+    for values, curve in zip(zip(*given, strict=True), curves, strict=True):
+        assert values == pytest.approx(curve)
 
 
 def test_schedules_of_the_flags():
-    config = parse([*FLAGS, "--momentum-start", "0.5", "--momentum-end", "0.9"])
+    config = resolve_defaults(parse([*FLAGS, "--momentum-start", "0.5", "--momentum-end", "0.9"]), gpu=False)
     for step in (0, 3, 19, 20, 33, 39):
         assert lr_at(step, config) == lr_multiplier(step, 40, warmup_ratio=0.1, warmdown_ratio=0.5)
         assert momentum_at(step, config) == muon_momentum(step, start=0.5, end=0.9, warmup_steps=20)

@@ -10,7 +10,11 @@ from tiny_run import losses, records, train, write_text
 
 from nanochat_native import compare
 from nanochat_native.lab import comparison
+from nanochat_native.lab.fork import open_fork
+from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import checkpoint
+from nanochat_native.runs.config import parse, resolve_device
+from nanochat_native.runtime.console import SilentConsole
 from nanochat_native.training.trainer import Trainer
 
 STEPS = 12
@@ -137,6 +141,15 @@ def test_killed_copy_of_the_checkpoint_is_made_again(folder, tmp_path, monkeypat
     (copied / "model.safetensors").write_bytes(b"half of it")
     assert compare.main(command(folder, out)) == 0
     assert len(curves(out)) == 2
+
+
+def test_the_momentum_of_a_case_does_not_return_to_that_of_its_run(folder):
+    source = folder / "runs" / "source"
+    options = comparison.Options(fork=source, cases=("low: --momentum-end 0.8 --momentum-warmup-steps 2",))
+    given = parse([], comparison.defaults(options, []))
+    config = comparison.make_cases(options, resolve_device(given), given, open_fork(source, AT, SilentConsole()))["low"]
+    assert config.warmdown_ratio == 0.25
+    assert [momentum_at(step, config) for step in range(AT, STEPS)] == [0.8] * (STEPS - AT)
 
 
 def test_other_fork_is_another_comparison(folder, tmp_path, capsys):

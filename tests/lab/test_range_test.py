@@ -11,9 +11,10 @@ from tiny_run import tiny_flags, write_text
 
 from nanochat_native import lr_find
 from nanochat_native.lab import command_flags
+from nanochat_native.lab import range_test as range_test_module
 from nanochat_native.lab.range_test import MARGIN, Options, find_rate, range_test, suggest, suggested_rates
 from nanochat_native.optim.schedule import momentum_at
-from nanochat_native.runs.config import parse
+from nanochat_native.runs.config import parse, resolve_defaults
 from nanochat_native.runtime.console import SilentConsole
 from nanochat_native.runtime.signals import StopSignals
 from nanochat_native.training.trainer import Trainer
@@ -205,9 +206,9 @@ def test_the_losses_are_those_of_trains_steps_at_these_rates(folder):
     assert found["losses"] == pytest.approx(losses, rel=1e-6)
 
 
-@pytest.mark.parametrize("group", ["matrix", "embedding", "unembedding"])
+@pytest.mark.parametrize("group", ["matrix", "embedding", "unembedding", "scalar"])
 def test_only_the_tested_group_changes(folder, group, monkeypatch):
-    trainer = trainer_of(folder)
+    trainer = trainer_of(folder, recipe="today" if group == "scalar" else "october")
     moved = set()
 
     def spy(self, batch, real=Trainer.compute_gradients):
@@ -225,6 +226,7 @@ def test_only_the_tested_group_changes(folder, group, monkeypatch):
     with StopSignals() as stopping:
         find_rate(trainer, Options(group=group, steps=20, warmup_steps=0), group, stopping)
     beginnings = {"matrix": "transformer.h.", "embedding": "transformer.wte", "unembedding": "lm_head"}
+    beginnings["scalar"] = ("resid_lambdas", "x0_lambdas")
     assert moved
     assert all(name.startswith(beginnings[group]) for name in moved)
 
@@ -253,7 +255,7 @@ def test_the_command_leaves_a_result_and_flags_to_paste(folder, tmp_path, capsys
 
 
 def test_suggested_rates_cover_the_tested_groups(folder):
-    config = parse(["--matrix-lr", "0.5"])
+    config = resolve_defaults(parse(["--matrix-lr", "0.5"]), gpu=False)
     tests = [{"group": "matrix", "suggestion": 2.0}, {"group": "embedding", "suggestion": None}]
     assert suggested_rates(config, tests) == {"matrix_lr": 1.0}
     assert suggested_rates(config, [{"group": "all", "suggestion": 0.5}]) == {
@@ -261,6 +263,24 @@ def test_suggested_rates_cover_the_tested_groups(folder):
         "embedding_lr": 0.1,
         "unembedding_lr": 0.002,
     }
+    config = resolve_defaults(parse(["--recipe", "today"]), gpu=False)
+    assert suggested_rates(config, [{"group": "scalar", "suggestion": 0.5}]) == {"scalar_lr": 0.25}
+
+
+def test_scalars_are_a_group_of_todays_model_alone(folder, tmp_path, capsys, monkeypatch):
+    def untested(trainer, options, group, stopping):
+        found = {"group": group, "factors": [], "losses": [], "diverged": False, "smoothed": []}
+        return found | {"steepest": None, "lowest": None, "suggestion": None, "reason": "not tested"}
+
+    monkeypatch.setattr(range_test_module, "find_rate", untested)
+    args = of_train(folder)
+    assert lr_find.main([*args, "--group", "scalar", "--out", str(tmp_path / "none")]) == 2
+    assert "--group scalar needs a model with --residual-scalars on" in capsys.readouterr().err
+    groups = ["matrix", "embedding", "unembedding"]
+    for recipe, expected in (("october", groups), ("today", [*groups, "scalar"])):
+        out = tmp_path / recipe
+        assert lr_find.main([*args, "--group", "each", "--recipe", recipe, "--out", str(out)]) == 1
+        assert [test["group"] for test in json.loads((out / "result.json").read_text())["tests"]] == expected
 
 
 def test_ctrl_c_keeps_the_results(folder, tmp_path, monkeypatch, capsys):

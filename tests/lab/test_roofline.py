@@ -30,8 +30,9 @@ from nanochat_native.lab.roofline import (
 )
 from nanochat_native.lab.roofline.analysis import ELSE, GROUPS, SUMMED, Machine, check_flops
 from nanochat_native.lab.roofline.costs import Call, Launch, launches_of, visible_pairs
+from nanochat_native.lab.roofline.options import Options, model_config
 from nanochat_native.lab.roofline.recording import Recorder, autocast
-from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.config import ARCHITECTURES, GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.ops import backends
 from nanochat_native.ops.attention import attention_mask
@@ -280,12 +281,66 @@ def test_bytes_of_our_one_pass_operators():
     assert launches_of(embedding) == [Launch(0, 80 + 10 * 24, 120 + 40)]
 
 
+def test_mix_rms_norm_reads_and_writes_each_stream_once():
+    def stream():
+        return meta(4, 6, dtype=BF16)
+
+    r, one = meta(4), meta(1)
+    inputs = {"x": stream(), "residual": stream(), "x0": stream()}
+    scales = {"x_scale": one, "x0_scale": meta()}
+    forward = call_of("mix_rms_norm", (stream(), stream(), stream(), r), **inputs, **scales, eps=1e-7)
+    assert launches_of(forward) == [Launch(0, 3 * 48 + 8, 3 * 48 + 16)]
+    without = inputs | {"residual": None}
+    forward = call_of("mix_rms_norm", (meta(0, dtype=BF16), stream(), stream(), r), **without, **scales, eps=1e-7)
+    assert launches_of(forward) == [Launch(0, 2 * 48 + 8, 2 * 48 + 16)]
+    results = (stream(), stream(), meta(1), meta())
+    saved = {"y": stream(), "r": r, "z": stream(), "x0": stream()}
+    backward = {"dy": stream(), "dz": None, "dmixed": stream(), "add_to": stream()}
+    assert launches_of(call_of("mix_rms_norm_backward", results, **backward, **saved, **scales)) == [
+        Launch(0, 6 * 48 + 16 + 8, 2 * 48 + 32),
+        Launch(0, 32, 8),
+    ]
+
+
 def test_rotary_norm_reads_the_tables_once():
     q, k, cos = meta(2, 3, 4, 8, dtype=BF16), meta(2, 3, 1, 8, dtype=BF16), meta(30, 4)
     results = (q.clone(), k.clone(), meta(2, 3, 4), meta(2, 3, 1))
     angles = {"cos": cos[:3], "sin": meta(30, 4)[:3]}
     call = call_of("rotary_norm", results, q=q, k=k, **angles, eps=1e-7, scale=1.2)
     assert launches_of(call) == [Launch(0, 384 + 96 + 2 * 48, 384 + 96 + 96 + 24)]
+
+
+def test_value_embeddings_read_the_rows_of_the_table_and_sum_up_gates_in_two_more_launches():
+    N, Hkv, D, V = 70, 2, 8, 100
+    v, x, gate = meta(N, Hkv, D, dtype=BF16), meta(N, 30, dtype=BF16), meta(Hkv, 12)
+    table, ids = meta(V, Hkv * D), meta(N, dtype=torch.int64)
+    h, rows = x[:, :12], N * Hkv * D
+    arguments = {"h": h, "gate": gate, "table": table, "ids": ids}
+    small = 24 * N + 96 + 8 * N  # h, gate, ids
+    call = call_of("add_value_embedding", (v.clone(),), v=v, **arguments)
+    assert launches_of(call) == [Launch(0, 2 * rows + 4 * rows + small, 2 * rows)]
+    results = (meta(N, 12, dtype=BF16), meta(Hkv, 12), meta(N, Hkv * D))
+    call = call_of("add_value_embedding_backward", results, dout=v, **arguments)
+    partials = 2 * 25 * 4  # two blocks of rows
+    assert launches_of(call) == [
+        Launch(0, 2 * rows + 4 * rows + small, 4 * rows + 8 * N),
+        Launch(0, 24 * N + 8 * N + 96, partials + 24 * N),
+        Launch(0, partials, 96),
+    ]
+
+
+def test_smear_reads_a_token_once_and_sums_up_its_gate_in_two_more_launches():
+    B, T, C = 2, 50, 30
+    x, gate, smear_lambda = meta(B, T, C, dtype=BF16), meta(1, 24), meta(1)
+    arguments = {"x": x, "gate": gate, "smear_lambda": smear_lambda}
+    assert launches_of(call_of("smear", (x.clone(),), **arguments)) == [Launch(0, 2 * B * T * C + 100, 2 * B * T * C)]
+    results = (x.clone(), gate.clone(), smear_lambda.clone())
+    partials = 2 * 25 * 4
+    assert launches_of(call_of("smear_backward", results, dout=x.clone(), **arguments)) == [
+        Launch(0, 4 * B * T * C + 100, 2 * B * T * C + 800),
+        Launch(0, 48 * 100 + 800, partials),
+        Launch(0, partials, 100),
+    ]
 
 
 def test_bytes_of_the_optimizers_and_their_launches():
@@ -308,6 +363,19 @@ def test_bytes_of_the_optimizers_and_their_launches():
         Launch(0, 24, 24),
     ]
     assert launches_of(call_of("muon_update_", params=tensors(3), update=update)) == [Launch(0, 720, 360)]
+
+    of_rows = {**momentum, "with_norms": False, "with_row_norms": True}
+    row_norms = meta(3, 6, dtype=torch.float64)
+    assert launches_of(call_of("muon_momentum_", (update, row_norms), **of_rows))[1:] == [
+        Launch(0, 360, 72),
+        Launch(0, 72, 144),
+    ]
+    seconds = [meta(6, 1) for _ in range(3)]
+    arguments = {"params": tensors(3), "update": update, "second_momentums": seconds}
+    expected = [Launch(0, 360, 0), Launch(0, 72, 72), Launch(0, 720, 360)]
+    assert launches_of(call_of("normuon_update_", **arguments)) == expected
+    many = {"params": tensors(1301), "update": meta(1301, 6, 5), "second_momentums": [meta(6, 1)] * 1301}
+    assert [launch.read for launch in launches_of(call_of("normuon_update_", **many))[3:]] == [120, 24, 240]
 
 
 def test_every_operator_with_a_cuda_implementation_has_a_rule():
@@ -358,6 +426,7 @@ def test_the_products_that_torch_counts_have_a_rule_or_are_refused():
         ("csrc/cuda/newton_schulz_plan.cuh", r"kMostGrowth = (\d+);", "MOST_GROWTH"),
         ("csrc/cuda/muon.cu", r"kFewMatrices = (\d+),", "FEW_MATRICES"),
         ("csrc/cuda/muon.cu", r"kManyMatrices = (\d+);", "MANY_MATRICES"),
+        ("csrc/cuda/normuon.cu", r"kManyMatrices = (\d+);", "MANY_NORMUON_MATRICES"),
         ("csrc/cuda/adamw.cu", r"kFewTensors = (\d+),", "FEW_TENSORS"),
         ("csrc/cuda/adamw.cu", r"kManyTensors = (\d+);", "MANY_TENSORS"),
     ],
@@ -420,15 +489,36 @@ def tiny_step(config=TINY, dtype=BF16, optimizer="hybrid", accumulate=False):
     return record(config, 2, dtype, optimizer, accumulate)
 
 
-@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, n_kv_head=2, window_pattern="L")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        dataclasses.replace(TINY, n_kv_head=2, window_pattern="L"),
+        dataclasses.replace(TINY, n_embd=32, **ARCHITECTURES["today"]),
+    ],
+)
 @pytest.mark.parametrize(("dtype", "optimizer", "accumulate"), [(BF16, "hybrid", False), (F32, "adamw", True)])
 def test_operations_of_the_model_add_up_to_its_formula(config, dtype, optimizer, accumulate):
     step = tiny_step(config, dtype, optimizer, accumulate)
     check_flops(step)
     tokens = 2 * 12
     products = [call for call in step.micro_step if call.group in ("products", "loss")]
-    parameters = step.model.num_params() - step.model.wte.weight.numel()
+    matrices = sum(p.numel() for block in step.model.blocks for p in block.parameters() if p.size(1) > 12)
+    parameters = matrices + config.vocab_size * config.n_embd
     assert sum(call.cost.flops for call in products) == 6 * parameters * tokens
+
+
+def test_operations_of_todays_model_add_up_to_its_formula(capsys):
+    """The gates' products are part of other operators; the window S, 128 tokens, is longer than the sequence."""
+    assert main(["--architecture", "today", "--depth", "2", "--max-seq-len", "64", "--device-batch-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("mix_rms_norm", "add_value_embedding", "smear"))
+
+
+def test_the_windows_of_an_architecture_are_its_own_unless_they_are_given():
+    assert model_config(Options(architecture="today")).window_pattern == "SSSL"
+    assert model_config(Options()).window_pattern == "L"
+    assert model_config(Options(architecture="today", window_pattern="L")).window_pattern == "L"
 
 
 def test_a_call_that_is_missed_or_counted_twice_is_refused():

@@ -37,7 +37,7 @@ def test_weights_give_the_output_of_attention(shape):
             values = v.repeat_interleave(4 // v.size(2), dim=2)
             found = torch.einsum("bhij,bjhd->bihd", weights[layer], values)
             assert (found - expected).abs().max() < 2e-6
-            x, n = block(x, n, cos, sin)
+            x, n = add_norm(*block(x, n, cos, sin))
         logits = model.lm_head(n)
         torch.testing.assert_close(15 * torch.tanh(logits / 15), model(IDS))
 

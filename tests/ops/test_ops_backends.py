@@ -164,11 +164,11 @@ def test_what_attention_on_cuda_takes(monkeypatch, dtype, D, words):
     monkeypatch.setitem(backends.DEVICES, "attention", ("cuda",))
     monkeypatch.setattr(backends, "warned", set())
     monkeypatch.setattr(module_of("attention"), "native_attention", lambda *_: "native")
-    monkeypatch.setattr(module_of("attention"), "reference_attention", lambda *_, **__: "reference")
+    monkeypatch.setattr(module_of("attention"), "block_attention", lambda *_, **__: "blocks")
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         q = torch.empty(1, 5, 2, D, dtype=dtype, device="cuda")
-        assert [ops.attention(q, q, q) for _ in range(2)] == [("reference" if words else "native")] * 2
+        assert [ops.attention(q, q, q) for _ in range(2)] == [("blocks" if words else "native")] * 2
     messages = [str(warning.message) for warning in caught if "nanochat_native" in str(warning.message)]
     assert messages == ([f"nanochat_native: attention on cuda is served by plain torch: {words}"] if words else [])
 

@@ -22,6 +22,7 @@ class Shape(NamedTuple):
     F: int
     V: int
     windows: tuple = (None, None)
+    today: bool = False  # with all parts that nanochat's first architecture lacks
     slots: int = 5
     capacity: int = 300
 
@@ -35,6 +36,19 @@ SHAPES = {
     "depth5": Shape(4, 2, 80, 160, 70),
     "tiny": Shape(1, 1, 2, 1, 1, (0, None, 1)),
     "no_blocks": Shape(2, 1, 8, 16, 20, ()),
+    "today": Shape(2, 2, 64, 512, 1000, (40, None), today=True),
+    "today_grouped": Shape(4, 2, 32, 320, 130, (3, None, 130, 40, 90), today=True),
+    "today_one_kv_head": Shape(3, 1, 10, 37, 11, (7, None, 64), today=True),
+    "today_one_block": Shape(1, 1, 26, 50, 30, (100,), today=True),
+    "today_tiny": Shape(1, 1, 2, 1, 3, (0, None, 1), today=True),
+}
+EXTRA_ROWS = 6  # of the embeddings, beyond those of lm_head
+PARTS = {
+    "qk_scale": {"qk_scale": 1.0},
+    "value_embeddings": {"value_gates": (), "value_tables": ()},
+    "residual_scalars": {"resid_lambdas": None, "x0_lambdas": None},
+    "smear": {"smear_gate": None, "smear_lambda": None, "previous": ()},
+    "backout": {"backout_lambda": None},
 }
 
 
@@ -43,13 +57,31 @@ class Setting:
     shape: Shape
     weights: dict
     cache: torch.Tensor
+    tokens: dict = dataclasses.field(default_factory=dict)  # by slot and position; 2 where none was put
 
     def run(self, tokens, slots, starts, run=ops.cached_forward_, **others):
-        arguments = {**self.weights, "cache": self.cache, "softcap": SOFTCAP} | others
-        return run(torch.tensor(tokens), slots, starts, **arguments)
+        arguments = {**self.weights, "cache": self.cache, "softcap": SOFTCAP}
+        if self.shape.today:
+            places = zip(slots, starts, strict=True)
+            arguments["previous"] = [self.tokens.get((slot, at - 1), 2) if at else -1 for slot, at in places]
+        logits = run(torch.tensor(tokens), slots, starts, **arguments | others)
+        for slot, start, row in zip(slots, starts, tokens, strict=True):
+            self.tokens |= {(slot, start + i): token for i, token in enumerate(row)}
+        return logits
 
     def fresh(self, fill=0.0):
-        return dataclasses.replace(self, cache=torch.full_like(self.cache, fill))
+        return dataclasses.replace(self, cache=torch.full_like(self.cache, fill), tokens={})
+
+    def exact(self):
+        """Return this setting in float64, with the cells of the cache."""
+
+        def wide(value):
+            if isinstance(value, list | tuple):
+                return [wide(x) for x in value]
+            return value.double() if isinstance(value, torch.Tensor) else value
+
+        weights = {key: wide(value) for key, value in self.weights.items()}
+        return dataclasses.replace(self, weights=weights, cache=self.cache.double(), tokens=dict(self.tokens))
 
 
 def setting(name, dtype=torch.float32):
@@ -65,13 +97,26 @@ def setting(name, dtype=torch.float32):
         blocks += [matrix(C, C), matrix(s.F, C), matrix(C, s.F)]
     angles = torch.rand(s.capacity, s.D // 2, dtype=torch.float64) * 6
     weights = {
-        "wte": matrix(s.V, C),
+        "wte": matrix(s.V + EXTRA_ROWS * s.today, C),
         "blocks": blocks,
         "lm_head": 4 * matrix(s.V, C),
         "windows": list(s.windows),
         "cos": torch.cat((angles, angles), -1).cos().to(dtype),
         "sin": angles.sin().to(dtype),
     }
+    if s.today:
+        rows, channels = s.V + EXTRA_ROWS, s.Hkv * s.D
+        embedded = [layer % 2 == (layers - 1) % 2 for layer in range(layers)]
+        weights |= {
+            "qk_scale": 1.3,
+            "value_gates": [2 * matrix(s.Hkv, min(12, C)) if own else None for own in embedded],
+            "value_tables": [channels**0.5 * matrix(rows, channels) if own else None for own in embedded],
+            "resid_lambdas": (0.7 + 0.6 * torch.rand(layers, dtype=torch.float64)).to(dtype),
+            "x0_lambdas": (0.3 + torch.rand(layers, dtype=torch.float64)).to(dtype),
+            "smear_gate": 2 * matrix(1, min(24, C)),
+            "smear_lambda": torch.tensor([0.9], dtype=dtype),
+            "backout_lambda": torch.tensor([0.6], dtype=dtype),
+        }
     cache = torch.zeros(layers, s.slots, s.capacity, 2 * s.Hkv, s.D, dtype=dtype)
     return Setting(s, weights, cache)
 
@@ -84,18 +129,13 @@ def tokens_of(shape, *size):
 @pytest.mark.parametrize("name", SHAPES)
 def test_matches_the_reference_in_float64(name, T):
     mine = setting(name)
-    exact = setting(name).fresh()
-    exact.weights = {
-        key: [t.double() for t in value] if key == "blocks" else value.double() if key != "windows" else value
-        for key, value in mine.weights.items()
-    }
-    exact.cache = mine.cache.double()
+    exact = mine.exact()
     prompts, next_tokens = tokens_of(mine.shape, 3, T), tokens_of(mine.shape, 3, 1)
     slots = [4, 0, 2]
     for run, s in ((ops.cached_forward_, mine), (reference.cached_forward_, exact)):
         s.run(prompts[:1], [4], [0], run, with_logits=False)
-        s.run([prompts[0]], [0], [5], run)
-        s.run([prompts[0]], [2], [0], run)
+        s.run([prompts[1]], [0], [5], run)
+        s.run([prompts[2]], [2], [0], run)
     starts = [T, 5 + T, T]
     found = mine.run(next_tokens, slots, starts)
     expected = exact.run(next_tokens, slots, starts, reference.cached_forward_)
@@ -135,7 +175,7 @@ def test_same_bits_for_every_division_of_a_prompt_batch_and_number_of_threads(na
             assert torch.equal(found[slots.index(1)], expected[0]), (threads, slots)
 
 
-@pytest.mark.parametrize("name", ["heads", "grouped", "odd"])
+@pytest.mark.parametrize("name", ["heads", "grouped", "odd", "today_grouped"])
 def test_unfilled_cells_are_not_read_and_other_cells_not_written(name):
     s = setting(name)
     sequence = tokens_of(s.shape, 130)
@@ -160,6 +200,17 @@ def test_without_logits_only_the_cache_is_written():
     ).shape == (0, s.shape.V)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("name", ["heads", "today"])
+def test_no_sequences_give_no_logits_and_write_nothing(name, backend):
+    s = setting(name)
+    arguments = {**s.weights, "cache": s.cache, "softcap": SOFTCAP}
+    with ops.use_backend(backend):
+        logits = ops.cached_forward_(torch.empty(0, 3, dtype=torch.int64), [], [], **arguments)
+    assert logits.shape == (0, s.shape.V)
+    assert torch.count_nonzero(s.cache) == 0
+
+
 def test_logits_without_a_softcap():
     s = setting("grouped")
     tokens = tokens_of(s.shape, 2, 4)
@@ -170,14 +221,11 @@ def test_logits_without_a_softcap():
         torch.testing.assert_close(s.fresh().run(tokens, [0, 1], [0, 0], softcap=0.0), plain, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["grouped", "today_grouped"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_matches_where_it_is_composed_of_other_operators(dtype):
-    s, exact = setting("grouped", dtype), setting("grouped", dtype)
-    exact.weights = {
-        key: [t.double() for t in value] if key == "blocks" else value.double() if key != "windows" else value
-        for key, value in s.weights.items()
-    }
-    exact.cache = s.cache.double()
+def test_matches_where_it_is_composed_of_other_operators(dtype, name):
+    s = setting(name, dtype)
+    exact = s.exact()
     tokens = tokens_of(s.shape, 2, 40)
     found = s.run(tokens, [3, 1], [0, 9])
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -194,16 +242,40 @@ def test_not_a_number_stays_in_its_sequence():
     assert found[0].isfinite().all()
 
 
+def test_the_token_before_the_first_one_is_not_read_at_position_0():
+    """Row 0 of the embeddings has no influence on a token without a neighbour."""
+    for backend in ("native", "torch"):
+        s = setting("today")
+        s.weights["wte"][0] = torch.nan
+        with ops.use_backend(backend):
+            assert s.run([[7]], [0], [0]).isfinite().all()
+            assert s.run([[7]], [0], [1], previous=[0]).isnan().all()
+
+
+@pytest.mark.parametrize("run", [ops.cached_forward_, reference.cached_forward_])
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_shows_in_the_logits(part, run):
+    s = setting("today_grouped")
+    tokens = tokens_of(s.shape, 2, 20)
+    whole = s.fresh().run(tokens, [0, 1], [0, 0], run)
+    without = s.fresh().run(tokens, [0, 1], [0, 0], run, **PARTS[part])
+    assert (whole - without).abs().max() > 0.1
+
+
 def test_schema_fake_and_version_of_the_cache():
-    s = setting("grouped")
-    w = s.weights
-    windows = [-1 if window is None else window for window in s.shape.windows]
-    arguments = (torch.tensor([[1, 2]]), [0], [0], w["wte"], w["blocks"], w["lm_head"], windows, w["cos"], w["sin"])
-    utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(OPERATOR, (*arguments, s.cache, SOFTCAP, True), test_utils=utils)
-    version = s.cache._version
-    s.run([[1]], [0], [0])
-    assert s.cache._version > version
+    for name in ("grouped", "today_grouped"):
+        s = setting(name)
+        w = dict.fromkeys(("resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda"))
+        w |= {"qk_scale": 1.0, "value_gates": [], "value_tables": []} | s.weights
+        windows = [-1 if window is None else window for window in s.shape.windows]
+        arguments = (torch.tensor([[1, 2]]), [0], [9], w["wte"], w["blocks"], w["lm_head"], windows, w["cos"], w["sin"])
+        parts = [w[key] for key in ("qk_scale", "value_gates", "value_tables", "resid_lambdas", "x0_lambdas")]
+        parts += [w["smear_gate"], w["smear_lambda"], [3] if s.shape.today else [], w["backout_lambda"]]
+        utils = ("test_schema", "test_faketensor")
+        torch.library.opcheck(OPERATOR, (*arguments, s.cache, SOFTCAP, True, *parts), test_utils=utils)
+        version = s.cache._version
+        s.run([[1]], [0], [0])
+        assert s.cache._version > version
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -246,7 +318,8 @@ def test_bad_places_are_refused_and_nothing_is_written(backend, change, message)
         ("tokens", lambda t: t - 2000, ValueError),
         ("wte", lambda t: t[:, :-1], ValueError),
         ("wte", lambda t: t.t().contiguous().t(), ValueError),
-        ("lm_head", lambda t: t[:-1], ValueError),
+        ("lm_head", lambda t: t[:, :-1], ValueError),
+        ("lm_head", lambda t: torch.cat((t, t)), ValueError),
         ("lm_head", lambda t: t.double(), TypeError),
         ("cos", lambda t: t[:-1], ValueError),
         ("cos", lambda t: t[:, :-1], ValueError),
@@ -269,9 +342,84 @@ def test_bad_arguments_are_refused(name, change, error):
         ops.cached_forward_(**arguments)
 
 
-def test_weights_that_need_gradients_are_taken_under_no_grad_alone():
-    s = setting("heads")
-    s.weights["blocks"][-1].requires_grad_()
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"previous": []}, "previous must have 1 entries with smear_gate, got 0"),
+        ({"previous": [1, 2]}, "previous must have 1 entries with smear_gate, got 2"),
+        ({"previous": [-1]}, "previous must be -1 at position 0 and a token from 0 to 135 elsewhere, got -1"),
+        ({"previous": [136]}, "got 136 at position 7"),
+        ({"starts": [0]}, "got 5 at position 0"),
+        ({"smear_gate": None, "smear_lambda": None}, "previous must have 0 entries without smear_gate, got 1"),
+        ({"smear_gate": None}, "smear_gate and smear_lambda must be given together, got smear_lambda alone"),
+        ({"smear_lambda": None}, "smear_gate and smear_lambda must be given together, got smear_gate alone"),
+        ({"smear_gate": torch.ones(2, 24)}, "smear_gate must have shape"),
+        ({"smear_gate": torch.ones(24)}, "smear_gate must have shape"),
+        ({"smear_gate": torch.ones(1, 129)}, "smear_gate must have from 1 to 128 columns, got 129"),
+        ({"smear_gate": torch.ones(1, 0)}, "smear_gate must have from 1 to 128 columns, got 0"),
+        ({"smear_lambda": torch.ones(())}, "smear_lambda must have shape"),
+        ({"resid_lambdas": None}, "resid_lambdas and x0_lambdas must be given together, got x0_lambdas alone"),
+        ({"resid_lambdas": torch.ones(4)}, "resid_lambdas must have shape"),
+        ({"x0_lambdas": torch.ones(6)}, "x0_lambdas must have shape"),
+        ({"backout_lambda": torch.ones(2)}, "backout_lambda must have shape"),
+        ({"qk_scale": torch.inf}, "qk_scale must be finite, got inf"),
+        ({"value_gates": [None] * 4}, "must have 5 entries or none, got 4 and 5"),
+        ({"value_tables": ()}, "must have 5 entries or none, got 5 and 0"),
+        ({"value_gates": [None] * 5}, "value_gates and value_tables must be given together, got value_tables alone"),
+        ({"value_tables": [None] * 5}, "value_gates and value_tables must be given together, got value_gates alone"),
+        ({"value_gates": [torch.ones(3, 12)] + [None] * 4}, "value_gates must have shape"),
+        ({"value_gates": [torch.ones(2, 200)] + [None] * 4}, "value_gates must have from 1 to 128 columns, got 200"),
+        ({"value_tables": [torch.ones(135, 64)] + [None] * 4}, "value_tables must have shape"),
+        ({"lm_head": torch.ones(137, 128)}, "lm_head must have at most the 136 rows of wte, got 137"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:50],
+)
+def test_bad_parts_are_refused_by_name_and_nothing_is_written(backend, change, message):
+    s = setting("today_grouped")
+    arguments = {"tokens": torch.tensor([[1, 2]]), "slots": [1], "starts": [7], "previous": [5]}
+    arguments |= {**s.weights, "cache": s.cache, "softcap": SOFTCAP} | change
+    before = s.cache.clone()
+    with ops.use_backend(backend), pytest.raises(ValueError, match=message):
+        ops.cached_forward_(**arguments)
+    assert torch.equal(s.cache, before)
+
+
+def test_backout_without_layers_is_refused():
+    s = setting("no_blocks")
+    for backend in ("native", "torch"):
+        with ops.use_backend(backend), pytest.raises(ValueError, match="backout_lambda must be None without layers"):
+            s.run([[1]], [0], [0], backout_lambda=ONE)
+
+
+def test_parts_of_a_model_without_layers_are_applied():
+    s = setting("no_blocks")
+    none, parts = torch.ones(0), {"smear_gate": torch.zeros(1, 16), "smear_lambda": ONE, "previous": [3]}
+    parts |= {"resid_lambdas": none, "x0_lambdas": none}
+    found = s.run([[1, 2]], [0], [5], **parts)
+    torch.testing.assert_close(found, s.run([[1, 2]], [0], [5], reference.cached_forward_, **parts))
+    assert (found - s.run([[1, 2]], [0], [5])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["value_gates", "value_tables", "resid_lambdas", "smear_gate", "backout_lambda"])
+def test_parts_of_another_type_are_refused_by_the_kernel(name):
+    s = setting("today_grouped")
+    part = s.weights[name]
+    other = [x if x is None else x.double() for x in part] if isinstance(part, list) else part.double()
+    with pytest.raises(TypeError, match=f"cached_forward_: {name} must have dtype"):
+        s.run([[1]], [0], [0], **{name: other})
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks", "value_gates", "value_tables", "x0_lambdas", "smear_gate", "backout_lambda"]
+)
+def test_weights_that_need_gradients_are_taken_under_no_grad_alone(name):
+    s = setting("today")
+    weight = s.weights[name]
+    (weight[-1] if isinstance(weight, list) else weight).requires_grad_()
     with pytest.raises(RuntimeError, match=r"cached_forward_: has no derivative, but a tensor requires a gradient"):
         s.run([[1]], [0], [0])
     with torch.no_grad():

@@ -105,7 +105,34 @@ def norm_formula(x):
     return x / (x.square().mean(-1, keepdim=True) + 2**-23) ** 0.5
 
 
+MIX = [*[(2, 3, 5)] * 3, (1,), (1,)]
+
+
+def mix_formula(x, residual, x0, x_scale, x0_scale):
+    mixed = x_scale * (x + residual) + x0_scale * x0
+    return x + residual, mixed, norm_formula(mixed), 1 * x0
+
+
 TOKENS = torch.tensor([[1, 5, 1], [0, 6, 6]])
+
+
+def value_embedding_formula(v, h, gate, table):
+    sigmoids = 1 / (1 + (-(h @ gate.mT)).exp())
+    return v + 3 * sigmoids[..., None] * table[TOKENS].unflatten(-1, (2, 3))
+
+
+def value_embedding_backward_formula(dout, h, gate, table):
+    sigmoids = 1 / (1 + (-(h @ gate.mT)).exp())
+    dz = 3 * sigmoids * (1 - sigmoids) * (dout * table[TOKENS].unflatten(-1, (2, 3))).sum(-1)
+    places = F.one_hot(TOKENS.flatten(), 7).to(dout.dtype)
+    drows = (3 * sigmoids[..., None] * dout).flatten(-2).reshape(6, 6)
+    return dz @ gate, dz.reshape(6, 2).mT @ h.reshape(6, 4), places.mT @ drows
+
+
+def smear_formula(x, gate, smear_lambda):
+    sigmoids = 1 / (1 + (-(x[:, 1:, :2] @ gate.mT)).exp())
+    return torch.cat((x[:, :1], x[:, 1:] + smear_lambda * sigmoids * x[:, :-1]), 1)
+
 
 TARGETS = torch.tensor([0, 6, -1, 3, 3])
 
@@ -155,6 +182,12 @@ def muon_update(p, update):
     p = p.float()
     ops.muon_update_([p], update.float()[None], lr=0.1, weight_decay=0.5, scale=3.0)
     return p.double()
+
+
+def normuon_update(p, second, update):
+    p, second = p.float(), second.float()
+    ops.normuon_update_([p], update.float()[None], [second], lr=0.1, weight_decay=0.5, scale=3.0, beta2=0.75, eps=9.0)
+    return p.double(), second.double()
 
 
 def newton_schulz_update(p, update):
@@ -305,6 +338,37 @@ CASES = {
         lambda table: norm_formula(table[TOKENS]),
         ALWAYS_RIGHT,
     ),
+    "mix_rms_norm": Case("mix_rms_norm", MIX, ops.mix_rms_norm, mix_formula, ALWAYS_RIGHT),
+    "mix_rms_norm without a residual": Case(
+        "mix_rms_norm",
+        MIX[1:],
+        lambda x, *others: ops.mix_rms_norm(x, None, *others),
+        lambda x, *others: mix_formula(x, 0, *others),
+        ALWAYS_RIGHT,
+    ),
+    "mix_rms_norm, the norm alone": Case(
+        "mix_rms_norm",
+        MIX,
+        lambda *inputs: ops.mix_rms_norm(*inputs)[2],
+        lambda *inputs: mix_formula(*inputs)[2],
+        ALWAYS_RIGHT,
+    ),
+    "add_value_embedding": Case(
+        "add_value_embedding",
+        [(2, 3, 2, 3), (2, 3, 4), (2, 4), (7, 6)],
+        # The square gives the tangents of v a gradient.
+        lambda v, *xs: ops.add_value_embedding(v.square(), *xs, TOKENS),
+        lambda v, *xs: value_embedding_formula(v.square(), *xs),
+        ALWAYS_RIGHT,
+    ),
+    "add_value_embedding_backward": Case(
+        "add_value_embedding_backward",
+        [(2, 3, 2, 3), (2, 3, 4), (2, 4), (7, 6)],
+        lambda *xs: ops.add_value_embedding_backward(*xs, TOKENS),
+        value_embedding_backward_formula,
+        ALWAYS_RIGHT,
+    ),
+    "smear": Case("smear", [(2, 5, 3), (1, 2), (1,)], ops.smear, smear_formula, ALWAYS_RIGHT),
     "linear": Case(
         "linear",
         [(70, 3), (2, 3)],
@@ -360,6 +424,17 @@ CASES = {
         muon_update,
         lambda p, update: 0.95 * p - 0.3 * update,
         without("muon_update_"),
+        1e-5,
+    ),
+    "normuon_update_": Case(
+        "normuon_update_",
+        [(3, 4), (1, 4), (3, 4)],
+        normuon_update,
+        lambda p, second, update: (
+            0.95 * p - 0.3 * update,
+            0.75 * second + 0.25 * update.square().mean(0, keepdim=True),
+        ),
+        without("normuon_update_"),
         1e-5,
     ),
     "newton_schulz_update_": Case(
@@ -860,6 +935,7 @@ TRACED_ALREADY = {
     "attention of x, x, x",
     "newton_schulz, tall",
     "add_rms_norm, the sum unused",
+    "mix_rms_norm, the norm alone",
 }
 TRACING = {"linearised", *(name for name in MODES if "compiled" in name)}
 
@@ -1000,6 +1076,7 @@ def test_numbers_of_a_step_that_have_tangents_or_gradients_are_refused(backend):
     with use(backend):
         for call in (
             lambda lr: ops.muon_update_([p.clone()], g[None], lr=lr),
+            lambda lr: ops.normuon_update_([p.clone()], g[None], [torch.zeros(1, 4)], lr=lr),
             lambda lr: ops.newton_schulz_update_([p.clone()], g[None], lr=lr),
             lambda lr: ops.muon_momentum_([g], [p.clone()], momentum=lr),
             lambda lr: adamw_with(p, g, lr),

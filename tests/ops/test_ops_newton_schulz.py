@@ -88,6 +88,19 @@ def test_zero_and_nan_stay_in_their_matrix(shape, coefficients, backend):
     assert not out[3].isfinite().any()
 
 
+@pytest.mark.filterwarnings("ignore:nanochat_native. .* is served by plain torch")
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_the_gradient_of_a_zero_matrix_with_equilibrated_rows_is_zero(backend):
+    ops.use_backend(backend)
+    g = torch.randn(3, 5, 8, dtype=torch.float64)
+    g[1], g[2, 3] = 0, 0
+    g.requires_grad_()
+    (grad,) = torch.autograd.grad(ops.newton_schulz(g, equilibrate_rows=True), g, torch.randn_like(g))
+    assert grad.isfinite().all()
+    assert torch.count_nonzero(grad[1]) == 0
+    assert torch.count_nonzero(grad[0]) == 40
+
+
 def test_steps_and_triples():
     g = torch.randn(9, 6, dtype=torch.float64)
     first, second = (2.0, -1.5, 0.5), (1.5, -0.5, 0.0)

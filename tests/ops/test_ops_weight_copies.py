@@ -457,6 +457,7 @@ def calls(params, copies):
     return [
         lambda: ops.adamw_(params, *([torch.ones_like(params[0])] for _ in range(3)), copies=copies, **ADAMW),
         lambda: ops.muon_update_(params, change, copies=copies, lr=0.1),
+        lambda: ops.normuon_update_(params, change, [torch.zeros(3, 1)], copies=copies, lr=0.1),
         lambda: ops.newton_schulz_update_(params, change, copies=copies, lr=0.1),
     ]
 

@@ -175,6 +175,111 @@ def embedding_norm_in_bfloat16():
     embedding_norm(BF16, tolerance=(2e-2, 3e-2))
 
 
+def value_embedding(dtype=F32, table_dtype=F32, tolerance=(1e-5, 1e-5)):
+    """Every argument is strided; h is a part of wider rows; ids occur several times; more rows than a block sums up."""
+    rows, Hkv, D, I, V = (5, 20), 2, 8, 12, 7  # noqa: E741
+    wide = F32 if dtype == BF16 else dtype
+
+    def run(v, x, gate, table, ids, dout):
+        inputs = v.transpose(0, 1), x[..., 1 : I + 1], gate[:, 1:], table[:, 1:]
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        ids = ids.t()
+        out = ops.add_value_embedding(*inputs, ids)
+        strided = dout.transpose(0, 1)
+        grads = torch.autograd.grad(out, inputs, strided)
+        alone = ops.add_value_embedding_backward(strided, *(tensor.detach() for tensor in inputs[1:]), ids)
+        return [out.detach(), *grads, *alone]
+
+    compare(
+        run,
+        *(randn(*rows[::-1], Hkv, D, dtype=dtype), randn(*rows, I + 3, dtype=dtype), randn(Hkv, I + 1, dtype=wide)),
+        *(randn(V, Hkv * D + 1, dtype=table_dtype), torch.randint(0, V, rows[::-1])),
+        randn(*rows[::-1], Hkv, D, dtype=dtype),
+        launches=7,
+        tolerance=tolerance,
+    )
+
+
+def value_embedding_of_bfloat16():
+    value_embedding(BF16, BF16, (2e-2, 5e-2))
+
+
+def value_embedding_of_a_float32_table():
+    value_embedding(BF16, F32, (2e-2, 5e-2))
+
+
+def smear(dtype=F32, tolerance=(1e-5, 1e-5)):
+    """Every argument is strided; more rows than a block sums up."""
+    B, T, C = 5, 20, 30
+
+    def run(x, gate, smear_lambda, dout):
+        inputs = [tensor.detach().requires_grad_() for tensor in (x.transpose(0, 1), gate[:, ::2], smear_lambda[1:])]
+        out, dout = ops.smear(*inputs), dout.transpose(0, 1)
+        alone = torch.ops.nanochat_native.smear_backward(dout, *(tensor.detach() for tensor in inputs))
+        return [out.detach(), *torch.autograd.grad(out, inputs, dout), *alone]
+
+    tensors = randn(T, B, C, dtype=dtype), randn(1, 48), torch.tensor([9, 0.7]), randn(T, B, C, dtype=dtype)
+    compare(run, *tensors, launches=7, tolerance=tolerance)
+
+
+def smear_of_bfloat16():
+    smear(BF16, (2e-2, 5e-2))
+
+
+def mix(dtype=F32, tolerance=(1e-5, 1e-5), residual=True):
+    """Streams and gradients are strided, but for an x with a residual, which is not aligned.
+
+    The factors lie in one tensor.
+    """
+    rows, C = (5, 9), 67
+    count = rows[0] * rows[1] * C
+
+    def run(x, *others):
+        *streams, scales = others
+        added, x0, dz, dmixed, dy, dx0 = (t.transpose(0, 1) for t in streams)
+        needed = [*([x[1:].view(*rows, C)] if residual else []), added, x0, scales[3:4], scales[5]]
+        needed = [tensor.detach().requires_grad_() for tensor in needed]
+        results = ops.mix_rms_norm(*(needed if residual else [needed[0], None, *needed[1:]]))
+        gradients = [
+            *torch.autograd.grad(results, needed, (dz, dmixed, dy, dx0), retain_graph=True),
+            *torch.autograd.grad(results[2], needed, dy),
+        ]
+        return [*(result.detach() for result in results), *gradients]
+
+    streams = randn(count + 1), *(randn(*rows[::-1], C) for _ in range(6))
+    compare(run, *(t.to(dtype) for t in streams), randn(7), launches=5, tolerance=tolerance)
+
+
+def mix_of_bfloat16():
+    mix(BF16, (2e-2, 5e-2))
+
+
+def mix_without_a_residual():
+    mix(residual=False)
+
+
+def mix_backward_of_strided_results():
+    """The results come back with other strides, and each row has a norm of its own size."""
+
+    def run(x, dy, scales):
+        z, _, y, r = torch.ops.nanochat_native.mix_rms_norm(x, x, dy, *scales, 1e-6)
+        strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (y, z)]
+        r_strided = torch.stack([r, r + 1], -1)[..., 0]
+        backward = torch.ops.nanochat_native.mix_rms_norm_backward
+        return [y, r, *backward(dy, None, None, None, strided[0], r_strided, strided[1], x, *scales)]
+
+    tensors = randn(5, 9, 64) * torch.rand(5, 9, 1), randn(5, 9, 64), torch.tensor([[1.1], [-0.3]])
+    compare(run, *tensors, launches=3, tolerance=(1e-4, 1e-4))
+
+
+def mix_of_nothing():
+    def run(x, scales):
+        _, mixed, y, r = torch.ops.nanochat_native.mix_rms_norm(x, None, x, *scales, 1e-6)
+        return [mixed, y, r, *torch.ops.nanochat_native.mix_rms_norm_backward(y, None, None, y, y, r, x, x, *scales)]
+
+    compare(run, randn(0, 64), torch.tensor([[1.1], [-0.3]]), launches=1)
+
+
 def rotation(dtype=F32, D=32, tolerance=(1e-5, 1e-5)):
     """q, k and their gradients lie in fused buffers, and heads share keys."""
     B, T, H, Hkv = 2, 7, 4, 2
@@ -319,7 +424,48 @@ def muon_update_of_a_long_list():
     muon_update(count=130, shape=(2, 3), dtype=BF16)
 
 
+def normuon_update(count=3, shape=(2, 19, 23), dtype=F32):
+    """A parameter holds several matrices."""
+    lines = (*shape[:-2], shape[-2], 1) if shape[-2] >= shape[-1] else (*shape[:-2], 1, shape[-1])
+
+    def run(*tensors):
+        params, seconds, (update, lr) = list(tensors[:count]), list(tensors[count : 2 * count]), tensors[2 * count :]
+        copies = new_copies(params)
+        rates = {"lr": lr, "weight_decay": 0.1, "scale": 1.5, "renormalise": True, "norm_eps": 1e-6}
+        check_versions(
+            [*params, *seconds, *copies],
+            lambda: ops.normuon_update_(params, update, seconds, copies=copies, **rates),
+        )
+        errors = errors_of(copies, params)
+        ops.normuon_update_(params, update, seconds, lr=0.2, weight_decay=0.3, cautious=True, beta2=0.5, eps=1.0)
+        return [*params, *seconds, *errors]
+
+    tolerance = (1e-5 if dtype == F32 else 2**-7, 1e-5)
+    numbers = randn(count, *shape), torch.tensor(0.1, dtype=F64)
+    compare(run, *matrices(count, *shape, dtype=dtype), *matrices(count, *lines), *numbers, tolerance=tolerance)
+
+
+def normuon_update_of_bfloat16():
+    normuon_update(shape=(23, 19), dtype=BF16)
+
+
+def norms_of_rows():
+    def run(*tensors):
+        grads, buffers = list(tensors[:2]), list(tensors[2:])
+        return ops.muon_momentum_(grads, buffers, momentum=0.9, return_norm="rows")
+
+    compare(run, *matrices(4, 2, 7, 11))
+
+
 # --- newton_schulz ---
+
+
+def newton_schulz_of_scaled_rows():
+    def run(g):
+        return [ops.newton_schulz(g, equilibrate_rows=True, norm_eps=1e-6, coefficients="polar_express")]
+
+    rows = torch.logspace(-3, 3, 70)[:, None]
+    compare(run, randn(2, 70, 140) * rows, tolerance=(2e-2, 1e-2))
 
 
 def newton_schulz_of_strided_matrices():
@@ -427,6 +573,16 @@ CASES = {
         rms_norm_of_strided_results,
         embedding_norm,
         embedding_norm_in_bfloat16,
+        value_embedding,
+        value_embedding_of_bfloat16,
+        value_embedding_of_a_float32_table,
+        smear,
+        smear_of_bfloat16,
+        mix,
+        mix_of_bfloat16,
+        mix_without_a_residual,
+        mix_backward_of_strided_results,
+        mix_of_nothing,
         rotation,
         rotation_of_bfloat16,
         rotation_of_strided_results,
@@ -439,6 +595,10 @@ CASES = {
         muon_momentum_of_a_long_list,
         muon_update,
         muon_update_of_a_long_list,
+        normuon_update,
+        normuon_update_of_bfloat16,
+        norms_of_rows,
+        newton_schulz_of_scaled_rows,
         newton_schulz_of_strided_matrices,
         newton_schulz_of_nothing,
         newton_schulz_update,

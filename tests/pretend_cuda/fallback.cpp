@@ -354,6 +354,44 @@ Tensor addmm(const Tensor& self, const Tensor& a, const Tensor& b, at::ScalarTyp
     return addmm_out(self, a, b, type, beta, alpha, out);
 }
 
+// The CPU has this operator, but with other rules, and it compiles a kernel for each call.
+Tensor scaled_mm(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& scale_result,
+                 std::optional<at::ScalarType> out_dtype, bool) {
+    const auto is_float8 = [](const Tensor& t) {
+        return t.scalar_type() == at::kFloat8_e4m3fn || t.scalar_type() == at::kFloat8_e5m2;
+    };
+    const auto [major, minor] = capability();
+    TORCH_CHECK(10 * major + minor >= 89,
+                "torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0 or 8.9");
+    TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "mat1 and mat2 shapes cannot be multiplied");
+    TORCH_CHECK(is_float8(a) && is_float8(b), "Expected both matrices to be Float8 types");
+    TORCH_CHECK(a.scalar_type() == at::kFloat8_e4m3fn || b.scalar_type() == at::kFloat8_e4m3fn,
+                "Multiplication of two Float8_e5m2 matrices is not supported");
+    TORCH_CHECK(a.stride(1) == 1 && a.stride(0) >= a.size(1), "mat1 must be row_major");
+    TORCH_CHECK(b.stride(0) == 1 && b.stride(1) >= b.size(0), "mat2 must be col_major");
+    for (const Tensor& t : {a, b}) {
+        TORCH_CHECK(t.size(0) % 16 == 0 && t.size(1) % 16 == 0, "Expected sizes to be divisible by 16, got ",
+                    t.sizes());
+    }
+    const bool by_rows = scale_a.dim() == 2;
+    for (const Tensor& t : {scale_a, scale_b}) {
+        TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous(), "scales must be contiguous float32 tensors");
+    }
+    if (by_rows) {
+        TORCH_CHECK(
+            scale_a.sizes() == at::IntArrayRef({a.size(0), 1}) && scale_b.sizes() == at::IntArrayRef({1, b.size(1)}),
+            "For RowWise scaling, scale_a must be (M, 1) and scale_b (1, N)");
+        TORCH_CHECK(out_dtype == at::kBFloat16,
+                    "Only bf16 high precision output types are supported for row-wise scaling.");
+    } else {
+        TORCH_CHECK(scale_a.numel() == 1 && scale_b.numel() == 1, "scales must be scalars");
+    }
+    TORCH_CHECK(!bias && !scale_result, "the pretend CUDA device takes no bias and no scale of the result");
+    const Tensor product = at::mm(a.to(at::kFloat).mul(scale_a), b.to(at::kFloat).mul(scale_b));
+    return product.to(out_dtype.value_or(a.scalar_type()));
+}
+
 }   // namespace
 }   // namespace pretend
 
@@ -369,6 +407,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     m.impl("record_stream", pretend::record_stream);
     m.impl("mm.dtype", pretend::mm);
     m.impl("mm.dtype_out", pretend::mm_out);
+    m.impl("_scaled_mm", pretend::scaled_mm);
     m.impl("addmm.dtype", pretend::addmm);
     m.impl("addmm.dtype_out", pretend::addmm_out);
 }

@@ -19,7 +19,10 @@ from pretend_cuda import environment, on_pretend_cuda, pretend_python, python_on
 from pretend_cuda.counted_training import UNPINNED, count_waits, waits
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = {"device": "cuda", "depth": 1, "max_seq_len": 16, "total_batch_size": 64, "eval_tokens": 64, "vocab_size": 270}
+TINY = {
+    **{"device": "cuda", "depth": 1, "max_seq_len": 16, "total_batch_size": 64, "eval_tokens": 64, "vocab_size": 270},
+    "recipe": "october",
+}
 
 
 def run(command, *args, codes=(0,)):
@@ -77,6 +80,19 @@ def test_a_run_is_near_the_cpus_and_resumes_exactly(tmp_path):
     train(tmp_path, run="cpu", dtype="bfloat16", **flags | {"device": "cpu", "sample_every": 0})
     assert_near(losses(whole), losses(tmp_path / "runs/cpu"), 3e-3)
     assert losses(whole)[5][2] < 0.8 * losses(whole)[0][2]
+
+
+@on_pretend_cuda
+def test_a_run_of_todays_recipe_resumes_exactly_with_graphs_and_without(tmp_path):
+    """With accumulation, and schedules that change the rates, the momentum and the decay in each step."""
+    write_text(tmp_path / "text.jsonl")
+    flags = {"recipe": "today", "warmup_steps": 2, "momentum_warmup_steps": 2, "save_every": 2, "device_batch_size": 2}
+    train(tmp_path, run="graphs", steps=5, **flags)
+    train(tmp_path, run="resumed", steps=5, cuda_graphs="off", **flags)
+    later = tmp_path / "runs/resumed/checkpoints/step_000005"
+    shutil.rmtree(later)
+    train(tmp_path, run="resumed", steps=5, resume="auto", cuda_graphs="off", **flags)
+    assert losses(tmp_path / "runs/resumed") == losses(tmp_path / "runs/graphs")
 
 
 @on_pretend_cuda

@@ -7,12 +7,20 @@ import pytest
 
 from nanochat_native.runs import run_folder
 from nanochat_native.runs.config import (
+    MUON_FLAGS,
+    MUON_SWITCHES,
+    PARTS,
+    RECIPE_ON_CPU,
+    RECIPE_ON_GPU,
+    RECIPES,
     FinetuneConfig,
     TrainConfig,
     command_of,
     parse,
     resolve_defaults,
     resolve_horizon,
+    switches,
+    to_json,
 )
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import UNSET, flag
@@ -47,6 +55,14 @@ def test_help_documents_every_flag_with_its_default(capsys):
         assert re.search(r"\w\S*[.\)] \(default: .+\)", entry), entry
 
 
+def test_help_of_finetune_names_the_recipe_of_the_base_model(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], kind=FinetuneConfig)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    entry = text[text.index(" --recipe ") :]
+    assert "(default: that of the base model)" in entry[: entry.index(" --architecture ")]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -64,13 +80,27 @@ def test_help_documents_every_flag_with_its_default(capsys):
         ),
         (["--grad-clip", "nan"], "--grad-clip must be a finite number >= 0, got nan"),
         (["--matrix-lr", "inf"], "--matrix-lr must be a finite number >= 0, got inf"),
-        (["--matrix-weight-decay", "-1"], "--matrix-weight-decay must be a finite number >= 0, got -1.0"),
+        (["--matrix-weight-decay", "-2"], "--matrix-weight-decay must be a finite number >= 0, got -2.0"),
+        (["--scalar-lr", "-0.5"], "--scalar-lr must be a finite number >= 0, got -0.5"),
+        (["--momentum-final", "1"], "--momentum-final must be a number in [0, 1), got 1.0"),
+        (["--normuon-beta2", "1"], "--normuon-beta2 must be a number in [0, 1), got 1.0"),
+        (["--qk-scale", "0"], "--qk-scale must be a finite number > 0, got 0.0"),
+        (["--rotary-base", "0"], "--rotary-base must be a whole number >= 1, got 0"),
+        (["--warmup-steps", "-2"], "--warmup-steps must be a whole number >= 0, got -2"),
+        (["--reference-batch-size", "-2"], "--reference-batch-size must be a whole number >= 0, got -2"),
+        (
+            ["--warmup-steps", "10", "--warmup-ratio", "0.1"],
+            "--warmup-steps and --warmup-ratio each set the length of the warmup, got 10 and 0.1; set one of them to 0",
+        ),
+        (["--recipe", "july"], "'july'"),
+        (["--smear", "maybe"], "'maybe'"),
         (["--normuon", "--optimizer", "adamw"], "--normuon needs Muon, which --optimizer adamw does not use"),
         (
             ["--muon-form", "cropped", "--optimizer", "adamw"],
             "--muon-form needs Muon, which --optimizer adamw does not",
         ),
         (["--muon-form", "cropped", "--per-head"], "--per-head needs --muon-form nanochat, got cropped"),
+        (["--muon-form", "cropped", "--scale-decay"], "--scale-decay needs --muon-form nanochat, got cropped"),
         (["--target-flops", "0"], "--target-flops must be a finite number > 0, got 0.0"),
         (
             ["--num-iterations", "5", "--target-flops", "1e9"],
@@ -86,7 +116,7 @@ def test_help_documents_every_flag_with_its_default(capsys):
 )
 def test_a_wrong_flag_or_value_is_one_clear_line(args, message):
     with pytest.raises(ConfigError) as error:
-        parse(args)
+        resolve_defaults(parse(args), gpu=False)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -100,12 +130,36 @@ def test_flags_that_are_not_given_keep_their_value_in_the_base():
     assert parse(["--no-grad-checkpoint"], switched) == base
 
 
+def test_a_switch_of_the_recipe_is_turned_on_and_off_with_and_without_a_value():
+    config = parse(["--normuon", "--no-cautious", "--smear=off", "--depth", "3", "--backout", "off", "--scale-decay"])
+    assert (config.normuon, config.cautious, config.smear, config.backout) == ("on", "off", "off", "off")
+    assert (config.scale_decay, config.depth, config.row_equilibration) == ("on", 3, "auto")
+    assert set(switches()) >= {*MUON_SWITCHES, "value_embeddings", "residual_scalars", "smear", "backout"}
+    for name in switches():
+        for args, value in (
+            ([flag(name)], "on"),
+            ([flag(name), "on"], "on"),
+            ([flag(name), "auto"], "auto"),
+            ([flag("no_" + name)], "off"),
+            ([flag(name), "--depth", "3"], "on"),
+            ([f"--{name}"], "on"),
+            ([f"--{name}", "off"], "off"),
+            ([f"--no_{name}", "--depth", "3"], "off"),
+        ):
+            assert getattr(parse(args), name) == value
+            assert getattr(parse(args, base=TrainConfig(seed=5)), name) == value
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("data", ["stdlib", "/some/text"])
-def test_everything_is_sized_and_what_is_given_stays(gpu, data, monkeypatch):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_everything_is_sized_and_what_is_given_stays(gpu, data, recipe, monkeypatch):
     monkeypatch.delenv("NANOCHAT_NATIVE_BACKEND", raising=False)
-    sized = resolve_horizon(resolve_defaults(TrainConfig(data=data), gpu=gpu), num_params=10**8, flops_per_token=10**9)
-    assert sized.total_batch_size == (2048 if not gpu else 65536 if data == "stdlib" else 524288)
+    sized = resolve_defaults(TrainConfig(data=data, recipe=recipe), gpu=gpu)
+    by_law = gpu and data != "stdlib" and recipe == "today"
+    assert sized.total_batch_size == (UNSET if by_law else 2048 if not gpu else 65536 if data == "stdlib" else 524288)
+    sized = dataclasses.replace(sized, total_batch_size=2**19)
+    sized = resolve_horizon(sized, num_params=10**8, flops_per_token=10**9)
     assert sized.dtype == ("bfloat16" if gpu else "float32")
     assert sized.backend == "native"
     left = {f.name for f in dataclasses.fields(sized) if getattr(sized, f.name) in (UNSET, "auto", None)}
@@ -115,6 +169,8 @@ def test_everything_is_sized_and_what_is_given_stays(gpu, data, monkeypatch):
         "matrix_lr",
         "embedding_lr",
         "unembedding_lr",
+        "scalar_lr",
+        *(["weight_decay"] if recipe == "today" else []),
         "device_batch_size",
         "target_flops",
         "target_param_data_ratio",
@@ -127,6 +183,125 @@ def test_everything_is_sized_and_what_is_given_stays(gpu, data, monkeypatch):
     kept = resolve_defaults(given, gpu=gpu)
     assert all(getattr(kept, n) == getattr(given, n) for n in ("depth", "max_seq_len", "vocab_size", "dtype", "run"))
     assert resolve_defaults(TrainConfig(depth=9), gpu=gpu).run == "d9"
+
+
+# nanochat's own values: of its commit of July 2026, and of this program before it had recipes.
+TABLE = {
+    "architecture": ("today", "october"),
+    "window_pattern": ("SSSL", "L"),
+    "value_embeddings": ("on", "off"),
+    "residual_scalars": ("on", "off"),
+    "smear": ("on", "off"),
+    "backout": ("on", "off"),
+    "qk_scale": (1.2, 1.0),
+    "rotary_base": (100_000, 10_000),
+    "weight_decay": (UNSET, 0.0),
+    "matrix_weight_decay": (0.28, 0.0),
+    "decay_schedule": ("cosine", "constant"),
+    "scale_decay": ("on", "off"),
+    "cautious": ("on", "off"),
+    "ns_steps": (5, 5),
+    "ns_coefficients": ("polar_express", "quintic"),
+    "momentum_start": (0.85, 0.85),
+    "momentum_end": (0.97, 0.95),
+    "momentum_warmup_steps": (400, 300),
+    "momentum_final": (0.9, 0.95),
+    "row_equilibration": ("on", "off"),
+    "frobenius_renormalisation": ("on", "off"),
+    "normuon": ("on", "off"),
+    "normuon_beta2": (0.9, 0.95),
+    "per_head": (False, False),
+    "muon_form": ("nanochat", "nanochat"),
+    "grad_clip": (0.0, 1.0),
+    "schedule": ("linear", "linear"),
+    "warmup_steps": (40, 0),
+    "warmup_ratio": (0.0, 0.0),
+    "warmdown_ratio": (0.65, 0.2),
+    "final_lr_frac": (0.05, 0.0),
+}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_recipes_set_the_flags_that_are_not_given(gpu):
+    for recipe, place in (("today", 0), ("october", 1)):
+        config = resolve_defaults(TrainConfig(recipe=recipe, data="/some/text"), gpu=gpu)
+        assert {name: getattr(config, name) for name in TABLE} == {name: pair[place] for name, pair in TABLE.items()}
+        ratio = {(True, 0): 12.0, (True, 1): 20.0, (False, 0): 0.14, (False, 1): 0.1}[gpu, place]
+        assert config.target_param_data_ratio == ratio
+        assert config.reference_batch_size == (2**19 if gpu and recipe == "today" else 0)
+    differing = {name for name, (today, october) in TABLE.items() if today != october}
+    given_by_recipe = {name for values in RECIPES.values() for name in values} | {"momentum_final", "window_pattern"}
+    assert differing <= given_by_recipe | set(PARTS)
+
+
+def test_the_default_recipe_follows_the_device():
+    for gpu, recipe in ((True, RECIPE_ON_GPU), (False, RECIPE_ON_CPU)):
+        config = resolve_defaults(TrainConfig(), gpu=gpu)
+        assert (config.recipe, config.architecture) == (recipe, recipe)
+    assert RECIPE_ON_GPU == "today"
+
+
+# Another value than that of either recipe.
+OTHERS = {
+    "window_pattern": "SL",
+    "qk_scale": 1.1,
+    "rotary_base": 500,
+    "weight_decay": 0.3,
+    "matrix_weight_decay": 0.1,
+    "ns_coefficients": "cubic",
+    "momentum_end": 0.9,
+    "momentum_warmup_steps": 7,
+    "momentum_final": 0.5,
+    "normuon_beta2": 0.8,
+    "grad_clip": 2.0,
+    "warmup_steps": 3,
+    "warmup_ratio": 0.1,
+    "warmdown_ratio": 0.4,
+    "final_lr_frac": 0.3,
+    "reference_batch_size": 1024,
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_given_flag_wins_over_the_recipe(recipe, gpu):
+    names = {name for values in RECIPES.values() for name in values} | {"momentum_final", "window_pattern", *PARTS}
+    two = {
+        name: ["today", "october"] if name == "architecture" else ["constant", "cosine"]
+        for name in ("architecture", "decay_schedule")
+    }
+    for name in names:
+        for value in two.get(name, ["on", "off"] if name in switches() else [OTHERS.get(name)]):
+            config = resolve_defaults(TrainConfig(recipe=recipe, **{name: value}), gpu=gpu)
+            assert getattr(config, name) == value
+
+
+def test_a_warmup_of_one_kind_replaces_the_recipes():
+    for flags, steps, ratio in (
+        ({"warmup_ratio": 0.1}, 0, 0.1),
+        ({"warmup_ratio": 0.0}, 0, 0.0),
+        ({"warmup_steps": 3}, 3, 0.0),
+        ({}, 40, 0.0),
+    ):
+        config = resolve_defaults(TrainConfig(recipe="today", **flags), gpu=False)
+        assert (config.warmup_steps, config.warmup_ratio) == (steps, ratio)
+
+
+def test_the_architecture_may_differ_from_the_recipe():
+    config = resolve_defaults(TrainConfig(recipe="october", architecture="today", smear="off"), gpu=False)
+    assert (config.window_pattern, config.smear, config.backout, config.qk_scale) == ("SSSL", "off", "on", 1.2)
+    assert (config.normuon, config.warmdown_ratio) == ("off", 0.2)
+    config = resolve_defaults(TrainConfig(recipe="today", architecture="october", backout="on"), gpu=False)
+    assert (config.window_pattern, config.smear, config.backout, config.qk_scale) == ("L", "off", "on", 1.0)
+    assert (config.normuon, config.warmdown_ratio) == ("on", 0.65)
+
+
+@pytest.mark.parametrize("flags", [{"optimizer": "adamw"}, {"optimizer": "sgd"}, {"muon_form": "cropped"}])
+def test_what_is_not_nanochats_muon_takes_no_options_of_it_from_the_recipe(flags):
+    config = resolve_defaults(TrainConfig(recipe="today", **flags), gpu=False)
+    october = resolve_defaults(TrainConfig(recipe="october", **flags), gpu=False)
+    assert {name: getattr(config, name) for name in MUON_FLAGS} == {name: getattr(october, name) for name in MUON_FLAGS}
+    assert config.warmdown_ratio == 0.65
 
 
 @pytest.mark.parametrize(
@@ -147,6 +322,12 @@ def test_horizon(target, steps):
 def test_a_target_of_too_many_steps_is_refused(target):
     config = TrainConfig(depth=1, total_batch_size=64, **{target: 1e300})
     with pytest.raises(ConfigError, match=f"{re.escape(flag(target))} is 1e\\+300; that is more than"):
+        resolve_horizon(config, num_params=1000, flops_per_token=100)
+
+
+def test_a_target_whose_tokens_overflow_is_refused():
+    config = resolve_defaults(parse(["--target-param-data-ratio", "1e308"]), gpu=False)
+    with pytest.raises(ConfigError, match=r"^--target-param-data-ratio is 1e\+308; that is more than \d+ steps$"):
         resolve_horizon(config, num_params=1000, flops_per_token=100)
 
 
@@ -291,6 +472,63 @@ def test_configs_without_a_command_are_told_by_their_flags(tmp_path):
         del content["command"]
         path.write_text(json.dumps(content))
         assert run_folder.load_config(config.run_dir) == config
+
+
+# What the config.json of a run before there were recipes did not have, and its switches.
+SINCE_RECIPES = {
+    *("recipe", "architecture", *PARTS, "reference_batch_size", "scalar_lr", "decay_schedule", "scale_decay"),
+    *("momentum_final", "normuon_beta2", "warmup_steps"),
+}
+OLD_SWITCHES = ("cautious", "row_equilibration", "frobenius_renormalisation", "normuon")
+
+
+def as_an_earlier_version_wrote_it(config):
+    """Rewrite the config.json of a run of October's recipe."""
+    path = config.run_dir / "config.json"
+    content = json.loads(path.read_text())
+    flags = {name: value for name, value in content["config"].items() if name not in SINCE_RECIPES}
+    content["config"] = flags | {name: flags[name] == "on" for name in OLD_SWITCHES}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("flags", [{}, {"normuon": "on", "momentum_end": 0.9, "grad_clip": 0.0, "optimizer": "hybrid"}])
+def test_a_run_before_there_were_recipes_is_octobers(tmp_path, flags, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    saved = saved_run(tmp_path, run="one", recipe="october", **flags)
+    as_an_earlier_version_wrote_it(saved)
+    assert run_folder.load_config(saved.run_dir) == saved
+    config, notes = run_folder.resolve_config(["--resume", str(saved.run_dir)])
+    assert config == dataclasses.replace(saved, resume=str(saved.run_dir))
+    assert notes == []
+    with pytest.raises(ConfigError, match="--recipe october -> today"):
+        run_folder.resolve_config(["--resume", str(saved.run_dir), "--recipe", "today"])
+
+
+def test_a_fine_tuned_run_before_there_were_recipes_is_octobers(tmp_path):
+    saved = finetune_config(tmp_path)
+    assert saved.recipe == "october"
+    run_folder.save_config(saved)
+    as_an_earlier_version_wrote_it(saved)
+    assert run_folder.load_config(saved.run_dir) == saved
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resumed_run_keeps_what_its_recipe_has_set(tmp_path, recipe, gpu, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    config = TrainConfig(out_dir=tmp_path, run="one", num_iterations=10, recipe=recipe, device="cuda" if gpu else "cpu")
+    saved = dataclasses.replace(resolve_defaults(config, gpu=gpu), device_batch_size=8)
+    saved.run_dir.mkdir(parents=True)
+    run_folder.save_config(saved)
+    config, notes = run_folder.resolve_config(["--resume", str(saved.run_dir)])
+    assert config == dataclasses.replace(saved, resume=str(saved.run_dir))
+    assert notes == []
+    changes = {"architecture": "october", "smear": "auto", "qk_scale": 3.0, "normuon_beta2": 0.1, "scalar_lr": 7.0}
+    changes |= {"momentum_final": 0.1, "decay_schedule": "constant", "warmup_steps": 5, "reference_batch_size": 9}
+    for name, value in changes.items():
+        if value != to_json(saved)[name] and value != "auto":
+            with pytest.raises(ConfigError, match=f"a resumed run must keep its flags, got {flag(name)} "):
+                run_folder.resolve_config(["--resume", str(saved.run_dir), flag(name), str(value)])
 
 
 @pytest.mark.parametrize("command", ["dream", 5, ["train"], "finetune"])

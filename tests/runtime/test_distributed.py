@@ -108,6 +108,24 @@ def test_a_run_resumes_on_another_number_of_ranks(folder, first, second):
         assert mine == pytest.approx(theirs, rel=5e-4), (kind, step)
 
 
+@pytest.mark.parametrize("tokenize", ["ahead", "while-training"])
+def test_documents_packed_by_best_fit_are_the_same_on_any_number_of_ranks(folder, tokenize):
+    flags = {"packing": "bestfit", "tokenize": tokenize, "max_seq_len": 64, "total_batch_size": 512}
+    flags |= {"device_batch_size": 1, "steps": 6, "save_every": 3, "eval_every": 3}
+    whole, cut = f"{tokenize}-whole", f"{tokenize}-cut"
+    assert train(folder, run=whole, **flags) == 0
+    for size, steps, more in ((4, 3, {}), (2, 6, {"resume": "auto"})):
+        code, _, err = finished(torchrun(size, tiny_flags(folder, run=cut, **flags | {"steps": steps}, **more)))
+        assert code == 0, err
+        assert (folder / "runs" / cut / "checkpoints" / f"step_{steps:06d}" / "loader.safetensors").is_file()
+    one, many = (losses(folder / "runs" / run) for run in (whole, cut))
+    found = {entry[:2]: entry[2] for entry in many}
+    for kind, step, loss in one:
+        assert found[kind, step] == pytest.approx(loss, rel=5e-4), (kind, step)
+    states = [checkpoint.load(folder / "runs" / run / "checkpoints", 6)[0]["loader"] for run in (whole, cut)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_a_run_with_bfloat16_between_ranks_resumes_bit_for_bit(folder):
     """Save the owners' exact values, so that a resumed run equals an uninterrupted one, bit for bit."""
     flags = {"device_batch_size": 2, "reduce_dtype": "bfloat16", "gather_dtype": "bfloat16"}

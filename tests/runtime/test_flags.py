@@ -7,7 +7,7 @@ import pytest
 from nanochat_native.runs.config import FinetuneConfig, TrainConfig
 from nanochat_native.runtime.flags import UNSET, is_unset
 
-MAY_BE_UNSET = {"depth": 5, "matrix_lr": 0.1, "device": "cpu", "run": "mine", "cache_dir": "cache"}
+MAY_BE_UNSET = {"depth": 5, "matrix_lr": 0.1, "normuon": "off", "device": "cpu", "run": "mine", "cache_dir": "cache"}
 
 
 @pytest.mark.parametrize("name", MAY_BE_UNSET)
@@ -16,7 +16,7 @@ def test_a_flag_is_unset_until_it_has_a_value(name):
     assert not is_unset(TrainConfig(**{name: MAY_BE_UNSET[name]}), name)
 
 
-@pytest.mark.parametrize("name", ["weight_decay", "grad_checkpoint", "optimizer", "data", "seed", "keep"])
+@pytest.mark.parametrize("name", ["head_dim", "grad_checkpoint", "optimizer", "data", "seed", "keep"])
 def test_a_flag_with_a_fixed_default_is_never_unset(name):
     assert not is_unset(TrainConfig(), name)
 

@@ -12,6 +12,7 @@ from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.functional import add_norm, norm
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import clip_reduced_, setup_optimizers
+from nanochat_native.runs import checkpoint
 from nanochat_native.runtime.distributed import World
 from nanochat_native.train import main
 from nanochat_native.training import diagnosis, trainer
@@ -102,7 +103,16 @@ def test_the_error_is_that_of_muons_update(steps):
     assert of(found, "orthogonality_error") == pytest.approx(expected, rel=2e-2)
 
 
-@pytest.mark.parametrize("options", [{}, {"cautious": True}, {"per_head": True}, {"cautious": True, "per_head": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cautious": True},
+        {"scale_decay": True},
+        {"per_head": True},
+        {"cautious": True, "per_head": True, "scale_decay": True},
+    ],
+)
 def test_weight_decay_and_heads_are_taken_out_of_it(options):
     """Leave weight decay out of the update, and treat each head as a matrix."""
     _, _, _, found = one_step(coefficients="cubic", ns_steps=25, matrix_weight_decay=3.0, **options)
@@ -135,7 +145,7 @@ def test_attention_logits_against_every_pair():
                         largest = max(largest, abs(logit))
         expected[f"h.{number}"] = largest
         assert largest <= math.sqrt(8) * 1.001
-        x, n = block(x, n, cos, sin)
+        x, n = add_norm(*block(x, n, cos, sin))
     assert of(found, "attention_logit") == pytest.approx(expected, rel=1e-4)
     assert model.blocks[0].attn.window == 6
     assert largest_logit(model.blocks[0].attn, x, cos, sin) > 0
@@ -219,6 +229,24 @@ def test_a_diagnosed_run_has_the_same_bits_and_a_report(folder, capsys):
     assert not (folder / "runs" / "plain" / "diagnosis.png").exists()
 
 
+def test_a_diagnosed_run_of_todays_model_records_its_scalars(folder):
+    flags = {"recipe": "today", "depth": 3, "steps": 3, "save_every": 3}
+    assert train(folder, run="today-plain", **flags) == 0
+    assert train(folder, run="today", diagnose=True, diagnose_every=3, **flags) == 0
+    assert losses(folder / "runs" / "today") == losses(folder / "runs" / "today-plain")
+    (found,) = records(folder / "runs" / "today", "diagnosis")
+    tensors, _ = checkpoint.load(folder / "runs" / "today" / "checkpoints")
+    for quantity in ("resid_lambda", "x0_lambda"):
+        values = tensors["model"][f"{quantity}s"].tolist()
+        assert of(found, quantity) == {f"h.{layer}": value for layer, value in enumerate(values)}
+    for part in ("smear", "backout"):
+        assert of(found, f"{part}_lambda") == {part: tensors["model"][f"{part}_lambda"].item()}
+    assert {"value_embeds", "resid_lambdas", "x0_lambdas", "smear_gate"} <= set(of(found, "gradient_norm"))
+    assert set(of(found, "update_norm")) == set(of(found, "gradient_norm"))
+    assert set(of(found, "orthogonality_error")) == {"h.0", "h.1", "h.2"}
+    assert max(of(found, "attention_logit").values()) <= 1.2**2 * math.sqrt(32) * 1.001
+
+
 def test_tensorboard_has_the_scalars(folder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert train(folder, run="board", diagnose=True, diagnose_every=4) == 0
@@ -242,10 +270,10 @@ def test_a_skipped_step_is_not_looked_at(folder, monkeypatch):
     real = trainer.clip_reduced_
     count = iter(range(1, 1000))
 
-    def clip(optimizers, max_norm):
+    def clip(optimizers, max_norm, **options):
         if next(count) == 2:
             optimizers[1].param_groups[0]["params"][2].grad[0, 0] = float("nan")
-        return real(optimizers, max_norm)
+        return real(optimizers, max_norm, **options)
 
     monkeypatch.setattr(trainer, "clip_reduced_", clip)
     assert train(folder, run="nan", steps=4, diagnose=True, diagnose_every=1) == 0
@@ -257,4 +285,7 @@ def test_layers_have_short_names():
     assert layer_of("transformer.h.11.attn.c_q.weight") == "h.11"
     assert layer_of("transformer.wte.weight") == "wte"
     assert layer_of("lm_head.weight") == "lm_head"
+    assert layer_of("value_embeds.11.weight") == "value_embeds"
+    assert layer_of("smear_gate.weight") == "smear_gate"
+    assert layer_of("x0_lambdas") == "x0_lambdas"
     assert diagnosis.ROWS >= 1

@@ -9,6 +9,7 @@ from tiny_run import losses, tiny_flags, train, write_text
 
 from nanochat_native import ops
 from nanochat_native.optim import AdamW, Muon
+from nanochat_native.optim.routing import RECIPES
 from nanochat_native.train import main
 from nanochat_native.training import graphs, trainer
 
@@ -97,7 +98,8 @@ class Replayed:
             group |= values
 
 
-def test_the_numbers_on_the_device_are_those_of_the_groups(monkeypatch):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_numbers_on_the_device_are_those_of_the_groups(monkeypatch, recipe):
     """Steps with numbers in tensors, and the state that the host keeps, against plain steps."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +108,7 @@ def test_the_numbers_on_the_device_are_those_of_the_groups(monkeypatch):
     for _ in range(2):
         copies = [torch.nn.Parameter(weight.clone()) for weight in weights]
         groups = [{"params": copies[:1], "lr": 0.3}, {"params": copies[1:2], "lr": 0.1}]
-        runs.append([AdamW(groups, weight_decay=0.1), Muon(copies[2:], lr=0.02)])
+        runs.append([AdamW(groups, weight_decay=0.1), Muon(copies[2:], lr=0.02, **RECIPES[recipe].muon)])
     update = None
     for step in range(4):
         for optimizers in runs:
@@ -115,6 +117,7 @@ def test_the_numbers_on_the_device_are_those_of_the_groups(monkeypatch):
                     group["lr"] = 0.1 / (1 + step)
                     if "momentum" in group:
                         group["momentum"] = 0.5 + step / 10
+                        group["weight_decay"] = 0.3 / (1 + step)
                     for parameter in group["params"]:
                         parameter.grad = torch.full_like(parameter, 1.0) * (parameter.detach() + step)
         for optimizer in runs[0]:

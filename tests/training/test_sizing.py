@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.config import ARCHITECTURES, GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import TrainConfig
 from nanochat_native.runtime.errors import ConfigError
@@ -51,9 +51,12 @@ def test_the_device_batch_is_the_largest_divisor_that_fits():
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_the_activations_are_what_the_backward_pass_keeps(grad_checkpoint):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_activations_are_what_the_backward_pass_keeps(architecture, grad_checkpoint):
     rows, config = 4, TrainConfig(depth=4, max_seq_len=128, grad_checkpoint=grad_checkpoint)
-    shape = GPTConfig.from_depth(4, vocab_size=300, sequence_len=128, head_dim=64, n_kv_head=2)
+    shape = GPTConfig.from_depth(
+        4, vocab_size=300, sequence_len=128, head_dim=64, n_kv_head=2, architecture=architecture
+    )
     model = GPT(shape, grad_checkpoint=grad_checkpoint)
     model.init_weights()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -69,7 +72,8 @@ def test_the_activations_are_what_the_backward_pass_keeps(grad_checkpoint):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(idx, idx)
     assert loss.requires_grad
-    estimate = rows * row_bytes(config, n_embd=256, kv_channels=128, element_bytes=4)
+    estimate = rows * row_bytes(config, shape, element_bytes=4)
     # The estimate includes the working memory of a layer and, with checkpointing, what one layer keeps when recomputed.
-    estimate -= rows * 128 * 4 * (6 * 256 + (8 * 256 + 2 * 128 if grad_checkpoint else 0))
+    layer = (8 if architecture == "october" else 9) * 256 + 2 * 128
+    estimate -= rows * 128 * 4 * (6 * 256 + (layer if grad_checkpoint else 0))
     assert sum(kept.values()) == pytest.approx(estimate, rel=0.1)

@@ -238,10 +238,10 @@ def poison(monkeypatch, steps):
     real = trainer.clip_reduced_
     count = iter(range(1, 1000))
 
-    def clip(optimizers, max_norm):
+    def clip(optimizers, max_norm, **options):
         if next(count) in steps:
             optimizers[1].param_groups[0]["params"][2].grad[0, 0] = float("nan")
-        return real(optimizers, max_norm)
+        return real(optimizers, max_norm, **options)
 
     monkeypatch.setattr(trainer, "clip_reduced_", clip)
 

@@ -40,6 +40,9 @@ REFERENCES = {
     "2109.08668": reference("So et al.", "Primer: Searching for Efficient Transformers for Language Modeling", 2021),
     "2204.02311": reference("Chowdhery et al.", "PaLM: Scaling Language Modeling with Pathways", 2022),
     "2310.17813": reference("Yang, Simon and Bernstein", "A Spectral Condition for Feature Learning", 2023),
+    "2410.17897": reference(
+        "Zhou et al.", "Value Residual Learning For Alleviating Attention Concentration In Transformers", 2024
+    ),
     "2408.00118": reference("Gemma Team", "Gemma 2: Improving Open Language Models at a Practical Size", 2024),
 }
 GROUPS = ("lm_head", "mlp_c_proj", "attn_c_proj", "wte", "c_fc", "c_v", "c_k", "c_q")

@@ -6,7 +6,7 @@ from typing import Any
 
 import style
 
-from chapters import Figure, Values, command, demonstration
+from chapters import Figure, Values, command, demonstration, reference
 
 RESULTS = {
     "accumulation": demonstration("accumulation"),
@@ -124,4 +124,7 @@ FIGURES = {
     "08-batches": Figure(draw_batches, "first_batches"),
     "08-kills": Figure(draw_kills, "kill_points"),
     "08-log": Figure(draw_log, "log_noise"),
+}
+REFERENCES = {
+    "2404.10830": reference("Ding et al.", "Fewer Truncations Improve Language Modeling", 2024),
 }

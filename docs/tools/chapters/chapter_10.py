@@ -262,4 +262,10 @@ FIGURES = {
 REFERENCES = {
     "1506.01186": reference("Smith", "Cyclical Learning Rates for Training Neural Networks", 2015),
     "1812.06162": reference("McCandlish et al.", "An Empirical Model of Large-Batch Training", 2018),
+    "2405.13698": reference(
+        "Wang and Aitchison", "How to set AdamW's weight decay as you scale model and dataset size", 2024
+    ),
+    "2505.13738": reference(
+        "Bergsma et al.", "Power Lines: Scaling Laws for Weight Decay and Batch Size in LLM Pre-training", 2025
+    ),
 }

@@ -15,7 +15,7 @@ import style
 from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle
 
-from chapters import ROOT, Figure, Values, demonstration, own, run_module
+from chapters import ROOT, Figure, Values, demonstration, own, reference, run_module
 
 EMULATION = ROOT / "tests/emulation"
 
@@ -78,7 +78,7 @@ KERNELS = {  # of the defects, by the file that is changed
     "attention": r"csrc/cuda/attention",
     "Newton-Schulz": r"csrc/cuda/newton_schulz",
     "Muon, AdamW, loss": r"csrc/cuda/(adamw|muon|softcap|packs)",
-    "norms, rotation, squared ReLU": r"csrc/cuda/(rms_norm|rotary_norm|relu_squared)",
+    "norms, rotation, squared ReLU": r"csrc/cuda/(rms_norm|rotary_norm|relu_squared|value_embedding|smear)",
     "a Hopper product": r"gemm_hopper",
     "an attention for sm_80": r"attention_ampere",
     "single primitives": r"primitives|wgmma",
@@ -385,4 +385,7 @@ FIGURES = {
     "12-fragment": Figure(draw_fragment, "mma_fragment"),
     "12-swizzle": Figure(draw_swizzle, "bank_conflicts"),
     "12-mutations": Figure(draw_mutations, "mutations"),
+}
+REFERENCES = {
+    "2209.05433": reference("Micikevicius et al.", "FP8 Formats for Deep Learning", 2022),
 }

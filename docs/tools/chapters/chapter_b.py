@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ CHAPTERS = {
     "rms_norm": "[chapter 4](04-model.md)",
     "add_rms_norm": "[chapter 4](04-model.md)",
     "embedding_rms_norm": "[chapter 4](04-model.md)",
+    "mix_rms_norm": "[chapter 4](04-model.md)",
+    "add_value_embedding": "[chapter 4](04-model.md)",
+    "add_value_embedding_backward": "[chapter 4](04-model.md)",
+    "smear": "[chapter 4](04-model.md)",
     "newton_schulz": "[chapter 9](09-optimizers.md)",
     "adamw_": "[chapter 9](09-optimizers.md)",
     "muon_momentum_": "[chapter 9](09-optimizers.md)",
     "muon_update_": "[chapter 9](09-optimizers.md)",
+    "normuon_update_": "[chapter 9](09-optimizers.md)",
     "newton_schulz_update_": "[chapter 9](09-optimizers.md)",
     "linear_cross_entropy": "[chapter 7](07-loss-and-gradient.md)",
     "linear": "[chapter 12](12-speed.md)",
@@ -38,6 +43,7 @@ CHAPTERS = {
 }
 # Operators that also use kernels of other names than that of their module.
 OTHER_SOURCES = {
+    "normuon_update_": ("normuon",),
     "newton_schulz_update_": ("newton_schulz",),
     "linear_cross_entropy": ("softcap_cross_entropy",),
     "linear_relu_squared": ("linear",),
@@ -53,6 +59,8 @@ FORMULAS = (
     r"x / sqrt\(.*eps\)",
     r"rms_norm\(table.*$",
     r"x \+ residual",
+    r"v \+ 3 sigmoid\(.*\]",
+    r"x \+ smear_lambda .*? x_before",
     r"max\(.*\)\^2",
     r"2 sqrt\(y\) dy",
     r"\w+\(\w+\(\w+(, weight)?\)(, weight)?\)",
@@ -116,25 +124,44 @@ def shapes_of(function: Callable[..., Any]) -> str:
     return ", ".join(found or [f"{names} `(...)`" for names in without])
 
 
-def parameter_table() -> str:
-    """Return a table of the model's parameters: name, shape in letters, and the shape in d4."""
+def parameter_table(architecture: str, without: Collection[str] = ()) -> str:
+    """Return a table of the parameters of a model: name, shape in letters, and the shape in a d4.
+
+    Args:
+        without: names that the table leaves out.
+    """
     import torch
 
     from nanochat_native.model import GPT, GPTConfig
+    from nanochat_native.model.config import ARCHITECTURES
 
-    # Sizes that differ, so that a size tells its letter.
-    lettered = GPTConfig(sequence_len=8, vocab_size=1000, n_layer=1, n_head=4, n_kv_head=2, n_embd=64)
-    letters = {1000: "V", 64: "C", 256: "4 C", 32: "Hkv D"}
-    d4 = GPTConfig.from_depth(4, vocab_size=8192, sequence_len=256)
+    # Sizes that differ, so that a size tells its letter. The first layer has a value embedding.
+    lettered = GPTConfig(
+        sequence_len=8, vocab_size=1000, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, **ARCHITECTURES[architecture]
+    )
+    letters = {1000: "V", 1024: "Vp", 64: "C", 256: "4 C", 32: "Hkv D", 2: "Hkv", 3: "L", 12: "12", 24: "24", 1: "1"}
+    d4 = GPTConfig.from_depth(4, vocab_size=8192, sequence_len=256, architecture=architecture)
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(lettered).named_parameters()}
-        sizes = {name: tuple(p.shape) for name, p in GPT(d4).named_parameters()}
+        shapes = {general_name(name): tuple(p.shape) for name, p in GPT(lettered).named_parameters()}
+        sizes = {general_name(name): tuple(p.shape) for name, p in GPT(d4).named_parameters()}
     rows = []
     for name, shape in shapes.items():
-        shown = ", ".join(letters[size] for size in shape)
-        optimizer = "Muon" if ".h." in name else "AdamW"
-        rows.append([f"`{name.replace('.h.0.', '.h.N.')}`", f"`({shown})`", f"`{sizes[name]}`", optimizer])
+        if name not in without:
+            shown = ", ".join(letters[size] for size in shape)
+            optimizer = "Muon" if ".h." in name else "AdamW"
+            rows.append([f"`{name}`", f"`({shown})`", f"`({', '.join(map(str, sizes[name]))})`", optimizer])
     return table(["parameter", "shape", "in d4", "optimizer"], rows)
+
+
+def general_name(name: str) -> str:
+    """Return the name of a parameter with N for the number of its layer."""
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def added_parameters() -> str:
+    """Return the table of the parameters that the architecture of October 2025 does not have."""
+    first = re.findall(r"^\| `([\w.]+)`", parameter_table("october"), re.M)
+    return parameter_table("today", without=first)
 
 
 def table(names: list[str], rows: list[list[str]]) -> str:
@@ -151,7 +178,10 @@ def generated() -> str:
         "emulation.\n\n"
         f"{operator_list()}\n"
         "The parameters of the model, `N` standing for the number of the layer:\n\n"
-        f"{parameter_table()}\n"
+        f"{parameter_table('october')}\n"
+        "Today's architecture ([chapter 4](04-model.md#48-what-nanochat-added-later)) has `Vp` rows in place of `V`,\n"
+        "and adds:\n\n"
+        f"{added_parameters()}\n"
     )
 
 

@@ -89,7 +89,7 @@ def measure(options: Options) -> Measured:
         for _ in range(STEPS):
             step(phase)
     # Memory after the forward pass, without the gradients that the loss computes.
-    weight, element = step.model.lm_head.weight, 2 if options.dtype == "bfloat16" else 4
-    loss_gradients = element * (weight.numel() + options.tokens * weight.size(1))
+    config, element = step.model.config, 2 if options.dtype == "bfloat16" else 4
+    loss_gradients = element * (config.vocab_size + options.tokens) * config.n_embd
     left = began["backward"] - began["forward"]
     return Measured({name: highest[name] for name in PHASES}, left - loss_gradients)

@@ -39,8 +39,10 @@ class Options:
     The guide explains it: docs/guide/11-memory-and-ranks.md.
     """
 
+    architecture: Literal["october", "today"] = "october"
+    """Model of train: that of nanochat today, or its first one. On a GPU train's default is today."""
     depth: Annotated[int, auto_flag("INT", "20; if steps are run, 4 on a CPU and 12 on a GPU")] = UNSET
-    """Layers; the width is 64 times this."""
+    """Layers; the width is 64 times this, with --architecture today rounded up to a multiple of --head-dim."""
     nproc: int = 1
     """Ranks. Several ranks are only predicted, for hybrid and adamw, without the buffers of the collectives."""
     device_batch_size: Annotated[int, auto_flag("INT", "16; 8 if steps are run on a CPU")] = UNSET
@@ -151,4 +153,5 @@ def model_config(options: Options) -> GPTConfig:
         sequence_len=options.max_seq_len,
         head_dim=options.head_dim,
         n_kv_head=None if is_unset(options, "n_kv_head") else options.n_kv_head,
+        architecture=options.architecture,
     )

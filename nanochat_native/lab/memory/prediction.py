@@ -15,7 +15,7 @@ from nanochat_native.model.gpt import GPT
 from nanochat_native.ops import backends
 from nanochat_native.optim.buckets import Layout, assign, split, split_rows
 
-# float32 numbers that an optimizer keeps for each element of wte and lm_head, and for each element of the matrices.
+# float32 numbers that an optimizer keeps for each element of the matrices of the blocks, last, and of all others.
 STATE = {"hybrid": (2, 1), "muon_sgd": (0, 1), "adamw": (2, 2), "adam": (2, 2), "sgd_momentum": (1, 1), "sgd": (0, 0)}
 LIBRARY_BYTES = 32 << 20  # torch's workspace for cuBLAS on Hopper; 8 MiB on older GPUs
 THREAD_SCRATCH_BYTES = 1 << 20  # limit of the blocks of a product that a thread of torch's library copies
@@ -68,10 +68,16 @@ def snapshots(options: Options) -> list[Snapshot]:
     stream = tokens * e * C
     attention, mlp, head = 2 * C * (C + K), 8 * C * C, model.lm_head.weight.numel()  # elements
     block = attention + mlp
+    tables = [config.padded_vocab_size * K if config.has_value_embedding(layer) else 0 for layer in range(L)]
+    later = [sum(tables[layer + 1 :]) for layer in range(L)]  # elements
+    used = C * config.vocab_size  # elements of lm_head without the rows that pad it
     weights, state = static_bytes(model, options.nproc, options.optimizer)
     held = weights if options.nproc > 1 or options.micro_batches > 1 else 0  # gradients that are allocated throughout
-    kept = tokens * block_activations(config, e)
-    at_input = [stream + 4 * tokens + layer * (stream if again else kept) for layer in range(L)]  # of each block
+    kept = [kept_of_block(config, layer, e, tokens) for layer in range(L)]
+    if again:  # the stream before a block is its input, which is saved
+        kept = kept[:1] * L
+    first = (1 + config.smear) * stream + 4 * tokens
+    at_input = [first + (layer * stream if again else sum(kept[:layer])) for layer in range(L)]  # of each block
     at_loss = activation_bytes(options)
 
     # On a GPU: the logits; if they come in several chunks, also the gradient of lm_head, summed in float32.
@@ -80,22 +86,31 @@ def snapshots(options: Options) -> list[Snapshot]:
     # The end of the last block: the stream before and after attention and after the MLP, the last norm, and the output
     # of the MLP. With checkpointing the MLP: the norms before attention and before the MLP, the stream between these,
     # the hidden tensor and the output.
-    last = 8 * stream if again else (4 + (L > 1)) * stream + 4 * tokens
+    last = 8 * stream if again else (4 + (L > 1 and not config.residual_scalars)) * stream + 4 * tokens
+    last += config.backout * stream
     # (phase, bytes of gradients, bytes of activations, bytes of temporary tensors)
     found: list[tuple[str, int, int, int]] = [
-        ("forward", held, at_input[-1] + (0 if again else kept), last),
-        # The loss computes its gradients in the forward pass, while the stream still exists.
-        ("forward", held + e * head, at_loss, 2 * stream + 4 * tokens + logits),
-        # The gradients are scaled. That of lm_head is then converted to float32, next to the original.
-        ("backward", held + 2 * e * head, at_loss, 2 * stream),
+        ("forward", held, at_input[-1] + (0 if again else kept[-1]), last),
+        # The loss computes its gradients in the forward pass.
+        ("forward", held + e * used, at_loss, stream + 4 * tokens + logits),
+        # The gradients are scaled. That of lm_head gets its rows of zeros, and is then converted to float32, next to
+        # the original.
+        ("backward", held + e * (used + head), at_loss, 2 * stream),
         *([("backward", held + 6 * head, at_loss, stream)] if e == 2 else []),
     ]
     for layer in reversed(range(L)):
         # The MLP: the gradients of its output, of the hidden tensor and of its input; those of both weights, the last
         # of which a CPU converts to float32 next to the original.
         work = 6 * stream + 32 * C * C + (8 * C * C if e == 2 and not gpu else 0)
-        gradients = held or 4 * (head + (L - 1 - layer) * block)
-        found.append(("backward", gradients, at_input[layer] + kept, work))
+        gradients = held or 4 * (head + (L - 1 - layer) * block + later[layer])
+        # Those of x0, and of the stream after the middle block.
+        streams = (config.residual_scalars and layer < L - 1) + (config.backout and layer > L // 2)
+        found.append(("backward", gradients, at_input[layer] + kept[layer], work + streams * stream))
+        if tables[layer]:
+            # The projections: the gradients of q, k, v, of their input and of the stream.
+            work = tokens * e * (4 * C + 2 * K) + 4 * tables[layer] * bool(held)
+            gradients = held or gradients + 4 * (block + tables[layer])
+            found.append(("backward", gradients, at_input[layer] + (1 + config.residual_scalars) * stream, work))
     # The embedding, after all other gradients: those of its norm and of its rows, which are then converted to float32.
     # If gradients are held, that of the table is added to them.
     work = 2 * stream + (4 * tokens * C if e == 2 else 0) + (4 * head if held else 0)
@@ -117,6 +132,15 @@ def snapshots(options: Options) -> list[Snapshot]:
     ]
 
 
+def kept_of_block(config: GPTConfig, layer: int, element: int, tokens: int) -> int:
+    """Return the bytes that a block keeps for its backward pass.
+
+    With residual scalars, that includes the stream before the block. The first block has it from the embedding.
+    """
+    stream = element * config.n_embd if config.residual_scalars and layer else 0
+    return tokens * (block_activations(config, element) + stream)
+
+
 def block_activations(config: GPTConfig, element: int) -> int:
     """Return the bytes per token that a block keeps for its backward pass. Sums of norms and attention are float32."""
     C, K = config.n_embd, config.n_kv_head * config.head_dim
@@ -124,18 +148,24 @@ def block_activations(config: GPTConfig, element: int) -> int:
 
 
 def activation_bytes(options: Options) -> int:
-    """Return the bytes kept for the backward pass: of each block, and of the norms before and after all blocks."""
+    """Return the bytes kept for the backward pass: of each block, and of the norms before and after all blocks.
+
+    Smear keeps the embedding before it, and backout the last stream.
+    """
     options = sized(options)
     config, element = model_config(options), 2 if options.dtype == "bfloat16" else 4
     width, L = element * config.n_embd, config.n_layer
-    blocks = (L - 1) * width if options.grad_checkpoint else L * block_activations(config, element)
-    return options.tokens * (2 * (width + 4) + blocks)
+    blocks = options.tokens * (L - 1) * width
+    if not options.grad_checkpoint:
+        blocks = sum(kept_of_block(config, layer, element, options.tokens) for layer in range(L))
+    return options.tokens * (2 * (width + 4) + (config.smear + config.backout) * width) + blocks
 
 
 def static_bytes(model: GPT, ranks: int, optimizer: str = "hybrid") -> tuple[int, int]:
     """Return the bytes of (weights, optimizers' state) on the rank that has most of both."""
     per_end, per_matrix = STATE[optimizer]
-    by_rows = model.parameters() if optimizer == "adamw" else (model.wte.weight, model.lm_head.weight)
+    others = [p for name, p in model.named_parameters() if not name.startswith("transformer.h.")]
+    by_rows = model.parameters() if optimizer == "adamw" else others
     rows = sum(split_rows(parameter, ranks).shard for parameter in by_rows)
     weights, state = 4 * ranks * rows, 4 * per_end * rows
     held = [0] * ranks
@@ -159,18 +189,23 @@ def optimizer_work(model: GPT, options: Options) -> int:
     clipping = 0 if gpu else 12 * sum(p.size(0) for p in parameters)  # the norm of each row, in float32 and in float64
     work = 0
     if options.optimizer in ("hybrid", "muon_sgd"):
-        # Matrices of one shape are a batch: the update, and on a CPU its orthogonalised copy, on a GPU 16-bit matrices.
+        # Matrices of one shape are a batch: the update, and on a CPU its orthogonalised copy, on a GPU 16-bit matrices
+        # and, with today's recipe, the copy too.
+        copy = 4 if gpu and options.architecture == "today" else 0
         batches: Counter[tuple[int, ...]] = Counter()
         for bucket, (run, layout) in enumerate(_runs(model, options.nproc)):
             own = bucket if options.nproc > 1 else 0
             batches.update((own, owner, *p.shape) for p, owner in zip(run, layout.owners, strict=True))
         for (*_, M, N), count in batches.items():
-            work = max(work, count * (8 * M * N + (10 * min(M, N) ** 2 if gpu else 0)))
+            work = max(work, count * ((8 + copy) * M * N + (10 * min(M, N) ** 2 if gpu else 0)))
     elif options.optimizer == "adam":
         # The root of exp_avg_sq: on a GPU for all parameters with one rate; on a CPU for one tensor, with its quotient,
-        # while the root of the previous tensor still exists. The two largest tensors of a block follow each other.
+        # while the root of the previous tensor still exists. The two largest tensors of a block follow each other, and
+        # so do value embeddings.
         head, largest = model.lm_head.weight.numel(), max(p.numel() for p in model.blocks[0].parameters())
-        work = 4 * max(head, model.num_params() - 2 * head) if gpu else max(8 * head, 12 * largest)
+        tables = [p.numel() for name, p in model.named_parameters() if name.startswith("value_embeds.")]
+        rates = (head, sum(tables), model.num_params() - 2 * head - sum(tables))
+        work = 4 * max(rates) if gpu else max(8 * head, 12 * largest, *(12 * table for table in tables[1:]))
     return max(clipping, work)
 
 

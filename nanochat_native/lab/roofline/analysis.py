@@ -100,14 +100,18 @@ def check_flops(step: Step) -> None:
     """Raise UncountedError unless the recorded operations are those of formulas that do not use the rules of costs.py.
 
     The model's operations are those of GPT.estimate_flops. It counts attention to the whole sequence or window; here
-    that is replaced by the pairs of a query and a key that the mask leaves. The operations of the launches are the
-    same, but for attention's backward pass: the model counts four products, and the kernels compute seven. Those of
-    Newton-Schulz have a formula of their own. All must be equal to the last operation.
+    that is replaced by the pairs of a query and a key that the mask leaves. It also counts the products with the gates,
+    which are part of operators whose time is that of their bytes, and the rows that pad lm_head, which the loss leaves
+    out. The operations of the launches are the same, but for attention's backward pass: the model counts four products,
+    and the kernels compute seven. Those of Newton-Schulz have a formula of their own. All must be equal to the last
+    operation.
     """
     config, model = step.model.config, step.model
-    spans = sum(config.sequence_len if window is None else window for window in config.windows)
-    formula = model.estimate_flops() * step.tokens
-    products = formula - 12 * config.n_embd * spans * step.tokens
+    T = config.sequence_len
+    spans = sum(T if window is None else min(window, T) for window in config.windows)
+    gates = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith("_gate.weight"))
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    products = (model.estimate_flops() - 12 * config.n_embd * spans - 6 * (gates + padding)) * step.tokens
     product = 2 * config.n_embd * step.rows * visible_in_model(config)  # of attention
     linear = [call for call in step.micro_step if call.group in ("products", "loss")]
     attention = [call for call in step.micro_step if call.group == "attention"]

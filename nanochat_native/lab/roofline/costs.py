@@ -117,7 +117,12 @@ class Call:
 # Arguments that are written without being read; every `out` and `copies` too.
 OVERWRITTEN = {("aten::copy_", "self"), ("aten::zero_", "self"), ("aten::fill_", "self")}
 # Operators that read only some rows of a table: the table and the row numbers.
-GATHERS = {"aten::embedding": ("weight", "indices"), f"{OURS}embedding_rms_norm": ("table", "tokens")}
+GATHERS = {
+    "aten::embedding": ("weight", "indices"),
+    f"{OURS}embedding_rms_norm": ("table", "tokens"),
+    f"{OURS}add_value_embedding": ("table", "ids"),
+    f"{OURS}add_value_embedding_backward": ("table", "ids"),
+}
 
 
 def is_written(argument: Any) -> bool:
@@ -297,6 +302,7 @@ def _linear_cross_entropy(call: Call) -> list[Launch]:
 
 TILE, MOST_MATRICES, LEAST_GRAM, MOST_GROWTH = 128, 512, 64, 150.0  # of csrc/cuda/newton_schulz*.cuh
 FEW_MATRICES, MANY_MATRICES = 128, 2000  # kFewMatrices and kManyMatrices of csrc/cuda/muon.cu
+MANY_NORMUON_MATRICES = 1300  # kManyMatrices of csrc/cuda/normuon.cu
 FEW_TENSORS, MANY_TENSORS = 64, 620  # kFewTensors and kManyTensors of csrc/cuda/adamw.cu
 
 
@@ -413,6 +419,9 @@ def _muon_momentum(call: Call) -> list[Launch]:
     update, norms = call.results
     lists = ["grads", "momentum_buffers"]
     found = _lists(call, FEW_MATRICES, MANY_MATRICES, lists, ["momentum_buffers", "update"], update=update)
+    if call.arguments.get("with_row_norms"):
+        narrow = bytes_of(norms) // 2  # in float32, and then converted
+        return [*found, Launch(0, bytes_of(update), narrow), Launch(0, narrow, bytes_of(norms))]
     return found + ([Launch(0, bytes_of(norms), bytes_of(norms))] if call["with_norms"] else [])
 
 
@@ -420,8 +429,58 @@ def _muon_update(call: Call) -> list[Launch]:
     return _lists(call, FEW_MATRICES, MANY_MATRICES, ["params", "update"], ["params", "copies"])
 
 
+def _normuon_update(call: Call) -> list[Launch]:
+    """Return three launches for each list: the squares, the factors, and the update; the sums in between are few."""
+    found: list[Launch] = []
+    places = (FEW_MATRICES, MANY_NORMUON_MATRICES)
+    squares = _lists(call, *places, ["update"], [])
+    factors = _lists(call, *places, ["second_momentums"], ["second_momentums"])
+    updates = _lists(call, *places, ["params", "update"], ["params", "copies"])
+    for launches in zip(squares, factors, updates, strict=True):
+        found += launches
+    return found
+
+
 def _one_pass(call: Call) -> list[Launch]:
     return [call.one_pass]
+
+
+def _mix_rms_norm_backward(call: Call) -> list[Launch]:
+    """Return a pass that leaves two numbers of each row, and the sum of these."""
+    *streams, dx_scale, dx0_scale = call.results
+    terms, sums = bytes_of(call["r"]) * 2, bytes_of(dx_scale, dx0_scale)
+    return [Launch(0, call.one_pass.read, bytes_of(*streams) + terms), Launch(0, terms, sums)]
+
+
+BLOCK_ROWS = 64  # kBlockRows of csrc/cuda/gate.cuh
+
+
+def _gate_sums(rows: int, numbers: int, inputs: Tensor, weights: Tensor, dx: int) -> list[Launch]:
+    """Return the two launches that sum up the gradients of gates over the rows, first within blocks of them.
+
+    numbers: those that the pass before has written for each row. dx: the bytes of a gradient that the first writes.
+    """
+    partials = 4 * (weights.numel() + 1) * math.ceil(rows / BLOCK_ROWS)
+    read = rows * weights.size(1) * inputs.element_size() + 4 * rows * numbers + (bytes_of(weights) if dx else 0)
+    return [Launch(0, read, partials + dx), Launch(0, partials, bytes_of(weights))]
+
+
+def _add_value_embedding_backward(call: Call) -> list[Launch]:
+    """The pass over dout and the rows of the table, which writes a number for each head, and the sums."""
+    dh, _, drows = call.results
+    rows, heads = call["ids"].numel(), call["gate"].size(0)
+    read = sum(access.bytes for access in call.reads)
+    first = Launch(0, read, bytes_of(drows) + 4 * rows * heads)
+    return [first, *_gate_sums(rows, heads, call["h"], call["gate"], bytes_of(dh))]
+
+
+def _smear_backward(call: Call) -> list[Launch]:
+    """The pass over dout and x, which writes two numbers for each token, and the sums."""
+    dx, _, dlambda = call.results
+    x, rows = call["x"], call["x"].size(0) * call["x"].size(1)
+    first = Launch(0, sum(access.bytes for access in call.reads), bytes_of(dx) + 8 * rows)
+    partial, total = _gate_sums(rows, 2, x, call["gate"], 0)
+    return [first, partial, total._replace(written=total.written + bytes_of(dlambda))]
 
 
 # Every operator of this package that training calls. Another one is an error: it would be counted as nothing.
@@ -436,9 +495,16 @@ RULES: dict[str, Callable[[Call], list[Launch]]] = {
     "adamw_": _adamw,
     "muon_momentum_": _muon_momentum,
     "muon_update_": _muon_update,
+    "normuon_update_": _normuon_update,
     "rms_norm": _one_pass,
     "rms_norm_backward": _one_pass,
     "embedding_rms_norm": _one_pass,
+    "mix_rms_norm": _one_pass,
+    "mix_rms_norm_backward": _mix_rms_norm_backward,
+    "add_value_embedding": _one_pass,
+    "add_value_embedding_backward": _add_value_embedding_backward,
+    "smear": _one_pass,
+    "smear_backward": _smear_backward,
     "rotary_norm": _one_pass,
     "rotary_norm_backward": _one_pass,
     "relu_squared": _one_pass,

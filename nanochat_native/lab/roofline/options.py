@@ -9,6 +9,7 @@ import torch
 
 from nanochat_native.lab.roofline.analysis import LAUNCH, Machine, machine_named
 from nanochat_native.model.config import GPTConfig
+from nanochat_native.runs.config import WINDOW_PATTERNS
 from nanochat_native.runtime.flags import UNSET, auto_flag, flag, is_unset
 
 SIZES = ("depth", "device_batch_size", "max_seq_len", "vocab_size", "head_dim", "n_kv_head")
@@ -28,8 +29,10 @@ class Options:
     tensor that is used after it once.
     """
 
+    architecture: Literal["today", "october"] = "october"
+    """Model of train: that of nanochat today, or its first one. On a GPU train's default is today."""
     depth: int = 12
-    """Layers; the width is 64 times this."""
+    """Layers; the width is 64 times this, with --architecture today rounded up to a multiple of --head-dim."""
     device_batch_size: int = 16
     """Sequences in a micro-batch."""
     max_seq_len: int = 2048
@@ -37,10 +40,10 @@ class Options:
     vocab_size: int = 32768
     """Tokens in the vocabulary."""
     head_dim: int = 128
-    """Largest number of channels of an attention head."""
+    """Number of channels of an attention head, as in train; with october the largest one."""
     n_kv_head: Annotated[int, auto_flag("INT", "as many as query heads")] = UNSET
     """Key/value heads; must divide the number of query heads."""
-    window_pattern: str = "L"
+    window_pattern: Annotated[str, auto_flag("STR", "october L, today SSSL")] = "auto"
     """Attention window of each layer, a pattern of letters that repeats: L for the whole sequence, S for a quarter of
     it, e.g. SSSL."""
     optimizer: Literal["hybrid", "adamw"] = "hybrid"
@@ -88,13 +91,15 @@ def check(options: Options) -> None:
 
 def model_config(options: Options) -> GPTConfig:
     """Return the shape of the model that the options describe."""
+    auto = is_unset(options, "window_pattern")
     return GPTConfig.from_depth(
         options.depth,
         vocab_size=options.vocab_size,
         sequence_len=options.max_seq_len,
         head_dim=options.head_dim,
         n_kv_head=None if is_unset(options, "n_kv_head") else options.n_kv_head,
-        window_pattern=options.window_pattern,
+        window_pattern=WINDOW_PATTERNS[options.architecture] if auto else options.window_pattern,
+        architecture=options.architecture,
     )
 
 

@@ -11,6 +11,7 @@ static NewtonSchulz read_newton_schulz(Reader& read) {
     a.dtype = DType::float32;
     a.g = read;
     a.norms = read;
+    a.scales = read;
     a.coefficients = read;
     a.steps = read;
     a.batch = read;
@@ -20,7 +21,7 @@ static NewtonSchulz read_newton_schulz(Reader& read) {
     return a;
 }
 
-// g, norms (batch) float64 or 0, coefficients, steps, batch, M, K, norm_factor, form (0 plain, 1 gram), out or 0, list
+// g, norms (batch) float64 or 0, scales (batch, M) float64 or 0, coefficients, steps, batch, M, K, norm_factor, form (0 plain, 1 gram), out or 0, list
 // params, list copies or 0, param DType, lr, weight_decay, scale, cautious, lr_address, weight_decay_address, multiprocessors, hopper,
 // workspace, its bytes
 ENTRY(newton_schulz) {
