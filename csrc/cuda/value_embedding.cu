@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "gate.cuh"
+#include "rows.cuh"
 
 namespace nanochat::cuda::value_embedding_kernels {
 namespace {
@@ -37,18 +38,6 @@ struct PassArguments {
     uint32_t items;   // groups of all tokens
     int lane_bits;    // log2 of the lanes of a head
 };
-
-// Pack p of a head of D elements. `whole`: D is a multiple of N, and all packs are aligned.
-template <int N, bool whole, class T>
-NANOCHAT_DEVICE Pack<T, N> load_pack(const T* head, int p, int D) {
-    const T* from = head + p * N;
-    return whole ? load<N>(from) : load<N>(from, D - p * N, is_aligned<N>(from));
-}
-template <bool whole, class T, int N>
-NANOCHAT_DEVICE void store_pack(T* head, int p, int D, const Pack<T, N>& pack) {
-    T* to = head + p * N;
-    whole ? store(to, pack) : store(to, pack, D - p * N, is_aligned<N>(to));
-}
 
 // The result of a pack: v + factor row, or factor dout.
 template <bool backward, class Out, class In, class Row, int N>

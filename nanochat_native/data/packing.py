@@ -220,16 +220,15 @@ def find_documents(stream: TokenStream, bos_id: int, cache: Path | None = None) 
     Raises:
         ValueError: The stream has no such token.
     """
-    if cache is not None and len(stream) >= CACHED_STREAM_TOKENS:
-        starts = _cached_starts(stream, cache)
-        if starts is None:
-            starts = np.append(stream.find(bos_id), len(stream))
-            kept = starts
+    if len(stream) < CACHED_STREAM_TOKENS:
+        cache = None
+    starts = None if cache is None else _cached_starts(stream, cache)
+    if starts is None:
+        found = starts = np.append(stream.find(bos_id), len(stream))
+        if cache is not None:
             with contextlib.suppress(OSError):  # the file only saves time
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(cache, lambda file: np.save(file, kept))
-    else:
-        starts = np.append(stream.find(bos_id), len(stream))
+                write_atomically(cache, lambda file: np.save(file, found))
     if len(starts) == 1:
         raise ValueError(
             f"packing bestfit needs documents, which begin with token {bos_id}; none of the {len(stream):,} tokens "

@@ -47,12 +47,6 @@ class Parameters(nn.Module):
             module.register_parameter(last, nn.Parameter(torch.tensor(value)))
 
 
-def batch(step, vocab, length, rows):
-    i = torch.arange(rows * (length + 1)) + step * rows * (length + 1)
-    tokens = ((31 * i**2 + 17 * i + 5 * (i // 7)) % vocab).view(rows, length + 1)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_golden_run_in_float32(backend):
     golden = np.load(GOLDEN)
@@ -63,7 +57,9 @@ def test_the_golden_run_in_float32(backend):
     with use(backend):
         optimizers = setup_optimizers(model, recipe="today")
         for step in range(20):
-            loss = today_reference.loss(parameters, (L, H, Hkv, T, V, "SSSL"), *batch(step, V, T, B))
+            loss = today_reference.loss(
+                parameters, (L, H, Hkv, T, V, "SSSL"), *today_reference.golden_batch(step, V, T, B)
+            )
             loss.backward()
             losses.append(loss.item())
             for optimizer in optimizers:

@@ -5,15 +5,13 @@ import functools
 import io
 import json
 import math
-import os
-import signal
 
 import pytest
 from tiny_run import losses, records, tiny_flags, write_text
 
 from pretend_cuda import on_pretend_cuda
 from pretend_cuda.counted_training import count_waits, waits
-from pretend_cuda.test_pretend_programs import TINY, assert_near, run, train
+from pretend_cuda.test_pretend_programs import TINY, assert_near, run, train, train_until_stopped
 
 # Of width 128, the least that FP8 takes. The emulated kernels of Muon would take most of the time.
 FP8 = {"depth": 2, "device_batch_size": 4, "eval_every": 2, "save_every": 0, "optimizer": "adamw", "sample_every": 0}
@@ -98,7 +96,6 @@ def test_float16_trains_and_resumes_exactly_on_a_gpu_without_bfloat16(tmp_path):
     import pretend_device
 
     from nanochat_native import ops
-    from nanochat_native.train import main
     from nanochat_native.training import loss_scaling
     from nanochat_native.training.trainer import Trainer
 
@@ -115,16 +112,7 @@ def test_float16_trains_and_resumes_exactly_on_a_gpu_without_bfloat16(tmp_path):
     assert pretend_device.launches() == 0
     assert ops.serves("attention", "cuda")[0] == "torch"
 
-    step = Trainer.train_step
-
-    def stop_after_the_third(trainer, batches):
-        step(trainer, batches)
-        if trainer.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    Trainer.train_step = stop_after_the_third
-    assert main(tiny_flags(tmp_path, run="stopped", **TINY | flags)) == 128 + signal.SIGTERM
-    Trainer.train_step = step
+    train_until_stopped(tmp_path, run="stopped", **flags)
     train(tmp_path, run="stopped", resume="auto", **flags)
     whole, stopped = tmp_path / "runs/whole", tmp_path / "runs/stopped"
     assert losses(stopped) == losses(whole)

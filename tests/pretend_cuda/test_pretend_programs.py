@@ -40,6 +40,23 @@ def train(folder, **flags):
     return run(main, *tiny_flags(folder, **TINY | flags))
 
 
+def train_until_stopped(folder, **flags):
+    """Train, and end the run by a signal after its third step."""
+    from nanochat_native.train import main
+    from nanochat_native.training.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def stop_after_the_third(trainer, batches):
+        step(trainer, batches)
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Trainer.train_step = stop_after_the_third
+    assert main(tiny_flags(folder, **TINY | flags)) == 128 + signal.SIGTERM
+    Trainer.train_step = step
+
+
 def assert_near(one, other, tolerance):
     """Compare the losses of two runs step by step."""
     assert [entry[:2] for entry in one] == [entry[:2] for entry in other]
@@ -52,8 +69,6 @@ def assert_near(one, other, tolerance):
 
 @on_pretend_cuda
 def test_a_run_is_near_the_cpus_and_resumes_exactly(tmp_path):
-    from nanochat_native.train import main
-    from nanochat_native.training.trainer import Trainer
 
     write_text(tmp_path / "text.jsonl")
     flags = {"steps": 6, "eval_every": 2, "sample_every": 3, "save_every": 2}
@@ -62,16 +77,7 @@ def test_a_run_is_near_the_cpus_and_resumes_exactly(tmp_path):
     assert " | bfloat16" in out
     assert "step 3: sample" in out
 
-    step = Trainer.train_step
-
-    def stop_after_the_third(trainer, batches):
-        step(trainer, batches)
-        if trainer.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    Trainer.train_step = stop_after_the_third
-    assert main(tiny_flags(tmp_path, run="stopped", **TINY | flags)) == 128 + signal.SIGTERM
-    Trainer.train_step = step
+    train_until_stopped(tmp_path, run="stopped", **flags)
     assert "from step 3\n" in train(tmp_path, run="stopped", resume="auto", **flags)
 
     whole, stopped = tmp_path / "runs/whole", tmp_path / "runs/stopped"

@@ -25,9 +25,7 @@ STEPS, WARMUP, WARMDOWN, MOMENTUM_WARMUP = 20, 5, 0.65, 6
 
 
 def batch(step):
-    i = torch.arange(B * (T + 1)) + step * B * (T + 1)
-    rows = ((31 * i * i + 17 * i + 5 * (i // 7)) % V).view(B, T + 1)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return today_reference.golden_batch(step, V, T, B)
 
 
 def stored(kind):
