@@ -286,18 +286,16 @@ def test_the_same_bits_250_times(path, sizes):
         (BF16, 256, "a multiple of 8 up to 128, not 256"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_served_by_the_reference(cuda, require_native, monkeypatch, dtype, D, words):
+def test_what_the_kernels_do_not_take_is_served_by_torch(cuda, require_native, monkeypatch, dtype, D, words):
     require_native("attention")
     monkeypatch.setattr(backends, "warned", set())
     q, k, v, dout = inputs(cuda, 1, 70, 70, 2, 1, D, dtype)
     with pytest.warns(UserWarning, match=words) as caught:
-        results = both(ops.attention, q, k, v, dout)
+        check(q, k, v, dout)
     assert sum("served by plain torch" in str(warning.message) for warning in caught) == 1
-    for mine, other in zip(results, both(reference.attention, q, k, v, dout), strict=True):
-        assert torch.equal(mine, other)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.attention(q, k, v)
+        check(q, k, v, dout, window=9)
 
 
 def test_instruction_sets_that_are_refused(cuda, require_native, monkeypatch):

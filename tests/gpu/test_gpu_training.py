@@ -99,10 +99,10 @@ def poison(patch, trainer, step):
     """Make a gradient NaN in one step, counted over all runs from now on."""
     count = itertools.count(1)
 
-    def clip(optimizers, max_norm, real=trainer.clip_reduced_):
+    def clip(optimizers, max_norm, real=trainer.clip_reduced_, **options):
         if next(count) == step:
             optimizers[1].param_groups[0]["params"][2].grad[0, 0] = math.nan
-        return real(optimizers, max_norm)
+        return real(optimizers, max_norm, **options)
 
     patch.setattr(trainer, "clip_reduced_", clip)
 

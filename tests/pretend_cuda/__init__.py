@@ -88,7 +88,7 @@ def _kernel_object(source):
     header = ROOT / "csrc/emulation/emulation.h"
     # What is not initialised, padding too, must look like no address: see check_arguments of launches.cpp.
     flags = [*KERNEL_FLAGS, "-O1", "-ftrivial-auto-var-init=pattern", "-fno-lifetime-dse"]
-    return _object(source, [*flags, "-x", "c++"], ["-include", header])
+    return _object(source, [*flags, "-x", "c++"], ["-include", header], [header])
 
 
 def bindings_object(source=ROOT / "python/ops_cuda.cpp", options=()):
