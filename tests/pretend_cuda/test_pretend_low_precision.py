@@ -5,13 +5,14 @@ import functools
 import io
 import json
 import math
+import shutil
 
 import pytest
 from tiny_run import losses, records, tiny_flags, write_text
 
 from pretend_cuda import on_pretend_cuda
 from pretend_cuda.counted_training import count_waits, waits
-from pretend_cuda.test_pretend_programs import TINY, assert_near, run, train, train_until_stopped
+from pretend_cuda.test_pretend_programs import RANKS, TINY, assert_near, on_ranks, run, train, train_until_stopped
 
 # Of width 128, the least that FP8 takes. The emulated kernels of Muon would take most of the time.
 FP8 = {"depth": 2, "device_batch_size": 4, "eval_every": 2, "save_every": 0, "optimizer": "adamw", "sample_every": 0}
@@ -26,6 +27,15 @@ def refused(folder, **flags):
         assert main(tiny_flags(folder, **TINY | flags)) == 2
     assert not (folder / "runs").exists()
     return err.getvalue()
+
+
+def write_chats(folder):
+    """Write conversations to learn and to measure on, and return the flags of a short run of finetune."""
+    question = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "a tensor."}
+    chats = folder / "chats.jsonl"
+    chats.write_text(4 * (json.dumps({"messages": question}) + "\n"))
+    where = ["--out-dir", folder / "runs", "--cache-dir", folder / "cache", "--sample-every", 0, "--save-every", 2]
+    return ["--data", chats, "--val-data", chats, "--device", "cuda", *where]
 
 
 # --- FP8 ---
@@ -72,6 +82,38 @@ def test_fp8_is_refused_on_a_gpu_without_it(tmp_path):
         "error: --fp8 must be off on H100 80GB HBM3 (pretend) sm_80, got rowwise: products in FP8 need a GPU of "
         "compute capability 8.9 or newer\n"
     )
+
+
+FP8_ON_RANKS = RANKS | FP8 | {"device_batch_size": 2, "eval_every": 2, "fp8": "rowwise"}
+
+
+@on_pretend_cuda
+def train_in_fp8_on_one_rank(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    train(tmp_path, run="one", steps=2, **FP8_ON_RANKS)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_in_fp8_as_one(tmp_path):
+    """The scale of a row depends on no other row, so that only the sums of the gradients differ."""
+    train_in_fp8_on_one_rank(tmp_path=tmp_path)
+    on_ranks(tmp_path, 2, run="two", steps=2, **FP8_ON_RANKS)
+    assert_near(losses(tmp_path / "runs/two"), losses(tmp_path / "runs/one"), 1e-2)
+
+
+@pytest.mark.slow
+@on_pretend_cuda
+def test_fine_tuning_in_fp8_follows_bfloat16(tmp_path):
+    from nanochat_native import finetune
+
+    write_text(tmp_path / "text.jsonl")
+    train(tmp_path, run="base", steps=1, **FP8 | {"max_seq_len": 32, "device_batch_size": 2})
+    given = ["--checkpoint", tmp_path / "runs/base", *write_chats(tmp_path), "--num-iterations", 3]
+    run(finetune.main, *given, "--run", "bf16")
+    out = run(finetune.main, *given, "--run", "fp8", "--fp8", "rowwise")
+    assert "fp8      rowwise, 12 of 13 linear layers" in out
+    assert losses(tmp_path / "runs/fp8") != losses(tmp_path / "runs/bf16")
+    assert_near(losses(tmp_path / "runs/fp8"), losses(tmp_path / "runs/bf16"), 2e-2)
 
 
 @on_pretend_cuda
@@ -216,6 +258,37 @@ def test_the_doctor_recommends_types():
     from nanochat_native import doctor
 
     assert "GPU 0: --dtype bfloat16, --fp8 tensorwise or rowwise" in run(doctor.main)
+
+
+@on_pretend_cuda(capability=(7, 0))
+def train_in_float16_on_one_rank(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    train(tmp_path, run="one", steps=3, **RANKS)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_in_float16_as_one(tmp_path):
+    train_in_float16_on_one_rank(tmp_path=tmp_path)
+    out, ranks = on_ranks(tmp_path, 2, capability=(7, 0), run="two", steps=3, **RANKS)
+    assert " | float16" in out
+    assert [waits(step) for step in ranks[0]] == [1, 2, 1]  # the replicas are compared in the second
+    assert_near(losses(tmp_path / "runs/two"), losses(tmp_path / "runs/one"), 1e-3)
+
+
+@pytest.mark.slow
+@on_pretend_cuda(capability=(7, 5))
+def test_fine_tuning_in_float16_resumes_exactly(tmp_path):
+    from nanochat_native import finetune
+
+    write_text(tmp_path / "text.jsonl")
+    train(tmp_path, run="base", steps=3, eval_every=3, max_seq_len=32)
+    given = ["--checkpoint", tmp_path / "runs/base", *write_chats(tmp_path), "--num-iterations", 4]
+    assert " | float16" in run(finetune.main, *given, "--run", "whole")
+    run(finetune.main, *given, "--run", "resumed")
+    shutil.rmtree(tmp_path / "runs/resumed/checkpoints/step_000004")
+    run(finetune.main, *given, "--run", "resumed", "--resume", "auto")
+    assert losses(tmp_path / "runs/resumed") == losses(tmp_path / "runs/whole")
+    assert [record["loss_scale"] for record in records(tmp_path / "runs/whole", "train")] == 4 * [65536.0]
 
 
 @on_pretend_cuda(capability=(7, 5))

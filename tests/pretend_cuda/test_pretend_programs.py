@@ -292,14 +292,16 @@ def test_a_collective_has_ended_when_it_was_waited_for():
         dist.broadcast(x, 0)
 
 
-def on_ranks(folder, size, **flags):
+def on_ranks(folder, size, *, capability=(9, 0), **flags):
     """Train on several ranks, and return the output and what each step of each rank did: see counted_training.py."""
     if reason := unavailable():
         pytest.skip(reason)
     python = pretend_python()
     program = Path(__file__).with_name("counted_training.py")
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size), str(program), "--"]
-    variables = os.environ | environment(devices=size) | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}
+    variables = (
+        os.environ | environment(devices=size, capability=capability) | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}
+    )
     result = subprocess.run(
         [*command, *tiny_flags(folder, **TINY | RANKS | flags)],
         env=variables,
@@ -352,6 +354,23 @@ def test_two_ranks_over_nccl_train_as_one(one_rank):
         assert waits(second) == 2  # the replicas are compared
     go_on_with_one_rank(tmp_path=one_rank)
     assert_near(losses(one_rank / "runs/shrunk"), losses(one_rank / "runs/whole"), 1e-3)
+
+
+TODAY = RANKS | {"recipe": "today", "warmup_steps": 2, "depth": 2, "n_kv_head": 1, "head_dim": 64}
+
+
+@on_pretend_cuda
+def train_todays_recipe_on_one_rank(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    train(tmp_path, run="one", steps=3, **TODAY)
+
+
+def test_two_ranks_train_todays_recipe_as_one(tmp_path):
+    """Value embeddings, scalars and gates are sharded or summed; the rows of best fit are shared between the ranks."""
+    train_todays_recipe_on_one_rank(tmp_path=tmp_path)
+    _, ranks = on_ranks(tmp_path, 2, run="two", steps=3, **TODAY)
+    assert [waits(step) for step in ranks[0]] == [1, 2, 1]
+    assert_near(losses(tmp_path / "runs/two"), losses(tmp_path / "runs/one"), 1e-3)
 
 
 @pytest.mark.slow
