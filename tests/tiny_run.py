@@ -44,6 +44,7 @@ def tiny_flags(folder, *, steps=8, run="tiny", **flags):
         "run": run,
         "device": "cpu",
         "backend": BACKEND,
+        "recipe": "october",
         "depth": 2,
         "head_dim": 32,
         "max_seq_len": 32,

@@ -1,6 +1,6 @@
 """Compute the results that the guide cites: docs/results/NAME.json.
 
-python docs/tools/measure.py             # all of them; needs runs/d4, which `make train` leaves
+python docs/tools/measure.py             # all of them; needs runs/d4, which train_d4 leaves
 python docs/tools/measure.py NAME ...    # these
 python docs/tools/measure.py --list      # their names and commands
 """

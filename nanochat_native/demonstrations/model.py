@@ -25,7 +25,7 @@ ROWS = 8  # sequences on which a trained model is looked at
 
 
 def d4(sequence_len: int = 256) -> GPTConfig:
-    """Return the shape of the model that `make train` trains."""
+    """Return the shape of the model that the guide's first chapter trains."""
     return GPTConfig.from_depth(4, vocab_size=8192, sequence_len=sequence_len)
 
 

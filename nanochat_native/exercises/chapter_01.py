@@ -217,7 +217,8 @@ EXERCISES = (
     Experiment(
         "1.5",
         "Two layers and three",
-        command='python -m nanochat_native.compare --cases "two: --depth 2" "three: --depth 3" --rates 1 --seeds 2 '
+        command='python -m nanochat_native.compare --recipe october --cases "two: --depth 2" "three: --depth 3" '
+        "--rates 1 --seeds 2 "
         "--out lab/exercise-1-5",
         folder="lab/exercise-1-5",
         judge=judge_depths,

@@ -291,7 +291,7 @@ EXERCISES = (
         "3.5",
         "Two vocabularies",
         command=(
-            'python -m nanochat_native.compare --cases "1024: --vocab-size 1024 --num-iterations 300" '
+            'python -m nanochat_native.compare --recipe october --cases "1024: --vocab-size 1024 --num-iterations 300" '
             '"8192: --vocab-size 8192 --num-iterations 200" --rates 1 --out lab/exercise-3-5'
         ),
         folder="lab/exercise-3-5",

@@ -269,8 +269,8 @@ EXERCISES = (
         "4.5",
         "Two depths",
         command=(
-            'python -m nanochat_native.compare --cases "d2: --depth 2" "d4: --depth 4" --num-iterations 200 --rates 1 '
-            "--seeds 1 --out lab/exercise-4-5"
+            'python -m nanochat_native.compare --recipe october --cases "d2: --depth 2" "d4: --depth 4" '
+            "--num-iterations 200 --rates 1 --seeds 1 --out lab/exercise-4-5"
         ),
         folder="lab/exercise-4-5",
         judge=judge_depths,

@@ -235,7 +235,8 @@ EXERCISES = (
     Experiment(
         "5.5",
         "What one key head costs",
-        command='python -m nanochat_native.compare --cases "4 key heads:" "1 key head: --n-kv-head 1" --head-dim 32 '
+        command='python -m nanochat_native.compare --recipe october --cases "4 key heads:" "1 key head: --n-kv-head 1" '
+        "--head-dim 32 "
         "--num-iterations 150 --seeds 3 --rates 1 --out lab/exercise-5-5",
         folder="lab/exercise-5-5",
         judge=judge_heads,

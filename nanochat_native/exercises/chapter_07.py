@@ -215,7 +215,8 @@ EXERCISES = (
     Experiment(
         "7.5",
         "Does training in bfloat16 cost anything?",
-        command='python -m nanochat_native.compare --cases "float32:" "bfloat16: --dtype bfloat16" --rates 1 --seeds 3 '
+        command='python -m nanochat_native.compare --recipe october --cases "float32:" "bfloat16: --dtype bfloat16" '
+        "--rates 1 --seeds 3 "
         f"--out {FOLDER}",
         folder=FOLDER,
         judge=judge,

@@ -224,7 +224,7 @@ EXERCISES = (
     Experiment(
         "8.5",
         "One row or eight rows in a micro-batch",
-        command='python -m nanochat_native.compare --cases "8 rows: --device-batch-size 8" '
+        command='python -m nanochat_native.compare --recipe october --cases "8 rows: --device-batch-size 8" '
         '"1 row: --device-batch-size 1" --rates 1 --seeds 1 --out lab/exercise-8-5',
         folder="lab/exercise-8-5",
         judge=judge,

@@ -273,7 +273,7 @@ EXERCISES = (
     Experiment(
         "9.5",
         "The rate of a momentum that comes after",
-        command='python -m nanochat_native.compare --cases "0.02: --muon-form momentum_after" '
+        command='python -m nanochat_native.compare --recipe october --cases "0.02: --muon-form momentum_after" '
         '"0.006: --muon-form momentum_after --matrix-lr 0.006" "0.002: --muon-form momentum_after --matrix-lr 0.002" '
         "--rates 1 --out lab/exercise-9-5",
         folder="lab/exercise-9-5",

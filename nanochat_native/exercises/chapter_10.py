@@ -224,7 +224,7 @@ EXERCISES = (
     Experiment(
         "10.5",
         "A schedule that beats the default",
-        command='python -m nanochat_native.compare --cases "default:" "mine: --warmdown-ratio 0.65" '
+        command='python -m nanochat_native.compare --recipe october --cases "default:" "mine: --warmdown-ratio 0.65" '
         "--num-iterations 240 --rates 1 --seeds 3 --out lab/exercise-10-5",
         folder="lab/exercise-10-5",
         judge=judge,

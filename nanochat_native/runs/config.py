@@ -25,9 +25,7 @@ from nanochat_native.runtime.flags import LARGEST, UNSET, auto_flag, check_value
 STDLIB = "stdlib"  # value of --data for the sources of the standard library
 EXAMPLES = "examples"  # value of --data in finetune for the generated conversations
 
-# The recipe of a run on each kind of device, unless --recipe names one. On a CPU a run is a demonstration of minutes;
-# nanochat's present recipe is tuned for hours on GPUs.
-RECIPE_ON_GPU, RECIPE_ON_CPU = "today", "october"
+RECIPE = "today"  # of a run, unless --recipe names one
 REFERENCE_BATCH = 2**19  # tokens of a step for which nanochat's present rates and weight decay are
 
 # The values of flags that nanochat's recipes set: the first one, of October 2025, and that of July 2026. The rates and
@@ -107,7 +105,7 @@ class TrainConfig:
 
     recipe: Annotated[
         Literal["auto", "today", "october"],
-        auto_flag("{auto,today,october}", f"{RECIPE_ON_GPU} on a GPU, {RECIPE_ON_CPU} on a CPU"),
+        auto_flag("{auto,today,october}", RECIPE),
     ] = "auto"
     """The way to train: that of nanochat today (July 2026), or its first one (October 2025). It chooses the value of
     every flag below whose default names the two and that is not given, and the rates of the optimizers."""
@@ -270,7 +268,10 @@ class TrainConfig:
     """File, folder or glob of text, .jsonl, .ndjson or .json (.gz, .zst), .parquet or llm.c token shards (.bin)."""
     text_column: Annotated[str | None, auto_flag("STR", "detected: the field with text in most records")] = None
     """Field of the records of .jsonl, .ndjson, .json and .parquet that holds the text."""
-    packing: Annotated[Literal["auto", "stream", "bestfit"], _by_recipe("{auto,stream,bestfit}", "packing")] = "auto"
+    packing: Annotated[
+        Literal["auto", "stream", "bestfit"],
+        auto_flag("{auto,stream,bestfit}", "today bestfit on a GPU, else stream"),
+    ] = "auto"
     """Rows of training and validation. stream: windows of the stream of all documents; bestfit: rows that begin with
     <|bos|>, packed with the documents that fit best, nanochat's order: documents are cropped. auto is stream for the
     built-in data, whose documents are much longer than a row, and bestfit with --tokenize while-training."""
@@ -605,7 +606,9 @@ def _require_types(config: TrainConfig) -> None:
 def resolve_defaults(config: C, *, gpu: bool) -> C:
     """Return the config with what follows from the recipe, the kind of device and whether data is given, but for the
     steps of the horizon, and for the batch where it follows from the model."""
-    config = resolve_recipe(config, default=RECIPE_ON_GPU if gpu else RECIPE_ON_CPU)
+    if not gpu and config.tokenize != "while-training":
+        config = _resolve(config, {"packing": "stream"})  # rows are short there: best fit would crop most tokens
+    config = resolve_recipe(config, default=RECIPE)
     today = config.recipe == "today"
     embedded = config.data == STDLIB
     depth = 4 if not gpu else 6 if embedded else 12

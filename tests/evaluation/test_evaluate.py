@@ -105,7 +105,7 @@ def make_run(folder, name, words, vocab_size):
     """The folder of a run over a small text, with checkpoints of steps 3 and 5; that of step 3 knows nothing."""
     text = folder / f"{name}.txt"
     text.write_text("".join(f"line {i}: {i * i} is the {words} of {i}\n" for i in range(2000)))
-    config = TrainConfig(out_dir=folder, run=name, data=str(text), cache_dir=folder / "cache")
+    config = TrainConfig(out_dir=folder, run=name, data=str(text), cache_dir=folder / "cache", recipe="october")
     (folder / name).mkdir()
     run_folder.save_config(resolve_defaults(config, gpu=False))
     corpus = prepare(str(text), vocab_size=vocab_size, cache_dir=folder / "cache")

@@ -67,16 +67,17 @@ def rates(args):
 
 
 def test_rates_are_those_that_train_takes():
-    assert rates([]) == {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02}
-    assert rates(["--recipe", "today"]) == {
+    october = ["--recipe", "october"]
+    assert rates(october) == {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02}
+    assert rates([]) == {
         "embedding_lr": 0.3,
         "unembedding_lr": 0.008,
         "matrix_lr": 0.02,
         "scalar_lr": 0.5,
     }
     assert rates(["--optimizer", "adamw"])["matrix_lr"] == 0.002
-    assert rates(["--recipe", "today", "--scalar-lr", "0.7"])["scalar_lr"] == 0.7
-    assert rates(["--embedding-lr", "0.7", "--matrix-lr", "0"]) == {
+    assert rates(["--scalar-lr", "0.7"])["scalar_lr"] == 0.7
+    assert rates([*october, "--embedding-lr", "0.7", "--matrix-lr", "0"]) == {
         "embedding_lr": 0.7,
         "unembedding_lr": 0.004,
         "matrix_lr": 0.0,
@@ -104,7 +105,18 @@ def test_the_bar():
 
 # --- schedules ---
 
-FLAGS = ["--num-iterations", "40", "--warmup-ratio", "0.1", "--warmdown-ratio", "0.5", "--momentum-warmup-steps", "20"]
+FLAGS = [
+    "--recipe",
+    "october",
+    "--num-iterations",
+    "40",
+    "--warmup-ratio",
+    "0.1",
+    "--warmdown-ratio",
+    "0.5",
+    "--momentum-warmup-steps",
+    "20",
+]
 
 
 def test_schedules_are_the_functions_that_train_uses(folder, tmp_path, capsys, monkeypatch):

@@ -255,7 +255,7 @@ def test_the_command_leaves_a_result_and_flags_to_paste(folder, tmp_path, capsys
 
 
 def test_suggested_rates_cover_the_tested_groups(folder):
-    config = resolve_defaults(parse(["--matrix-lr", "0.5"]), gpu=False)
+    config = resolve_defaults(parse(["--recipe", "october", "--matrix-lr", "0.5"]), gpu=False)
     tests = [{"group": "matrix", "suggestion": 2.0}, {"group": "embedding", "suggestion": None}]
     assert suggested_rates(config, tests) == {"matrix_lr": 1.0}
     assert suggested_rates(config, [{"group": "all", "suggestion": 0.5}]) == {

@@ -10,8 +10,6 @@ from nanochat_native.runs.config import (
     MUON_FLAGS,
     MUON_SWITCHES,
     PARTS,
-    RECIPE_ON_CPU,
-    RECIPE_ON_GPU,
     RECIPES,
     FinetuneConfig,
     TrainConfig,
@@ -110,7 +108,7 @@ def test_help_of_finetune_names_the_recipe_of_the_base_model(capsys):
         (["--run", "a/b"], "--run must be a name without slashes (--out-dir sets the folder), got 'a/b'"),
         (["--run", ""], "--run must be a name without slashes (--out-dir sets the folder), got ''"),
         (["--run", ".."], "--run must be a name without slashes (--out-dir sets the folder), got '..'"),
-        (["--schedule", "exponential"], "--final-lr-frac must be > 0 with --schedule"),
+        (["--schedule", "exponential", "--final-lr-frac", "0"], "--final-lr-frac must be > 0 with --schedule"),
         (["--resume", "auto", "--overwrite"], "give only one of them"),
     ],
 )
@@ -234,11 +232,10 @@ def test_the_recipes_set_the_flags_that_are_not_given(gpu):
     assert differing <= given_by_recipe | set(PARTS)
 
 
-def test_the_default_recipe_follows_the_device():
-    for gpu, recipe in ((True, RECIPE_ON_GPU), (False, RECIPE_ON_CPU)):
-        config = resolve_defaults(TrainConfig(), gpu=gpu)
-        assert (config.recipe, config.architecture) == (recipe, recipe)
-    assert RECIPE_ON_GPU == "today"
+@pytest.mark.parametrize("gpu", [False, True])
+def test_todays_recipe_is_the_default(gpu):
+    config = resolve_defaults(TrainConfig(), gpu=gpu)
+    assert (config.recipe, config.architecture) == ("today", "today")
 
 
 # Another value than that of either recipe.
@@ -450,9 +447,9 @@ def test_what_a_killed_write_left_does_not_take_the_folder(tmp_path):
     assert os.listdir(config.run_dir) == ["notes.txt"]
 
 
-def finetune_config(tmp_path):
-    config = FinetuneConfig(out_dir=tmp_path, run="chat", checkpoint=tmp_path / "base", num_iterations=10, device="cpu")
-    config = resolve_defaults(config, gpu=False)
+def finetune_config(tmp_path, **flags):
+    flags |= {"checkpoint": tmp_path / "base", "num_iterations": 10, "device": "cpu"}
+    config = resolve_defaults(FinetuneConfig(out_dir=tmp_path, run="chat", **flags), gpu=False)
     config.run_dir.mkdir(parents=True)
     return config
 
@@ -505,8 +502,7 @@ def test_a_run_before_there_were_recipes_is_octobers(tmp_path, flags, monkeypatc
 
 
 def test_a_fine_tuned_run_before_there_were_recipes_is_octobers(tmp_path):
-    saved = finetune_config(tmp_path)
-    assert saved.recipe == "october"
+    saved = finetune_config(tmp_path, recipe="october")
     run_folder.save_config(saved)
     as_an_earlier_version_wrote_it(saved)
     assert run_folder.load_config(saved.run_dir) == saved

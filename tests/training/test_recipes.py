@@ -45,6 +45,7 @@ def whole(folder):
 def today(**changes):
     return {
         "recipe": "today",
+        "packing": "bestfit",
         "depth": 3,
         "warmup_steps": 2,
         "steps": STEPS,

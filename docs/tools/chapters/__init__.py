@@ -78,7 +78,7 @@ def machine() -> Values:
 def demonstration(name: str, *, trained: bool = False, timed: bool = False) -> Result:
     """A demonstration of the package.
 
-    trained: it reads the run that `make train` leaves, or the standard library, whose text depends on Python's version.
+    trained: it reads the run of chapter 1, runs/d4, or the standard library, whose text depends on Python's version.
     timed: its numbers are times or errors of rounding, which depend on the machine. No test compares either.
     """
 

@@ -19,7 +19,7 @@ from style import COLORS
 
 from chapters import ROOT, Figure, Values, command, demonstration, lab, own, reference
 
-TRAIN = "python -m nanochat_native.train --diagnose --run d4"
+TRAIN = "python -m nanochat_native.train --recipe october --diagnose --run d4"
 COLUMNS = ("loss", "bpb", "grad_norm", "lr_multiplier", "momentum", "seconds")
 LAST = 20  # steps of the mean at the end of the training curve
 
@@ -140,7 +140,9 @@ RESULTS = {
     "generate_d4": command(
         "generate --checkpoint runs/d4 --prompt 'def read(self' --temperature 0.6 --seed 2 --max-tokens 90"
     ),
-    "exercise_1_5": lab('compare --cases "two: --depth 2" "three: --depth 3" --rates 1 --seeds 2', keep=two_depths),
+    "exercise_1_5": lab(
+        'compare --recipe october --cases "two: --depth 2" "three: --depth 3" --rates 1 --seeds 2', keep=two_depths
+    ),
     "surprise": demonstration("surprise", trained=True),
     "frequency_baselines": demonstration("frequency-baselines", trained=True),
 }

@@ -46,7 +46,7 @@ RESULTS = {
     "pieces_printed": command("demonstrate pieces"),
     "two_vocabularies": own("evaluate --checkpoint runs/v1024 --compare runs/v8192", two_vocabularies),
     "equal_text": lab(
-        'compare --cases "1024: --vocab-size 1024 --num-iterations 300" '
+        'compare --recipe october --cases "1024: --vocab-size 1024 --num-iterations 300" '
         '"8192: --vocab-size 8192 --num-iterations 200" --rates 1',
         keep=last_values,
     ),

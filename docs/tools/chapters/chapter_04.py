@@ -29,9 +29,10 @@ RESULTS = {
     "softcap": demonstration("softcap", trained=True),
     "dead_units": demonstration("dead-units", trained=True),
     "two_depths": lab(
-        'compare --cases "d2: --depth 2" "d4: --depth 4" --num-iterations 200 --rates 1 --seeds 1', keep=depths
+        'compare --recipe october --cases "d2: --depth 2" "d4: --depth 4" --num-iterations 200 --rates 1 --seeds 1',
+        keep=depths,
     ),
-    "dry_run_d4": command("train --run trial --dry-run"),
+    "dry_run_d4": command("train --recipe october --run trial --dry-run"),
 }
 REFERENCES = {
     "1706.03762": reference("Vaswani et al.", "Attention Is All You Need", 2017),

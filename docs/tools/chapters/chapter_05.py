@@ -11,7 +11,7 @@ import style
 from chapters import Figure, command, demonstration, lab, reference
 
 EXPERIMENT = (
-    'compare --cases "4 key heads:" "2 key heads: --n-kv-head 2" "1 key head: --n-kv-head 1" '
+    'compare --recipe october --cases "4 key heads:" "2 key heads: --n-kv-head 2" "1 key head: --n-kv-head 1" '
     '"window: --window-pattern SL" --head-dim 32 --num-iterations 150 --seeds 3 --rates 1'
 )
 

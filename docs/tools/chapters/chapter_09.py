@@ -18,7 +18,7 @@ COMPARE_GUIDE = (
     "--num-iterations 240 --eval-tokens 32768 --seeds 3"
 )
 AT_ONE_RATE = (
-    'compare --cases "momentum after: --muon-form momentum_after" '
+    'compare --recipe october --cases "momentum after: --muon-form momentum_after" '
     '"momentum after, 0.006: --muon-form momentum_after --matrix-lr 0.006" '
     '"original guide: --muon-form original_guide --ns-coefficients cubic" --rates 1 --seeds 3 --depth 3 '
     "--vocab-size 2048 --max-seq-len 256 --total-batch-size 1024 --device-batch-size 4 --num-iterations 240 "

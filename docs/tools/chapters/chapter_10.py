@@ -85,16 +85,16 @@ RESULTS = {
     "noise_floor": demonstration("noise-floor"),
     "range_test": demonstration("range-test"),
     "schedule_shapes": demonstration("schedule-shapes"),
-    "lr_find": lab(f"lr_find --group each {SIZE}", keep=keep_range_test),
-    "lr_find_all": lab(f"lr_find {SIZE}", keep=keep_range_test),
-    "compare_rates": lab(f'compare {SIZE} --cases "x1:" --rates 5 --seeds 2', keep=keep_comparison),
+    "lr_find": lab(f"lr_find --recipe october --group each {SIZE}", keep=keep_range_test),
+    "lr_find_all": lab(f"lr_find --recipe october {SIZE}", keep=keep_range_test),
+    "compare_rates": lab(f'compare --recipe october {SIZE} --cases "x1:" --rates 5 --seeds 2', keep=keep_comparison),
     "compare_schedules": lab(
-        f'compare {SIZE} --rates 1 --seeds 1 --cases "no warmdown: --warmdown-ratio 0" '
+        f'compare --recipe october {SIZE} --rates 1 --seeds 1 --cases "no warmdown: --warmdown-ratio 0" '
         '"warmdown 20%: --warmdown-ratio 0.2" "warmdown 65%: --warmdown-ratio 0.65" "warmup 10%: --warmup-ratio 0.1"',
         keep=keep_comparison,
     ),
     "compare_batches": lab(
-        f'compare {SIZE} --rates 1 --seeds 1 --cases "1024 tokens:" '
+        f'compare --recipe october {SIZE} --rates 1 --seeds 1 --cases "1024 tokens:" '
         '"4096 tokens: --total-batch-size 4096 --num-iterations 60" '
         '"256 tokens: --total-batch-size 256 --device-batch-size 2 --num-iterations 960" --eval-every 60',
         keep=keep_comparison,
@@ -104,7 +104,8 @@ RESULTS = {
         keep=keep_comparison,
     ),
     "batch_size": lab(
-        "batch_size --depth 2 --vocab-size 1024 --max-seq-len 128 --total-batch-size 8192 --steps 150 --skip 30",
+        "batch_size --recipe october --depth 2 --vocab-size 1024 --max-seq-len 128 --total-batch-size 8192 "
+        "--steps 150 --skip 30",
         keep=keep_noise,
     ),
 }
