@@ -98,7 +98,7 @@ def test_a_case_takes_what_follows_from_its_own_recipe():
 
 
 def test_a_comparison_from_before_there_were_recipes_is_the_same():
-    config = cases_of(cases=("one: --normuon",))["one"]
+    config = cases_of(cases=("one: --recipe october --normuon",))["one"]
     flags = to_json(config)
     old = {name: value for name, value in flags.items() if name not in ("recipe", "architecture", "smear", "packing")}
     stored = {"cases": {"one": old | {"normuon": True, "cautious": False}}}
@@ -225,7 +225,7 @@ def test_the_table_by_hand():
     assert "| 4.2000 ± 0.2828 | 2 | 20 | 40.0 |" in lines[3]
     assert "| c | x1 of 1 | 1 diverged | 1 | never | never |" in lines[4]
     assert len({line.count("|") for line in lines[:5]}) == 1
-    assert "- b: --embedding-lr 0.6 --unembedding-lr 0.012 --matrix-lr 0.06" in lines
+    assert "- b: --embedding-lr 0.9 --unembedding-lr 0.024 --matrix-lr 0.06 --scalar-lr 1.5" in lines
 
 
 CASES = ("plain:", "adamw: --optimizer adamw")
