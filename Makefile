@@ -105,8 +105,9 @@ $(STATE)/docs: $(STATE)/native pyproject.toml
 	$(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
 
-# The tests read only the headers of nvidia-cutlass, so its dependencies are not installed.
+# The tests read only the headers of nvidia-cutlass, and of nvidia-cuda-nvcc they run only ptxas, the newest one. So the
+# dependencies of both are not installed.
 $(STATE)/dev: $(STATE)/native pyproject.toml
 	$(PIP) --no-build-isolation -e '.[dev]'
-	$(PIP) --no-deps 'nvidia-cutlass>=4.2,<4.3'
+	$(PIP) --no-deps 'nvidia-cutlass>=4.2,<4.3' 'nvidia-cuda-nvcc>=13.5,<14'
 	@touch $@

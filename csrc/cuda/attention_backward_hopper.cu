@@ -21,6 +21,13 @@ NANOCHAT_DEVICE void differentiate(float (&ds)[count], const float (&p)[count], 
 
 // --- dK, dV ---
 
+// Loads the numbers of a lane's columns of an accumulator, two of every 8.
+template <int count>
+NANOCHAT_DEVICE void load_column_numbers(float (&numbers)[count], uint32_t first) {
+#pragma unroll
+    for (int i = 0; i < count; i += 2) device::load_shared_pair(numbers[i], numbers[i + 1], first + 16 * i);
+}
+
 struct Maps {
     TensorMap q, k, v, dout, lses, deltas;
 };
@@ -38,7 +45,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     const uint32_t lses = tile_dout + stages * Tile::q_bytes, deltas = lses + stages * Tile::number_bytes;
     const Ring<1> key_ring = {tile_k + Tile::tiles_bytes};
     const Ring<stages> q_ring = {key_ring.barriers + ring_bytes(1)}, dout_ring = {q_ring.barriers + ring_bytes(stages)};
-    const int group = threadIdx.x / kGroupThreads;
+    const int group = warpgroup_index();
     if (threadIdx.x == 0) {
         key_ring.initialise(Tile::consumers);
         q_ring.initialise(Tile::consumers);
@@ -114,19 +121,17 @@ __global__ void __launch_bounds__(Tile::threads, 1)
             for (int tile = tiles.begin; n < end; ++n) {
                 const int stage = Ring<stages>::stage(n);
                 const uint32_t q = tile_q + stage * Tile::q_bytes, dout = tile_dout + stage * Tile::q_bytes;
-                const auto number_at = [&](uint32_t numbers) {
-                    const uint32_t place = numbers + stage * Tile::number_bytes - start;
-                    const auto* column = reinterpret_cast<const float*>(shared + place) + 2 * (lane % 4);
-                    return [column](int i) { return column[i / 4 * 8 + i % 2]; };
-                };
+                const uint32_t lane_numbers = stage * Tile::number_bytes + 8 * (lane % 4);
+                float numbers[rows / 4];
                 float p[rows / 2], ds[rows / 2];
                 uint32_t p_operand[rows / 16][4], ds_operand[rows / 16][4];
                 q_ring.consumer_wait(n);
                 start_scores<T, D, rows>(p, own_k, q);
                 dout_ring.consumer_wait(n);
                 start_scores<T, D, rows>(ds, own_v, dout);
+                load_column_numbers(numbers, lses + lane_numbers);
                 wait_for_products<1>(p);
-                recompute_weights(p, a.exponent_scale, number_at(lses));
+                recompute_weights(p, a.exponent_scale, [&](int i) { return numbers[i / 4 * 2 + i % 2]; });
                 if (tile < full.begin || tile >= full.end) {
                     mask_scores_transposed(p, a.mask, tile * rows + 2 * (lane % 4), a.heads_per_tile,
                                            device::opaque(group_key) + warp_key + lane / 4);
@@ -134,7 +139,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                 as_a_operands<T, rows>(p_operand, p);
                 start_sums<T, D, rows>(dv, p_operand, dout);
                 wait_for_products<1>(ds);
-                differentiate(ds, p, number_at(deltas));
+                load_column_numbers(numbers, deltas + lane_numbers);   // earlier, there are no registers for them
+                differentiate(ds, p, [&](int i) { return numbers[i / 4 * 2 + i % 2]; });
                 as_a_operands<T, rows>(ds_operand, ds);
                 start_sums<T, D, rows>(dk, ds_operand, q);
                 wait_for_products<1>(dv);
@@ -175,7 +181,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     const uint32_t tile_k = tile_out + Tile::consumers * Tile::group_bytes, tile_v = tile_k + stages * Tile::k_bytes;
     const Ring<1> row_ring = {tile_q + Tile::tiles_bytes};
     const Ring<stages> k_ring = {row_ring.barriers + ring_bytes(1)}, v_ring = {k_ring.barriers + ring_bytes(stages)};
-    const int group = threadIdx.x / kGroupThreads;
+    const int group = warpgroup_index();
     if (threadIdx.x == 0) {
         row_ring.initialise(Tile::consumers);
         k_ring.initialise(Tile::consumers);

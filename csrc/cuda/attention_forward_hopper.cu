@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     const uint32_t tile_k = tile_out + consumers * Tile::group_bytes, tile_v = tile_k + stages * Tile::k_bytes;
     const Ring<1> q_ring = {tile_q + Tile::tiles_bytes};
     const Ring<stages> k_ring = {q_ring.barriers + ring_bytes(1)}, v_ring = {k_ring.barriers + ring_bytes(stages)};
-    const int group = threadIdx.x / kGroupThreads;
+    const int group = warpgroup_index();
     if (threadIdx.x == 0) {
         q_ring.initialise(consumers);
         k_ring.initialise(consumers);
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(Tile::threads, 1)
             k_ring.consumer_release(n);
             softmax_step(blocks.end - 1, rescale);
             as_a_operands<T, keys>(weights, scores);
+            if (blocks.end - 1 > blocks.begin) k_ring.consumer_wait(n + 1);
 #pragma unroll 1
             for (int block = blocks.end - 2; block >= blocks.begin; --block, ++n) {
-                k_ring.consumer_wait(n + 1);
                 ping_pong.wait();
                 start_scores<T, D, keys>(scores, own_q, tile_k + place(n + 1));
                 v_ring.consumer_wait(n);
@@ -117,6 +117,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                 wait_for_products<1>(scores);
                 k_ring.consumer_release(n + 1);
                 softmax_step(block, rescale);
+                // This wait is here because its branch keeps ptxas from moving the wait for the sums above the softmax.
+                if (block > blocks.begin) k_ring.consumer_wait(n + 2);
                 wait_for_products<0>(sums);
                 v_ring.consumer_release(n);
                 scale_rows(sums, rescale);

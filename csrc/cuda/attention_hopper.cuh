@@ -39,25 +39,23 @@ NANOCHAT_DEVICE void load_tile_panels(uint32_t tile, const TensorMap& map, uint3
 // Starts scores (64, N) = A (64, D) B (N, D)^T, with A and B in shared memory.
 template <class T, int D, int N>
 NANOCHAT_DEVICE void start_scores(float (&scores)[N / 2], uint32_t a, uint32_t b) {
+    const TileOperand<Major::k, D, kGroupRows> left(a);
+    const TileOperand<Major::k, D, N> right(b);
     device::pin_registers(scores);
     device::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-        device::wgmma<N, T>(scores, k_major_descriptor<D, kGroupRows>(a, step), k_major_descriptor<D, N>(b, step),
-                            step > 0);
-    }
+    for (int step = 0; step < D / 16; ++step) device::wgmma<N, T>(scores, left(step), right(step), step > 0);
     device::wgmma_commit();
 }
 
 // Starts sums (64, D) += weights (64, N) B (N, D), with the weights in registers.
 template <class T, int D, int N>
 NANOCHAT_DEVICE void start_sums(float (&sums)[D / 2], const uint32_t (&weights)[N / 16][4], uint32_t b) {
+    const TileOperand<Major::mn, D, N> right(b);
     device::pin_registers(sums);
     device::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < N / 16; ++step) {
-        device::wgmma<D, T, Major::mn>(sums, weights[step], mn_major_descriptor<D, N>(b, step), true);
-    }
+    for (int step = 0; step < N / 16; ++step) device::wgmma<D, T, Major::mn>(sums, weights[step], right(step), true);
     device::wgmma_commit();
 }
 

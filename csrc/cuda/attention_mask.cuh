@@ -72,14 +72,17 @@ NANOCHAT_DEVICE void mask_scores(float (&scores)[count], const AttentionMask& ma
 template <int count>
 NANOCHAT_DEVICE void mask_scores_transposed(float (&p)[count], const AttentionMask& mask, int first_row,
                                             int heads_per_tile, int key) {
+    Range visible[2];   // the rows that see each key, counted from first_row
 #pragma unroll
-    for (int i = 0; i < count; i += 4) {
+    for (int h = 0; h < 2; ++h) {
+        const Range queries = mask.visible_queries(key + 8 * h, key + 8 * h);
+        visible[h] = {queries.begin * heads_per_tile - first_row, queries.end * heads_per_tile - first_row};
+    }
 #pragma unroll
-        for (int j = i; j < i + 2; ++j) {
-            const Range visible = mask.visible_keys((first_row + i * 2 + j - i) / heads_per_tile);
-            if (key < visible.begin || key >= visible.end) p[j] = 0;
-            if (key + 8 < visible.begin || key + 8 >= visible.end) p[j + 2] = 0;
-        }
+    for (int i = 0; i < count; ++i) {
+        const int row = i / 4 * 8 + i % 2;
+        const Range& range = visible[i / 2 % 2];
+        if (row < range.begin || row >= range.end) p[i] = 0;
     }
 }
 

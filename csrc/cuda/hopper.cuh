@@ -19,6 +19,17 @@ struct WarpgroupConfig {
     static constexpr int registers = consumers == 3 ? 160 : 240, producer_registers = consumers == 3 ? 32 : 24;
 };
 
+// The thread's warpgroup. All threads of a warp have the same, and by the shuffle the compiler knows: it keeps what
+// follows from the number, such as descriptors, in uniform registers.
+NANOCHAT_DEVICE int warpgroup_index() {
+    return __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+}
+
+// The warp within the warpgroup, likewise.
+NANOCHAT_DEVICE int warp_of_group() {
+    return __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) % kGroupThreads / 32, 0);
+}
+
 // --- stages ---
 
 // The barriers of `stages` stages that are filled and emptied in turn. n counts the fillings.
@@ -51,20 +62,24 @@ struct Ring {
 
 // --- products ---
 
-// The descriptor of 16 columns of a tile of `rows` rows in SmemLayout<D>; the product sums over D.
-template <int D, int rows>
-NANOCHAT_DEVICE uint64_t k_major_descriptor(uint32_t tile, int step) {
+// The descriptors of a tile of `rows` rows in SmemLayout<D>, 16 columns for each step of a product that sums over D
+// (Major::k), or 16 rows for each step of one that sums over the rows (Major::mn). Only the first is put together.
+template <device::Major major, int D, int rows>
+struct TileOperand {
     using P = SmemLayout<D>;
-    constexpr int steps = P::columns / 16;   // in a panel
-    return device::wgmma_descriptor(tile + step / steps * rows * P::width + step % steps * 32, 16, 8 * P::width,
-                                    P::swizzle);
-}
-// The descriptor of 16 rows; the product sums over the rows.
-template <int D, int rows>
-NANOCHAT_DEVICE uint64_t mn_major_descriptor(uint32_t tile, int step) {
-    using P = SmemLayout<D>;
-    return device::wgmma_descriptor(tile + step * 16 * P::width, rows * P::width, 8 * P::width, P::swizzle);
-}
+    uint64_t first;
+
+    NANOCHAT_DEVICE explicit TileOperand(uint32_t tile)
+        : first(major == device::Major::k ? device::wgmma_descriptor(tile, 16, 8 * P::width, P::swizzle)
+                                          : device::wgmma_descriptor(tile, rows * P::width, 8 * P::width, P::swizzle)) {
+    }
+    // `further`: bytes to a tile behind this one.
+    NANOCHAT_DEVICE uint64_t operator()(int step, int further = 0) const {
+        constexpr int steps = P::columns / 16;   // in a panel
+        const int k = step / steps * rows * P::width + step % steps * 32, mn = step * 16 * P::width;
+        return device::advanced(first, further + (major == device::Major::k ? k : mn));
+    }
+};
 
 // Waits for all groups of products but the `newest` ones. `d` is the accumulator of one that is then complete.
 template <int newest, int count>

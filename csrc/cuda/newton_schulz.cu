@@ -199,11 +199,9 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     }
     __syncthreads();   // the strips overwrite the stages
     unsigned char* const strip = shared + (stages - start) + warp * kStripBytes;
-#pragma unroll
-    for (int f = 0; f < 4; ++f) {
-        finish_strip<T>(p, epilogue, strip, sums[f], coord.matrix, coord.row + warp_row + 16 * f,
-                        coord.column + warp_column);
-    }
+    finish_strips<T>(p, epilogue, strip, sums, [&](int i) {
+        return TileCoord{coord.matrix, coord.row + warp_row + 16 * i, coord.column + warp_column};
+    });
 }
 
 }   // namespace

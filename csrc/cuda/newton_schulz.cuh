@@ -141,35 +141,38 @@ NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip
             const uint32_t bits = *reinterpret_cast<const uint16_t*>(strip + smem_row(c / 8) + 2 * (c % 8));
             words[j / 2] = j % 2 ? words[j / 2] | bits << 16 : bits;
         }
-        T* const to = d + int64_t{column + c} * p.d.pitch + row + 8 * h;
-        *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+        device::store_16(d + int64_t{column + c} * p.d.pitch + row + 8 * h, words);
     }
+}
+
+// Whether all elements of a strip exist.
+NANOCHAT_DEVICE bool is_inside(const Product& p, int row, int column) {
+    return row + 16 <= p.m && column + kStripColumns <= p.n;
 }
 
 // Calls use(i, place, count) for each pair of elements that the lane holds of the upper or lower half of a strip. sums[i]
 // is the first element, `place` its index in the matrix of n columns, and `count` how many of the pair exist; it may be
-// zero or negative.
-template <class Use>
+// zero or negative. `inside`: all exist.
+template <bool inside, class Use>
 NANOCHAT_DEVICE void for_each_pair(const Product& p, int row, int column, int h, const Use& use) {
     const int lane = threadIdx.x % 32, r = row + lane / 4 + 8 * h;
 #pragma unroll
     for (int n = 0; n < kStripColumns / 8; ++n) {
         const int c = column + 8 * n + 2 * (lane % 4);
-        use(4 * n + 2 * h, int64_t{r} * p.n + c, r < p.m ? p.n - c : 0);
+        use(4 * n + 2 * h, int64_t{r} * p.n + c, inside ? 2 : r < p.m ? p.n - c : 0);
     }
 }
 
-template <class P>
+template <bool inside, class P>
 NANOCHAT_DEVICE void update_params(P* params, bfloat16* copy, const Product& p, const Rates& rates,
-                                   const float (&sums)[kStripColumns / 2], int row, int column) {
-    const bool aligned = p.n % 2 == 0 && is_aligned<2>(params) && is_aligned<2>(copy);
+                                   const float (&sums)[kStripColumns / 2], int row, int column, bool aligned) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         Pack<P, 2> packs[kStripColumns / 8];
-        for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
+        for_each_pair<inside>(p, row, column, h, [&](int i, int64_t place, int count) {
             packs[i / 4] = load<2>(params + place, count, aligned);   // all loads before the first use
         });
-        for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
+        for_each_pair<inside>(p, row, column, h, [&](int i, int64_t place, int count) {
             Pack<P, 2>& pack = packs[i / 4];
             set_pair(pack, 0, updated(element(pack, 0), sums[i], rates), updated(element(pack, 1), sums[i + 1], rates));
             store(params + place, pack, count, aligned);
@@ -178,17 +181,40 @@ NANOCHAT_DEVICE void update_params(P* params, bfloat16* copy, const Product& p, 
     }
 }
 
+// The same where most strips need no test of their elements, which would be most of the code that runs.
+template <class P>
+NANOCHAT_DEVICE void update_params(P* params, bfloat16* copy, const Product& p, const Rates& rates,
+                                   const float (&sums)[kStripColumns / 2], int row, int column) {
+    const bool aligned = p.n % 2 == 0 && is_aligned<2>(params) && is_aligned<2>(copy);
+    if (aligned && is_inside(p, row, column)) {
+        update_params<true>(params, copy, p, rates, sums, row, column, true);
+    } else {
+        update_params<false>(params, copy, p, rates, sums, row, column, aligned);
+    }
+}
+
+template <bool inside>
+NANOCHAT_DEVICE void write_floats(float* out, const Product& p, const float (&sums)[kStripColumns / 2], int row,
+                                  int column, bool aligned) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        for_each_pair<inside>(p, row, column, h, [&](int i, int64_t place, int count) {
+            Pack<float, 2> pack;
+            set_pair(pack, 0, sums[i], sums[i + 1]);
+            store(out + place, pack, count, aligned);
+        });
+    }
+}
+
 NANOCHAT_DEVICE void write_output(const Product& p, const OutputEpilogue& output,
                                   const float (&sums)[kStripColumns / 2], int matrix, int row, int column) {
     if (output.out) {
         float* const out = output.out + int64_t{matrix} * p.m * p.n;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            for_each_pair(p, row, column, h, [&](int i, int64_t place, int count) {
-                Pack<float, 2> pack;
-                set_pair(pack, 0, sums[i], sums[i + 1]);
-                store(out + place, pack, count, p.n % 2 == 0);
-            });
+        const bool aligned = p.n % 2 == 0;
+        if (aligned && is_inside(p, row, column)) {
+            write_floats<true>(out, p, sums, row, column, true);
+        } else {
+            write_floats<false>(out, p, sums, row, column, aligned);
         }
         return;
     }
@@ -220,6 +246,23 @@ NANOCHAT_DEVICE void finish_strip(const Product& p, const Epilogue& epilogue, un
         T* const d = static_cast<T*>(p.d.data) + matrix * p.d.size() + int64_t{row} * p.d.pitch + column;
         store_rows<T, kStripColumns, 16>(strip, sums, 0, p.d.pitch - column,
                                          [&](int r) { return row + r < p.m ? d + int64_t{r} * p.d.pitch : nullptr; });
+    }
+}
+
+// Finishes the strips of a warp; coord_of(i) is the place of strip i. The code that writes results is long: the strips
+// share it, one after another, and the sums of the next one move to where it takes them.
+template <class T, class Epilogue, int strips, class CoordOf>
+NANOCHAT_DEVICE void finish_strips(const Product& p, const Epilogue& epilogue, unsigned char* strip,
+                                   float (&sums)[strips][kStripColumns / 2], const CoordOf& coord_of) {
+#pragma unroll(std::is_same_v<Epilogue, OutputEpilogue> ? 1 : strips)
+    for (int i = 0; i < strips; ++i) {
+        const TileCoord coord = coord_of(i);
+        finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);
+#pragma unroll
+        for (int next = 1; next < strips; ++next) {
+#pragma unroll
+            for (int j = 0; j < kStripColumns / 2; ++j) sums[next - 1][j] = sums[next][j];
+        }
     }
 }
 

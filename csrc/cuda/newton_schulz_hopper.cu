@@ -75,13 +75,11 @@ NANOCHAT_DEVICE void load_block(uint32_t block, const TensorMap& map, uint32_t b
     }
 }
 
-// The descriptor of 16 along K of a block, for its first or its last 64 rows or columns.
+// A block as an operand: kTile rows of kDepth, or the reverse. Either way the last 64 rows or columns of the operand begin
+// in the middle.
 template <Major major>
-NANOCHAT_DEVICE uint64_t descriptor(uint32_t block, int half, int step) {
-    if constexpr (major == Major::k)
-        return k_major_descriptor<kDepth, kTile>(block + half * tile_bytes<kDepth>(64), step);
-    return mn_major_descriptor<kTile, kDepth>(block + half * tile_bytes<kDepth>(64), step);
-}
+using Block =
+    std::conditional_t<major == Major::k, TileOperand<Major::k, kDepth, kTile>, TileOperand<Major::mn, kTile, kDepth>>;
 
 template <class T, Major major_a, Major major_b, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, 1)
@@ -91,7 +89,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t start = device::shared_address(shared), stages = (start + 1023) & ~1023u;
     const Ring<Tile::stages> ring = {stages + Tile::tiles_bytes};
-    const int group = threadIdx.x / kGroupThreads;
+    const int group = warpgroup_index();
     const Tiles tiles = tiles_of(p);
     const int items = (tiles.whole + tiles.half) * p.count, steps = divide_up(p.k, kDepth);
     if (threadIdx.x == 0) {
@@ -124,7 +122,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
 
     device::setmaxnreg_increase<Tile::registers>();
-    const int consumer = group - 1, warp = threadIdx.x % kGroupThreads / 32;
+    const int consumer = group - 1, warp = warp_of_group();
     const uint32_t own_strip = stages + Tile::stages * Tile::stage_bytes + (consumer * 4 + warp) * kStripBytes;
     unsigned char* const strip = shared + (own_strip - start);
     for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x) {
@@ -142,15 +140,16 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, ++n) {
             const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
-            const uint32_t a = stage + consumer * Tile::block_bytes, b = stage + Tile::consumers * Tile::block_bytes;
+            const Block<major_a> a(stage + consumer * Tile::block_bytes);
+            const Block<major_b> b(stage + Tile::consumers * Tile::block_bytes);
             ring.consumer_wait(n);
             device::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kDepth / 16; ++k) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    device::wgmma<kTile, T, major_a, major_b>(sums[half], descriptor<major_a>(a, half, k),
-                                                              descriptor<major_b>(b, 0, k), true);
+                    device::wgmma<kTile, T, major_a, major_b>(sums[half], a(k, half * Tile::block_bytes / 2), b(k),
+                                                              true);
                 }
             }
             device::wgmma_commit();
@@ -161,15 +160,12 @@ __global__ void __launch_bounds__(Tile::threads, 1)
         device::pin_registers(sums[1]);
         ring.consumer_release(n - 1);
         const int first_row = coord.row + consumer * kTile;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int part = 0; part < kTile / kStripColumns; ++part) {
-                auto& own = reinterpret_cast<float (&)[kStripColumns / 2]>(sums[half][part * kStripColumns / 2]);
-                finish_strip<T>(p, epilogue, strip, own, coord.matrix, first_row + 64 * half + 16 * warp,
-                                coord.column + part * kStripColumns);
-            }
-        }
+        constexpr int parts = kTile / kStripColumns;
+        auto& own = reinterpret_cast<float (&)[2 * parts][kStripColumns / 2]>(sums);
+        finish_strips<T>(p, epilogue, strip, own, [&](int i) {
+            return TileCoord{coord.matrix, first_row + i / parts * 64 + 16 * warp,
+                             coord.column + i % parts * kStripColumns};
+        });
     }
 #endif
 }

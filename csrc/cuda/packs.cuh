@@ -49,7 +49,11 @@ NANOCHAT_DEVICE Pack<T, N> load(const T* from) {
 }
 template <class T, int N>
 NANOCHAT_DEVICE void store(T* to, const Pack<T, N>& pack) {
-    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+    if constexpr (sizeof pack == 16) {
+        device::store_16(to, pack.words);
+    } else {
+        *reinterpret_cast<Pack<T, N>*>(to) = pack;
+    }
 }
 
 // The same, element by element, for a pack that is not aligned or of which only `count` elements exist.

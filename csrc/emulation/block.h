@@ -248,8 +248,8 @@ struct Lanes {
 
 // The bytes at a shared address, after checks of bounds and alignment.
 unsigned char* shared_pointer(uint32_t address, int bytes, int alignment, const char* operation);
-// The same for 16 bytes, which are read or written now, and which no copy in flight may be writing.
-unsigned char* access_16(uint32_t address, const char* operation, bool write);
+// The same for 8 or 16 bytes, which are read or written now, and which no copy in flight may be writing.
+unsigned char* access_shared(uint32_t address, int bytes, const char* operation, bool write);
 // An access by the emulation on the kernel's behalf, for the sanitizers to judge.
 void note_access(const void* pointer, size_t bytes, bool write);
 // Repeats this thread's read as the asynchronous proxy, which sees ordinary writes only through fences.

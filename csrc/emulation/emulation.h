@@ -158,6 +158,10 @@ inline uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value) {
     return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
 }
 
+// --- global memory ---
+
+void store_16(void* to, const uint32_t* words);
+
 // --- shared memory ---
 
 void* static_shared(const void* key, size_t bytes);
@@ -167,6 +171,8 @@ T& static_shared(const void* key) {
 }
 unsigned char* dynamic_shared();
 uint32_t shared_address(const void* pointer);
+
+void load_shared_pair(float& first, float& second, uint32_t from);
 
 void cp_async(uint32_t target, const void* source, int source_bytes);
 void cp_async_commit();

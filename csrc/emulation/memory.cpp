@@ -38,14 +38,14 @@ unsigned char* shared_pointer(uint32_t address, int bytes, int alignment, const 
     return block->window + offset;
 }
 
-unsigned char* access_16(uint32_t address, const char* operation, bool write) {
-    unsigned char* place = shared_pointer(address, 16, 16, operation);
+unsigned char* access_shared(uint32_t address, int bytes, const char* operation, bool write) {
+    unsigned char* place = shared_pointer(address, bytes, bytes, operation);
     if (block->in_flight[(place - block->window) / kChunk]) {
         fail(write ? "%s: another copy into the same shared memory is in flight"
                    : "%s reads shared memory that a copy in flight is writing",
              operation);
     }
-    note_access(place, 16, write);
+    note_access(place, bytes, write);
     return place;
 }
 
@@ -62,7 +62,7 @@ void note_access(const void* pointer, size_t bytes, bool write) {
 // A copy's target is undefined until it has landed.
 static unsigned char* start_write(uint32_t target, int bytes, const char* operation) {
     for (int i = 0; i < bytes; i += kChunk) {
-        block->in_flight[(access_16(target + i, operation, true) - block->window) / kChunk] = true;
+        block->in_flight[(access_shared(target + i, 16, operation, true) - block->window) / kChunk] = true;
     }
     fill_bytes(block->window + (target - kWindow), 0xFF, bytes);
     return block->window + (target - kWindow);
@@ -71,6 +71,20 @@ static unsigned char* start_write(uint32_t target, int bytes, const char* operat
 static void end_write(unsigned char* target, int bytes) {
     note_access(target, bytes, true);
     fill_bytes(block->in_flight + (target - block->window) / kChunk, false, bytes / kChunk);
+}
+
+// --- global memory ---
+
+void store_16(void* to, const uint32_t* words) {
+    if (reinterpret_cast<uintptr_t>(to) % 16) fail("st.global.v4: address %p is not a multiple of 16", to);
+    note_access(to, 16, true);
+    copy_bytes(to, words, 16);
+}
+
+void load_shared_pair(float& first, float& second, uint32_t from) {
+    const unsigned char* place = access_shared(from, 8, "ld.shared.v2", false);
+    copy_bytes(&first, place, 4);
+    copy_bytes(&second, place + 4, 4);
 }
 
 // --- cp.async ---
@@ -301,7 +315,7 @@ void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int>
     store.group = current->store_group;
     store.add = add;
     store.read = false;
-    for (int i = 0; i < map.box_bytes; i += 16) access_16(source + i, "tensor store", false);
+    for (int i = 0; i < map.box_bytes; i += 16) access_shared(source + i, 16, "tensor store", false);
     note_source(store);
     store.bytes = new unsigned char[map.box_bytes];
     copy_bytes(store.bytes, shared_part(store), map.box_bytes);

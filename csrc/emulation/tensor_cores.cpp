@@ -40,7 +40,7 @@ static void move_matrices(const char* operation, uint32_t* registers, uint32_t r
                           bool store) {
     MatrixRow own{reinterpret_cast<uint16_t*>(registers), {}, count};
     const bool names_row = lane() < 8 * count;
-    if (!store && names_row) copy_bytes(own.elements, access_16(row, operation, false), 16);
+    if (!store && names_row) copy_bytes(own.elements, access_shared(row, 16, operation, false), 16);
     if (const Lanes<MatrixRow> rows{operation, own}) {
         for (int lane = 0; lane < 32; ++lane) {
             for (int i = 0; i < 2 * rows[lane].count; ++i) {
@@ -50,7 +50,7 @@ static void move_matrices(const char* operation, uint32_t* registers, uint32_t r
             }
         }
     }
-    if (store && names_row) copy_bytes(access_16(row, operation, true), own.elements, 16);
+    if (store && names_row) copy_bytes(access_shared(row, 16, operation, true), own.elements, 16);
 }
 
 void ldmatrix(uint32_t* registers, uint32_t row, int count, bool transposed) {
@@ -99,7 +99,7 @@ static void read_tile(uint64_t tile, device::Major major, Half type, int first, 
     const bool along_k = major == device::Major::k;
     for (int mn = 0; mn < count; mn += along_k ? 1 : 8) {
         for (int k = 0; k < 16; k += along_k ? 8 : 1) {
-            const unsigned char* place = access_16(wgmma_address(tile, major, first + mn, k), "wgmma", false);
+            const unsigned char* place = access_shared(wgmma_address(tile, major, first + mn, k), 16, "wgmma", false);
             const auto* elements = reinterpret_cast<const uint16_t*>(place);
             for (int i = 0; i < 8; ++i) {
                 (along_k ? element(mn, k + i) : element(mn + i, k)) = widen(elements[i], type);

@@ -1,4 +1,4 @@
-"""Builds files of kernels for the host (plain, or with a sanitizer) or a GPU, and calls their entries on tensors."""
+"""Builds files of kernels for the host (plain, or with a sanitizer), as PTX, or for a GPU, and calls their entries."""
 
 import ctypes
 import functools
@@ -10,11 +10,13 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import toolchain
 import torch
-from compiled import compiled
+from compiled import compiled, version
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ("scheduler", "memory", "tensor_cores")
+EXECUTOR = ("runtime", "module", "decode", "lanes", "memory", "tensor_cores", "scheduler", "costs")  # of PTX
 
 CXX = os.environ.get("CXX", "g++").split()
 # The core tells the sanitizers what the kernels do and is not watched itself. Loops must not become calls of memcpy,
@@ -37,6 +39,12 @@ SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0 exitcode=66 detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "halt_on_error=1 exitcode=66 print_stacktrace=1",
 }
+
+# For ptx/: the registers of a warp are vectors.
+EXECUTOR_FLAGS = [
+    *("-std=c++20", "-O3", "-g", "-fPIC", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+]
 
 Value = torch.Tensor | Sequence[torch.Tensor] | int | float
 
@@ -70,13 +78,34 @@ def build_core() -> list[Path]:
     command = [*CXX, *CORE_FLAGS, "-Wall", "-Wextra", "-Werror", "-c"]
 
     def make(folder: Path) -> None:
-        compilers = [subprocess.Popen([*command, path, "-o", folder / name]) for name, path in sources.items()]
-        failed = [compiler.wait() for compiler in compilers]
-        if any(failed):
-            raise RuntimeError("the emulation does not compile")
+        compile_objects(command, sources, folder)
 
     folder = compiled("core", command, sources.values(), make, ROOT / "csrc")
     return [folder / name for name in sources]
+
+
+def compile_objects(command: Sequence[str], sources: dict[str, Path], folder: Path) -> None:
+    """Compile each source to the object of its name, all at once."""
+    compilers = [subprocess.Popen([*command, path, "-o", folder / name]) for name, path in sources.items()]
+    failed = [compiler.wait() for compiler in compilers]
+    if any(failed):
+        raise RuntimeError(f"{', '.join(sources)}: does not compile")
+
+
+def build_executor() -> Path:
+    """Return the library that stands for the CUDA runtime and executes PTX."""
+    sources = {f"{name}.o": ROOT / f"tests/emulation/ptx/{name}.cpp" for name in EXECUTOR}
+    includes = [f"-isystem{folder}" for folder in toolchain.cuda_includes()]
+    flags = [*CXX, *EXECUTOR_FLAGS]
+
+    def make(folder: Path) -> None:
+        compile_objects([*flags, *includes, "-c"], sources, folder)
+        run(
+            [*CXX, "-shared", *(folder / name for name in sources), "-Wl,-soname,libptx.so", "-o", folder / "libptx.so"]
+        )
+
+    headers = version(toolchain.nvcc())
+    return compiled("executor", [*flags, *includes, headers], sources.values(), make, ROOT / "csrc") / "libptx.so"
 
 
 def build(source: Path, core: list[Path], sanitizer: str = "plain", options: Sequence[str] = ()) -> Path:
@@ -94,6 +123,19 @@ def build(source: Path, core: list[Path], sanitizer: str = "plain", options: Seq
             run([*kernels, "-rdynamic", *core, "-o", folder / "kernels", "-ldl"])
 
     return compiled(source.name, [*flags, core[0].parent.name], [source, header], make, csrc) / "kernels"
+
+
+def build_for_ptx(source: Path, executor: Path, architecture: str) -> Path:
+    """Return a shared library of one file of kernels with its PTX for 80 or 90a, which `executor` runs."""
+    csrc = source.parents[2 if source.parent.name == "emulation" else 3] / "csrc"
+    generate = ["-gencode", f"arch=compute_{architecture},code=compute_{architecture}", "-no-compress", "-lineinfo"]
+    host = ["-shared", "-cudart", "none", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    command = [toolchain.nvcc(), "-std=c++20", "-O3", *generate, *host]
+
+    def make(folder: Path) -> None:  # needs libptx.so by its name, so any build of the executor fits
+        run([*command, f"-I{csrc}", "-Xlinker", executor, "-x", "cu", source, "-o", folder / "kernels"])
+
+    return compiled(source.name, command, [source], make, csrc) / "kernels"
 
 
 def build_for_gpu(source: Path, target: Path) -> Path:
@@ -151,6 +193,30 @@ class Library:
         message = function(arguments)
         if message:
             raise KernelError(message.decode())
+
+
+class PtxLibrary(Library):
+    """Entries of a library with PTX, executed in this process. Its launches may touch only the tensors of the call."""
+
+    def __init__(self, path: Path, executor: Path) -> None:
+        self._executor = ctypes.CDLL(str(executor))
+        self._executor.ptx_prepare.argtypes = (ctypes.c_uint64, ctypes.c_uint32)
+        self._executor.ptx_allow.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
+        self.device = "cpu"
+        # RTLD_DEEPBIND: the runtime of the executor is used, not one that torch has loaded.
+        self._library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
+
+    def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
+        """Call an entry as Library.call does."""
+        self._executor.ptx_prepare(seed + 1, misalignment)
+        for value in values:
+            for tensor in [value] if isinstance(value, torch.Tensor) else value if isinstance(value, Sequence) else ():
+                self._executor.ptx_allow(tensor.data_ptr(), span_bytes(tensor))
+        self._call(entry, *values)
+
+    def write_costs(self, path: Path | None) -> None:
+        """Append the costs of the next launches to a file, a line of JSON each. None: of none."""
+        self._executor.ptx_write_costs(str(path or "").encode())
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Defects that are put into kernels, one at a time, and what finds each.
 
-`found_by`: the build whose run must fail: plain (a wrong result, or the emulation's own checks), address, or thread.
+`found_by`: the build whose run must fail: plain (a wrong result, or the emulation's own checks), address, thread, or ptx:
+nvcc's, executed. PTX_TEXT lists what only the last can find.
 """
 
 from collections.abc import Callable
@@ -80,6 +81,38 @@ def copy_box(kernels, seed):
     assert torch.equal(target[4:20], source[4:20])
     assert not target[:4].any()
     assert image.any()
+
+
+def copy_box_of_rank_4(kernels, seed):
+    sizes, box, at = (torch.tensor([*x]) for x in ((16, 3, 4, 3), (16, 2, 3, 2), (0, 1, 1, 0)))
+    source = torch.randn(3, 4, 3, 16, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    target = torch.zeros_like(source)
+    image = torch.zeros(16 * 2 * 3 * 2 * 2, dtype=torch.uint8)
+    kernels.call("copy_box", source, target, image, 2, 0, 4, sizes, box, at, 0, seed=seed)
+    assert torch.equal(target[:2, 1:4, 1:3], source[:2, 1:4, 1:3])
+    assert torch.equal(image.view(torch.bfloat16), source[:2, 1:4, 1:3].flatten())
+
+
+def reverse(kernels, seed):
+    x, out = torch.arange(364, dtype=torch.int32), torch.zeros(364, dtype=torch.int32)
+    kernels.call("reverse", x, out, 364, seed=seed)
+    assert torch.equal(out, x.flip(0))
+
+
+def reverse_pairs(kernels, seed):
+    x, out = torch.arange(64.0).view(32, 2), torch.zeros(32, 2)
+    kernels.call("reverse_pairs", x, out, seed=seed)
+    assert torch.equal(out, x.flip(0))
+
+
+def numbers(kernels, seed):
+    x = torch.randn(96, generator=torch.Generator().manual_seed(seed)).abs() + 0.1
+    out, packed = torch.zeros(6, 96), torch.zeros(2, 96, dtype=torch.int32)
+    kernels.call("numbers", x, out, packed, 96)
+    exact = torch.stack([x.bfloat16().float(), x.half().float(), x.exp2(), 1 / x, x.tanh(), x.sqrt()])
+    torch.testing.assert_close(out, exact, rtol=2**-10, atol=0)
+    halves = torch.stack([x.half(), x.half().flip(0)], 1)
+    assert torch.equal(packed[1].view(torch.float16).view(96, 2), halves)
 
 
 def wgmma_form(kernels, seed):
@@ -572,9 +605,9 @@ def relu_squared(kernels, seed):
     assert_rounded(dx, 2 * x.double().relu() * dy.double())
 
 
-def of(file, case, *rows, library=None):
+def of(file, case, *rows, library=None, found_by="plain"):
     """Mutations of one file: (name, old, new) or (name, old, new, found_by)."""
-    return [Mutation(row[0], file, row[1], row[2], case, library or file, *row[3:]) for row in rows]
+    return [Mutation(*row[:1], file, *row[1:3], case, library or file, *(row[3:] or [found_by])) for row in rows]
 
 
 # fmt: off
@@ -1047,6 +1080,7 @@ ATTENTION_OPERATOR = [
         FORWARD_HOPPER,
         forward_hopper,
         ("values given back before the sums are done", "wait_for_products<0>(sums);\n                v_ring.consumer_release(n);", "v_ring.consumer_release(n);\n                wait_for_products<0>(sums);", "thread"),
+        ("keys not waited for", "                if (block > blocks.begin) k_ring.consumer_wait(n + 2);\n", ""),
         ("values not waited for", "                v_ring.consumer_wait(n);\n                start_sums", "                start_sums"),
         ("sums rescaled while they are computed", "wait_for_products<0>(sums);\n                v_ring.consumer_release(n);\n                scale_rows(sums, rescale);", "scale_rows(sums, rescale);\n                wait_for_products<0>(sums);\n                v_ring.consumer_release(n);"),
         ("turn not passed on", "                ping_pong.arrive_next();\n                wait_for_products<1>(scores);", "                wait_for_products<1>(scores);"),
@@ -1076,7 +1110,7 @@ ATTENTION_OPERATOR = [
     *of(
         ATTENTION_MASK,
         backward_ampere,
-        ("lower keys hidden by the upper", "key + 8 >= visible.end", "key >= visible.end"),
+        ("lower keys hidden by the upper", "mask.visible_queries(key + 8 * h, key + 8 * h)", "mask.visible_queries(key, key)"),
         library=BACKWARD_LIBRARY,
     ),
     *of(
@@ -1119,7 +1153,9 @@ NEWTON_SCHULZ = [
         ("copy written before the update", "            Pack<P, 2>& pack = packs[i / 4];\n            set_pair", "            Pack<P, 2>& pack = packs[i / 4];\n            store_copy(copy, place, pack, count, aligned);\n            const auto store_copy = [](auto&&...) {};\n            set_pair"),
         ("alignment of the copy not looked at", " && is_aligned<2>(copy);", ";", "address"),
         ("odd columns of parameters taken for pairs", "p.n % 2 == 0 && is_aligned<2>(params)", "is_aligned<2>(params)", "address"),
-        ("odd columns taken for pairs", "store(out + place, pack, count, p.n % 2 == 0);", "store(out + place, pack, count, true);", "address"),
+        ("odd columns taken for pairs", "const bool aligned = p.n % 2 == 0;", "const bool aligned = true;", "address"),
+        ("first strip for all", "sums[next - 1][j] = sums[next][j];", "sums[next - 1][j] = sums[next - 1][j];"),
+        ("strips at the last row taken for whole", "return row + 16 <= p.m && ", "return ", "address"),
         ("source read beyond the last row", "source && r < p.m && c < p.d.pitch", "source && c < p.d.pitch", "address"),
         ("halves of a pair exchanged", "p.beta * low<T>(s[i])", "p.beta * high<T>(s[i])"),
         ("second source forgotten", "load_source<T>(t, p, p.t,", "load_source<T>(t, p, p.s,"),
@@ -1178,10 +1214,100 @@ NEWTON_SCHULZ = [
         ("first consumer's rows for both", "ring.full(n), coord.row + c * kTile,", "ring.full(n), coord.row,"),
         ("both halves of the columns from one", "load_block<major_b>(stage + Tile::consumers * Tile::block_bytes", "load_block<major_b>(stage + 1 * Tile::block_bytes"),
         ("second panel over the first", "block + panel * kDepth * P::width, map", "block + 0 * kDepth * P::width, map"),
-        ("lower half of the rows twice", "descriptor<major_a>(a, half, k)", "descriptor<major_a>(a, 0, k)"),
+        ("lower half of the rows twice", "a(k, half * Tile::block_bytes / 2)", "a(k)"),
         ("strips of both groups in one place", "(consumer * 4 + warp) * kStripBytes", "warp * kStripBytes", "thread"),
         ("pitch taken for the columns of all matrices", "{row, row * x.rows}", "{row, row}"),
         library=SCHULZ_LIBRARY,
+    ),
+]
+PRIMITIVE = "csrc/cuda/ptx/primitives.cuh"
+
+PTX_TEXT = [
+    *of(
+        PRIMITIVE,
+        gemm,
+        ("two registers of the sums exchanged", '", %4, %5, %6, %7"', '", %5, %4, %6, %7"'),
+        ("sums added where they should not be", 'setp.ne.b32 p, " p2', 'setp.eq.b32 p, " p2'),
+        ("no wgmma.fence", 'asm volatile("wgmma.fence.sync.aligned;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        ("no wgmma.commit_group", 'asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        ("one group of products not waited for", 'wgmma.wait_group.sync.aligned %0;" ::"n"(newest)', 'wgmma.wait_group.sync.aligned %0;" ::"n"(newest + 1)'),
+        ("always the same parity", "p, [%1], %2;\\n", "p, [%1], 0;\\n"),
+        ("no bytes announced", '"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)', '"mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier), "r"(bytes)'),
+        ("one arrival more expected", 'mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count)', 'mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count + 1)'),
+        ("no fence for the barriers", 'asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        ("no proxy fence", 'asm volatile("fence.proxy.async.shared::cta;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        ("more registers than there are", 'setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)', 'setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers + 8)'),
+        ("number and threads of a barrier exchanged", "bar.sync %0, %1;", "bar.sync %1, %0;"),
+        ("two registers of stmatrix exchanged", 'stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};', 'stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %3, %2, %4};'),
+        ("coordinates of a load exchanged", '"[%0], [%1, {%3, %4}], [%2];"', '"[%0], [%1, {%4, %3}], [%2];"'),
+        ("coordinates of a store exchanged", "bulk_group [%0, {%2, %3}], [%1];", "bulk_group [%0, {%3, %2}], [%1];"),
+        ("no group of stores", 'asm volatile("cp.async.bulk.commit_group;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        library=GEMM,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        attention,
+        ("halves of a packed number exchanged", 'asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low))', 'asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(low), "f"(high))'),
+        ("sums not read", '{%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]),\n        "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])));\n    ON_HOST(emulation::mma_m16n8k16(d, a, b, emulation::Half::bfloat16', '{%8, %9}, {%0, %1, %2, %3};" : "=f"(d[0]),\n        "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])));\n    ON_HOST(emulation::mma_m16n8k16(d, a, b, emulation::Half::bfloat16'),
+        ("registers of A in another order", '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])));\n    ON_HOST(emulation::mma_m16n8k16(d, a, b, emulation::Half::bfloat16', '"r"(a[0]), "r"(a[2]), "r"(a[1]), "r"(a[3]), "r"(b[0]), "r"(b[1])));\n    ON_HOST(emulation::mma_m16n8k16(d, a, b, emulation::Half::bfloat16'),
+        ("one group of copies not waited for", 'cp.async.wait_group %0;" ::"n"(newest)', 'cp.async.wait_group %0;" ::"n"(newest + 1)'),
+        ("no group of copies", 'asm volatile("cp.async.commit_group;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        ("powers of another base", "ex2.approx.ftz.f32 %0, %1;", "mul.f32 %0, %1, 0f3FB8AA3B;\\nex2.approx.ftz.f32 %0, %0;"),
+        library=ATTENTION,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        mma_tile,
+        ("all 16 bytes copied", "[%0], [%1], 16, %2;", "[%0], [%1], 16;"),
+        ("transposed matrices read as they lie", "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16", "ldmatrix.sync.aligned.m8n8.x2.shared.b16"),
+        library=PRIMITIVES,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        hand_over,
+        ("threads of an arrival forgotten", 'bar.arrive %0, %1;" ::"r"(id), "r"(threads)', 'bar.arrive %0, %1;" ::"r"(id), "r"(threads + 32)'),
+        library=PRIMITIVES,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        grid_sum,
+        ("the new value returned", "atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;", "atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;\\nadd.u32 %0, %0, %2;"),
+        library=PRIMITIVES,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        copy_box_of_rank_4,
+        ("coordinates of rank 4 exchanged", "[%0], [%1, {%3, %4, %5, %6}], [%2];", "[%0], [%1, {%3, %4, %6, %5}], [%2];"),
+        library=PRIMITIVES,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        reverse,
+        ("words of a store exchanged", "st.global.v4.b32 [%0], {%1, %2, %3, %4};", "st.global.v4.b32 [%0], {%1, %2, %4, %3};"),
+        ("half of the words stored", "st.global.v4.b32 [%0], {%1, %2, %3, %4};", "st.global.v2.b32 [%0], {%1, %2};"),
+        library=PRIMITIVES,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        reverse_pairs,
+        ("numbers of a pair exchanged", "ld.shared.v2.f32 {%0, %1}, [%2];", "ld.shared.v2.f32 {%1, %0}, [%2];"),
+        library=PRIMITIVES,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        numbers,
+        ("halves of a packed float16 exchanged", 'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low))', 'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(low), "f"(high))'),
+        ("the root of the reciprocal", "sqrt.approx.f32 %0, %1;", "rsqrt.approx.f32 %0, %1;"),
+        library=PRIMITIVES,
+        found_by="ptx",
     ),
 ]
 # fmt: on

@@ -121,7 +121,9 @@ MISUSES = [
         "mma.sync takes all 32 lanes, not 0000ffff",
         threads=16,
     ),
-    # --- shared memory ---
+    # --- memory ---
+    misuse("odd_store", "store_16(out + 1, {1, 2, 3, 4});", "st.global.v4: address", "not a multiple of 16"),
+    misuse("odd_pair", "float x, y; load_shared_pair(x, y, base + 4);", "ld.shared.v2: shared address 0x", "of 8"),
     misuse(
         "far_row", f"uint32_t r[4]; ldmatrix_x4(r, base + {SHARED});", "ldmatrix: 16 bytes at offset", f"has {SHARED}"
     ),

@@ -3,12 +3,12 @@
 import shutil
 
 import pytest
-from harness import ROOT, KernelError, Library, Program, build
-from mutations import MUTATIONS
+from harness import ROOT, KernelError, Library, Program, PtxLibrary, build, build_for_ptx
+from mutations import MUTATIONS, PTX_TEXT
 
 # One defect of each case is looked for in every run of the tests, all others in `make test-all`.
-QUICK = {m.case: m for m in sorted(MUTATIONS, key=lambda m: m.found_by == "plain")}.values()
-SEEDS = {"plain": range(12), "thread": range(2), "address": range(2)}
+QUICK = [*{m.case: m for m in sorted(MUTATIONS, key=lambda m: m.found_by == "plain")}.values(), PTX_TEXT[0]]
+SEEDS = {"plain": range(12), "thread": range(2), "address": range(2), "ptx": range(2)}
 
 
 def copy_sources(folder):
@@ -18,9 +18,14 @@ def copy_sources(folder):
     return folder
 
 
-def first_message(case, path, found_by, folder):
+def load(path, found_by, core, folder):
+    if found_by == "ptx":
+        return PtxLibrary(path, core)
+    return Library(path) if found_by == "plain" else Program(path, folder)
+
+
+def first_message(case, kernels, found_by):
     """Return the first message of what is wrong, over several seeds; it is empty where nothing is."""
-    kernels = Library(path) if found_by == "plain" else Program(path, folder)
     for seed in SEEDS[found_by]:
         try:
             case(kernels, seed)
@@ -35,30 +40,59 @@ def run(mutation, folder, core):
     assert text.count(mutation.old) == 1, "the text to be changed must occur once"
     (folder / mutation.file).write_text(text.replace(mutation.old, mutation.new))
     # Most of the time goes into compiling, and a defect shows in the first runs.
-    path = build(folder / mutation.library, core, mutation.found_by, ["-O0"])
-    return first_message(mutation.case, path, mutation.found_by, folder)
+    source = folder / mutation.library
+    is_ptx = mutation.found_by == "ptx"
+    path = build_for_ptx(source, core, "90a") if is_ptx else build(source, core, mutation.found_by, ["-O0"])
+    return first_message(mutation.case, load(path, mutation.found_by, core, folder), mutation.found_by)
 
 
-@pytest.mark.parametrize(
-    "mutation",
-    [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MUTATIONS],
-    ids=lambda m: f"{m.case.__name__}: {m.name}",
-)
+def parametrised(mutations):
+    return pytest.mark.parametrize(
+        "mutation",
+        [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in mutations],
+        ids=lambda m: f"{m.case.__name__}: {m.name}",
+    )
+
+
+@parametrised(MUTATIONS)
 def test_defect_is_found(mutation, core, tmp_path, record_property):
+    check(mutation, core, tmp_path, record_property)
+
+
+@parametrised(PTX_TEXT)
+def test_defect_of_the_ptx_text_is_found(mutation, executor, tmp_path, record_property):
+    check(mutation, executor, tmp_path, record_property)
+
+
+def check(mutation, core, tmp_path, record_property):
     message = run(mutation, tmp_path, core)
     assert message
     record_property("found", f"{mutation.found_by}: {message.splitlines()[0]}")
 
 
+def cases(mutations):
+    return pytest.mark.parametrize("case", dict.fromkeys(m.case for m in mutations), ids=lambda case: case.__name__)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("found_by", SEEDS)
-@pytest.mark.parametrize("case", dict.fromkeys(m.case for m in MUTATIONS), ids=lambda case: case.__name__)
+@pytest.mark.parametrize("found_by", ["plain", "thread", "address"])
+@cases(MUTATIONS)
 def test_nothing_is_found_where_nothing_is_wrong(case, found_by, core, tmp_path):
     library = next(m.library for m in MUTATIONS if m.case is case)
     path = build(ROOT / library, core, found_by)
-    assert first_message(case, path, found_by, tmp_path) == ""
+    assert first_message(case, load(path, found_by, core, tmp_path), found_by) == ""
+
+
+@pytest.mark.slow
+@cases(PTX_TEXT)
+def test_nothing_is_found_where_the_ptx_text_is_not_wrong(case, executor):
+    library = next(m.library for m in PTX_TEXT if m.case is case)
+    kernels = PtxLibrary(build_for_ptx(ROOT / library, executor, "90a"), executor)
+    assert first_message(case, kernels, "ptx") == ""
 
 
 def test_there_are_enough_defects():
     assert len(MUTATIONS) >= 40
-    assert len({(m.case, m.name) for m in MUTATIONS}) == len(MUTATIONS)
+    assert len(PTX_TEXT) >= 20
+    for mutations in (MUTATIONS, PTX_TEXT):
+        assert len({(m.case, m.name) for m in mutations}) == len(mutations)

@@ -60,6 +60,20 @@ def test_atomics(kernels):
     assert out.tolist() == [x.sum().item(), x.max().item(), x.min().item(), 7, 5]
 
 
+def test_stores_of_16_bytes(kernels):
+    x = torch.randint(-(2**31), 2**31, (364,), dtype=torch.int32, device=kernels.device)
+    out = torch.zeros_like(x)
+    kernels(PRIMITIVES).call("reverse", x, out, x.numel())
+    assert torch.equal(out, x.flip(0))
+
+
+def test_loads_of_pairs_from_shared_memory(kernels):
+    x = torch.randn(32, 2, device=kernels.device)
+    out = torch.zeros_like(x)
+    kernels(PRIMITIVES).call("reverse_pairs", x, out)
+    assert torch.equal(out, x.flip(0))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_named_barriers_hand_over(kernels, seed):
     rounds = 5

@@ -1,4 +1,4 @@
-"""The CUDA toolkit for the tests of CUDA sources: its compiler, headers and disassembler, and the report of ptxas.
+"""The CUDA toolkit for the tests of CUDA sources: compiler, assemblers, headers, disassembler, and the report of ptxas.
 
 `python tests/emulation/toolchain.py [file.cu ...]` prints what each kernel uses; without files, those of csrc/cuda.
 """
@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from compiled import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc/cuda"
+OLDEST_ASSEMBLER, NEWEST_ASSEMBLER = (12, 8), (13, 5)  # of the wheels in pyproject.toml and the Makefile
 HGMMA = 0x1F0  # wgmma in machine code: the low 9 bits of the instruction, for every shape, type and source of A
 
 
@@ -130,6 +132,7 @@ class Compiled:
     source: Path
     architecture: str
     cubin: Path
+    ptx: Path
     error: str  # the compiler's, where it failed
     kernels: list[Kernel]
     remarks: list[str]  # ptxas's warnings and what it gives a number, "(C7508) ... 'setmaxnreg' ignored ..."
@@ -181,20 +184,60 @@ def parse_ptxas(text):
     return list(kernels.values()), remarks
 
 
-def compile_cuda(source, architecture, options=()):
-    """Compiles to machine code, once for the same content."""
+def _record(folder, command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    (folder / "said").write_text(result.stdout + result.stderr)
+    (folder / "status").write_text(str(result.returncode))
+    return result
+
+
+def _recorded(folder, source, architecture, ptx):
+    text, failed = (folder / "said").read_text(), (folder / "status").read_text() != "0"
+    return Compiled(source, architecture, folder / "cubin", ptx, text if failed else "", *parse_ptxas(text))
+
+
+def compile_cuda(source, architecture, options=(), tree=ROOT):
+    """Compiles to PTX and machine code, once for the same content. `tree` is the folder that csrc/ is in."""
     source = Path(source)
-    flags = [nvcc(), "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", *options]
+    flags = [nvcc(), "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "--keep", "-Xptxas", "-v", *options]
 
     def make(folder):
-        command = [*flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(folder / "cubin")]
-        result = subprocess.run(command, capture_output=True, text=True)
-        (folder / "said").write_text(result.stdout + result.stderr)
-        (folder / "status").write_text(str(result.returncode))
+        with tempfile.TemporaryDirectory() as kept:
+            _record(folder, [*flags, "--keep-dir", kept, f"-I{tree / 'csrc'}", str(source), "-o", folder / "cubin"])
+            for ptx in Path(kept).glob("*.ptx"):
+                shutil.move(ptx, folder / "ptx")
 
-    folder = compiled(source.name, flags, [source], make, ROOT / "csrc")
-    text, failed = (folder / "said").read_text(), (folder / "status").read_text() != "0"
-    return Compiled(source, architecture, folder / "cubin", text if failed else "", *parse_ptxas(text))
+    folder = compiled(source.name, flags, [source], make, tree / "csrc")
+    return _recorded(folder, source, architecture, folder / "ptx")
+
+
+@functools.cache
+def wheel_assemblers():
+    """Return {version: path} of the ptxas in wheels: the oldest of nvidia-cuda-nvcc-cu12, the newest of -nvcc."""
+    found = {}
+    for path in (path for root in _package_folders("nvidia") for path in root.glob("*/bin/ptxas")):
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+        found[tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))] = path
+    return dict(sorted(found.items()))
+
+
+def assemble(one, ptxas):
+    """Return the machine code that another ptxas makes of the PTX of a `Compiled`."""
+    flags = [str(ptxas), f"-arch={one.architecture}", "-O3", "-v"]
+
+    def make(folder):
+        text = one.ptx.read_text()
+        for _ in range(2):
+            (folder / "ptx").write_text(text)
+            said = _record(folder, [*flags, folder / "ptx", "-o", folder / "cubin"]).stderr
+            # A ptxas older than nvcc refuses the version of the PTX, but knows all instructions in it.
+            known = re.search(r"Unsupported \.version \S+; current version is '([\d.]+)'", said)
+            if not known:
+                return
+            text = re.sub(r"^\.version .*$", f".version {known[1]}", text, count=1, flags=re.MULTILINE)
+
+    folder = compiled(one.source.name, flags, [one.ptx], make, ROOT / "csrc")
+    return _recorded(folder, one.source, one.architecture, one.ptx)
 
 
 def compile_all(sources, jobs=2):

@@ -40,4 +40,10 @@ NANOCHAT_ANYWHERE constexpr uint64_t wgmma_descriptor(uint32_t address, uint32_t
            static_cast<uint64_t>((stride & 0x3FFFF) >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
 
+// The descriptor of the same tile `bytes` further, a multiple of 16: one addition to the low word, whose address does not
+// overflow within shared memory.
+NANOCHAT_ANYWHERE constexpr uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor & ~uint64_t{0xFFFFFFFF}) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+
 }   // namespace nanochat::device

@@ -76,9 +76,11 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Arguments&&... arguments) {
     if (shared_bytes > 48 * 1024) {
-        launch_check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                     name);
+        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       static_cast<int>(shared_bytes));
+        if (error != cudaSuccess) cudaGetLastError();   // forgets it: the next launch would report it again
+        launch_check(error, name);
     }
     kernel<<<grid, block, shared_bytes, static_cast<Stream>(stream)>>>(static_cast<Arguments&&>(arguments)...);
     launch_check(cudaGetLastError(), name);
@@ -150,6 +152,16 @@ NANOCHAT_DEVICE int opaque(int x) {
     return x;
 }
 
+// --- global memory ---
+
+// Stores 16 bytes at an address that is a multiple of 16, in one access. nvcc splits some ordinary stores into words, each
+// of which then touches as many sectors of memory as the whole.
+NANOCHAT_DEVICE void store_16(void* to, const uint32_t (&words)[4]) {
+    ON_DEVICE(asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
+                           "r"(words[2]), "r"(words[3]) : "memory"));
+    ON_HOST(emulation::store_16(to, words));
+}
+
 // --- order between threads ---
 
 // Named barriers: bar_sync waits until `threads` threads of the block, a multiple of 32, have arrived at barrier `id`, 0 to
@@ -185,6 +197,12 @@ NANOCHAT_DEVICE bool elect_one() {
 NANOCHAT_DEVICE uint32_t shared_address(const void* pointer) {
     ON_DEVICE(return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)));
     ON_HOST(return emulation::shared_address(pointer));
+}
+
+// Loads 8 bytes at an address that is a multiple of 8, in one access. nvcc splits an ordinary load of two numbers.
+NANOCHAT_DEVICE void load_shared_pair(float& first, float& second, uint32_t from) {
+    ON_DEVICE(asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(first), "=f"(second) : "r"(from) : "memory"));
+    ON_HOST(emulation::load_shared_pair(first, second, from));
 }
 
 // Copies 16 bytes from global to shared memory, both aligned to 16, in the background; of the 16 the last

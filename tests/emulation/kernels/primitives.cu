@@ -59,6 +59,24 @@ __global__ void atomics(const int* x, int n, int* out) {
     atomicExch(out + 4, 5);
 }
 
+// Writes x backwards, in words of 16 bytes.
+__global__ void reverse(const uint32_t* x, uint32_t* out, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n / 4) store_16(out + n - 4 * (i + 1), {x[4 * i + 3], x[4 * i + 2], x[4 * i + 1], x[4 * i]});
+}
+
+// Writes the 32 pairs of x in reverse order.
+__global__ void reverse_pairs(const float* x, float* out) {
+    NANOCHAT_SHARED(float2[32], pairs);
+    const int lane = threadIdx.x;
+    pairs[lane] = {x[2 * lane], x[2 * lane + 1]};
+    __syncwarp();
+    float first, second;
+    load_shared_pair(first, second, shared_address(&pairs) + 8 * (31 - lane));
+    out[2 * lane] = first;
+    out[2 * lane + 1] = second;
+}
+
 // Warp 0 hands over, round by round, to warp 1 and back, through two named barriers.
 __global__ void hand_over(const float* x, float* out, int rounds) {
     NANOCHAT_SHARED(float[32], box);
@@ -245,6 +263,19 @@ ENTRY(grid_sum) {
 ENTRY(atomics) {
     launch("atomics", atomics, dim3(3), dim3(64), 0, nullptr, arguments[0].to<const int>(),
            static_cast<int>(arguments[2].integer), arguments[1].to<int>());
+}
+
+// x (n) int32, out (n), n: a multiple of 4
+ENTRY(reverse) {
+    const auto n = static_cast<int>(arguments[2].integer);
+    launch("reverse", reverse, dim3(static_cast<unsigned>(n / 256 + 1)), dim3(64), 0, nullptr,
+           arguments[0].to<const uint32_t>(), arguments[1].to<uint32_t>(), n);
+}
+
+// x (64) float32, out (64)
+ENTRY(reverse_pairs) {
+    launch("reverse_pairs", reverse_pairs, dim3(1), dim3(32), 0, nullptr, arguments[0].to<const float>(),
+           arguments[1].to<float>());
 }
 
 // x (32 rounds) float32, out (32 rounds), rounds

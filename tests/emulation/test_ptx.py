@@ -1,0 +1,269 @@
+"""What the executor of PTX reports: each error, from a kernel of a few lines, with the words that name its place."""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from harness import ROOT, KernelError, PtxLibrary, build_for_ptx
+
+SHARED = 4096  # bytes of dynamic shared memory; `base` is its first multiple of 1024
+
+SOURCE = """
+#include "../../../csrc/cuda/tensor_map.h"
+#include "../entry.h"
+using namespace nanochat::device;
+"""
+
+KERNEL = """
+__global__ void __launch_bounds__({threads}, 1) {name}_kernel(float* out) {{
+    NANOCHAT_DYNAMIC_SHARED(shared);
+    const uint32_t base = (shared_address(shared) + 1023) & ~1023u;
+    const int thread = threadIdx.x;
+    (void)base, (void)thread;
+#line 1 "{name}.cu"
+{body}
+}}
+ENTRY({name}) {{
+    launch("{name}", {name}_kernel, dim3(1), dim3({threads}), {shared}, nullptr, arguments[0].to<float>());
+}}
+"""
+
+ENTRIES = """
+__global__ void empty_kernel() {}
+ENTRY(empty) {
+    const auto number = [&](int i) { return static_cast<unsigned>(arguments[i].integer); };
+    launch("empty", empty_kernel, dim3(number(0), number(1)), dim3(number(2)), number(3), nullptr);
+}
+ENTRY(tensor_map) {
+    const auto number = [&](int i) { return arguments[i].integer; };
+    nanochat::cuda::make_tensor_map(nanochat::DType::bfloat16, arguments[0].pointer, {number(1), number(2)},
+                                    {number(3)}, {static_cast<int>(number(4)), static_cast<int>(number(5))},
+                                    static_cast<Swizzle>(number(6)));
+}
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    body: str
+    words: tuple[str, ...]  # all of them stand in the message
+    threads: int = 32
+
+
+def case(name, body, *words, threads=32):
+    return Case(name, body, words, threads)
+
+
+# Zeros in the tile, which the asynchronous proxy may read.
+TILE = """
+for (int i = thread; i < 512; i += 128) reinterpret_cast<uint32_t*>(shared + base - shared_address(shared))[i] = 0;
+fence_proxy_async();
+__syncthreads();
+float sums[4] = {out[0], out[1], out[2], out[3]};
+pin_registers(sums);
+const uint64_t tile = wgmma_descriptor(base, 128, 256, Swizzle::none);
+"""
+STORE = "out[thread] = sums[0] + sums[1] + sums[2] + sums[3];"
+PRODUCT = "wgmma<8, bfloat16>(sums, tile, tile, true);\nwgmma_commit();\n"
+
+CASES = [
+    # --- the text ---
+    case("instruction", "out[thread] = __brev(thread);", "unknown instruction 'brev.b32 "),
+    case(
+        "form",
+        'asm volatile("fence.proxy.tensormap::generic.release.gpu;" :: : "memory");',
+        "unknown form of instruction 'fence.proxy.tensormap::generic.release.gpu'",
+    ),
+    # --- who waits for whom ---
+    case(
+        "two_barriers",
+        "if (thread < 32)\nbar_sync(1, 96);\nelse\nbar_sync(2, 96);",
+        *("deadlock:", "warp 0, lanes 0xffffffff: waits at a barrier at PTX line ", "two_barriers.cu:2: bar.sync"),
+        *("warp 1, lanes 0xffffffff: waits at a barrier", "two_barriers.cu:4: bar.sync"),
+        threads=64,
+    ),
+    case("barrier_number", "bar_sync(thread / 32 + 15, 32);", "bar: number 16", threads=64),
+    case("barrier_threads", "bar_arrive(1, 64 + thread / 32 * 32);", "bar 1: ", " threads here, ", threads=64),
+    case(
+        "no_arrival",
+        "if (thread == 0) mbarrier_init(base, 2);\n__syncthreads();\nif (thread == 0) mbarrier_arrive(base);\n"
+        "mbarrier_wait(base, 0);",
+        *("deadlock:", "no_arrival.cu:4", "mbarrier.try_wait"),
+    ),
+    case("no_mbarrier", "mbarrier_arrive(base);", "mbarrier.arrive: no mbarrier at 0x"),
+    case(
+        "one_arrival_too_many",
+        "if (thread == 0) { mbarrier_init(base, 2); mbarrier_arrive_expect_tx(base, 16); mbarrier_arrive(base);"
+        "mbarrier_arrive(base); }",
+        "more arrivals than the phase takes",
+    ),
+    case(
+        "lanes",
+        "if (thread < 16) { out[thread] = __shfl_sync(0xFFFFFFFF, out[thread], 3); __syncthreads(); }"
+        "else { out[thread] = 1; __syncthreads(); out[thread] = __shfl_sync(0xFFFFFFFF, out[thread], 3); }",
+        *("deadlock:", "lanes 0x0000ffff: waits for other lanes", "lanes 0xffff0000: waits for other lanes"),
+    ),
+    case(
+        "absent", "if (thread < 8) out[thread] = __shfl_sync(0xFF, out[thread], 20);", "reads lane 20, which takes no"
+    ),
+    # --- memory ---
+    case("after", "out[1024 + thread] = 1;", "after.cu:1: st.global", "4 bytes at 0x", "in no buffer: 4096 bytes from"),
+    case("before", "out[thread] = out[thread - 1];", "ld: 4 bytes at 0x", "in no buffer: -4 bytes from"),
+    case("misaligned", "*reinterpret_cast<float2*>(out + 1) = {1, 2};", "is not a multiple of 8"),
+    case("shared_end", f"shared[{SHARED} + thread] = 1;", "st: 1 bytes at shared address 0x", "are outside"),
+    case("misaligned_shared", "*reinterpret_cast<float*>(shared + 2) = 1;", "is not a multiple of 4"),
+    case("no_map", "tma_prefetch(*reinterpret_cast<TensorMap*>(out));", "no tensor map at 0x"),
+    case("traps", "if (thread == 1) __trap();", "traps.cu:1: ", ": trap"),
+    case("left_early", "cp_async_16(base, out);\ncp_async_commit();", "leaves with cp.async in flight"),
+    case("copied_bytes", "cp_async_16(base, out, 20);", "cp.async: 20 bytes"),
+    # --- products ---
+    case(
+        "read_early",
+        TILE + "wgmma_fence();\n" + PRODUCT + STORE + "\nwgmma_wait<0>();",
+        "reads a register of a wgmma in flight",
+        threads=128,
+    ),
+    case("no_fence", TILE + PRODUCT + "wgmma_wait<0>();\n" + STORE, "wgmma without wgmma.fence", threads=128),
+    case(
+        "touched",
+        TILE + "wgmma_fence();\nsums[2] += out[1];\n" + PRODUCT + "wgmma_wait<0>();\n" + STORE,
+        "wgmma: register 2 of the accumulator is touched since the last wgmma.fence",
+        threads=128,
+    ),
+    case(
+        "source_changes",
+        TILE + "wgmma_fence();\n" + PRODUCT + "shared[base - shared_address(shared) + thread] = 1;\n"
+        "fence_proxy_async();\nwgmma_wait<0>();\n" + STORE,
+        "wgmma: what it reads changes before it is waited for",
+        threads=128,
+    ),
+    case(
+        "no_proxy_fence",
+        TILE + "shared[base - shared_address(shared)] = 0;\nwgmma_fence();\n" + PRODUCT + "wgmma_wait<0>();\n" + STORE,
+        *("wgmma: warp ", "and no fence.proxy.async since"),
+        threads=128,
+    ),
+    case(
+        "far_tile",
+        TILE + f"wgmma_fence();\nwgmma<8, bfloat16>(sums, tile + {SHARED // 16}, tile, true);\nwgmma_commit();\n"
+        "wgmma_wait<0>();\n" + STORE,
+        *("wgmma: 16 bytes at shared address", "are outside"),
+        threads=128,
+    ),
+    case(
+        "descriptors",
+        TILE + "wgmma_fence();\nwgmma<8, bfloat16>(sums, tile + thread % 2, tile, true);\nwgmma_commit();\n"
+        "wgmma_wait<0>();\n" + STORE,
+        "wgmma: lanes give different descriptors",
+        threads=128,
+    ),
+    case("left_with_products", TILE + "wgmma_fence();\n" + PRODUCT, "leaves with wgmma in flight", threads=128),
+    case(
+        "three_warps",
+        TILE + "if (thread >= 32) {\nwgmma_fence();\n" + PRODUCT + "wgmma_wait<0>();\n}\n" + STORE,
+        "the warps of warpgroup 0 start different numbers of wgmma",
+        threads=128,
+    ),
+    case(
+        "registers",
+        "if (thread < 128) setmaxnreg_increase<240>();\nout[thread] = 1;",
+        *("deadlock:", "registers.cu:1", "setmaxnreg.inc.sync.aligned.u32 240"),
+        threads=384,
+    ),
+    case("more_registers", "setmaxnreg_decrease<240>();", "setmaxnreg.dec to 240 from 168", threads=384),
+]
+
+ORDER = Case("order", "out[1 + atomicAdd(reinterpret_cast<int*>(out), 1)] = thread / 32;", (), 256)
+FINE = Case("fine", "out[thread] = 1;", ())
+FRESH = Case("fresh", "out[thread] = reinterpret_cast<float*>(shared)[thread];", ())
+
+
+@pytest.fixture(scope="module")
+def kernels(executor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ptx")
+    source = folder / "tests/emulation/kernels/errors.cu"
+    source.parent.mkdir(parents=True)
+    (folder / "csrc").symlink_to(ROOT / "csrc")
+    (folder / "tests/emulation/entry.h").symlink_to(ROOT / "tests/emulation/entry.h")
+    all_kernels = [
+        KERNEL.format(name=one.name, body=one.body, threads=one.threads, shared=SHARED)
+        for one in (*CASES, ORDER, FINE, FRESH)
+    ]
+    source.write_text(SOURCE + "".join(all_kernels) + ENTRIES)
+    return PtxLibrary(build_for_ptx(source, executor, "90a"), executor)
+
+
+def message(kernels, entry, *values, seed=0):
+    with pytest.raises(KernelError) as error:
+        kernels.call(entry, *values, seed=seed)
+    return str(error.value)
+
+
+@pytest.fixture
+def out():
+    return torch.zeros(1024)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_error_is_named(kernels, case, seed, out):
+    said = message(kernels, case.name, out, seed=seed)
+    assert said.startswith(f"{case.name}: cudaErrorLaunchFailure, ")
+    for word in case.words:
+        assert word in said
+    kernels.call("fine", out)  # the next launch runs
+    assert out[:32].eq(1).all()
+
+
+def test_shared_memory_is_undefined_at_first(kernels, out):
+    kernels.call("fresh", out)
+    assert out[:32].isnan().all()
+
+
+def test_a_seed_is_an_order(kernels):
+    def order(seed):
+        out = torch.zeros(1024)
+        kernels.call("order", out, seed=seed)
+        assert out.view(torch.int32)[0] == 256
+        return tuple(out[1:257].tolist())
+
+    orders = [order(seed) for seed in range(8)]
+    assert orders == [order(seed) for seed in range(8)]
+    assert len(set(orders)) > 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"offset": 2}, "address"),
+        ({"stride": 130}, "stride"),
+        ({"stride": 1 << 40}, "stride"),
+        ({"rows": 0}, "size"),
+        ({"box_columns": 4}, "rows of the box are no multiple of 16 bytes"),
+        ({"box_columns": 128}, "rows of the box are wider than the swizzle"),
+        ({"box_rows": 257}, "box"),
+    ],
+)
+def test_tensor_map_is_refused(kernels, change, words, out, capfd):
+    whole = {"columns": 128, "rows": 4, "stride": 256, "box_columns": 64, "box_rows": 4, "swizzle": 1}
+    tensor = out.bfloat16()
+    kernels.call("tensor_map", tensor, *whole.values())
+    message(kernels, "tensor_map", tensor[change.pop("offset", 0) // 2 :], *(whole | change).values())
+    assert re.search(rf"^cuTensorMapEncodeTiled: {words}$", capfd.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("grid", "threads", "shared", "words"),
+    [
+        ((1, 1), 0, 0, "0 threads in a block"),
+        ((1, 1), 1025, 0, "1025 threads in a block"),
+        ((0, 1), 32, 0, "a grid of 0 x 1 x 1"),
+        ((1, 65536), 32, 0, "a grid of 1 x 65536 x 1"),
+        ((1, 1), 32, 232449, "232449 bytes of shared memory"),
+    ],
+)
+def test_launch_is_refused(kernels, grid, threads, shared, words):
+    kernels.call("empty", 2, 2, 1024, 232448)
+    assert words in message(kernels, "empty", *grid, threads, shared)
