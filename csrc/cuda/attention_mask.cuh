@@ -68,7 +68,8 @@ NANOCHAT_DEVICE void mask_scores(float (&scores)[count], const AttentionMask& ma
 }
 
 // Sets p[i] to zero where its row does not see its key. The rows of the accumulator are the keys `key` and key + 8; its
-// columns are rows of a head group, and `first_row` is the first row of the lane.
+// columns are rows of a head group, and `first_row` is the first row of the lane. Keys that do not exist may keep p: their
+// results are not stored.
 template <int count>
 NANOCHAT_DEVICE void mask_scores_transposed(float (&p)[count], const AttentionMask& mask, int first_row,
                                             int heads_per_tile, int key) {

@@ -19,8 +19,8 @@ struct WarpgroupConfig {
     static constexpr int registers = consumers == 3 ? 160 : 240, producer_registers = consumers == 3 ? 32 : 24;
 };
 
-// The thread's warpgroup. All threads of a warp have the same, and by the shuffle the compiler knows: it keeps what
-// follows from the number, such as descriptors, in uniform registers.
+// The thread's warpgroup. The shuffle tells the compiler that all threads of a warp have the same number, so what follows
+// from it, such as descriptors, stays in uniform registers.
 NANOCHAT_DEVICE int warpgroup_index() {
     return __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
 }

@@ -47,6 +47,7 @@ template <int N, class T>
 NANOCHAT_DEVICE Pack<T, N> load(const T* from) {
     return *reinterpret_cast<const Pack<T, N>*>(from);
 }
+// `to` is in global memory.
 template <class T, int N>
 NANOCHAT_DEVICE void store(T* to, const Pack<T, N>& pack) {
     if constexpr (sizeof pack == 16) {

@@ -81,6 +81,8 @@ void store_16(void* to, const uint32_t* words) {
     copy_bytes(to, words, 16);
 }
 
+// --- shared memory ---
+
 void load_shared_pair(float& first, float& second, uint32_t from) {
     const unsigned char* place = access_shared(from, 8, "ld.shared.v2", false);
     copy_bytes(&first, place, 4);

@@ -182,12 +182,12 @@ class Attention:
 
     @property
     def flop(self):
-        """Floating-point operations of the forward pass, counting the pairs that a query sees."""
+        """Floating-point operations of the forward pass: all pairs, half of them if causal, or those in the window."""
         if not self.causal:
             return 4.0 * self.B * self.H * self.T**2 * self.D
         if self.window is None:
             return 2.0 * self.B * self.H * self.T**2 * self.D
-        seen = np.minimum(np.arange(self.T), self.window).sum()
+        seen = np.minimum(np.arange(self.T), self.window).sum() + self.T
         return 4.0 * self.B * self.H * float(seen) * self.D
 
     def keys(self, first, last):
@@ -232,9 +232,9 @@ def _makespan(costs, head_groups, section, last_first):
     return np.bincount(np.arange(len(items)) % blocks, weights=items).max()
 
 
-def _kernel_seconds(shape, budget, tiles, head_groups, last_first, repeat=1):
+def _kernel_seconds(shape, budget, tiles, head_groups, last_first):
     costs = [
-        repeat * ((turns - border) * budget.turn_cycles + border * budget.border_cycles) + budget.outside
+        (turns - border) * budget.turn_cycles + border * budget.border_cycles + budget.outside
         for turns, border in tiles
     ]
     section = max(1, (24 << 20) // max(1, 4 * shape.T * shape.D))

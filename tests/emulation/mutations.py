@@ -607,7 +607,7 @@ def relu_squared(kernels, seed):
 
 def of(file, case, *rows, library=None, found_by="plain"):
     """Mutations of one file: (name, old, new) or (name, old, new, found_by)."""
-    return [Mutation(*row[:1], file, *row[1:3], case, library or file, *(row[3:] or [found_by])) for row in rows]
+    return [Mutation(row[0], file, *row[1:3], case, library or file, *(row[3:] or [found_by])) for row in rows]
 
 
 # fmt: off

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,6 +198,9 @@ class Function:
                 self.instructions.append(Instruction(int(match[1], 16), match[2] or "", match[3], operands))
         if not self.instructions:
             raise CodeError(f"{self.name} has no instructions")
+        for i, one in enumerate(self.instructions):
+            if one.address != 16 * i:
+                raise CodeError(f"{self.name}: a line before {one} was not understood")
         for one in self.instructions:
             if one.name in ("BRX", "JMX", "JMP"):
                 raise CodeError(f"a branch without a label: {one}")
@@ -445,7 +447,3 @@ def events(instructions) -> Iterator[tuple[str, int]]:
             event, count = "", 0
     if event:
         yield event, count
-
-
-def names(instructions):
-    return Counter(one.name for one in instructions)

@@ -1,4 +1,4 @@
-"""Defects that only machine code shows: mends of the kernels undone, one at a time, and the quantity that each exceeds.
+"""Edits that make the machine code worse, one at a time, and the quantity that each exceeds.
 
 The emulation finds none of them, since the results stay right.
 """
@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation("scores in two halves", BACKWARD, Edit(SHARED, "device::wgmma<N, T>(scores, left(step), right(step), step > 0);\n", "for (int half = 0; half < 2; ++half)\n            device::wgmma<N / 2, T>(reinterpret_cast<float (&)[N / 4]>(scores[half * N / 4]), left(step),\n                                    right(step, half * N / 2 * SmemLayout<D>::width), step > 0);\n"), ("shared",)),
     Mutation("descriptor put together for each product", BACKWARD, Edit(HOPPER, "        return device::advanced(first, further + (major == device::Major::k ? k : mn));\n", "        const uint32_t tile = (static_cast<uint32_t>(first) & 0x3FFF) << 4;\n        return device::wgmma_descriptor(tile + further + (major == device::Major::k ? k : mn), major == device::Major::k ? 16 : rows * P::width, 8 * P::width, P::swizzle);\n"), ("instructions",)),
     Mutation("products of this step waited for", SCHULZ, Edit(SCHULZ, "            device::wgmma_wait<1>();   // of the step before\n", "            device::wgmma_wait<0>();\n"), ("order",)),
-    Mutation("epilogue of its own for each set of sources", SCHULZ, Edit(PRODUCTS, "        finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n", "        if (!p.s) finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n        else if (!p.t) finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n        else finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n"), ("size",)),
+    Mutation("epilogue of its own for each set of sources", SCHULZ, Edit(PRODUCTS, "        finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n", "        if (!p.s) finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n        else if (!p.t) finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n        else if (p.beta == 0) finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n        else finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);\n"), ("size",)),
     Mutation("16 bytes stored as words", SCHULZ, Edit(PRODUCTS, "        device::store_16(d + int64_t{column + c} * p.d.pitch + row + 8 * h, words);\n", "        T* const to = d + int64_t{column + c} * p.d.pitch + row + 8 * h;\n        *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};\n"), ("stores",)),
 ]
 # fmt: on

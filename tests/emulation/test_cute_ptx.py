@@ -38,7 +38,7 @@ using cutlass::arch::ClusterBarrier;
 using cutlass::arch::ClusterTransactionBarrier;
 """
 
-# What CuTe writes otherwise, with the same meaning: (CuTe's, ours).
+# What CuTe writes otherwise, with the same meaning for these kernels: (CuTe's, ours).
 SAME = [
     (r"\.(x[124])(\.trans)?\.m8n8", r".m8n8.\1\2"),
     (r"\.m8n8\.(x[124])\.trans\.shared", r".m8n8.\1.trans.shared"),
@@ -336,7 +336,7 @@ def asm_statements(text):
 
 def weaker(ours, theirs):
     """Return the opcodes for which ours has no "memory" or volatile, and a source of CuTe has."""
-    kept = [{opcode for opcode, *flags in statements if flags[i]} for statements in (theirs,) for i in (0, 1)]
+    kept = [{opcode for opcode, *flags in theirs if flags[i]} for i in (0, 1)]
     return sorted({opcode for opcode, *flags in ours for i in (0, 1) if opcode in kept[i] and not flags[i]})
 
 

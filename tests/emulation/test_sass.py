@@ -27,6 +27,7 @@ def kernels_of(source, architecture="sm_90a", assembler="nvcc", tree=toolchain.R
         version = toolchain.OLDEST_ASSEMBLER if assembler == "oldest" else max(found, default=None)
         if version not in found or (assembler == "newest" and version < toolchain.NEWEST_ASSEMBLER):
             pytest.skip(f"the {assembler} ptxas is not installed: pip install {WHEELS[assembler]}")
+        assert not result.error, result.error
         result = toolchain.assemble(result, found[version])
         assert result.complaints() == []
     assert not result.error, result.error

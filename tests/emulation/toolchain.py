@@ -99,11 +99,11 @@ def cute_include():
 
 
 def nvdisasm():
-    """Path of the disassembler: the toolkit's, or that of the wheel nvidia-cuda-nvdisasm."""
+    """Path of the disassembler: that of the wheel nvidia-cuda-nvdisasm, which is new, or the toolkit's."""
     folders = [folder for root in _package_folders("nvidia") for folder in root.glob("*/bin")]
     with contextlib.suppress(MissingError):
         folders += [Path(top) / "bin" for top in re.findall(r"^#\$ TOP=(.*)$", _nvcc_plan(), re.MULTILINE)]
-    path = shutil.which("nvdisasm", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders)]))
+    path = shutil.which("nvdisasm", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)]))
     if not path:
         raise MissingError("no nvdisasm: neither a toolkit's nor nvidia-cuda-nvdisasm")
     return path
@@ -186,6 +186,8 @@ def parse_ptxas(text):
 
 def _record(folder, command):
     result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode < 0:  # killed, for example for memory: it says nothing about the source, and is not kept
+        raise subprocess.CalledProcessError(result.returncode, command, result.stdout, result.stderr)
     (folder / "said").write_text(result.stdout + result.stderr)
     (folder / "status").write_text(str(result.returncode))
     return result
