@@ -1,5 +1,6 @@
 """The machine code of every kernel: order and budget of main loops, registers of products in flight, stores, size."""
 
+import itertools
 import re
 import shutil
 
@@ -91,8 +92,13 @@ def test_an_undone_mend_is_found(mutation, tmp_path):
 def function(text):
     """Return a function of machine code, from instructions and labels, a line each."""
     lines = [line.strip() for line in text.strip().splitlines()]
-    numbered = [line if line.endswith(":") else f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines)]
-    return sass.Function("kernel", numbered)
+    addresses = itertools.count(0, 16)
+    return sass.Function("kernel", [x if x.endswith(":") else f"/*{next(addresses):04x}*/ {x} ;" for x in lines])
+
+
+def test_a_line_that_is_not_understood_is_an_error():
+    with pytest.raises(sass.CodeError, match="was not understood"):
+        sass.Function("kernel", ["/*0000*/ NOP ;", "0010: NOP", "/*0020*/ EXIT ;"])
 
 
 def touched(text):
