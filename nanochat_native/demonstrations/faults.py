@@ -188,10 +188,13 @@ def measure_targets() -> float:
 def inject_rope() -> Patch:
     """Return the patch by which keys turn in the other direction than queries."""
 
-    def project(self: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
-        turned, _ = gpt.rotary_norm(q, k, cos, sin)
-        _, turned_back = gpt.rotary_norm(q, k, cos, -sin)  # the fault: -sin
+    real = Attention.project
+
+    def project(
+        self: Attention, x: Tensor, cos: Tensor, sin: Tensor, values: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        turned, _, v = real(self, x, cos, sin, values)
+        _, turned_back, _ = real(self, x, cos, -sin, values)  # the fault: -sin
         return turned, turned_back, v
 
     return mock.patch.object(Attention, "project", project)

@@ -26,6 +26,12 @@ def test_the_check_of_a_fault_passes_without_it_and_fails_with_it(name):
     assert not found["faulty_passes"], found
 
 
+@pytest.mark.parametrize("name", faults.FAULTS)
+def test_a_run_with_a_fault_ends(name, monkeypatch):
+    monkeypatch.setattr(faults, "STEPS", 2)
+    assert len(faults.run_fault(name)["losses"]) == 2
+
+
 @pytest.mark.parametrize("name", ["targets", "nan"])
 def test_a_patch_ends_with_its_context(name):
     fault = faults.FAULTS[name]

@@ -120,6 +120,6 @@ def interpreter(words):
 
 # Commands that leave the runs runs/d4 and runs/d4-chat.
 PREPARATION = (
-    ["-m", "nanochat_native.train", *with_flags(["--run", "d4", "--diagnose"], TRAIN)],
+    ["-m", "nanochat_native.train", *with_flags(["--recipe", "october", "--run", "d4", "--diagnose"], TRAIN)],
     ["-m", "nanochat_native.finetune", *with_flags(["--checkpoint", "runs/d4"], SMALL["finetune"])],
 )
