@@ -41,6 +41,11 @@ class Instruction:
         match = re.search(r"\[(%\w+)(?:\+(-?\d+))?\]", self.text)
         return (match[1], int(match[2] or 0)) if match else None
 
+    @property
+    def guard(self) -> str:
+        """The predicate, as in @!%p1, or nothing."""
+        return self.text.split()[0] if self.text.startswith("@") else ""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -65,15 +70,15 @@ class Launch:
     def split_stores(self) -> list[list[Instruction]]:
         """Return the groups of global stores of neighbours by one thread that a wider store could do.
 
-        They stand in one straight line of code, with one base register, and all lanes run them.
+        They stand in one straight line of code, with one base register and one predicate.
         """
         groups = []
         for line in self._straight_lines():
             stores = [one for one in line if one.kind == "global_store" and one.address and one.runs]
-            by_base: dict[str, list[Instruction]] = {}
+            alike: dict[tuple[str, str], list[Instruction]] = {}
             for one in stores:
-                by_base.setdefault(one.address[0], []).append(one)
-            for group in by_base.values():
+                alike.setdefault((one.address[0], one.guard), []).append(one)
+            for group in alike.values():
                 groups += mergeable(group)
         return groups
 

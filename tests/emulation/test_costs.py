@@ -29,7 +29,14 @@ __global__ void thrift_kernel(float* out) {
     const float x = shared[33 * threadIdx.x];
     for (int i = 0; i < 4; ++i) out[32 * i + threadIdx.x] = x + i;
 }
+__global__ void guarded_kernel(float* out) {
+    asm volatile("{.reg .pred p;\\n.reg .pred q;\\nsetp.lt.u32 p, %1, 32;\\nsetp.lt.u32 q, %1, 31;\\n"
+                 "@p st.global.b32 [%0], 0;\\n@q st.global.b32 [%0+4], 0;\\n"
+                 "@p st.global.b32 [%0+8], 0;\\n@p st.global.b32 [%0+12], 0;}"
+                 :: "l"(out + 4 * threadIdx.x), "r"(threadIdx.x) : "memory");
+}
 ENTRY(waste) { launch("waste", waste_kernel, dim3(1), dim3(32), 0, nullptr, arguments[0].to<float>()); }
+ENTRY(guarded) { launch("guarded", guarded_kernel, dim3(1), dim3(32), 0, nullptr, arguments[0].to<float>()); }
 ENTRY(thrift) { launch("thrift", thrift_kernel, dim3(1), dim3(32), 0, nullptr, arguments[0].to<float>()); }
 """
 
@@ -97,6 +104,11 @@ def test_waste_is_counted(examples):
     assert [(one.address[1], one.passes, one.least) for one in group] == [(at, 16, 4) for at in (0, 4, 8, 12)]
     assert "x32.0: PTX line" in costs.report(launch)
     assert "4 stores for one, 1 times: waste.cu:10" in costs.report(launch)
+
+
+def test_stores_with_different_predicates_stay_apart(examples):
+    (group,) = example(examples, "guarded").split_stores()
+    assert [one.address[1] for one in group] == [8, 12]
 
 
 def test_nothing_is_counted_where_nothing_is_wasted(examples):

@@ -68,6 +68,22 @@ const uint64_t tile = wgmma_descriptor(base, 128, 256, Swizzle::none);
 STORE = "out[thread] = sums[0] + sums[1] + sums[2] + sums[3];"
 PRODUCT = "wgmma<8, bfloat16>(sums, tile, tile, true);\nwgmma_commit();\n"
 
+
+def products(*lines):
+    """Return a kernel's products in one piece of PTX: %0 to %3 are sums, %4 to %7 are of A, and %8 is the tile."""
+    start = ("{", ".reg .pred p;", ".reg .b32 free;", "setp.eq.b32 p, 0, 0;", "wgmma.fence.sync.aligned;")
+    end = ("wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}")
+    text = r"\n".join((*start, *lines, *end))
+    registers = ", ".join(f'"+r"(r[{n}])' for n in range(8))
+    return (
+        TILE
+        + f'uint32_t r[8] = {{0, 0, 0, 0, 1, 2, 3, 4}};\nasm volatile("{text}" : {registers} : "l"(tile) : "memory");\n'
+        + "out[thread] = r[0] + r[1] + r[2] + r[3];\nout[128 + thread] = r[4] + r[5] + r[6] + r[7];"
+    )
+
+
+WGMMA = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+
 CASES = [
     # --- the text ---
     case("instruction", "out[thread] = __brev(thread);", "unknown instruction 'brev.b32 "),
@@ -76,12 +92,23 @@ CASES = [
         'asm volatile("fence.proxy.tensormap::generic.release.gpu;" :: : "memory");',
         "unknown form of instruction 'fence.proxy.tensormap::generic.release.gpu'",
     ),
+    case(
+        "no_target",
+        'asm volatile("atom.global.add.u32 _, [%0], 1;" :: "l"(out) : "memory");',
+        "unknown form of instruction 'atom.global.add.u32 _, ",
+    ),
     # --- who waits for whom ---
     case(
         "two_barriers",
         "if (thread < 32)\nbar_sync(1, 96);\nelse\nbar_sync(2, 96);",
         *("deadlock:", "warp 0, lanes 0xffffffff: waits at a barrier at PTX line ", "two_barriers.cu:2: bar.sync"),
         *("warp 1, lanes 0xffffffff: waits at a barrier", "two_barriers.cu:4: bar.sync"),
+        threads=64,
+    ),
+    case(
+        "counted_barrier",  # a warp that leaves has not arrived
+        "if (thread < 32)\nbar_sync(1, 64);",
+        *("deadlock:", "warp 0, lanes 0xffffffff: waits at a barrier", "counted_barrier.cu:2: bar.sync"),
         threads=64,
     ),
     case("barrier_number", "bar_sync(thread / 32 + 15, 32);", "bar: number 16", threads=64),
@@ -105,12 +132,44 @@ CASES = [
         "else { out[thread] = 1; __syncthreads(); out[thread] = __shfl_sync(0xFFFFFFFF, out[thread], 3); }",
         *("deadlock:", "lanes 0x0000ffff: waits for other lanes", "lanes 0xffff0000: waits for other lanes"),
     ),
+    case("no_member", "out[thread] = __shfl_sync(0xFFFF, thread, 0);", "lane 16 is not in its membermask 0x0000ffff"),
+    case(
+        "masks_differ",
+        "out[thread] = __shfl_sync(thread == 7 ? 0xFF : 0xFFFFFFFF, thread, 0);",
+        *("deadlock:", "lanes 0xffffffff: waits for other lanes", "masks_differ.cu:1: shfl"),
+    ),
+    case(
+        "fragments_of_half",
+        "if (thread >= 16) return;\nuint32_t fragments[4];\nldmatrix_x4(fragments, base);\nout[thread] = fragments[0];",
+        *("ldmatrix.sync.aligned", "an aligned instruction without all lanes: 0x0000ffff"),
+    ),
+    case("spins", "while (*static_cast<volatile float*>(out) == 0) {}", "deadlock:", "lanes 0xffffffff: runs at"),
+    case(
+        "spins_by_atomics",
+        "while (atomicCAS(reinterpret_cast<int*>(out), 1, 2) == 0) {}",
+        *("deadlock:", "lanes 0xffffffff: runs at"),
+    ),
+    case(
+        "spins_by_vote",
+        "while (!__any_sync(0xFFFFFFFF, *static_cast<volatile float*>(out + thread) > 0)) __threadfence();",
+        *("deadlock:", "lanes 0xffffffff: runs at"),
+    ),
     case(
         "absent", "if (thread < 8) out[thread] = __shfl_sync(0xFF, out[thread], 20);", "reads lane 20, which takes no"
     ),
     # --- memory ---
     case("after", "out[1024 + thread] = 1;", "after.cu:1: st.global", "4 bytes at 0x", "in no buffer: 4096 bytes from"),
     case("before", "out[thread] = out[thread - 1];", "ld: 4 bytes at 0x", "in no buffer: -4 bytes from"),
+    case(
+        "wraps",
+        'asm volatile("st.global.u32 [%0], 1;" :: "l"(-4ll) : "memory");',
+        "4 bytes at 0xfffffffffffffffc are in no",
+    ),
+    case(
+        "wraps_shared",
+        'asm volatile("st.shared.u32 [%0], 1;" :: "r"(-4) : "memory");',
+        "4 bytes at shared address 0xfffffffc are outside",
+    ),
     case("misaligned", "*reinterpret_cast<float2*>(out + 1) = {1, 2};", "is not a multiple of 8"),
     case("shared_end", f"shared[{SHARED} + thread] = 1;", "st: 1 bytes at shared address 0x", "are outside"),
     case("misaligned_shared", "*reinterpret_cast<float*>(shared + 2) = 1;", "is not a multiple of 4"),
@@ -146,6 +205,40 @@ CASES = [
         threads=128,
     ),
     case(
+        "fence_of_mbarriers",
+        TILE
+        + "shared[base - shared_address(shared)] = 0;\nfence_mbarrier_init();\nwgmma_fence();\n"
+        + PRODUCT
+        + "wgmma_wait<0>();\n"
+        + STORE,
+        *("wgmma: warp ", "and no fence.proxy.async since"),
+        threads=128,
+    ),
+    case(
+        "sums_as_a",
+        products(
+            WGMMA + "{%0, %1, %2, %3}, %8, %8, p, 1, 1, 0, 0;",
+            WGMMA + "{%4, %5, %6, %7}, {%0, %1, %2, %3}, %8, p, 1, 1, 0;",
+        ),
+        "reads a register of a wgmma in flight",
+        threads=128,
+    ),
+    case(
+        "a_as_sums",
+        products(
+            WGMMA + "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;",
+            WGMMA + "{%4, %5, %6, %7}, %8, %8, p, 1, 1, 0, 0;",
+        ),
+        "writes a register of a wgmma in flight",
+        threads=128,
+    ),
+    case(
+        "unpacked",
+        products(WGMMA + "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;", "mov.b64 {free, %4}, %8;"),
+        "writes a register of a wgmma in flight",
+        threads=128,
+    ),
+    case(
         "far_tile",
         TILE + f"wgmma_fence();\nwgmma<8, bfloat16>(sums, tile + {SHARED // 16}, tile, true);\nwgmma_commit();\n"
         "wgmma_wait<0>();\n" + STORE,
@@ -163,7 +256,7 @@ CASES = [
     case(
         "three_warps",
         TILE + "if (thread >= 32) {\nwgmma_fence();\n" + PRODUCT + "wgmma_wait<0>();\n}\n" + STORE,
-        "the warps of warpgroup 0 start different numbers of wgmma",
+        "block 0 0 0: the warps of warpgroup 0 start different numbers of wgmma",
         threads=128,
     ),
     case(
@@ -173,6 +266,63 @@ CASES = [
         threads=384,
     ),
     case("more_registers", "setmaxnreg_decrease<240>();", "setmaxnreg.dec to 240 from 168", threads=384),
+]
+
+# Kernels without an error, and what they write.
+RIGHT = [
+    (
+        Case(
+            "masks", "out[thread] = __shfl_sync(thread < 16 ? 0xFFFF : 0xFFFF0000, thread, thread / 16 * 16 + 3);", ()
+        ),
+        [3] * 16 + [19] * 16,
+    ),
+    (Case("half_leaves", "if (thread >= 16) return;\n__syncwarp();\nout[thread] = 1;", ()), [1] * 16 + [0] * 16),
+    (
+        Case(
+            "other_half_leaves",
+            "if (thread < 16)\nout[31 - thread] = __shfl_sync(0xFFFFFFFF, thread, 5);\nelse\nout[thread - 16] = 2;",
+            (),
+        ),
+        [2] * 16 + [5] * 16,
+    ),
+    (
+        Case("half_syncs", "if (thread >= 16) return;\n__syncthreads();\nout[thread] = 1;", (), 64),
+        [1] * 16 + [0] * 48,
+    ),
+    (
+        Case(  # the first warp waits long before the other leaves
+            "warp_leaves",
+            "if (thread >= 32) {\nfor (int i = 0; i < 1000; ++i) static_cast<volatile float*>(out)[thread] = i;\n"
+            "return;\n}\n__syncthreads();\nout[thread] = 1;",
+            (),
+            64,
+        ),
+        [1] * 32 + [999] * 32,
+    ),
+    (
+        Case(
+            "guarded",
+            "out[thread] = 1;\n"
+            'asm volatile("{.reg .pred p;\\n.reg .b32 x;\\nsetp.lt.s32 p, %1, 8;\\n"\n'
+            '"@p shfl.sync.idx.b32 x, %1, 2, 31, 255;\\n@p st.global.b32 [%0], x;}"\n'
+            ':: "l"(out + thread), "r"(thread) : "memory");\n'
+            "if (thread < 8) out[thread] = reinterpret_cast<int*>(out)[thread];",
+            (),
+        ),
+        [2] * 8 + [1] * 24,
+    ),
+    (
+        Case(
+            "products",
+            products(
+                WGMMA + "{%0, %1, %2, %3}, %8, %8, p, 1, 1, 0, 0;",
+                WGMMA + "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;",
+            ),
+            (),
+            128,
+        ),
+        [0] * 128 + [10] * 128,
+    ),
 ]
 
 ORDER = Case("order", "out[1 + atomicAdd(reinterpret_cast<int*>(out), 1)] = thread / 32;", (), 256)
@@ -189,7 +339,7 @@ def kernels(executor, tmp_path_factory):
     (folder / "tests/emulation/entry.h").symlink_to(ROOT / "tests/emulation/entry.h")
     all_kernels = [
         KERNEL.format(name=one.name, body=one.body, threads=one.threads, shared=SHARED)
-        for one in (*CASES, ORDER, FINE, FRESH)
+        for one in (*CASES, *(one for one, _ in RIGHT), ORDER, FINE, FRESH)
     ]
     source.write_text(SOURCE + "".join(all_kernels) + ENTRIES)
     return PtxLibrary(build_for_ptx(source, executor, "90a"), executor)
@@ -215,6 +365,14 @@ def test_error_is_named(kernels, case, seed, out):
         assert word in said
     kernels.call("fine", out)  # the next launch runs
     assert out[:32].eq(1).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("case", RIGHT, ids=lambda case: case[0].name)
+def test_what_is_right_is_run(kernels, case, seed, out):
+    kernel, written = case
+    kernels.call(kernel.name, out, seed=seed)
+    assert out[: len(written)].tolist() == written
 
 
 def test_shared_memory_is_undefined_at_first(kernels, out):
@@ -247,10 +405,11 @@ def test_a_seed_is_an_order(kernels):
     ],
 )
 def test_tensor_map_is_refused(kernels, change, words, out, capfd):
-    whole = {"columns": 128, "rows": 4, "stride": 256, "box_columns": 64, "box_rows": 4, "swizzle": 1}
+    whole = {"offset": 0, "columns": 128, "rows": 4, "stride": 256, "box_columns": 64, "box_rows": 4, "swizzle": 1}
     tensor = out.bfloat16()
-    kernels.call("tensor_map", tensor, *whole.values())
-    message(kernels, "tensor_map", tensor[change.pop("offset", 0) // 2 :], *(whole | change).values())
+    kernels.call("tensor_map", tensor, *list(whole.values())[1:])
+    offset, *numbers = (whole | change).values()
+    message(kernels, "tensor_map", tensor[offset // 2 :], *numbers)
     assert re.search(rf"^cuTensorMapEncodeTiled: {words}$", capfd.readouterr().err, re.MULTILINE)
 
 

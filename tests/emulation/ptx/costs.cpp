@@ -9,8 +9,8 @@ namespace ptx {
 const char* name_of(Kind kind) {
     static const char* const kNames[] = {"tensor",   "fp32",        "fp64",         "special",     "convert",
                                          "integer",  "predicate",   "move",         "shared_load", "shared_store",
-                                         "ldmatrix", "global_load", "global_store", "parameter",   "copy",
-                                         "shuffle",  "branch",      "sync",         "added"};
+                                         "ldmatrix", "global_load", "global_store", "atomic",      "parameter",
+                                         "copy",     "shuffle",     "branch",       "sync",        "added"};
     return kNames[static_cast<size_t>(kind)];
 }
 

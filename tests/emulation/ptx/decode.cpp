@@ -263,7 +263,6 @@ class Decoder {
 
     // The register of an operand with so many bits. Conversions come before, or after_.
     int source(const Operand& operand, int bits) {
-        if (operand.kind == Operand::ignored) return -1;
         if (operand.kind == Operand::immediate) return constant(bits, operand.value);
         if (operand.kind == Operand::symbol) return symbol(operand.text, bits);
         expect(operand.kind == Operand::name && (operand.at.bits == 1) == (bits == 1));
@@ -275,7 +274,6 @@ class Decoder {
         return narrow;
     }
     int target(const Operand& operand, int bits) {
-        if (operand.kind == Operand::ignored) return -1;
         expect(operand.kind == Operand::name && (operand.at.bits == 1) == (bits == 1));
         if (operand.at.bits == bits) return operand.at.offset;
         const bool is_half = operand.at.bits == 64 && bits == 32;
@@ -283,6 +281,10 @@ class Decoder {
         const int narrow = allot(bits);
         after_.push_back(added(is_half ? handlers::zero_extend : handlers::move32, operand.at.offset, narrow));
         return narrow;
+    }
+
+    int target_or_none(const Operand& operand, int bits) {   // -1: it is _
+        return operand.kind == Operand::ignored ? -1 : target(operand, bits);
     }
 
     // The registers of a vector, or of one operand.
@@ -444,7 +446,6 @@ class Decoder {
             {"vote", &Decoder::vote},
             {"elect", &Decoder::elect},
             {"bar", &Decoder::barrier},
-            {"barrier", &Decoder::barrier},
             {"membar", &Decoder::fence},
             {"fence", &Decoder::fence},
             {"cp", &Decoder::copy},
@@ -564,8 +565,8 @@ class Decoder {
             set(bits == 32 ? handlers::pack32 : handlers::pack64, Kind::move);
         } else if (o[0].kind == Operand::vector) {
             expect(o[0].parts.size() == 2 && bits >= 32);
-            now_.d = target(o[0].parts[0], bits / 2);
-            now_.b = target(o[0].parts[1], bits / 2);
+            now_.d = target_or_none(o[0].parts[0], bits / 2);
+            now_.b = target_or_none(o[0].parts[1], bits / 2);
             now_.a = source(o[1], bits);
             set(bits == 32 ? handlers::unpack32 : handlers::unpack64, Kind::move);
         } else {
@@ -629,7 +630,7 @@ class Decoder {
             after_.push_back(added(is_signed ? handlers::sign_extend : handlers::zero_extend, part.at.offset, narrow));
             return narrow;
         }
-        return target(part, std::max(bits, 16));
+        return target_or_none(part, std::max(bits, 16));
     }
 
     void matrices() {
@@ -741,19 +742,21 @@ class Decoder {
             now_.members = source(o[0], 32);
             return set(handlers::nothing, Kind::sync);
         }
-        const bool waits = opcode_ == "bar.sync" || opcode_ == "barrier.sync";
+        const bool waits = opcode_ == "bar.sync";
         expect((waits && o.size() <= 2) || (opcode_ == "bar.arrive" && o.size() == 2));
         now_.a = source(o[0], 32);
         if (o.size() > 1) now_.b = source(o[1], 32);
-        now_.is_aligned = words_[0] == "bar";
+        now_.is_aligned = true;
         set(waits ? handlers::bar_sync : handlers::bar_arrive, Kind::sync);
     }
 
     void fence() {
-        static const std::set<std::string> proxies = {"fence.proxy.async", "fence.proxy.async.shared::cta",
-                                                      "fence.mbarrier_init.release.cluster"};
-        expect(proxies.count(opcode_) || words_[1] != "proxy");
-        set(proxies.count(opcode_) ? handlers::fence_proxy : handlers::nothing, Kind::sync);
+        if (opcode_ == "fence.proxy.async" || opcode_ == "fence.proxy.async.shared::cta") {
+            return set(handlers::fence_proxy, Kind::sync);
+        }
+        expect(words_[1] != "proxy");
+        const bool is_of_mbarriers = opcode_ == "fence.mbarrier_init.release.cluster";
+        set(is_of_mbarriers ? handlers::fence_mbarrier : handlers::nothing, Kind::sync);
     }
 
     void copy() {
@@ -846,7 +849,7 @@ class Decoder {
         now_.a = address(o[1], 64);
         now_.b = source(o[2], 32);
         if (o.size() > 3) now_.c = source(o[3], 32);
-        set(find_atomic(opcode_), Kind::global_store);
+        set(find_atomic(opcode_), Kind::atomic);
         expect(now_.run);
     }
 };

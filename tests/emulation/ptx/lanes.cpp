@@ -68,7 +68,7 @@ struct Operation<function, Result (*)(Arguments...)> {
             warp.set_predicate(i.d, mask, result);
         } else {
             Register<Result> target(warp, i.d);
-            for_lanes(mask, [&](int l) { target.set(l, function(std::get<n>(sources).get(l)...)); });
+            for_independent_lanes(mask, [&](int l) { target.set(l, function(std::get<n>(sources).get(l)...)); });
         }
         return Status::next;
     }

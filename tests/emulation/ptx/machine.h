@@ -71,17 +71,19 @@ struct Warp {
     uint32_t store_group[32] = {};
 
     std::vector<Product> products;
-    std::unordered_map<int, int>
-        busy;   // registers of products in flight: their group. Of A, the offset + 1: may be read
+    // Registers of products in flight, and the products' group. A register of A, which may be read, is its offset + 1.
+    std::unordered_map<int, int> busy;
     int product_group = 0, products_started = 0;
     int register_limit = 0;   // of setmaxnreg
     uint32_t time = 1, fence_time = 0;
     std::vector<uint32_t> touched;   // when each 128 bytes of registers were accessed; empty: no wgmma in the kernel
-    uint32_t proxy_fences = 0;
+    uint32_t proxy_fences = 0, mbarrier_fences = 0;
 
     bool run(int instructions);   // whether anything ran
+    uint32_t complete_group(const Instruction& i, uint32_t mask);
     void note_accesses(const Instruction& i);
     void check_products(const Instruction& i);
+    uint32_t fences(bool of_mbarriers) const { return proxy_fences + (of_mbarriers ? mbarrier_fences : 0); }
     void finish();
 
     uint32_t& predicate(int offset) { return *reinterpret_cast<uint32_t*>(registers + offset); }
@@ -102,11 +104,13 @@ struct Warp {
 struct Block {
     struct Barrier {
         int arrived, expected;
+        bool is_of_all;   // threads of the block
         uint32_t generation;
     };
-    // Who wrote 16 bytes of shared memory last in the ordinary way: its warp + 1, and how many proxy fences it had made.
+    // Who wrote 16 bytes of shared memory last in the ordinary way: its warp + 1, and how many fences for them it had made.
     struct Writer {
         uint32_t warp, fences;
+        bool is_mbarrier;   // that was initialised
     };
     Dim grid, size, index;
     std::vector<Warp> warps;
@@ -118,12 +122,12 @@ struct Block {
     std::vector<Writer> writers;
     int register_pool;
     uint64_t random;
-    bool
-        has_advanced;   // since the scheduler looked last: a memory access, a barrier, a product, or a lane that leaves
+    // Since the scheduler looked last: by a store, a barrier, a copy, a product, or a warp that leaves.
+    bool has_advanced;
 
     uint64_t next_random();
     uint8_t* shared_at(uint32_t address, uint32_t bytes, const char* what);
-    void note_write(const Warp& warp, uint32_t address, uint32_t bytes);
+    void note_write(const Warp& warp, uint32_t address, uint32_t bytes, bool is_mbarrier = false);
     void check_proxy(uint32_t address, uint32_t bytes, const char* what) const;
 };
 
@@ -164,11 +168,17 @@ struct Register {
 // Calls visit(lane) for each lane of the mask.
 template <class Visit>
 inline void for_lanes(uint32_t mask, const Visit& visit) {
+    for (uint32_t left = mask; left; left &= left - 1) visit(__builtin_ctz(left));
+}
+
+// The same in any order, for what a lane does to its own registers alone.
+template <class Visit>
+inline void for_independent_lanes(uint32_t mask, const Visit& visit) {
     if (mask == kAllLanes) {
 #pragma GCC ivdep
         for (int lane = 0; lane < 32; ++lane) visit(lane);
     } else {
-        for (uint32_t left = mask; left; left &= left - 1) visit(__builtin_ctz(left));
+        for_lanes(mask, visit);
     }
 }
 

@@ -14,9 +14,14 @@ std::vector<Region>& regions() {
 static Region parameter_region;
 void set_parameter_region(Region region) { parameter_region = region; }
 
+// Whether `bytes` from `address` lie in [begin, end). Addresses near the last one do not wrap.
+static bool is_inside(uint64_t address, uint64_t bytes, uint64_t begin, uint64_t end) {
+    return address >= begin && address <= end && bytes <= end - address;
+}
+
 void check_global(uint64_t address, uint32_t bytes, uint32_t align, const char* what) {
     static size_t last = 0;   // mostly the same region as before
-    const auto holds = [&](const Region& region) { return address >= region.begin && address + bytes <= region.end; };
+    const auto holds = [&](const Region& region) { return is_inside(address, bytes, region.begin, region.end); };
     if (address % align) fail("%s: address 0x%lx is not a multiple of %u", what, address, align);
     if (holds(parameter_region)) return;
     const std::vector<Region>& all = regions();
@@ -38,23 +43,23 @@ void check_global(uint64_t address, uint32_t bytes, uint32_t align, const char* 
 
 uint8_t* Block::shared_at(uint32_t address, uint32_t bytes, const char* what) {
     if (address % bytes) fail("%s: shared address 0x%x is not a multiple of %u", what, address, bytes);
-    if (address < kSharedStart || address + bytes > shared_end) {
+    if (!is_inside(address, bytes, kSharedStart, shared_end)) {
         fail("%s: %u bytes at shared address 0x%x are outside [0x%x, 0x%x)", what, bytes, address, kSharedStart,
              shared_end);
     }
     return shared + address;
 }
 
-void Block::note_write(const Warp& warp, uint32_t address, uint32_t bytes) {
+void Block::note_write(const Warp& warp, uint32_t address, uint32_t bytes, bool is_mbarrier) {
     for (uint32_t chunk = address / 16; chunk <= (address + bytes - 1) / 16; ++chunk) {
-        writers[chunk] = {static_cast<uint32_t>(warp.id) + 1, warp.proxy_fences};
+        writers[chunk] = {static_cast<uint32_t>(warp.id) + 1, warp.fences(is_mbarrier), is_mbarrier};
     }
 }
 
 void Block::check_proxy(uint32_t address, uint32_t bytes, const char* what) const {
     for (uint32_t chunk = address / 16; chunk <= (address + bytes - 1) / 16; ++chunk) {
         const Writer& last = writers[chunk];
-        if (last.warp && warps[last.warp - 1].proxy_fences == last.fences) {
+        if (last.warp && warps[last.warp - 1].fences(last.is_mbarrier) == last.fences) {
             fail("%s: warp %u wrote shared address 0x%x, and no fence.proxy.async since", what, last.warp - 1,
                  chunk * 16);
         }
@@ -136,6 +141,7 @@ Status atomic(Warp& warp, const Instruction& i, uint32_t mask) {
         auto* place = reinterpret_cast<T*>(address);
         const T old = *place;
         *place = function(old, Register<T>(warp, i.b).get(l), i.c >= 0 ? Register<T>(warp, i.c).get(l) : T{});
+        warp.block->has_advanced |= *place != old;
         Register<T>(warp, i.d).set(l, old);
     });
     return Status::next;
@@ -236,7 +242,7 @@ Status handlers::mbarrier_init(Warp& warp, const Instruction& i, uint32_t mask) 
         if (count == 0 || count > kMostArrivals) fail("mbarrier.init: count %u", count);
         Mbarrier& barrier = *reinterpret_cast<Mbarrier*>(warp.block->shared_at(address, 8, "mbarrier.init"));
         barrier = {0, count, count, 0, 0};
-        warp.block->note_write(warp, address, 8);
+        warp.block->note_write(warp, address, 8, true);
     });
     return Status::next;
 }
@@ -319,7 +325,7 @@ Copy tensor_copy(Warp& warp, const Instruction& i, int lane) {
     }
     const uint32_t shared = Register<uint32_t>(warp, i.d).get(lane), bytes = box_bytes(copy.map);
     if (shared % 128) fail("shared address 0x%x is not a multiple of 128", shared);
-    if (shared < kSharedStart || shared + bytes > warp.block->shared_end) {
+    if (!is_inside(shared, bytes, kSharedStart, warp.block->shared_end)) {
         fail("a box of %u bytes at shared address 0x%x is outside", bytes, shared);
     }
     return copy;
@@ -425,13 +431,16 @@ Status handlers::tensor_commit(Warp& warp, const Instruction&, uint32_t mask) {
 
 Status handlers::tensor_wait(Warp& warp, const Instruction& i, uint32_t mask) {
     const bool only_read = i.width;
-    std::erase_if(warp.stores, [&](TensorStore& store) {
+    const auto is_waited_for = [&](const TensorStore& store) {
         const int64_t newest = int64_t{warp.store_group[store.lane]} - i.immediate;
-        if (!(mask >> store.lane & 1) || int64_t{store.group} >= newest) return false;
+        return (mask >> store.lane & 1) && int64_t{store.group} < newest;
+    };
+    for (TensorStore& store : warp.stores) {
+        if (!is_waited_for(store)) continue;
         read_source(*warp.block, store);
         if (!only_read) write_target(store);
-        return !only_read;
-    });
+    }
+    if (!only_read) std::erase_if(warp.stores, is_waited_for);
     return Status::next;
 }
 
@@ -445,6 +454,11 @@ void finish_stores(Warp& warp) {
 
 Status handlers::fence_proxy(Warp& warp, const Instruction&, uint32_t) {
     ++warp.proxy_fences;
+    return Status::next;
+}
+
+Status handlers::fence_mbarrier(Warp& warp, const Instruction&, uint32_t) {
+    ++warp.mbarrier_fences;
     return Status::next;
 }
 

@@ -1,17 +1,18 @@
 // PTX on the CPU, for tests: a CUDA runtime without a GPU (runtime.cpp) for a library that nvcc built with its PTX inside.
-// A launch decodes the kernel's text and runs it. So the text of primitives.cuh, and all else that nvcc makes of a kernel,
-// is tested, which csrc/emulation replaces. No shipped binary contains it.
+// A launch decodes the kernel's text and runs it. This tests the text of primitives.cuh, which csrc/emulation replaces, and
+// all else that nvcc makes of a kernel. No shipped binary contains it.
 //
 // A warp runs an instruction for its 32 lanes; a register is an array of 32 values. Lanes that diverge become splits with
 // a program counter each. The lowest runs first, and equal ones join. An instruction that needs certain lanes (.aligned, a
-// membermask) waits for them. Warps take turns of 1 to 400 instructions, which the seed chooses. Blocks run one after
+// membermask) waits for those of them that have not left. Warps take turns of 1 to 400 instructions, which the seed chooses. Blocks run one after
 // another. Whatever the hardware leaves undefined is decided against the kernel:
 //   - shared memory and registers start as NaN, or 0xFF;
 //   - copies in the background fill their target with NaN at once and land late: cp.async at its wait, tensor loads in any
 //     order; tensor stores read their source at their wait; try_wait of an mbarrier says false at random;
 //   - what wgmma reads may not change before its wait, nor may its registers be touched; none of them may have been touched
 //     since wgmma.fence;
-//   - ordinary writes to shared memory need a fence.proxy.async of their warp before tensor copies or wgmma touch the place;
+//   - ordinary writes to shared memory need a fence.proxy.async of their warp before tensor copies or wgmma touch the place,
+//     or a fence.mbarrier_init where they initialise an mbarrier;
 //   - each access to global memory must be inside a tensor of the call; setmaxnreg takes registers from a pool.
 // An instruction or a form of one that is unknown is an error. Errors name the text's line and, with -lineinfo, the C++
 // line; a deadlock names the place of every lane. The layouts of wgmma, the fragments of mma and the swizzles are written
@@ -59,6 +60,7 @@ enum class Kind : uint8_t {
     ldmatrix,
     global_load,
     global_store,
+    atomic,
     parameter,
     copy,
     shuffle,
@@ -206,7 +208,7 @@ Handler shfl, vote, elect;
 Handler bra, call, ret, exit, trap, nothing, bar_sync, bar_arrive, setmaxnreg;
 // memory.cpp
 Handler cp_async, cp_async_commit, cp_async_wait, mbarrier_init, mbarrier_arrive, mbarrier_try_wait;
-Handler tensor_prefetch, tensor_load, tensor_store, tensor_commit, tensor_wait, fence_proxy;
+Handler tensor_prefetch, tensor_load, tensor_store, tensor_commit, tensor_wait, fence_proxy, fence_mbarrier;
 // tensor_cores.cpp
 Handler ldmatrix, stmatrix, mma, wgmma, wgmma_fence, wgmma_commit, wgmma_wait;
 }   // namespace handlers

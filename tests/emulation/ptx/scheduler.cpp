@@ -51,14 +51,32 @@ Status handlers::nothing(Warp&, const Instruction&, uint32_t) { return Status::n
 
 namespace {
 
-int threads_of_barrier(Warp& warp, const Instruction& i, uint32_t mask) {
-    if (i.b >= 0) {
-        const int threads = Register<int32_t>(warp, i.b).get(first_lane(mask));
-        if (threads <= 0 || threads % 32) fail("bar: %d threads", threads);
-        return threads;
-    }
-    const auto& warps = warp.block->warps;
+int live_threads(const Block& block) {   // a warp counts as 32
+    const auto& warps = block.warps;
     return 32 * static_cast<int>(std::count_if(warps.begin(), warps.end(), [](const Warp& one) { return one.live; }));
+}
+
+int threads_of_barrier(Warp& warp, const Instruction& i, uint32_t mask) {
+    if (i.b < 0) return live_threads(*warp.block);
+    const int threads = Register<int32_t>(warp, i.b).get(first_lane(mask));
+    if (threads <= 0 || threads % 32) fail("bar: %d threads", threads);
+    return threads;
+}
+
+bool finish_if_complete(Block::Barrier& barrier) {
+    if (barrier.arrived < barrier.expected) return false;
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return true;
+}
+
+// A warp has left: barriers of all threads no longer wait for it.
+void release_barriers(Block& block) {
+    for (Block::Barrier& barrier : block.barriers) {
+        if (!barrier.arrived || !barrier.is_of_all) continue;
+        barrier.expected = live_threads(block);
+        finish_if_complete(barrier);
+    }
 }
 
 // Counts this warp, and returns whether it is the last.
@@ -66,16 +84,14 @@ bool arrive(Warp& warp, const Instruction& i, uint32_t mask, int id) {
     if (id < 0 || id > 15) fail("bar: number %d", id);
     Block::Barrier& barrier = warp.block->barriers[id];
     const int expected = threads_of_barrier(warp, i, mask);
-    if (barrier.arrived && barrier.expected != expected && i.b >= 0) {
+    if (barrier.arrived && barrier.expected != expected) {
         fail("bar %d: %d threads here, %d elsewhere", id, expected, barrier.expected);
     }
     barrier.expected = expected;
+    barrier.is_of_all = i.b < 0;
     barrier.arrived += 32;
     if (barrier.arrived > expected) fail("bar %d: %d of %d threads arrive", id, barrier.arrived, expected);
-    if (barrier.arrived < expected) return false;
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return true;
+    return finish_if_complete(barrier);
 }
 
 }   // namespace
@@ -107,18 +123,19 @@ Status handlers::setmaxnreg(Warp& warp, const Instruction& i, uint32_t) {
 static const Warp* failing_warp = nullptr;   // what runs, for the message of an error
 static const Instruction* failing_instruction = nullptr;
 
-// Whether the block has advanced by an instruction. A loop that waits for an mbarrier has none of these.
+// Whether the block has advanced by an instruction. A loop that waits for memory or for an mbarrier has none of these; for
+// atomics and try_wait, their handlers say it.
 static bool is_advance(const Instruction& i) {
     switch (i.kind) {
-        case Kind::integer:
-        case Kind::predicate:
-        case Kind::move:
-        case Kind::branch:
-        case Kind::parameter:
-        case Kind::added:
-            return false;
+        case Kind::tensor:
+        case Kind::shared_store:
+        case Kind::global_store:
+        case Kind::copy:
+            return true;
+        case Kind::sync:
+            return i.run != handlers::mbarrier_try_wait && i.run != handlers::nothing;
         default:
-            return i.run != handlers::mbarrier_try_wait;
+            return false;
     }
 }
 
@@ -155,6 +172,21 @@ static Split take_split(Warp& warp, int which) {
     return taken;
 }
 
+// The lanes of a mask that run an instruction with a membermask now: those with one value of it, if all that it names are
+// there or have left. 0: they all wait.
+uint32_t Warp::complete_group(const Instruction& i, uint32_t mask) {
+    const Register<uint32_t> members(*this, i.members);
+    for (uint32_t left = mask; left;) {
+        const uint32_t named = members.get(first_lane(left));
+        uint32_t group = 0;
+        for_lanes(left, [&](int l) { group |= uint32_t{members.get(l) == named} << l; });
+        if (group & ~named) fail("lane %d is not in its membermask 0x%08x", first_lane(group & ~named), named);
+        if (!(named & live & ~group)) return group;
+        left &= ~group;
+    }
+    return 0;
+}
+
 bool Warp::run(int instructions) {
     bool has_run = false;
     while (instructions > 0 && !splits.empty()) {
@@ -173,16 +205,25 @@ bool Warp::run(int instructions) {
             if (i.guard >= 0) mask &= i.is_guard_inverted ? ~predicate(i.guard) : predicate(i.guard);
             failing_warp = this;
             failing_instruction = &i;
-            uint32_t needed = i.is_aligned ? live : 0;
-            if (i.members >= 0 && mask) needed = Register<uint32_t>(*this, i.members).get(first_lane(mask)) & live;
-            if (needed & ~now.mask) {
+            if (i.is_aligned && now.mask != live) {
                 splits.push_back({pc, now.mask, {Wait::lanes}});
                 break;
             }
-            if (i.is_aligned && (mask != now.mask || (i.kind == Kind::tensor && live != kAllLanes))) {
+            // Undefined if a lane has left.
+            const bool needs_warp = i.kind == Kind::tensor || i.kind == Kind::ldmatrix;
+            if (i.is_aligned && (mask != now.mask || (needs_warp && live != kAllLanes))) {
                 fail("an aligned instruction without all lanes: 0x%08x", mask);
             }
-            if (i.members >= 0) mask &= needed;
+            if (i.members >= 0 && mask) {
+                const uint32_t group = complete_group(i, mask);
+                if (group != mask) {
+                    splits.push_back({pc, mask & ~group, {group ? Wait::none : Wait::lanes}});
+                    now.mask &= ~mask | group;
+                    mask = group;
+                    join = pc;
+                }
+                if (!now.mask) break;
+            }
             if (!busy.empty()) check_products(i);
             if (!touched.empty()) note_accesses(i);
             const Status status = mask ? i.run(*this, i, mask) : Status::next;
@@ -207,6 +248,9 @@ bool Warp::run(int instructions) {
                 splits.push_back({pc, now.mask, {}});
             } else if (status == Status::exit) {
                 live &= ~mask;
+                for (Split& other : splits) {
+                    if (other.wait.reason == Wait::lanes) other.wait = {};
+                }
                 if (rest.mask) splits.push_back(rest);
                 if (!live) finish();
             } else {
@@ -227,6 +271,7 @@ void Warp::finish() {
     if (!copies.empty()) fail("leaves with cp.async in flight");
     if (!products.empty()) fail("leaves with wgmma in flight");
     finish_stores(*this);
+    release_barriers(*block);
     block->has_advanced = true;
 }
 
@@ -247,10 +292,7 @@ static std::string places_of(const Block& block) {
     return text;
 }
 
-[[noreturn]] static void fail_with_places(const Block& block) {
-    failing_warp = nullptr;
-    fail("deadlock:%s", places_of(block).c_str());
-}
+[[noreturn]] static void fail_with_places(const Block& block) { fail("deadlock:%s", places_of(block).c_str()); }
 
 static void run_block(Block& block) {
     const size_t count = block.warps.size();
@@ -262,6 +304,7 @@ static void run_block(Block& block) {
             if (warp.splits.empty()) continue;
             is_alive = true;
             has_run |= warp.run(1 + static_cast<int>(block.next_random() % 400));
+            failing_warp = nullptr;   // what fails from here on is no instruction of this warp
             if (!block.loads.empty() && block.next_random() % 16 == 0) land_load(block);
         }
         if (!is_alive) break;

@@ -257,18 +257,29 @@ void Warp::note_accesses(const Instruction& i) {
 }
 
 void Warp::check_products(const Instruction& i) {
-    if (i.run == handlers::wgmma) return;
+    const auto is_of_a = [&](int offset) { return busy.count(offset + 1) > 0; };
     const auto check = [&](int offset, bool is_write) {
         if (offset < 0) return;
-        if (busy.count(offset) || (is_write && busy.count(offset + 1))) {
+        if (busy.count(offset) || (is_write && is_of_a(offset))) {
             fail("%s a register of a wgmma in flight", is_write ? "writes" : "reads");
         }
     };
+    const int* list = kernel->lists.data() + i.list;
+    int first = 0, targets = 0;       // of the list: what is checked begins there, and starts with so many targets
+    if (i.run == handlers::wgmma) {   // an accumulator may be one in flight
+        first = i.width / 2;
+        if (std::any_of(list, list + first, is_of_a)) fail("writes a register of a wgmma in flight");
+    } else if (i.run == handlers::mma) {
+        targets = 4;
+    } else if (i.kind == Kind::shared_load || i.kind == Kind::global_load || i.kind == Kind::parameter ||
+               i.run == handlers::ldmatrix) {
+        targets = i.count;
+    }
+    const bool has_two_targets = i.run == handlers::unpack32 || i.run == handlers::unpack64;
     check(i.d, true);
-    for (const int offset : {i.a, i.b, i.c, i.e}) check(offset, false);
-    const bool writes_list = i.kind == Kind::shared_load || i.kind == Kind::global_load || i.kind == Kind::parameter ||
-                             i.run == handlers::ldmatrix || i.kind == Kind::tensor;
-    for (int n = 0; n < i.count; ++n) check(kernel->lists[static_cast<size_t>(i.list + n)], writes_list);
+    check(i.b, has_two_targets);
+    for (const int offset : {i.a, i.c, i.e}) check(offset, false);
+    for (int n = first; n < i.count; ++n) check(list[n], n < targets);
 }
 
 void finish_products(Block& block) {
