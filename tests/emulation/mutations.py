@@ -1100,7 +1100,6 @@ ATTENTION_OPERATOR = [
         BACKWARD,
         backward_ampere,
         ("delta forgotten", "ds[f][i] = p[f][i] * (ds[f][i] - delta);", "ds[f][i] = p[f][i] * ds[f][i];"),
-        ("rows that see nothing weigh", "own_lse == -INFINITY ? INFINITY : own_lse * kLog2e", "own_lse * kLog2e"),
         ("last rows forgotten", "divide_up(queries.end * a.heads_per_tile, rows)}", "queries.end * a.heads_per_tile / rows}"),
         ("dK not scaled", "        scale_rows(dk[f], scale);\n", ""),
         ("numbers of the other stage", "+ tile % 2 * Tile::row_numbers;", "+ (tile + 1) % 2 * Tile::row_numbers;"),
