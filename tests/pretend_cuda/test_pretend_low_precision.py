@@ -12,7 +12,17 @@ from tiny_run import losses, records, tiny_flags, write_text
 
 from pretend_cuda import on_pretend_cuda
 from pretend_cuda.counted_training import count_waits, waits
-from pretend_cuda.test_pretend_programs import RANKS, TINY, assert_near, on_ranks, run, train, train_until_stopped
+from pretend_cuda.test_pretend_programs import (
+    RANKS,
+    TINY,
+    assert_near,
+    chat_flags,
+    on_ranks,
+    run,
+    train,
+    train_until_stopped,
+    train_with,
+)
 
 # Of width 128, the least that FP8 takes. The emulated kernels of Muon would take most of the time.
 FP8 = {"depth": 2, "device_batch_size": 4, "eval_every": 2, "save_every": 0, "optimizer": "adamw", "sample_every": 0}
@@ -27,15 +37,6 @@ def refused(folder, **flags):
         assert main(tiny_flags(folder, **TINY | flags)) == 2
     assert not (folder / "runs").exists()
     return err.getvalue()
-
-
-def write_chats(folder):
-    """Write conversations to learn and to measure on, and return the flags of a short run of finetune."""
-    question = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "a tensor."}
-    chats = folder / "chats.jsonl"
-    chats.write_text(4 * (json.dumps({"messages": question}) + "\n"))
-    where = ["--out-dir", folder / "runs", "--cache-dir", folder / "cache", "--sample-every", 0, "--save-every", 2]
-    return ["--data", chats, "--val-data", chats, "--device", "cuda", *where]
 
 
 # --- FP8 ---
@@ -87,16 +88,10 @@ def test_fp8_is_refused_on_a_gpu_without_it(tmp_path):
 FP8_ON_RANKS = RANKS | FP8 | {"device_batch_size": 2, "eval_every": 2, "fp8": "rowwise"}
 
 
-@on_pretend_cuda
-def train_in_fp8_on_one_rank(tmp_path):
-    write_text(tmp_path / "text.jsonl")
-    train(tmp_path, run="one", steps=2, **FP8_ON_RANKS)
-
-
 @pytest.mark.slow
 def test_two_ranks_train_in_fp8_as_one(tmp_path):
     """The scale of a row depends on no other row, so that only the sums of the gradients differ."""
-    train_in_fp8_on_one_rank(tmp_path=tmp_path)
+    train_with(tmp_path=tmp_path, flags={"steps": 2, **FP8_ON_RANKS})
     on_ranks(tmp_path, 2, run="two", steps=2, **FP8_ON_RANKS)
     assert_near(losses(tmp_path / "runs/two"), losses(tmp_path / "runs/one"), 1e-2)
 
@@ -108,7 +103,17 @@ def test_fine_tuning_in_fp8_follows_bfloat16(tmp_path):
 
     write_text(tmp_path / "text.jsonl")
     train(tmp_path, run="base", steps=1, **FP8 | {"max_seq_len": 32, "device_batch_size": 2})
-    given = ["--checkpoint", tmp_path / "runs/base", *write_chats(tmp_path), "--num-iterations", 3]
+    given = [
+        "--checkpoint",
+        tmp_path / "runs/base",
+        "--device",
+        "cuda",
+        *chat_flags(tmp_path),
+        "--save-every",
+        2,
+        "--num-iterations",
+        3,
+    ]
     run(finetune.main, *given, "--run", "bf16")
     out = run(finetune.main, *given, "--run", "fp8", "--fp8", "rowwise")
     assert "fp8      rowwise, 12 of 13 linear layers" in out
@@ -282,7 +287,17 @@ def test_fine_tuning_in_float16_resumes_exactly(tmp_path):
 
     write_text(tmp_path / "text.jsonl")
     train(tmp_path, run="base", steps=3, eval_every=3, max_seq_len=32)
-    given = ["--checkpoint", tmp_path / "runs/base", *write_chats(tmp_path), "--num-iterations", 4]
+    given = [
+        "--checkpoint",
+        tmp_path / "runs/base",
+        "--device",
+        "cuda",
+        *chat_flags(tmp_path),
+        "--save-every",
+        2,
+        "--num-iterations",
+        4,
+    ]
     assert " | float16" in run(finetune.main, *given, "--run", "whole")
     run(finetune.main, *given, "--run", "resumed")
     shutil.rmtree(tmp_path / "runs/resumed/checkpoints/step_000004")

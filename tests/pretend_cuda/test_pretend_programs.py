@@ -57,6 +57,15 @@ def train_until_stopped(folder, **flags):
     Trainer.train_step = step
 
 
+def chat_flags(folder):
+    """Write conversations to learn and to measure on. Return the flags of finetune for them, without samples."""
+    question = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "a tensor."}
+    chats = folder / "chats.jsonl"
+    chats.write_text(4 * (json.dumps({"messages": question}) + "\n"))
+    where = ["--out-dir", folder / "runs", "--cache-dir", folder / "cache", "--sample-every", 0]
+    return ["--data", chats, "--val-data", chats, *where]
+
+
 def assert_near(one, other, tolerance):
     """Compare the losses of two runs step by step."""
     assert [entry[:2] for entry in one] == [entry[:2] for entry in other]
@@ -150,11 +159,7 @@ def test_commands_run_a_trained_model(tmp_path):
     gpu, cpu = (json.loads(run(*measure, "--device", device)) for device in ("cuda", "cpu"))
     assert gpu["bpb"] == pytest.approx(cpu["bpb"], rel=1e-2)
 
-    question = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "a tensor."}
-    (tmp_path / "chats.jsonl").write_text(4 * (json.dumps({"messages": question}) + "\n"))
-    chats = ["--data", tmp_path / "chats.jsonl", "--val-data", tmp_path / "chats.jsonl"]
-    where = ["--out-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache", "--run", "chat"]
-    run(finetune.main, *given, *chats, *where, "--num-iterations", 2, "--sample-every", 0)
+    run(finetune.main, *given, *chat_flags(tmp_path), "--run", "chat", "--num-iterations", 2)
     assert [step for kind, step, _ in losses(tmp_path / "runs/chat") if kind == "train"] == [1, 2]
     given[1] = tmp_path / "runs/chat"
     answers = [run(chat.main, *given, "--prompt", "who?", "--max-tokens", 4) for _ in range(2)]
@@ -360,14 +365,15 @@ TODAY = RANKS | {"recipe": "today", "warmup_steps": 2, "depth": 2, "n_kv_head": 
 
 
 @on_pretend_cuda
-def train_todays_recipe_on_one_rank(tmp_path):
+def train_with(tmp_path, flags):
+    """Train "one" on one rank."""
     write_text(tmp_path / "text.jsonl")
-    train(tmp_path, run="one", steps=3, **TODAY)
+    train(tmp_path, run="one", **flags)
 
 
 def test_two_ranks_train_todays_recipe_as_one(tmp_path):
     """Value embeddings, scalars and gates are sharded or summed; the rows of best fit are shared between the ranks."""
-    train_todays_recipe_on_one_rank(tmp_path=tmp_path)
+    train_with(tmp_path=tmp_path, flags={"steps": 3, **TODAY})
     _, ranks = on_ranks(tmp_path, 2, run="two", steps=3, **TODAY)
     assert [waits(step) for step in ranks[0]] == [1, 2, 1]
     assert_near(losses(tmp_path / "runs/two"), losses(tmp_path / "runs/one"), 1e-3)
