@@ -60,6 +60,25 @@ class KernelError(Exception):
     """The message of a launch that failed, from the emulation or the sanitizer."""
 
 
+def message(kernels, entry, *values, seed=0):
+    """Return the message of a launch, which must fail."""
+    try:
+        kernels.call(entry, *values, seed=seed)
+    except KernelError as error:
+        return str(error)
+    raise AssertionError(f"{entry} did not fail")
+
+
+def write_kernels(folder, name, text):
+    """Write a source beside what it includes, as in tests/emulation/kernels, and return its path."""
+    source = folder / "tests/emulation/kernels" / name
+    source.parent.mkdir(parents=True)
+    (folder / "csrc").symlink_to(ROOT / "csrc")
+    (folder / "tests/emulation/entry.h").symlink_to(ROOT / "tests/emulation/entry.h")
+    source.write_text(text)
+    return source
+
+
 class Argument(ctypes.Union):
     _fields_ = (("integer", ctypes.c_int64), ("number", ctypes.c_double), ("pointer", ctypes.c_void_p))
 

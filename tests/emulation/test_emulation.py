@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from harness import ROOT, KernelError, Library, build
+from harness import Library, build, message, write_kernels
 
 SHARED = 4096  # bytes of dynamic shared memory, `base` is its first multiple of 1024
 
@@ -232,22 +232,12 @@ FRESH = Misuse("fresh", "out[thread] = reinterpret_cast<float*>(shared)[thread];
 @pytest.fixture(scope="module")
 def kernels(core, tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
-    source = folder / "tests/emulation/kernels/misuse.cu"
-    source.parent.mkdir(parents=True)
-    (folder / "csrc").symlink_to(ROOT / "csrc")
-    (folder / "tests/emulation/entry.h").symlink_to(ROOT / "tests/emulation/entry.h")
     all_kernels = [
         KERNEL.format(name=m.name, body=m.body, threads=m.threads, shared=SHARED)
         for m in (*MISUSES, ORDER, STORE, FRESH)
     ]
-    source.write_text(SOURCE + "".join(all_kernels) + ENTRIES)
+    source = write_kernels(folder, "misuse.cu", SOURCE + "".join(all_kernels) + ENTRIES)
     return Library(build(source, core))
-
-
-def message(kernels, entry, *values, seed=0):
-    with pytest.raises(KernelError) as error:
-        kernels.call(entry, *values, seed=seed)
-    return str(error.value)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from harness import ROOT, KernelError, PtxLibrary, build_for_ptx
+from harness import PtxLibrary, build_for_ptx, message, write_kernels
 
 SHARED = 4096  # bytes of dynamic shared memory; `base` is its first multiple of 1024
 
@@ -333,22 +333,12 @@ FRESH = Case("fresh", "out[thread] = reinterpret_cast<float*>(shared)[thread];",
 @pytest.fixture(scope="module")
 def kernels(executor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptx")
-    source = folder / "tests/emulation/kernels/errors.cu"
-    source.parent.mkdir(parents=True)
-    (folder / "csrc").symlink_to(ROOT / "csrc")
-    (folder / "tests/emulation/entry.h").symlink_to(ROOT / "tests/emulation/entry.h")
     all_kernels = [
         KERNEL.format(name=one.name, body=one.body, threads=one.threads, shared=SHARED)
         for one in (*CASES, *(one for one, _ in RIGHT), ORDER, FINE, FRESH)
     ]
-    source.write_text(SOURCE + "".join(all_kernels) + ENTRIES)
+    source = write_kernels(folder, "errors.cu", SOURCE + "".join(all_kernels) + ENTRIES)
     return PtxLibrary(build_for_ptx(source, executor, "90a"), executor)
-
-
-def message(kernels, entry, *values, seed=0):
-    with pytest.raises(KernelError) as error:
-        kernels.call(entry, *values, seed=seed)
-    return str(error.value)
 
 
 @pytest.fixture
