@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat_native.data.conversations import is_chat_trained
+from nanochat_native.data.conversations import has_code_tokens, is_chat_trained
 from nanochat_native.inference.engine import Engine
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import run_command
@@ -56,6 +56,8 @@ class Options:
     connection_timeout: int = 30
     """Seconds to wait for a client to send the headers of a request, or to read an answer, before the connection is
     closed."""
+    calculator: bool = True
+    """Compute the calculations that the model writes as code in a chat, and give it the results."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to run on; default: the GPU if there is one."""
 
@@ -138,6 +140,7 @@ def run(options: Options) -> int:
         name,
         tokenizer,
         chat_trained=is_chat_trained(meta),
+        calculator=options.calculator and is_chat_trained(meta) and has_code_tokens(tokenizer),
         capacity=capacity,
         trained_positions=engine.trained_positions,
         choices=min(MAX_CHOICES, options.slots + options.max_waiting),

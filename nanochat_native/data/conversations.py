@@ -15,6 +15,7 @@ from typing import Any
 from nanochat_native.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+CALCULATOR = "calculator"  # the function that a client of OpenAI's API offers to compute the model's code
 CHAT_TRAINED = "chat_trained"  # a key in the meta of a checkpoint; absent for a base model
 _OTHER_ROLES = {"developer": "system", "tool": "user", "function": "user"}  # from OpenAI's API; see as_turns
 _PARTS = {
@@ -22,6 +23,8 @@ _PARTS = {
     "python": ("<|python_start|>", "<|python_end|>"),
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
+
+CODE_TOKENS = tuple(name for around in _PARTS.values() if around for name in around)
 
 # In the output of the template, MARK begins an escape for the tokenizer: SPLIT means nothing, and MARKED means MARK.
 MARK = "\ufdd0"  # a Unicode noncharacter, reserved for internal use
@@ -204,19 +207,48 @@ def _render_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
 def prompt_of(tokenizer: Tokenizer, messages: Any, *, chat_trained: bool) -> list[int]:
     """Return the prompt for the assistant's next message, after messages in any form that `as_turns` accepts.
 
-    The last turn must be the user's. A base model has never seen the special tokens, so it continues the texts of all
-    messages, joined by line breaks. Raises ValueError for messages that as_turns refuses, and if the tokenizer lacks a
-    special token.
+    The last turn must be the user's, or the assistant's with the output of code, which the assistant then continues. A
+    base model has never seen the special tokens, so it continues the texts of all messages, joined by line breaks.
+    Raises ValueError for messages that as_turns refuses, and if the tokenizer lacks a special token.
     """
     turns = as_turns(messages)
-    if turns[-1]["role"] != "user":
+    continues = turns[-1]["role"] == "assistant" and _ends_with(turns[-1]["content"], "python_output")
+    if turns[-1]["role"] != "user" and not continues:
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         raise ValueError(f"messages[{last}].role must be 'user' in the last message, got 'assistant'")
     if not chat_trained:
         text = "\n".join(text_of(message["content"]) for message in turns)
         return [tokenizer.bos_id, *tokenizer.encode(text)]
     tokens, _ = _render_turns(tokenizer, turns)
+    if continues:
+        return tokens[:-1]  # without <|assistant_end|>
     return [*tokens, *special_ids(tokenizer, ("<|assistant_start|>",))]
+
+
+def has_code_tokens(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer has the special tokens of code and its output."""
+    return all(name in tokenizer.special_tokens for name in CODE_TOKENS)
+
+
+def content_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str | list[dict[str, str]]:
+    """Return the tokens that an assistant wrote as the content of its message.
+
+    It is a text, or a list of parts if there is code in it. Code or an output that has no end ends with the tokens.
+    """
+    kinds: dict[int, str] = {}  # of the part that begins behind a special token
+    for kind, around in _PARTS.items() if has_code_tokens(tokenizer) else ():
+        if around:
+            start, end = special_ids(tokenizer, around)
+            kinds |= {start: kind, end: "text"}
+    parts: list[tuple[str, list[int]]] = [("text", [])]
+    for token in tokens:
+        if token in kinds:
+            parts.append((kinds[token], []))
+        else:
+            parts[-1][1].append(token)
+    if len(parts) == 1:
+        return tokenizer.decode(tokens)
+    return [{"type": kind, "text": tokenizer.decode(ids)} for kind, ids in parts if ids or kind != "text"]
 
 
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -243,6 +275,8 @@ def as_turns(messages: Any) -> list[dict[str, Any]]:
       same role. The assistant may begin. If there are only messages of the system, they become one of the user.
     - The content of an assistant may be null beside tool_calls, function_call or refusal. Each call becomes a line of
       text after the content: name(arguments). A refusal becomes text.
+    - A single call of the function `calculator` becomes the code that the assistant ran, and the message of the tool
+      behind it the output of the code. Both belong to the assistant's message, which the next one continues.
 
     Raises ValueError for messages of any other form.
     """
@@ -252,7 +286,12 @@ def as_turns(messages: Any) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         role, content = _role_and_content(message, f"messages[{i}]")
-        if role == "system":
+        last = turns[-1]["content"] if turns and turns[-1]["role"] == "assistant" else ""
+        if message["role"] in ("tool", "function") and _ends_with(last, "python"):
+            turns[-1]["content"] = [*last, {"type": "python_output", "text": text_of(content)}]
+        elif role == "assistant" and _ends_with(last, "python_output"):
+            turns[-1]["content"] = _joined(last, content, "")
+        elif role == "system":
             system.append(text_of(content))
         elif turns and turns[-1]["role"] == role:
             turns[-1]["content"] = _joined(turns[-1]["content"], content)
@@ -278,6 +317,11 @@ def _role_and_content(message: Any, where: str) -> tuple[str, Any]:
         content = [_without_refusal(part) for part in content]
     elif content is None:
         content = message.get("refusal")
+    if (code := _calculation(message)) is not None:
+        if content is not None:
+            _check_content(content, role, f"{where}.content")
+        _check_text(code, f"{where}.tool_calls[0]")
+        return role, _joined(content or "", [{"type": "python", "text": code}], "")
     calls = _calls(message, where)
     if content is not None or calls is None:
         _check_content(content, role, f"{where}.content")
@@ -289,6 +333,27 @@ def _without_refusal(part: Any) -> Any:
     if isinstance(part, dict) and part.get("type") == "refusal":
         return {"type": "text", "text": part.get("refusal")}
     return part
+
+
+def _ends_with(content: Any, kind: str) -> bool:
+    """Return whether the last part of a content is of this kind."""
+    return isinstance(content, list) and bool(content) and content[-1]["type"] == kind
+
+
+def _calculation(message: Message) -> str | None:
+    """Return the code of an assistant's message with a single call of the calculator; None for any other message."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or len(calls) != 1 or not isinstance(calls[0], dict):
+        return None
+    function = calls[0].get("function")
+    if not isinstance(function, dict) or function.get("name") != CALCULATOR:
+        return None
+    try:
+        arguments = json.loads(str(function.get("arguments")))
+    except (ValueError, RecursionError):
+        return None
+    values = list(arguments.values()) if isinstance(arguments, dict) else []
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else None
 
 
 def _calls(message: Message, where: str) -> str | None:
@@ -323,7 +388,7 @@ def _joined(first: Any, second: Any, between: str = "\n\n") -> Any:
     if isinstance(first, str) and isinstance(second, str):
         return first + between + second
     parts = [[{"type": "text", "text": one}] if isinstance(one, str) else one for one in (first, second)]
-    return [*parts[0], {"type": "text", "text": between}, *parts[1]]
+    return [*parts[0], *([{"type": "text", "text": between}] if between else []), *parts[1]]
 
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:

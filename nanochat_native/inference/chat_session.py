@@ -58,6 +58,8 @@ class Options:
     """Draw from tokens with at least this fraction of the likeliest token's probability; None for all."""
     repetition_penalty: float = 1.0
     """Divide positive logits of tokens that are already in the text by this, and multiply negative ones; 1 for none."""
+    calculator: bool = True
+    """Compute the calculations that the model writes as code, and give it the results."""
     seed: int = 0
     """Seed of the draws; the same seed and messages give the same answers."""
     device: Literal["cpu", "cuda"] | None = None
@@ -76,6 +78,7 @@ class Chat:
         self.engine, self.options, self.chat_trained, self.say = engine, options, chat_trained, say
         self.tokenizer: Tokenizer = engine.tokenizer
         self.system, self.turns = options.system, list[dict[str, Any]]()
+        self.calculates = options.calculator and chat_trained and conversations.has_code_tokens(self.tokenizer)
         self.draws = 0  # number of answers so far; each has its own seed
         self._length, self._warned_length = 0, False  # tokens of the last prompt and its answer
 
@@ -105,19 +108,20 @@ class Chat:
             min_p=options.min_p,
             repetition_penalty=options.repetition_penalty,
             stop_tokens=conversations.stop_tokens(self.tokenizer) if self.chat_trained else (),
+            code="compute" if self.calculates else "write",
             seed=random.Random(f"{options.seed} {self.draws}").getrandbits(32),
         )
         self.draws += 1
-        said: list[str] = []
+        said: list[int] = []
         self._length = len(prompt)
         try:
             with contextlib.closing(self.engine.stream(prompt, sampling)) as pieces:
                 for piece in pieces:
-                    said.append(piece.text)
+                    said += piece.tokens
                     self._length += len(piece.tokens)
                     yield piece.text
         finally:
-            self.turns.append({"role": "assistant", "content": "".join(said)})
+            self.turns.append({"role": "assistant", "content": conversations.content_of(self.tokenizer, said)})
 
     def warn_of_length(self) -> None:
         """Note once that prompt and answer are longer than the sequences of the training."""

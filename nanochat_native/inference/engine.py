@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native.data.tokenizer import Tokenizer
+from nanochat_native.inference.calculator import CodeReader
 from nanochat_native.inference.sampling import NONFINITE_LOGITS, Sampling, Scored, sample, score
 from nanochat_native.inference.text_stream import TextStream
 from nanochat_native.model.decoder import Decoder
@@ -56,17 +57,19 @@ class Request:
     """A prompt and its continuation. Engine.submit creates it.
 
     Attributes:
-        tokens: Tokens drawn so far.
+        tokens: Tokens so far.
+        drawn: For each of them, whether the model drew it; the calculator's results are given.
         text: Their text, as far as it can no longer change, without a stop string; "" if the engine has no tokenizer.
-        scored: Scores of the prompt's tokens and of the drawn ones, with the stop token that ended them, if requested.
+        scored: Scores of the prompt's tokens and of those behind it, with the stop token that ended them, if requested.
         finish_reason: None while the request waits or runs; then "stop" (stop token or string), "length" (max_tokens),
-            "cancelled" or "error".
+            "tool_calls" (code; see Sampling.code), "cancelled" or "error".
         error: Cause of an "error".
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         self.prompt, self.sampling = prompt, sampling
         self.tokens: list[int] = []
+        self.drawn: list[bool] = []
         self.text = ""
         self.scored: list[Scored] = [Scored(prompt[0], None, ())] if sampling.score_prompt else []
         self.finish_reason: str | None = None
@@ -74,6 +77,10 @@ class Request:
         # Number of filled positions in the cache.
         self._filled = 0
         self._read_up_to = (0, 0, 0)  # lengths of tokens, text and scored at the last call of read()
+        self._reader = None
+        if tokenizer is not None and sampling.code != "write":
+            self._reader = CodeReader(tokenizer, sampling.code)
+        self._results: deque[int] = deque()  # tokens of the calculator that come next
         self._stream = None if tokenizer is None else TextStream(tokenizer, sampling.stop)
         # torch's generator uses only the low 32 bits of a seed.
         self._generator = torch.Generator().manual_seed((sampling.seed ^ sampling.seed >> 32) & 0xFFFFFFFF)
@@ -81,6 +88,11 @@ class Request:
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros(1, vocab_size, dtype=torch.bool)
             self._seen[0, prompt] = True
+
+    @property
+    def code(self) -> str | None:
+        """The code that ended the text, if the finish_reason is "tool_calls"."""
+        return None if self._reader is None else self._reader.code
 
     def read(self) -> Output:
         """Return the output that came since the last call."""
@@ -111,17 +123,25 @@ class Request:
     @property
     def _reads_logits(self) -> bool:
         """Whether the next token needs all logits, not only the likeliest."""
-        draws = self._filled + 1 >= len(self.prompt)
+        draws = self._filled + 1 >= len(self.prompt) and not self._results
         return self.sampling.logprobs is not None or (draws and not self._greedy)
 
     def _accept(self, logits: Tensor, likeliest: int) -> int | None:
-        """Return the token drawn from logits (1, V), or None inside the prompt; score the next token if requested."""
+        """Return the token behind the last one, or None inside the prompt; score it if requested.
+
+        It is the calculator's if there is one, or else drawn from logits (1, V).
+        """
         s = self.sampling
-        given = self.prompt[self._filled] if self._filled < len(self.prompt) else None
-        token = given if given is not None else likeliest if self._greedy else self._draw(logits)
+        in_prompt = self._filled < len(self.prompt)
+        if in_prompt:
+            token = self.prompt[self._filled]
+        elif self._results:
+            token = self._results[0]
+        else:
+            token = likeliest if self._greedy else self._draw(logits)
         if s.logprobs is not None:
             self.scored.append(score(logits[0], token, s.logprobs))
-        return token if given is None else None
+        return None if in_prompt else token
 
     def _draw(self, logits: Tensor) -> int:
         s = self.sampling
@@ -143,12 +163,21 @@ class Request:
 
     def _append(self, token: int) -> None:
         self.tokens.append(token)
+        self.drawn.append(not self._results)
+        if self._results:
+            self._results.popleft()
+        content = None
+        if self._reader is not None:
+            content, results = self._reader.put(token)
+            self._results.extend(results)
         if self._seen is not None:
             self._seen[0, token] = True
         if self._stream is not None:
-            self.text += self._stream.put([token])
+            self.text += self._stream.put([token]) if content is None else self._stream.put_bytes(content)
             if self._stream.stopped:
                 self.finish_reason = "stop"
+        if self.code is not None and not self.finish_reason:
+            self._finish("tool_calls")
         if len(self.tokens) == self.sampling.max_tokens and not self.finish_reason:
             self._finish("length")
 
@@ -203,8 +232,8 @@ class Engine:
     def submit(self, prompt_tokens: Sequence[int], sampling: Sampling) -> Request:
         """Add a request; it starts at the next step that has a free slot.
 
-        Raises ValueError for an empty prompt, ids out of range, more tokens than `capacity`, and stop strings without
-        a tokenizer.
+        Raises ValueError for an empty prompt, ids out of range, more tokens than `capacity`, stop strings or acting on
+        code without a tokenizer, and acting on code with a tokenizer that lacks the special tokens of code.
         """
         prompt = list(prompt_tokens)
         if not prompt or not all(type(token) is int and 0 <= token < self.vocab_size for token in prompt):
@@ -214,6 +243,8 @@ class Engine:
             raise ValueError(too_long(len(prompt), sampling.max_tokens, self.capacity))
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"stop must be empty for an engine without a tokenizer, got {sampling.stop!r}")
+        if sampling.code != "write" and self.tokenizer is None:
+            raise ValueError(f"code must be 'write' for an engine without a tokenizer, got {sampling.code!r}")
         if not all(0 <= token < self.vocab_size for token, _ in sampling.logit_bias):
             raise ValueError(f"logit_bias must have ids from 0 to {self.vocab_size - 1}")
         request = Request(prompt, sampling, self.tokenizer, self.vocab_size)

@@ -11,6 +11,7 @@ from torch import Tensor
 NONFINITE_LOGITS = "the model's logits are not finite: its training has diverged"
 # This many tokens usually have nearly all probability; sorting all V takes as long as a forward pass of a small model.
 TOPK_FAST_PATH = 256
+CODE_ACTIONS = ("write", "compute", "call")
 MAX_SCALE = 1e30  # largest factor or divisor of logits
 
 
@@ -153,6 +154,9 @@ class Sampling:
         logit_bias: (token, number) pairs; the number is added to the token's logit before anything else.
         logprobs: Score each token, together with this many of the likeliest tokens; None for no scores.
         score_prompt: Score the tokens of the prompt too, which takes a forward pass for each of them.
+        code: What happens when the model writes code, between <|python_start|> and <|python_end|>. "write": nothing.
+            "compute": the calculator puts the result behind it (inference.calculator). "call": the text ends, and
+            Request.code is the code.
     """
 
     max_tokens: int
@@ -167,10 +171,13 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     score_prompt: bool = False
+    code: str = "write"
 
     def __post_init__(self) -> None:
         if type(self.max_tokens) is not int or self.max_tokens < 0:
             raise ValueError(f"max_tokens must be a whole number >= 0, got {self.max_tokens!r}")
+        if self.code not in CODE_ACTIONS:
+            raise ValueError(f"code must be one of {', '.join(CODE_ACTIONS)}, got {self.code!r}")
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ValueError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")

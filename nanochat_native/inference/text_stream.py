@@ -22,12 +22,16 @@ class TextStream:
         self.stopped = False
 
     def put(self, tokens: Sequence[int], *, final: bool = False) -> str:
-        """Add tokens; return the text that can no longer change.
+        """Add tokens; return the text that can no longer change, as put_bytes does."""
+        return self.put_bytes(self._tokenizer.decode_bytes(tokens), final=final)
+
+    def put_bytes(self, content: bytes, *, final: bool = False) -> str:
+        """Add bytes of the text; return the text that can no longer change.
 
         The possible beginning of a stop string is held back until `final`. The text ends before the stop string that
         ends first.
         """
-        self._held += self._decoder.decode(self._tokenizer.decode_bytes(tokens), final)
+        self._held += self._decoder.decode(content, final)
         found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
         if found:
             end, length = min(found)

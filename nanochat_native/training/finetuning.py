@@ -257,7 +257,9 @@ class Finetuning:
         ends = conversations.stop_tokens(tokenizer)
         with autocast:
             engine = Engine(model, tokenizer, slots=1, capacity=capacity)
-        (request,) = engine.generate([(prompt, Sampling(capacity - len(prompt), temperature=0, stop_tokens=ends))])
+        code = "compute" if conversations.has_code_tokens(tokenizer) else "write"
+        sampling = Sampling(capacity - len(prompt), temperature=0, stop_tokens=ends, code=code)
+        (request,) = engine.generate([(prompt, sampling)])
         if request.error is not None:
             raise ValueError(request.error)
         question = tokenizer.decode(prompt)

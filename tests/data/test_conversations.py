@@ -217,6 +217,43 @@ def test_parts_of_an_assistants_neighbouring_messages_stay_parts():
     assert as_turns(messages) == [user("a"), assistant(parts), user("c")]
 
 
+def calculator(*arguments):
+    """An assistant's message with a call of the calculator for each text of arguments."""
+    calls = [{"type": "function", "function": {"name": "calculator", "arguments": one}} for one in arguments]
+    return {"role": "assistant", "content": "so ", "tool_calls": calls}
+
+
+SUM = '{"expression": "1+1"}'
+RAN = [{"type": "text", "text": "so "}, *PYTHON, {"type": "python_output", "text": "2"}]
+
+
+def test_calls_of_the_calculator_are_code_that_ran():
+    asked = [user("a"), calculator(SUM), system("2", "tool")]
+    assert as_turns(asked) == [user("a"), assistant(RAN)]
+    whole, _ = render(TOKENIZER, as_turns(asked))
+    assert prompt_of(TOKENIZER, asked, chat_trained=True) == whole[:-1], "the assistant continues its message"
+    further = [*asked, assistant("it is 2"), user("b")]
+    told = [*RAN, {"type": "text", "text": "it is 2"}]
+    assert as_turns(further) == [user("a"), assistant(told), user("b")]
+    again = [*asked, calculator('{"x": "2*3"}'), system([{"type": "text", "text": "6"}], "tool")]
+    more = [{"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"}]
+    assert as_turns(again) == [user("a"), assistant([*RAN, {"type": "text", "text": "so "}, *more])]
+    bare = [user("a"), calculator(SUM) | {"content": None}, system("2", "function")]
+    assert as_turns(bare) == [user("a"), assistant(RAN[1:])]
+    assert as_turns([user("a"), calculator(SUM), user("b")])[1] == assistant(RAN[:2]), "without an output"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(SUM, SUM), ("1+1",), ('"1+1"',), ('{"x": 1}',), ("{}",), ('{"a": "1", "b": "2"}',), ("[" * 100_000,)],
+    ids=lambda arguments: arguments[0][:20],
+)
+def test_other_calls_of_the_calculator_are_text(arguments):
+    turns = as_turns([user("a"), calculator(*arguments), system("2", "tool")])
+    lines = "\n".join(f"calculator({one})" for one in arguments)
+    assert turns == [user("a"), assistant(f"so \n{lines}"), user("2")]
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [

@@ -1,8 +1,10 @@
 """The chat in the terminal: history, commands, what no longer fits; on a pseudo-terminal with Ctrl-C; in a pipe."""
 
 import contextlib
+import dataclasses
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -73,6 +75,32 @@ def test_the_model_sees_the_history_and_ends_with_its_answer(talks):
     assert talk.messages == [*history, {"role": "assistant", "content": second}]
     assert prompts[0][1].stop_tokens == conversations.stop_tokens(talk.tokenizer)
     assert prompts[0][1].seed != prompts[1][1].seed
+
+
+def test_calculations_are_kept_as_code(talks, script, tmp_path):
+    talk, _ = talks
+    talk.options.temperature = 0
+    start, end, *_ = conversations.special_ids(talk.tokenizer, conversations.CODE_TOKENS)
+    (over,) = conversations.special_ids(talk.tokenizer, ["<|assistant_end|>"])
+    script(talk.engine, [start, *talk.tokenizer.encode("6*7"), end, over, start, end, over])
+    assert ask(talk, "how many?") == "<<6*7=42>>"
+    content = [{"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]
+    assert talk.turns[1] == {"role": "assistant", "content": content}
+    assert ask(talk, "sure?") == "<<>>"
+    talk.save(tmp_path / "saved.jsonl")
+    (saved,) = (tmp_path / "saved.jsonl").read_text().splitlines()
+    conversations.check_messages(json.loads(saved)["messages"])
+
+
+def test_without_the_calculator_nothing_is_calculated(talks, script):
+    talk, _ = talks
+    options = dataclasses.replace(talk.options, temperature=0, calculator=False)
+    talk = Chat(talk.engine, options, chat_trained=True, say=print)
+    start, end, *_ = conversations.special_ids(talk.tokenizer, conversations.CODE_TOKENS)
+    (over,) = conversations.special_ids(talk.tokenizer, ["<|assistant_end|>"])
+    script(talk.engine, [start, *talk.tokenizer.encode("6*7"), end, over])
+    assert ask(talk, "how many?") == "<|python_start|>6*7<|python_end|>"
+    assert talk.turns[1]["content"] == [{"type": "python", "text": "6*7"}]
 
 
 def test_the_same_seed_gives_the_same_conversation(talks):

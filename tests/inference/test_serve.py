@@ -76,6 +76,7 @@ class Running:
             "tiny",
             tokenizer,
             chat_trained=chat,
+            calculator=chat,
             capacity=600,
             trained_positions=self.engine.trained_positions,
             max_tokens=500,
@@ -547,6 +548,69 @@ def test_a_bias_bends_the_draws(server):
 # --- roles ---
 
 
+CALCULATOR = {
+    "type": "function",
+    "function": {"name": "calculator", "parameters": {"type": "object", "properties": {"sum": {"type": "string"}}}},
+}
+
+
+def calculation(tokenizer):
+    """What a model draws that calculates 6*7 after a word, and that draws a word and the end after it."""
+    start, end, *_ = conversations.special_ids(tokenizer, conversations.CODE_TOKENS)
+    (over,) = conversations.special_ids(tokenizer, ["<|assistant_end|>"])
+    return [*tokenizer.encode("so "), start, *tokenizer.encode("6*7"), end, *tokenizer.encode("yes"), over]
+
+
+def test_the_server_calculates_in_chats(model, script):
+    with started(model, chat=True) as server:
+        script(server.engine, [*calculation(server.tokenizer), *calculation(server.tokenizer)])
+        chat = server.client().chat.completions
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "how many?"}], "temperature": 0}
+        answer = chat.create(**asked)
+        assert answer.choices[0].message.content == "so <<6*7=42>>yes"
+        assert answer.choices[0].message.tool_calls is None
+        answer = chat.create(**asked, tools=[CALCULATOR], tool_choice="none")
+        assert answer.choices[0].message.content == "so <<6*7=42>>yes"
+
+
+def test_a_client_with_a_calculator_calculates_itself(model, script):
+    with started(model, chat=True) as server:
+        tokenizer = server.tokenizer
+        drawn = calculation(tokenizer)
+        first = drawn[: drawn.index(tokenizer.special_tokens["<|python_end|>"]) + 1]
+        given = script(server.engine, [*first, *drawn[len(first) :], *first])
+        chat = server.client().chat.completions
+        messages = [{"role": "user", "content": "how many?"}]
+        asked = {"model": "tiny", "temperature": 0, "tools": [CALCULATOR]}
+        (choice,) = chat.create(**asked, messages=messages).choices
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "so ")
+        (call,) = choice.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("calculator", {"sum": "6*7"})
+
+        messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": "forty-two"}]
+        given.clear()
+        (choice,) = chat.create(**asked, messages=messages).choices
+        assert (choice.finish_reason, choice.message.content) == ("stop", "yes")
+        assert given[0] == tokenizer.special_tokens["<|output_end|>"], "the assistant continues its message"
+
+        streamed = list(chat.create(**asked, messages=messages[:1], stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == "so "
+        (call,) = [call for chunk in streamed for call in chunk.choices[0].delta.tool_calls or []]
+        assert (call.index, call.function.name, call.function.arguments) == (0, "calculator", '{"sum": "6*7"}')
+        assert streamed[-1].choices[0].finish_reason == "tool_calls"
+        server.settles()
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"properties": {}}, {"properties": {"a": {}, "b": {}}}], ids=str)
+def test_a_calculator_without_one_parameter_is_refused(server, parameters):
+    tool = {"type": "function", "function": {"name": "calculator", "parameters": parameters}}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [tool]}
+    status, _, answer = server.request(body, "/v1/chat/completions")
+    assert status == 400
+    assert answer["error"]["message"] == "the function calculator must have one parameter, the expression"
+    assert answer["error"]["param"] == "tools"
+
+
 def test_roles_in_the_orders_of_clients(model):
     tokenizer = model[1]
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -759,7 +823,7 @@ def test_wrong_messages_are_named(server, fields, message):
     ("fields", "message"),
     [
         ({"tools": {}}, "tools must be a list, got an object"),
-        ({"tool_choice": "required"}, "tool_choice must be 'none' or 'auto': this model cannot call tools"),
+        ({"tool_choice": "required"}, "tool_choice must be 'none' or 'auto': this model cannot be made to call tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice must be 'none' or 'auto'"),
         ({"tool_choice": False}, "tool_choice must be 'none' or 'auto'"),
         ({"function_call": {"name": "f"}}, "function_call must be 'none' or 'auto'"),
@@ -1369,9 +1433,12 @@ def test_the_readmes_example(server):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI" in block]
     example = example.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}").replace("d4-chat", "tiny")
-    result = subprocess.run([python(), "-c", example], capture_output=True, text=True, timeout=HANGS, check=True)
-    assert len(result.stdout) > 10
-    assert result.stderr == ""
+    for _ in range(5):  # an answer may be short: its seed is random
+        result = subprocess.run([python(), "-c", example], capture_output=True, text=True, timeout=HANGS, check=True)
+        assert result.stderr == ""
+        if len(result.stdout) > 10:
+            return
+    raise AssertionError("five short answers")
 
 
 # --- load ---

@@ -248,7 +248,7 @@ class Generation:
                 metrics.generated_tokens.add(event.tokens)
                 if event.finish_reason == "error":
                     raise ApiError(500, str(event.error))
-                self.answer.put(event.choice, event.tokens, event.text, event.scored, event.finish_reason)
+                self.answer.put(event.choice, event.tokens, event.text, event.scored, event.finish_reason, event.code)
                 ended += event.finish_reason is not None
                 yield event
             metrics.duration.observe(time.monotonic() - self.arrived)
@@ -270,6 +270,8 @@ class Generation:
                 if chunk := self.answer.chunk(event.choice, event.text, event.scored):
                     yield chunk
                 if event.finish_reason is not None:
+                    if call := self.answer.call_chunk(event.choice):
+                        yield call
                     yield self.answer.last_chunk(event.choice)
         if self.call.include_usage:
             yield self.answer.usage_chunk()

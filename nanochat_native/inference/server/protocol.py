@@ -131,6 +131,7 @@ class Served:
     """The served model and its limits.
 
     Attributes:
+        calculator: Whether calculations in a chat are computed; see inference.calculator.
         capacity: Largest number of tokens of prompt and continuation.
         trained_positions: Sequence length that the model was trained on.
         max_tokens: Largest number of tokens of a continuation.
@@ -140,6 +141,7 @@ class Served:
     name: str
     tokenizer: Tokenizer
     chat_trained: bool
+    calculator: bool
     capacity: int
     trained_positions: int
     max_tokens: int
@@ -169,6 +171,7 @@ class Call:
         hidden: Number of tokens at the beginning of each prompt that are not in its text.
         echo: Whether a choice begins with its prompt.
         logprobs: Number of likeliest tokens to list for each token; None for no log-probabilities.
+        argument: Name of the expression in calls of the client's calculator; None if the client has none.
         prompt_tokens: Number of tokens of the prompts; a prompt counts once, even if it is continued several times.
         ignored: Names of unknown fields.
     """
@@ -184,6 +187,7 @@ class Call:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    argument: str | None
     prompt_tokens: int
     ignored: list[str]
 
@@ -247,15 +251,16 @@ def read_completion(body: dict[str, Any], served: Served) -> Call:
 def read_chat(body: dict[str, Any], served: Served) -> Call:
     """Read a request to /v1/chat/completions. Raises ApiError.
 
-    The model cannot call tools. A request may offer tools, since a model may always call none, but a required call is
-    an error.
+    The only tool that the model can call is a calculator. If a request offers a function of this name, the client
+    computes; else the server does. A request may offer other tools, since a model may always call none, but a required
+    call is an error.
     """
     ignored = _check_fields(body, served, CHAT)
     for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
         if body.get(name) is not None and not isinstance(body[name], list):
             raise ApiError(400, f"{name} must be a list, got {json_kind(body[name])}", param=name)
         if body.get(choice) not in (None, "none", "auto"):
-            message = f"{choice} must be 'none' or 'auto': this model cannot call tools"
+            message = f"{choice} must be 'none' or 'auto': this model cannot be made to call tools"
             raise ApiError(400, message, param=choice, code="unsupported_value")
     try:
         row = conversations.prompt_of(served.tokenizer, body.get("messages"), chat_trained=served.chat_trained)
@@ -274,7 +279,23 @@ def read_chat(body: dict[str, Any], served: Served) -> Call:
     elif logprobs is None:
         logprobs = 0
     limit = given.pop() if given else most
-    return _call(body, served, [row], limit, "messages", ignored, logprobs=logprobs)
+    argument = _calculator_argument(body)
+    return _call(body, served, [row], limit, "messages", ignored, logprobs=logprobs, argument=argument)
+
+
+def _calculator_argument(body: dict[str, Any]) -> str | None:
+    """Return the name of the argument of the calculator that a request offers; None if it offers none."""
+    for tool in body.get("tools") or [] if body.get("tool_choice") != "none" else []:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or function.get("name") != conversations.CALCULATOR:
+            continue
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        if not isinstance(properties, dict) or len(properties) != 1:
+            message = f"the function {conversations.CALCULATOR} must have one parameter, the expression"
+            raise ApiError(400, message, param="tools")
+        return str(next(iter(properties)))
+    return None
 
 
 def _call(
@@ -288,6 +309,7 @@ def _call(
     logprobs: int | None,
     texts: list[str] | None = None,
     hidden: list[int] | None = None,
+    argument: str | None = None,
 ) -> Call:
     """Return the Call of a request; texts and hidden are None for a chat."""
     chat = texts is None
@@ -323,6 +345,7 @@ def _call(
         "stop_tokens": conversations.stop_tokens(served.tokenizer) if served.chat_trained else (),
         "logprobs": 0 if logprobs is None and best_of > count else logprobs,
         "score_prompt": echo and logprobs is not None,
+        "code": "write" if not chat or not served.calculator else "compute" if argument is None else "call",
     }
 
     def repeated(of_prompts: list[Any]) -> list[Any]:
@@ -340,6 +363,7 @@ def _call(
         logprobs=logprobs,
         stream=stream,
         include_usage=_include_usage(body, stream),
+        argument=argument,
         prompt_tokens=sum(map(len, rows)),
         ignored=ignored,
     )
@@ -477,6 +501,7 @@ class Candidate:
     tokens: int = 0
     scored: list[Scored] = field(default_factory=list)
     finish_reason: str = ""
+    code: str | None = None
 
 
 class Answer:
@@ -496,13 +521,21 @@ class Answer:
             "model": served.name,
         }
 
-    def put(self, index: int, tokens: int, text: str, scored: list[Scored], finish_reason: str | None) -> None:
+    def put(
+        self,
+        index: int,
+        tokens: int,
+        text: str,
+        scored: list[Scored],
+        finish_reason: str | None,
+        code: str | None = None,
+    ) -> None:
         """Add the new output of a candidate."""
         candidate = self.candidates[index]
         candidate.text += text
         candidate.tokens += tokens
         candidate.scored += scored
-        candidate.finish_reason = finish_reason or ""
+        candidate.finish_reason, candidate.code = finish_reason or "", code
 
     def whole(self) -> dict[str, Any]:
         """Return the answer without streaming."""
@@ -511,7 +544,10 @@ class Answer:
             candidate = self.candidates[i]
             content: dict[str, Any] = {"text": self._echo(i) + candidate.text}
             if self.call.chat:
-                content = {"message": {"role": "assistant", "content": candidate.text, "refusal": None}}
+                message: dict[str, Any] = {"role": "assistant", "content": candidate.text, "refusal": None}
+                if calls := self._calls(i):
+                    message |= {"content": candidate.text or None, "tool_calls": calls}
+                content = {"message": message}
             end = {"logprobs": self._logprobs(i, candidate.scored), "finish_reason": candidate.finish_reason}
             choices.append({"index": len(choices), **content, **end})
         kind = "chat.completion" if self.call.chat else "text_completion"
@@ -534,10 +570,23 @@ class Answer:
             return None
         return self._chunk(index, {"delta": {"content": text}} if self.call.chat else {"text": text}, logprobs)
 
+    def call_chunk(self, index: int) -> dict[str, Any] | None:
+        """Return the chunk with the call that ends a candidate; None if there is none."""
+        calls = [{"index": 0, **call} for call in self._calls(index)]
+        return self._chunk(index, {"delta": {"tool_calls": calls}}) if calls else None
+
     def last_chunk(self, index: int) -> dict[str, Any]:
         """Return the chunk that ends a candidate."""
         content: dict[str, Any] = {"delta": {}} if self.call.chat else {"text": ""}
         return {**self._chunk(index, content, None, self.candidates[index].finish_reason), **self._warning()}
+
+    def _calls(self, index: int) -> list[dict[str, Any]]:
+        """Return the calls of the client's calculator that a candidate ends with: one or none."""
+        code, argument = self.candidates[index].code, self.call.argument
+        if code is None or argument is None:
+            return []
+        function = {"name": conversations.CALCULATOR, "arguments": json.dumps({argument: code}, ensure_ascii=False)}
+        return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}]
 
     def usage_chunk(self) -> dict[str, Any]:
         """Return the chunk with the usage, the last of a stream that asks for it."""

@@ -20,7 +20,10 @@ class ClosedError(RuntimeError):
 
 
 class Event(NamedTuple):
-    """The new output of a job since its last event. finish_reason is that of Request, None while the job runs."""
+    """The new output of a job since its last event.
+
+    finish_reason and code are those of Request; finish_reason is None while the job runs.
+    """
 
     choice: int
     tokens: int
@@ -28,6 +31,7 @@ class Event(NamedTuple):
     scored: list[Scored]
     finish_reason: str | None
     error: str | None
+    code: str | None = None
 
 
 @dataclass(eq=False)
@@ -148,7 +152,8 @@ class Worker:
         tokens, text, scored = request.read()
         if request.finish_reason is not None:
             del self._jobs[request]
-        self._post(job, Event(job.choice, len(tokens), text, scored, request.finish_reason, request.error))
+        ended = (request.finish_reason, request.error, request.code)
+        self._post(job, Event(job.choice, len(tokens), text, scored, *ended))
 
     def _post(self, job: Job, event: Event) -> None:
         def arrive() -> None:
