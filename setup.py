@@ -1,7 +1,7 @@
 """Builds nanochat_native._C: finds the installed torch, runs CMake with Ninja, puts the module in place.
 
 Environment: NANOCHAT_CUDA=auto|on|off (auto: when an nvcc is found that suits torch), CXX, CUDACXX, CUDA_HOME,
-MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a").
+MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a;10.0;12.0").
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 OLDEST_CUDA = (12, 8)
-DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
+DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a;10.0;12.0"  # 8.0 also runs on 8.6 and 8.9, 10.0 on 10.3, 12.0 on 12.1
 
 
 def fail(sentence):
@@ -89,15 +89,25 @@ def find_nvcc(choice=None, torch_cuda=None):
 
 
 def cuda_architectures():
-    """The entries of TORCH_CUDA_ARCH_LIST ("8.0+PTX", "9.0a"), and the same in CMake's words ("80", "90a-real")."""
+    """Return the entries of TORCH_CUDA_ARCH_LIST, and nvcc's flags for the kernels of all GPUs and for Hopper's.
+
+    The machine code of the kernels of all GPUs comes from one PTX, that of the oldest GPU: they use no instruction of
+    newer ones, and the compiler takes longer to make PTX than to make machine code of it. Hopper's kernels are empty
+    elsewhere, so they are built for 9.0a alone.
+    """
     entries = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES).replace(";", " ").split()
-    found = []
+    numbers, has_ptx = set(), False
     for entry in entries:
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if not match:
             fail(f"TORCH_CUDA_ARCH_LIST must have entries like 8.0;9.0a;8.0+PTX, got {entry!r}.")
-        found.append(match[1] + match[2] + ("" if match[3] else "-real"))
-    return entries, found
+        numbers.add(int(match[1] + match[2]))
+        has_ptx = has_ptx or bool(match[3])
+    oldest = f"compute_{min(numbers)}"
+    codes = [f"sm_{number}" for number in sorted(numbers)] + [oldest] * has_ptx
+    common = f"--generate-code=arch={oldest},code=[{','.join(codes)}]"
+    is_for_hopper = any(entry.removesuffix("+PTX") == "9.0a" for entry in entries)
+    return entries, common, "--generate-code=arch=compute_90a,code=[sm_90a]" if is_for_hopper else ""
 
 
 class CMakeBuild(build_ext):
@@ -113,7 +123,7 @@ class CMakeBuild(build_ext):
         nvcc, cuda_off = find_nvcc(torch_cuda=torch_cuda)
         if torch_cuda and cuda_off and os.environ.get("NANOCHAT_CUDA") != "off":
             print(f"nanochat-native: the build has no CUDA kernels: {cuda_off}.", file=sys.stderr)
-        entries, architectures = cuda_architectures() if nvcc else ([], [])
+        entries, common_code, hopper_code = cuda_architectures() if nvcc else ([], "", "")
 
         build = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
         settings = {
@@ -129,7 +139,12 @@ class CMakeBuild(build_ext):
             "NANOCHAT_CUDA_ARCHITECTURES": " ".join(entries),
         }
         if nvcc:
-            settings |= {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(architectures)}
+            settings |= {
+                "CMAKE_CUDA_COMPILER": nvcc,
+                "CMAKE_CUDA_ARCHITECTURES": "OFF",  # the flags below say them
+                "NANOCHAT_CUDA_CODE": common_code,
+                "NANOCHAT_CUDA_HOPPER_CODE": hopper_code,
+            }
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions]

@@ -29,7 +29,7 @@ struct Device {
 // Where a kernel runs. CPU kernels read `threads`, CUDA kernels read the rest.
 struct Execution {
     int threads = 1;
-    cuda::Device device = {};    // only read by kernels with a variant for Hopper
+    cuda::Device device = {};    // read by kernels with a variant for Hopper, and by those whose blocks stay on the GPU
     void* workspace = nullptr;   // as many bytes of device memory as *_workspace_bytes() returns, 16-byte aligned
     void* stream = nullptr;      // a cudaStream_t
 };

@@ -13,6 +13,7 @@ import nanochat_native
 # The subcommands by group, each with a line of help. A subcommand is named as its module, with hyphens for underscores.
 GROUPS = {
     "Train": {
+        "download": "download datasets",
         "train": "train a GPT",
         "finetune": "fine-tune a trained model on conversations",
     },

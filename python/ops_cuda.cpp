@@ -286,11 +286,12 @@ void adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs
             bool stochastic_rounding, int64_t seed, bool cautious, const std::optional<Tensor>& step_tensor,
             const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
     std::vector<AdamWTensor> storage;
-    const AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, copies, step, lr, beta1, beta2, eps,
-                                            weight_decay, stochastic_rounding, seed, cautious, step_tensor, lr_tensor,
-                                            weight_decay_tensor, storage);
+    AdamW arguments = adamw_arguments(params, grads, exp_avgs, exp_avg_sqs, copies, step, lr, beta1, beta2, eps,
+                                      weight_decay, stochastic_rounding, seed, cautious, step_tensor, lr_tensor,
+                                      weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
+    arguments.execution.device = current_gpu();
     launch(cuda::adamw, cuda::adamw_workspace_bytes, arguments, device);
     for (at::TensorList updated : {params, exp_avgs, exp_avg_sqs, copies}) mark_updated(updated);
 }
@@ -299,10 +300,11 @@ std::tuple<Tensor, Tensor> muon_momentum_(at::TensorList grads, at::TensorList m
                                           bool nesterov, bool with_norms, const std::optional<Tensor>& momentum_tensor,
                                           bool with_row_norms) {
     MuonMomentumStorage storage;
-    const MuonMomentum arguments = muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms,
-                                                           momentum_tensor, with_row_norms, storage);
+    MuonMomentum arguments = muon_momentum_arguments(grads, momentum_buffers, momentum, nesterov, with_norms,
+                                                     momentum_tensor, with_row_norms, storage);
     const at::Device device = grads[0].device();
     const c10::DeviceGuard guard(device);
+    arguments.execution.device = current_gpu();
     launch(cuda::muon_momentum, cuda::muon_momentum_workspace_bytes, arguments, device);
     mark_updated(momentum_buffers);
     if (with_row_norms && arguments.numel > 0)
@@ -314,10 +316,11 @@ void muon_update_(at::TensorList params, const Tensor& update, at::TensorList co
                   double scale, bool cautious, const std::optional<Tensor>& lr_tensor,
                   const std::optional<Tensor>& weight_decay_tensor) {
     MuonUpdateStorage storage;
-    const MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, copies, lr, weight_decay, scale,
-                                                       cautious, lr_tensor, weight_decay_tensor, storage);
+    MuonUpdate arguments = muon_update_arguments("muon_update_", params, update, copies, lr, weight_decay, scale,
+                                                 cautious, lr_tensor, weight_decay_tensor, storage);
     const at::Device device = params[0].device();
     const c10::DeviceGuard guard(device);
+    arguments.execution.device = current_gpu();
     launch(cuda::muon_update, {}, arguments, device);
     for (at::TensorList updated : {params, copies}) mark_updated(updated);
 }

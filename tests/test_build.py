@@ -150,9 +150,14 @@ def run_only_nvcc(run, command, **options):
 
 def test_cuda_architectures(setup, monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert setup.cuda_architectures() == (["8.0+PTX", "9.0a"], ["80", "90a-real"])
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 10.0a;12.0+PTX")
-    assert setup.cuda_architectures()[1] == ["86-real", "100a-real", "120"]
+    common = "--generate-code=arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"
+    hopper = "--generate-code=arch=compute_90a,code=[sm_90a]"
+    assert setup.cuda_architectures() == (["8.0+PTX", "9.0a", "10.0", "12.0"], common, hopper)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0+PTX 10.0a;8.6 8.6")
+    common = "--generate-code=arch=compute_86,code=[sm_86,sm_100,sm_120,compute_86]"
+    assert setup.cuda_architectures() == (["12.0+PTX", "10.0a", "8.6", "8.6"], common, "")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert setup.cuda_architectures()[1:] == ("--generate-code=arch=compute_90,code=[sm_90]", "")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must have entries like .*, got 'Hopper'"):
         setup.cuda_architectures()

@@ -4,6 +4,9 @@
 // 14 if all are bfloat16.
 // In that time an H200 can issue 190, 150 and 96 instructions per element. The kernel needs 43, 73 and 66, the last two
 // with stochastic rounding.
+//
+// The blocks stay on the GPU and take chunks of the tensors in turn. The caches give up gradients and moments first, and
+// keep the copies, which the next kernels read.
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -17,6 +20,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kThreadElements = 8;   // 64 to 128 bytes of loads in flight, 48 to 128 KB per multiprocessor
+constexpr int64_t kChunk = int64_t{kThreads} * kThreadElements;   // elements that a block updates at a time
 
 // Blocks that share a multiprocessor, which leaves 64 registers per thread, or the 80 that packs of 8 need.
 template <int N>
@@ -28,7 +32,7 @@ constexpr int kFewTensors = 64, kManyTensors = 620;
 template <int capacity>
 struct Table {
     AdamWTensor tensors[capacity];
-    uint32_t first_block[capacity];   // tensor i belongs to blocks first_block[i] .. first_block[i + 1] - 1
+    uint32_t first_chunk[capacity + 1];   // tensor i has chunks first_chunk[i] .. first_chunk[i + 1] - 1
     int count;
 };
 
@@ -149,24 +153,12 @@ NANOCHAT_DEVICE void update(Pack<P, N>& param, const Pack<P, N>& grad, Pack<M, N
     }
 }
 
-template <bool stochastic, class P, class M, int capacity>
-__global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
-    adamw_kernel(const __grid_constant__ Table<capacity> table, const Constants given, const Constants* derived,
-                 const Options options) {
+// Updates chunk `chunk` of a tensor.
+template <bool stochastic, class P, class M>
+NANOCHAT_DEVICE void update_chunk(const AdamWTensor& tensor, uint32_t number, int64_t chunk, const Constants& given,
+                                  const Constants* derived, const Options& options) {
     constexpr int N = kPack<P, M>, packs = kThreadElements / N;
-    int index = 0;
-    for (int above = table.count; above - index > 1;) {   // the last tensor whose first block is not after this one
-        const int middle = (index + above) / 2;
-        if (table.first_block[middle] <= blockIdx.x) {
-            index = middle;
-        } else {
-            above = middle;
-        }
-    }
-    const AdamWTensor& tensor = table.tensors[index];
-    const uint32_t number = options.first_tensor + index;
-    const int64_t block = blockIdx.x - table.first_block[index];
-    const int64_t start = (block * packs * kThreads + threadIdx.x) * N;
+    const int64_t start = (chunk * packs * kThreads + threadIdx.x) * N;
     const int64_t end = tensor.numel;
     P* param = static_cast<P*>(tensor.param);
     const P* grad = static_cast<const P*>(tensor.grad);
@@ -177,15 +169,15 @@ __global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
     const bool aligned = is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) &&
                          is_aligned<N>(exp_avg_sq) && is_aligned<N>(copy);
 
-    if (aligned && (block + 1) * kThreads * kThreadElements <= end) {
+    if (aligned && (chunk + 1) * kChunk <= end) {
         Pack<P, N> p[packs], g[packs];
         Pack<M, N> m[packs], v[packs];
 #pragma unroll
         for (int i = 0; i < packs; ++i) {
             const int64_t first = start + i * kThreads * N;
-            g[i] = load<N>(grad + first);
-            m[i] = load<N>(exp_avg + first);
-            v[i] = load<N>(exp_avg_sq + first);
+            g[i] = load_streamed<N>(grad + first);
+            m[i] = load_streamed<N>(exp_avg + first);
+            v[i] = load_streamed<N>(exp_avg_sq + first);
             p[i] = load<N>(param + first);
         }
         const Constants c = derived ? *derived : given;   // read after the loads are issued: their latencies overlap
@@ -193,8 +185,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
         for (int i = 0; i < packs; ++i) {
             const int64_t first = start + i * kThreads * N;
             update<stochastic>(p[i], g[i], m[i], v[i], first, number, options, c);
-            store(exp_avg + first, m[i]);
-            store(exp_avg_sq + first, v[i]);
+            store_streamed(exp_avg + first, m[i]);
+            store_streamed(exp_avg_sq + first, v[i]);
             store(param + first, p[i]);
             store_copy(copy, first, p[i], N, true);
         }
@@ -202,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
     }
     const Constants c = derived ? *derived : given;
 #pragma unroll 1
-    for (int64_t first = start; first < end && first < start + kThreads * kThreadElements; first += kThreads * N) {
+    for (int64_t first = start; first < end && first < start + kChunk; first += kThreads * N) {
         Pack<P, N> p = load<N>(param + first, end - first, aligned);
         const Pack<P, N> g = load<N>(grad + first, end - first, aligned);
         Pack<M, N> m = load<N>(exp_avg + first, end - first, aligned);
@@ -215,31 +207,62 @@ __global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
     }
 }
 
+// Returns the index of the tensor that has a chunk. `index` is the result for an earlier chunk, or 0: in a long tensor it
+// stays the same.
+template <int capacity>
+NANOCHAT_DEVICE int tensor_of(const Table<capacity>& table, uint32_t chunk, int index) {
+    if (chunk < table.first_chunk[index + 1]) return index;
+    for (int above = table.count; above - index > 1;) {   // the last tensor whose first chunk is not after this one
+        const int middle = (index + above) / 2;
+        if (table.first_chunk[middle] <= chunk) {
+            index = middle;
+        } else {
+            above = middle;
+        }
+    }
+    return index;
+}
+
 template <bool stochastic, class P, class M, int capacity>
-void launch(const AdamW& a, const Constants& given, const Constants* derived, void* stream) {
-    constexpr int64_t block_elements = int64_t{kThreads} * kThreadElements;
+__global__ void __launch_bounds__(kThreads, (kBlocksResident<kPack<P, M>>))
+    adamw_kernel(const __grid_constant__ Table<capacity> table, const Constants given, const Constants* derived,
+                 const Options options) {
+    const uint32_t chunks = table.first_chunk[table.count];
+    int index = 0;
+#pragma unroll 1
+    for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+        index = tensor_of(table, chunk, index);
+        update_chunk<stochastic, P, M>(table.tensors[index], options.first_tensor + index,
+                                       chunk - table.first_chunk[index], given, derived, options);
+    }
+}
+
+template <bool stochastic, class P, class M, int capacity>
+void launch(const AdamW& a, const Constants& given, const Constants* derived) {
     for (int64_t start = 0; start < a.count; start += capacity) {
         Table<capacity> table;
         table.count = static_cast<int>(std::min<int64_t>(a.count - start, capacity));
-        int64_t blocks = 0;
+        int64_t chunks = 0;
         for (int i = 0; i < table.count; ++i) {
             table.tensors[i] = a.tensors[start + i];
-            table.first_block[i] = static_cast<uint32_t>(blocks);
-            blocks += (table.tensors[i].numel + block_elements - 1) / block_elements;
+            table.first_chunk[i] = static_cast<uint32_t>(chunks);
+            chunks += (table.tensors[i].numel + kChunk - 1) / kChunk;
         }
-        require(blocks <= INT32_MAX, "adamw_: the tensors must need at most ", INT32_MAX, " blocks of ", block_elements,
-                " elements, got ", blocks);
-        if (blocks == 0) continue;
+        require(chunks <= INT32_MAX, "adamw_: the tensors must need at most ", INT32_MAX, " chunks of ", kChunk,
+                " elements, got ", chunks);
+        table.first_chunk[table.count] = static_cast<uint32_t>(chunks);
+        if (chunks == 0) continue;
         const Options options = {.seed = a.seed, .first_tensor = static_cast<uint32_t>(start), .cautious = a.cautious};
-        device::launch("adamw_", adamw_kernel<stochastic, P, M, capacity>, dim3(static_cast<uint32_t>(blocks)),
-                       dim3(kThreads), 0, stream, table, given, derived, options);
+        device::launch("adamw_", adamw_kernel<stochastic, P, M, capacity>,
+                       resident_blocks(a.execution.device, kBlocksResident<kPack<P, M>>, chunks), dim3(kThreads), 0,
+                       a.execution.stream, table, given, derived, options);
     }
 }
 
 template <bool stochastic, class P, class M>
-void launch(const AdamW& a, const Constants& given, const Constants* derived, void* stream) {
-    a.count <= kFewTensors ? launch<stochastic, P, M, kFewTensors>(a, given, derived, stream)
-                           : launch<stochastic, P, M, kManyTensors>(a, given, derived, stream);
+void launch(const AdamW& a, const Constants& given, const Constants* derived) {
+    a.count <= kFewTensors ? launch<stochastic, P, M, kFewTensors>(a, given, derived)
+                           : launch<stochastic, P, M, kManyTensors>(a, given, derived);
 }
 
 }   // namespace
@@ -253,7 +276,6 @@ int64_t adamw_workspace_bytes(const AdamW& a) {
 
 void adamw(const AdamW& a) {
     using namespace adamw_kernels;
-    void* const stream = a.execution.stream;
     const Numbers numbers = {
         .step = a.step,
         .lr = a.lr,
@@ -266,18 +288,18 @@ void adamw(const AdamW& a) {
     Constants* derived = nullptr;
     if (adamw_workspace_bytes(a) > 0) {
         derived = static_cast<Constants*>(a.execution.workspace);
-        device::launch("adamw_", derive_kernel, dim3(1), dim3(1), 0, stream, numbers, a.step_address, a.lr_address,
-                       a.weight_decay_address, derived);
+        device::launch("adamw_", derive_kernel, dim3(1), dim3(1), 0, a.execution.stream, numbers, a.step_address,
+                       a.lr_address, a.weight_decay_address, derived);
     }
     const bool half_moments = a.moment_dtype == DType::bfloat16;
     if (a.param_dtype == DType::float32) {
-        launch<false, float, float>(a, given, derived, stream);
+        launch<false, float, float>(a, given, derived);
     } else if (a.stochastic_rounding) {
-        half_moments ? launch<true, bfloat16, bfloat16>(a, given, derived, stream)
-                     : launch<true, bfloat16, float>(a, given, derived, stream);
+        half_moments ? launch<true, bfloat16, bfloat16>(a, given, derived)
+                     : launch<true, bfloat16, float>(a, given, derived);
     } else {
-        half_moments ? launch<false, bfloat16, bfloat16>(a, given, derived, stream)
-                     : launch<false, bfloat16, float>(a, given, derived, stream);
+        half_moments ? launch<false, bfloat16, bfloat16>(a, given, derived)
+                     : launch<false, bfloat16, float>(a, given, derived);
     }
 }
 

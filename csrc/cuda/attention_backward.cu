@@ -1,5 +1,6 @@
 // Attention backward with mma.sync (every GPU from sm_80 on), arXiv:2307.08691, in kernels that share no sums, so that
-// nothing is added atomically and the same inputs give the same bits:
+// nothing is added atomically and the same inputs give the same bits. Hopper has its own kernel between the first of
+// these and finish_dq, which rounds its sums of dQ:
 //
 //   rows      delta = rowsum(dO O), and the log-sum-exp base 2, of every row
 //   dK, dV    a block of threads owns keys and passes over the rows that see them:
@@ -42,6 +43,8 @@ __global__ void __launch_bounds__(kThreads)
     if (column == 0) {
         a.lses[place] = own_lse == -INFINITY ? INFINITY : own_lse * kLog2e;
         a.deltas[place] = sum;
+        if (a.dq_counts && place % hopper::kDqRows == 0) a.dq_counts[place / hopper::kDqRows] = 0;
+        if (a.next_item && place == 0) *a.next_item = 0;
     }
 }
 
@@ -51,6 +54,45 @@ void prepare_rows(const AttentionBackward& a, const Backward& b) {
     device::launch("attention_backward", rows_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
                    a.execution.stream, b, static_cast<const T*>(a.out), a.out_strides,
                    static_cast<const float*>(a.lse));
+}
+
+// --- dQ on Hopper ---
+
+// Rounds the sums of a tile of rows.
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads) finish_dq_kernel(const __grid_constant__ Backward a) {
+    constexpr int rows = hopper::kDqRows;
+    NANOCHAT_SHARED(uint4[tile_bytes<D>(rows) / 16], staged);   // chunks
+    const RowTile tile = row_tile(a, a.row_scheduler, rows, blockIdx.x);
+    const Range blocks = visible_key_blocks(tile, a.mask, a.heads_per_tile, 1);
+    float dq[D / 2] = {};
+    if (blocks.begin < blocks.end) {
+        const int64_t row = tile.head_group_index * int64_t{a.padded_rows} + tile.first;
+        const float* sums = a.dq_sums + row * D + 4 * threadIdx.x;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            const auto part = load<4>(sums + n * 4 * kThreads);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dq[4 * n + i] = element(part, i);
+        }
+    }
+    const float scale[2] = {a.scale, a.scale};
+    scale_rows(dq, scale);
+    const auto dq_rows = packed_rows(static_cast<T*>(a.dq), a.dq_strides, tile.head_group, a.heads_per_tile);
+    store_rows<T, D, rows>(reinterpret_cast<unsigned char*>(&staged), dq, threadIdx.x / 32 * 16, a.D,
+                           [&](int r) { return r < tile.count ? dq_rows(tile.first + r) : nullptr; });
+}
+
+template <class T, int D>
+void finish_dq(Backward a, void* stream) {
+    a.row_scheduler = make_scheduler(divide_up(a.mask.Tq * a.heads_per_tile, hopper::kDqRows), a.head_groups, 0, false);
+    device::launch("attention_backward", finish_dq_kernel<T, D>, dim3(static_cast<unsigned>(a.row_scheduler.items())),
+                   dim3(kThreads), 0, stream, a);
+}
+
+template <class T>
+void finish_dq(const Backward& a, void* stream) {
+    hopper::backward_columns(a.D) == 64 ? finish_dq<T, 64>(a, stream) : finish_dq<T, 128>(a, stream);
 }
 
 // --- dK, dV ---
@@ -270,7 +312,7 @@ namespace nanochat::cuda {
 
 int64_t attention_backward_workspace_bytes(const AttentionBackward& a) {
     const attention::RowLayout layout = attention::row_layout_of(a.shape, a.execution.device.hopper);
-    return 2 * int64_t{layout.head_groups} * layout.padded_rows * 4;
+    return 4 * (2 * layout.rows() + layout.dq_sums + layout.dq_counts + (layout.dq_counts ? 1 : 0));
 }
 
 void attention_backward(const AttentionBackward& a) {
@@ -280,7 +322,10 @@ void attention_backward(const AttentionBackward& a) {
     void* const stream = a.execution.stream;
     const bool half = a.dtype == DType::float16;
     half ? prepare_rows<float16>(a, arguments) : prepare_rows<bfloat16>(a, arguments);
-    if (a.execution.device.hopper) return hopper::backward(a, arguments);
+    if (a.execution.device.hopper) {
+        hopper::backward(a, arguments);
+        return half ? finish_dq<float16>(arguments, stream) : finish_dq<bfloat16>(arguments, stream);
+    }
     half ? launch<float16>(arguments, stream) : launch<bfloat16>(arguments, stream);
 }
 

@@ -1,6 +1,13 @@
-// Attention backward on Hopper: the two kernels of attention_backward.cu with tensor copies and wgmma. The transposed
-// scores of a warpgroup are already in place as the operand A of the next product, so that only loaded tiles pass
-// through shared memory.
+// Attention backward on Hopper: one kernel of five products, with tensor copies and wgmma. A block owns a tile of keys and
+// passes over the rows that see them. The transposed scores of a consumer are already in place as the operand A of dV and
+// dK, whose sums stay in registers. For dQ both consumers share their dS through shared memory; each multiplies it by half
+// of the columns of K.
+//
+// Each tile of keys adds its part of dQ to float32 sums in global memory, in ascending order of keys, so that the bits of
+// dQ do not depend on time. A counter for each tile of rows says how many tiles of keys have added. Items of work are in
+// ascending order of keys and are taken in that order, so that a block waits only for items that others have taken. All
+// blocks pass over the rows from the last to the first: a tile of keys then begins with rows that the tile before it has
+// just passed, also where a causal mask hides the first rows from it.
 #include "attention_backward.cuh"
 #include "attention_hopper.cuh"
 
@@ -19,13 +26,50 @@ NANOCHAT_DEVICE void differentiate(float (&ds)[count], const float (&p)[count], 
     for (int i = 0; i < count; ++i) ds[i] = p[i] * (ds[i] - delta(i));
 }
 
-// --- dK, dV ---
-
 // Loads the numbers of a lane's columns of an accumulator, two of every 8.
 template <int count>
 NANOCHAT_DEVICE void load_column_numbers(float (&numbers)[count], uint32_t first) {
 #pragma unroll
     for (int i = 0; i < count; i += 2) device::load_shared_pair(numbers[i], numbers[i + 1], first + 16 * i);
+}
+
+// Starts dq (rows, N) = ds^T k (keys, N). ds has 64 rows of keys, and k points to N columns of the tile of keys.
+template <class T, class Tile>
+NANOCHAT_DEVICE void start_dq(float (&dq)[Tile::D / 4], uint32_t ds, uint32_t k) {
+    const TileOperand<Major::mn, Tile::rows, Tile::keys> left(ds);
+    const TileOperand<Major::mn, Tile::D, Tile::keys> right(k);
+    device::pin_registers(dq);
+    device::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Tile::keys / 16; ++step) {
+        device::wgmma<Tile::D / 2, T, Major::mn, Major::mn>(dq, left(step), right(step), step > 0);
+    }
+    device::wgmma_commit();
+}
+
+// The buffer through which the consumers pass a tile's part of dQ to the thread that adds it. n counts the tiles.
+struct Handover {
+    uint32_t full, empty;   // barriers
+
+    NANOCHAT_DEVICE void initialise(int consumers) const {
+        device::mbarrier_init(full, 4 * consumers);   // one arrival per warp
+        device::mbarrier_init(empty, 1);
+    }
+    NANOCHAT_DEVICE void wait_until_empty(int n) const { device::mbarrier_wait(empty, (n & 1) ^ 1); }
+    NANOCHAT_DEVICE void wait_until_full(int n) const { device::mbarrier_wait(full, n & 1); }
+};
+
+// An item of work: a tile of keys, and the tiles of rows that see it. The last one of a block has tile -1.
+struct Item {
+    int tile, head_group, rows_begin, rows_end;
+};
+
+template <class Tile>
+NANOCHAT_DEVICE Item item_of(const Backward& a, int number) {
+    const TileCoord coord = a.scheduler.coord(number);
+    const int first_key = coord.tile * Tile::keys;
+    const Range queries = a.mask.visible_queries(first_key, min(first_key + Tile::keys, a.mask.Tk) - 1);
+    return {coord.tile, coord.head_group, queries.begin / a.tile_queries, divide_up(queries.end, a.tile_queries)};
 }
 
 struct Maps {
@@ -34,66 +78,96 @@ struct Maps {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::threads, 1)
-    attention_backward_keys_hopper_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Backward a) {
+    attention_backward_hopper_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Backward a) {
 #ifdef NANOCHAT_HOPPER
-    constexpr int D = Tile::D, rows = Tile::rows, stages = Tile::stages;
+    constexpr int D = Tile::D, rows = Tile::rows, keys = Tile::keys, stages = Tile::stages;
+    constexpr int kRowBytes = SmemLayout<D>::width;
+    static_assert(Tile::item_bytes == 2 * sizeof(Item));
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t start = device::shared_address(shared), tile_k = (start + 1023) & ~1023u;
-    const uint32_t tile_v = tile_k + Tile::consumers * Tile::group_bytes,
-                   tile_out = tile_v + Tile::consumers * Tile::group_bytes;
-    const uint32_t tile_q = tile_out + Tile::consumers * Tile::group_bytes, tile_dout = tile_q + stages * Tile::q_bytes;
+    const uint32_t tile_v = tile_k + Tile::k_bytes, tile_out = tile_v + Tile::k_bytes;
+    const uint32_t tile_ds = tile_out + Tile::k_bytes, tile_dq = tile_ds + 2 * Tile::ds_bytes;
+    const uint32_t tile_q = tile_dq + Tile::dq_bytes, tile_dout = tile_q + stages * Tile::q_bytes;
     const uint32_t lses = tile_dout + stages * Tile::q_bytes, deltas = lses + stages * Tile::number_bytes;
-    const Ring<1> key_ring = {tile_k + Tile::tiles_bytes};
+    const uint32_t slots = deltas + stages * Tile::number_bytes;
+    const Ring<2> item_ring = {slots + Tile::item_bytes};
+    const Ring<1> key_ring = {item_ring.barriers + ring_bytes(2)};
     const Ring<stages> q_ring = {key_ring.barriers + ring_bytes(1)}, dout_ring = {q_ring.barriers + ring_bytes(stages)};
+    const uint32_t handover_barriers = dout_ring.barriers + ring_bytes(stages);
+    const Handover handover = {handover_barriers, handover_barriers + 8};
+    Item* const items = reinterpret_cast<Item*>(shared + (slots - start));
     const int group = warpgroup_index();
     if (threadIdx.x == 0) {
+        item_ring.initialise(Tile::consumers, 1);
         key_ring.initialise(Tile::consumers);
         q_ring.initialise(Tile::consumers);
         dout_ring.initialise(Tile::consumers);
+        handover.initialise(Tile::consumers);
         device::fence_mbarrier_init();
     }
     __syncthreads();
 
-    // A tile of keys passes over the rows of all head groups that share its key/value head, `subgroups` of them, in turn.
-    const int subgroups = a.H / a.Hkv / a.heads_per_tile;
-    const auto tiles_of = [&](int first_key) {
-        const Range queries = a.mask.visible_queries(first_key, min(first_key + Tile::keys, a.mask.Tk) - 1);
-        return Range{queries.begin * a.heads_per_tile / rows, divide_up(queries.end * a.heads_per_tile, rows)};
-    };
-
     if (group == 0) {
         device::setmaxnreg_decrease<Tile::producer_registers>();
-        if (threadIdx.x != 0) return;
-        for (int item = blockIdx.x, turn = 0, n = 0; item < a.scheduler.items(); item += gridDim.x) {
-            const TileCoord place = a.scheduler.coord(item);
-            const int batch = place.head_group / a.Hkv, kv_head = place.head_group - batch * a.Hkv;
-            const int first_key = place.tile * Tile::keys;
-            const Range tiles = tiles_of(first_key);
-            if (tiles.begin >= tiles.end) continue;
-            key_ring.producer_acquire(turn, 2 * Tile::consumers * Tile::group_bytes);
-            for (int c = 0; c < Tile::consumers; ++c) {
-                const int key = first_key + c * kGroupRows;
-                load_tile_panels<D, kGroupRows>(tile_k + c * Tile::group_bytes, maps.k, key_ring.full(turn), kv_head,
-                                                key, batch);
-                load_tile_panels<D, kGroupRows>(tile_v + c * Tile::group_bytes, maps.v, key_ring.full(turn), kv_head,
-                                                key, batch);
+        const int warp = warp_of_group();
+        if (warp == 0 && device::elect_one()) {   // loads
+            for (int turn = 0, n = 0;; ++turn) {
+                const int number = static_cast<int>(atomicAdd(a.next_item, 1u));
+                const Item item = number < a.item_count ? item_of<Tile>(a, number) : Item{-1, 0, 0, 0};
+                item_ring.producer_wait(turn);
+                items[turn % 2] = item;
+                device::mbarrier_arrive(item_ring.full(turn));
+                if (item.tile < 0) break;
+                const int batch = item.head_group / a.Hkv, kv_head = item.head_group - batch * a.Hkv;
+                key_ring.producer_acquire(turn, 2 * Tile::k_bytes);
+                load_tile_panels<D, keys>(tile_k, maps.k, key_ring.full(turn), kv_head, item.tile * keys, batch);
+                load_tile_panels<D, keys>(tile_v, maps.v, key_ring.full(turn), kv_head, item.tile * keys, batch);
+                for (int sub = 0; sub < a.sharing; ++sub) {
+                    const int head_group = item.head_group * a.sharing + sub,
+                              head = (kv_head * a.sharing + sub) * a.heads_per_tile;
+                    for (int tile = item.rows_end - 1; tile >= item.rows_begin; --tile, ++n) {
+                        const int stage = Ring<stages>::stage(n), query = tile * a.tile_queries;
+                        q_ring.producer_acquire(n, Tile::q_bytes + Tile::number_bytes);
+                        load_tile_panels<D, rows>(tile_q + stage * Tile::q_bytes, maps.q, q_ring.full(n), head, query,
+                                                  batch);
+                        device::tma_load(lses + stage * Tile::number_bytes, maps.lses, q_ring.full(n), tile * rows,
+                                         head_group);
+                        dout_ring.producer_acquire(n, Tile::q_bytes + Tile::number_bytes);
+                        load_tile_panels<D, rows>(tile_dout + stage * Tile::q_bytes, maps.dout, dout_ring.full(n), head,
+                                                  query, batch);
+                        device::tma_load(deltas + stage * Tile::number_bytes, maps.deltas, dout_ring.full(n),
+                                         tile * rows, head_group);
+                    }
+                }
             }
-            ++turn;
-            for (int sub = 0; sub < subgroups; ++sub) {
-                const int head_group = place.head_group * subgroups + sub,
-                          head = (kv_head * subgroups + sub) * a.heads_per_tile;
-                for (int tile = tiles.begin; tile < tiles.end; ++tile, ++n) {
-                    const int stage = Ring<stages>::stage(n), query = tile * rows / a.heads_per_tile;
-                    q_ring.producer_acquire(n, Tile::q_bytes + Tile::number_bytes);
-                    load_tile_panels<D, rows>(tile_q + stage * Tile::q_bytes, maps.q, q_ring.full(n), head, query,
-                                              batch);
-                    device::tma_load(lses + stage * Tile::number_bytes, maps.lses, q_ring.full(n), tile * rows,
-                                     head_group);
-                    dout_ring.producer_acquire(n, Tile::q_bytes + Tile::number_bytes);
-                    load_tile_panels<D, rows>(tile_dout + stage * Tile::q_bytes, maps.dout, dout_ring.full(n), head,
-                                              query, batch);
-                    device::tma_load(deltas + stage * Tile::number_bytes, maps.deltas, dout_ring.full(n), tile * rows,
-                                     head_group);
+        } else if (warp == 1 && device::elect_one()) {   // adds dQ
+            for (int turn = 0, n = 0;; ++turn) {
+                item_ring.consumer_wait(turn);
+                const Item item = items[turn % 2];
+                device::mbarrier_arrive(item_ring.empty(turn));
+                if (item.tile < 0) break;
+                for (int sub = 0; sub < a.sharing; ++sub) {
+                    const int head_group = item.head_group * a.sharing + sub;
+                    for (int tile = item.rows_end - 1; tile >= item.rows_begin; --tile, ++n) {
+                        const int row_tile = head_group * (a.padded_rows / rows) + tile;
+                        float* const sums = a.dq_sums + int64_t{row_tile} * (rows * D);
+                        // Its first row sees the first of the keys that any of its rows sees.
+                        const int earlier = item.tile - a.mask.visible_keys(tile * a.tile_queries).begin / keys;
+                        handover.wait_until_full(n);
+                        if (earlier == 0) {
+                            device::bulk_store(sums, tile_dq, Tile::dq_bytes);
+                        } else {
+                            device::wait_for_count(a.dq_counts + row_tile, earlier);
+                            device::fence_proxy_async_global();
+                            device::bulk_reduce_add(sums, tile_dq, Tile::dq_bytes);
+                        }
+                        device::tma_commit();
+                        device::tma_wait_read<0>();
+                        device::mbarrier_arrive(handover.empty);
+                        device::tma_wait<0>();
+                        device::fence_proxy_async_global();
+                        device::add_release(a.dq_counts + row_tile, 1);
+                    }
                 }
             }
         }
@@ -101,36 +175,43 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
 
     device::setmaxnreg_increase<Tile::registers>();
-    const int consumer = group - 1, lane = threadIdx.x % 32, warp_key = threadIdx.x % kGroupThreads / 32 * 16;
-    const uint32_t own_k = tile_k + consumer * Tile::group_bytes, own_v = tile_v + consumer * Tile::group_bytes;
+    const int consumer = group - 1, lane = threadIdx.x % 32, thread = threadIdx.x % kGroupThreads,
+              warp_key = thread / 32 * 16;
+    const uint32_t own_k = tile_k + consumer * kGroupRows * kRowBytes,
+                   own_v = tile_v + consumer * kGroupRows * kRowBytes;
+    const uint32_t half_k = tile_k + consumer * (D == 64 ? kRowBytes / 2 : D / 128 * keys * kRowBytes);
+    const auto ds_rows = a_fragment_rows<rows, keys>(tile_ds, consumer * kGroupRows + warp_key, lane);
     unsigned char* const own_out = shared + (tile_out + consumer * Tile::group_bytes - start);
-    for (int item = blockIdx.x, turn = 0, n = 0; item < a.scheduler.items(); item += gridDim.x) {
-        const TileCoord place = a.scheduler.coord(item);
-        const int group_key = place.tile * Tile::keys + consumer * kGroupRows;   // may be beyond the last key
-        const Range tiles = tiles_of(place.tile * Tile::keys);
-        const Range full =
-            a.mask.full_tiles(group_key, min(group_key + kGroupRows, a.mask.Tk) - 1, a.heads_per_tile, rows);
+    auto* const own_dq = reinterpret_cast<uint4*>(shared + (tile_dq + consumer * (Tile::dq_bytes / 2) - start)) +
+                         thread;
+    for (int turn = 0, n = 0;; ++turn) {
+        item_ring.consumer_wait(turn);
+        const Item item = items[turn % 2];
+        if (item.tile < 0) break;
+        const int group_key = item.tile * keys + consumer * kGroupRows;   // may be beyond the last key
+        // dQ sums over all keys of the tile: those that do not exist must be masked.
+        const Range full = group_key + kGroupRows <= a.mask.Tk
+                               ? a.mask.full_tiles(group_key, group_key + kGroupRows - 1, a.heads_per_tile, rows)
+                               : Range{0, 0};
 
         float dk[D / 2], dv[D / 2];
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
-        if (tiles.begin < tiles.end) {
-            key_ring.consumer_wait(turn);
-            const int end = n + (tiles.end - tiles.begin) * subgroups;
-#pragma unroll 1
-            for (int tile = tiles.begin; n < end; ++n) {
+        key_ring.consumer_wait(turn);
+        if (item.rows_begin < item.rows_end) {
+            float p[rows / 2], dq[D / 4];
+            int tile = item.rows_end - 1;
+            const auto q_of = [&](int number) { return tile_q + Ring<stages>::stage(number) * Tile::q_bytes; };
+            // From complete scores p to the start of dQ.
+            const auto start_turn = [&] {
                 const int stage = Ring<stages>::stage(n);
-                const uint32_t q = tile_q + stage * Tile::q_bytes, dout = tile_dout + stage * Tile::q_bytes;
+                const uint32_t dout = tile_dout + stage * Tile::q_bytes;
                 const uint32_t lane_numbers = stage * Tile::number_bytes + 8 * (lane % 4);
-                float numbers[rows / 4];
-                float p[rows / 2], ds[rows / 2];
+                float numbers[rows / 4], ds[rows / 2];
                 uint32_t p_operand[rows / 16][4], ds_operand[rows / 16][4];
-                q_ring.consumer_wait(n);
-                start_scores<T, D, rows>(p, own_k, q);
                 dout_ring.consumer_wait(n);
-                start_scores<T, D, rows>(ds, own_v, dout);
+                start_scores<T, D, rows, keys>(ds, own_v, dout);
                 load_column_numbers(numbers, lses + lane_numbers);
-                wait_for_products<1>(p);
                 recompute_weights(p, a.exponent_scale, [&](int i) { return numbers[i / 4 * 2 + i % 2]; });
                 if (tile < full.begin || tile >= full.end) {
                     mask_scores_transposed(p, a.mask, tile * rows + 2 * (lane % 4), a.heads_per_tile,
@@ -142,21 +223,61 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                 load_column_numbers(numbers, deltas + lane_numbers);   // earlier, there are no registers for them
                 differentiate(ds, p, [&](int i) { return numbers[i / 4 * 2 + i % 2]; });
                 as_a_operands<T, rows>(ds_operand, ds);
-                start_sums<T, D, rows>(dk, ds_operand, q);
-                wait_for_products<1>(dv);
+                // Two buffers: at the barrier, no consumer reads the one of the turn before any more.
+                const int buffer = n % 2 * Tile::ds_bytes;
+#pragma unroll
+                for (int step = 0; step < rows / 16; ++step) {
+                    device::stmatrix_x4(ds_rows(2 * step) + buffer, ds_operand[step]);
+                }
+                device::fence_proxy_async();
+                start_sums<T, D, rows>(dk, ds_operand, q_of(n));
+                device::bar_sync(1, Tile::consumers * kGroupThreads);
+                start_dq<T, Tile>(dq, tile_ds + buffer, half_k);
+                wait_for_products<1>(dk);
+                device::pin_registers(dv);
                 dout_ring.consumer_release(n);
-                wait_for_products<0>(dk);
                 q_ring.consumer_release(n);
-                if (++tile == tiles.end) tile = tiles.begin;
+            };
+            const auto hand_over = [&] {
+                handover.wait_until_empty(n);
+#pragma unroll
+                for (int i = 0; i < D / 16; ++i) {
+                    own_dq[i * kGroupThreads] = {__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]),
+                                                 __float_as_uint(dq[4 * i + 2]), __float_as_uint(dq[4 * i + 3])};
+                }
+                device::fence_proxy_async();
+                __syncwarp();
+                if (lane == 0) device::mbarrier_arrive(handover.full);
+            };
+            q_ring.consumer_wait(n);
+            start_scores<T, D, rows, keys>(p, own_k, q_of(n));
+            wait_for_products<0>(p);
+            const int last = n + (item.rows_end - item.rows_begin) * a.sharing - 1;
+#pragma unroll 1
+            for (; n < last; ++n) {
+                start_turn();
+                q_ring.consumer_wait(n + 1);
+                start_scores<T, D, rows, keys>(p, own_k, q_of(n + 1));
+                wait_for_products<1>(dq);
+                hand_over();
+                wait_for_products<0>(p);
+                if (--tile < item.rows_begin) tile = item.rows_end - 1;
             }
-            key_ring.consumer_release(turn++);
+            start_turn();
+            wait_for_products<0>(dq);
+            hand_over();
+            ++n;
         }
+        key_ring.consumer_release(turn);
 
-        const int batch = place.head_group / a.Hkv, kv_head = place.head_group - batch * a.Hkv;
+        const Item again = items[turn % 2];   // not kept in registers
+        const int batch = again.head_group / a.Hkv, kv_head = again.head_group - batch * a.Hkv;
+        const int first_key = again.tile * keys + consumer * kGroupRows;
+        item_ring.consumer_release(turn);
         const auto store = [&](const float (&sums)[D / 2], void* tensor, const Strides& strides) {
-            T* first = static_cast<T*>(tensor) + batch * strides.b + kv_head * strides.h + group_key * strides.t;
+            T* first = static_cast<T*>(tensor) + batch * strides.b + kv_head * strides.h + first_key * strides.t;
             store_rows<T, D, kGroupRows>(own_out, sums, warp_key, a.D, [&](int r) {
-                return group_key + r < a.mask.Tk ? first + r * strides.t : nullptr;
+                return first_key + r < a.mask.Tk ? first + r * strides.t : nullptr;
             });
         };
         const float scale[2] = {a.scale, a.scale};
@@ -167,171 +288,43 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 #endif
 }
 
-// --- dQ ---
-
-template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::threads, 1)
-    attention_backward_rows_hopper_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Backward a) {
-#ifdef NANOCHAT_HOPPER
-    constexpr int D = Tile::D, keys = Tile::keys, stages = Tile::stages;
-    NANOCHAT_DYNAMIC_SHARED(shared);
-    const uint32_t start = device::shared_address(shared), tile_q = (start + 1023) & ~1023u;
-    const uint32_t tile_dout = tile_q + Tile::consumers * Tile::group_bytes;
-    const uint32_t tile_out = tile_dout + Tile::consumers * Tile::group_bytes;
-    const uint32_t tile_k = tile_out + Tile::consumers * Tile::group_bytes, tile_v = tile_k + stages * Tile::k_bytes;
-    const Ring<1> row_ring = {tile_q + Tile::tiles_bytes};
-    const Ring<stages> k_ring = {row_ring.barriers + ring_bytes(1)}, v_ring = {k_ring.barriers + ring_bytes(stages)};
-    const int group = warpgroup_index();
-    if (threadIdx.x == 0) {
-        row_ring.initialise(Tile::consumers);
-        k_ring.initialise(Tile::consumers);
-        v_ring.initialise(Tile::consumers);
-        device::fence_mbarrier_init();
-    }
-    __syncthreads();
-
-    if (group == 0) {
-        device::setmaxnreg_decrease<Tile::producer_registers>();
-        if (threadIdx.x != 0) return;
-        for (int item = blockIdx.x, turn = 0, n = 0; item < a.row_scheduler.items(); item += gridDim.x) {
-            const RowTile tile = row_tile(a, a.row_scheduler, Tile::rows, item);
-            const Range blocks = visible_key_blocks(tile, a.mask, a.heads_per_tile, keys);
-            if (blocks.begin >= blocks.end) continue;
-            row_ring.producer_acquire(turn, 2 * Tile::consumers * Tile::group_bytes);
-            for (int c = 0; c < Tile::consumers; ++c) {
-                const int query = tile.query(c * kGroupRows, a.heads_per_tile);
-                load_tile_panels<D, kGroupRows>(tile_q + c * Tile::group_bytes, maps.q, row_ring.full(turn),
-                                                tile.head_group.head, query, tile.head_group.batch);
-                load_tile_panels<D, kGroupRows>(tile_dout + c * Tile::group_bytes, maps.dout, row_ring.full(turn),
-                                                tile.head_group.head, query, tile.head_group.batch);
-            }
-            ++turn;
-            for (int block = blocks.begin; block < blocks.end; ++block, ++n) {
-                const int place = Ring<stages>::stage(n) * Tile::k_bytes;
-                k_ring.producer_acquire(n, Tile::k_bytes);
-                load_tile_panels<D, keys>(tile_k + place, maps.k, k_ring.full(n), tile.head_group.kv_head, block * keys,
-                                          tile.head_group.batch);
-                v_ring.producer_acquire(n, Tile::k_bytes);
-                load_tile_panels<D, keys>(tile_v + place, maps.v, v_ring.full(n), tile.head_group.kv_head, block * keys,
-                                          tile.head_group.batch);
-            }
-        }
-        return;
-    }
-
-    device::setmaxnreg_increase<Tile::registers>();
-    const int consumer = group - 1, lane = threadIdx.x % 32, warp_row = threadIdx.x % kGroupThreads / 32 * 16;
-    const uint32_t own_q = tile_q + consumer * Tile::group_bytes, own_dout = tile_dout + consumer * Tile::group_bytes;
-    unsigned char* const own_out = shared + (tile_out + consumer * Tile::group_bytes - start);
-    for (int item = blockIdx.x, turn = 0, n = 0; item < a.row_scheduler.items(); item += gridDim.x) {
-        const RowTile tile = row_tile(a, a.row_scheduler, Tile::rows, item);
-        const Range blocks = visible_key_blocks(tile, a.mask, a.heads_per_tile, keys);
-        // A consumer may have no rows: last_row is then below first_row.
-        const int first_row = consumer * kGroupRows, last_row = min(first_row + kGroupRows, tile.count) - 1;
-        const Range full =
-            a.mask.full_blocks(tile.query(first_row, a.heads_per_tile), tile.query(last_row, a.heads_per_tile), keys);
-
-        float dq[D / 2], lse[2], delta[2];
-#pragma unroll
-        for (int i = 0; i < D / 2; ++i) dq[i] = 0;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int64_t row = tile.head_group_index * int64_t{a.padded_rows} + tile.first + first_row + warp_row +
-                                lane / 4 + 8 * h;
-            lse[h] = a.lses[row];
-            delta[h] = a.deltas[row];
-        }
-        if (blocks.begin < blocks.end) {
-            row_ring.consumer_wait(turn);
-#pragma unroll 1
-            for (int block = blocks.begin; block < blocks.end; ++block, ++n) {
-                const int place = Ring<stages>::stage(n) * Tile::k_bytes;
-                float p[keys / 2], ds[keys / 2];
-                uint32_t left[keys / 16][4];
-                k_ring.consumer_wait(n);
-                start_scores<T, D, keys>(p, own_q, tile_k + place);
-                v_ring.consumer_wait(n);
-                start_scores<T, D, keys>(ds, own_dout, tile_v + place);
-                wait_for_products<1>(p);
-                recompute_weights(p, a.exponent_scale, [&](int i) { return lse[i / 2 % 2]; });
-                if (block < full.begin || block >= full.end) {
-                    const int row = tile.first + device::opaque(first_row) + warp_row + lane / 4;
-                    mask_scores(p, a.mask, block * keys + 2 * (lane % 4), a.heads_per_tile, row, 0);
-                }
-                wait_for_products<0>(ds);
-                v_ring.consumer_release(n);
-                differentiate(ds, p, [&](int i) { return delta[i / 2 % 2]; });
-                as_a_operands<T, keys>(left, ds);
-                start_sums<T, D, keys>(dq, left, tile_k + place);
-                wait_for_products<0>(dq);
-                k_ring.consumer_release(n);
-            }
-            row_ring.consumer_release(turn++);
-        }
-        const float scale[2] = {a.scale, a.scale};
-        scale_rows(dq, scale);
-        const auto dq_rows = packed_rows(static_cast<T*>(a.dq), a.dq_strides, tile.head_group, a.heads_per_tile);
-        store_rows<T, D, kGroupRows>(own_out, dq, warp_row, a.D, [&](int r) {
-            return first_row + r < tile.count ? dq_rows(tile.first + first_row + r) : nullptr;
-        });
-    }
-#endif
-}
-
 // --- choice and launch ---
 
-template <class T, class Keys, class Rows>
+template <class T, class Tile>
 void launch(const AttentionBackward& f, Backward a) {
-    static_assert(kRowPadding % Keys::rows == 0 && kRowPadding % Rows::rows == 0);
-    using P = SmemLayout<Keys::D>;
+    using P = SmemLayout<Tile::D>;
     const AttentionShape& s = f.shape;
     const Device& device = f.execution.device;
-    void* const stream = f.execution.stream;
     const auto map = [&](const void* tensor, int64_t positions, int64_t heads, const Strides& strides, int box_heads,
                          int box_positions) {
         return map_of(f.dtype, tensor, s.B, positions, heads, s.D, strides, P::columns, box_heads, box_positions,
                       P::swizzle);
     };
-    const auto q_map = [&](const void* tensor, const Strides& strides, int rows) {
-        return map(tensor, s.Tq, s.H, strides, a.heads_per_tile, rows / a.heads_per_tile);
-    };
-    const auto k_map = [&](const void* tensor, const Strides& strides, int keys) {
-        return map(tensor, s.Tk, s.Hkv, strides, 1, keys);
+    const auto q_map = [&](const void* tensor, const Strides& strides) {
+        return map(tensor, s.Tq, s.H, strides, a.heads_per_tile, Tile::rows / a.heads_per_tile);
     };
     const auto number_map = [&](const float* numbers) {
         return make_tensor_map(DType::float32, numbers, {a.padded_rows, a.head_groups}, {4 * int64_t{a.padded_rows}},
-                               {Keys::rows, 1}, Swizzle::none);
+                               {Tile::rows, 1}, Swizzle::none);
     };
-    a.scheduler = make_scheduler(divide_up(a.mask.Tk, Keys::keys), static_cast<int>(s.B * s.Hkv), a.kv_bytes, false);
-    a.row_scheduler =
-        make_scheduler(divide_up(a.mask.Tq * a.heads_per_tile, Rows::rows), a.head_groups, a.kv_bytes, a.mask.causal);
-    const Maps for_keys = {
-        .q = q_map(a.q, a.q_strides, Keys::rows),
-        .k = k_map(a.k, a.k_strides, kGroupRows),
-        .v = k_map(a.v, a.v_strides, kGroupRows),
-        .dout = q_map(a.dout, a.dout_strides, Keys::rows),
+    a.scheduler = make_scheduler(divide_up(a.mask.Tk, Tile::keys), static_cast<int>(s.B * s.Hkv), a.kv_bytes, false);
+    a.item_count = a.scheduler.items();
+    const Maps maps = {
+        .q = q_map(a.q, a.q_strides),
+        .k = map(a.k, s.Tk, s.Hkv, a.k_strides, 1, Tile::keys),
+        .v = map(a.v, s.Tk, s.Hkv, a.v_strides, 1, Tile::keys),
+        .dout = q_map(a.dout, a.dout_strides),
         .lses = number_map(a.lses),
         .deltas = number_map(a.deltas),
     };
-    const Maps for_rows = {
-        .q = q_map(a.q, a.q_strides, kGroupRows),
-        .k = k_map(a.k, a.k_strides, Rows::keys),
-        .v = k_map(a.v, a.v_strides, Rows::keys),
-        .dout = q_map(a.dout, a.dout_strides, kGroupRows),
-        .lses = {},   // dQ's kernel reads both without a map
-        .deltas = {},
-    };
-    device::launch("attention_backward", attention_backward_keys_hopper_kernel<T, Keys>,
-                   dim3(static_cast<unsigned>(persistent_blocks(device, a.scheduler))), dim3(Keys::threads),
-                   Keys::shared_bytes, stream, for_keys, a);
-    device::launch("attention_backward", attention_backward_rows_hopper_kernel<T, Rows>,
-                   dim3(static_cast<unsigned>(persistent_blocks(device, a.row_scheduler))), dim3(Rows::threads),
-                   Rows::shared_bytes, stream, for_rows, a);
+    device::launch("attention_backward", attention_backward_hopper_kernel<T, Tile>,
+                   dim3(static_cast<unsigned>(persistent_blocks(device, a.scheduler))), dim3(Tile::threads),
+                   Tile::shared_bytes, f.execution.stream, maps, a);
 }
 
 template <class T>
 void launch(const AttentionBackward& f, const Backward& a) {
-    choose_backward(tile_columns(a.D), [&](auto keys, auto rows) { launch<T, decltype(keys), decltype(rows)>(f, a); });
+    choose_backward(a.D, [&](auto tile) { launch<T, decltype(tile)>(f, a); });
 }
 
 }   // namespace

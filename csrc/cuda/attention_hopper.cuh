@@ -34,12 +34,38 @@ NANOCHAT_DEVICE void load_tile_panels(uint32_t tile, const TensorMap& map, uint3
     }
 }
 
+// Writes the 16 rows of a warp's accumulator as T into rows `first` to first + 15 of a tile, once the warp's last copy has
+// read them, and starts their copy to (head, query, batch). The boxes of `map` are a panel of 16 rows.
+template <class T, int D>
+NANOCHAT_DEVICE void start_store(uint32_t tile, const float (&sums)[D / 2], int first, const TensorMap& map, int head,
+                                 int query, int batch) {
+    using P = SmemLayout<D>;
+    const int lane = threadIdx.x % 32;
+    const auto row = a_fragment_rows<D, kGroupRows>(tile, first, lane);
+    if (lane == 0) device::tma_wait_read<0>();
+    __syncwarp();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        uint32_t words[4];
+        as_a_operand<T>(words, sums, step);
+        device::stmatrix_x4(row(2 * step), words);
+    }
+    device::fence_proxy_async();
+    __syncwarp();
+    if (lane != 0) return;
+#pragma unroll
+    for (int panel = 0; panel < P::count; ++panel) {
+        device::tma_store(map, tile + (panel * kGroupRows + first) * P::width, panel * P::columns, head, query, batch);
+    }
+    device::tma_commit();
+}
+
 // --- products ---
 
-// Starts scores (64, N) = A (64, D) B (N, D)^T, with A and B in shared memory.
-template <class T, int D, int N>
+// Starts scores (64, N) = A (64, D) B (N, D)^T, with A and B in shared memory. A may be 64 rows of a tile of more.
+template <class T, int D, int N, int a_rows = kGroupRows>
 NANOCHAT_DEVICE void start_scores(float (&scores)[N / 2], uint32_t a, uint32_t b) {
-    const TileOperand<Major::k, D, kGroupRows> left(a);
+    const TileOperand<Major::k, D, a_rows> left(a);
     const TileOperand<Major::k, D, N> right(b);
     device::pin_registers(scores);
     device::wgmma_fence();

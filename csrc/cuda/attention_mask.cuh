@@ -55,8 +55,8 @@ inline AttentionMask make_mask(const AttentionShape& s) {
 
 // Sets scores[i] to `hidden` where its row does not see its key. The rows of the accumulator are `row` and row + 8 of a
 // head group; its columns are keys, and `first_key` is the first key of the lane.
-template <int count>
-NANOCHAT_DEVICE void mask_scores(float (&scores)[count], const AttentionMask& mask, int first_key, int heads_per_tile,
+template <int count, class Heads>
+NANOCHAT_DEVICE void mask_scores(float (&scores)[count], const AttentionMask& mask, int first_key, Heads heads_per_tile,
                                  int row, float hidden) {
     const Range visible[2] = {mask.visible_keys(row / heads_per_tile), mask.visible_keys((row + 8) / heads_per_tile)};
 #pragma unroll
@@ -68,15 +68,15 @@ NANOCHAT_DEVICE void mask_scores(float (&scores)[count], const AttentionMask& ma
 }
 
 // Sets p[i] to zero where its row does not see its key. The rows of the accumulator are the keys `key` and key + 8; its
-// columns are rows of a head group, and `first_row` is the first row of the lane. Keys that do not exist may keep p: their
-// results are not stored.
+// columns are rows of a head group, and `first_row` is the first row of the lane. No row sees a key that does not exist.
 template <int count>
 NANOCHAT_DEVICE void mask_scores_transposed(float (&p)[count], const AttentionMask& mask, int first_row,
                                             int heads_per_tile, int key) {
     Range visible[2];   // the rows that see each key, counted from first_row
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const Range queries = mask.visible_queries(key + 8 * h, key + 8 * h);
+        const int own = key + 8 * h;
+        const Range queries = own < mask.Tk ? mask.visible_queries(own, own) : Range{0, 0};
         visible[h] = {queries.begin * heads_per_tile - first_row, queries.end * heads_per_tile - first_row};
     }
 #pragma unroll

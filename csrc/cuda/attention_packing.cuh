@@ -8,6 +8,15 @@
 
 namespace nanochat::cuda::attention {
 
+// The number of heads of a group where it is a power of two: rows are divided by a shift.
+struct PowerOfTwo {
+    int shift;
+
+    NANOCHAT_ANYWHERE operator int() const { return 1 << shift; }
+    NANOCHAT_ANYWHERE friend int operator/(int a, PowerOfTwo b) { return a >> b.shift; }
+    NANOCHAT_ANYWHERE friend int operator*(int a, PowerOfTwo b) { return a << b.shift; }
+};
+
 // The rows of a head group in a (B, T, H, D) tensor.
 template <class T>
 struct PackedRows {
@@ -51,7 +60,15 @@ struct RowTile {
     int first, count;   // the first row, and the number of the tile's rows that exist
     int row_count;      // of the head group
 
-    NANOCHAT_DEVICE int query(int row, int heads_per_tile) const { return (first + row) / heads_per_tile; }
+    template <class Heads>
+    NANOCHAT_DEVICE int query(int row, Heads heads_per_tile) const {
+        return (first + row) / heads_per_tile;
+    }
+
+    // Up to `rows` rows of the tile from row `begin` on. There may be none: count is then not positive.
+    NANOCHAT_DEVICE RowTile part(int begin, int rows) const {
+        return {head_group, head_group_index, first + begin, min(rows, count - begin), row_count};
+    }
 };
 
 // `a` has mask, heads_per_tile, H and Hkv.
@@ -64,7 +81,9 @@ NANOCHAT_DEVICE RowTile row_tile(const Arguments& a, const TileScheduler& schedu
 }
 
 // The blocks of `size` keys of which at least one of the tile's rows sees a key.
-NANOCHAT_DEVICE Range visible_key_blocks(const RowTile& tile, const AttentionMask& mask, int heads_per_tile, int size) {
+template <class Heads>
+NANOCHAT_DEVICE Range visible_key_blocks(const RowTile& tile, const AttentionMask& mask, Heads heads_per_tile,
+                                         int size) {
     const Range seen = mask.visible_keys(tile.query(0, heads_per_tile), tile.query(tile.count - 1, heads_per_tile));
     return {seen.begin / size, divide_up(seen.end, size)};
 }

@@ -2,6 +2,9 @@
 // the registers. D is the D of the kernel: tile_columns() of the D that was given.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "attention.cuh"
 #include "hopper.cuh"
 
@@ -17,6 +20,7 @@ struct ForwardTile {
     static constexpr int D = D_, rows = rows_, keys = keys_, blocks = blocks_, fragments = rows / (16 * kWarps);
     static constexpr int q_bytes = tile_bytes<D>(rows), k_bytes = tile_bytes<D>(keys), stage_bytes = 2 * k_bytes;
     static constexpr int shared_bytes = 1024 + q_bytes + 2 * stage_bytes;
+    static_assert(shared_bytes <= kLeastSharedBytes);
 };
 
 // dK, dV: a block of threads owns keys and passes over rows.
@@ -26,6 +30,7 @@ struct KeyTile {
     static constexpr int k_bytes = tile_bytes<D>(keys), q_bytes = tile_bytes<D>(rows), stage_bytes = 2 * q_bytes;
     static constexpr int row_numbers = 2 * rows;   // log-sum-exp and delta
     static constexpr int shared_bytes = 1024 + 2 * k_bytes + 2 * stage_bytes + 2 * row_numbers * 4;
+    static_assert(shared_bytes <= kLeastSharedBytes);
 };
 
 // dQ: a block of threads owns rows and passes over keys.
@@ -34,6 +39,7 @@ struct QueryTile {
     static constexpr int D = D_, fragments = fragments_, rows = 16 * kWarps * fragments, keys = keys_;
     static constexpr int q_bytes = tile_bytes<D>(rows), k_bytes = tile_bytes<D>(keys), stage_bytes = 2 * k_bytes;
     static constexpr int shared_bytes = 1024 + 2 * q_bytes + 2 * stage_bytes;
+    static_assert(shared_bytes <= kLeastSharedBytes);
 };
 
 // 128 rows: as many keys as the 255 registers of a thread can hold scores of, beside the sums. 64 rows, for a step of
@@ -61,46 +67,69 @@ void choose_backward(int D, const Use& use) {
 
 namespace hopper {
 
+constexpr int kDqRows = 64;   // of a tile of dQ, which one product makes
+
 template <int D_, int consumers_, int keys_>
 struct ForwardTile : WarpgroupConfig<consumers_> {
-    static constexpr int D = D_, rows = kGroupRows * consumers_, keys = keys_, stages = 2;
+    static constexpr int D = D_, rows = kGroupRows * consumers_, keys = keys_, stages = 256 / keys;
+    static constexpr int q_stages = 2;   // the next queries land while rows of this tile are computed
     static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
-    static constexpr int tiles_bytes = 2 * consumers_ * group_bytes + 2 * stages * k_bytes;   // Q and O, K and V
-    static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(1) + 2 * ring_bytes(stages);
+    static constexpr int tiles_bytes = (q_stages + 1) * consumers_ * group_bytes +
+                                       2 * stages * k_bytes;   // Q and O, K and V
+    static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(q_stages) + 2 * ring_bytes(stages);
 };
 
-template <int D_, int rows_, int stages_>
-struct KeyTile : WarpgroupConfig<2> {
-    static constexpr int D = D_, keys = kGroupRows * consumers, rows = rows_, stages = stages_;
-    static constexpr int group_bytes = tile_bytes<D>(kGroupRows), q_bytes = tile_bytes<D>(rows);
-    static constexpr int number_bytes = rows * 4;   // of log-sum-exp or delta
-    static constexpr int tiles_bytes = 3 * consumers * group_bytes + 2 * stages * (q_bytes + number_bytes);
-    static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(1) + 2 * ring_bytes(stages);
-};
-
-template <int D_, int keys_>
-struct QueryTile : WarpgroupConfig<2> {
-    static constexpr int D = D_, rows = kGroupRows * consumers, keys = keys_, stages = 2;
+// A block owns keys and passes over tiles of rows, for dK, dV and dQ. Besides K, V, Q and dO there are dK or dV, two
+// buffers of dS, and dQ in float32.
+template <int D_, int stages_>
+struct BackwardTile : WarpgroupConfig<2> {
+    static constexpr int D = D_, keys = kGroupRows * consumers, rows = kDqRows, stages = stages_;
     static constexpr int group_bytes = tile_bytes<D>(kGroupRows), k_bytes = tile_bytes<D>(keys);
-    static constexpr int tiles_bytes = 3 * consumers * group_bytes + 2 * stages * k_bytes;
-    static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(1) + 2 * ring_bytes(stages);
+    static constexpr int q_bytes = tile_bytes<D>(rows), number_bytes = rows * 4;   // of log-sum-exp or delta
+    static constexpr int ds_bytes = tile_bytes<rows>(keys), dq_bytes = 2 * q_bytes;
+    static constexpr int tiles_bytes = 3 * k_bytes + 2 * ds_bytes + dq_bytes + 2 * stages * (q_bytes + number_bytes);
+    static constexpr int item_bytes = 2 * 16;
+    static constexpr int shared_bytes = 1024 + tiles_bytes + item_bytes + ring_bytes(4) + 2 * ring_bytes(stages);
+    static_assert(shared_bytes <= 227 << 10);
 };
 
-// D 128: scores, sums and weights take 160 of 240 registers. D 64 leaves room for a third consumer, whose products hide
-// more of the softmax.
+// The keys that a query sees, about, in the mean.
+inline int64_t keys_seen(const AttentionShape& s) {
+    const bool causal = s.causal || s.window >= 0;
+    const int64_t seen = !causal ? s.Tk : s.Tq < s.Tk ? s.Tk - s.Tq / 2 : s.Tk / 2;
+    return s.window >= 0 ? std::min(seen, s.window) : seen;
+}
+
+constexpr int kFewKeys = 256, kManyKeys = 2048, kManyTiles = 8;   // the tiles: for each multiprocessor
+
+// By the estimates of tests/emulation/budget.py. Where a query sees few keys, blocks are small, as hidden keys of a block
+// cost as much as others. D 64 leaves room for a third consumer, whose products hide more of the softmax; but its tiles
+// have more hidden keys, and must be many, or they do not spread over the multiprocessors evenly. D 128: scores, sums and
+// weights take 160 of 240 registers.
 template <class Use>
-void choose_forward(int D, const Use& use) {
-    if (D == 64) return use(ForwardTile<64, 3, 128>());
+void choose_forward(const AttentionShape& s, const Device& device, const Use& use) {
+    const int D = tile_columns(s.D);
+    const int64_t seen = keys_seen(s);
+    if (seen <= kFewKeys) {
+        if (D == 64) return use(ForwardTile<64, 2, 64>());
+        if (D == 96) return use(ForwardTile<96, 2, 64>());
+        return use(ForwardTile<128, 2, 64>());
+    }
+    using Large = ForwardTile<64, 3, 128>;
+    const bool many_tiles = s.B * s.H * s.Tq >= int64_t{kManyTiles} * Large::rows * device.multiprocessors;
+    if (D == 64 && seen >= kManyKeys && many_tiles) return use(Large());
+    if (D == 64) return use(ForwardTile<64, 2, 128>());
     if (D == 96) return use(ForwardTile<96, 2, 128>());
     return use(ForwardTile<128, 2, 128>());
 }
 
-// dK, dV: two sums and two scores; with 128 rows those of D 64 spill, those of D 128 do not fit. dQ: one sum less.
+// The sums of dK and dV and two tiles of 64 x 64 scores leave no registers for more rows at D 128. At D 96, half of the
+// columns of K are no whole panels, so that D 128 serves it.
+constexpr int backward_columns(int64_t D) { return D <= 64 ? 64 : 128; }
 template <class Use>
 void choose_backward(int D, const Use& use) {
-    if (D == 64) return use(KeyTile<64, 64, 3>(), QueryTile<64, 128>());
-    if (D == 96) return use(KeyTile<96, 64, 3>(), QueryTile<96, 128>());
-    return use(KeyTile<128, 64, 3>(), QueryTile<128, 128>());
+    if (backward_columns(D) == 64) return use(BackwardTile<64, 3>());
+    return use(BackwardTile<128, 2>());
 }
 
 }   // namespace hopper

@@ -6,7 +6,7 @@
 
 namespace nanochat::cuda {
 
-constexpr int kGroupThreads = 128, kGroupRows = 64;
+constexpr int kGroupThreads = 128, kGroupRows = 64, kRowsPerWarp = 16;
 
 // A stage has two barriers of 8 bytes: full and empty.
 NANOCHAT_ANYWHERE constexpr int ring_bytes(int stages) { return 16 * stages; }
@@ -41,15 +41,16 @@ struct Ring {
     NANOCHAT_DEVICE uint32_t full(int n) const { return barriers + 16 * stage(n); }
     NANOCHAT_DEVICE uint32_t empty(int n) const { return full(n) + 8; }
     // Called by one thread of the block, before a fence_mbarrier_init and a __syncthreads.
-    NANOCHAT_DEVICE void initialise(int consumers) const {
+    NANOCHAT_DEVICE void initialise(int consumers, int other_readers = 0) const {
         for (int i = 0; i < stages; ++i) {
             device::mbarrier_init(full(i), 1);
-            device::mbarrier_init(empty(i), 4 * consumers);   // one arrival per warp
+            device::mbarrier_init(empty(i), 4 * consumers + other_readers);   // one arrival per warp
         }
     }
+    NANOCHAT_DEVICE void producer_wait(int n) const { device::mbarrier_wait(empty(n), (n / stages & 1) ^ 1); }
     // Waits until the stage is free, and announces the bytes that will land there.
     NANOCHAT_DEVICE void producer_acquire(int n, int bytes_expected) const {
-        device::mbarrier_wait(empty(n), (n / stages & 1) ^ 1);
+        producer_wait(n);
         device::mbarrier_arrive_expect_tx(full(n), bytes_expected);
     }
     // Waits until the stage has been filled.

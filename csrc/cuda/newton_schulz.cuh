@@ -1,5 +1,5 @@
 // Shared by the products of Newton-Schulz: D = alpha A B + beta S + gamma T on a batch of matrices, with 16-bit elements
-// and float32 sums, and the epilogues that write a tile of D.
+// and float32 sums, and what becomes of the result.
 //
 // In scratch memory a row is a whole number of 16-byte chunks, and the elements beyond a matrix's last column are zero.
 #pragma once
@@ -17,9 +17,9 @@ namespace nanochat::cuda::newton_schulz_kernels {
 
 using device::Major;
 
-// A tile of D is multiplied in steps of kDepth along K. Symmetric results come in blocks of kTile.
+// A tile of D is multiplied in steps of kDepth along K. With mma.sync it has kTile rows and columns.
 constexpr int kTile = 128, kDepth = 64;
-constexpr int kStripColumns = 64, kStripBytes = 16 * kStripColumns * 2;   // written by a warp at a time
+constexpr int kStripColumns = 64;   // of a strip, the 16 rows that a warp writes at a time
 
 constexpr int64_t kChunk = 8;   // elements in 16 bytes
 inline int64_t pitch_of(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
@@ -67,82 +67,6 @@ NANOCHAT_DEVICE float low(uint32_t pair) {
 template <class T>
 NANOCHAT_DEVICE float high(uint32_t pair) {
     return to_float(T{static_cast<uint16_t>(pair >> 16)});
-}
-
-// Loads a strip's part of a source, in pairs, with zeros where there is none. All loads are issued before one is used.
-template <class T>
-NANOCHAT_DEVICE void load_source(uint32_t (&pairs)[kStripColumns / 4], const Product& p, const void* source, int matrix,
-                                 int row, int column) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int r = row + lane / 4 + 8 * h;
-        const T* from = static_cast<const T*>(source) + matrix * p.d.size() + int64_t{r} * p.d.pitch;
-#pragma unroll
-        for (int n = 0; n < kStripColumns / 8; ++n) {
-            const int c = column + 8 * n + 2 * (lane % 4);
-            const bool exists = source && r < p.m && c < p.d.pitch;
-            pairs[2 * n + h] = exists ? *reinterpret_cast<const uint32_t*>(from + c) : 0;
-        }
-    }
-}
-
-// sums = alpha sums + beta S + gamma T
-template <class T>
-NANOCHAT_DEVICE void add_sources(float (&sums)[kStripColumns / 2], const Product& p, int matrix, int row, int column) {
-    uint32_t s[kStripColumns / 4], t[kStripColumns / 4];
-    load_source<T>(s, p, p.s, matrix, row, column);
-    load_source<T>(t, p, p.t, matrix, row, column);
-#pragma unroll
-    for (int i = 0; i < kStripColumns / 4; ++i) {
-        sums[2 * i] = p.alpha * sums[2 * i] + p.beta * low<T>(s[i]) + p.gamma * low<T>(t[i]);
-        sums[2 * i + 1] = p.alpha * sums[2 * i + 1] + p.beta * high<T>(s[i]) + p.gamma * high<T>(t[i]);
-    }
-}
-
-// Makes the 8 x 8 blocks on the diagonal of a symmetric D symmetric to the last bit. Otherwise elements that were summed
-// in two orders would differ, and later steps, which use D as its own transpose, would amplify the error.
-NANOCHAT_DEVICE void mirror_diagonal(float (&sums)[kStripColumns / 2], int row, int column) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = 2 * (lane % 4);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int n = 0; n < kStripColumns / 8; ++n) {
-            if (column + 8 * n != row + 8 * h) continue;
-            const float own[2] = {sums[4 * n + 2 * h], sums[4 * n + 2 * h + 1]};
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {   // element (g, t + j) is that of row t + j, column g
-                const int source = (t + j) * 4 + g / 2;
-                const float even = __shfl_sync(0xFFFFFFFF, own[0], source);
-                const float odd = __shfl_sync(0xFFFFFFFF, own[1], source);
-                if (t + j > g) sums[4 * n + 2 * h + j] = g % 2 ? odd : even;
-            }
-        }
-    }
-}
-
-// Stores the strip's chunks whose 8 x 8 blocks are on or below the diagonal, and those below it again as columns: 32
-// bytes per lane.
-template <class T>
-NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip, int matrix, int row, int column) {
-    T* const d = static_cast<T*>(p.d.data) + matrix * p.d.size();
-    store_chunks<T, kStripColumns, 16>(strip, 0, [&](int r, int chunk) {
-        const bool stored = row + r < p.m && column + 8 * chunk <= row + r;
-        return stored ? d + int64_t{row + r} * p.d.pitch + column + 8 * chunk : nullptr;
-    });
-#pragma unroll
-    for (int i = threadIdx.x % 32; i < 2 * kStripColumns; i += 32) {
-        const int c = i / 2, h = i % 2;
-        if (column + c >= p.n || row + 8 * h >= p.d.pitch || column + c >= row + 8 * h) continue;
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const SwizzledRow<kStripColumns, 16> smem_row(0, 8 * h + j);
-            const uint32_t bits = *reinterpret_cast<const uint16_t*>(strip + smem_row(c / 8) + 2 * (c % 8));
-            words[j / 2] = j % 2 ? words[j / 2] | bits << 16 : bits;
-        }
-        device::store_16(d + int64_t{column + c} * p.d.pitch + row + 8 * h, words);
-    }
 }
 
 // Whether all elements of a strip exist.
@@ -225,44 +149,6 @@ NANOCHAT_DEVICE void write_output(const Product& p, const OutputEpilogue& output
         update_params(static_cast<bfloat16*>(params), copy, p, rates, sums, row, column);
     } else {
         update_params(static_cast<float*>(params), copy, p, rates, sums, row, column);
-    }
-}
-
-// Finishes a strip of 16 rows of a warp, as accumulators of mma.sync and wgmma hold it. `strip` is shared memory that
-// belongs to the warp.
-template <class T, class Epilogue>
-NANOCHAT_DEVICE void finish_strip(const Product& p, const Epilogue& epilogue, unsigned char* strip,
-                                  float (&sums)[kStripColumns / 2], int matrix, int row, int column) {
-    constexpr bool symmetric = std::is_same_v<Epilogue, SymmetricEpilogue>;
-    if (symmetric && column > row + 15) return;
-    add_sources<T>(sums, p, matrix, row, column);
-    if constexpr (std::is_same_v<Epilogue, OutputEpilogue>) {
-        write_output(p, epilogue, sums, matrix, row, column);
-    } else if constexpr (symmetric) {
-        mirror_diagonal(sums, row, column);
-        stage_rows<T, kStripColumns, 16>(strip, sums, 0);
-        store_mirrored<T>(p, strip, matrix, row, column);
-    } else {
-        T* const d = static_cast<T*>(p.d.data) + matrix * p.d.size() + int64_t{row} * p.d.pitch + column;
-        store_rows<T, kStripColumns, 16>(strip, sums, 0, p.d.pitch - column,
-                                         [&](int r) { return row + r < p.m ? d + int64_t{r} * p.d.pitch : nullptr; });
-    }
-}
-
-// Finishes the strips of a warp; coord_of(i) is the place of strip i. The code that writes results is long: the strips
-// share it, one after another, and the sums of the next one move to where it takes them.
-template <class T, class Epilogue, int strips, class CoordOf>
-NANOCHAT_DEVICE void finish_strips(const Product& p, const Epilogue& epilogue, unsigned char* strip,
-                                   float (&sums)[strips][kStripColumns / 2], const CoordOf& coord_of) {
-#pragma unroll(std::is_same_v<Epilogue, OutputEpilogue> ? 1 : strips)
-    for (int i = 0; i < strips; ++i) {
-        const TileCoord coord = coord_of(i);
-        finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);
-#pragma unroll
-        for (int next = 1; next < strips; ++next) {
-#pragma unroll
-            for (int j = 0; j < kStripColumns / 2; ++j) sums[next - 1][j] = sums[next][j];
-        }
     }
 }
 

@@ -1,5 +1,6 @@
-// The products of Newton-Schulz on Hopper. One warpgroup loads by tensor copies; two multiply 128 x 128 each and share
-// the columns. Blocks of threads are persistent, so that the loads of the next tile continue while one is written out.
+// The products of Newton-Schulz on Hopper. D is computed in squares of 256 x 256, each by a cluster of two blocks of
+// threads, which share the columns. In a block one warpgroup loads by tensor copies and stores what is complete; two
+// multiply 64 x 256 each. Blocks are persistent, so that the loads of the next square begin while one is written.
 #include "hopper.cuh"
 #include "newton_schulz.cuh"
 #include "tensor_map.h"
@@ -9,184 +10,439 @@ namespace {
 
 using device::TensorMap;
 
-// 256 x 128 reads 48 bytes from the L2 cache for 4,096 FLOP, a multiprocessor's work of one cycle; 128 x 128 would read
-// 64.
+// All tensor copies move boxes of 64 x 64: of an operand, 64 rows or columns and a step along K; of S, T and D, a warpgroup's
+// rows and the columns that it finishes at a time.
+constexpr int kCluster = 2, kBox = 64, kBoxBytes = tile_bytes<kBox>(kBox);
+static_assert(kBox == kDepth && kBox == kStripColumns && kBox == kGroupRows);
+
+// For a multiprocessor's work of one cycle, 4,096 FLOP, a block reads 32 bytes from the L2 cache: its rows, and half of
+// the columns. Without the other block it would read 48. A stage has a step's boxes of A, one for each consumer, and of B;
+// in the epilogue it has three for each consumer.
 struct Tile : WarpgroupConfig<2> {
-    static constexpr int rows = kTile * consumers, stages = 4;
-    static constexpr int block_bytes = tile_bytes<kDepth>(kTile);   // kTile x kDepth
-    static constexpr int stage_bytes = (consumers + 1) * block_bytes, strips_bytes = 4 * consumers * kStripBytes;
-    static constexpr int tiles_bytes = stages * stage_bytes + strips_bytes;
-    static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(stages);
+    // The thread that loads and the one that stores need more than others do.
+    static constexpr int registers = 232, producer_registers = 40;
+    static constexpr int square = 256, boxes = square / kBox, stages = 4;
+    static constexpr int b_offset = consumers * kBoxBytes, stage_bytes = b_offset + boxes * kBoxBytes;
+    static constexpr int tiles_bytes = stages * stage_bytes;
+    static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(stages) + 8 * stages;
 };
 
-// Returns whether a consumer has work in a tile: its block exists, and is not the mirror image of another one.
-NANOCHAT_DEVICE bool has_work(const Product& p, const TileCoord& coord, int consumer) {
-    const int row = coord.row + consumer * kTile;
-    return row < p.m && !(p.symmetric && row < coord.column);
-}
+// A consumer's boxes in the epilogue: of S, which becomes D; of the mirror image of D; and of T.
+struct Boxes {
+    uint32_t s, mirror, t;
 
-// The numbers of tiles of one matrix in which both consumers have work, and in which one has.
-struct Tiles {
-    int whole, half;
+    NANOCHAT_DEVICE Boxes(uint32_t stage, int consumer)
+        : s(stage + 3 * consumer * kBoxBytes), mirror(s + kBoxBytes), t(mirror + kBoxBytes) {}
+};
+static_assert(3 * Tile::consumers * kBoxBytes <= Tile::stage_bytes);
+
+// A square on the diagonal of a symmetric D: only its lower half is computed.
+struct Square : TileCoord {
+    bool diagonal;
 };
 
-NANOCHAT_ANYWHERE Tiles tiles_of(const Product& p) {
-    const int rows = divide_up(p.m, kTile), columns = divide_up(p.n, kTile), pairs = rows / 2;
-    if (p.symmetric) return {pairs * pairs, pairs + (rows % 2 ? columns : 0)};
-    return {pairs * columns, rows % 2 ? columns : 0};
+// The place of this block in its cluster.
+NANOCHAT_DEVICE int own_block() { return static_cast<int>(blockIdx.x) % kCluster; }
+
+// Which 64 of a square's rows a consumer multiplies. The first and the last belong to one block, so that both blocks have
+// as much of a lower half.
+NANOCHAT_DEVICE int band_of(int consumer) {
+    const int block = own_block();
+    return consumer == 0 ? block : Tile::boxes - 1 - block;
+}
+NANOCHAT_DEVICE int row_of(const Square& square, int consumer) { return square.row + band_of(consumer) * kBox; }
+
+// Returns whether a consumer writes the square's columns from 64 `box` on: the rows exist, and are not the mirror image
+// of others.
+NANOCHAT_DEVICE bool is_written(const Product& p, const Square& square, int consumer, int box) {
+    const int row = row_of(square, consumer);
+    return row < p.m && !(p.symmetric && row < square.column + box * kBox);
 }
 
-// The whole tiles of all matrices come first, so that the half ones balance the work at the end. Row i of a symmetric
-// result has 2 i + 1 whole tiles and ends with a half one.
-NANOCHAT_DEVICE TileCoord tile_coord(const Product& p, const Tiles& tiles, int item) {
-    const int columns = divide_up(p.n, kTile), whole = tiles.whole * p.count;
-    int matrix, tile, row, column;
-    if (item < whole) {
-        matrix = item / tiles.whole;
-        tile = item - matrix * tiles.whole;
-        if (p.symmetric) {
-            for (row = 0; tile > 2 * row; ++row) tile -= 2 * row + 1;
-            column = tile;
-        } else {
-            row = tile / columns;
-            column = tile - row * columns;
-        }
-    } else {
-        matrix = (item - whole) / tiles.half;
-        tile = item - whole - matrix * tiles.half;
-        const int diagonal = p.symmetric ? divide_up(p.m, kTile) / 2 : 0;
-        row = tile < diagonal ? tile : divide_up(p.m, kTile) / 2;
-        column = tile < diagonal ? 2 * tile + 1 : tile - diagonal;
+NANOCHAT_DEVICE int boxes_of(const Product& p, const Square& square) {
+    return min(Tile::boxes, divide_up(p.n - square.column, kBox));
+}
+
+// In a square on the diagonal of A A^T, the rows of A are also those of B.
+NANOCHAT_DEVICE bool shares_operand(const Product& p, const Square& square) {
+    return square.diagonal && p.a.data == p.b.data;
+}
+
+// The numbers of squares of one matrix: below the diagonal of a symmetric result, or of any other; and on it.
+struct Squares {
+    int whole, diagonal;
+};
+
+NANOCHAT_ANYWHERE Squares squares_of(const Product& p) {
+    const int rows = divide_up(p.m, Tile::square), columns = divide_up(p.n, Tile::square);
+    if (p.symmetric) return {rows * (rows - 1) / 2, rows};
+    return {rows * columns, 0};
+}
+
+// The whole squares of all matrices come first, so that the others balance the work at the end.
+NANOCHAT_DEVICE Square square_at(const Product& p, const Squares& squares, int item) {
+    const int columns = divide_up(p.n, Tile::square), whole = squares.whole * p.count;
+    if (item >= whole) {
+        const int matrix = (item - whole) / squares.diagonal, place = item - whole - matrix * squares.diagonal;
+        return {matrix, place * Tile::square, place * Tile::square, true};
     }
-    return {matrix, row * Tile::rows, column * kTile};
+    const int matrix = item / squares.whole;
+    int row, column = item - matrix * squares.whole;
+    if (p.symmetric) {
+        for (row = 1; column >= row; ++row) column -= row;
+    } else {
+        row = column / columns;
+        column -= row * columns;
+    }
+    return {matrix, row * Tile::square, column * Tile::square, false};
 }
 
-// Loads a block of an operand: kTile rows or columns, and kDepth along K from k on.
+// Calls use(square) for the squares of this cluster. They are dealt out in rounds. Rounds of squares on the diagonal begin
+// with the last cluster, since the first ones may have one whole square more.
+template <class Use>
+NANOCHAT_DEVICE void for_each_square(const Product& p, const Use& use) {
+    const Squares squares = squares_of(p);
+    const int whole = squares.whole * p.count, items = whole + squares.diagonal * p.count;
+    const int clusters = gridDim.x / kCluster, cluster = blockIdx.x / kCluster;
+    for (int first = 0; first < items; first += clusters) {
+        const int item = first + (first > whole ? clusters - 1 - cluster : cluster);
+        if (item < items) use(square_at(p, squares, item));
+    }
+}
+
+// --- loads ---
+
+// Loads a box of an operand: rows or columns from `first` on, and a step along K from k on.
 template <Major major>
-NANOCHAT_DEVICE void load_block(uint32_t block, const TensorMap& map, uint32_t barrier, int first, int k, int matrix) {
+NANOCHAT_DEVICE void load_box(uint32_t box, const TensorMap& map, uint32_t barrier, int first, int k, int matrix) {
     if constexpr (major == Major::k) {
-        device::tma_load(block, map, barrier, k, first, matrix);
+        device::tma_load(box, map, barrier, k, first, matrix);
     } else {
-        using P = SmemLayout<kTile>;
+        device::tma_load(box, map, barrier, first, k, matrix);
+    }
+}
+
+// The same into all blocks of the cluster.
+template <Major major>
+NANOCHAT_DEVICE void load_box_for_all(uint32_t box, const TensorMap& map, uint32_t barrier, int first, int k,
+                                      int matrix) {
+    constexpr uint16_t all = (1 << kCluster) - 1;
+    if constexpr (major == Major::k) {
+        device::tma_load_multicast(box, map, barrier, all, k, first, matrix);
+    } else {
+        device::tma_load_multicast(box, map, barrier, all, first, k, matrix);
+    }
+}
+
+// Gives a stage back to both blocks' producers, since each loads columns for both blocks.
+NANOCHAT_DEVICE void release(const Ring<Tile::stages>& ring, int n) {
+    __syncwarp();   // all lanes have read
+    const int lane = threadIdx.x % 32;
+    if (lane < kCluster) device::mbarrier_arrive_cluster(ring.empty(n), lane);
+}
+
+// Boxes side by side as an operand of `size` rows or columns.
+template <Major major, int size>
+using Operand =
+    std::conditional_t<major == Major::k, TileOperand<Major::k, kDepth, size>, TileOperand<Major::mn, size, kDepth>>;
+
+// --- products ---
+
+// sums = the product of a consumer's rows with the first N columns of the square. `a_offset`: where the rows lie in a stage.
+template <int N, class T, Major major_a, Major major_b>
+NANOCHAT_DEVICE void multiply(float (&all_sums)[Tile::square / 2], const Ring<Tile::stages>& ring, uint32_t stages,
+                              int a_offset, int steps, int& n) {
+    auto& sums = reinterpret_cast<float (&)[N / 2]>(all_sums);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, ++n) {
+        const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
+        const Operand<major_a, kBox> a(stage + a_offset);
+        const Operand<major_b, Tile::square> b(stage + Tile::b_offset);
+        ring.consumer_wait(n);
+        device::wgmma_fence();
 #pragma unroll
-        for (int panel = 0; panel < P::count; ++panel) {
-            device::tma_load(block + panel * kDepth * P::width, map, barrier, first + panel * P::columns, k, matrix);
+        for (int k = 0; k < kDepth / 16; ++k) {
+            device::wgmma<N, T, major_a, major_b>(sums, a(k), b(k), true);
+        }
+        device::wgmma_commit();
+        device::wgmma_wait<1>();   // of the step before
+        if (step > 0) release(ring, n - 1);
+    }
+    wait_for_products<0>(sums);
+    release(ring, n - 1);
+}
+
+// --- epilogue ---
+
+using BoxRows = SwizzledRow<kBox, kBox>;
+
+// sums += factor * the source in a box, for a warp's rows.
+template <class T>
+NANOCHAT_DEVICE void add_source(float (&sums)[kBox / 2], float factor, const BoxRows& rows) {
+#pragma unroll
+    for (int k = 0; k < kBox / 16; ++k) {
+        uint32_t pairs[4];
+        device::ldmatrix_x4(pairs, rows(2 * k));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float* const two = sums + 8 * k + i / 2 * 4 + i % 2 * 2;
+            two[0] += factor * low<T>(pairs[i]);
+            two[1] += factor * high<T>(pairs[i]);
         }
     }
 }
 
-// A block as an operand: kTile rows of kDepth, or the reverse. Either way the last 64 rows or columns of the operand begin
-// in the middle.
-template <Major major>
-using Block =
-    std::conditional_t<major == Major::k, TileOperand<Major::k, kDepth, kTile>, TileOperand<Major::mn, kTile, kDepth>>;
+// Calls use(k, words) for the sums of a warp's rows in columns 16 k to 16 k + 15, as stmatrix_x4 takes them.
+template <class T, class Use>
+NANOCHAT_DEVICE void for_each_16_columns(const float (&sums)[kBox / 2], const Use& use) {
+#pragma unroll
+    for (int k = 0; k < kBox / 16; ++k) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float* const two = sums + 8 * k + i / 2 * 4 + i % 2 * 2;
+            words[i] = device::pack<T>(two[0], two[1]);
+        }
+        use(k, words);
+    }
+}
+
+// Writes a warp's sums into the box of D, and as columns into that of its mirror image.
+template <class T, bool symmetric>
+NANOCHAT_DEVICE void stage_box(const float (&sums)[kBox / 2], const BoxRows& rows, const Boxes& boxes, int warp) {
+    const BoxRows columns = b_fragment_rows<kBox, kBox>(boxes.mirror, threadIdx.x % 32);
+    for_each_16_columns<T>(sums, [&](int k, const uint32_t (&words)[4]) {
+        device::stmatrix_x4(rows(2 * k), words);
+        if constexpr (symmetric) device::stmatrix_x4_trans(columns(2 * warp, 16 * k), words);
+    });
+}
+
+// The same on the diagonal: the lower half and its columns make a D that is symmetric to the last bit. Otherwise elements
+// that were summed in two orders would differ, and later steps, which use D as its own transpose, would amplify the
+// error. D goes to the box of the mirror image, since other warps may still read S. Blocks of 8 x 8 that are not wanted
+// go where this warp has read S.
+template <class T>
+NANOCHAT_DEVICE void stage_diagonal_box(const float (&sums)[kBox / 2], const BoxRows& rows, const Boxes& boxes,
+                                        int warp, unsigned char* shared, uint32_t start) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = 2 * (lane % 4);
+    const BoxRows columns = b_fragment_rows<kBox, kBox>(boxes.mirror, lane);
+    for_each_16_columns<T>(sums, [&](int k, const uint32_t (&words)[4]) {
+        const uint32_t own = rows(2 * k);
+        // How many blocks of 8 x 8 the lane's one lies below the diagonal.
+        const int below = 2 * warp + lane / 8 % 2 - 2 * k - lane / 16;
+        device::stmatrix_x4(below >= 0 ? own + (boxes.mirror - boxes.s) : own, words);
+        device::stmatrix_x4_trans(below > 0 ? columns(2 * warp, 16 * k) : own, words);
+    });
+    // The blocks of 8 x 8 on the diagonal: element (g, t) of the upper half is that of row t, column g.
+    const uint32_t row = BoxRows(boxes.mirror, 16 * warp + lane % 16)(2 * warp + lane / 8 % 2);
+    uint32_t own[2], across[2];
+    __syncwarp();   // all lanes have written
+    device::ldmatrix_x2(own, row);
+    device::ldmatrix_x2_trans(across, row);
+    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const uint32_t first = t > g ? across[h] : own[h], second = t + 1 > g ? across[h] : own[h];
+        const uint32_t to = BoxRows(boxes.mirror, 16 * warp + 8 * h + g)(2 * warp + h) + 2 * t;
+        *reinterpret_cast<uint32_t*>(shared + (to - start)) = (first & 0xFFFF) | (second & 0xFFFF0000);
+    }
+}
+
+// --- kernel ---
 
 template <class T, Major major_a, Major major_b, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, 1)
     product_hopper_kernel(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-                          const __grid_constant__ Product p, const __grid_constant__ Epilogue epilogue) {
+                          const __grid_constant__ TensorMap s_map, const __grid_constant__ TensorMap t_map,
+                          const __grid_constant__ TensorMap d_map, const __grid_constant__ Product p,
+                          const __grid_constant__ Epilogue epilogue) {
 #ifdef NANOCHAT_HOPPER
+    constexpr bool to_scratch = !std::is_same_v<Epilogue, OutputEpilogue>;
+    constexpr bool symmetric = std::is_same_v<Epilogue, SymmetricEpilogue>;
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t start = device::shared_address(shared), stages = (start + 1023) & ~1023u;
     const Ring<Tile::stages> ring = {stages + Tile::tiles_bytes};
-    const int group = warpgroup_index();
-    const Tiles tiles = tiles_of(p);
-    const int items = (tiles.whole + tiles.half) * p.count, steps = divide_up(p.k, kDepth);
+    // Barriers for boxes of D that are complete, as many as there are stages.
+    const uint32_t complete = ring.barriers + ring_bytes(Tile::stages);
+    const int group = warpgroup_index(), warp = warp_of_group(), steps = divide_up(p.k, kDepth);
     if (threadIdx.x == 0) {
-        ring.initialise(Tile::consumers);
+        ring.initialise(Tile::consumers * kCluster);
+        for (int i = 0; i < Tile::stages; ++i) device::mbarrier_init(complete + 8 * i, 4 * Tile::consumers);
         device::fence_mbarrier_init();
     }
-    __syncthreads();
+    device::cluster_arrive();
+    device::cluster_wait();   // the other block's barriers are initialised
+    device::wait_for_previous_grid();
 
     if (group == 0) {
         device::setmaxnreg_decrease<Tile::producer_registers>();
-        if (threadIdx.x != 0) return;
-        for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x) {
-            const TileCoord coord = tile_coord(p, tiles, item);
-            const bool work[2] = {has_work(p, coord, 0), has_work(p, coord, 1)};
-            const int bytes = (1 + work[0] + work[1]) * Tile::block_bytes;
-            for (int step = 0; step < steps; ++step, ++n) {
-                const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
-                ring.producer_acquire(n, bytes);
+        constexpr int own_boxes = Tile::boxes / kCluster;
+        int n = 0;
+        if (threadIdx.x == 0) {
+            for_each_square(p, [&](const Square& square) {
+                const bool separate = !shares_operand(p, square);
+                const bool works[2] = {row_of(square, 0) < p.m, row_of(square, 1) < p.m};
+                const int bytes = (Tile::boxes + (separate ? works[0] + works[1] : 0)) * kBoxBytes;
+                for (int step = 0; step < steps; ++step, ++n) {
+                    const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
+                    ring.producer_acquire(n, bytes);
 #pragma unroll
-                for (int c = 0; c < Tile::consumers; ++c) {
-                    if (!work[c]) continue;
-                    load_block<major_a>(stage + c * Tile::block_bytes, a_map, ring.full(n), coord.row + c * kTile,
-                                        step * kDepth, coord.matrix);
+                    for (int c = 0; c < Tile::consumers; ++c) {
+                        if (!works[c] || !separate) continue;
+                        load_box<major_a>(stage + c * kBoxBytes, a_map, ring.full(n), row_of(square, c), step * kDepth,
+                                          square.matrix);
+                    }
+#pragma unroll
+                    for (int i = 0; i < own_boxes; ++i) {
+                        const int box = own_block() * own_boxes + i;
+                        load_box_for_all<major_b>(stage + Tile::b_offset + box * kBoxBytes, b_map, ring.full(n),
+                                                  square.column + box * kBox, step * kDepth, square.matrix);
+                    }
                 }
-                load_block<major_b>(stage + Tile::consumers * Tile::block_bytes, b_map, ring.full(n), coord.column,
-                                    step * kDepth, coord.matrix);
-            }
-        }
-        return;
-    }
-
-    device::setmaxnreg_increase<Tile::registers>();
-    const int consumer = group - 1, warp = warp_of_group();
-    const uint32_t own_strip = stages + Tile::stages * Tile::stage_bytes + (consumer * 4 + warp) * kStripBytes;
-    unsigned char* const strip = shared + (own_strip - start);
-    for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x) {
-        const TileCoord coord = tile_coord(p, tiles, item);
-        if (!has_work(p, coord, consumer)) {
-            for (int step = 0; step < steps; ++step, ++n) {
-                ring.consumer_wait(n);
-                ring.consumer_release(n);
-            }
-            continue;
-        }
-        float sums[2][kTile / 2] = {};
-        device::pin_registers(sums[0]);
-        device::pin_registers(sums[1]);
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step, ++n) {
-            const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
-            const Block<major_a> a(stage + consumer * Tile::block_bytes);
-            const Block<major_b> b(stage + Tile::consumers * Tile::block_bytes);
-            ring.consumer_wait(n);
-            device::wgmma_fence();
+                for (int box = 0; box < boxes_of(p, square); ++box, ++n) {
+                    const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
+                    const bool written[2] = {is_written(p, square, 0, box), is_written(p, square, 1, box)};
+                    const int sources = (p.s ? 1 : 0) + (p.t ? 1 : 0);
+                    ring.producer_acquire(n, sources * (written[0] + written[1]) * kBoxBytes);
 #pragma unroll
-            for (int k = 0; k < kDepth / 16; ++k) {
+                    for (int c = 0; c < Tile::consumers; ++c) {
+                        if (!written[c]) continue;
+                        const Boxes boxes(stage, c);
+                        const int row = row_of(square, c), column = square.column + box * kBox;
+                        if (p.s) device::tma_load(boxes.s, s_map, ring.full(n), column, row, square.matrix);
+                        if (p.t) device::tma_load(boxes.t, t_map, ring.full(n), column, row, square.matrix);
+                    }
+                }
+            });
+            device::start_next_grid();
+        } else if (to_scratch && warp == 1) {
+            int stored = 0;
+            for_each_square(p, [&](const Square& square) {
+                n += steps;
+                for (int box = 0; box < boxes_of(p, square); ++box, ++n, ++stored) {
+                    const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
+                    device::mbarrier_wait(complete + 8 * (stored % Tile::stages), stored / Tile::stages & 1);
+                    if (threadIdx.x % 32 == 0) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    device::wgmma<kTile, T, major_a, major_b>(sums[half], a(k, half * Tile::block_bytes / 2), b(k),
-                                                              true);
+                        for (int c = 0; c < Tile::consumers; ++c) {
+                            if (!is_written(p, square, c, box)) continue;
+                            const Boxes boxes(stage, c);
+                            const int row = row_of(square, c), column = square.column + box * kBox;
+                            if (symmetric) device::tma_store(d_map, boxes.mirror, row, column, square.matrix);
+                            if (!symmetric || row != column) {
+                                device::tma_store(d_map, boxes.s, column, row, square.matrix);
+                            }
+                        }
+                        device::tma_commit();
+                        device::tma_wait_read<0>();
+                    }
+                    __syncwarp();
+                    // For each warp of the consumers, to both blocks.
+                    const int lane = threadIdx.x % 32;
+                    if (lane < 4 * Tile::consumers * kCluster) {
+                        device::mbarrier_arrive_cluster(ring.empty(n), lane % kCluster);
+                    }
+                }
+            });
+        }
+    } else {
+        device::setmaxnreg_increase<Tile::registers>();
+        const int consumer = group - 1, band = band_of(consumer), lane = threadIdx.x % 32;
+        int n = 0, written = 0;
+        for_each_square(p, [&](const Square& square) {
+            const int row = square.row + band * kBox;
+            const int a_offset = shares_operand(p, square) ? Tile::b_offset + band * kBoxBytes : consumer * kBoxBytes;
+            float sums[Tile::square / 2] = {};
+            device::pin_registers(sums);
+            if (row >= p.m) {
+                for (int step = 0; step < steps; ++step, ++n) {
+                    ring.consumer_wait(n);
+                    release(ring, n);
+                }
+            } else if (square.diagonal && band < Tile::boxes / 2) {
+                multiply<Tile::square / 2, T, major_a, major_b>(sums, ring, stages, a_offset, steps, n);
+            } else {
+                multiply<Tile::square, T, major_a, major_b>(sums, ring, stages, a_offset, steps, n);
+            }
+            auto& parts = reinterpret_cast<float (&)[Tile::boxes][kBox / 2]>(sums);
+            // The code that writes results to the output is long: the boxes share it, one after another.
+#pragma unroll(to_scratch ? Tile::boxes : 1)
+            for (int box = 0; box < Tile::boxes; ++box) {
+                if (box < boxes_of(p, square)) {
+                    const int column = square.column + box * kBox;
+                    const Boxes boxes(stages + ring.stage(n) * Tile::stage_bytes, consumer);
+                    const BoxRows rows = a_fragment_rows<kBox, kBox>(boxes.s, 16 * warp, lane);
+                    ring.consumer_wait(n);
+                    if (is_written(p, square, consumer, box)) {
+                        float (&part)[kBox / 2] = parts[to_scratch ? box : 0];
+#pragma unroll
+                        for (int i = 0; i < kBox / 2; ++i) part[i] *= p.alpha;
+                        if (p.s) add_source<T>(part, p.beta, rows);
+                        if constexpr (symmetric) {
+                            if (p.t) {
+                                add_source<T>(part, p.gamma, a_fragment_rows<kBox, kBox>(boxes.t, 16 * warp, lane));
+                            }
+                        }
+                        if constexpr (to_scratch) {
+                            if (symmetric && row == column) {
+                                stage_diagonal_box<T>(part, rows, boxes, warp, shared, start);
+                            } else {
+                                stage_box<T, symmetric>(part, rows, boxes, warp);
+                            }
+                            device::fence_proxy_async();
+                        } else {
+                            write_output(p, epilogue, part, square.matrix, row + 16 * warp, column);
+                        }
+                    }
+                    if constexpr (to_scratch) {
+                        __syncwarp();   // all lanes have written
+                        if (lane == 0) device::mbarrier_arrive(complete + 8 * (written % Tile::stages));
+                        ++written;
+                    } else {
+                        release(ring, n);
+                    }
+                    ++n;
+                }
+                if constexpr (!to_scratch) {
+#pragma unroll
+                    for (int next = 1; next < Tile::boxes; ++next) {
+#pragma unroll
+                        for (int i = 0; i < kBox / 2; ++i) parts[next - 1][i] = parts[next][i];
+                    }
                 }
             }
-            device::wgmma_commit();
-            device::wgmma_wait<1>();   // of the step before
-            if (step > 0) ring.consumer_release(n - 1);
-        }
-        wait_for_products<0>(sums[0]);
-        device::pin_registers(sums[1]);
-        ring.consumer_release(n - 1);
-        const int first_row = coord.row + consumer * kTile;
-        constexpr int parts = kTile / kStripColumns;
-        auto& own = reinterpret_cast<float (&)[2 * parts][kStripColumns / 2]>(sums);
-        finish_strips<T>(p, epilogue, strip, own, [&](int i) {
-            return TileCoord{coord.matrix, first_row + i / parts * 64 + 16 * warp,
-                             coord.column + i % parts * kStripColumns};
         });
     }
+    __syncwarp();
+    device::cluster_arrive();
+    device::cluster_wait();   // the other block arrives at barriers of this one, and writes into its stages
 #endif
 }
 
-TensorMap map_of(DType dtype, const Matrices& x, Major major, int count) {
+// `columns`: those that the copies see, of `pitch`.
+TensorMap map_of(DType dtype, const void* data, const Matrices& x, int columns, int count) {
     const int64_t row = 2 * int64_t{x.pitch};
-    const int rows = major == Major::k ? kTile : kDepth;
-    return make_tensor_map(dtype, x.data, {x.columns, x.rows, count}, {row, row * x.rows}, {64, rows, 1},
+    return make_tensor_map(dtype, data, {columns, x.rows, count}, {row, row * x.rows}, {kBox, kBox, 1},
                            Swizzle::bytes128);
 }
 
 template <class T>
 void launch(const Product& p, DType dtype, const OutputEpilogue* output, const Execution& execution) {
-    const Tiles tiles = tiles_of(p);
-    const int blocks = std::min(execution.device.multiprocessors, (tiles.whole + tiles.half) * p.count);
+    const Squares squares = squares_of(p);
+    const int clusters =
+        std::clamp(execution.device.multiprocessors / kCluster, 1, (squares.whole + squares.diagonal) * p.count);
+    const TensorMap a = map_of(dtype, p.a.data, p.a, p.a.columns, p.count);
+    const TensorMap b = map_of(dtype, p.b.data, p.b, p.b.columns, p.count);
+    // Zeros behind the columns of D are stored too. Maps that the kernel does not use are those of A.
+    const TensorMap s = p.s ? map_of(dtype, p.s, p.d, p.d.columns, p.count) : a;
+    const TensorMap t = p.t ? map_of(dtype, p.t, p.d, p.d.columns, p.count) : a;
+    const TensorMap d = output ? a : map_of(dtype, p.d.data, p.d, p.d.pitch, p.count);
     choose_product(p, output, [&](auto major_a, auto major_b, const auto& epilogue) {
         using Epilogue = std::decay_t<decltype(epilogue)>;
-        device::launch("newton_schulz",
-                       product_hopper_kernel<T, decltype(major_a)::value, decltype(major_b)::value, Epilogue>,
-                       dim3(static_cast<unsigned>(blocks)), dim3(Tile::threads), Tile::shared_bytes, execution.stream,
-                       map_of(dtype, p.a, p.a_major, p.count), map_of(dtype, p.b, p.b_major, p.count), p, epilogue);
+        device::launch(
+            "newton_schulz", product_hopper_kernel<T, decltype(major_a)::value, decltype(major_b)::value, Epilogue>,
+            dim3(static_cast<unsigned>(clusters * kCluster)), dim3(Tile::threads), Tile::shared_bytes, execution.stream,
+            device::LaunchOptions{.cluster = kCluster, .overlaps_previous = true}, a, b, s, t, d, p, epilogue);
     });
 }
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../kernels.h"
 #include "ptx/primitives.cuh"
 
 namespace nanochat::cuda {
@@ -52,9 +53,23 @@ template <class T, int N>
 NANOCHAT_DEVICE void store(T* to, const Pack<T, N>& pack) {
     if constexpr (sizeof pack == 16) {
         device::store_16(to, pack.words);
+    } else if constexpr (sizeof pack == 8) {
+        device::store_8(to, pack.words);
     } else {
         *reinterpret_cast<Pack<T, N>*>(to) = pack;
     }
+}
+
+// For global memory that is used once.
+template <int N, class T>
+NANOCHAT_DEVICE Pack<T, N> load_streamed(const T* from) {
+    Pack<T, N> pack;
+    device::load_streamed(pack.words, from);
+    return pack;
+}
+template <class T, int N>
+NANOCHAT_DEVICE void store_streamed(T* to, const Pack<T, N>& pack) {
+    device::store_streamed(to, pack.words);
 }
 
 // The same, element by element, for a pack that is not aligned or of which only `count` elements exist.
@@ -126,6 +141,13 @@ NANOCHAT_DEVICE void store_copy(bfloat16* copy, int64_t first, const Pack<float,
 }
 template <int N>
 NANOCHAT_DEVICE void store_copy(bfloat16*, int64_t, const Pack<bfloat16, N>&, int64_t, bool) {}
+
+// --- host ---
+
+// The blocks that take chunks of work in turn: as many as `resident` on each multiprocessor.
+inline dim3 resident_blocks(const Device& device, int resident, int64_t chunks) {
+    return dim3(static_cast<uint32_t>(std::min<int64_t>(chunks, int64_t{device.multiprocessors} * resident)));
+}
 
 // --- sums over a block, in the same order every time ---
 

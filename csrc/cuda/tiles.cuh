@@ -12,6 +12,9 @@ using device::float16;
 using device::Swizzle;
 using device::to_float;
 
+// The shared memory that every GPU gives to a block: compute capabilities 8.6, 8.9 and 12.0 have no more.
+constexpr int kLeastSharedBytes = 99 * 1024;
+
 NANOCHAT_ANYWHERE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // The layout of a tile of rows x D 16-bit elements: panels side by side, each with rows of 128 bytes (64 if D is not a

@@ -1,8 +1,10 @@
-// The state of the running block, shared by the parts of the emulation. Kernels see emulation.h only.
+// The state of the running grid and of its blocks, shared by the parts of the emulation. Kernels see emulation.h only.
 //
 // These files are compiled without sanitizers, but ThreadSanitizer still intercepts memcpy, memset, malloc and free:
 // what fibers touch lies in arrays of fixed size and is copied by copy_bytes and fill_bytes.
 #pragma once
+
+#include <vector>
 
 #include "emulation.h"
 #include "fragments.h"
@@ -67,8 +69,9 @@ struct List {
     T* begin() { return items; }
     T* end() { return items + size; }
     T& operator[](int i) { return items[i]; }
+    bool full() const { return size == capacity; }
     T& add() {
-        if (size == capacity) fail("the emulation holds at most %d operations in flight", capacity);
+        if (full()) fail("the emulation holds at most %d operations in flight", capacity);
         return items[size++];
     }
     // Calls done for each item in order, and keeps the items for which it returns false.
@@ -132,6 +135,7 @@ constexpr uint32_t kStaticBytes = 16 * 1024;   // before the dynamic part
 constexpr uint32_t kMaxDynamicBytes = 227 * 1024;
 constexpr uint32_t kWindowBytes = kStaticBytes + 1024 + kMaxDynamicBytes;
 constexpr uint32_t kChunk = 16;   // granularity of what copies have in flight
+constexpr int kMaxCluster = 8;
 
 struct Warp;
 
@@ -146,9 +150,13 @@ struct Thread {
     struct {
         const void* place;   // whose change it waits for
         const char* operation;
-        int line;              // 0: not known
-        int barrier, parity;   // of an mbarrier its address; -1: none
+        int line;                  // 0: not known
+        int barrier, parity;       // of an mbarrier its address; -1: none
+        const uint32_t* counter;   // in global memory that has to be `count` or more, or null
+        uint32_t count;
     } wait = {};
+    bool at_cluster_barrier = false;   // it has arrived there and not waited
+    int cluster_phase = 0;             // in which it arrived
     int copy_group = 0, store_group = 0, product_group = 0;
     List<AsyncCopy, 256> copies;
     List<TensorStore, 16> stores;
@@ -184,33 +192,67 @@ struct StaticVariable {
 // The tokens of the edges within a block.
 struct Tokens {
     char barriers[16], groups[kMaxThreads];   // a group of lanes has its first lane's
-    char proxy_fences, proxy_reads, loads_landed, blocks;
+    char proxy_fences, proxy_reads, loads_landed, global_copies, blocks;
+};
+
+struct Block;
+
+struct Cluster {
+    Block* blocks[kMaxCluster];
+    int size, live, arrived, phase;   // live, arrived: threads; phase: barriers that are complete
+    char barriers[2];                 // tokens, of phases in turn
 };
 
 struct Block {
-    const Launch* launch;
+    uint3 index;
+    int room;   // where it runs
+    int rank;   // in its cluster
+    Cluster* cluster;
     Thread* threads;
     Warp warps[kMaxWarps];
     int thread_count, warp_count, live;
+    int counting;               // threads that wait for a counter
+    bool waited_for_previous;   // a thread has waited for the previous grid
     Barrier barriers[16];
     unsigned char *window, *guard;   // shared memory, and the page behind it, which is protected
     unsigned char* stacks;
-    uint32_t window_size, dynamic_offset, static_used;
-    List<StaticVariable, 64> statics;
-    List<TensorLoad, 64> loads;
+    uint32_t window_size, dynamic_offset;
+    List<TensorLoad, 64> loads;              // into its shared memory
     bool in_flight[kWindowBytes / kChunk];   // a copy's target
     int free_registers;
     int policy, landing;
-    uint64_t random;
-    void *scheduler_stack_pointer, *scheduler_identity;
-    void** identities;   // of the threads, then the asynchronous proxy
+    uint64_t random, priority;
+    void** identities;   // of the threads, then the asynchronous proxy: for shared memory, and for global memory
     Tokens* tokens;
+};
+
+struct Grid {
+    const Launch* launch;
+    List<StaticVariable, 64> statics;
+    uint32_t static_used;
+    void *scheduler_stack_pointer, *scheduler_identity;
+    bool is_side_by_side;                   // a block has waited for another one, or there are clusters
+    bool hands_over;                        // another block shall run
+    std::vector<TensorStore> late_stores;   // of threads that left and did not wait for them: for the grid's end
+    char global_fences;                     // token
     bool failed;
     char error[1500];
 };
 
-extern Block* block;      // that runs, or null
-extern Thread* current;   // of it, or null while the scheduler runs
+extern Grid* grid;        // that runs, or null
+extern Block* block;      // of it, whose threads or copies run
+extern Thread* current;   // or null while the scheduler runs
+
+// While one exists, shared memory and waiting threads are those of another block of the cluster.
+class InBlock {
+  public:
+    explicit InBlock(Block& other) : before_(block) { block = &other; }
+    ~InBlock() { block = before_; }
+    InBlock(const InBlock&) = delete;
+
+  private:
+    Block* before_;
+};
 
 uint64_t random_number();
 
@@ -263,11 +305,25 @@ void as_proxy(const Read& read) {
     release(&block->tokens->proxy_reads);
     become(current->identity);
 }
+// The same for what a copy does to global memory.
+template <class Access>
+void as_global_proxy(const Access& access) {
+    if (!under_tsan()) return;
+    void* before = __tsan_get_current_fiber();
+    become(block->identities[block->thread_count + 1]);
+    acquire(&grid->global_fences);
+    access();
+    release(&block->tokens->global_copies);
+    become(before);
+}
+// A block of the cluster, which may not have left.
+Block& block_of_cluster(uint32_t rank, const char* operation);
 // One of the tensor loads in flight, chosen at random, arrives. On the scheduler's stack.
 void land_tensor_load();
 
 // Checks that a thread leaves no copy behind, and that the four warps of a warpgroup have started equally many products.
 void finish_copies();
+void land_late_stores(bool forget);
 void check_warpgroups();
 
 float widen(uint16_t bits, Half type);

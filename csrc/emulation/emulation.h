@@ -2,26 +2,31 @@
 // the kernels runs; csrc/cuda/ptx/primitives.cuh calls the functions declared here instead of PTX. No shipped binary
 // contains it.
 //
-// A CUDA thread is a fiber. Blocks run one after another; the fibers of a block run by one of four schedules, which the
-// seed chooses (in order, in reverse, random lanes, one warp ahead of the others). Whatever the hardware leaves undefined
-// is decided against the kernel:
+// A CUDA thread is a fiber. The fibers of a block run by one of four schedules, which the seed chooses (in order, in
+// reverse, random lanes, one warp ahead of the others). Blocks run one after another, until one waits for another: by
+// wait_for_count, or in a cluster. From then on up to 160 of them run side by side, and the same schedule chooses among
+// them. Whatever the hardware leaves undefined is decided against the kernel:
 //   - shared memory starts as NaN (0xFF), its dynamic part at a multiple of 16 bytes and no more; so does the kernel's
 //     stack, or where a sanitizer is, local variables as 0xFE (-1.7e38), by -ftrivial-auto-var-init=pattern;
 //   - copies in the background fill their target with NaN at once and land late: cp.async at its wait, tensor loads in
-//     any order when the schedule pleases; the source of a tensor store may not change before its wait;
+//     any order when the schedule pleases, and in each block of a cluster by themselves; the source of a tensor store may
+//     not change before its wait, and a result that nobody waits for comes at the end of the grid;
 //   - wgmma takes the accumulators away at once and computes when it is waited for;
 //   - collectives check that the right threads take part with the same arguments; misuse of barriers, addresses,
-//     alignment and descriptors is an error; so is leaving with copies or products in flight.
-// Errors are std::runtime_error, with block and thread; a deadlock names the place of every thread.
+//     alignment and descriptors is an error; so is leaving with copies or products in flight, and touching the shared
+//     memory of a block that has left.
+// Errors are std::runtime_error, with block and thread; a deadlock names the place of every thread, of six blocks.
 // Built with -fsanitize=thread, each CUDA thread is a thread of its own to ThreadSanitizer, ordered by nothing but the
 // kernel's own synchronisation: races show whatever the schedule. The asynchronous proxy is one more identity, which
-// sees ordinary writes only through fence.proxy.async. Blocks too have identities of their own, the first two to eight
-// of a grid (the fewer, the larger they are); each other block counts as ordered with those whose identities it shares.
+// sees ordinary writes only through fence.proxy.async; in global memory too, for which it is another one. Blocks too have
+// identities of their own, the first two to eight of a grid (the fewer, the larger they are); each other block counts as
+// ordered with those whose identities it shares.
 // Under -fsanitize=address,undefined, buffers have red zones.
 //
 // Not seen: speed, bank conflicts, spills; errors in the PTX text; the rounding of tensor cores and of approximate
-// instructions; weak memory beyond happens-before; blocks that wait for each other; clusters; changes to wgmma's
-// A registers while it runs; plain code between synchronisations is never interleaved (ThreadSanitizer sees it).
+// instructions; weak memory beyond happens-before; grids that overlap (one ends before the next starts, which must wait
+// for it all the same); whether as many blocks fit on a GPU as wait for each other; changes to wgmma's A registers while
+// it runs; plain code between synchronisations is never interleaved (ThreadSanitizer sees it).
 // x86-64 Linux, one operating system's thread at a time.
 #pragma once
 
@@ -41,6 +46,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../cuda/ptx/launch.h"
 #include "../cuda/ptx/layouts.h"
 #include "../kernels.h"
 
@@ -78,7 +84,8 @@ namespace emulation {
 
 struct Schedule {
     uint64_t seed = 1;
-    uint32_t misalignment = 16;   // of the dynamic shared memory's base, in bytes: a multiple of 16 below 1024
+    uint32_t misalignment = 16;           // of the dynamic shared memory's base, in bytes: a multiple of 16 below 1024
+    uint32_t shared_limit = 227 * 1024;   // bytes of dynamic shared memory that the GPU gives to a block
 };
 Schedule& schedule();
 
@@ -92,6 +99,7 @@ struct Launch {
     void* context;
     size_t argument_bytes;
     void* stream;
+    device::LaunchOptions options;
 };
 // Throws std::runtime_error, its text beginning with the name.
 void run(const Launch& launch);
@@ -110,7 +118,7 @@ void clear_padding([[maybe_unused]] T& argument) {
 // Parameters that are values are copied to every thread's stack.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-            Arguments&&... arguments) {
+            device::LaunchOptions options, Arguments&&... arguments) {
     struct Call {
         void (*kernel)(Parameters...);
         std::tuple<std::decay_t<Parameters>...> arguments;
@@ -130,7 +138,14 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
         .context = &call,
         .argument_bytes = sizeof call,
         .stream = stream,
+        .options = options,
     });
+}
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            Arguments&&... arguments) {
+    launch(name, kernel, grid, block, shared_bytes, stream, device::LaunchOptions{},
+           std::forward<Arguments>(arguments)...);
 }
 
 // --- the thread that runs ---
@@ -158,9 +173,28 @@ inline uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value) {
     return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
 }
 
+// Lets other threads and blocks run until a counter that is below `count` may have changed.
+void wait_for_change(const uint32_t* counter, uint32_t count, int line);
+// Lets them run now, perhaps.
+void offer_change();
+inline void add_release(uint32_t* counter, uint32_t value) {
+    __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
+    offer_change();
+}
+inline void wait_for_count(const uint32_t* counter, uint32_t count, int line) {
+    while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < count) wait_for_change(counter, count, line);
+}
+void wait_for_previous_grid();
+
+uint32_t cluster_rank();
+void cluster_arrive(int line);
+void cluster_wait(int line);
+
 // --- global memory ---
 
+void store_8(void* to, const uint32_t* words);
 void store_16(void* to, const uint32_t* words);
+void load_global(uint32_t* words, const void* from, int bytes);
 
 // --- shared memory ---
 
@@ -182,6 +216,7 @@ void mbarrier_init(uint32_t barrier, int count);
 void mbarrier_arrive(uint32_t barrier, int expected_bytes);
 bool mbarrier_try_wait(uint32_t barrier, int parity);
 void mbarrier_wait(uint32_t barrier, int parity, int line);
+void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank);
 
 // --- tensor copies ---
 
@@ -199,9 +234,13 @@ TensorMap make_tensor_map(DType dtype, const void* address, int rank, const int6
                           const int32_t* box, device::Swizzle swizzle);
 
 void fence_proxy_async();
+void fence_proxy_async_global();
 inline void fence_mbarrier_init() { fence_proxy_async(); }
 void tma_load(uint32_t target, const TensorMap& map, uint32_t barrier, std::initializer_list<int> coordinates);
+void tma_load_multicast(uint32_t target, const TensorMap& map, uint32_t barrier, uint32_t mask,
+                        std::initializer_list<int> coordinates);
 void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int> coordinates, bool add);
+void bulk_store(void* to, uint32_t source, int bytes, bool add);
 void tma_commit();
 void tma_wait(int newest, bool read_only);
 

@@ -8,13 +8,13 @@ namespace nanochat::emulation {
 // --- the shared window ---
 
 void* static_shared(const void* key, size_t bytes) {
-    for (const StaticVariable& variable : block->statics) {
+    for (const StaticVariable& variable : grid->statics) {
         if (variable.key == key) return block->window + variable.offset;
     }
-    const uint32_t offset = (block->static_used + 127) & ~127u;
+    const uint32_t offset = (grid->static_used + 127) & ~127u;
     if (offset + bytes > kStaticBytes) fail("more than %u bytes of static shared memory", kStaticBytes);
-    block->statics.add() = {key, offset};
-    block->static_used = offset + static_cast<uint32_t>(bytes);
+    grid->statics.add() = {key, offset};
+    grid->static_used = offset + static_cast<uint32_t>(bytes);
     return block->window + offset;
 }
 
@@ -29,7 +29,7 @@ uint32_t shared_address(const void* pointer) {
 unsigned char* shared_pointer(uint32_t address, int bytes, int alignment, const char* operation) {
     if (address % alignment) fail("%s: shared address 0x%x is not a multiple of %d", operation, address, alignment);
     const int64_t offset = int64_t{address} - kWindow, end = offset + bytes;
-    const bool is_static = offset >= 0 && end <= block->static_used;
+    const bool is_static = offset >= 0 && end <= grid->static_used;
     const bool is_dynamic = offset >= block->dynamic_offset && end <= block->window_size;
     if (!is_static && !is_dynamic) {
         fail("%s: %d bytes at offset %d of dynamic shared memory, which has %u", operation, bytes,
@@ -75,11 +75,24 @@ static void end_write(unsigned char* target, int bytes) {
 
 // --- global memory ---
 
-void store_16(void* to, const uint32_t* words) {
-    if (reinterpret_cast<uintptr_t>(to) % 16) fail("st.global.v4: address %p is not a multiple of 16", to);
-    note_access(to, 16, true);
-    copy_bytes(to, words, 16);
+void load_global(uint32_t* words, const void* from, int bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % static_cast<unsigned>(bytes)) {
+        fail("ld.global: address %p is not a multiple of %d", from, bytes);
+    }
+    note_access(from, static_cast<size_t>(bytes), false);
+    copy_bytes(words, from, static_cast<size_t>(bytes));
 }
+
+static void store_words(void* to, const uint32_t* words, int count) {
+    const auto bytes = static_cast<size_t>(4 * count);
+    if (reinterpret_cast<uintptr_t>(to) % bytes) {
+        fail("st.global.v%d: address %p is not a multiple of %d", count, to, 4 * count);
+    }
+    note_access(to, bytes, true);
+    copy_bytes(to, words, bytes);
+}
+void store_8(void* to, const uint32_t* words) { store_words(to, words, 2); }
+void store_16(void* to, const uint32_t* words) { store_words(to, words, 4); }
 
 // --- shared memory ---
 
@@ -162,6 +175,11 @@ void mbarrier_wait(uint32_t address, int parity, int line) {
         wait_at(&barrier, "mbarrier.try_wait", line, static_cast<int>(address), parity);
     }
     acquire(&barrier);
+}
+
+void mbarrier_arrive_cluster(uint32_t address, uint32_t rank) {
+    const InBlock there(block_of_cluster(rank, "mbarrier.arrive"));
+    mbarrier_arrive(address, 0);
 }
 
 bool mbarrier_try_wait(uint32_t address, int parity) {
@@ -278,6 +296,7 @@ TensorMap make_tensor_map(DType dtype, const void* address, int rank, const int6
 }
 
 void fence_proxy_async() { release(&block->tokens->proxy_fences); }
+void fence_proxy_async_global() { release(&grid->global_fences); }
 
 void tma_load(uint32_t target, const TensorMap& map, uint32_t barrier, std::initializer_list<int> coordinates) {
     find_mbarrier(barrier, "tensor load");
@@ -286,6 +305,16 @@ void tma_load(uint32_t target, const TensorMap& map, uint32_t barrier, std::init
     load.barrier = barrier;
     start_write(target, map.box_bytes, "tensor load");
     load.engine = create_identity();
+}
+
+void tma_load_multicast(uint32_t target, const TensorMap& map, uint32_t barrier, uint32_t mask,
+                        std::initializer_list<int> coordinates) {
+    if (!mask) fail("tensor load: no block in its mask");
+    for (uint32_t left = mask; left; left &= left - 1) {   // each part lands by itself
+        const auto rank = static_cast<uint32_t>(__builtin_ctz(left));
+        const InBlock there(block_of_cluster(rank, "tensor load"));
+        tma_load(target, map, barrier, coordinates);
+    }
 }
 
 void land_tensor_load() {
@@ -300,32 +329,87 @@ void land_tensor_load() {
         note_access(global, bytes, false);
         copy_bytes(shared, global, bytes);
     });
+    as_global_proxy([&] {
+        over_box(load,
+                 [](unsigned char*, const unsigned char* global, int64_t bytes) { note_access(global, bytes, false); });
+    });
+    acquire(&block->tokens->global_copies);
     end_write(target, bytes);
     release(&barrier);
     release(&block->tokens->loads_landed);
     release(&block->tokens->blocks);
-    become(block->scheduler_identity);
+    become(grid->scheduler_identity);
     destroy_identity(engine);
     barrier.bytes -= bytes;
     end_phase_if_complete(barrier);
     block->loads.remove_if([&](const TensorLoad& other) { return &other == &load; });
 }
 
-void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int> coordinates, bool add) {
-    TensorStore& store = current->stores.add();
-    set_box(store, map, source, coordinates, "tensor store");
+// Of a copy whose box is set.
+static void start_store(TensorStore& store, bool add, const char* operation) {
+    const int bytes = store.map.box_bytes;
     store.group = current->store_group;
     store.add = add;
     store.read = false;
-    for (int i = 0; i < map.box_bytes; i += 16) access_shared(source + i, 16, "tensor store", false);
+    for (int i = 0; i < bytes; i += 16) access_shared(store.shared + i, 16, operation, false);
     note_source(store);
-    store.bytes = new unsigned char[map.box_bytes];
-    copy_bytes(store.bytes, shared_part(store), map.box_bytes);
-    if (add) return;
-    over_box(store, [](const unsigned char*, unsigned char* global, int64_t bytes) {
-        note_access(global, bytes, true);
-        fill_bytes(global, 0xFF, bytes);
+    store.bytes = new unsigned char[bytes];
+    copy_bytes(store.bytes, shared_part(store), bytes);
+    const auto write = [&] {   // it may happen from now on
+        over_box(store,
+                 [](const unsigned char*, unsigned char* global, int64_t bytes) { note_access(global, bytes, true); });
+    };
+    as_global_proxy(write);
+    acquire(&block->tokens->global_copies);
+    write();
+    over_box(store, [=](const unsigned char*, unsigned char* global, int64_t bytes) {
+        if (add) {
+            (void)*static_cast<volatile unsigned char*>(global);   // a wrong address shows now
+        } else {
+            fill_bytes(global, 0xFF, bytes);
+        }
     });
+}
+
+// Returns a new store of the thread. Where there is no room, the results of those whose source has been read appear, as
+// they may at any time.
+static TensorStore& add_store() {
+    if (current->stores.full()) {
+        current->stores.remove_if([](TensorStore& store) {
+            if (store.read) write_result(store);
+            return store.read;
+        });
+    }
+    return current->stores.add();
+}
+
+void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int> coordinates, bool add) {
+    TensorStore& store = add_store();
+    set_box(store, map, source, coordinates, "tensor store");
+    start_store(store, add, "tensor store");
+}
+
+void bulk_store(void* to, uint32_t source, int bytes, bool add) {
+    const char* operation = add ? "cp.reduce.async.bulk" : "cp.async.bulk";
+    if (reinterpret_cast<uintptr_t>(to) % 16) fail("%s: address %p is not a multiple of 16", operation, to);
+    if (bytes <= 0 || bytes % 16) fail("%s: %d bytes; takes multiples of 16", operation, bytes);
+    shared_pointer(source, bytes, 16, operation);
+    TensorStore& store = add_store();
+    store.map = {
+        .address = static_cast<unsigned char*>(to),
+        .sizes = {bytes / 4},
+        .strides = {4},
+        .box = {bytes / 4},
+        .box_bytes = bytes,
+        .rank = 1,
+        .dtype = DType::float32,
+        .swizzle = device::Swizzle::none,
+        .mark = kMapMark,
+        .zeros = {},
+    };
+    store.shared = source;
+    store.coordinates[0] = 0;
+    start_store(store, add, operation);
 }
 
 void tma_commit() { ++current->store_group; }
@@ -343,6 +427,7 @@ void tma_wait(int newest, bool read_only) {
         if (!read_only) write_result(store);
         return !read_only;
     });
+    acquire(&block->tokens->proxy_reads);
 }
 
 void finish_copies() {
@@ -351,7 +436,14 @@ void finish_copies() {
         if (store.group == current->store_group) fail("the thread leaves with a tensor store that was not committed");
         if (!store.read) fail("the thread leaves before a tensor store has read its source");
     }
-    tma_wait(0, false);
+    if (under_tsan()) return tma_wait(0, false);   // as this thread
+    grid->late_stores.insert(grid->late_stores.end(), current->stores.begin(), current->stores.end());
+    current->stores.size = 0;
+}
+
+void land_late_stores(bool forget) {
+    for (TensorStore& store : grid->late_stores) forget ? delete[] store.bytes : write_result(store);
+    grid->late_stores.clear();
 }
 
 }   // namespace nanochat::emulation

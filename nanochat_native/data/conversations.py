@@ -211,7 +211,7 @@ def prompt_of(tokenizer: Tokenizer, messages: Any, *, chat_trained: bool) -> lis
     base model has never seen the special tokens, so it continues the texts of all messages, joined by line breaks.
     Raises ValueError for messages that as_turns refuses, and if the tokenizer lacks a special token.
     """
-    turns = as_turns(messages)
+    turns = as_turns(messages, with_code=chat_trained and has_code_tokens(tokenizer))
     continues = turns[-1]["role"] == "assistant" and _ends_with(turns[-1]["content"], "python_output")
     if turns[-1]["role"] != "user" and not continues:
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -264,7 +264,7 @@ def special_ids(tokenizer: Tokenizer, names: Sequence[str]) -> list[int]:
     return [tokenizer.special_tokens[name] for name in names]
 
 
-def as_turns(messages: Any) -> list[dict[str, Any]]:
+def as_turns(messages: Any, *, with_code: bool = True) -> list[dict[str, Any]]:
     """Return messages, as clients of OpenAI's API send them, as turns that can be rendered.
 
     The result has at most one message of the system, at the beginning, and then those of user and assistant in turn.
@@ -275,8 +275,9 @@ def as_turns(messages: Any) -> list[dict[str, Any]]:
       same role. The assistant may begin. If there are only messages of the system, they become one of the user.
     - The content of an assistant may be null beside tool_calls, function_call or refusal. Each call becomes a line of
       text after the content: name(arguments). A refusal becomes text.
-    - A single call of the function `calculator` becomes the code that the assistant ran, and the message of the tool
-      behind it the output of the code. Both belong to the assistant's message, which the next one continues.
+    - With `with_code`, a single call of the function `calculator` becomes the code that the assistant ran, and the
+      message of the tool behind it the output of the code. Both belong to the assistant's message, which the next one
+      continues. Without, it is text like any other call.
 
     Raises ValueError for messages of any other form.
     """
@@ -285,7 +286,7 @@ def as_turns(messages: Any) -> list[dict[str, Any]]:
     system: list[str] = []
     turns: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
-        role, content = _role_and_content(message, f"messages[{i}]")
+        role, content = _role_and_content(message, f"messages[{i}]", with_code)
         last = turns[-1]["content"] if turns and turns[-1]["role"] == "assistant" else ""
         if message["role"] in ("tool", "function") and _ends_with(last, "python"):
             turns[-1]["content"] = [*last, {"type": "python_output", "text": text_of(content)}]
@@ -303,7 +304,7 @@ def as_turns(messages: Any) -> list[dict[str, Any]]:
     return [{"role": "system", "content": instructions}, *turns] if instructions else turns
 
 
-def _role_and_content(message: Any, where: str) -> tuple[str, Any]:
+def _role_and_content(message: Any, where: str, with_code: bool) -> tuple[str, Any]:
     """Return the role of a message, as one of ROLES, and its content with calls and refusals as text."""
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be an object with role and content, got {json_kind(message)}")
@@ -317,7 +318,7 @@ def _role_and_content(message: Any, where: str) -> tuple[str, Any]:
         content = [_without_refusal(part) for part in content]
     elif content is None:
         content = message.get("refusal")
-    if (code := _calculation(message)) is not None:
+    if with_code and (code := _calculation(message)) is not None:
         if content is not None:
             _check_content(content, role, f"{where}.content")
         _check_text(code, f"{where}.tool_calls[0]")

@@ -8,7 +8,7 @@ expression and calls Python's eval; this is a parser of the grammar
     sum      = product (("+" | "-") product)*
     product  = factor (("*" | "/" | "//") factor)*
     factor   = ("+" | "-")* (number | count | "(" sum ")")
-    number   = 12, 1,234, 0.5, .5
+    number   = 12, 1,234 (commas mean nothing), 0.5, .5
     count    = text ".count(" text ")"
     text     = '...' or "...", with \\\\, \\' and \\" for these characters
 
@@ -25,7 +25,7 @@ from nanochat_native.data.tokenizer import Tokenizer
 
 MAX_CHARS = 256  # of an expression: they bound the digits of the result, and so its time
 MAX_DEPTH = 32  # of parentheses
-DIGITS = 12  # significant digits of a result that is no whole number, of which at least two are decimals
+DIGITS = 12  # of a result that is no whole number, of which at least two are decimals
 SMALL = Fraction(1, 10_000)  # results below this are written with an exponent
 
 _TOKEN = re.compile(

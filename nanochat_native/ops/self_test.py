@@ -18,16 +18,12 @@ from nanochat_native.ops.relu_squared import native_linear_backward_relu_squared
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
     """Return whether kernels built for `architectures` ("8.0+PTX 9.0a") run on a GPU of this compute capability."""
-    for entry in architectures.split():
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
-        if not match:
-            continue
-        built = (int(match[1]), int(match[2]))
-        if built == capability or (match[4] and built <= capability):
-            return True
-        if not match[3] and built[0] == capability[0] and built <= capability:
-            return True
-    return False
+    matches = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry) for entry in architectures.split()]
+    built = {(int(match[1]), int(match[2])): bool(match[3]) for match in matches if match}
+    older = [each for each in built if each <= capability]
+    # setup.py keeps the PTX of the oldest entry, whichever has "+PTX".
+    has_ptx = any(built.values()) and min(built) <= capability
+    return has_ptx or any(major == capability[0] for major, _ in older)
 
 
 def driver_problem(driver: tuple[int, int], runtime: tuple[int, int]) -> str:

@@ -241,6 +241,9 @@ def test_calls_of_the_calculator_are_code_that_ran():
     bare = [user("a"), calculator(SUM) | {"content": None}, system("2", "function")]
     assert as_turns(bare) == [user("a"), assistant(RAN[1:])]
     assert as_turns([user("a"), calculator(SUM), user("b")])[1] == assistant(RAN[:2]), "without an output"
+    plain = as_turns(asked, with_code=False)
+    assert plain == [user("a"), assistant(f"so \ncalculator({SUM})"), user("2")]
+    assert prompt_of(TOKENIZER, asked, chat_trained=False) == prompt_of(TOKENIZER, plain, chat_trained=False)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ They are counted, from the way that most turns take. All else is an estimate: no
 
 The model of the estimate. A turn takes as long as the slowest of tensor cores, shared memory and L2 cache, and HIDDEN
 of the larger of the special function unit (MUFU) and the issue slots: in published kernels of this structure, the two
-sides hide only a little of each other. A tile takes its turns. Outside them it takes its products and all
-instructions of all consumers, one after another. Multiprocessors take tiles as the scheduler of the kernels gives
-them.
+sides hide only a little of each other. A tile takes its turns; in the forward pass of attention, a consumer whose rows
+see no key of a block leaves that turn to the others. Outside the turns a tile takes its products and all instructions
+of all consumers, one after another, but for the instructions that stand between products and the wait for them: the
+longer of the two counts. Multiprocessors take tiles as the scheduler of the kernels gives them.
 
 The calibration. HIDDEN is chosen so that the model gives the published TFLOP/s of FlashAttention-3 on an H100,
 forward and causal, for T 2048, 4096, 8192 and 16384: 521, 579, 602 and 616 at D 128, and 371, 420, 460 and 473 at D
@@ -20,6 +21,7 @@ products. Nothing else is fitted. Expect errors of 15%, and more where tiles are
 
 import argparse
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,9 @@ CLOCK = 1.7e9  # under such a load; with 4,096 FLOP a cycle and multiprocessor 9
 SHARED_BYTES, L2_BYTES = 128, 34  # a cycle and multiprocessor; 34 is 7.7 TB/s for all
 MUFU_CYCLES = 8  # of an instruction of a warp, for its quarter of a multiprocessor
 MEMORY_BYTES = 3.9e12  # a second
+ADD = 2000  # cycles from the addition of one block to that of the next, through the L2 cache
 LAUNCH = 3e-6  # seconds from the end of a kernel to full work of the next one
+OVERLAPPED_LAUNCH = 1.5e-6  # the same where the next one starts before that end
 
 # The calibration.
 HIDDEN, EXPOSED = 0.85, 0.37
@@ -41,13 +45,16 @@ HIDDEN, EXPOSED = 0.85, 0.37
 
 # --- pipes ---
 
+KDEPTH = 64  # of a step of Newton-Schulz along K
+
 
 @dataclass(frozen=True)
 class Tile:
     """The tile of a kernel."""
 
     consumers: int  # warpgroups that share a multiprocessor; with mma.sync its warps, by four
-    loaded: int  # bytes that arrive in shared memory in a turn
+    loaded: int  # bytes that arrive in shared memory in a turn, or leave it for global memory
+    multicast: int = 0  # of them, those that another block of the cluster reads from the L2 cache
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,12 @@ class Pipes:
         """Return the estimated cycles of a turn; `exposed` as exposed_share()."""
         return max(self.tensor, self.shared, self.l2) + (HIDDEN + EXPOSED * exposed) * max(self.mufu, self.issue)
 
+    def __add__(self, other):
+        return Pipes(*map(sum, zip(self.__dict__.values(), other.__dict__.values(), strict=True)))
+
+    def times(self, count):
+        return Pipes(*(count * cycles for cycles in self.__dict__.values()))
+
     @property
     def bound(self):
         return max(self.__dict__, key=self.__dict__.get)
@@ -75,14 +88,11 @@ def tile_of(name):
     if kind == "attention_forward_hopper_kernel":
         D, consumers, keys = numbers
         return Tile(consumers, 2 * keys * D * 2)
-    if kind == "attention_backward_keys_hopper_kernel":
-        D, rows, _ = numbers
-        return Tile(2, 2 * rows * (D * 2 + 4))
-    if kind == "attention_backward_rows_hopper_kernel":
-        D, keys = numbers
-        return Tile(2, 2 * keys * D * 2)
+    if kind == "attention_backward_hopper_kernel":
+        D, _ = numbers
+        return Tile(2, 2 * 64 * (D * 2 + 4) + 64 * D * 4)  # q and dout, and the part of dQ
     if kind == "product_hopper_kernel":
-        return Tile(2, (256 + 128) * 64 * 2)
+        return Tile(2, (128 + 256) * KDEPTH * 2, multicast=128 * KDEPTH * 2)
     raise ValueError(f"no tile is known of {name}")
 
 
@@ -92,17 +102,17 @@ def product_bytes(one):
     return 32 * columns + (64 * 32 if shared_a else 0)
 
 
-def pipes_of(instructions, consumers, loaded=0):
+def pipes_of(instructions, consumers, loaded=0, multicast=0):
     """Return the cycles that instructions of each consumer take of a multiprocessor."""
     products = [one for one in instructions if one.name == "HGMMA"]
-    accessed = sum(one.width for one in instructions if one.name in ("LDS", "STS", "LDSM")) * 4 * 128
+    accessed = sum(one.width for one in instructions if one.name in ("LDS", "STS", "LDSM", "STSM")) * 4 * 128
     shared = sum(map(product_bytes, products)) + accessed
     return Pipes(
         tensor=consumers * sum(one.shape[0] / 2 for one in products),
         mufu=consumers * MUFU_CYCLES * sum(one.name == "MUFU" for one in instructions),
         issue=consumers * len(instructions),
         shared=(consumers * shared + loaded) / SHARED_BYTES,
-        l2=loaded / L2_BYTES,
+        l2=(loaded - multicast) / L2_BYTES,
     )
 
 
@@ -120,6 +130,26 @@ def exposed_share(instructions):
     return exposed / total if total else 0.0
 
 
+def cycles_outside(instructions, consumers):
+    """Return the estimated cycles of instructions that run once a tile."""
+    cycles, before, beside, groups = 0, [], [], 0
+
+    def alone():
+        pipes = pipes_of(before, consumers)
+        return max(pipes.issue, pipes.mufu)
+
+    for one in instructions:
+        waits = one.name == "WARPGROUP" and ".DEPBAR" in one.opcode
+        if waits and int(one.operands[1], 16) < groups:
+            pipes = pipes_of(beside, consumers)
+            cycles += alone() + max(pipes.tensor, pipes.issue, pipes.mufu)
+            before, beside, groups = [], [], 0
+        (beside if beside or one.name == "HGMMA" else before).append(one)
+        groups += one.name == "HGMMA" and one.closes_group
+    pipes = pipes_of(beside, consumers)
+    return cycles + alone() + max(pipes.tensor, pipes.issue, pipes.mufu)
+
+
 @dataclass(frozen=True)
 class Budget:
     """A kernel with wgmma."""
@@ -127,39 +157,71 @@ class Budget:
     name: str
     tile: Tile
     turn: Pipes
-    half_turn: Pipes  # with one consumer
     turn_cycles: float
-    half_turn_cycles: float
     border_cycles: float
     prologue: float
     epilogue: float
+    loading_epilogue: float  # that reads all sources of the result
+    diagonal_cycles: dict[bool, float]  # of Newton-Schulz, by whether both operands are the same
+    own: Pipes  # a turn of one consumer, without what all load
+    own_border: Pipes
+    exposed: float
 
     @property
     def outside(self):
         return self.prologue + self.epilogue
 
+    def cycles(self, active, masked):
+        """Return the cycles of a turn in which only `active` consumers multiply, `masked` of which mask."""
+        loads = pipes_of((), 1, self.tile.loaded)
+        return (self.own.times(active - masked) + self.own_border.times(masked) + loads).cycles(self.exposed)
+
+
+def columns_of(loop):
+    """Return the columns of all products of a turn."""
+    return sum(one.shape[0] for one in loop.turn if one.name == "HGMMA")
+
+
+def main_loop_of(function):
+    """Return the main loop of the widest products."""
+    return max(function.main_loops, key=columns_of)
+
+
+def diagonal_cycles(function, tile, same):
+    """Return the cycles of a turn of Newton-Schulz on the diagonal: one consumer has the narrow loop."""
+    wide, narrow = (pipes_of(loop.turn, 1) for loop in sorted(function.main_loops, key=columns_of, reverse=True))
+    loaded = tile.loaded - (128 * KDEPTH * 2 if same else 0)
+    both = Pipes(
+        tensor=wide.tensor + narrow.tensor,
+        mufu=0,
+        issue=wide.issue + narrow.issue,
+        shared=wide.shared + narrow.shared + loaded / SHARED_BYTES,
+        l2=(loaded - tile.multicast) / L2_BYTES,
+    )
+    return both.cycles()
+
 
 def budget_of(function):
-    (loop,) = function.main_loops
+    loop = main_loop_of(function)
     tile = tile_of(function.name)
     exposed = exposed_share(loop.turn)
-    turn = pipes_of(loop.turn, tile.consumers, tile.loaded)
-    half = pipes_of(loop.turn, 1, tile.loaded * 2 / 3)
-
-    def outside(instructions):
-        pipes = pipes_of(instructions, tile.consumers)
-        return pipes.tensor + max(pipes.issue, pipes.mufu)
+    turn = pipes_of(loop.turn, tile.consumers, tile.loaded, tile.multicast)
 
     return Budget(
         name=function.name,
         tile=tile,
         turn=turn,
-        half_turn=half,
         turn_cycles=turn.cycles(exposed),
-        half_turn_cycles=half.cycles(exposed),
-        border_cycles=pipes_of(loop.border_turn, tile.consumers, tile.loaded).cycles(exposed),
-        prologue=outside(loop.prologue),
-        epilogue=outside(loop.epilogue),
+        border_cycles=pipes_of(loop.border_turn, tile.consumers, tile.loaded, tile.multicast).cycles(exposed),
+        prologue=cycles_outside(loop.prologue, tile.consumers),
+        epilogue=cycles_outside(loop.epilogue, tile.consumers),
+        loading_epilogue=cycles_outside(loop.loading_epilogue, tile.consumers),
+        diagonal_cycles={
+            same: diagonal_cycles(function, tile, same) for same in (True, False) if len(function.main_loops) == 2
+        },
+        own=pipes_of(loop.turn, 1),
+        own_border=pipes_of(loop.border_turn, 1),
+        exposed=exposed,
     )
 
 
@@ -232,32 +294,90 @@ def _makespan(costs, head_groups, section, last_first):
     return np.bincount(np.arange(len(items)) % blocks, weights=items).max()
 
 
-def _kernel_seconds(shape, budget, tiles, head_groups, last_first):
-    costs = [
-        (turns - border) * budget.turn_cycles + border * budget.border_cycles + budget.outside
-        for turns, border in tiles
-    ]
+def _seconds(shape, costs, head_groups, last_first):
     section = max(1, (24 << 20) // max(1, 4 * shape.T * shape.D))
     return _makespan(costs, head_groups, min(section, head_groups), last_first) / CLOCK + LAUNCH
 
 
+def forward_turns(shape, consumers, keys):
+    """Return the turns of each tile of the forward pass: (consumers that multiply, those that mask) -> their number.
+
+    A consumer has 64 rows, and multiplies the blocks of `keys` keys that one of them sees.
+    """
+    heads, parts = shape.heads_per_tile, []
+    for row in range(0, shape.T * heads, 64):
+        a, z = row // heads, min((row + 63) // heads, shape.T - 1)
+        (begin, end), first, last = shape.keys(a, z), shape.keys(a, a), shape.keys(z, z)
+        parts.append((begin // keys, -(-end // keys), -(-last[0] // keys), first[1] // keys))
+    found = []
+    for i in range(0, len(parts), consumers):
+        seen, seen_end, full, full_end = np.array(parts[i : i + consumers]).T[:, :, None]
+        blocks = np.arange(seen.min(), seen_end.max())
+        active = (blocks >= seen) & (blocks < seen_end)
+        masked = active & ((blocks < full) | (blocks >= full_end))
+        found.append(Counter(zip(active.sum(0).tolist(), masked.sum(0).tolist(), strict=True)))
+    return found
+
+
+def forward_tile(shape, multiprocessors=MULTIPROCESSORS):
+    """Return (consumers, keys) of the tile of the forward pass, as choose_forward() of attention_tiles.h."""
+    seen = shape.T // 2 if shape.causal else shape.T
+    if shape.window is not None:
+        seen = min(seen, shape.window)
+    if seen <= 256:
+        return 2, 64
+    tiles = shape.B * shape.H * shape.T / 192
+    return 3 if shape.D == 64 and seen >= 2048 and tiles >= 8 * multiprocessors else 2, 128
+
+
 def forward_seconds(shape, budgets):
-    D, consumers, keys = (64, 3, 128) if shape.D == 64 else (shape.D, 2, 128)
-    budget = budgets[f"attention_forward_hopper_kernel<bfloat16, ForwardTile<{D}, {consumers}, {keys}> >"]
-    tiles = _tiles(shape, 64 * consumers, shape.keys, shape.queries, keys, shape.heads_per_tile, 1)
-    return _kernel_seconds(shape, budget, tiles, shape.B * shape.Hkv, shape.causal)
+    consumers, keys = forward_tile(shape)
+    budget = budgets[f"attention_forward_hopper_kernel<bfloat16, ForwardTile<{shape.D}, {consumers}, {keys}> >"]
+    costs = [
+        sum(count * budget.cycles(*turn) for turn, count in turns.items()) + budget.outside
+        for turns in forward_turns(shape, consumers, keys)
+    ]
+    return _seconds(shape, costs, shape.B * shape.Hkv, shape.causal)
+
+
+def _ordered_makespan(items, head_groups, section, budget):
+    """Return the cycles of a kernel whose tiles of keys add to the rows in turn.
+
+    A multiprocessor takes the next tile of keys when it is free. A tile adds its part of a tile of rows once a turn has
+    passed, and the tile of keys before it has added its own.
+
+    Args:
+        items: (first tile of rows, turns, turns at a border) of each tile of keys of a head group.
+    """
+    free = np.zeros(min(MULTIPROCESSORS, len(items) * head_groups))
+    rows = max(begin + turns for begin, turns, _ in items)
+    added = np.zeros((head_groups, rows))
+    for first in range(0, head_groups, section):
+        for begin, turns, border in items:
+            turn = budget.turn_cycles + (budget.border_cycles - budget.turn_cycles) * border / max(1, turns)
+            passed = turn * np.arange(1, turns + 1)
+            for head_group in range(first, min(first + section, head_groups)):
+                place = free.argmin()
+                before = added[head_group, begin : begin + turns][::-1]  # the last rows come first
+                late = np.maximum.accumulate(np.maximum(before + ADD - passed, free[place] + budget.prologue))
+                added[head_group, begin : begin + turns] = (late + passed)[::-1]
+                # The last turn is counted with the epilogue.
+                free[place] = late[-1] + (turns - 1) * turn + budget.epilogue
+    return free.max()
 
 
 def backward_seconds(shape, budgets):
-    D, rows, keys = shape.D, 64, 128
-    own = budgets[f"attention_backward_keys_hopper_kernel<bfloat16, KeyTile<{D}, {rows}, 3> >"]
-    tiles = _tiles(shape, keys, shape.queries, shape.keys, rows, 1, shape.heads_per_tile)
-    seconds = _kernel_seconds(shape, own, tiles, shape.B * shape.Hkv, False)
-    own = budgets[f"attention_backward_rows_hopper_kernel<bfloat16, QueryTile<{D}, {keys}> >"]
-    tiles = _tiles(shape, keys, shape.keys, shape.queries, keys, shape.heads_per_tile, 1)
-    seconds += _kernel_seconds(shape, own, tiles, shape.B * shape.Hkv, shape.causal)
-    # delta: one pass over out and dout
-    return seconds + 4.0 * shape.B * shape.T * shape.H * shape.D / MEMORY_BYTES + LAUNCH
+    D = 64 if shape.D == 64 else 128
+    own = budgets[f"attention_backward_hopper_kernel<bfloat16, BackwardTile<{D}, {3 if D == 64 else 2}> >"]
+    tiles = _tiles(shape, 128, shape.queries, shape.keys, 64, 1, shape.heads_per_tile)
+    firsts = [shape.queries(key, key)[0] * shape.heads_per_tile // 64 for key in range(0, shape.T, 128)]
+    items = [(first, *tile) for first, tile in zip(firsts, tiles, strict=True)]
+    head_groups = shape.B * shape.Hkv
+    section = max(1, (24 << 20) // max(1, 4 * shape.T * shape.D))
+    cycles = _ordered_makespan(items, head_groups, min(section, head_groups), own)
+    # delta: one pass over out and dout. dQ: one pass that reads float32 and writes 16 bits.
+    passes = (2 + 2) + (4 + 2)  # bytes an element
+    return cycles / CLOCK + passes * shape.B * shape.T * shape.H * shape.D / MEMORY_BYTES + 3 * LAUNCH
 
 
 ATTENTION = {
@@ -277,7 +397,7 @@ ATTENTION = {
 
 # --- Newton-Schulz ---
 
-KDEPTH, KTILE = 64, 128
+SQUARE, CLUSTER = 256, 2
 
 
 @dataclass(frozen=True)
@@ -289,32 +409,43 @@ class Product:
     n: int
     k: int
     kernel: str
+    sources: int  # of the result
+    same: bool = False  # whether A and B are one matrix
 
     @property
     def symmetric(self):
         return "Symmetric" in self.kernel
 
-    def tiles(self):
-        """Return (whole tiles, half tiles) of a matrix, as tiles_of() of newton_schulz_hopper.cu."""
-        rows, columns = -(-self.m // KTILE), -(-self.n // KTILE)
-        pairs = rows // 2
-        if self.symmetric:
-            return pairs * pairs, pairs + (columns if rows % 2 else 0)
-        return pairs * columns, columns if rows % 2 else 0
+    def squares(self):
+        """Return (squares, squares on the diagonal) of a matrix, as squares_of() of newton_schulz_hopper.cu."""
+        rows, columns = -(-self.m // SQUARE), -(-self.n // SQUARE)
+        return (rows * (rows - 1) // 2, rows) if self.symmetric else (rows * columns, 0)
+
+    def square_cycles(self, budgets):
+        """Return (main loop, what is outside it) of a square in cycles."""
+        budget = budgets[f"product_hopper_kernel<float16, {self.kernel}>"]
+        for_a_source = (budget.loading_epilogue - budget.epilogue) / (2 if self.symmetric else 1)
+        steps = -(-self.k // KDEPTH)
+        return steps * budget.turn_cycles, budget.outside + self.sources * for_a_source
 
     def seconds(self, budgets):
         budget = budgets[f"product_hopper_kernel<float16, {self.kernel}>"]
-        steps = -(-self.k // KDEPTH)
-        whole, half = (count * self.count for count in self.tiles())
-        costs = [steps * budget.turn_cycles + budget.outside] * whole
-        costs += [steps * budget.half_turn_cycles + budget.outside / 2 + budget.prologue / 2] * half
-        return _makespan(costs, 1, 1, False) / CLOCK + LAUNCH
+        whole, diagonal = (count * self.count for count in self.squares())
+        loop, outside = self.square_cycles(budgets)
+        costs = [loop + outside] * whole
+        # Of the eight boxes of a block on the diagonal five are written.
+        costs += [-(-self.k // KDEPTH) * budget.diagonal_cycles[self.same] + outside * 5 / 8] * diagonal
+        clusters = min(MULTIPROCESSORS // CLUSTER, len(costs))
+        items = np.arange(len(costs))
+        backward = items // clusters * clusters > whole
+        chosen = np.where(backward, clusters - 1 - items % clusters, items % clusters)
+        return np.bincount(chosen, weights=costs).max() / CLOCK + OVERLAPPED_LAUNCH
 
     @property
     def flop(self):
-        """Floating-point operations that the tiles take."""
-        whole, half = self.tiles()
-        return 2.0 * self.count * (2 * whole + half) * KTILE * KTILE * self.k
+        """Floating-point operations that are executed. On the diagonal 12 of 16 boxes are."""
+        whole, diagonal = self.squares()
+        return 2.0 * self.count * (whole + 0.75 * diagonal) * SQUARE**2 * self.k
 
 
 def newton_schulz_products(count, M, K):
@@ -323,16 +454,16 @@ def newton_schulz_products(count, M, K):
     wide, along = M <= K, "(Major)0, (Major)0" if M <= K else "(Major)1, (Major)1"
 
     def products(phases):
-        def square():
-            return Product(count, R, R, R, "(Major)0, (Major)0, SymmetricEpilogue")
+        def square(sources, same=False):
+            return Product(count, R, R, R, "(Major)0, (Major)0, SymmetricEpilogue", sources, same)
 
         for phase, length in enumerate(phases):
-            yield Product(count, R, R, L, f"{along}, SymmetricEpilogue")
-            yield square()
-            for _ in range(4 * (length - 1)):
-                yield square()
+            yield Product(count, R, R, L, f"{along}, SymmetricEpilogue", 0, same=True)
+            yield square(1, same=True)
+            for _ in range(length - 1):
+                yield from (square(1), square(1), square(1, same=True), square(2))
             epilogue = "OutputEpilogue" if phase + 1 == len(phases) else "ScratchEpilogue"
-            yield Product(count, M, K, R, f"(Major)0, (Major){1 if wide else 0}, {epilogue}")
+            yield Product(count, M, K, R, f"(Major)0, (Major){1 if wide else 0}, {epilogue}", 1)
 
     def cost(phases):
         return sum(one.flop for one in products(phases))
@@ -398,6 +529,18 @@ def main():
         forward, backward = forward_seconds(shape, found), backward_seconds(shape, found)
         rows.append((name, shape.flop / forward / 1e12, 2.5 * shape.flop / backward / 1e12))
     print(table(("shape", "forward", "backward"), rows))
+
+    print("\nWhat a square of a product of Newton-Schulz takes outside its main loop, in percent of it: an estimate.\n")
+    rows = []
+    for K in (768, 1280):
+        for name, kernel, most in (
+            ("symmetric", "(Major)0, (Major)0, SymmetricEpilogue", 2),
+            ("to scratch", "(Major)0, (Major)1, ScratchEpilogue", 1),
+        ):
+            for sources in range(most + 1):
+                loop, outside = Product(1, K, K, K, kernel, sources).square_cycles(found)
+                rows.append((f"K {K}, {name}, sources: {sources}", loop, outside, f"{100 * outside / loop:.1f}"))
+    print(table(("product", "main loop", "outside", "percent"), rows))
 
     print("\nEstimate of Newton-Schulz, five steps.\n")
     rows = []

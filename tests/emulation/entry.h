@@ -38,9 +38,10 @@ inline const char* call_entry(void (*body)(const Argument*), const Argument* arg
     static void name##_entry(const Argument* arguments)
 
 #ifdef NANOCHAT_EMULATION   // in each library of kernels
-// seed, misalignment of dynamic shared memory in bytes
+// seed, misalignment and limit of dynamic shared memory in bytes
 ENTRY(set_schedule) {
     nanochat::emulation::schedule() = {static_cast<uint64_t>(arguments[0].integer),
-                                       static_cast<uint32_t>(arguments[1].integer)};
+                                       static_cast<uint32_t>(arguments[1].integer),
+                                       static_cast<uint32_t>(arguments[2].integer)};
 }
 #endif

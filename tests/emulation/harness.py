@@ -16,6 +16,7 @@ from compiled import compiled, version
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ("scheduler", "memory", "tensor_cores")
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory that a GPU of compute capability 9.0 gives to a block
 EXECUTOR = ("runtime", "module", "decode", "lanes", "memory", "tensor_cores", "scheduler", "costs")  # of PTX
 
 CXX = os.environ.get("CXX", "g++").split()
@@ -60,10 +61,10 @@ class KernelError(Exception):
     """The message of a launch that failed, from the emulation or the sanitizer."""
 
 
-def message(kernels, entry, *values, seed=0):
+def message(kernels, entry, *values, **options):
     """Return the message of a launch, which must fail."""
     try:
-        kernels.call(entry, *values, seed=seed)
+        kernels.call(entry, *values, **options)
     except KernelError as error:
         return str(error)
     raise AssertionError(f"{entry} did not fail")
@@ -186,10 +187,12 @@ class Library:
         self.device = device
         self._library = ctypes.CDLL(str(path))
 
-    def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
+    def call(
+        self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16, shared_limit: int = SHARED_LIMIT
+    ) -> None:
         """Call an entry on tensors of `device`, which it may change. Raises KernelError."""
         if self.device == "cpu":
-            self._call("set_schedule", seed, misalignment)
+            self._call("set_schedule", seed, misalignment, shared_limit)
         self._call(entry, *values)
         if self.device != "cpu":
             torch.cuda.synchronize()
@@ -219,19 +222,27 @@ class PtxLibrary(Library):
 
     def __init__(self, path: Path, executor: Path) -> None:
         self._executor = ctypes.CDLL(str(executor))
-        self._executor.ptx_prepare.argtypes = (ctypes.c_uint64, ctypes.c_uint32)
+        self._executor.ptx_prepare.argtypes = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_int)
+        self._executor.ptx_limits_set.restype = ctypes.c_int64
         self._executor.ptx_allow.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
-        self.device = "cpu"
+        self.device, self.gpu = "cpu", 0  # where the tensors lie, and the number of the GPU that the kernels see
         # RTLD_DEEPBIND: the runtime of the executor is used, not one that torch has loaded.
         self._library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
 
-    def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
+    def call(
+        self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16, shared_limit: int = SHARED_LIMIT
+    ) -> None:
         """Call an entry as Library.call does."""
-        self._executor.ptx_prepare(seed + 1, misalignment)
+        self._executor.ptx_prepare(seed + 1, misalignment, self.gpu, shared_limit)
         for value in values:
             for tensor in [value] if isinstance(value, torch.Tensor) else value if isinstance(value, Sequence) else ():
                 self._executor.ptx_allow(tensor.data_ptr(), span_bytes(tensor))
         self._call(entry, *values)
+
+    @property
+    def limits_set(self) -> int:
+        """The number of times that kernels had their limit of shared memory set, in this process."""
+        return int(self._executor.ptx_limits_set())
 
     def write_costs(self, path: Path | None) -> None:
         """Append the costs of the next launches to a file, a line of JSON each. None: of none."""
@@ -257,11 +268,14 @@ class Program:
     def __init__(self, path: Path, folder: Path) -> None:
         self.path, self.folder = path, folder  # calls and results are written into the folder
 
-    def call(self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16) -> None:
+    def call(
+        self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16, shared_limit: int = SHARED_LIMIT
+    ) -> None:
         """Call an entry as Library.call does; KernelError also carries the sanitizer's report."""
         tensors: list[torch.Tensor] = []
         name = entry.encode()
-        parts = [struct.pack("=ii", 1, len(name)), name, struct.pack("=qqi", seed, misalignment, len(values))]
+        numbers = struct.pack("=qqqi", seed, misalignment, shared_limit, len(values))
+        parts = [struct.pack("=ii", 1, len(name)), name, numbers]
         for value in values:
             if isinstance(value, torch.Tensor):
                 parts += [b"b", self._buffer(value)]

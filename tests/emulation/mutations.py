@@ -16,6 +16,7 @@ from nanochat_native.ops import reference
 GEMM = "tests/emulation/kernels/gemm_hopper.cu"
 ATTENTION = "tests/emulation/kernels/attention_ampere.cu"
 PRIMITIVES = "tests/emulation/kernels/primitives.cu"
+BLOCKS = "tests/emulation/kernels/blocks.cu"
 WGMMA, WGMMA_FORMS = "tests/emulation/kernels/wgmma.cuh", "tests/emulation/kernels/wgmma_forms.cu"
 
 
@@ -55,6 +56,34 @@ def grid_sum(kernels, seed):
     finished, total = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     kernels.call("grid_sum", x, sums, finished, total, 1000, 11, seed=seed)
     assert total.item() == x.sum().item()
+
+
+def take_turns(kernels, seed):
+    blocks = 5
+    x = torch.randn(blocks, 256, generator=torch.Generator().manual_seed(seed))
+    sums, rows, counter = torch.zeros(256), torch.full((blocks, 256), torch.nan), torch.zeros(1, dtype=torch.int32)
+    kernels.call("take_turns", x, sums, rows, counter, blocks, seed // 4 % 2, seed=seed)
+    row, expected = torch.zeros(256), torch.zeros(256)
+    for own in x.flip(0) if seed // 4 % 2 else x:
+        row = own + 0.5 * row
+        expected = expected + row
+    assert torch.equal(sums, expected)
+    assert torch.equal(rows[-1], row)
+
+
+def share_loads(kernels, seed):
+    clusters, steps, size = 2, 4, 2
+    x = torch.randn(clusters, steps, size * 8, 32, generator=torch.Generator().manual_seed(seed))
+    out = torch.zeros(clusters, size, size * 8, 32)
+    kernels.call("share_loads", x, out, clusters, steps, size, seed=seed)
+    weights = 1.0 + torch.arange(size)[:, None] + torch.arange(steps)
+    torch.testing.assert_close(out, torch.einsum("rs,csij->crij", weights, x), rtol=1e-5, atol=1e-5)
+
+
+def overlap(kernels, seed):
+    out = torch.zeros(4, 32)
+    kernels.call("overlap", out, seed=seed)
+    assert torch.equal(out, 2 * torch.arange(32.0).expand(4, 32))
 
 
 def hand_over(kernels, seed):
@@ -97,6 +126,13 @@ def reverse(kernels, seed):
     x, out = torch.arange(364, dtype=torch.int32), torch.zeros(364, dtype=torch.int32)
     kernels.call("reverse", x, out, 364, seed=seed)
     assert torch.equal(out, x.flip(0))
+
+
+def reverse_streamed(kernels, seed):
+    x, out = torch.arange(364, dtype=torch.int32), torch.zeros(2, 364, dtype=torch.int32)
+    for in_pairs in (0, 1):
+        kernels.call("reverse_streamed", x, out[in_pairs], 364, in_pairs, seed=seed)
+    assert torch.equal(out, x.flip(0).expand(2, -1))
 
 
 def reverse_pairs(kernels, seed):
@@ -155,6 +191,18 @@ def forward_hopper(kernels, seed):
     forward(kernels, seed, *HOPPER)
 
 
+def forward_hopper_windowed(kernels, seed):
+    """Blocks are large. Of those of a tile, each consumer sees others."""
+    forward(kernels, seed, {"Tq": 440, "Tk": 600, "window": 300}, HOPPER[1])
+
+
+def forward_hopper_packed(kernels, seed):
+    """A query fills the rows of two warps."""
+    q, k, v, _ = attention_inputs(seed, 2, 9, 70, 32, 1)
+    out, _ = operators.attention_forward(kernels, q, k, v, schedule=seed, hopper=True, multiprocessors=1)
+    torch.testing.assert_close(out, reference.attention(q, k, v), rtol=2e-2, atol=2e-2)
+
+
 def decode(kernels, seed):
     q, k, v, _ = attention_inputs(seed, 3, 2, 400, 4, 2)
     lengths = torch.tensor([400, 37, 200])
@@ -180,6 +228,11 @@ def backward_ampere(kernels, seed):
 
 def backward_hopper(kernels, seed):
     backward(kernels, seed, *HOPPER)
+
+
+def backward_hopper_blocks(kernels, seed):
+    """Three tiles of keys that add to the same rows side by side; a tile of rows that sees nothing."""
+    backward(kernels, seed, {"Tq": 330, "Tk": 260, "window": 100}, {"hopper": True, "multiprocessors": 3})
 
 
 SETTINGS = {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
@@ -259,7 +312,7 @@ def adamw_captured(kernels, seed):
 
 def muon(kernels, seed):
     generator = torch.Generator().manual_seed(seed)
-    for shape, offset in (((64, 64), 0), ((33, 67), 0), ((16, 20), 1)):
+    for shape, offset in (((64, 64), 0), ((65, 67), 0), ((16, 20), 1)):
         grads, buffers, params = ([randn(generator, *shape, offset=offset) for _ in range(3)] for _ in range(3))
         expected_buffers, expected_params = ([tensor.clone() for tensor in tensors] for tensors in (buffers, params))
         update, norms = operators.muon_momentum_(kernels, grads, buffers, momentum=0.9, return_norm=True, schedule=seed)
@@ -365,7 +418,10 @@ def newton_schulz_ampere(kernels, seed):
 
 
 def newton_schulz_hopper(kernels, seed):
-    newton_schulz(kernels, seed, hopper=True, multiprocessors=1)
+    """Also with several squares of 256 x 256, on and off the diagonal."""
+    path = {"hopper": True, "multiprocessors": 4}
+    orthogonal(kernels, seed, "plain", 1, 1, 280, 330, **path)
+    newton_schulz(kernels, seed, **path)
 
 
 def assert_rounded(mine, exact):
@@ -714,6 +770,41 @@ SMALL = [
     ),
 ]
 
+TOGETHER = [
+    *of(
+        BLOCKS,
+        take_turns,
+        ("turn is not waited for", "    if (thread == 0) wait_for_count(counter, turn);\n", ""),
+        ("a turn too early", "wait_for_count(counter, turn)", "wait_for_count(counter, turn ? turn - 1 : 0)"),
+        ("wait of one thread for itself alone", "wait_for_count(counter, turn);\n    __syncthreads();\n", "wait_for_count(counter, turn);\n"),
+        ("turn ends before the copies", "        tma_wait<0>();\n        add_release(counter, 1);\n", "        add_release(counter, 1);\n        tma_wait<0>();\n"),
+        ("copies have only read", "tma_wait<0>();", "tma_wait_read<0>();"),
+        ("turn ends without an order", "add_release(counter, 1)", "atomicAdd(counter, 1u)", "thread"),
+        ("copies not ordered after another block's", "        fence_proxy_async_global();", "        ", "thread"),
+        ("tile not ordered before the copies", "    fence_proxy_async();\n", "", "thread"),
+        ("bytes past the end", "bulk_store(rows + turn * kTile, source, kTile * 4)", "bulk_store(rows + turn * kTile, source, kTile * 4 + 16)"),
+        ("row of the turn after this one", "bulk_store(rows + turn * kTile", "bulk_store(rows + (turn + 1) * kTile", "address"),
+    ),
+    *of(
+        BLOCKS,
+        share_loads,
+        ("mbarriers of the others not waited for", "    cluster_arrive();\n    cluster_wait();\n    for", "    __syncthreads();\n    for"),
+        ("stage of the others not waited for", "            mbarrier_wait(empty + 8 * stage, parity ^ 1);\n", ""),
+        ("stage given back to one block", "mbarrier_arrive_cluster(empty + 8 * stage, i)", "mbarrier_arrive(empty + 8 * stage)"),
+        ("stage given back by one block", "mbarrier_init(empty + 8 * i, size)", "mbarrier_init(empty + 8 * i, 1)"),
+        ("stage given back before it is read", "            bar_sync(1, 64);\n", "", "thread"),
+        ("loads for one block alone", "(1 << size) - 1", "1 << rank"),
+        ("bytes of one part", "mbarrier_arrive_expect_tx(full + 8 * stage, size * kPartBytes)", "mbarrier_arrive_expect_tx(full + 8 * stage, kPartBytes)"),
+        ("leaves before the others", "    cluster_arrive();   // no block leaves while another one can arrive at its mbarriers\n    cluster_wait();\n", ""),
+        ("arrives and does not wait", "mbarriers\n    cluster_wait();\n", "mbarriers\n"),
+    ),
+    *of(
+        BLOCKS,
+        overlap,
+        ("previous grid not waited for", "    wait_for_previous_grid();\n", ""),
+    ),
+]
+
 ADAMW, MUON, LOSS = (f"csrc/cuda/{name}.cu" for name in ("adamw", "muon", "softcap_cross_entropy"))
 NORMUON = "csrc/cuda/normuon.cu"
 PACKS = "csrc/cuda/packs.cuh"
@@ -726,12 +817,15 @@ OPERATORS = [
         adamw,
         ("second moment without its square", "c.one_minus_beta2 * g * g", "c.one_minus_beta2 * g"),
         ("decay forgotten", "p[j] = decay * old", "p[j] = old"),
-        ("table searched one too far", "table.first_block[middle] <= blockIdx.x", "table.first_block[middle] < blockIdx.x"),
-        ("pack beyond the end taken for whole", "if (aligned && (block + 1) * kThreads * kThreadElements <= end) {", "if (aligned && block * kThreads * kThreadElements <= end) {", "address"),
+        ("table searched one too far", "table.first_chunk[middle] <= chunk", "table.first_chunk[middle] < chunk"),
+        ("pack beyond the end taken for whole", "if (aligned && (chunk + 1) * kChunk <= end) {", "if (aligned && chunk * kChunk <= end) {", "address"),
         ("alignment not looked at", "is_aligned<N>(param) && is_aligned<N>(grad) && is_aligned<N>(exp_avg) &&\n                         is_aligned<N>(exp_avg_sq) && is_aligned<N>(copy)", "true", "address"),
-        ("two threads update one pack", "(block * packs * kThreads + threadIdx.x) * N", "(block * packs * kThreads + threadIdx.x % 255) * N", "thread"),
+        ("two threads update one pack", "(chunk * packs * kThreads + threadIdx.x) * N", "(chunk * packs * kThreads + threadIdx.x % 255) * N", "thread"),
         ("second pack of a thread forgotten", "const int64_t first = start + i * kThreads * N;\n            update<", "const int64_t first = start;\n            update<"),
         ("tail of a tensor forgotten", "first += kThreads * N) {", "first += 2 * kThreads * N) {"),
+        ("tensor of the chunk before", "if (chunk < table.first_chunk[index + 1])", "if (chunk <= table.first_chunk[index + 1])"),
+        ("chunks of other blocks", "chunk < chunks; chunk += gridDim.x", "chunk < chunks; ++chunk", "thread"),
+        ("one chunk of each block alone", "chunk < chunks; chunk += gridDim.x", "chunk < chunks; chunk = chunks"),
         library=ADAMW_LIBRARY,
     ),
     *of(
@@ -769,14 +863,17 @@ OPERATORS = [
         MUON,
         muon,
         ("momentum without Nesterov's second step", "nesterov ? keep * b[j] + rest * g : b[j]", "b[j]"),
-        ("norm of the first warp alone", "sum = block_sum(sum, warps);\n        if (threadIdx.x == 0) o.partials", "sum = warp_sum(sum);\n        if (threadIdx.x == 0) o.partials"),
-        ("partial sums of all matrices in one row", "o.partials[blockIdx.y * int64_t{gridDim.x} + blockIdx.x]", "o.partials[blockIdx.x]"),
+        ("norm of the first warp alone", "sum = block_sum(sum, warps);\n            if (threadIdx.x == 0) o.partials", "sum = warp_sum(sum);\n            if (threadIdx.x == 0) o.partials"),
+        ("partial sums of all matrices in one row", "o.partials[int64_t{matrix} * o.per_matrix + chunk_start / kChunk]", "o.partials[chunk_start / kChunk]"),
         ("square root forgotten", "norms[blockIdx.x] = sqrt(sum)", "norms[blockIdx.x] = sum"),
-        ("copy not written", "            store_copy(copy, start + i * kStride, p[i], N, true);\n", ""),
-        ("copy of the tail not written", "        store_copy(copy, first, p, o.numel - first, aligned);\n", ""),
-        ("first matrix's copy for all", "table.copies[blockIdx.y]", "table.copies[0]"),
+        ("copy not written", "                store_copy(copy, start + i * kStride, p[i], N, true);\n", ""),
+        ("copy of the tail not written", "            store_copy(copy, first, p, o.numel - first, aligned);\n", ""),
+        ("first matrix's copy for all", "table.copies[matrix]", "table.copies[0]"),
         ("alignment of the copy not looked at", " && is_aligned<N>(copy);", ";", "address"),
-        ("first matrix's update for all", "const float* update = o.update + blockIdx.y * o.numel;", "const float* update = o.update;"),
+        ("first matrix's update for all", "const float* update = o.update + matrix * o.numel;", "const float* update = o.update;"),
+        ("chunks of other blocks", "chunk < chunks; chunk += gridDim.x", "chunk < chunks; ++chunk", "thread"),
+        ("one chunk of each block alone", "chunk < chunks; chunk += gridDim.x", "chunk < chunks; chunk = chunks"),
+        ("sums of warps overwritten before they are read", "            __syncthreads();   // all threads have read the sums of the warps\n", "", "thread"),
         library=MUON_LIBRARY,
     ),
     *of(
@@ -1023,6 +1120,7 @@ NORMS = [
 TILES, TILES_HOPPER = "csrc/cuda/tiles.cuh", "csrc/cuda/hopper.cuh"
 ATTENTION_MASK, ATTENTION_SOFTMAX, ATTENTION_PACKING = (f"csrc/cuda/attention_{name}.cuh" for name in ("mask", "softmax", "packing"))
 FORWARD, FORWARD_HOPPER = "csrc/cuda/attention_forward.cu", "csrc/cuda/attention_forward_hopper.cu"
+ATTENTION_HOPPER = "csrc/cuda/attention_hopper.cuh"
 BACKWARD, BACKWARD_HOPPER = "csrc/cuda/attention_backward.cu", "csrc/cuda/attention_backward_hopper.cu"
 FORWARD_LIBRARY, BACKWARD_LIBRARY = (f"tests/emulation/{name}" for name in (operators.ATTENTION_FORWARD, operators.ATTENTION_BACKWARD))
 
@@ -1080,17 +1178,58 @@ ATTENTION_OPERATOR = [
         FORWARD_HOPPER,
         forward_hopper,
         ("values given back before the sums are done", "wait_for_products<0>(sums);\n                v_ring.consumer_release(n);", "v_ring.consumer_release(n);\n                wait_for_products<0>(sums);", "thread"),
-        ("keys not waited for", "                if (block > blocks.begin) k_ring.consumer_wait(n + 2);\n", ""),
+        ("keys not waited for", "                if (block > seen.begin) k_ring.consumer_wait(n + 2);\n", ""),
         ("values not waited for", "                v_ring.consumer_wait(n);\n                start_sums", "                start_sums"),
         ("sums rescaled while they are computed", "wait_for_products<0>(sums);\n                v_ring.consumer_release(n);\n                scale_rows(sums, rescale);", "scale_rows(sums, rescale);\n                wait_for_products<0>(sums);\n                v_ring.consumer_release(n);"),
         ("turn not passed on", "                ping_pong.arrive_next();\n                wait_for_products<1>(scores);", "                wait_for_products<1>(scores);"),
-        ("queries given back with the last scores to come", "            q_ring.consumer_wait(turn);\n", "            q_ring.consumer_wait(turn);\n            if (threadIdx.x % 32 == 0) device::mbarrier_arrive(q_ring.empty(turn));\n"),
+        ("queries given back with the last scores to come", "        if (blocks.begin < blocks.end) q_ring.consumer_wait(turn);\n", "        if (blocks.begin < blocks.end) q_ring.consumer_wait(turn);\n        if (threadIdx.x % 32 == 0) device::mbarrier_arrive(q_ring.empty(turn));\n"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        FORWARD_HOPPER,
+        forward_hopper,
+        ("block leaves before its rows are read", "    if (lane == 0) device::tma_wait_read<0>();   // until then the block needs its shared memory\n", ""),
+        ("first scores not waited for", "            wait_for_products<0>(scores);\n            k_ring.consumer_release(n);\n        } else", "            k_ring.consumer_release(n);\n        } else"),
+        ("rows of the next item for those of this one", "            if (!first) write_out();\n            wait", "            own = part.rows;\n            if (!first) write_out();\n            wait"),
+        ("sums of the item before kept", "        for (int i = 0; i < D / 2; ++i) sums[i] = 0;\n", "        for (int i = 0; i < D / 2 && first; ++i) sums[i] = 0;\n"),
+        ("softmax of the item before kept", "        softmax = {};\n", ""),
+        ("queries of every item in one tile", "own_q = q_tile(turn, consumer)", "own_q = q_tile(0, consumer)"),
+        ("last item not written out", "        } else if (!first) {", "        } else if (!first && more) {"),
+        ("rows of the first consumer for all", "tile.part(consumer * kGroupRows, kGroupRows)", "tile.part(0, kGroupRows)"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        FORWARD_HOPPER,
+        forward_hopper_windowed,
+        ("turn of a skipped block not passed on", "            ping_pong.wait();\n            ping_pong.arrive_next();\n            k_ring", "            ping_pong.wait();\n            k_ring"),
+        ("turn of a skipped block not waited for", "            ping_pong.wait();\n            ping_pong.arrive_next();\n            k_ring", "            ping_pong.arrive_next();\n            k_ring"),
+        ("values of a skipped block not given back", "            v_ring.consumer_wait(n);\n            v_ring.consumer_release(n);\n        }", "            v_ring.consumer_wait(n);\n        }"),
+        ("blocks behind the seen ones not skipped", "        skip_blocks(seen.begin - blocks.begin);\n", ""),
+        ("blocks before the seen ones not skipped", "        skip_blocks(blocks.end - seen.end);\n", ""),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        FORWARD_HOPPER,
+        forward_hopper_packed,
+        ("first head for all rows of a query", "own.head_group.head + head, query", "own.head_group.head, query"),
+        ("all heads in one box", "std::min(heads, kRowsPerWarp)", "heads"),
+        library=FORWARD_LIBRARY,
+    ),
+    *of(
+        ATTENTION_HOPPER,
+        forward_hopper,
+        ("rows overwritten before they are stored", "    if (lane == 0) device::tma_wait_read<0>();\n    __syncwarp();\n", ""),
+        ("rows overwritten while the first lane waits", "    if (lane == 0) device::tma_wait_read<0>();\n    __syncwarp();\n", "    if (lane == 0) device::tma_wait_read<0>();\n", "thread"),
+        ("rows stored before the proxy sees them", "    device::fence_proxy_async();\n", "", "thread"),
+        ("rows stored before all lanes have written", "    device::fence_proxy_async();\n    __syncwarp();\n", "    device::fence_proxy_async();\n", "thread"),
+        ("rows of the first warp for all", "tile + (panel * kGroupRows + first) * P::width", "tile + panel * kGroupRows * P::width"),
+        ("stores not committed", "    device::tma_commit();\n", ""),
         library=FORWARD_LIBRARY,
     ),
     *of(
         TILES_HOPPER,
         forward_hopper,
-        ("one warp's arrival for all", "device::mbarrier_init(empty(i), 4 * consumers);", "device::mbarrier_init(empty(i), consumers);"),
+        ("one warp's arrival for all", "device::mbarrier_init(empty(i), 4 * consumers + other_readers);", "device::mbarrier_init(empty(i), consumers + other_readers);"),
         ("half of the bytes announced", "mbarrier_arrive_expect_tx(full(n), bytes_expected)", "mbarrier_arrive_expect_tx(full(n), bytes_expected / 2)"),
         ("loader ahead by a round", "(n / stages & 1) ^ 1", "n / stages & 1"),
         ("descriptor's distances exchanged", "rows * P::width, 8 * P::width, P::swizzle", "8 * P::width, rows * P::width, P::swizzle"),
@@ -1109,17 +1248,53 @@ ATTENTION_OPERATOR = [
     *of(
         ATTENTION_MASK,
         backward_ampere,
-        ("lower keys hidden by the upper", "mask.visible_queries(key + 8 * h, key + 8 * h)", "mask.visible_queries(key, key)"),
+        ("lower keys hidden by the upper", "const int own = key + 8 * h;", "const int own = key;"),
         library=BACKWARD_LIBRARY,
     ),
     *of(
         BACKWARD_HOPPER,
         backward_hopper,
-        ("rows given back before dK is done", "wait_for_products<0>(dk);\n                q_ring.consumer_release(n);", "q_ring.consumer_release(n);\n                wait_for_products<0>(dk);", "thread"),
-        ("head groups that share a head forgotten", "const int end = n + (tiles.end - tiles.begin) * subgroups;", "const int end = n + (tiles.end - tiles.begin);"),
+        ("rows given back before dK is done", "                wait_for_products<1>(dk);\n                device::pin_registers(dv);\n                dout_ring.consumer_release(n);\n                q_ring.consumer_release(n);\n", "                q_ring.consumer_release(n);\n                wait_for_products<1>(dk);\n                device::pin_registers(dv);\n                dout_ring.consumer_release(n);\n", "thread"),
+        ("head groups that share a head forgotten", "(item.rows_end - item.rows_begin) * a.sharing - 1;", "(item.rows_end - item.rows_begin) - 1;"),
         ("scores read before they are done", "                wait_for_products<1>(ds);\n", ""),
-        ("first head group's numbers for all", "maps.deltas, dout_ring.full(n), tile * rows,\n                                     head_group);", "maps.deltas, dout_ring.full(n), tile * rows,\n                                     place.head_group * subgroups);"),
-        ("keys given back before dQ is done", "wait_for_products<0>(dq);\n                k_ring.consumer_release(n);", "k_ring.consumer_release(n);\n                wait_for_products<0>(dq);", "thread"),
+        ("next scores read before they are done", "                wait_for_products<0>(p);\n                if (--tile", "                if (--tile"),
+        ("dQ read before it is done", "                wait_for_products<1>(dq);\n", ""),
+        ("first head group's numbers for all", "maps.deltas, dout_ring.full(n),\n                                         tile * rows, head_group);", "maps.deltas, dout_ring.full(n),\n                                         tile * rows, item.head_group * a.sharing);"),
+        ("keys given back before dQ is done", "            start_turn();\n            wait_for_products<0>(dq);\n", "            start_turn();\n            key_ring.consumer_release(turn);\n            wait_for_products<0>(dq);\n"),
+        ("dQ started before the other half of dS is there", "                device::bar_sync(1, Tile::consumers * kGroupThreads);\n", "", "thread"),
+        ("no proxy fence for dS", "                device::fence_proxy_async();\n                start_sums", "                start_sums", "thread"),
+        ("one buffer of dS", "n % 2 * Tile::ds_bytes", "0 * Tile::ds_bytes", "thread"),
+        ("first half of the columns of K for both", "tile_k + consumer * (D == 64", "tile_k + 0 * (D == 64"),
+        ("dS of both consumers in one place", "tile_ds, consumer * kGroupRows + warp_key, lane", "tile_ds, warp_key, lane"),
+        ("dQ of both consumers in one place", "tile_dq + consumer * (Tile::dq_bytes / 2)", "tile_dq + 0 * (Tile::dq_bytes / 2)"),
+        ("dQ written over one that is not yet added", "                handover.wait_until_empty(n);\n", "", "thread"),
+        ("no proxy fence for dQ", "                device::fence_proxy_async();\n                __syncwarp();\n", "                __syncwarp();\n", "thread"),
+        ("dQ passed on before all lanes have written", "                device::fence_proxy_async();\n                __syncwarp();\n", "                device::fence_proxy_async();\n", "thread"),
+        ("dQ added once one warp of a consumer has written", "mbarrier_init(full, 4 * consumers);", "mbarrier_init(full, consumers);"),
+        ("buffer of dQ given back before it is read", "                        device::tma_wait_read<0>();\n", "", "thread"),
+        ("item read before it is written", "                item_ring.consumer_wait(turn);\n", "", "thread"),
+        ("item overwritten while it is read", "                item_ring.producer_wait(turn);\n", "", "thread"),
+        library=BACKWARD_LIBRARY,
+    ),
+    *of(
+        BACKWARD_HOPPER,
+        backward_hopper_blocks,
+        ("earlier keys not waited for", "                            device::wait_for_count(a.dq_counts + row_tile, earlier);\n", ""),
+        ("a tile of keys too early", "wait_for_count(a.dq_counts + row_tile, earlier)", "wait_for_count(a.dq_counts + row_tile, earlier - 1)"),
+        ("keys that do not see the rows waited for", "item.tile - a.mask.visible_keys(tile * a.tile_queries).begin / keys;", "item.tile;"),
+        ("first part added to what was there", "if (earlier == 0) {", "if (false) {"),
+        ("every part stored", "if (earlier == 0) {", "if (true) {"),
+        ("count of other rows", "add_release(a.dq_counts + row_tile, 1)", "add_release(a.dq_counts + tile, 1)"),
+        ("counted before the sum is there", "                        device::tma_wait<0>();\n", ""),
+        library=BACKWARD_LIBRARY,
+    ),
+    *of(
+        BACKWARD,
+        backward_hopper_blocks,
+        ("counts of the last call", "        if (a.dq_counts && place % hopper::kDqRows == 0) a.dq_counts[place / hopper::kDqRows] = 0;\n", ""),
+        ("work of the last call", "        if (a.next_item && place == 0) *a.next_item = 0;\n", ""),
+        ("sums of rows that see nothing read", "    if (blocks.begin < blocks.end) {\n        const int64_t row", "    if (true) {\n        const int64_t row"),
+        ("dQ not scaled on Hopper", "    const float scale[2] = {a.scale, a.scale};\n    scale_rows(dq, scale);\n    const auto dq_rows", "    const auto dq_rows"),
         library=BACKWARD_LIBRARY,
     ),
     *of(
@@ -1138,13 +1313,6 @@ NEWTON_SCHULZ = [
     *of(
         PRODUCTS,
         newton_schulz_ampere,
-        ("mirror forgotten", "|| column + c >= row + 8 * h) continue;", "|| true) continue;"),
-        ("mirror of the wrong row", "const SwizzledRow<kStripColumns, 16> smem_row(0, 8 * h + j);", "const SwizzledRow<kStripColumns, 16> smem_row(0, 8 * h + (j ^ 1));"),
-        ("diagonal not symmetric to the last bit", "        mirror_diagonal(sums, row, column);\n", ""),
-        ("half of the diagonal from the wrong lane", "const int source = (t + j) * 4 + g / 2;", "const int source = t * 4 + g / 2;"),
-        ("chunks above the diagonal stored", "column + 8 * chunk <= row + r;", "true;"),
-        ("rows behind the last stored", "const bool stored = row + r < p.m && ", "const bool stored = ", "address"),
-        ("strip stored before it is complete", "        stage_rows<T, kStripColumns, 16>(strip, sums, 0);\n        store_mirrored", "        store_mirrored"),
         ("results behind the last row", "r < p.m ? p.n - c : 0", "p.n - c", "address"),
         ("first matrix's parameters for all", "= output.params[matrix];", "= output.params[0];"),
         ("first matrix's copy for all", "(output.copies[matrix]);", "(output.copies[0]);"),
@@ -1153,19 +1321,26 @@ NEWTON_SCHULZ = [
         ("alignment of the copy not looked at", " && is_aligned<2>(copy);", ";", "address"),
         ("odd columns of parameters taken for pairs", "p.n % 2 == 0 && is_aligned<2>(params)", "is_aligned<2>(params)", "address"),
         ("odd columns taken for pairs", "const bool aligned = p.n % 2 == 0;", "const bool aligned = true;", "address"),
-        ("first strip for all", "sums[next - 1][j] = sums[next][j];", "sums[next - 1][j] = sums[next - 1][j];"),
         ("strips at the last row taken for whole", "return row + 16 <= p.m && ", "return ", "address"),
-        ("source read beyond the last row", "source && r < p.m && c < p.d.pitch", "source && c < p.d.pitch", "address"),
-        ("halves of a pair exchanged", "p.beta * low<T>(s[i])", "p.beta * high<T>(s[i])"),
-        ("second source forgotten", "load_source<T>(t, p, p.t,", "load_source<T>(t, p, p.s,"),
-        ("factor of the product forgotten", "sums[2 * i] = p.alpha * sums[2 * i]", "sums[2 * i] = sums[2 * i]"),
-        ("first matrix's source for all", "static_cast<const T*>(source) + matrix * p.d.size()", "static_cast<const T*>(source) + 0 * p.d.size()"),
         ("bfloat16 parameters taken for float32", "output.param_dtype == DType::bfloat16", "false", "address"),
         library=SCHULZ_LIBRARY,
     ),
     *of(
         SCHULZ,
         newton_schulz_ampere,
+        ("mirror forgotten", "|| column + c >= row + 8 * h) continue;", "|| true) continue;"),
+        ("mirror of the wrong row", "const SwizzledRow<kStripColumns, 16> smem_row(0, 8 * h + j);", "const SwizzledRow<kStripColumns, 16> smem_row(0, 8 * h + (j ^ 1));"),
+        ("diagonal not symmetric to the last bit", "        mirror_diagonal(sums, row, column);\n", ""),
+        ("half of the diagonal from the wrong lane", "const int source = (t + j) * 4 + g / 2;", "const int source = t * 4 + g / 2;"),
+        ("chunks above the diagonal stored", "column + 8 * chunk <= row + r;", "true;"),
+        ("rows behind the last stored", "const bool stored = row + r < p.m && ", "const bool stored = ", "address"),
+        ("strip stored before it is complete", "        stage_rows<T, kStripColumns, 16>(strip, sums, 0);\n        store_mirrored", "        store_mirrored"),
+        ("first strip for all", "sums[next - 1][j] = sums[next][j];", "sums[next - 1][j] = sums[next - 1][j];"),
+        ("source read beyond the last row", "source && r < p.m && c < p.d.pitch", "source && c < p.d.pitch", "address"),
+        ("halves of a pair exchanged", "p.beta * low<T>(s[i])", "p.beta * high<T>(s[i])"),
+        ("second source forgotten", "load_source<T>(t, p, p.t,", "load_source<T>(t, p, p.s,"),
+        ("factor of the product forgotten", "sums[2 * i] = p.alpha * sums[2 * i]", "sums[2 * i] = sums[2 * i]"),
+        ("first matrix's source for all", "static_cast<const T*>(source) + matrix * p.d.size()", "static_cast<const T*>(source) + 0 * p.d.size()"),
         ("square root of the norm forgotten", "norm = sqrt(block_sum(", "norm = (block_sum("),
         ("partial sums of all matrices in one place", "a.partials[blockIdx.y * gridDim.x + blockIdx.x] = sum;", "a.partials[blockIdx.x] = sum;"),
         ("known norms of the first matrix", "norm = a.norms[blockIdx.y];", "norm = a.norms[0];"),
@@ -1202,19 +1377,43 @@ NEWTON_SCHULZ = [
     *of(
         SCHULZ_HOPPER,
         newton_schulz_hopper,
-        ("idle group gives no stage back", "                ring.consumer_wait(n);\n                ring.consumer_release(n);\n", ""),
-        ("sums not started from zero", "        float sums[2][kTile / 2] = {};", "        float sums[2][kTile / 2];", "address"),
-        ("tiles of an odd row forgotten", "pairs + (rows % 2 ? columns : 0)};", "pairs};"),
-        ("first tile of a half row", "column = tile < diagonal ? 2 * tile + 1 :", "column = tile < diagonal ? 2 * tile :"),
+        ("idle group gives no stage back", "                    ring.consumer_wait(n);\n                    release(ring, n);\n                }\n            } else if", "                    ring.consumer_wait(n);\n                }\n            } else if"),
+        ("sums not started from zero", "            float sums[Tile::square / 2] = {};", "            float sums[Tile::square / 2];", "address"),
+        ("squares on the diagonal forgotten", "return {rows * (rows - 1) / 2, rows};", "return {rows * (rows - 1) / 2, rows - 1};"),
         ("half a stage announced", "ring.producer_acquire(n, bytes);", "ring.producer_acquire(n, bytes / 2);"),
-        ("stage not waited for", "            ring.consumer_wait(n);\n            device::wgmma_fence();", "            device::wgmma_fence();"),
-        ("last stage given back before the products are done", "        wait_for_products<0>(sums[0]);\n        device::pin_registers(sums[1]);\n        ring.consumer_release(n - 1);", "        ring.consumer_release(n - 1);\n        wait_for_products<0>(sums[0]);\n        device::pin_registers(sums[1]);", "thread"),
-        ("stage given back before the products are done", "            device::wgmma_wait<1>();   // of the step before\n", "", "thread"),
-        ("first consumer's rows for both", "ring.full(n), coord.row + c * kTile,", "ring.full(n), coord.row,"),
-        ("both halves of the columns from one", "load_block<major_b>(stage + Tile::consumers * Tile::block_bytes", "load_block<major_b>(stage + 1 * Tile::block_bytes"),
-        ("second panel over the first", "block + panel * kDepth * P::width, map", "block + 0 * kDepth * P::width, map"),
-        ("lower half of the rows twice", "a(k, half * Tile::block_bytes / 2)", "a(k)"),
-        ("strips of both groups in one place", "(consumer * 4 + warp) * kStripBytes", "warp * kStripBytes", "thread"),
+        ("step not waited for", "        ring.consumer_wait(n);\n        device::wgmma_fence();", "        device::wgmma_fence();"),
+        ("last stage given back before the products are done", "    wait_for_products<0>(sums);\n    release(ring, n - 1);", "    release(ring, n - 1);\n    wait_for_products<0>(sums);", "thread"),
+        ("stage given back before the products are done", "        device::wgmma_wait<1>();   // of the step before\n", "", "thread"),
+        ("stage given back to one block", "    if (lane < kCluster) device::mbarrier_arrive_cluster(ring.empty(n), lane);", "    if (lane < kCluster) device::mbarrier_arrive(ring.empty(n));"),
+        ("columns for one block", "constexpr uint16_t all = (1 << kCluster) - 1;", "constexpr uint16_t all = 1;"),
+        ("first block's columns from both", "const int box = own_block() * own_boxes + i;", "const int box = i;"),
+        ("first consumer's rows for both", "row_of(square, c), step * kDepth,", "row_of(square, 0), step * kDepth,"),
+        ("rows of one operand taken for the other's", "square.diagonal && p.a.data == p.b.data", "square.diagonal"),
+        ("first rows of the shared operand for all", "Tile::b_offset + band * kBoxBytes :", "Tile::b_offset :"),
+        ("columns of the first half for all", "square.diagonal && band < Tile::boxes / 2", "square.diagonal"),
+        ("source not waited for", "                    ring.consumer_wait(n);\n                    if (is_written", "                    if (is_written"),
+        ("second source over the first", "device::tma_load(boxes.t, t_map,", "device::tma_load(boxes.s, t_map,"),
+        ("source's row and column exchanged", "device::tma_load(boxes.s, s_map, ring.full(n), column, row,", "device::tma_load(boxes.s, s_map, ring.full(n), row, column,"),
+        ("second source forgotten", "add_source<T>(part, p.gamma,", "add_source<T>(part, 0 * p.gamma,"),
+        ("halves of a pair exchanged", "two[0] += factor * low<T>(pairs[i]);", "two[0] += factor * high<T>(pairs[i]);"),
+        ("factor of the product forgotten", "part[i] *= p.alpha;", "part[i] *= 1;"),
+        ("mirror not transposed", "if constexpr (symmetric) device::stmatrix_x4_trans(", "if constexpr (symmetric) device::stmatrix_x4("),
+        ("mirror where D is", "tma_store(d_map, boxes.mirror, row, column,", "tma_store(d_map, boxes.mirror, column, row,"),
+        ("box above the diagonal written", "!(p.symmetric && row < square.column + box * kBox)", "true"),
+        ("diagonal written twice", "if (!symmetric || row != column) {", "if (true) {"),
+        ("diagonal not symmetric to the last bit", "const uint32_t first = t > g ? across[h] : own[h], second = t + 1 > g ? across[h] : own[h];", "const uint32_t first = own[h], second = own[h];"),
+        ("upper half of the diagonal from its own sums", "below > 0 ? columns(2 * warp, 16 * k) : own, words);", "own, words);"),
+        ("diagonal written where others read", "below >= 0 ? own + (boxes.mirror - boxes.s) : own, words);\n        device::stmatrix_x4_trans(below > 0 ? columns(2 * warp, 16 * k) : own,", "own, words);\n        device::stmatrix_x4_trans(below > 0 ? columns(2 * warp, 16 * k) - (boxes.mirror - boxes.s) : own,", "thread"),
+        ("diagonal read before all lanes have written", "    __syncwarp();   // all lanes have written\n    device::ldmatrix_x2(", "    device::ldmatrix_x2(", "thread"),
+        ("no proxy fence before the store", "                            device::fence_proxy_async();\n", "", "thread"),
+        ("store before all lanes have written", "                        __syncwarp();   // all lanes have written\n", "", "thread"),
+        ("store before a box is complete", "device::mbarrier_wait(complete + 8 * (stored % Tile::stages), stored / Tile::stages & 1);", ""),
+        ("stage given back before the store has read it", "                        device::tma_wait_read<0>();\n", ""),
+        ("store not committed", "                        device::tma_commit();\n", ""),
+        ("boxes of both consumers in one place", "s(stage + 3 * consumer * kBoxBytes)", "s(stage)", "thread"),
+        ("block leaves before the other is done", "    device::cluster_wait();   // the other block arrives", "    // the other block arrives"),
+        ("barriers of the other block not waited for", "    device::cluster_wait();   // the other block's", "    // the other block's"),
+        ("previous grid not waited for", "    device::wait_for_previous_grid();\n", ""),
         ("pitch taken for the columns of all matrices", "{row, row * x.rows}", "{row, row}"),
         library=SCHULZ_LIBRARY,
     ),
@@ -1280,6 +1479,38 @@ PTX_TEXT = [
     ),
     *of(
         PRIMITIVE,
+        take_turns,
+        ("counter not added to", "red.release.gpu.global.add.u32 [%0], %1;", "// %0 %1"),
+        ("counter added to twice", "red.release.gpu.global.add.u32 [%0], %1;", "red.release.gpu.global.add.u32 [%0], %1;\\nred.release.gpu.global.add.u32 [%0], %1;"),
+        ("wait ends one too early", "while (seen < count)", "while (seen + 1 < count)"),
+        ("source of a bulk store moved", '[%0], [%1], %2;" ::"l"(to), "r"(source),\n                           "r"(bytes) : "memory"));\n    ON_HOST(emulation::bulk_store(to, source, bytes, false))', '[%0], [%1], %2;" ::"l"(to), "r"(source + 16),\n                           "r"(bytes) : "memory"));\n    ON_HOST(emulation::bulk_store(to, source, bytes, false))'),
+        ("bulk addition that stores", "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32", "cp.async.bulk.global.shared::cta.bulk_group"),
+        ("copies read and are not done", "cp.async.bulk.wait_group %0;", "cp.async.bulk.wait_group.read %0;"),
+        ("no proxy fence for global memory", 'asm volatile("fence.proxy.async.global;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        library=BLOCKS,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        share_loads,
+        ("rank of a thread", "%%cluster_ctarank", "%%laneid"),
+        ("no arrival at the cluster's barrier", 'asm volatile("barrier.cluster.arrive.aligned;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        ("cluster's barrier not waited for", 'asm volatile("barrier.cluster.wait.aligned;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        ("mbarrier of the block itself", "mapa.shared::cluster.u32 remote, %0, %1;", "mov.u32 remote, %0;"),
+        ("load for one block", 'mbarrier::complete_tx::bytes.multicast::cluster "\n                     "[%0], [%1, {%4, %5, %6}], [%2], %3;"', 'mbarrier::complete_tx::bytes "\n                     "[%0], [%1, {%4, %5, %6}], [%2];"'),
+        ("coordinates of a load for several blocks exchanged", "[%0], [%1, {%4, %5, %6}], [%2], %3;", "[%0], [%1, {%4, %6, %5}], [%2], %3;"),
+        library=BLOCKS,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        overlap,
+        ("previous grid not waited for", 'asm volatile("griddepcontrol.wait;" :: : "memory")', 'asm volatile("" :: : "memory")'),
+        library=BLOCKS,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
         copy_box_of_rank_4,
         ("coordinates of rank 4 exchanged", "[%0], [%1, {%3, %4, %5, %6}], [%2];", "[%0], [%1, {%3, %4, %6, %5}], [%2];"),
         library=PRIMITIVES,
@@ -1290,6 +1521,15 @@ PTX_TEXT = [
         reverse,
         ("words of a store exchanged", "st.global.v4.b32 [%0], {%1, %2, %3, %4};", "st.global.v4.b32 [%0], {%1, %2, %4, %3};"),
         ("half of the words stored", "st.global.v4.b32 [%0], {%1, %2, %3, %4};", "st.global.v2.b32 [%0], {%1, %2};"),
+        library=PRIMITIVES,
+        found_by="ptx",
+    ),
+    *of(
+        PRIMITIVE,
+        reverse_streamed,
+        ("words of a streamed store exchanged", "st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};", "st.global.cs.v4.b32 [%0], {%1, %2, %4, %3};"),
+        ("words of a streamed load exchanged", "ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];", "ld.global.cs.v4.b32 {%1, %0, %2, %3}, [%4];"),
+        ("words of a streamed pair exchanged", "ld.global.cs.v2.b32 {%0, %1}, [%2];", "ld.global.cs.v2.b32 {%1, %0}, [%2];"),
         library=PRIMITIVES,
         found_by="ptx",
     ),
@@ -1311,4 +1551,4 @@ PTX_TEXT = [
 ]
 # fmt: on
 
-MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *OPERATORS, *NORMS, *ATTENTION_OPERATOR, *NEWTON_SCHULZ]
+MUTATIONS = [*PIPELINE, *ONLINE_SOFTMAX, *SMALL, *TOGETHER, *OPERATORS, *NORMS, *ATTENTION_OPERATOR, *NEWTON_SCHULZ]

@@ -6,6 +6,7 @@ Each function has the arguments of its reference in nanochat_native.ops.referenc
 from dataclasses import dataclass
 
 import torch
+from harness import SHARED_LIMIT
 
 from nanochat_native.ops import reference
 
@@ -25,6 +26,7 @@ LIBRARIES = {
     "softcap_cross_entropy": LOSS,
     "attention_forward": ATTENTION_FORWARD,
     "places": ATTENTION_FORWARD,
+    "forward_tile": ATTENTION_FORWARD,
     "attention_backward": ATTENTION_BACKWARD,
     "newton_schulz": NEWTON_SCHULZ,
     "newton_schulz_plan": NEWTON_SCHULZ,
@@ -42,6 +44,7 @@ LIBRARIES = {
     "relu_squared": RELU_SQUARED,
     "relu_squared_backward": RELU_SQUARED,
 }
+LEAST_SHARED_LIMIT = 99 * 1024  # bytes for a block on compute capabilities 8.6, 8.9 and 12.0
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # nanochat::DType
 
 
@@ -53,6 +56,11 @@ class Operators:
 
     def call(self, entry, *values, **options):
         self.kernels(LIBRARIES[entry]).call(entry, *values, **options)
+
+
+def shared_limit(hopper):
+    """Return the shared memory of the GPUs that a path must fit into: without Hopper's instructions, the smallest."""
+    return SHARED_LIMIT if hopper else LEAST_SHARED_LIMIT
 
 
 def number_and_address(value, default):
@@ -77,6 +85,7 @@ def adamw_(
     seed=0,
     cautious=False,
     copies=None,
+    multiprocessors=1,
     schedule=0,
 ):
     step, step_address = number_and_address(step, 1)
@@ -89,13 +98,22 @@ def adamw_(
         *(params, grads, exp_avgs, exp_avg_sqs, copies or 0, numels, len(params)),
         *(DTYPES[params[0].dtype], DTYPES[exp_avgs[0].dtype], step, lr, beta1, beta2, eps, weight_decay),
         *(int(stochastic_rounding), seed, int(cautious), step_address, lr_address, weight_decay_address),
-        *(workspace, workspace.numel()),
+        *(workspace, workspace.numel(), multiprocessors),
         seed=schedule,
     )
 
 
 def muon_momentum_(
-    kernels, grads, momentum_buffers, *, momentum, nesterov=True, return_norm=False, schedule=0, update=None
+    kernels,
+    grads,
+    momentum_buffers,
+    *,
+    momentum,
+    nesterov=True,
+    return_norm=False,
+    update=None,
+    multiprocessors=1,
+    schedule=0,
 ):
     count, numel = len(grads), grads[0].numel()
     momentum, momentum_address = number_and_address(momentum, 0.0)
@@ -106,19 +124,31 @@ def muon_momentum_(
     kernels.call(
         "muon_momentum",
         *(grads, momentum_buffers, update, norms if return_norm else 0, count, numel, DTYPES[grads[0].dtype]),
-        *(momentum, int(nesterov), momentum_address, workspace, workspace.nbytes),
+        *(momentum, int(nesterov), momentum_address, workspace, workspace.nbytes, multiprocessors),
         seed=schedule,
     )
     return (update, norms) if return_norm else update
 
 
-def muon_update_(kernels, params, update, *, lr, weight_decay=0.0, scale=1.0, cautious=False, copies=None, schedule=0):
+def muon_update_(
+    kernels,
+    params,
+    update,
+    *,
+    lr,
+    weight_decay=0.0,
+    scale=1.0,
+    cautious=False,
+    copies=None,
+    multiprocessors=1,
+    schedule=0,
+):
     lr, lr_address = number_and_address(lr, 0.0)
     weight_decay, weight_decay_address = number_and_address(weight_decay, 0.0)
     kernels.call(
         "muon_update",
         *(params, copies or 0, update, len(params), params[0].numel(), DTYPES[params[0].dtype]),
-        *(lr, weight_decay, scale, int(cautious), lr_address, weight_decay_address),
+        *(lr, weight_decay, scale, int(cautious), lr_address, weight_decay_address, multiprocessors),
         seed=schedule,
     )
 
@@ -371,8 +401,16 @@ def attention_forward(
         *(multiprocessors, int(hopper), workspace, workspace.nbytes),
         seed=schedule,
         misalignment=misalignment,
+        shared_limit=shared_limit(hopper),
     )
     return out, lse
+
+
+def forward_tile(kernels, q, k, *, causal=True, window=None, multiprocessors=2):
+    """(consumers, keys) of the tile of attention_forward on Hopper."""
+    tile = torch.zeros(2, dtype=torch.int32)
+    kernels.call("forward_tile", *attention_sizes(q, k, causal, window, None), multiprocessors, 1, tile)
+    return tuple(tile.tolist())
 
 
 def attention_backward(
@@ -396,7 +434,12 @@ def attention_backward(
     B, Tq, H = q.shape[:3]
     grads = [poisoned_like(tensor) for tensor in (q, k, v)]
     padded = (Tq * (H // k.size(2)) + 127) // 128 * 128
-    workspace = torch.full((2 * B * H * padded,), torch.nan, device=q.device)
+    count = 2 * B * H * padded
+    if hopper:  # the sums of dQ, their counters, and that of the work
+        group = H // k.size(2) if 64 % (H // k.size(2)) == 0 else 1
+        rows = B * H // group * ((Tq * group + 127) // 128 * 128)
+        count = 2 * rows + rows * (64 if q.size(3) <= 64 else 128) + rows // 64 + 1
+    workspace = torch.full((count,), torch.nan, device=q.device)
     kernels.call(
         "attention_backward",
         *(q, k, v, out, dout, lse, *grads, *strides_of(q, k, v, out, dout, *grads)),
@@ -404,6 +447,7 @@ def attention_backward(
         *(multiprocessors, int(hopper), workspace, workspace.nbytes),
         seed=schedule,
         misalignment=misalignment,
+        shared_limit=shared_limit(hopper),
     )
     return grads
 
@@ -475,5 +519,6 @@ def newton_schulz(
         *(lr_address, weight_decay_address, multiprocessors, int(hopper), workspace, workspace.nbytes),
         seed=schedule,
         misalignment=misalignment,
+        shared_limit=shared_limit(hopper),
     )
     return out

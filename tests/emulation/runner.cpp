@@ -1,7 +1,7 @@
 // Runs a list of calls in a process of its own, for builds with a sanitizer: reads them and their buffers from one
 // file, writes what the buffers then hold, and each call's message, to another.
 //
-// Calls: i32 count; each: text name, i64 seed, i64 misalignment, i32 arguments. An argument is one byte and its value:
+// Calls: i32 count; each: text name, i64 seed, misalignment and shared_limit, i32 arguments. An argument is one byte and its value:
 // 'i' i64, 'd' f64, 'b' a buffer, 'l' i32 count and so many buffers (their addresses are passed). A buffer: i64 bytes,
 // i64 offset of its address from a multiple of 256, contents. Text: i32 bytes, bytes.
 // Results: for each call its text (empty: no error), then its buffers' contents in order.
@@ -57,9 +57,8 @@ Entry find(const std::string& name) {
 
 void run_call(std::istream& calls, std::ostream& results) {
     const Entry entry = find(take_text(calls));
-    Argument schedule[2];
-    schedule[0].integer = take<int64_t>(calls);
-    schedule[1].integer = take<int64_t>(calls);
+    Argument schedule[3];
+    for (Argument& number : schedule) number.integer = take<int64_t>(calls);
     std::vector<Argument> arguments(take<int32_t>(calls));
     std::vector<Buffer> buffers;
     std::vector<std::vector<void*>> lists;

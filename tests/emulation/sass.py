@@ -72,7 +72,7 @@ class Instruction:
     @property
     def width(self):
         """Registers of the data of a load or store, or of a 64-bit operation."""
-        if self.name == "LDSM":
+        if self.name in ("LDSM", "STSM"):
             return int(self.opcode.split(".")[-1])
         if ".128" in self.opcode:
             return 4
@@ -96,7 +96,18 @@ class Instruction:
         """The registers that an instruction may write."""
         if self.name == "HGMMA":
             return self.accumulator
-        if not self.operands or self.name in ("STG", "STS", "STL", "ST", "RED", "R2UR", "ISETP", "FSETP", "DSETP"):
+        if not self.operands or self.name in (
+            "STG",
+            "STS",
+            "STSM",
+            "STL",
+            "ST",
+            "RED",
+            "R2UR",
+            "ISETP",
+            "FSETP",
+            "DSETP",
+        ):
             return frozenset()
         found = set()
         for operand in self.operands[:3]:
@@ -161,16 +172,25 @@ class Loop:
 
     @functools.cached_property
     def prologue(self):
-        """The instructions of a turn of the outer loop before this loop."""
-        return self.function.way(self.outer.header, self.header, self.outer.blocks - self.blocks | {self.header})
+        """The instructions of a turn of the outer loop before this loop, on the way that does most."""
+        blocks = self.outer.blocks - self.blocks | {self.header}
+        return self.function.way(self.outer.header, self.header, blocks, _unless_useful)
 
     @functools.cached_property
     def epilogue(self):
-        """The instructions of a turn of the outer loop after this loop, on the way that stores most."""
+        """The instructions of a turn of the outer loop after this loop, on the way that does most."""
+        return self._epilogue(_unless_useful)
+
+    @functools.cached_property
+    def loading_epilogue(self):
+        """The same, on the way that also reads most from shared memory."""
+        return self._epilogue(_unless_useful_or_read)
+
+    def _epilogue(self, cost):
         left = self.outer.blocks - self.blocks
         exits = [other for block in self.blocks for other in block.next if other in left]
-        ways = [self.function.way(block, self.outer.header, left, _unless_stored) for block in exits]
-        return min((way for way in ways if way), key=lambda way: sum(map(_unless_stored, way)))
+        ways = [self.function.way(block, self.outer.header, left, cost) for block in exits]
+        return min((way for way in ways if way), key=lambda way: sum(map(cost, way)))
 
 
 MOST_WAITED = 8  # groups of products; a wait leaves at most 7 of them in flight
@@ -179,9 +199,14 @@ MOST_WAITED = 8  # groups of products; a wait leaves at most 7 of them in flight
 FEWEST_COMPARISONS = 16
 
 
-def _unless_stored(one):
-    """Return the cost of an instruction on a way that stores as much as possible, in few instructions."""
-    return 1 - 10_000 * one.width if one.name == "STG" else 1
+def _unless_useful(one):
+    """Return the cost of an instruction on a way that stores and multiplies much, in few instructions."""
+    return 1 - 10_000 * one.width if one.name in ("STG", "STSM", "UTMASTG", "HGMMA") else 1
+
+
+def _unless_useful_or_read(one):
+    """Return the cost on a way that also reads as much from shared memory as possible."""
+    return 1 - 10_000 * one.width if one.name in ("LDSM", "LDS") else _unless_useful(one)
 
 
 class Function:
@@ -426,9 +451,10 @@ def read(path):
 def events(instructions) -> Iterator[tuple[str, int]]:
     """Yield the products, waits and exponentials of a turn in their order, as (event, number of instructions in a row).
 
-    "P" is a group of products, "E" exponentials, and "W1" the wait that leaves one group in flight.
+    "P" is a group of products, "E" exponentials, and "W1" the wait that leaves one group in flight. Exponentials
+    between the products of a group, which run beside them, are counted behind it.
     """
-    event, count = "", 0
+    event, count, between = "", 0, 0
     for one in instructions:
         if one.name == "HGMMA":
             new = "P"
@@ -438,12 +464,15 @@ def events(instructions) -> Iterator[tuple[str, int]]:
             new = f"W{int(one.operands[1], 16)}"
         else:
             continue
+        if event == "P" and new == "E":
+            between += 1
+            continue
         if event and new != event:
             yield event, count
             count = 0
         event, count = new, count + 1
         if new == "P" and one.closes_group:
             yield event, count
-            event, count = "", 0
+            event, count, between = ("E", between, 0) if between else ("", 0, 0)
     if event:
         yield event, count

@@ -1,5 +1,6 @@
 """CUDA attention against its reference in float64: emulated, under sanitizers, and on a GPU. Both paths."""
 
+import budget
 import operator_calls as operators
 import pytest
 import torch
@@ -95,6 +96,38 @@ def test_head_sizes(unwatched, D, dtype):
     check(unwatched, *inputs(unwatched.device, 2, 150, 170, 2, 1, D, dtype), window=70, schedule=D // 8 % 4)
 
 
+@pytest.mark.parametrize("options", [{"causal": False}, {"window": 300}], ids=str)
+@pytest.mark.parametrize("D", [64, 96, 128])
+def test_blocks_of_many_keys(unwatched, D, options):
+    tensors = inputs(unwatched.device, 2, 150, 450, 2, 1, D)
+    if unwatched.hopper:
+        assert operators.forward_tile(unwatched.library, *tensors[:2], **options) == (2, 128)
+    check(unwatched, *tensors, **options)
+
+
+def test_tiles_of_three_consumers(unwatched):
+    q, k, v, _ = inputs(unwatched.device, 1, 200, 2048, 8, 2, 64)
+    places = {"causal": False, "multiprocessors": 1}
+    if unwatched.hopper:
+        assert operators.forward_tile(unwatched.library, q, k, **places) == (3, 128)
+    out, lse = unwatched.forward(q, k, v, **places)
+    exact, exact_lse = reference.attention_forward(q.double(), k.double(), v.double(), causal=False)
+    torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
+    fewer, _ = unwatched.forward(q, k, v, causal=False, multiprocessors=8)
+    assert torch.equal(out, fewer)
+
+
+@pytest.mark.parametrize("D", [64, 96, 128])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 128}, {"window": 1000}], ids=str)
+def test_the_budget_knows_the_tile_of_each_shape(unwatched, D, options):
+    for B, T in ((1, 256), (1, 2048), (8, 4096), (8, 16384)):
+        q = torch.empty(B, T, 16, D, dtype=BF16, device="meta")
+        shape = budget.Attention(B, 16, 16, T, D, **options)
+        found = operators.forward_tile(unwatched.library, q, q, multiprocessors=132, **options)
+        assert found == budget.forward_tile(shape), (B, T)
+
+
 @pytest.mark.parametrize("window", [0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300])
 def test_windows(unwatched, window):
     check(unwatched, *inputs(unwatched.device, 1, 260, 260, 2, 1, 64), window=window)
@@ -103,6 +136,18 @@ def test_windows(unwatched, window):
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_scales(unwatched, scale):
     check(unwatched, *inputs(unwatched.device, 1, 140, 140, 1, 1, 64), scale=scale, window=90)
+
+
+@pytest.mark.parametrize("group", [8, 16, 32, 64])
+def test_groups_of_many_heads(unwatched, group):
+    check(unwatched, *inputs(unwatched.device, 2, 7, 50, group, 1, 64), multiprocessors=1)
+
+
+@pytest.mark.parametrize("heads", ["MHA", "MQA", "group of 3"])
+@pytest.mark.parametrize(("Tq", "Tk", "window"), [(400, 400, 0), (330, 450, 40), (450, 330, 100), (70, 500, 5)])
+def test_rows_of_a_tile_that_see_different_keys(unwatched, Tq, Tk, window, heads):
+    """One block of threads takes all tiles."""
+    check(unwatched, *inputs(unwatched.device, 1, Tq, Tk, *HEADS[heads], 64), window=window, multiprocessors=1)
 
 
 def test_many_heads_and_batches(unwatched):
@@ -156,6 +201,18 @@ def test_same_bits_for_every_schedule_and_number_of_multiprocessors(unwatched):
             assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 150}], ids=str)
+def test_same_bits_however_many_blocks_share_the_rows(unwatched, options):
+    """Five tiles of keys, whose parts of dQ are added in one order."""
+    q, k, v, dout = inputs(unwatched.device, 1, 520, 520, 2, 1, 64)
+    out, lse = unwatched.forward(q, k, v, **options)
+    first = unwatched.backward(dout, q, k, v, out, lse, multiprocessors=1, **options)
+    for schedule, multiprocessors in enumerate((2, 3, 5), start=1):
+        places = {"schedule": schedule, "multiprocessors": multiprocessors}
+        for mine, other in zip(unwatched.backward(dout, q, k, v, out, lse, **places, **options), first, strict=True):
+            assert torch.equal(mine, other)
+
+
 def test_fully_masked_rows_give_zero(unwatched):
     q, k, v, dout = inputs(unwatched.device, 1, 190, 20, 2, 2, 64)
     out, lse = unwatched.forward(q, k, v)
@@ -188,14 +245,16 @@ def test_nan_stays_in_its_row(unwatched):
         assert torch.equal(mine, clean)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_large_logits(unwatched, size):
+def test_large_logits(unwatched, size, causal):
+    """The weight of a key that does not exist, with a score of zero, would be infinite where all scores are low."""
     q, k, v, dout = inputs(unwatched.device, 1, 140, 140, 1, 1, 64)
     q[..., 0], k[..., 0] = size, 8.0
-    results = unwatched.both(q, k, v, dout)
+    results = unwatched.both(q, k, v, dout, causal=causal)
     for result in results:
         assert result.isfinite().all()
-    torch.testing.assert_close(results[0], reference.attention(q, k, v), atol=0.03, rtol=0.03)
+    torch.testing.assert_close(results[0], reference.attention(q, k, v, causal=causal), atol=0.03, rtol=0.03)
 
 
 def test_zero_gradients(unwatched):
@@ -264,7 +323,7 @@ def test_head_sizes_that_are_refused(unwatched, D):
 WATCHED = {
     "causal, GQA": lambda attention: check(attention, *inputs("cpu", 1, 150, 150, 2, 1, 64)),
     "window, D 96": lambda attention: check(attention, *inputs("cpu", 1, 150, 100, 2, 2, 96, F16), window=30),
-    "full, D 128": lambda attention: check(attention, *inputs("cpu", 1, 140, 150, 1, 1, 128), causal=False),
+    "full, D 128": lambda attention: check(attention, *inputs("cpu", 1, 140, 260, 1, 1, 128), causal=False),
     "split keys": lambda attention: check(attention, *inputs("cpu", 1, 3, 301, 4, 1, 72), multiprocessors=20),
 }
 

@@ -1,15 +1,19 @@
 """Limits of what costs.py counts: bank conflicts, split stores, sectors of global memory."""
 
+import re
+
+import budget
 import costs
 import pytest
 import torch
 
 ATTENTION = [name for name in costs.CALLS if name.startswith("attention")]
 SCHULZ = [name for name in costs.CALLS if name.startswith("newton_schulz")]
-# Of the least, by instruction. Newton-Schulz reads 16-bit sources by fragments, and float32 by halves of sectors.
+# Of the least, by instruction. Newton-Schulz reads float32 by halves of sectors, and with mma.sync its sources by
+# fragments.
 SECTORS = {"elementwise": 1.02} | dict.fromkeys(ATTENTION, 1) | dict.fromkeys(SCHULZ, 2)
-# The mirrored half of a symmetric product is read by columns.
-WAVEFRONTS = dict.fromkeys(SCHULZ, 1.5)
+# With mma.sync the mirrored half of a symmetric product is read by columns.
+WAVEFRONTS = {"newton_schulz, mma.sync": 1.5}
 
 WASTE = """
 #include "../../../csrc/cuda/ptx/primitives.cuh"
@@ -75,6 +79,21 @@ def test_few_more_sectors_and_wavefronts_than_needed(measured, call):
     for launch in measured(call):
         assert (launch.ratio(costs.GLOBAL) or 1) <= SECTORS[call], launch.kernel
         assert (launch.ratio(costs.SHARED) or 1) <= WAVEFRONTS.get(call, 1), launch.kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [30, 200])
+def test_a_consumer_multiplies_the_blocks_that_it_sees_alone(executor, window):
+    def forward(kernels):
+        q, k, v = (torch.randn(1, 500, 2, 64).bfloat16() for _ in range(3))
+        costs.operators.attention_forward(kernels, q, k, v, hopper=True, window=window)
+
+    (launch,) = costs.record("90a", forward)
+    D, consumers, keys = map(int, re.search(r"ForwardTile<(\d+), (\d+), (\d+)>", launch.kernel).groups())
+    turns = budget.forward_turns(budget.Attention(1, 2, 2, 500, 64, window=window), consumers, keys)
+    taken = 2 * sum(active * count for tile in turns for (active, _), count in tile.items())
+    products = sum(one.runs for one in launch.code if one.text.startswith("wgmma.mma_async"))
+    assert products == 4 * taken * (D + keys) // 16
 
 
 # --- the counts can be wrong ---

@@ -25,6 +25,8 @@ using namespace nanochat::device;
 """
 THEIRS = """
 #include <cuda.h>
+#define CUTLASS_GDC_ENABLED
+#include "cute/arch/cluster_sm90.hpp"
 #include "cute/arch/copy_sm75.hpp"
 #include "cute/arch/copy_sm80.hpp"
 #include "cute/arch/copy_sm90.hpp"
@@ -33,9 +35,14 @@ THEIRS = """
 #include "cute/arch/mma_sm80.hpp"
 #include "cute/arch/mma_sm90_gmma.hpp"
 #include "cutlass/arch/barrier.h"
+#include "cutlass/arch/grid_dependency_control.h"
 #include "cutlass/arch/reg_reconfig.h"
+#include "cutlass/barrier.h"
 using cutlass::arch::ClusterBarrier;
 using cutlass::arch::ClusterTransactionBarrier;
+struct Counter : cutlass::Barrier {
+    using cutlass::Barrier::ld_acquire;
+};
 """
 
 # What CuTe writes otherwise, with the same meaning for these kernels: (CuTe's, ours).
@@ -46,6 +53,8 @@ SAME = [
     (r"\.shared\.global\.L2::128B", ".shared.global"),  # how much the L2 cache fetches
     (r"cp\.async\.wait_all", "cp.async.wait_group 0"),
     (r"\.add\.bulk_group", ".add.tile.bulk_group"),  # tile is the default
+    (r"ld\.global\.acquire\.gpu\.b32", "ld.acquire.gpu.global.u32"),
+    (r"mbarrier\.arrive\.shared::cluster", "mbarrier.arrive.release.cluster.shared::cluster"),
 ]
 
 
@@ -97,6 +106,14 @@ def tensor_copies():
             f"cute::SM90_TMA_REDUCE_ADD_{dims}D::copy(&map, s, {coordinates});",
         )
 
+    yield (
+        "tma_load_multicast",
+        "tma_load_multicast(shared_address(s), map, shared_address(t), static_cast<uint16_t>(w), x, y, z);",
+        "cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, reinterpret_cast<uint64_t*>(t), static_cast<uint16_t>(w), 0, s, "
+        "x, y, z);",
+    )
+    yield "bulk_store", "bulk_store(f, shared_address(s), x);", "cute::SM90_BULK_COPY_S2G::copy(s, f, x);"
+
 
 def matrix_copies():
     vector = "*reinterpret_cast<cute::uint128_t*>(s)"
@@ -147,6 +164,17 @@ def barriers():
     )
     yield "fence_mbarrier_init", "fence_mbarrier_init();", "cutlass::arch::fence_barrier_init();"
     yield "fence_proxy_async", "fence_proxy_async();", "cutlass::arch::fence_view_async_shared();"
+    yield (
+        "mbarrier_arrive_cluster",
+        "mbarrier_arrive_cluster(shared_address(s), x);",
+        f"ClusterBarrier::arrive({barrier}, x, 1u);",
+    )
+    yield "wait_for_count", "wait_for_count(u, x);", "Counter::ld_acquire(reinterpret_cast<int*>(u));"
+    yield "cluster_arrive", "cluster_arrive();", "cute::cluster_arrive();"
+    yield "cluster_wait", "cluster_wait();", "cute::cluster_wait();"
+    yield "cluster_rank", "u[0] = cluster_rank();", "u[0] = cute::block_rank_in_cluster();"
+    yield "wait_for_previous_grid", "wait_for_previous_grid();", "cutlass::arch::wait_on_dependent_grids();"
+    yield "start_next_grid", "start_next_grid();", "cutlass::arch::launch_dependent_grids();"
     reserved = "cutlass::arch::ReservedNamedBarriers"
     first = f"static_cast<uint32_t>({reserved}::FirstUserBarrier)"
     yield "bar_sync", "bar_sync(x, y);", f"cutlass::arch::NamedBarrier::sync(y, x - {first});"
@@ -211,6 +239,8 @@ EFFECTS = (
     "fence.",
     "mbarrier.arrive",
     "mbarrier.init",
+    "barrier.cluster",
+    "griddepcontrol",
     "prefetch.",
     "setmaxnreg",
     "st.",
@@ -247,7 +277,7 @@ def trace(body):
     found, values = [], {}
 
     def known(text):
-        return re.sub(r"%\w+|\b[pP]\d*\b", lambda match: values.get(match[0], match[0]), text)
+        return re.sub(r"%\w+|\b([pP]\d*|remote|remAddr32)\b", lambda match: values.get(match[0], match[0]), text)
 
     for statement, inline in statements(body):
         opcode, _, rest = statement.partition(" ") if " " in statement else statement.partition("\t")
@@ -404,6 +434,20 @@ DEFECTS = [
     ("mbarrier_try_wait", "mbarrier.try_wait.parity.shared::cta.b64 p", "mbarrier.test_wait.parity.shared::cta.b64 p"),
     ("bar_arrive", '"bar.arrive %0, %1;" ::"r"(id), "r"(threads)', '"bar.arrive %0, %1;" ::"r"(threads), "r"(id)'),
     ("setmaxnreg 24 down", "setmaxnreg.dec", "setmaxnreg.inc"),
+    (
+        "mbarrier_arrive_cluster",
+        '[remote];\\n}" ::"r"(barrier),\n                     "r"(rank)',
+        '[remote];\\n}" ::"r"(rank),\n                     "r"(barrier)',
+    ),
+    ("tma_load_multicast", "[%0], [%1, {%4, %5, %6}], [%2], %3;", "[%0], [%1, {%4, %5, %6}], [%0], %3;"),
+    (
+        "bulk_store",
+        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;",
+        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%2], %1;",
+    ),
+    ("wait_for_count", "ld.acquire.gpu.global.u32", "ld.acquire.cta.global.u32"),
+    ("cluster_wait", "barrier.cluster.wait.aligned", "barrier.cluster.arrive.aligned"),
+    ("cluster_rank", "%%cluster_ctarank", "%%cluster_nctarank"),
     ("wgmma 64 BF16 from shared memory K MN True", '", p, 1, 1, " p3 ", " p4 ";', '", p, 1, 1, " p4 ", " p3 ";'),
     ("wgmma 64 F16 from registers K K True", '{" p0 ", " p1 ", " p2 ", " p3 "}', '{" p0 ", " p2 ", " p1 ", " p3 "}'),
     ("wgmma 64 BF16 from registers K K False", 'setp.ne.b32 p, " p5', 'setp.eq.b32 p, " p5'),

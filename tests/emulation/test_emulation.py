@@ -19,15 +19,17 @@ KERNEL = """
 __global__ void {name}_kernel(float* out) {{
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t base = (shared_address(shared) + 1023) & ~1023u;
-    const int thread = threadIdx.x;
+    const int thread = threadIdx.x, block = blockIdx.x;
+    auto* counter = reinterpret_cast<uint32_t*>(out);
     const TensorMap map = nanochat::cuda::make_tensor_map(
         nanochat::DType::float32, out, {{64, 4}}, {{256}}, {{8, 4}}, Swizzle::none);
-    (void)base, (void)thread, (void)map;
+    (void)base, (void)thread, (void)block, (void)counter, (void)map;
 #line 1
 {body}
 }}
 ENTRY({name}) {{
-    launch("{name}", {name}_kernel, dim3(1), dim3({threads}), {shared}, nullptr, arguments[0].to<float>());
+    launch("{name}", {name}_kernel, dim3({blocks}), dim3({threads}), {shared}, nullptr,
+           LaunchOptions{{.cluster = {cluster}}}, arguments[0].to<float>());
 }}
 """
 
@@ -43,6 +45,13 @@ ENTRY(nothing) {
     const auto number = [&](int i) { return static_cast<unsigned>(arguments[i].integer); };
     launch("nothing", nothing_kernel, dim3(number(0), number(1)), dim3(number(2)), number(3), nullptr);
 }
+ENTRY(nothing_in_clusters) {
+    const LaunchOptions options{.cluster = static_cast<int>(arguments[1].integer)};
+    launch("nothing", nothing_kernel, dim3(static_cast<unsigned>(arguments[0].integer)), dim3(32), 0, nullptr, options);
+}
+ENTRY(nothing_waits) {
+    launch("nothing", nothing_kernel, dim3(2), dim3(32), 0, nullptr, LaunchOptions{.overlaps_previous = true});
+}
 """
 
 
@@ -52,10 +61,12 @@ class Misuse:
     body: str
     words: tuple[str, ...]  # all of them stand in the message
     threads: int = 32
+    blocks: int = 1
+    cluster: int = 1
 
 
-def misuse(name, body, *words, threads=32):
-    return Misuse(name, body, words, threads)
+def misuse(name, body, *words, **sizes):
+    return Misuse(name, body, words, **sizes)
 
 
 WGMMA = "float sums[4] = {}; const uint64_t tile = wgmma_descriptor(base, 128, 256, Swizzle::none);\n"
@@ -93,6 +104,92 @@ MISUSES = [
     ),
     misuse("registers_kept", "setmaxnreg_increase<24>();", "setmaxnreg.inc to 24: the threads hold 248"),
     misuse("registers_taken", "setmaxnreg_decrease<256>();", "setmaxnreg.dec to 256: the threads hold 248"),
+    misuse(
+        "no_change_of_a_count",
+        "if (thread == 7)\nwait_for_count(counter, 3);",
+        "deadlock: threads 7-7 wait in wait_for_count at line 2 (the counter is 0, not yet 3);",
+    ),
+    misuse(
+        "count_of_others",
+        "if (thread == 0 && block > 0) add_release(counter, 1);\nif (block == 0) wait_for_count(counter, 3);",
+        "deadlock: block (0, 0, 0): threads 0-31 wait in wait_for_count at line 2 (the counter is 2, not yet 3);",
+        blocks=3,
+    ),
+    misuse(
+        "blocks_wait_for_each_other",
+        "if (thread == 0) wait_for_count(counter + block, 1);\n__syncthreads();\n"
+        "if (thread == 0) add_release(counter + 1 - block, 1);",
+        *("deadlock: block (", " block (0, 0, 0): threads 0-0 wait in wait_for_count at line 1 (the counter is 0"),
+        *(
+            " threads 1-31 wait in __syncthreads at line 2 (barrier 0);",
+            " block (1, 0, 0): threads 0-0 wait in wait_for_count",
+        ),
+        blocks=2,
+    ),
+    misuse(
+        "more_blocks_than_run_together",
+        "if (thread == 0) add_release(counter, 1);\nwait_for_count(counter, 1000);",
+        *("deadlock: block (", " and 154 more blocks wait; 840 blocks have not started;"),
+        blocks=1000,
+    ),
+    misuse(
+        "no_block_of_the_cluster_arrives",
+        "if (block == 0) {\ncluster_arrive();\ncluster_wait();\n} else {\nbar_sync(1, 64);\n}",
+        *("deadlock: block (0, 0, 0): threads 0-31 wait in barrier.cluster.wait at line 3;", "bar.sync at line 5"),
+        blocks=2,
+        cluster=2,
+    ),
+    misuse("arrives_twice", "cluster_arrive();\ncluster_arrive();", "the thread has arrived and not waited"),
+    misuse("never_arrives", "cluster_wait();", "barrier.cluster.wait: the thread has not arrived"),
+    misuse(
+        "half_a_warp_arrives",
+        "if (thread < 16) cluster_arrive();\nelse\n__syncwarp();",
+        *("barrier.cluster.arrive", "__syncwarp"),
+    ),
+    # --- other blocks of the cluster ---
+    misuse(
+        "mbarrier_of_no_block",
+        "mbarrier_arrive_cluster(base, 2);",
+        "mbarrier.arrive: block 2 of a cluster of 2",
+        blocks=2,
+        cluster=2,
+    ),
+    misuse(
+        "mbarrier_of_a_block_that_left",  # the barrier is complete once the other block has left
+        "if (thread == 0) mbarrier_init(base, 1);\nif (block == 1) return;\ncluster_arrive();\ncluster_wait();\n"
+        "if (thread == 0) mbarrier_arrive_cluster(base, 1);",
+        "mbarrier.arrive: block 1 of the cluster has left",
+        blocks=2,
+        cluster=2,
+    ),
+    misuse(
+        "mbarrier_of_a_block_without",
+        "if (block == 0) mbarrier_arrive_cluster(base, 1);\ncluster_arrive();\ncluster_wait();",
+        "mbarrier.arrive: there is no initialised mbarrier at 0x",
+        blocks=2,
+        cluster=2,
+    ),
+    misuse(
+        "load_into_no_block",
+        "if (thread == 0) mbarrier_init(base + 1024, 1);\n"
+        "if (thread == 0) tma_load_multicast(base, map, base + 1024, 0, 0, 0, 0);",
+        "tensor load: no block in its mask",
+    ),
+    misuse(
+        "load_into_a_block_that_left",
+        "if (thread == 0) mbarrier_init(base + 1024, 1);\nif (block == 1) return;\ncluster_arrive();\ncluster_wait();\n"
+        "if (thread == 0) tma_load_multicast(base, map, base + 1024, 2, 0, 0, 0);",
+        "tensor load: block 1 of the cluster has left",
+        blocks=2,
+        cluster=2,
+    ),
+    misuse(
+        "load_left",
+        "mbarrier_init(base + 1024, 1);\nmbarrier_arrive_expect_tx(base + 1024, 128);\n"
+        "tma_load(base, map, base + 1024, 0, 0);",
+        "leaves with tensor loads in flight",
+        threads=1,
+    ),
     # --- the wrong threads together ---
     misuse(
         "divergent_barrier",
@@ -123,6 +220,7 @@ MISUSES = [
     ),
     # --- memory ---
     misuse("odd_store", "store_16(out + 1, {1, 2, 3, 4});", "st.global.v4: address", "not a multiple of 16"),
+    misuse("odd_short_store", "store_8(out + 1, {1, 2});", "st.global.v2: address", "not a multiple of 8"),
     misuse("odd_pair", "float x, y; load_shared_pair(x, y, base + 4);", "ld.shared.v2: shared address 0x", "of 8"),
     misuse(
         "far_row", f"uint32_t r[4]; ldmatrix_x4(r, base + {SHARED});", "ldmatrix: 16 bytes at offset", f"has {SHARED}"
@@ -175,6 +273,18 @@ MISUSES = [
     misuse(
         "source_changes",
         "tma_store(map, base, 0, 0); tma_commit();\nshared[1024] ^= 1;\ntma_wait_read<0>();",
+        "tensor store: its source changes before it is read",
+        threads=1,
+    ),
+    misuse("odd_bulk_bytes", "bulk_store(out, base, 8);", "cp.async.bulk: 8 bytes; takes multiples of 16"),
+    misuse("odd_bulk_address", "bulk_reduce_add(out + 1, base, 16);", "cp.reduce.async.bulk: address", "of 16"),
+    misuse(
+        "odd_bulk_source", "bulk_store(out, base + 8, 16);", "cp.async.bulk: shared address 0x", "not a multiple of 16"
+    ),
+    misuse("far_bulk_source", f"bulk_store(out, base + {SHARED}, 16);", "cp.async.bulk: 16 bytes at offset"),
+    misuse(
+        "bulk_source_changes",
+        "bulk_reduce_add(out, base, 1024); tma_commit();\nshared[1024] ^= 1;\ntma_wait_read<0>();",
         "tensor store: its source changes before it is read",
         threads=1,
     ),
@@ -233,7 +343,7 @@ FRESH = Misuse("fresh", "out[thread] = reinterpret_cast<float*>(shared)[thread];
 def kernels(core, tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
     all_kernels = [
-        KERNEL.format(name=m.name, body=m.body, threads=m.threads, shared=SHARED)
+        KERNEL.format(name=m.name, body=m.body, threads=m.threads, shared=SHARED, blocks=m.blocks, cluster=m.cluster)
         for m in (*MISUSES, ORDER, STORE, FRESH)
     ]
     source = write_kernels(folder, "misuse.cu", SOURCE + "".join(all_kernels) + ENTRIES)
@@ -313,7 +423,7 @@ def test_tensor_map_is_refused(kernels, change, words, out):
         ((1, 1), 1025, 0, "a block of (1025, 1, 1) threads"),
         ((0, 1), 32, 0, "a grid of (0, 1, 1) blocks"),
         ((1, 65536), 32, 0, "a grid of (1, 65536, 1) blocks"),
-        ((1, 1), 32, 232449, "232449 bytes of dynamic shared memory; takes up to 232448"),
+        ((1, 1), 32, 232449, "needs 232449 bytes of shared memory per block; this GPU has 232448"),
     ],
 )
 def test_launch_is_refused(kernels, grid, threads, shared, words):
@@ -321,3 +431,20 @@ def test_launch_is_refused(kernels, grid, threads, shared, words):
     said = message(kernels, "nothing", *grid, threads, shared)
     assert said.startswith("nothing: ")
     assert words in said
+
+
+def test_shared_memory_beyond_the_gpus_is_refused(kernels):
+    kernels.call("nothing", 1, 1, 32, 99 * 1024, shared_limit=99 * 1024)
+    said = message(kernels, "nothing", 1, 1, 32, 99 * 1024 + 1, shared_limit=99 * 1024)
+    assert said == "nothing: needs 101377 bytes of shared memory per block; this GPU has 101376"
+
+
+def test_clusters_must_divide_the_grid(kernels):
+    kernels.call("nothing_in_clusters", 16, 8)
+    for width, cluster in ((6, 4), (16, 16), (16, 0)):
+        said = message(kernels, "nothing_in_clusters", width, cluster)
+        assert f"nothing: clusters of {cluster} blocks in a grid of width {width}" in said
+
+
+def test_a_grid_that_overlaps_the_previous_one_must_wait_for_it(kernels):
+    assert "never waits for the previous grid" in message(kernels, "nothing_waits")

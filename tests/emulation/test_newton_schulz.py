@@ -207,6 +207,14 @@ def test_same_bits_for_every_schedule_address_and_number_of_multiprocessors(unwa
         assert torch.equal(out, first)
 
 
+@pytest.mark.slow
+def test_many_tiles(unwatched):
+    """Results of three rows of tiles of Hopper's kernels, and more tiles than blocks of threads."""
+    g = torch.randn(2, 540, 530, device=unwatched.device)
+    out = check(unwatched, g, "plain", steps=1, multiprocessors=2)
+    assert torch.equal(unwatched(g, form="plain", steps=1, multiprocessors=10), out)
+
+
 # --- into parameters ---
 
 

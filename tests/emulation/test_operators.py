@@ -123,6 +123,23 @@ def check_adamw_alignment(library, dtype, moments, rounding):
         assert_same_bits(results[-1], results[0])
 
 
+@pytest.mark.parametrize("multiprocessors", [2, 132])
+def test_optimizers_do_not_depend_on_the_number_of_blocks(unwatched, multiprocessors):
+    start = random_lists(unwatched.device, torch.float32, torch.float32)
+    grads, buffers = ([torch.randn(129, 97, device=unwatched.device) for _ in range(3)] for _ in range(2))
+    results = []
+    for blocks in ({}, {"multiprocessors": multiprocessors}):
+        lists, momentum_buffers = clone(start), clone([buffers])[0]
+        operators.adamw_(unwatched, *lists, step=3, **SETTINGS, **blocks)
+        update, norms = operators.muon_momentum_(
+            unwatched, grads, momentum_buffers, momentum=0.9, return_norm=True, **blocks
+        )
+        params = clone([grads])[0]
+        operators.muon_update_(unwatched, params, update, lr=0.1, weight_decay=0.2, **blocks)
+        results.append([*lists, momentum_buffers, [update], [norms], params])
+    assert_same_bits(*results)
+
+
 def test_adamw_takes_more_tensors_than_a_table_holds(unwatched):
     sizes = [1 + i % 5 for i in range(745)]
     ours = random_lists(unwatched.device, torch.float32, torch.float32, sizes)

@@ -7,7 +7,7 @@ import torch
 
 from nanochat_native.ops import reference
 
-PRIMITIVES = "kernels/primitives.cu"
+PRIMITIVES, BLOCKS = "kernels/primitives.cu", "kernels/blocks.cu"
 FLOAT32, BFLOAT16, FLOAT16 = 0, 2, 3  # nanochat::DType
 SWIZZLES = {0: 0, 128: 1, 64: 2, 32: 3}  # bytes: nanochat::device::Swizzle
 SEEDS = range(4)
@@ -53,11 +53,54 @@ def test_the_last_block_sees_the_others_sums(kernels, seed):
     assert total.item() == x.sum().item()
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_take_turns(kernels, seed, backwards):
+    """The sums have the bits of additions in order, whichever block runs first."""
+    blocks = 7
+    x = torch.randn(blocks, 256, device=kernels.device)
+    sums, rows = torch.zeros(256, device=kernels.device), torch.full((blocks, 256), torch.nan, device=kernels.device)
+    counter = torch.zeros(1, dtype=torch.int32, device=kernels.device)
+    kernels(BLOCKS).call("take_turns", x, sums, rows, counter, blocks, int(backwards), seed=seed)
+    row, expected = torch.zeros(256, device=kernels.device), torch.zeros(256, device=kernels.device)
+    for turn in range(blocks):
+        row = x[-1 - turn if backwards else turn] + 0.5 * row
+        expected = expected + row
+        assert torch.equal(rows[turn], row)
+    assert torch.equal(sums, expected)
+    assert counter.item() == blocks
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_of_a_cluster_share_loads(kernels, seed, size):
+    clusters, steps = 3, 5
+    x = torch.randn(clusters, steps, size * 8, 32, device=kernels.device)
+    out = torch.zeros(clusters, size, size * 8, 32, device=kernels.device)
+    kernels(BLOCKS).call("share_loads", x, out, clusters, steps, size, seed=seed, misalignment=16 + 48 * seed)
+    weights = 1.0 + torch.arange(size)[:, None] + torch.arange(steps)
+    torch.testing.assert_close(out, torch.einsum("rs,csij->crij", weights.to(x.device), x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_grid_waits_for_the_one_that_it_overlaps(kernels):
+    out = torch.zeros(4, 32, device=kernels.device)
+    kernels(BLOCKS).call("overlap", out)
+    assert torch.equal(out, 2 * torch.arange(32.0, device=kernels.device).expand(4, 32))
+
+
 def test_atomics(kernels):
     x = torch.randint(-1000, 1000, (150,), dtype=torch.int32, device=kernels.device)
     out = torch.tensor([0, -5000, 5000, 0, 0], dtype=torch.int32, device=kernels.device)
     kernels(PRIMITIVES).call("atomics", x, out, x.numel())
     assert out.tolist() == [x.sum().item(), x.max().item(), x.min().item(), 7, 5]
+
+
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_streamed_loads_and_stores(kernels, in_pairs):
+    x = torch.arange(1000, dtype=torch.int32, device=kernels.device)
+    out = torch.zeros_like(x)
+    kernels(PRIMITIVES).call("reverse_streamed", x, out, x.numel(), int(in_pairs))
+    assert torch.equal(out, x.flip(0))
 
 
 def test_stores_of_16_bytes(kernels):

@@ -19,13 +19,15 @@ KERNEL = """
 __global__ void __launch_bounds__({threads}, 1) {name}_kernel(float* out) {{
     NANOCHAT_DYNAMIC_SHARED(shared);
     const uint32_t base = (shared_address(shared) + 1023) & ~1023u;
-    const int thread = threadIdx.x;
-    (void)base, (void)thread;
+    const int thread = threadIdx.x, block = blockIdx.x;
+    auto* counter = reinterpret_cast<uint32_t*>(out);
+    (void)base, (void)thread, (void)block, (void)counter;
 #line 1 "{name}.cu"
 {body}
 }}
 ENTRY({name}) {{
-    launch("{name}", {name}_kernel, dim3(1), dim3({threads}), {shared}, nullptr, arguments[0].to<float>());
+    launch("{name}", {name}_kernel, dim3({blocks}), dim3({threads}), {shared}, nullptr,
+           LaunchOptions{{.cluster = {cluster}}}, arguments[0].to<float>());
 }}
 """
 
@@ -50,10 +52,12 @@ class Case:
     body: str
     words: tuple[str, ...]  # all of them stand in the message
     threads: int = 32
+    blocks: int = 1
+    cluster: int = 1
 
 
-def case(name, body, *words, threads=32):
-    return Case(name, body, words, threads)
+def case(name, body, *words, **sizes):
+    return Case(name, body, words, **sizes)
 
 
 # Zeros in the tile, which the asynchronous proxy may read.
@@ -157,7 +161,61 @@ CASES = [
     case(
         "absent", "if (thread < 8) out[thread] = __shfl_sync(0xFF, out[thread], 20);", "reads lane 20, which takes no"
     ),
+    case(
+        "count",
+        "if (thread == 7)\nwait_for_count(counter, 3);\n__syncthreads();",
+        *("deadlock:", "warp 0, lanes 0x00000080: runs at PTX line ", "count.cu:2: ", "lanes 0xffffff7f: "),
+    ),
+    case(
+        "count_of_others",
+        "if (thread == 0 && block > 0) add_release(counter, 1);\nif (thread == 0) wait_for_count(counter, 3);",
+        *("deadlock:", "\n  block 0 0 0, warp 0, lanes 0x00000001: runs at", "count_of_others.cu:2: "),
+        blocks=3,
+    ),
+    case(
+        "cluster_barrier",
+        "if (block == 0) {\ncluster_arrive();\ncluster_wait();\n} else {\nbar_sync(1, 64);\n}",
+        *("deadlock:", "block 0 0 0, warp 0, lanes 0xffffffff: waits at PTX line ", "cluster_barrier.cu:3: barrier.cl"),
+        "block 1 0 0, warp 0, lanes 0xffffffff: waits at a barrier",
+        blocks=2,
+        cluster=2,
+    ),
+    case("arrives_twice", "cluster_arrive();\ncluster_arrive();", "the warp has arrived and not waited"),
+    case("never_arrives", "cluster_wait();", "the warp has not arrived"),
+    case(
+        "lanes_of_a_cluster_barrier",
+        "if (thread < 16) out[thread] = __shfl_sync(0xFFFF, thread, 3); else cluster_arrive();\ncluster_wait();",
+        "deadlock:",
+    ),
+    # --- other blocks of the cluster ---
+    case("no_such_block", "mbarrier_arrive_cluster(base, 2);", "mapa: block 2 of the cluster", blocks=2, cluster=2),
+    case(
+        "block_that_left",
+        "if (thread == 0) mbarrier_init(base, 1);\nif (block == 1) return;\ncluster_arrive();\ncluster_wait();\n"
+        "if (thread == 0) mbarrier_arrive_cluster(base, 1);",
+        *("block_that_left.cu:5", "block 1 of the cluster has left"),
+        blocks=2,
+        cluster=2,
+    ),
+    case(
+        "block_without_mbarrier",
+        "if (block == 0) mbarrier_arrive_cluster(base, 1);\ncluster_arrive();\ncluster_wait();",
+        "mbarrier.arrive: no mbarrier at 0x",
+        blocks=2,
+        cluster=2,
+    ),
     # --- memory ---
+    case("bulk_bytes", "bulk_store(out, base, 8);", "cp.async.bulk: 8 bytes"),
+    case("bulk_address", "bulk_store(out + 1, base, 16);", "cp.async.bulk: address 0x", "is not a multiple of 16"),
+    case("bulk_source", "bulk_reduce_add(out, base + 8, 16);", "cp.async.bulk: shared address 0x", "multiple of 16"),
+    case("bulk_past_the_end", "bulk_store(out + 1020, base, 32);", "cp.async.bulk: 32 bytes at 0x", "in no buffer"),
+    case("bulk_far", f"bulk_store(out, base + {SHARED}, 16);", "16 bytes at shared address 0x", "are outside"),
+    case(
+        "global_proxy",
+        "if (thread == 0) {\nout[0] = 1;\nbulk_reduce_add(out, base, 16);\ntma_commit();\ntma_wait<0>();\n"
+        "wait_for_count(counter, 0);\n}",
+        *("global_proxy.cu:3: cp.reduce", "was written by a store, and no fence.proxy.async.global since"),
+    ),
     case("after", "out[1024 + thread] = 1;", "after.cu:1: st.global", "4 bytes at 0x", "in no buffer: 4096 bytes from"),
     case("before", "out[thread] = out[thread - 1];", "ld: 4 bytes at 0x", "in no buffer: -4 bytes from"),
     case(
@@ -313,6 +371,26 @@ RIGHT = [
     ),
     (
         Case(
+            "count_is_there",  # the block that comes last lets the others go
+            "if (thread == 0 && block == 6) add_release(counter + 1023, 1);\nwait_for_count(counter + 1023, 1);\n"
+            "if (thread == 0) out[block] = 1;",
+            (),
+            blocks=7,
+        ),
+        [1] * 7 + [0] * 25,
+    ),
+    (
+        Case(
+            "cluster_ranks",
+            "cluster_arrive();\nif (thread == 0) out[block] = cluster_rank();\ncluster_wait();",
+            (),
+            blocks=6,
+            cluster=3,
+        ),
+        [0, 1, 2, 0, 1, 2, 0, 0],
+    ),
+    (
+        Case(
             "products",
             products(
                 WGMMA + "{%0, %1, %2, %3}, %8, %8, p, 1, 1, 0, 0;",
@@ -334,7 +412,9 @@ FRESH = Case("fresh", "out[thread] = reinterpret_cast<float*>(shared)[thread];",
 def kernels(executor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptx")
     all_kernels = [
-        KERNEL.format(name=one.name, body=one.body, threads=one.threads, shared=SHARED)
+        KERNEL.format(
+            name=one.name, body=one.body, threads=one.threads, shared=SHARED, blocks=one.blocks, cluster=one.cluster
+        )
         for one in (*CASES, *(one for one, _ in RIGHT), ORDER, FINE, FRESH)
     ]
     source = write_kernels(folder, "errors.cu", SOURCE + "".join(all_kernels) + ENTRIES)
@@ -410,9 +490,37 @@ def test_tensor_map_is_refused(kernels, change, words, out, capfd):
         ((1, 1), 1025, 0, "1025 threads in a block"),
         ((0, 1), 32, 0, "a grid of 0 x 1 x 1"),
         ((1, 65536), 32, 0, "a grid of 1 x 65536 x 1"),
-        ((1, 1), 32, 232449, "232449 bytes of shared memory"),
+        ((1, 1), 32, 232449, "needs 232449 bytes of shared memory per block; this GPU has 232448"),
     ],
 )
 def test_launch_is_refused(kernels, grid, threads, shared, words):
     kernels.call("empty", 2, 2, 1024, 232448)
     assert words in message(kernels, "empty", *grid, threads, shared)
+
+
+def test_the_limit_of_shared_memory_is_set_once_for_each_kernel_and_gpu(kernels):
+    def launch(gpu, shared):
+        kernels.gpu, before = gpu, kernels.limits_set
+        try:
+            kernels.call("empty", 1, 1, 32, shared)
+        finally:
+            kernels.gpu = 0
+        return kernels.limits_set - before
+
+    first, second = 5, 6
+    assert launch(first, 48 * 1024) == 0
+    assert [launch(first, 60_000) for _ in range(3)] == [1, 0, 0]
+    assert launch(second, 60_000) == 1
+    assert launch(first, 50_000) == 0
+    assert [launch(first, 70_000) for _ in range(2)] == [1, 0]
+
+
+def test_a_refused_limit_of_shared_memory_is_refused_again(kernels):
+    try:
+        kernels.gpu = 7
+        for _ in range(2):
+            said = message(kernels, "empty", 1, 1, 32, 150_000, shared_limit=99 * 1024)
+            assert said == "empty: needs 150000 bytes of shared memory per block; this GPU has 101376"
+        kernels.call("empty", 1, 1, 32, 100_000, shared_limit=99 * 1024)
+    finally:
+        kernels.gpu = 0

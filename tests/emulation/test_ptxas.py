@@ -53,8 +53,15 @@ def calls_wgmma(source):
     return any(calls_wgmma(path) for path in headers if path.is_file() and path.name != "primitives.cuh")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", marked(SOURCES), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        pytest.param(path, architecture, marks=() if path in QUICK else pytest.mark.slow)
+        for path in SOURCES
+        for architecture in toolchain.architectures(path)
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_cuda_kernels_spill_nothing_and_please_ptxas(source, architecture):
     result = toolchain.compile_cuda(source, architecture)
     assert not result.error, result.error

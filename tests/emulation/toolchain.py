@@ -50,10 +50,11 @@ def nvcc():
     return path
 
 
-def architectures():
-    """Return the architectures that setup.py builds for, in the form of nvcc's -arch: sm_80, sm_90a."""
+def architectures(source=None):
+    """Return what setup.py builds for, as nvcc names it: sm_80, sm_90a, ...; a source of Hopper's only for sm_90a."""
     entries = _setup().DEFAULT_ARCHITECTURES.split(";")
-    return ["sm_" + entry.removesuffix("+PTX").replace(".", "") for entry in entries]
+    names = ["sm_" + entry.removesuffix("+PTX").replace(".", "") for entry in entries]
+    return ["sm_90a"] if source and source.stem.endswith("_hopper") else names
 
 
 def host_compiler():
@@ -74,6 +75,11 @@ def _nvcc_plan():
     """Return the commands that nvcc would run, with the folders that it would search."""
     command = [nvcc(), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
     return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def _toolkit_programs():
+    """Return the folders with the programs that nvcc runs."""
+    return [Path(top) / "bin" for top in re.findall(r"^#\$ TOP=(.*)$", _nvcc_plan(), re.MULTILINE)]
 
 
 def cuda_includes():
@@ -102,7 +108,7 @@ def nvdisasm():
     """Path of the disassembler: that of the wheel nvidia-cuda-nvdisasm, which is new, or the toolkit's."""
     folders = [folder for root in _package_folders("nvidia") for folder in root.glob("*/bin")]
     with contextlib.suppress(MissingError):
-        folders += [Path(top) / "bin" for top in re.findall(r"^#\$ TOP=(.*)$", _nvcc_plan(), re.MULTILINE)]
+        folders += _toolkit_programs()
     path = shutil.which("nvdisasm", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)]))
     if not path:
         raise MissingError("no nvdisasm: neither a toolkit's nor nvidia-cuda-nvdisasm")
@@ -199,8 +205,15 @@ def _recorded(folder, source, architecture, ptx):
 
 
 def compile_cuda(source, architecture, options=(), tree=ROOT):
-    """Compiles to PTX and machine code, once for the same content. `tree` is the folder that csrc/ is in."""
+    """Compiles to PTX and machine code, once for the same content. `tree` is the folder that csrc/ is in.
+
+    As setup.py does, it makes PTX for sm_80 and sm_90a, and machine code for newer GPUs of that for sm_80. (That for
+    sm_90 is the same as for sm_90a, but in the kernels for Hopper.)
+    """
     source = Path(source)
+    if architecture not in ("sm_80", "sm_90a"):
+        one = compile_cuda(source, "sm_80", options, tree)
+        return one if one.error else assemble(one, _own_assembler(), architecture)
     flags = [nvcc(), "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "--keep", "-Xptxas", "-v", *options]
 
     def make(folder):
@@ -214,6 +227,15 @@ def compile_cuda(source, architecture, options=(), tree=ROOT):
 
 
 @functools.cache
+def _own_assembler():
+    """Path of the ptxas that nvcc runs."""
+    path = shutil.which("ptxas", path=os.pathsep.join(map(str, _toolkit_programs())))
+    if not path:
+        raise MissingError("nvcc has no ptxas")
+    return path
+
+
+@functools.cache
 def wheel_assemblers():
     """Return {version: path} of the ptxas in wheels: the oldest of nvidia-cuda-nvcc-cu12, the newest of -nvcc."""
     found = {}
@@ -223,9 +245,10 @@ def wheel_assemblers():
     return dict(sorted(found.items()))
 
 
-def assemble(one, ptxas):
-    """Return the machine code that another ptxas makes of the PTX of a `Compiled`."""
-    flags = [str(ptxas), f"-arch={one.architecture}", "-O3", "-v"]
+def assemble(one, ptxas, architecture=None):
+    """Return the machine code that a ptxas makes of the PTX of a `Compiled`, for the same architecture or another."""
+    architecture = architecture or one.architecture
+    flags = [str(ptxas), f"-arch={architecture}", "-O3", "-v"]
 
     def make(folder):
         text = one.ptx.read_text()
@@ -239,12 +262,12 @@ def assemble(one, ptxas):
             text = re.sub(r"^\.version .*$", f".version {known[1]}", text, count=1, flags=re.MULTILINE)
 
     folder = compiled(one.source.name, flags, [one.ptx], make, ROOT / "csrc")
-    return _recorded(folder, one.source, one.architecture, one.ptx)
+    return _recorded(folder, one.source, architecture, one.ptx)
 
 
 def compile_all(sources, jobs=2):
     """Every source for every architecture."""
-    pairs = [(source, architecture) for source in sources for architecture in architectures()]
+    pairs = [(source, architecture) for source in sources for architecture in architectures(source)]
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(lambda pair: compile_cuda(*pair), pairs))
 

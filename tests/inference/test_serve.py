@@ -602,13 +602,14 @@ def test_a_client_with_a_calculator_calculates_itself(model, script):
 
 
 @pytest.mark.parametrize("parameters", [None, {}, {"properties": {}}, {"properties": {"a": {}, "b": {}}}], ids=str)
-def test_a_calculator_without_one_parameter_is_refused(server, parameters):
+def test_a_calculator_without_one_parameter_is_never_called(model, script, parameters):
     tool = {"type": "function", "function": {"name": "calculator", "parameters": parameters}}
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [tool]}
-    status, _, answer = server.request(body, "/v1/chat/completions")
-    assert status == 400
-    assert answer["error"]["message"] == "the function calculator must have one parameter, the expression"
-    assert answer["error"]["param"] == "tools"
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [tool], "temperature": 0}
+    with started(model, chat=True) as server:
+        script(server.engine, calculation(server.tokenizer))
+        status, _, answer = server.request(body, "/v1/chat/completions")
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == "so <<6*7=42>>yes"
 
 
 def test_roles_in_the_orders_of_clients(model):

@@ -325,6 +325,12 @@ Capability capability() {
     const int64_t both = setting("PRETEND_CUDA_CAPABILITY", 90);
     return {static_cast<int>(both / 10), static_cast<int>(both % 10)};
 }
+// "Technical Specifications per Compute Capability" in NVIDIA's CUDA C++ Programming Guide.
+uint32_t shared_limit() {
+    const auto [major, minor] = capability();
+    const bool small = major == 12 || (major == 8 && (minor == 6 || minor == 9));
+    return (major == 7 ? (minor == 5 ? 64 : 96) : small ? 99 : major == 8 ? 163 : 227) * 1024;
+}
 int multiprocessors() { return static_cast<int>(setting("PRETEND_CUDA_MULTIPROCESSORS", 4)); }
 
 bool owns(const void* pointer) { return Arena::get().owns(pointer); }

@@ -26,6 +26,7 @@ struct Capability {
 };
 PRETEND_API Capability capability();
 PRETEND_API int multiprocessors();
+PRETEND_API uint32_t shared_limit();   // bytes of shared memory that a block gets
 
 // --- memory ---
 

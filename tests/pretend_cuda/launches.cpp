@@ -68,6 +68,7 @@ void check_arguments(const Launch& launch, int device) {
 void run_checked(const Launch& launch) {
     {
         const pretend::Open open;
+        nanochat::emulation::schedule().shared_limit = pretend::shared_limit();
         PRETEND_JOIN(__real_, PRETEND_RUN)(launch);
     }
     try {

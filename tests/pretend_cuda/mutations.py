@@ -91,9 +91,13 @@ MUTATIONS = [
     Mutation("default stream", "muon_update", ".getStream(device).native_handle()", ".getDefaultStream(device).native_handle()"),
     guard_forgotten("attention_of_awkward_strides", "    Tensor out = at::empty(q_.sizes(), q_.options());"),
     guard_forgotten("attention_backward_of_strided_results", "    Tensor dq = at::empty(q_.sizes(), q_.options());"),
-    guard_forgotten("adamw", "    launch(cuda::adamw,"),
-    guard_forgotten("muon_momentum", "    launch(cuda::muon_momentum,"),
-    guard_forgotten("muon_update", "    launch(cuda::muon_update,"),
+    guard_forgotten("adamw", "    arguments.execution.device = current_gpu();\n    launch(cuda::adamw,"),
+    guard_forgotten("muon_momentum", "    arguments.execution.device = current_gpu();\n    launch(cuda::muon_momentum,"),
+    guard_forgotten("muon_update", "    arguments.execution.device = current_gpu();\n    launch(cuda::muon_update,"),
+    *(
+        Mutation(f"no GPU: {case}", case, f"    arguments.execution.device = current_gpu();\n    launch(cuda::{case},", f"    launch(cuda::{case},")
+        for case in ("adamw", "muon_momentum", "muon_update")
+    ),
     guard_forgotten("normuon_update", "    if (arguments.count > 0) launch(cuda::normuon_update,"),
     guard_forgotten("loss", "    const at::AutoDispatchBelowADInplaceOrView no_autograd;"),
     no_guard("norms", "x", "RMSNormStorage"),

@@ -27,6 +27,20 @@ def test_operator_equals_its_reference_on_an_older_gpu(name):
     CASES[name]()
 
 
+def call_the_older_kernels():
+    assert ops.cuda_instruction_set() == "sm_80"
+    for D in (64, 96, 128):  # each has tiles of its own
+        binding_cases.attention_of_awkward_strides(D=D)
+    binding_cases.decoding()
+    binding_cases.newton_schulz_update()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)], ids=str)
+def test_gpus_without_hoppers_instructions_run_the_older_kernels(capability):
+    """Their blocks get 163, 99, 99, 227 and 99 KB of shared memory."""
+    call_on_pretend_cuda(call_the_older_kernels, devices=2, capability=capability)
+
+
 class CalledOperators(TorchDispatchMode):
     """Collects the names of the package's operators that are called."""
 

@@ -12,18 +12,23 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "launch.h"
 #include "layouts.h"
 
 #ifdef __CUDACC__
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #define NANOCHAT_DEVICE __device__ __forceinline__
 #define NANOCHAT_SHARED(type, name) __shared__ nanochat::device::Same<type> name
 #define NANOCHAT_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define NANOCHAT_LINE
+#define NANOCHAT_ONLY_LINE
 #define ON_DEVICE(...) __VA_ARGS__
 #define ON_HOST(...)
 #else
@@ -35,7 +40,8 @@
     static const char name##_key = 0; \
     auto& name = ::nanochat::emulation::static_shared<::nanochat::device::Same<type>>(&name##_key)
 #define NANOCHAT_DYNAMIC_SHARED(name) unsigned char* name = ::nanochat::emulation::dynamic_shared()
-#define NANOCHAT_LINE , int line = __builtin_LINE()   // of the caller, for reports of deadlocks
+#define NANOCHAT_ONLY_LINE int line = __builtin_LINE()   // of the caller, for reports of deadlocks
+#define NANOCHAT_LINE , NANOCHAT_ONLY_LINE
 #define ON_DEVICE(...)
 #define ON_HOST(...) __VA_ARGS__
 #endif
@@ -71,18 +77,61 @@ inline void launch_check(cudaError_t status, const char* name) {
     }
 }
 
+// Raises the limit of a kernel's dynamic shared memory, once for each kernel and device.
+inline void allow_shared_memory(const char* name, const void* kernel, size_t bytes) {
+    if (bytes <= 48 * 1024) return;
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, size_t> allowed;
+    int device = 0, most = 0;
+    launch_check(cudaGetDevice(&device), name);
+    const std::lock_guard lock(mutex);
+    size_t& known = allowed[{kernel, device}];
+    if (bytes <= known) return;
+    launch_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+    if (bytes > static_cast<size_t>(most)) {
+        throw std::runtime_error(std::string(name) + ": needs " + std::to_string(bytes) +
+                                 " bytes of shared memory per block; this GPU has " + std::to_string(most));
+    }
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) cudaGetLastError();   // forgets it: the next launch would report it again
+    launch_check(error, name);
+    known = bytes;
+}
+
 // Enqueues kernel(arguments...). Throws std::runtime_error, with `name`, if the launch fails.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Arguments&&... arguments) {
-    if (shared_bytes > 48 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(shared_bytes));
-        if (error != cudaSuccess) cudaGetLastError();   // forgets it: the next launch would report it again
-        launch_check(error, name);
-    }
+    allow_shared_memory(name, reinterpret_cast<const void*>(kernel), shared_bytes);
     kernel<<<grid, block, shared_bytes, static_cast<Stream>(stream)>>>(static_cast<Arguments&&>(arguments)...);
+    launch_check(cudaGetLastError(), name);
+}
+
+// The same with options.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            LaunchOptions options, Arguments&&... arguments) {
+    allow_shared_memory(name, reinterpret_cast<const void*>(kernel), shared_bytes);
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<Stream>(stream);
+    config.attrs = attributes;
+    if (options.cluster != 1) {
+        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = static_cast<unsigned>(options.cluster);
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+    if (options.overlaps_previous) {
+        cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
+    cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
     launch_check(cudaGetLastError(), name);
 }
 #else
@@ -154,8 +203,12 @@ NANOCHAT_DEVICE int opaque(int x) {
 
 // --- global memory ---
 
-// Stores 16 bytes at an address that is a multiple of 16, in one access. nvcc splits some ordinary stores into words, each
-// of which then touches as many sectors of memory as the whole.
+// Stores 8 or 16 bytes at an address that is a multiple of as many, in one access. nvcc splits some ordinary stores into
+// words, each of which then touches as many sectors of memory as the whole.
+NANOCHAT_DEVICE void store_8(void* to, const uint32_t (&words)[2]) {
+    ON_DEVICE(asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory"));
+    ON_HOST(emulation::store_8(to, words));
+}
 NANOCHAT_DEVICE void store_16(void* to, const uint32_t (&words)[4]) {
     ON_DEVICE(asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
                            "r"(words[2]), "r"(words[3]) : "memory"));
@@ -183,6 +236,28 @@ NANOCHAT_DEVICE uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value) {
     ON_HOST(old = emulation::atomic_add_ordered(counter, value));
     return old;
 }
+
+// Adds. A thread of the device that sees the sum by wait_for_count also sees what this thread wrote before.
+NANOCHAT_DEVICE void add_release(uint32_t* counter, uint32_t value) {
+    ON_DEVICE(asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory"));
+    ON_HOST(emulation::add_release(counter, value));
+}
+// Waits until *counter >= count. The blocks that add to it must run or have run: no block starts in place of one that
+// waits.
+NANOCHAT_DEVICE void wait_for_count(const uint32_t* counter, uint32_t count NANOCHAT_LINE) {
+    ON_DEVICE(uint32_t seen;
+              do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+              while (seen < count));
+    ON_HOST(emulation::wait_for_count(counter, count, line));
+}
+
+// With LaunchOptions::overlaps_previous: wait_for_previous_grid waits until the grid before has ended and its results are
+// visible; start_next_grid lets the next grid start once all blocks have called it or left.
+NANOCHAT_DEVICE void wait_for_previous_grid() {
+    ON_DEVICE(asm volatile("griddepcontrol.wait;" :: : "memory"));
+    ON_HOST(emulation::wait_for_previous_grid());
+}
+NANOCHAT_DEVICE void start_next_grid() { ON_DEVICE(asm volatile("griddepcontrol.launch_dependents;" :: : "memory")); }
 
 // True in one lane of the converged warp.
 NANOCHAT_DEVICE bool elect_one() {
@@ -288,7 +363,8 @@ NANOCHAT_DEVICE void mbarrier_init(uint32_t barrier, int count) {
     ON_DEVICE(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory"));
     ON_HOST(emulation::mbarrier_init(barrier, count));
 }
-// Makes initialised barriers visible to the asynchronous proxy. A __syncthreads must follow.
+// Makes initialised barriers visible to the asynchronous proxy. A barrier of the block must follow, or of
+// the cluster.
 NANOCHAT_DEVICE void fence_mbarrier_init() {
     ON_DEVICE(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
     ON_HOST(emulation::fence_mbarrier_init());
@@ -316,12 +392,46 @@ NANOCHAT_DEVICE void mbarrier_wait(uint32_t barrier, int parity NANOCHAT_LINE) {
     ON_HOST(emulation::mbarrier_wait(barrier, parity, line));
 }
 
+// --- clusters (sm_90): the blocks of LaunchOptions::cluster, which run side by side ---
+
+// The place of this block in its cluster.
+NANOCHAT_DEVICE uint32_t cluster_rank() {
+    uint32_t rank;
+    ON_DEVICE(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
+    ON_HOST(rank = emulation::cluster_rank());
+    return rank;
+}
+// A barrier of all threads of the cluster: each arrives, and then waits until all that have not left have arrived. What
+// was written before an arrival is visible after the wait. By whole warps.
+NANOCHAT_DEVICE void cluster_arrive(NANOCHAT_ONLY_LINE) {
+    ON_DEVICE(asm volatile("barrier.cluster.arrive.aligned;" :: : "memory"));
+    ON_HOST(emulation::cluster_arrive(line));
+}
+NANOCHAT_DEVICE void cluster_wait(NANOCHAT_ONLY_LINE) {
+    ON_DEVICE(asm volatile("barrier.cluster.wait.aligned;" :: : "memory"));
+    ON_HOST(emulation::cluster_wait(line));
+}
+// Arrives at the mbarrier that block `rank` of the cluster has at the address `barrier`. That block may not have left.
+NANOCHAT_DEVICE void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
+    ON_DEVICE(
+        asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+                     "r"(rank) : "memory"));
+    ON_HOST(emulation::mbarrier_arrive_cluster(barrier, rank));
+}
+
 // --- tensor copies (sm_90): boxes of global tensors, by one thread, in the background ---
 
 // Orders this thread's ordinary accesses to shared memory before the asynchronous proxy's (tensor copies, wgmma).
 NANOCHAT_DEVICE void fence_proxy_async() {
     ON_DEVICE(asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
     ON_HOST(emulation::fence_proxy_async());
+}
+// The same for global memory, in both directions: between what is written in the ordinary way, or by another block, and a
+// copy that touches the same place.
+NANOCHAT_DEVICE void fence_proxy_async_global() {
+    ON_DEVICE(asm volatile("fence.proxy.async.global;" :: : "memory"));
+    ON_HOST(emulation::fence_proxy_async_global());
 }
 NANOCHAT_DEVICE void tma_prefetch(const TensorMap& map) {
     ON_DEVICE(asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"));
@@ -350,6 +460,17 @@ NANOCHAT_DEVICE void tma_load(uint32_t target, const TensorMap& map, uint32_t ba
                      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
                      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory"));
     ON_HOST(emulation::tma_load(target, map, barrier, {c0, c1, c2, c3}));
+}
+
+// The same into every block of the cluster whose rank has a bit in `mask`: at the same address, and with the mbarrier at
+// the same address.
+NANOCHAT_DEVICE void tma_load_multicast(uint32_t target, const TensorMap& map, uint32_t barrier, uint16_t mask, int c0,
+                                        int c1, int c2) {
+    ON_DEVICE(
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                     "[%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(target),
+                     "l"(&map), "r"(barrier), "h"(mask), "r"(c0), "r"(c1), "r"(c2) : "memory"));
+    ON_HOST(emulation::tma_load_multicast(target, map, barrier, mask, {c0, c1, c2}));
 }
 
 // Stores a box, or adds it to what is there; elements outside the tensor are left out. tma_commit closes a group;
@@ -391,6 +512,17 @@ NANOCHAT_DEVICE void tma_reduce_add(const TensorMap& map, uint32_t source, int c
                      "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
                      "r"(source), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory"));
     ON_HOST(emulation::tma_store(map, source, {c0, c1, c2, c3}, true));
+}
+// The same for `bytes` that lie side by side, a multiple of 16 at multiples of 16; bulk_reduce_add adds float32.
+NANOCHAT_DEVICE void bulk_store(void* to, uint32_t source, int bytes) {
+    ON_DEVICE(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(source),
+                           "r"(bytes) : "memory"));
+    ON_HOST(emulation::bulk_store(to, source, bytes, false));
+}
+NANOCHAT_DEVICE void bulk_reduce_add(float* to, uint32_t source, int bytes) {
+    ON_DEVICE(asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                           "r"(source), "r"(bytes) : "memory"));
+    ON_HOST(emulation::bulk_store(to, source, bytes, true));
 }
 NANOCHAT_DEVICE void tma_commit() {
     ON_DEVICE(asm volatile("cp.async.bulk.commit_group;" :: : "memory"));
@@ -600,5 +732,25 @@ NANOCHAT_WGMMA(240, 30, "%120", "%121", "%122", "%123", "%124", "%125", "%126")
 NANOCHAT_WGMMA(248, 31, "%124", "%125", "%126", "%127", "%128", "%129", "%130")
 NANOCHAT_WGMMA(256, 32, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #endif
+
+// --- streams of global memory ---
+
+// Load and store 8 or 16 bytes, at an address that is a multiple of that, in one access. Nothing reads the bytes again
+// soon, so the caches drop them first.
+NANOCHAT_DEVICE void load_streamed(uint32_t (&words)[2], const void* from) {
+    ON_DEVICE(
+        asm volatile("ld.global.cs.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from) : "memory"));
+    ON_HOST(emulation::load_global(words, from, 8));
+}
+NANOCHAT_DEVICE void load_streamed(uint32_t (&words)[4], const void* from) {
+    ON_DEVICE(asm volatile("ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]),
+                           "=r"(words[2]), "=r"(words[3]) : "l"(from) : "memory"));
+    ON_HOST(emulation::load_global(words, from, 16));
+}
+NANOCHAT_DEVICE void store_streamed(void* to, const uint32_t (&words)[4]) {
+    ON_DEVICE(asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
+                           "r"(words[2]), "r"(words[3]) : "memory"));
+    ON_HOST(emulation::store_16(to, words));
+}
 
 }   // namespace nanochat::device

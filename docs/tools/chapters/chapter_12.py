@@ -81,7 +81,7 @@ KERNELS = {  # of the defects, by the file that is changed
     "norms, rotation, squared ReLU": r"csrc/cuda/(rms_norm|rotary_norm|relu_squared|value_embedding|smear)",
     "a Hopper product": r"gemm_hopper",
     "an attention for sm_80": r"attention_ampere",
-    "single primitives": r"primitives|wgmma",
+    "single primitives": r"primitives|wgmma|kernels/blocks",
     "parts that kernels share": r"csrc/cuda/",
 }
 

@@ -251,9 +251,9 @@ def read_completion(body: dict[str, Any], served: Served) -> Call:
 def read_chat(body: dict[str, Any], served: Served) -> Call:
     """Read a request to /v1/chat/completions. Raises ApiError.
 
-    The only tool that the model can call is a calculator. If a request offers a function of this name, the client
-    computes; else the server does. A request may offer other tools, since a model may always call none, but a required
-    call is an error.
+    The only tool that the model can call is a calculator, a function of this name with one parameter. If a request
+    offers it among its tools, the client computes; else the server does. A request may offer other tools, since a model
+    may always call none, but a required call is an error.
     """
     ignored = _check_fields(body, served, CHAT)
     for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
@@ -291,10 +291,8 @@ def _calculator_argument(body: dict[str, Any]) -> str | None:
             continue
         parameters = function.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        if not isinstance(properties, dict) or len(properties) != 1:
-            message = f"the function {conversations.CALCULATOR} must have one parameter, the expression"
-            raise ApiError(400, message, param="tools")
-        return str(next(iter(properties)))
+        if isinstance(properties, dict) and len(properties) == 1:
+            return str(next(iter(properties)))
     return None
 
 

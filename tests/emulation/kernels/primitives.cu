@@ -65,6 +65,22 @@ __global__ void reverse(const uint32_t* x, uint32_t* out, int n) {
     if (i < n / 4) store_16(out + n - 4 * (i + 1), {x[4 * i + 3], x[4 * i + 2], x[4 * i + 1], x[4 * i]});
 }
 
+// The same by streamed accesses: loads of 16 bytes, or of two times 8.
+__global__ void reverse_streamed(const uint32_t* x, uint32_t* out, int n, bool in_pairs) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n / 4) return;
+    uint32_t words[4];
+    if (in_pairs) {
+        uint32_t first[2], second[2];
+        load_streamed(first, x + 4 * i);
+        load_streamed(second, x + 4 * i + 2);
+        for (int j = 0; j < 2; ++j) words[j] = first[j], words[2 + j] = second[j];
+    } else {
+        load_streamed(words, x + 4 * i);
+    }
+    store_streamed(out + n - 4 * (i + 1), {words[3], words[2], words[1], words[0]});
+}
+
 // Writes the 32 pairs of x in reverse order.
 __global__ void reverse_pairs(const float* x, float* out) {
     NANOCHAT_SHARED(float2[32], pairs);
@@ -270,6 +286,13 @@ ENTRY(reverse) {
     const auto n = static_cast<int>(arguments[2].integer);
     launch("reverse", reverse, dim3(static_cast<unsigned>(n / 256 + 1)), dim3(64), 0, nullptr,
            arguments[0].to<const uint32_t>(), arguments[1].to<uint32_t>(), n);
+}
+
+// The same, in_pairs
+ENTRY(reverse_streamed) {
+    const auto n = static_cast<int>(arguments[2].integer);
+    launch("reverse_streamed", reverse_streamed, dim3(static_cast<unsigned>(n / 256 + 1)), dim3(64), 0, nullptr,
+           arguments[0].to<const uint32_t>(), arguments[1].to<uint32_t>(), n, arguments[3].integer != 0);
 }
 
 // x (64) float32, out (64)

@@ -10,7 +10,7 @@ using namespace nanochat;
 
 // Lists params, grads, exp_avgs, exp_avg_sqs, list copies or 0, then numels (count) int64, count, param DType, moment DType, step, lr,
 // beta1, beta2, eps, weight_decay, stochastic_rounding, seed, cautious, step_address, lr_address, weight_decay_address,
-// workspace, its bytes
+// workspace, its bytes, multiprocessors
 ENTRY(adamw) {
     Reader read{arguments};
     void **params = read, **grads = read, **exp_avgs = read, **exp_avg_sqs = read, **copies = read;
@@ -38,5 +38,7 @@ ENTRY(adamw) {
     a.weight_decay_address = read;
     a.execution.workspace = read;
     require_workspace(read, cuda::adamw_workspace_bytes(a));
+    const int64_t multiprocessors = read;
+    a.execution.device.multiprocessors = static_cast<int>(multiprocessors);
     cuda::adamw(a);
 }

@@ -26,6 +26,21 @@ ENTRY(attention_forward) {
     cuda::attention_forward(a);
 }
 
+// B, Tq, Tk, H, Hkv, D, causal, window, scale, DType, multiprocessors, hopper, then (2,) int32 on the host: consumers and
+// keys of the tile on Hopper
+ENTRY(forward_tile) {
+    Reader read{arguments};
+    AttentionForward a = {};
+    read_shape(read, a.shape);
+    a.dtype = read;
+    a.execution.device = read_device(read);
+    int* to = read;
+    cuda::attention::hopper::choose_forward(a.shape, a.execution.device, [&](auto tile) {
+        to[0] = decltype(tile)::consumers;
+        to[1] = decltype(tile)::keys;
+    });
+}
+
 // tiles, head_groups, section, last_first, then (tiles * head_groups, 2) int32 on the host: tile and head group of each item
 ENTRY(places) {
     Reader read{arguments};

@@ -7,7 +7,7 @@
 using namespace nanochat;
 
 // Lists grads, momentum_buffers, then update (count, numel), norms (count) float64 or 0, count, numel, grad DType,
-// momentum, nesterov, momentum_address, workspace, its bytes
+// momentum, nesterov, momentum_address, workspace, its bytes, multiprocessors
 ENTRY(muon_momentum) {
     Reader read{arguments};
     MuonMomentum a = {};
@@ -23,11 +23,13 @@ ENTRY(muon_momentum) {
     a.momentum_address = read;
     a.execution.workspace = read;
     require_workspace(read, cuda::muon_momentum_workspace_bytes(a));
+    const int64_t multiprocessors = read;
+    a.execution.device.multiprocessors = static_cast<int>(multiprocessors);
     cuda::muon_momentum(a);
 }
 
 // List params, list copies or 0, then update (count, numel), count, numel, param DType, lr, weight_decay, scale, cautious, lr_address,
-// weight_decay_address
+// weight_decay_address, multiprocessors
 ENTRY(muon_update) {
     Reader read{arguments};
     MuonUpdate a = {};
@@ -43,5 +45,7 @@ ENTRY(muon_update) {
     a.cautious = read;
     a.lr_address = read;
     a.weight_decay_address = read;
+    const int64_t multiprocessors = read;
+    a.execution.device.multiprocessors = static_cast<int>(multiprocessors);
     cuda::muon_update(a);
 }

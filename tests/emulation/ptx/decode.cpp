@@ -139,7 +139,8 @@ class Decoder {
             result = {range.first + number * register_bytes(range.bits), range.bits};
             return true;
         }
-        static const std::set<std::string> known = {"%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid"};
+        static const std::set<std::string> known = {"%tid",    "%ntid",   "%ctaid",          "%nctaid",
+                                                    "%laneid", "%warpid", "%cluster_ctarank"};
         if (!known.count(name.substr(0, name.find('.')))) return false;
         result = {special(name, 32), 32};
         return true;
@@ -446,6 +447,9 @@ class Decoder {
             {"vote", &Decoder::vote},
             {"elect", &Decoder::elect},
             {"bar", &Decoder::barrier},
+            {"barrier", &Decoder::cluster_barrier},
+            {"mapa", &Decoder::map_address},
+            {"griddepcontrol", &Decoder::previous_grid},
             {"membar", &Decoder::fence},
             {"fence", &Decoder::fence},
             {"cp", &Decoder::copy},
@@ -453,6 +457,7 @@ class Decoder {
             {"mbarrier", &Decoder::mbarrier},
             {"setmaxnreg", &Decoder::setmaxnreg},
             {"atom", &Decoder::atomic},
+            {"red", &Decoder::reduction},
         };
         now_ = {};
         after_.clear();
@@ -478,6 +483,7 @@ class Decoder {
         }
         const size_t at = emit(now_);
         if (now_.run == handlers::wgmma) kernel_.has_wgmma = true;
+        if (now_.run == handlers::load_acquire) kernel_.waits_for_blocks = true;
         if (now_.run == handlers::bra || now_.run == handlers::call) jumps_.push_back({at, jump_});
         for (Instruction& one : after_) {
             one.guard = now_.guard;
@@ -586,6 +592,11 @@ class Decoder {
         const auto o = operands();
         const bool is_store = words_[0] == "st", is_shared = has_word("shared"), is_parameter = has_word("param");
         expect(o.size() == 2);
+        if (opcode_ == "ld.acquire.gpu.global.u32") {
+            now_.d = target(o[0], 32);
+            now_.a = address(o[1], 64);
+            return set(handlers::load_acquire, Kind::atomic);
+        }
         const Operand &memory = o[is_store ? 0 : 1], &data = o[is_store ? 1 : 0];
         expect(memory.kind == Operand::memory &&
                (is_shared || has_word("global") || (is_parameter && !is_store) || (is_parameter && !memory.is_symbol)));
@@ -750,10 +761,33 @@ class Decoder {
         set(waits ? handlers::bar_sync : handlers::bar_arrive, Kind::sync);
     }
 
+    void cluster_barrier() {
+        const bool waits = opcode_ == "barrier.cluster.wait.aligned";
+        expect(waits || opcode_ == "barrier.cluster.arrive.aligned");
+        now_.is_aligned = true;
+        set(waits ? handlers::cluster_wait : handlers::cluster_arrive, Kind::sync);
+    }
+
+    void map_address() {
+        const auto o = operands();
+        expect(opcode_ == "mapa.shared::cluster.u32" && o.size() == 3);
+        now_.d = target(o[0], 32);
+        now_.a = source(o[1], 32);
+        now_.b = source(o[2], 32);
+        set(handlers::map_address, Kind::integer);
+    }
+
+    void previous_grid() {
+        const bool waits = opcode_ == "griddepcontrol.wait";
+        expect(waits || opcode_ == "griddepcontrol.launch_dependents");
+        set(waits ? handlers::wait_for_previous : handlers::nothing, Kind::sync);
+    }
+
     void fence() {
         if (opcode_ == "fence.proxy.async" || opcode_ == "fence.proxy.async.shared::cta") {
             return set(handlers::fence_proxy, Kind::sync);
         }
+        if (opcode_ == "fence.proxy.async.global") return set(handlers::fence_proxy_global, Kind::sync);
         expect(words_[1] != "proxy");
         const bool is_of_mbarriers = opcode_ == "fence.mbarrier_init.release.cluster";
         set(is_of_mbarriers ? handlers::fence_mbarrier : handlers::nothing, Kind::sync);
@@ -764,6 +798,15 @@ class Decoder {
             return tensor_copy();
         }
         const auto o = operands();
+        const bool is_addition = opcode_ == "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32";
+        if (is_addition || opcode_ == "cp.async.bulk.global.shared::cta.bulk_group") {
+            expect(o.size() == 3);
+            now_.a = address_without_offset(o[0], 64);
+            now_.d = address_without_offset(o[1], 32);
+            now_.b = source(o[2], 32);
+            now_.width = is_addition;
+            return set(handlers::bulk_store, Kind::copy);
+        }
         if (opcode_ == "cp.async.cg.shared.global") {
             expect(o.size() >= 3 && number(o[2]) == 16);
             now_.d = address_without_offset(o[0], 32);
@@ -792,15 +835,18 @@ class Decoder {
         const size_t rank_word = is_addition ? 5 : 4;
         std::string tail;
         for (size_t n = rank_word + 1; n < words_.size(); ++n) tail += "." + words_[n];
-        const bool is_load = !is_addition && tail == ".shared::cluster.global.mbarrier::complete_tx::bytes";
+        const std::string load = ".shared::cluster.global.mbarrier::complete_tx::bytes";
+        const bool is_multicast = !is_addition && tail == load + ".multicast::cluster";
+        const bool is_load = is_multicast || (!is_addition && tail == load);
         expect(is_load ||
                tail == (is_addition ? ".global.shared::cta.add.tile.bulk_group" : ".global.shared::cta.bulk_group"));
-        expect(o.size() == (is_load ? 3 : 2));
+        expect(o.size() == 2u + is_load + is_multicast);
         const Operand &tensor = o[is_load], &shared = o[!is_load];
         expect(tensor.parts.size() == 1);
         now_.a = address_without_offset(tensor, 64);
         now_.d = address_without_offset(shared, 32);
         if (is_load) now_.b = address_without_offset(o[2], 32);
+        if (is_multicast) now_.c = source(o[3], 16);
         set_list(sources(tensor.parts[0], 32));
         expect(now_.count == words_[rank_word][0] - '0');
         now_.width = is_addition;
@@ -828,11 +874,12 @@ class Decoder {
             return set(handlers::mbarrier_try_wait, Kind::sync);
         }
         const bool expects_bytes = opcode_ == "mbarrier.arrive.expect_tx.shared::cta.b64";
-        expect(expects_bytes || opcode_ == "mbarrier.arrive.shared::cta.b64");
+        const bool is_remote = opcode_ == "mbarrier.arrive.release.cluster.shared::cluster.b64";
+        expect(expects_bytes || is_remote || opcode_ == "mbarrier.arrive.shared::cta.b64");
         expect(o.size() == 2u + expects_bytes && o[0].kind == Operand::ignored);
         now_.a = address(o[1], 32);
         if (expects_bytes) now_.b = source(o[2], 32);
-        set(handlers::mbarrier_arrive, Kind::sync);
+        set(is_remote ? handlers::mbarrier_arrive_remote : handlers::mbarrier_arrive, Kind::sync);
     }
 
     void setmaxnreg() {
@@ -851,6 +898,14 @@ class Decoder {
         if (o.size() > 3) now_.c = source(o[3], 32);
         set(find_atomic(opcode_), Kind::atomic);
         expect(now_.run);
+    }
+
+    void reduction() {
+        const auto o = operands();
+        expect(opcode_ == "red.release.gpu.global.add.u32" && o.size() == 2);
+        now_.a = address(o[0], 64);
+        now_.b = source(o[1], 32);
+        set(handlers::add_release, Kind::atomic);
     }
 };
 

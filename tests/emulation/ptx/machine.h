@@ -78,6 +78,8 @@ struct Warp {
     uint32_t time = 1, fence_time = 0;
     std::vector<uint32_t> touched;   // when each 128 bytes of registers were accessed; empty: no wgmma in the kernel
     uint32_t proxy_fences = 0, mbarrier_fences = 0;
+    bool is_at_cluster_barrier = false;   // it has arrived and not waited
+    uint32_t cluster_generation = 0;      // in which it arrived
 
     bool run(int instructions);   // whether anything ran
     uint32_t complete_group(const Instruction& i, uint32_t mask);
@@ -101,6 +103,25 @@ struct Warp {
     }
 };
 
+// What the blocks of a launch share.
+struct Grid {
+    // Who wrote 16 bytes of global memory last, where blocks wait for each other: a copy of this block + 1, or a store (0);
+    // and how many fences for them there had been.
+    struct Writer {
+        uint64_t copier, fences;
+    };
+    bool is_watched = false;   // writers are noted
+    std::unordered_map<uint64_t, Writer> writers;
+    uint64_t fences = 0;
+    std::vector<TensorStore> late_stores;   // that no thread waited for: they come at the end
+};
+
+struct Cluster {
+    std::vector<Block*> blocks;
+    int arrived = 0;   // threads at its barrier
+    uint32_t generation = 0;
+};
+
 struct Block {
     struct Barrier {
         int arrived, expected;
@@ -112,6 +133,10 @@ struct Block {
         uint32_t warp, fences;
         bool is_mbarrier;   // that was initialised
     };
+    Grid* launch;
+    Cluster* cluster;
+    uint32_t rank;     // in it
+    uint64_t number;   // in the grid
     Dim grid, size, index;
     std::vector<Warp> warps;
     uint8_t* shared;   // the byte at address 0
@@ -124,7 +149,10 @@ struct Block {
     uint64_t random;
     // Since the scheduler looked last: by a store, a barrier, a copy, a product, or a warp that leaves.
     bool has_advanced;
+    bool waits_for_others;   // it has looked at a counter or at its cluster since then
+    bool has_waited_for_previous;
 
+    bool is_alive() const;
     uint64_t next_random();
     uint8_t* shared_at(uint32_t address, uint32_t bytes, const char* what);
     void note_write(const Warp& warp, uint32_t address, uint32_t bytes, bool is_mbarrier = false);
@@ -137,6 +165,8 @@ void set_parameter_region(Region region);
 void land_load(Block& block);         // one of block.loads
 void finish_stores(Warp& warp);       // when it leaves
 void finish_products(Block& block);   // when all have left
+void finish_late_stores(Grid& grid);
+void note_global_write(const Block& block, uint64_t address, uint32_t bytes, bool is_copy);
 
 // Counts the wavefronts and sectors of an access for the costs.
 bool are_costs_counted();

@@ -66,6 +66,23 @@ void Block::check_proxy(uint32_t address, uint32_t bytes, const char* what) cons
     }
 }
 
+void note_global_write(const Block& block, uint64_t address, uint32_t bytes, bool is_copy) {
+    Grid& grid = *block.launch;
+    for (uint64_t chunk = address / 16; chunk <= (address + bytes - 1) / 16; ++chunk) {
+        grid.writers[chunk] = {is_copy ? block.number + 1 : 0, grid.fences};
+    }
+}
+
+// A copy touches global memory.
+static void check_global_proxy(const Block& block, uint64_t address, const char* what) {
+    const Grid& grid = *block.launch;
+    const auto found = grid.writers.find(address / 16);
+    if (found == grid.writers.end() || found->second.copier == block.number + 1) return;
+    if (found->second.fences < grid.fences) return;
+    fail("%s: 0x%lx was written by %s, and no fence.proxy.async.global since", what, address,
+         found->second.copier ? "another block" : "a store");
+}
+
 // --- loads and stores ---
 
 namespace {
@@ -87,6 +104,7 @@ Status access(Warp& warp, const Instruction& i, uint32_t mask) {
             global[l] = global_operand(warp, i, l);
             check_global(global[l], bytes, bytes, is_store ? "st" : "ld");
             memory = reinterpret_cast<uint8_t*>(global[l]);
+            if (is_store && warp.block->launch->is_watched) note_global_write(*warp.block, global[l], bytes, false);
         }
         for (int n = 0; n < count; ++n) {
             T value;
@@ -171,6 +189,53 @@ Handler* find_atomic(const std::string& opcode) {
     return found == all.end() ? nullptr : found->second;
 }
 
+// --- counters ---
+
+Status handlers::load_acquire(Warp& warp, const Instruction& i, uint32_t mask) {
+    for_lanes(mask, [&](int l) {
+        const uint64_t address = global_operand(warp, i, l);
+        check_global(address, 4, 4, "ld.acquire");
+        Register<uint32_t>(warp, i.d).set(l, *reinterpret_cast<const uint32_t*>(address));
+    });
+    warp.block->waits_for_others = true;
+    return Status::next;
+}
+
+Status handlers::add_release(Warp& warp, const Instruction& i, uint32_t mask) {
+    for_lanes(mask, [&](int l) {
+        const uint64_t address = global_operand(warp, i, l);
+        check_global(address, 4, 4, "red");
+        *reinterpret_cast<uint32_t*>(address) += Register<uint32_t>(warp, i.b).get(l);
+    });
+    warp.block->has_advanced = true;
+    return Status::next;
+}
+
+// --- shared memory of other blocks ---
+
+namespace {
+
+// An address of shared::cluster has the block's rank + 1 in its highest byte, or 0 for the block itself.
+constexpr int kRankShift = 24;
+
+Block& block_of_cluster(Block& block, uint32_t rank) {
+    if (rank >= block.cluster->blocks.size()) fail("block %u of a cluster of %zu", rank, block.cluster->blocks.size());
+    Block& other = *block.cluster->blocks[rank];
+    if (!other.is_alive()) fail("block %u of the cluster has left", rank);
+    return other;
+}
+
+}   // namespace
+
+Status handlers::map_address(Warp& warp, const Instruction& i, uint32_t mask) {
+    for_lanes(mask, [&](int l) {
+        const uint32_t address = Register<uint32_t>(warp, i.a).get(l), rank = Register<uint32_t>(warp, i.b).get(l);
+        if (rank >= warp.block->cluster->blocks.size()) fail("mapa: block %u of the cluster", rank);
+        Register<uint32_t>(warp, i.d).set(l, address | (rank + 1) << kRankShift);
+    });
+    return Status::next;
+}
+
 // --- cp.async ---
 
 Status handlers::cp_async(Warp& warp, const Instruction& i, uint32_t mask) {
@@ -251,6 +316,18 @@ Status handlers::mbarrier_arrive(Warp& warp, const Instruction& i, uint32_t mask
     for_lanes(mask, [&](int l) {
         Mbarrier& barrier = mbarrier_at(*warp.block, shared_operand(warp, i, l), "mbarrier.arrive");
         if (i.b >= 0) barrier.bytes += Register<int32_t>(warp, i.b).get(l);
+        if (barrier.pending == 0) fail("mbarrier.arrive: more arrivals than the phase takes");
+        --barrier.pending;
+        barrier.finish_phase();
+    });
+    return Status::next;
+}
+
+Status handlers::mbarrier_arrive_remote(Warp& warp, const Instruction& i, uint32_t mask) {
+    for_lanes(mask, [&](int l) {
+        const uint32_t address = shared_operand(warp, i, l), rank = address >> kRankShift;
+        Block& block = rank ? block_of_cluster(*warp.block, rank - 1) : *warp.block;
+        Mbarrier& barrier = mbarrier_at(block, address & ((1u << kRankShift) - 1), "mbarrier.arrive");
         if (barrier.pending == 0) fail("mbarrier.arrive: more arrivals than the phase takes");
         --barrier.pending;
         barrier.finish_phase();
@@ -349,14 +426,15 @@ void add_to(uint8_t* target, const uint8_t* source, const Sum& sum) {
     memcpy(target, &a, sizeof(T));
 }
 
-void write_target(const TensorStore& store) {
-    constexpr int kFloat16 = 6;   // CUtensorMapDataType
+void write_target(const TensorStore& store, const Block* block) {   // block: null at the grid's end
+    constexpr int kFloat16 = 6;                                     // CUtensorMapDataType
     const uint8_t* from = store.data.data();
     for_box(store.map, store.source, store.at, [&](uint32_t, uint64_t global) {
         const uint8_t* const source = from;
         from += store.map.element;
         if (!global) return;
         check_global(global, store.map.element, store.map.element, "tensor store");
+        if (block && block->launch->is_watched) note_global_write(*block, global, store.map.element, true);
         auto* target = reinterpret_cast<uint8_t*>(global);
         if (!store.is_addition) {
             memcpy(target, source, store.map.element);
@@ -385,11 +463,21 @@ Status handlers::tensor_load(Warp& warp, const Instruction& i, uint32_t mask) {
         TensorLoad load = tensor_copy<TensorLoad>(warp, i, l);
         load.target = Register<uint32_t>(warp, i.d).get(l);
         load.barrier = Register<uint32_t>(warp, i.b).get(l);
-        mbarrier_at(*warp.block, load.barrier, "tensor load");
-        warp.block->check_proxy(load.barrier, 8, "tensor load: its mbarrier");
-        warp.block->check_proxy(load.target, box_bytes(load.map), "tensor load: its target");
-        memset(warp.block->shared + load.target, 0xFF, box_bytes(load.map));
-        warp.block->loads.push_back(load);
+        if (warp.block->launch->is_watched) {
+            for_box(load.map, load.target, load.at, [&](uint32_t, uint64_t global) {
+                if (global) check_global_proxy(*warp.block, global, "tensor load");
+            });
+        }
+        const uint32_t blocks = i.c < 0 ? 1u << warp.block->rank : Register<uint16_t>(warp, i.c).get(l);
+        if (!blocks) fail("tensor load: no block in its mask");
+        for_lanes(blocks, [&](int rank) {   // each part lands by itself
+            Block& block = block_of_cluster(*warp.block, static_cast<uint32_t>(rank));
+            mbarrier_at(block, load.barrier, "tensor load");
+            block.check_proxy(load.barrier, 8, "tensor load: its mbarrier");
+            block.check_proxy(load.target, box_bytes(load.map), "tensor load: its target");
+            memset(block.shared + load.target, 0xFF, box_bytes(load.map));
+            block.loads.push_back(load);
+        });
     });
     return Status::next;
 }
@@ -412,6 +500,15 @@ void land_load(Block& block) {
     block.has_advanced = true;
 }
 
+static void start_store(Warp& warp, TensorStore store) {
+    if (warp.block->launch->is_watched) {
+        for_box(store.map, store.source, store.at, [&](uint32_t, uint64_t global) {
+            if (global) check_global_proxy(*warp.block, global, "tensor store");
+        });
+    }
+    warp.stores.push_back(std::move(store));
+}
+
 Status handlers::tensor_store(Warp& warp, const Instruction& i, uint32_t mask) {
     for_lanes(mask, [&](int l) {
         TensorStore store = tensor_copy<TensorStore>(warp, i, l);
@@ -419,7 +516,34 @@ Status handlers::tensor_store(Warp& warp, const Instruction& i, uint32_t mask) {
         store.group = warp.store_group[l];
         store.source = Register<uint32_t>(warp, i.d).get(l);
         store.is_addition = i.width;
-        warp.stores.push_back(std::move(store));
+        start_store(warp, std::move(store));
+    });
+    return Status::next;
+}
+
+// Its box is a row of float32.
+Status handlers::bulk_store(Warp& warp, const Instruction& i, uint32_t mask) {
+    constexpr uint8_t kFloat32 = 7;   // CUtensorMapDataType
+    for_lanes(mask, [&](int l) {
+        const uint32_t bytes = Register<uint32_t>(warp, i.b).get(l);
+        TensorStore store{};
+        store.map.address = Register<uint64_t>(warp, i.a).get(l);
+        store.source = Register<uint32_t>(warp, i.d).get(l);
+        if (bytes == 0 || bytes % 16) fail("cp.async.bulk: %u bytes", bytes);
+        if (store.source % 16) fail("cp.async.bulk: shared address 0x%x is not a multiple of 16", store.source);
+        if (!is_inside(store.source, bytes, kSharedStart, warp.block->shared_end)) {
+            fail("cp.async.bulk: %u bytes at shared address 0x%x are outside", bytes, store.source);
+        }
+        check_global(store.map.address, bytes, 16, "cp.async.bulk");
+        store.map.sizes[0] = bytes / 4;
+        store.map.strides[0] = store.map.element = 4;
+        store.map.box[0] = static_cast<uint16_t>(bytes / 4);
+        store.map.rank = 1;
+        store.map.type = kFloat32;
+        store.lane = l;
+        store.group = warp.store_group[l];
+        store.is_addition = i.width;
+        start_store(warp, std::move(store));
     });
     return Status::next;
 }
@@ -438,7 +562,7 @@ Status handlers::tensor_wait(Warp& warp, const Instruction& i, uint32_t mask) {
     for (TensorStore& store : warp.stores) {
         if (!is_waited_for(store)) continue;
         read_source(*warp.block, store);
-        if (!only_read) write_target(store);
+        if (!only_read) write_target(store, warp.block);
     }
     if (!only_read) std::erase_if(warp.stores, is_waited_for);
     return Status::next;
@@ -447,13 +571,22 @@ Status handlers::tensor_wait(Warp& warp, const Instruction& i, uint32_t mask) {
 void finish_stores(Warp& warp) {
     for (const TensorStore& store : warp.stores) {
         if (!store.is_read) fail("leaves before a tensor store has read its source");
-        write_target(store);
+        warp.block->launch->late_stores.push_back(store);
     }
     warp.stores.clear();
 }
 
+void finish_late_stores(Grid& grid) {
+    for (const TensorStore& store : grid.late_stores) write_target(store, nullptr);
+}
+
 Status handlers::fence_proxy(Warp& warp, const Instruction&, uint32_t) {
     ++warp.proxy_fences;
+    return Status::next;
+}
+
+Status handlers::fence_proxy_global(Warp& warp, const Instruction&, uint32_t) {
+    ++warp.block->launch->fences;
     return Status::next;
 }
 

@@ -4,15 +4,18 @@
 //
 // A warp runs an instruction for its 32 lanes; a register is an array of 32 values. Lanes that diverge become splits with
 // a program counter each. The lowest runs first, and equal ones join. An instruction that needs certain lanes (.aligned, a
-// membermask) waits for those of them that have not left. Warps take turns of 1 to 400 instructions, which the seed chooses. Blocks run one after
-// another. Whatever the hardware leaves undefined is decided against the kernel:
+// membermask) waits for those of them that have not left. Warps take turns of 1 to 400 instructions, which the seed
+// chooses. Blocks run one after another, until one waits for another: by ld.acquire, or in a cluster. From then on up to
+// 512 of them run side by side, in random turns. Whatever the hardware leaves undefined is decided against the kernel:
 //   - shared memory and registers start as NaN, or 0xFF;
 //   - copies in the background fill their target with NaN at once and land late: cp.async at its wait, tensor loads in any
-//     order; tensor stores read their source at their wait; try_wait of an mbarrier says false at random;
+//     order; tensor stores read their source at their wait, and those that nobody waits for write at the grid's end;
+//     try_wait of an mbarrier says false at random;
 //   - what wgmma reads may not change before its wait, nor may its registers be touched; none of them may have been touched
 //     since wgmma.fence;
 //   - ordinary writes to shared memory need a fence.proxy.async of their warp before tensor copies or wgmma touch the place,
-//     or a fence.mbarrier_init where they initialise an mbarrier;
+//     or a fence.mbarrier_init where they initialise an mbarrier; in a kernel that waits for other blocks, a tensor copy
+//     needs a fence.proxy.async.global after what a store or another block wrote to the place in global memory;
 //   - each access to global memory must be inside a tensor of the call; setmaxnreg takes registers from a pool.
 // An instruction or a form of one that is unknown is an error. Errors name the text's line and, with -lineinfo, the C++
 // line; a deadlock names the place of every lane. The layouts of wgmma, the fragments of mma and the swizzles are written
@@ -20,8 +23,9 @@
 //
 // Not seen: what ptxas does; speed; races beyond the chosen order; the rounding of tensor cores and of approximate
 // instructions. Proxy fences are checked by warps, not threads. Registers are filled with NaN for a launch, not a block.
-// There is what the kernels use: no local memory, no constants, no generic addresses of shared memory, no clusters, no
-// function that lanes call from different places at once.
+// Grids that overlap run one after the other. There is what the kernels use: no local memory, no constants, no generic
+// addresses of shared memory, of other blocks' shared memory only mbarriers and loads for several blocks, no function that
+// lanes call from different places at once.
 #pragma once
 
 #include <cstddef>
@@ -118,6 +122,7 @@ struct Kernel {
     int parameter_bytes = 0, register_bytes = 0, static_shared = 0;
     int max_threads = 0, min_blocks = 0;   // of __launch_bounds__; 0: not given
     bool has_wgmma = false;
+    bool waits_for_blocks = false;   // by a load that acquires
     std::vector<Counter> counters;
     const struct Module* module = nullptr;
 
@@ -185,7 +190,13 @@ std::vector<Region>& regions();
 // Appends what the launches cost to this file, a line of JSON each; empty: nowhere.
 std::string& costs_file();
 
-void launch(Kernel& kernel, Dim grid, Dim block, void** arguments, size_t shared_bytes);
+// Of a launch.
+struct Options {
+    unsigned cluster = 1;   // blocks, along x
+    bool overlaps_previous = false;
+};
+
+void launch(Kernel& kernel, Dim grid, Dim block, void** arguments, size_t shared_bytes, const Options& options);
 
 // --- handlers that decode.cpp names ---
 
@@ -206,9 +217,13 @@ Handler move32, move64, move_predicate, low32, low16, zero_extend, sign_extend, 
 Handler shfl, vote, elect;
 // scheduler.cpp
 Handler bra, call, ret, exit, trap, nothing, bar_sync, bar_arrive, setmaxnreg;
+Handler cluster_arrive, cluster_wait, wait_for_previous;
 // memory.cpp
-Handler cp_async, cp_async_commit, cp_async_wait, mbarrier_init, mbarrier_arrive, mbarrier_try_wait;
-Handler tensor_prefetch, tensor_load, tensor_store, tensor_commit, tensor_wait, fence_proxy, fence_mbarrier;
+Handler load_acquire, add_release, map_address;
+Handler cp_async, cp_async_commit, cp_async_wait;
+Handler mbarrier_init, mbarrier_arrive, mbarrier_arrive_remote, mbarrier_try_wait;
+Handler tensor_prefetch, tensor_load, tensor_store, bulk_store, tensor_commit, tensor_wait;
+Handler fence_proxy, fence_proxy_global, fence_mbarrier;
 // tensor_cores.cpp
 Handler ldmatrix, stmatrix, mma, wgmma, wgmma_fence, wgmma_commit, wgmma_wait;
 }   // namespace handlers

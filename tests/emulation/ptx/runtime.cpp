@@ -36,16 +36,38 @@ cudaError_t error(cudaError_t code, const std::string& text) {
     return code;
 }
 
+// The current GPU, the shared memory that it gives to a block, and how often a kernel's limit was set.
+int device = 0, device_limit = 0;
+int64_t limits_set = 0;
+
 size_t shared_limit(const ptx::Module& module) { return (module.architecture >= 90 ? 227 : 163) * 1024; }
 
-void launch(const Function& function, dim3 grid, dim3 block, void** arguments, size_t shared_bytes) {
+void launch(const Function& function, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
+            const ptx::Options& options = {}) {
     ptx::Kernel& kernel = function.module->kernel(function.name);
     if (shared_bytes > function.dynamic_limit) {
         ptx::fail("%zu bytes of dynamic shared memory; %zu are allowed", shared_bytes, function.dynamic_limit);
     }
     const size_t all_shared = shared_bytes + static_cast<size_t>(kernel.static_shared);
     if (all_shared > shared_limit(*function.module)) ptx::fail("%zu bytes of shared memory", all_shared);
-    ptx::launch(kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, arguments, shared_bytes);
+    ptx::launch(kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, arguments, shared_bytes, options);
+}
+
+ptx::Options options_of(const cudaLaunchConfig_t& config) {
+    ptx::Options options;
+    for (unsigned n = 0; n < config.numAttrs; ++n) {
+        const cudaLaunchAttribute& attribute = config.attrs[n];
+        if (attribute.id == cudaLaunchAttributeClusterDimension) {
+            const auto& size = attribute.val.clusterDim;
+            if (size.y != 1 || size.z != 1) ptx::fail("a cluster of %u x %u x %u", size.x, size.y, size.z);
+            options.cluster = size.x;
+        } else if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+            options.overlaps_previous = attribute.val.programmaticStreamSerializationAllowed;
+        } else {
+            ptx::fail("attribute %d of a launch", static_cast<int>(attribute.id));
+        }
+    }
+    return options;
 }
 
 // The limits of NVIDIA's documentation of cuTensorMapEncodeTiled.
@@ -148,6 +170,18 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t stub, dim3 grid, dim3 block, void** 
 
 // --- what the kernels' host code calls ---
 
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
+    const auto found = functions().find(stub);
+    if (found == functions().end()) return error(cudaErrorInvalidDeviceFunction, "no such kernel");
+    try {
+        launch(found->second, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
+               options_of(*config));
+    } catch (const std::exception& e) {
+        return error(cudaErrorLaunchFailure, found->second.name + ": " + e.what());
+    }
+    return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
     const auto found = functions().find(stub);
     if (found == functions().end()) return error(cudaErrorInvalidDeviceFunction, "no such kernel");
@@ -156,6 +190,16 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
         return error(cudaErrorInvalidValue, std::to_string(value) + " bytes of shared memory");
     }
     found->second.dynamic_limit = static_cast<size_t>(value);
+    ++limits_set;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* number) {
+    *number = device;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return error(cudaErrorInvalidValue, "attribute");
+    *value = device_limit;
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() {
@@ -178,11 +222,14 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** entry, u
 // --- what harness.py calls ---
 
 // Also forgets the error of an earlier call, which the next launch would report.
-void ptx_prepare(uint64_t seed, uint32_t misalignment) {
+void ptx_prepare(uint64_t seed, uint32_t misalignment, int gpu, int shared_limit) {
     last = cudaSuccess;
+    device = gpu;
+    device_limit = shared_limit;
     ptx::schedule() = {seed, misalignment};
     ptx::regions().clear();
 }
 void ptx_allow(uint64_t address, uint64_t bytes) { ptx::regions().push_back({address, address + bytes}); }
+int64_t ptx_limits_set() { return limits_set; }
 void ptx_write_costs(const char* path) { ptx::costs_file() = path; }
 }

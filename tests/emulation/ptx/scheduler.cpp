@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <stdexcept>
+#include <utility>
 
 #include "machine.h"
 #include "text.h"
@@ -10,6 +11,8 @@ namespace ptx {
 
 constexpr uint64_t kPatience = 2000;   // rounds of a block without advance, until it counts as a deadlock
 constexpr int kRegistersOfAMultiprocessor = 65536;
+constexpr size_t kMostBlocks = 512;   // that run side by side
+constexpr unsigned kMaxCluster = 8;
 
 Schedule& schedule() {
     static Schedule now;
@@ -115,6 +118,48 @@ Status handlers::setmaxnreg(Warp& warp, const Instruction& i, uint32_t) {
     if (change > warp.block->register_pool) return warp.wait(Wait::retry);
     warp.block->register_pool -= change;
     warp.register_limit = limit;
+    return Status::next;
+}
+
+// --- clusters ---
+
+bool Block::is_alive() const {
+    return std::any_of(warps.begin(), warps.end(), [](const Warp& warp) { return warp.live; });
+}
+
+static void end_generation_if_complete(Cluster& cluster) {
+    int live = 0;
+    for (const Block* block : cluster.blocks) live += live_threads(*block);
+    if (!cluster.arrived || cluster.arrived < live) return;
+    cluster.arrived = 0;
+    ++cluster.generation;
+}
+
+Status handlers::cluster_arrive(Warp& warp, const Instruction&, uint32_t) {
+    Cluster& cluster = *warp.block->cluster;
+    if (warp.is_at_cluster_barrier) fail("the warp has arrived and not waited");
+    warp.is_at_cluster_barrier = true;
+    warp.cluster_generation = cluster.generation;
+    cluster.arrived += 32;
+    end_generation_if_complete(cluster);
+    return Status::next;
+}
+
+Status handlers::cluster_wait(Warp& warp, const Instruction&, uint32_t) {
+    if (!warp.is_at_cluster_barrier) fail("the warp has not arrived");
+    if (warp.cluster_generation == warp.block->cluster->generation) return warp.wait(Wait::retry);
+    warp.is_at_cluster_barrier = false;
+    return Status::next;
+}
+
+static void leave_cluster(Warp& warp) {
+    Cluster& cluster = *warp.block->cluster;
+    if (warp.is_at_cluster_barrier && warp.cluster_generation == cluster.generation) cluster.arrived -= 32;
+    end_generation_if_complete(cluster);
+}
+
+Status handlers::wait_for_previous(Warp& warp, const Instruction&, uint32_t) {
+    warp.block->has_waited_for_previous = true;
     return Status::next;
 }
 
@@ -272,30 +317,47 @@ void Warp::finish() {
     if (!products.empty()) fail("leaves with wgmma in flight");
     finish_stores(*this);
     release_barriers(*block);
+    leave_cluster(*this);
     block->has_advanced = true;
 }
 
 // --- blocks ---
 
+static std::string name_of(const Block& block) {
+    const Dim& at = block.index;
+    return "block " + std::to_string(at.x) + " " + std::to_string(at.y) + " " + std::to_string(at.z);
+}
+
 static std::string places_of(const Block& block) {
     static const char* const kReasons[] = {"runs", "waits for other lanes", "waits at a barrier", "waits"};
+    const Dim& grid = block.grid;
+    const std::string prefix = grid.x * grid.y * grid.z == 1 ? "" : name_of(block) + ", ";
     std::string text;
     for (const Warp& warp : block.warps) {
         for (const Split& split : warp.splits) {
             const Instruction& i = warp.kernel->code[static_cast<size_t>(split.pc)];
             char start[80];
-            snprintf(start, sizeof start, "\n  warp %d, lanes 0x%08x: %s at ", warp.id, split.mask,
+            snprintf(start, sizeof start, "warp %d, lanes 0x%08x: %s at ", warp.id, split.mask,
                      kReasons[split.wait.reason]);
-            text += start + warp.kernel->place_of(i) + ": " + warp.kernel->text_of(i);
+            text += "\n  " + prefix + start + warp.kernel->place_of(i) + ": " + warp.kernel->text_of(i);
         }
     }
     return text;
 }
 
-[[noreturn]] static void fail_with_places(const Block& block) { fail("deadlock:%s", places_of(block).c_str()); }
+[[noreturn]] static void fail_with_places(const std::vector<Block*>& blocks, uint64_t not_started) {
+    constexpr size_t kNamed = 4;
+    std::string text = "deadlock:";
+    for (size_t n = 0; n < std::min(blocks.size(), kNamed); ++n) text += places_of(*blocks[n]);
+    if (blocks.size() > kNamed) text += "\n  " + std::to_string(blocks.size() - kNamed) + " more blocks wait";
+    if (not_started) text += "\n  " + std::to_string(not_started) + " blocks have not started";
+    fail("%s", text.c_str());
+}
 
-static void run_block(Block& block) {
+// Runs the block until all of its warps have left, or another one shall run. Returns whether it has advanced.
+static bool run_block(Block& block, bool is_side_by_side) {
     const size_t count = block.warps.size();
+    bool has_advanced = false;
     for (uint64_t rounds = 0;; ++rounds) {
         bool has_run = false, is_alive = false;
         const size_t first = block.next_random() % count;
@@ -308,16 +370,24 @@ static void run_block(Block& block) {
             if (!block.loads.empty() && block.next_random() % 16 == 0) land_load(block);
         }
         if (!is_alive) break;
+        const bool waits = block.waits_for_others || block.cluster->blocks.size() > 1;
         if (!has_run && !block.has_advanced) {
-            if (block.loads.empty()) fail_with_places(block);
-            land_load(block);
+            if (!block.loads.empty()) {
+                land_load(block);
+            } else if (!waits) {
+                fail_with_places({&block}, 0);
+            }
         }
-        if (block.has_advanced) rounds = 0;
-        if (rounds > kPatience) fail_with_places(block);
-        block.has_advanced = false;
+        const bool is_stuck = !std::exchange(block.has_advanced, false);
+        block.waits_for_others = false;
+        has_advanced |= !is_stuck;
+        if (waits && (is_stuck || (is_side_by_side && block.next_random() % 8 == 0))) return has_advanced;
+        if (!is_stuck) rounds = 0;
+        if (rounds > kPatience) fail_with_places({&block}, 0);
     }
     if (!block.loads.empty()) fail("leaves with tensor loads in flight");
     finish_products(block);
+    return true;
 }
 
 // The value of a special register in one thread of the block.
@@ -333,6 +403,7 @@ static uint32_t special_value(const Block& block, const std::string& name, unsig
     if (base == "%nctaid") return coordinate(block.grid);
     if (base == "%laneid") return thread % 32;
     if (base == "%warpid") return thread / 32;
+    if (base == "%cluster_ctarank") return block.rank;
     if (base == "dynamic shared memory") return block.dynamic_start;
     fail("special register %s", name.c_str());
 }
@@ -365,13 +436,16 @@ static void set_constants(Warp& warp) {
     }
 }
 
-static void check_launch(const Kernel& kernel, Dim grid, uint64_t threads) {
+static void check_launch(const Kernel& kernel, Dim grid, uint64_t threads, unsigned cluster) {
     if (threads == 0 || threads > 1024) fail("%lu threads in a block", threads);
     if (kernel.max_threads && threads > static_cast<uint64_t>(kernel.max_threads)) {
         fail("%lu threads; the kernel takes %d", threads, kernel.max_threads);
     }
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535) {
         fail("a grid of %u x %u x %u", grid.x, grid.y, grid.z);
+    }
+    if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster) {
+        fail("clusters of %u blocks in a grid of width %u", cluster, grid.x);
     }
     if (kernel.parameter_bytes > kParameterLimit) fail("%d bytes of parameters", kernel.parameter_bytes);
 }
@@ -396,6 +470,7 @@ static void start_block(Block& block, Kernel& kernel, uint8_t* registers, unsign
     block.writers.assign(block.shared_end / 16 + 1, {});
     std::fill_n(block.barriers, 16, Block::Barrier{});
     block.loads.clear();
+    block.has_advanced = block.waits_for_others = block.has_waited_for_previous = false;
     block.register_pool = kRegistersOfAMultiprocessor - static_cast<int>(threads) * limit;
     block.warps.assign((threads + 31) / 32, {});
     for (size_t n = 0; n < block.warps.size(); ++n) {
@@ -414,45 +489,151 @@ static void start_block(Block& block, Kernel& kernel, uint8_t* registers, unsign
     }
 }
 
+// What a block runs in.
+struct Room {
+    Memory shared, registers;
+    Block block;
+    Cluster cluster;   // of the block, where that is the first of one
+};
+
+// The blocks of a launch: one after another, or side by side once one has waited for others.
+class Blocks {
+  public:
+    Blocks(Kernel& kernel, const Block& model, unsigned threads, const Options& options)
+        : kernel_(kernel), model_(model), threads_(threads), options_(options) {
+        const uint64_t seed = schedule().seed;
+        random_ = seed * 0x9E3779B97F4A7C15 + 88172645463325252;
+        is_backwards_ = seed % 4 == 2;
+        total_ = uint64_t{model.grid.x} * model.grid.y * model.grid.z;
+    }
+
+    void run() {
+        uint64_t turns = 0;   // without advance
+        while (count_ < total_ || !started_.empty()) {
+            const bool can_start = count_ < total_ && started_.size() + options_.cluster <= kMostBlocks;
+            running_ = nullptr;
+            if (!can_start && turns > kPatience + 100 * started_.size()) fail_with_places(started_, total_ - count_);
+            const size_t chosen = started_.empty() ? 0 : next_random() % (started_.size() + can_start);
+            if (chosen == started_.size()) start();
+            running_ = started_[chosen];
+            const bool has_advanced = run_block(*running_, is_side_by_side_);
+            turns = has_advanced ? 0 : turns + 1;
+            if (!running_->is_alive()) finish(running_);
+            is_side_by_side_ |= !started_.empty();
+        }
+        running_ = nullptr;
+    }
+
+    const Block* running() const { return running_; }   // for the message of an error
+
+  private:
+    Kernel& kernel_;
+    const Block& model_;
+    unsigned threads_;
+    Options options_;
+    uint64_t random_, total_, count_ = 0;   // count: of blocks that have started
+    bool is_backwards_, is_side_by_side_ = false;
+    Block* running_ = nullptr;
+    std::vector<Block*> started_;   // and have not left
+    std::vector<std::unique_ptr<Room>> rooms_, free_;
+
+    uint64_t next_random() {
+        random_ ^= random_ << 13;
+        random_ ^= random_ >> 7;
+        random_ ^= random_ << 17;
+        return random_ >> 11;
+    }
+
+    void start() {   // a cluster
+        const uint64_t size = options_.cluster, first = is_backwards_ ? total_ - size - count_ : count_;
+        Cluster* cluster = nullptr;
+        for (uint64_t n = 0; n < size; ++n) {
+            Room& room = take_room();
+            if (!cluster) {
+                cluster = &room.cluster;
+                *cluster = {};
+            }
+            room.block.cluster = cluster;
+            room.block.rank = static_cast<uint32_t>(n);
+            start_block(room, first + n);
+            cluster->blocks.push_back(&room.block);
+            started_.push_back(&room.block);
+        }
+        count_ += size;
+    }
+
+    Room& take_room() {
+        if (free_.empty()) {
+            const size_t bytes = (threads_ + 31) / 32 * static_cast<size_t>(kernel_.register_bytes);
+            free_.emplace_back(new Room{{model_.shared_end, 1024, 0xFF}, {bytes, 64, 0xFF}, model_, {}});
+        }
+        rooms_.push_back(std::move(free_.back()));
+        free_.pop_back();
+        return *rooms_.back();
+    }
+
+    void start_block(Room& room, uint64_t number) {
+        Block& block = room.block;
+        const Dim& grid = block.grid;
+        block.number = number;
+        block.index = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
+                       static_cast<unsigned>(number / grid.x / grid.y)};
+        block.random = random_;
+        next_random();
+        block.shared = room.shared.data();
+        ptx::start_block(block, kernel_, room.registers.data(), threads_);
+    }
+
+    void finish(const Block* block) {
+        if (options_.overlaps_previous && !block->has_waited_for_previous) {
+            fail("never waits for the previous grid, which the launch overlaps");
+        }
+        std::erase(started_, block);
+        const Cluster* cluster = block->cluster;   // its shared memory remains until all of it has left
+        const auto is_alive = [](const Block* other) { return other->is_alive(); };
+        if (std::any_of(cluster->blocks.begin(), cluster->blocks.end(), is_alive)) return;
+        for (size_t n = rooms_.size(); n-- > 0;) {
+            if (rooms_[n]->block.cluster != cluster) continue;
+            free_.push_back(std::move(rooms_[n]));
+            rooms_.erase(rooms_.begin() + static_cast<ptrdiff_t>(n));
+        }
+    }
+};
+
 void write_costs(const Kernel& kernel, Dim grid, unsigned threads, size_t shared_bytes);   // costs.cpp
 
-void launch(Kernel& kernel, Dim grid, Dim size, void** arguments, size_t shared_bytes) {
+void launch(Kernel& kernel, Dim grid, Dim size, void** arguments, size_t shared_bytes, const Options& options) {
     const unsigned threads = size.x * size.y * size.z;
-    check_launch(kernel, grid, uint64_t{size.x} * size.y * size.z);
+    check_launch(kernel, grid, uint64_t{size.x} * size.y * size.z, options.cluster);
     std::fill(kernel.counters.begin(), kernel.counters.end(), Counter{});
-    Block block{};
-    block.grid = grid;
-    block.size = size;
-    block.random = schedule().seed * 0x9E3779B97F4A7C15 + 88172645463325252;
-    block.dynamic_start = kSharedStart + static_cast<uint32_t>(round_up(kernel.static_shared, 16)) +
+    Grid shared_state;
+    shared_state.is_watched = kernel.waits_for_blocks;
+    Block model{};
+    model.launch = &shared_state;
+    model.grid = grid;
+    model.size = size;
+    model.dynamic_start = kSharedStart + static_cast<uint32_t>(round_up(kernel.static_shared, 16)) +
                           schedule().misalignment % 1024;
-    block.shared_end = block.dynamic_start + static_cast<uint32_t>(shared_bytes);
-    Memory shared(block.shared_end, 1024, 0xFF);
-    block.shared = shared.data();
+    model.shared_end = model.dynamic_start + static_cast<uint32_t>(shared_bytes);
     Memory parameters(static_cast<size_t>(kernel.parameter_bytes) + 64, 64, 0);   // a tensor map is read to its end
-    block.parameters = parameters.data();
+    model.parameters = parameters.data();
     for (size_t n = 0; n < kernel.parameters.size(); ++n) {
         const Kernel::Parameter& one = kernel.parameters[n];
-        memcpy(block.parameters + one.offset, arguments[n], static_cast<size_t>(one.bytes));
+        memcpy(model.parameters + one.offset, arguments[n], static_cast<size_t>(one.bytes));
     }
-    const auto start = reinterpret_cast<uint64_t>(block.parameters);
+    const auto start = reinterpret_cast<uint64_t>(model.parameters);
     set_parameter_region({start, start + static_cast<uint64_t>(kernel.parameter_bytes) + 64});
-    Memory registers((threads + 31) / 32 * static_cast<size_t>(kernel.register_bytes), 64, 0xFF);
-    Dim& at = block.index;
+    Blocks blocks(kernel, model, threads, options);
+    failing_warp = nullptr;
     try {
-        for (at.z = 0; at.z < grid.z; ++at.z) {
-            for (at.y = 0; at.y < grid.y; ++at.y) {
-                for (at.x = 0; at.x < grid.x; ++at.x) {
-                    failing_warp = nullptr;
-                    start_block(block, kernel, registers.data(), threads);
-                    run_block(block);
-                }
-            }
-        }
+        blocks.run();
+        finish_late_stores(shared_state);
     } catch (const std::exception& error) {
-        if (!failing_warp) fail("block %u %u %u: %s", at.x, at.y, at.z, error.what());
-        fail("block %u %u %u, warp %d, %s: %s: %s", at.x, at.y, at.z, failing_warp->id,
-             kernel.place_of(*failing_instruction).c_str(), kernel.text_of(*failing_instruction).c_str(), error.what());
+        if (!blocks.running()) fail("%s", error.what());
+        const std::string name = name_of(*blocks.running());
+        if (!failing_warp) fail("%s: %s", name.c_str(), error.what());
+        fail("%s, warp %d, %s: %s: %s", name.c_str(), failing_warp->id, kernel.place_of(*failing_instruction).c_str(),
+             kernel.text_of(*failing_instruction).c_str(), error.what());
     }
     if (are_costs_counted()) write_costs(kernel, grid, threads, shared_bytes);
 }
