@@ -42,7 +42,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Turn:
-    """What each warp of a block does in a turn of the main loop."""
+    """The work of each warp of a block in a turn of the main loop."""
 
     name: str
     products: int  # m16n8k16
