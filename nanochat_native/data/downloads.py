@@ -228,7 +228,7 @@ def download(plan: Plan, say: Callable[[str], None]) -> None:
             _check(plan, file)
             if file.path.endswith(".zip"):
                 _unpack(plan.folder / file.path)
-            _add_to_list(plan, file)
+        _add_to_list(plan, plan.missing)
         return
     # A part of the files at a time, so that an end in the middle keeps what was checked.
     for first in range(0, len(plan.missing), 8):
@@ -236,7 +236,7 @@ def download(plan: Plan, say: Callable[[str], None]) -> None:
         _attempts(functools.partial(_fetch_from_hub, plan, part), say)
         for file in part:
             _check(plan, file)
-            _add_to_list(plan, file)
+        _add_to_list(plan, part)
 
 
 def verify(dataset: Dataset, out: Path) -> list[str]:
@@ -277,9 +277,11 @@ def _check(plan: Plan, file: File) -> None:
         )
 
 
-def _add_to_list(plan: Plan, file: File) -> None:
-    path = plan.folder / file.path
-    files = read_list(plan.folder) | {file.path: asdict(file) | {"sha256": sha256_file(path)}}
+def _add_to_list(plan: Plan, checked: Sequence[File]) -> None:
+    files = read_list(plan.folder)
+    for file in checked:
+        digest = file.hash if len(file.hash) == 64 else sha256_file(plan.folder / file.path)
+        files[file.path] = asdict(file) | {"sha256": digest}
     content = {"dataset": plan.dataset.repo, "revision": plan.revision, "files": dict(sorted(files.items()))}
     write_atomically(plan.folder / LIST, json.dumps(content, indent=1) + "\n")
 

@@ -1,5 +1,6 @@
 """Downloads from a server on this machine that speaks the protocols of the Hugging Face Hub and of a bucket."""
 
+import functools
 import hashlib
 import http.server
 import io
@@ -154,8 +155,8 @@ def server(monkeypatch):
     running = Server()
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    api = with_default(huggingface_hub.HfApi, endpoint=running.url)
-    snapshot = with_default(huggingface_hub.snapshot_download, endpoint=running.url)
+    api = functools.partial(huggingface_hub.HfApi, endpoint=running.url)
+    snapshot = functools.partial(huggingface_hub.snapshot_download, endpoint=running.url)
     monkeypatch.setattr(huggingface_hub, "HfApi", api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
@@ -166,10 +167,6 @@ def server(monkeypatch):
     running.shutdown()
     thread.join()
     running.server_close()
-
-
-def with_default(function, **given):
-    return lambda *args, **named: function(*args, **{**given, **named})
 
 
 def run(*args):

@@ -96,6 +96,12 @@ def test_two_ranks_train_in_fp8_as_one(tmp_path):
     assert_near(losses(tmp_path / "runs/two"), losses(tmp_path / "runs/one"), 1e-2)
 
 
+def finetune_flags(folder, steps):
+    """The flags of finetune that train the run `base` further on the pretend device."""
+    flags = ["--checkpoint", folder / "runs/base", "--device", "cuda", *chat_flags(folder)]
+    return [*flags, "--save-every", 2, "--num-iterations", steps]
+
+
 @pytest.mark.slow
 @on_pretend_cuda
 def test_fine_tuning_in_fp8_follows_bfloat16(tmp_path):
@@ -103,17 +109,7 @@ def test_fine_tuning_in_fp8_follows_bfloat16(tmp_path):
 
     write_text(tmp_path / "text.jsonl")
     train(tmp_path, run="base", steps=1, **FP8 | {"max_seq_len": 32, "device_batch_size": 2})
-    given = [
-        "--checkpoint",
-        tmp_path / "runs/base",
-        "--device",
-        "cuda",
-        *chat_flags(tmp_path),
-        "--save-every",
-        2,
-        "--num-iterations",
-        3,
-    ]
+    given = finetune_flags(tmp_path, 3)
     run(finetune.main, *given, "--run", "bf16")
     out = run(finetune.main, *given, "--run", "fp8", "--fp8", "rowwise")
     assert "fp8      rowwise, 12 of 13 linear layers" in out
@@ -287,17 +283,7 @@ def test_fine_tuning_in_float16_resumes_exactly(tmp_path):
 
     write_text(tmp_path / "text.jsonl")
     train(tmp_path, run="base", steps=3, eval_every=3, max_seq_len=32)
-    given = [
-        "--checkpoint",
-        tmp_path / "runs/base",
-        "--device",
-        "cuda",
-        *chat_flags(tmp_path),
-        "--save-every",
-        2,
-        "--num-iterations",
-        4,
-    ]
+    given = finetune_flags(tmp_path, 4)
     assert " | float16" in run(finetune.main, *given, "--run", "whole")
     run(finetune.main, *given, "--run", "resumed")
     shutil.rmtree(tmp_path / "runs/resumed/checkpoints/step_000004")
