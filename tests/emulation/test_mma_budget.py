@@ -41,7 +41,7 @@ def test_shared_memory_bounds_few_kernels_on_an_a100_and_none_on_a_geforce(turns
             assert max(pipes, key=pipes.get) == "tensor", (gpu.name, turn.name)
 
 
-@pytest.mark.parametrize(("gpu", "peak"), zip(mma_budget.GPUS, (312, 165, 210), strict=True))
+@pytest.mark.parametrize(("gpu", "peak"), list(zip(mma_budget.GPUS, (312, 165, 210), strict=True)))
 def test_the_figures_of_a_gpu_give_its_published_peak(gpu, peak):
     """TFLOP/s of bfloat16 with float32 sums, without sparsity."""
     flop = 4 * 4096 / gpu.product_cycles

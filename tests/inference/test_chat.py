@@ -364,6 +364,7 @@ def test_on_a_terminal_answers_stream_and_ctrl_c_stops_them_alone(folder, tmp_pa
         screen.until("> ")
         screen.type("/help\n")
         screen.until("/save FILE")
+        screen.until("> ")
         assert screen.ends() == 0
     finally:
         screen.process.kill()
