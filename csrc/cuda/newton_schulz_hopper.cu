@@ -375,11 +375,14 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                     ring.consumer_wait(n);
                     if (is_written(p, square, consumer, box)) {
                         float (&part)[kBox / 2] = parts[to_scratch ? box : 0];
+                        // The code for the output has no registers left for the branch.
+                        if (!to_scratch || p.alpha != 1) {
 #pragma unroll
-                        for (int i = 0; i < kBox / 2; ++i) part[i] *= p.alpha;
-                        if (p.s) add_source<T>(part, p.beta, rows);
+                            for (int i = 0; i < kBox / 2; ++i) part[i] *= p.alpha;
+                        }
+                        if (p.beta != 0) add_source<T>(part, p.beta, rows);
                         if constexpr (symmetric) {
-                            if (p.t) {
+                            if (p.gamma != 0) {
                                 add_source<T>(part, p.gamma, a_fragment_rows<kBox, kBox>(boxes.t, 16 * warp, lane));
                             }
                         }

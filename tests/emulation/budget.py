@@ -162,6 +162,7 @@ class Budget:
     prologue: float
     epilogue: float
     loading_epilogue: float  # that reads all sources of the result
+    scaling_epilogue: float  # that multiplies the sums by a factor
     diagonal_cycles: dict[bool, float]  # of Newton-Schulz, by whether both operands are the same
     own: Pipes  # a turn of one consumer, without what all load
     own_border: Pipes
@@ -216,6 +217,7 @@ def budget_of(function):
         prologue=cycles_outside(loop.prologue, tile.consumers),
         epilogue=cycles_outside(loop.epilogue, tile.consumers),
         loading_epilogue=cycles_outside(loop.loading_epilogue, tile.consumers),
+        scaling_epilogue=cycles_outside(loop.scaling_epilogue, tile.consumers),
         diagonal_cycles={
             same: diagonal_cycles(function, tile, same) for same in (True, False) if len(function.main_loops) == 2
         },
@@ -411,6 +413,7 @@ class Product:
     kernel: str
     sources: int  # of the result
     same: bool = False  # whether A and B are one matrix
+    scaled: bool = False  # whether A B has a factor other than 1
 
     @property
     def symmetric(self):
@@ -425,8 +428,9 @@ class Product:
         """Return (main loop, what is outside it) of a square in cycles."""
         budget = budgets[f"product_hopper_kernel<float16, {self.kernel}>"]
         for_a_source = (budget.loading_epilogue - budget.epilogue) / (2 if self.symmetric else 1)
+        for_a_factor = self.scaled * (budget.scaling_epilogue - budget.epilogue)
         steps = -(-self.k // KDEPTH)
-        return steps * budget.turn_cycles, budget.outside + self.sources * for_a_source
+        return steps * budget.turn_cycles, budget.outside + self.sources * for_a_source + for_a_factor
 
     def seconds(self, budgets):
         budget = budgets[f"product_hopper_kernel<float16, {self.kernel}>"]
@@ -455,7 +459,8 @@ def newton_schulz_products(count, M, K):
 
     def products(phases):
         def square(sources, same=False):
-            return Product(count, R, R, R, "(Major)0, (Major)0, SymmetricEpilogue", sources, same)
+            # Of these products, only the polynomial of a Gram matrix has a factor.
+            return Product(count, R, R, R, "(Major)0, (Major)0, SymmetricEpilogue", sources, same, scaled=same)
 
         for phase, length in enumerate(phases):
             yield Product(count, R, R, L, f"{along}, SymmetricEpilogue", 0, same=True)
@@ -533,13 +538,15 @@ def main():
     print("\nWhat a square of a product of Newton-Schulz takes outside its main loop, in percent of it: an estimate.\n")
     rows = []
     for K in (768, 1280):
-        for name, kernel, most in (
-            ("symmetric", "(Major)0, (Major)0, SymmetricEpilogue", 2),
-            ("to scratch", "(Major)0, (Major)1, ScratchEpilogue", 1),
+        for name, kernel, sources, scaled in (
+            ("symmetric", "(Major)0, (Major)0, SymmetricEpilogue", 0, False),
+            ("symmetric", "(Major)0, (Major)0, SymmetricEpilogue", 1, False),
+            ("symmetric, a factor", "(Major)0, (Major)0, SymmetricEpilogue", 1, True),
+            ("symmetric", "(Major)0, (Major)0, SymmetricEpilogue", 2, False),
+            ("to scratch", "(Major)0, (Major)1, ScratchEpilogue", 1, False),
         ):
-            for sources in range(most + 1):
-                loop, outside = Product(1, K, K, K, kernel, sources).square_cycles(found)
-                rows.append((f"K {K}, {name}, sources: {sources}", loop, outside, f"{100 * outside / loop:.1f}"))
+            loop, outside = Product(1, K, K, K, kernel, sources, scaled=scaled).square_cycles(found)
+            rows.append((f"K {K}, {name}, sources: {sources}", loop, outside, f"{100 * outside / loop:.1f}"))
     print(table(("product", "main loop", "outside", "percent"), rows))
 
     print("\nEstimate of Newton-Schulz, five steps.\n")

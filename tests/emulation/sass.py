@@ -186,6 +186,11 @@ class Loop:
         """The same, on the way that also reads most from shared memory."""
         return self._epilogue(_unless_useful_or_read)
 
+    @functools.cached_property
+    def scaling_epilogue(self):
+        """The same as `epilogue`, on the way that also multiplies most."""
+        return self._epilogue(_unless_useful_or_scaled)
+
     def _epilogue(self, cost):
         left = self.outer.blocks - self.blocks
         exits = [other for block in self.blocks for other in block.next if other in left]
@@ -205,8 +210,13 @@ def _unless_useful(one):
 
 
 def _unless_useful_or_read(one):
-    """Return the cost on a way that also reads as much from shared memory as possible."""
-    return 1 - 10_000 * one.width if one.name in ("LDSM", "LDS") else _unless_useful(one)
+    """Return the cost on a way that also reads as many whole tiles from shared memory as possible."""
+    return 1 - 10_000 * one.width if one.name == "LDSM" and one.width == 4 else _unless_useful(one)
+
+
+def _unless_useful_or_scaled(one):
+    """Return the cost on a way that also has as many multiplications as possible."""
+    return 1 - 10_000 if one.name == "FMUL" else _unless_useful(one)
 
 
 class Function:
