@@ -178,9 +178,12 @@ def _arithmetic(split: str) -> Iterator[Example]:
 
 
 def _arithmetic_reward(example: Example, answer: str) -> float:
-    """Return 1 if the last number of the answer is the result, else 0."""
-    written = re.findall(r"-?\d+", answer)
-    return float(written[-1:] == [str(example["result"])])
+    """Return 1 if the text behind the last calculation is the result, else 0.5 if the calculation has this result."""
+    calculation, _, text = answer.rpartition(">>")
+    result = str(example["result"])
+    if text.strip() == result:
+        return 1.0
+    return 0.5 * (calculation.rpartition("=")[2] == result)
 
 
 def _spelling(split: str) -> Iterator[Example]:

@@ -188,7 +188,7 @@ def test_answers_are_those_of_the_trainer_s_weights_and_of_their_seeds(base):
     for answer in first:
         prompt = len(answer.tokens) - answer.num_drawn
         assert answer.is_drawn == [False] * prompt + [True] * answer.num_drawn
-        ends = conversations.stop_tokens(trainer.task.tokenizer) + (trainer.task.tokenizer.bos_id,)
+        ends = (*conversations.stop_tokens(trainer.task.tokenizer), trainer.task.tokenizer.bos_id)
         assert (answer.tokens[-1] in ends) == answer.ended
         assert answer.ended or answer.num_drawn == 8
         assert answer.reward == answer.text.count("e") / (1 + len(answer.text))
@@ -322,7 +322,9 @@ def test_the_right_answers_of_the_embedded_tasks_pass():
                 code, output, text = (part["text"] for part in content)
                 assert calculate(code) == output == text
                 assert task.reward(example, f"<<{code}={output}>>{text}") == 1
-                assert task.reward(example, f"<<{code}={output}>>{text} or 7") == 0
+                assert task.reward(example, text) == 1
+                assert task.reward(example, f"<<{code}={output}>>{text} or 7") == 0.5
+                assert task.reward(example, f"<<{code}={output}7>>7") == 0
             else:
                 assert task.reward(example, content) == 1
         assert not {e["messages"][0]["content"] for e in task.train} >= {e["messages"][0]["content"] for e in task.val}
@@ -362,9 +364,18 @@ def test_the_answers_of_a_task_are_written_for_finetune(base, tmp_path, capsys):
             "def reward(e, a): return 0\n",
             "examples('train')[0]: messages[0].role must be 'user'",
         ),
-        (TASK.replace("answer.count", "None and answer.count"), "TypeError"),
-        (TASK.replace("return answer", "return None or 'x' or answer"), ": reward must return a finite number, got 'x'"),
-        (TASK.replace("return answer", "return float('nan') or answer"), ": reward must return a finite number, got nan"),
+        (
+            TASK.replace("answer.count", "None.count"),
+            ", line 7: AttributeError: 'NoneType' object has no attribute 'count'",
+        ),
+        (
+            TASK.replace("return answer", "return None or 'x' or answer"),
+            ": reward must return a finite number, got 'x'",
+        ),
+        (
+            TASK.replace("return answer", "return float('nan') or answer"),
+            ": reward must return a finite number, got nan",
+        ),
         (TASK.replace("return answer", "return 10 ** 400 or answer"), ": reward must return a finite number, got 1000"),
     ],
     ids=str,
@@ -383,7 +394,7 @@ def test_a_fault_of_a_task_is_one_line_that_names_the_file(base, tmp_path, capsy
 def test_a_fault_in_the_middle_of_a_run_keeps_its_checkpoints(base, tmp_path, capsys):
     path = tmp_path / "late.py"
     calls = "calls = 0\n" + TASK.replace("    return answer", "    global calls\n    calls += 1\n    return answer")
-    path.write_text(calls.replace("return answer", "return (1 if calls < 40 else 1 / 0) * answer"))
+    path.write_text(calls.replace("return answer", "return (1 if calls < 30 else 1 / 0) * answer"))
     assert run(base, "late", task=path, num_iterations=6, eval_every=0) == 2
     assert "late.py, line " in capsys.readouterr().err
     assert checkpoint.steps(base / "runs" / "late" / "checkpoints") == [2]
