@@ -548,7 +548,9 @@ class ReinforceConfig(TrainConfig):
         self._require("top_k", "a whole number >= 0", self.top_k >= 0)
         self._require("task", "arithmetic, spelling or a Python file", self.task != "")
         if not is_unset(self, "mean_rows") and self.num_samples % self.mean_rows:
-            raise ConfigError(f"--mean-rows must divide --num-samples {self.num_samples}, got {self.mean_rows}")
+            raise ConfigError(
+                f"--mean-rows must be a divisor of --num-samples {self.num_samples}, got {self.mean_rows}"
+            )
 
 
 LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")

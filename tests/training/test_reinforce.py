@@ -184,7 +184,9 @@ def test_answers_are_those_of_the_trainer_s_weights_and_of_their_seeds(base):
     first, again = (trainer.roll_out(trainer.loader.batch(0)) for _ in range(2))
     assert first == again
     assert len({tuple(answer.tokens) for answer in first[:4]}) > 1, "answers to one example have seeds of their own"
-    assert [a.tokens for a in trainer.roll_out(trainer.loader.batch(1))] != [a.tokens for a in first]
+    step, examples = trainer.loader.batch(0)
+    assert trainer.roll_out((step + 1, examples)) != first
+    assert trainer_of(base, seed=1).roll_out((step, examples)) != first
     for answer in first:
         prompt = len(answer.tokens) - answer.num_drawn
         assert answer.is_drawn == [False] * prompt + [True] * answer.num_drawn
@@ -416,7 +418,7 @@ def test_a_fault_in_the_middle_of_a_run_keeps_its_checkpoints(base, tmp_path, ca
         ({"max_new_tokens": 64}, "--max-new-tokens must be < 64, the length of the model's sequence, got 64"),
         ({"max_new_tokens": 60}, "the prompts have at least "),
         ({"num_samples": 1}, "--num-samples must be a whole number >= 2, because an answer is compared"),
-        ({"mean_rows": 3}, "--mean-rows must divide --num-samples 4, got 3"),
+        ({"mean_rows": 3}, "--mean-rows must be a divisor of --num-samples 4, got 3"),
         ({"temperature": 0}, "--temperature must be a finite number > 0, got 0.0"),
         ({"top_k": -2}, "--top-k must be a whole number >= 0, got -2"),
         ({"cuda_graphs": "on"}, "--cuda-graphs must be auto or off"),
