@@ -226,16 +226,16 @@ class Reinforcement:
         asked: Sequence[tuple[Example, list[int], int]],
     ) -> list[Rollout]:
         """Draw an answer for each (example, prompt, seed), as the flags say."""
-        with autocast:
-            return draw(
-                model,
-                self.tokenizer,
-                self.rewards,
-                asked,
-                max_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_k=config.top_k,
-            )
+        return draw(
+            model,
+            self.tokenizer,
+            self.rewards,
+            asked,
+            max_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            autocast=autocast,
+        )
 
 
 class ReinforcementTrainer(Trainer):

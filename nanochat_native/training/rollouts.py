@@ -68,6 +68,7 @@ def draw(
     max_tokens: int,
     temperature: float,
     top_k: int,
+    autocast: torch.autocast,
 ) -> list[Rollout]:
     """Draw an answer for each (example, prompt, seed), many at once, with the model's weights. Return them in order.
 
@@ -76,11 +77,13 @@ def draw(
     Args:
         max_tokens: largest number of tokens of an answer.
         top_k: 0 for all tokens.
+        autocast: the context in which the model runs in the type of the training.
 
     Raises ConfigError for a fault of the task's file.
     """
     capacity = max(len(prompt) for _, prompt, _ in asked) + max_tokens
-    engine = Engine(model, tokenizer, slots=min(SLOTS, len(asked)), capacity=capacity)
+    with autocast:  # which sets the type of the weights and the cache
+        engine = Engine(model, tokenizer, slots=min(SLOTS, len(asked)), capacity=capacity)
     code = "compute" if conversations.has_code_tokens(tokenizer) else "write"
     stops = conversations.stop_tokens(tokenizer)
     requests = engine.generate(

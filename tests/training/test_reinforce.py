@@ -4,12 +4,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 
 import pytest
 import torch
 from fork_server import python
-from tiny_run import BACKEND, records, train, write_text
+from tiny_run import BACKEND, records, train, wait_until, write_text
 
 from nanochat_native import finetune, reinforce
 from nanochat_native.data import conversations
@@ -257,6 +258,22 @@ def test_a_run_resumes_bit_for_bit_and_a_seed_repeats(base):
     assert_same_bits(outcome(whole), outcome(cut))
     assert run(base, "other", seed=1) == 0
     assert outcome(base / "runs" / "other")[0] != outcome(whole)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_a_run_that_is_stopped_by_a_signal_resumes_with_the_same_bits(base, sent):
+    changes = {"num_iterations": 40, "save_every": 1}
+    assert run(base, "unstopped", **changes, overwrite=True) == 0
+    command = [python(), "-m", "nanochat_native.reinforce", *flags(base, f"stopped-{sent}", **changes)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    folder = base / "runs" / f"stopped-{sent}"
+    wait_until(lambda: checkpoint.steps(folder / "checkpoints"))
+    process.send_signal(sent)
+    assert process.wait(300) == (143 if sent == signal.SIGTERM else -signal.SIGKILL)
+    assert max(checkpoint.steps(folder / "checkpoints")) < 40
+    assert reinforce.main(["--resume", str(folder)]) == 0
+    assert_same_bits(outcome(base / "runs" / "unstopped"), outcome(folder))
 
 
 @pytest.mark.slow
