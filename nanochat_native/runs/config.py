@@ -485,7 +485,8 @@ class ReinforceConfig(TrainConfig):
     """Examples and the reward of an answer: arithmetic, spelling, or a Python file with examples(split) and
     reward(example, answer). The file is run."""
     write_chats: Path | None = None
-    """Write the training examples that have an answer to this file, as conversations for finetune --data, and stop."""
+    """Write the training examples that have an answer to this new file, as conversations for finetune --data, and
+    stop."""
     epochs: float = 1.0
     """Length of the training, in passes over the examples. Use --num-iterations to give it in steps."""
     examples_per_step: int = 16

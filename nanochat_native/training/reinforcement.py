@@ -17,7 +17,6 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -43,6 +42,7 @@ from nanochat_native.training.reward_tasks import (
     Example,
     load_task,
     question_of,
+    write_chats,
 )
 from nanochat_native.training.rollouts import Pass, Rollout, draw, loss_weights, pass_at, passes, seed_of
 from nanochat_native.training.sizing import largest_divisor
@@ -420,8 +420,6 @@ def resolve_reinforcement(config: ReinforceConfig) -> ReinforceConfig:
 
 def write_task_chats(config: ReinforceConfig) -> str:
     """Write the examples of the task to --write-chats. Return a line that says what was written."""
-    from nanochat_native.training.reward_tasks import write_chats
-
     assert config.write_chats is not None
-    count = write_chats(load_task(config.task), Path(config.write_chats))
+    count = write_chats(load_task(config.task), config.write_chats)
     return f"{config.write_chats}: {count:,} conversations for finetune --data"

@@ -146,12 +146,16 @@ def _short(value: Any) -> str:
 def write_chats(task: RewardTask, path: Path) -> int:
     """Write the training examples that end with an answer as conversations, a line each. Return their number.
 
-    Raises ConfigError if there is none.
+    Raises ConfigError if there is none, or if the file exists.
     """
     chats = [example["messages"] for example in task.train if example["messages"][-1]["role"] == "assistant"]
     if not chats:
         raise ConfigError(f"{task.name}: no training example ends with an answer of the assistant")
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps({"messages": chat}) + "\n" for chat in chats)
+    except FileExistsError:
+        raise ConfigError(f"--write-chats must be a new file, got {path}") from None
     return len(chats)
 
 

@@ -12,7 +12,7 @@ import torch
 from fork_server import python
 from tiny_run import BACKEND, records, train, wait_until, write_text
 
-from nanochat_native import finetune, reinforce
+from nanochat_native import evaluate, finetune, reinforce
 from nanochat_native.data import conversations
 from nanochat_native.inference import engine
 from nanochat_native.inference.calculator import calculate
@@ -298,6 +298,18 @@ def test_the_reward_rises_and_the_log_has_its_figures(base, capsys):
     assert load_model(folder)[2]["task"] == str(base / "task.py")
 
 
+def test_other_commands_take_the_run(base, capsys):
+    assert run(base, "taken", num_iterations=1) == 0
+    folder = base / "runs" / "taken"
+    capsys.readouterr()
+    assert evaluate.main(["--checkpoint", str(folder)]) == 2
+    assert "was fine-tuned on conversations; set --data to a text" in capsys.readouterr().err
+    assert finetune.main(["--resume", str(folder)]) == 2
+    assert "was created by nanochat_native.reinforce" in capsys.readouterr().err
+    assert run(base, "of_taken", checkpoint=folder, num_iterations=1) == 0
+    assert load_model(base / "runs" / "of_taken")[2]["base"]["run"] == str(folder)
+
+
 def test_a_model_that_diverges_ends_the_run_without_a_checkpoint(base, monkeypatch, capsys):
     def broken(*args, **kwargs):
         return [rollouts.Rollout([1, 2], [False, True], "", False, math.nan)] * 8
@@ -364,6 +376,8 @@ def test_the_answers_of_a_task_are_written_for_finetune(base, tmp_path, capsys):
     assert "512 conversations for finetune --data" in capsys.readouterr().out
     first = json.loads(path.read_text().splitlines()[0])
     assert first["messages"] == reward_tasks.load_task("spelling").train[0]["messages"]
+    assert reinforce.main(["--task", "arithmetic", "--write-chats", str(path)]) == 2
+    assert f"--write-chats must be a new file, got {path}" in capsys.readouterr().err
     assert reinforce.main(["--task", str(base / "task.py"), "--write-chats", str(path)]) == 2
     assert "no training example ends with an answer" in capsys.readouterr().err
 
