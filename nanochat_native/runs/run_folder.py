@@ -35,7 +35,7 @@ FORMAT = "nanochat-native run"
 ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "diagnosis.png", "tokenizer", "checkpoints")
 DAMAGED_LOGS = "metrics.damaged*.jsonl"  # written by metrics_log.drop_records_after
 # Flags that may change on resume. Any other change, except a longer training, would make it another run.
-PER_CALL_FLAGS = ("run", "out_dir", "resume", "overwrite", "dry_run", "print_config", "json", "write_chats")
+PER_CALL_FLAGS = ("run", "out_dir", "resume", "overwrite", "dry_run", "print_config", "json")
 MAY_CHANGE_ON_RESUME = (
     *PER_CALL_FLAGS,
     "cache_dir",
