@@ -13,8 +13,8 @@ import torch
 
 from nanochat_native.data import conversations
 from nanochat_native.evaluation import sandbox
-from nanochat_native.evaluation.chat_score import Drawing, TaskResult, chatcore, evaluate_task
-from nanochat_native.evaluation.chat_tasks import CHATCORE, NAMES, MissingTaskError, Task, read_task
+from nanochat_native.evaluation.chat_score import Drawing, TaskResult, chatcore, evaluate, make_engine
+from nanochat_native.evaluation.chat_tasks import CHATCORE, NAMES, WITHOUT_FILES, MissingTaskError, Task, read_task
 from nanochat_native.inference.sampling import check_sampling
 from nanochat_native.runs import pictures, results
 from nanochat_native.runs.saved_model import load_model
@@ -24,7 +24,7 @@ from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.hardware import autocast, pick_device
 
-WITHOUT_CODE = "it runs programs that the model writes, which --allow-code allows"
+WITHOUT_CODE = "it runs programs that the model writes, and needs --allow-code"
 
 
 @dataclass
@@ -37,9 +37,11 @@ class Options:
     checkpoint: Path
     """Run folder of `python -m nanochat_native.finetune`."""
     data: Path | None = None
-    """Folder with the files of the tasks: ai2_arc, mmlu, gsm8k, openai_humaneval, as parquet or JSON lines."""
-    tasks: tuple[Literal["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "Spelling"], ...] = ()
-    """Tasks to measure; default: all whose files are there. Spelling has no files."""
+    """Folder with the files of the tasks, as `python -m nanochat_native.download arc mmlu gsm8k humaneval` fills it."""
+    tasks: tuple[
+        Literal["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "SimpleSpelling"], ...
+    ] = ()
+    """Tasks to measure; default: all whose files are there. The two of spelling have no files."""
     allow_code: bool = False
     """Run the programs that the model writes for HumanEval, in a sandbox."""
     step: int | None = None
@@ -87,28 +89,26 @@ class Options:
 def read_tasks(options: Options) -> tuple[list[Task], dict[str, str]]:
     """Return the tasks to measure, and for each that is left out the reason.
 
-    Without --tasks, a task without files is left out. HumanEval is left out without --allow-code.
+    Without --tasks, a task without files is left out, and so is HumanEval without --allow-code.
 
-    Raises ValueError if no task is left, if a task of --tasks has no files, and for malformed files.
+    Raises ValueError if a task of --tasks cannot be measured, if --data has files of no task, and for malformed files;
+    OSError for files that cannot be read.
     """
     found: list[Task] = []
     left_out: dict[str, str] = {}
     for name in NAMES:
         if options.tasks and name not in options.tasks:
             continue
-        if name == "HumanEval" and not options.allow_code:
-            left_out[name] = WITHOUT_CODE
-            continue
         try:
+            if name == "HumanEval" and not options.allow_code:
+                raise MissingTaskError(WITHOUT_CODE)
             found.append(read_task(name, options.data, options.max_problems))
         except MissingTaskError as error:
             if options.tasks:
-                raise ValueError(f"no files of {name}: {error}") from None
+                raise ValueError(f"{name} cannot be measured: {error}") from None
             left_out[name] = str(error)
-    if not found:
-        raise ValueError(f"no task to measure: {'; '.join(f'{name}: {reason}' for name, reason in left_out.items())}")
-    if options.data is not None and not options.tasks and [task.name for task in found] == ["Spelling"]:
-        raise ValueError(f"--data must have files of a task, got {options.data}: {left_out['ARC-Easy']}, ...")
+    if options.data is not None and not options.tasks and all(task.name in WITHOUT_FILES for task in found):
+        raise ValueError(f"--data must have the files of a task, got {options.data}: {left_out['ARC-Easy']}, ...")
     return found, left_out
 
 
@@ -127,23 +127,22 @@ def measure(
         lambda: load_model(options.checkpoint, options.step, device, warn=warn), *MISTAKES
     )
     record["step"] = meta["step"]
+    for name, reason in record["left_out"].items():
+        warn(f"{name}  left out: {reason}")
+    if record["programs_see_files"]:
+        warn("HumanEval  this system allows no namespaces: programs can read the files of this user, but write none")
     if not conversations.is_chat_trained(meta):
         warn(f"note: {options.checkpoint} was not fine-tuned on conversations, in whose form the problems are")
+
+    def show(what: str, done: int, total: int) -> None:
+        console_.live(f"{what} {console.bar(done, total)}")
+
+    with autocast(device):
+        engine = make_engine(model, tokenizer, options.device_batch_size, options.max_new_tokens)
     for number, task in enumerate(tasks, 1):
-
-        def show(what: str, done: int, total: int) -> None:
-            console_.live(f"{what} {console.bar(done, total)}")
-
+        progress = functools.partial(show, f"{number}/{len(tasks)} {task.name}")
         with autocast(device):
-            result = evaluate_task(
-                model,
-                tokenizer,
-                task,
-                options.drawing(),
-                batch_size=options.device_batch_size,
-                world=world,
-                progress=functools.partial(show, f"{number}/{len(tasks)} {task.name}"),
-            )
+            result = evaluate(task, engine, options.drawing(), world=world, progress=progress)
         record["tasks"].append(result._asdict())
         record["chatcore"] = chatcore({one["task"]: one["accuracy"] for one in record["tasks"]})
         keep()
@@ -160,7 +159,7 @@ def describe(record: dict[str, Any]) -> str:
     lines = console.aligned(rows, left=1)
     if record["chatcore"] is None:
         missing = [name for name in CHATCORE if name not in (task.task for task in measured)]
-        lines.append(f"ChatCORE  unknown without {', '.join(missing)}")
+        lines.append(f"ChatCORE  needs also {', '.join(missing)}")
     else:
         lines.append(f"ChatCORE  {record['chatcore']:.4f}")
     for task in measured:
@@ -182,21 +181,17 @@ def run(options: Options, world: World | None = None) -> int:
         if world.is_rank0:
             print(text, file=sys.stderr)
 
-    def begin() -> tuple[torch.device, list[Task], dict[str, str], tuple[str, ...], Path | None]:
+    def begin() -> tuple[torch.device, list[Task], dict[str, str], bool, Path | None]:
         options.check()
         device = pick_device(options.device)
         tasks, left_out = read_tasks(options)
-        missing = sandbox.check() if any(task.name == "HumanEval" for task in tasks) else ()
+        sees_files = any(task.name == "HumanEval" for task in tasks) and sandbox.check()
         folder = results.open_folder(options.out, "chat_eval") if options.out is not None and world.is_rank0 else None
-        return device, tasks, left_out, missing, folder
+        return device, tasks, left_out, sees_files, folder
 
-    device, tasks, left_out, missing, folder = world.run_collectively(begin, *MISTAKES)
-    for name, reason in left_out.items():
-        warn(f"{name}  left out: {reason}")
-    if missing:
-        warn(f"HumanEval  this system does not let the sandbox isolate: {', '.join(missing)}")
+    device, tasks, left_out, sees_files, folder = world.run_collectively(begin, *MISTAKES)
     record: dict[str, Any] = {"checkpoint": str(options.checkpoint), "step": options.step, "left_out": left_out}
-    record |= {"not_isolated": list(missing), "chatcore": None, "tasks": []}
+    record |= {"programs_see_files": sees_files, "chatcore": None, "tasks": []}
 
     def keep(finished: bool = False) -> None:
         if folder is not None:

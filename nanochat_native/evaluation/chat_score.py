@@ -7,6 +7,7 @@ the calculator, until <|assistant_end|>.
 ChatCORE is nanochat's mean of the centred accuracies of ARC-Easy, ARC-Challenge, MMLU, GSM8K and HumanEval.
 """
 
+import itertools
 import math
 import os
 import random
@@ -22,7 +23,7 @@ from nanochat_native.data import conversations
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.evaluation.chat_tasks import BASELINES, CHATCORE, Problem, Task
 from nanochat_native.evaluation.core_score import centre, margin
-from nanochat_native.inference.engine import Engine
+from nanochat_native.inference.engine import Engine, Request
 from nanochat_native.inference.sampling import NONFINITE_LOGITS, Sampling
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runtime.distributed import World
@@ -146,29 +147,33 @@ def _choice_logits(model: GPT, questions: Sequence[tuple[Sequence[int], Sequence
 
 
 def write_answers(
-    model: GPT,
-    tokenizer: Tokenizer,
+    engine: Engine,
     requests: Sequence[tuple[Sequence[int], Sampling]],
-    slots: int,
     progress: Progress = lambda done, total: None,
 ) -> list[str]:
-    """Return the text that the engine writes for each (prompt, sampling); `slots` run at once.
+    """Return the text that the engine writes for each (prompt, sampling). If this fails, it cancels what it began.
 
-    Raises ValueError for a model whose logits are not finite.
+    Raises ValueError for a model whose logits are not finite, and the errors of Engine.submit.
     """
-    if not requests:
-        return []
-    capacity = max(2, *(len(prompt) + sampling.max_tokens for prompt, sampling in requests))
-    engine = Engine(model, tokenizer, slots=min(slots, len(requests)), capacity=capacity)
-    submitted = [engine.submit(prompt, sampling) for prompt, sampling in requests]
+    texts = [""] * len(requests)
+    waiting = iter(enumerate(requests))
+    open_: dict[Request, int] = {}
     done = 0
-    while not engine.idle:
-        for request in engine.step():
-            if request.error is not None:
-                raise ValueError(request.error)
-            done += request.finish_reason is not None
-        progress(done, len(submitted))
-    return [request.text for request in submitted]
+    try:
+        while done < len(requests):
+            for number, (prompt, sampling) in itertools.islice(waiting, engine.slots - len(open_)):
+                open_[engine.submit(prompt, sampling)] = number
+            for request in engine.step():
+                if request in open_ and request.finish_reason is not None:
+                    if request.error is not None:
+                        raise ValueError(request.error)
+                    texts[open_.pop(request)] = request.text
+                    done += 1
+            progress(done, len(requests))
+    finally:
+        for request in open_:
+            engine.cancel(request)
+    return texts
 
 
 def _choices_are_right(
@@ -201,49 +206,57 @@ def _answers_are_right(
     return [judged[i : i + samples] for i in range(0, len(judged), samples)]
 
 
-def evaluate_task(
-    model: GPT,
-    tokenizer: Tokenizer,
+def make_engine(model: GPT, tokenizer: Tokenizer, batch_size: int, max_tokens: int = Drawing.max_tokens) -> Engine:
+    """Return an engine for `evaluate`: batch_size requests at once, each with room for nanochat's longest prompt."""
+    capacity = min(model.max_positions, MAX_PROMPT + 1 + max_tokens)
+    return Engine(model, tokenizer, slots=batch_size, capacity=capacity)
+
+
+def evaluate(
     task: Task,
-    drawing: Drawing,
+    engine: Engine,
+    drawing: Drawing = Drawing(),
     *,
-    batch_size: int,
     world: World | None = None,
     progress: Progress = lambda done, total: None,
 ) -> TaskResult:
-    """Measure the model's accuracy in a task.
+    """Measure the accuracy of the engine's model in a task.
 
-    A prompt longer than nanochat's limit or the model's positions loses its end. An answer has at most the tokens that
-    then fit; a quarter of the positions is kept free for it.
+    A prompt longer than nanochat's limit loses its end, and so does one that leaves no room for an answer: a quarter of
+    the engine's capacity is kept for it. Call this under the autocast in which the engine was made.
 
     Args:
-        batch_size: Number of sequences that go through the model at once; multiple choice has as many tokens at once.
+        engine: Runs as many requests at once as it has slots; it must have a tokenizer. Problems with choices need no
+            cache: the model takes as many prompts at once as fit into slots sequences of the training's length.
         world: Ranks that share the problems.
         progress: Called with (done, all) of this rank's problems or answers.
 
-    Raises ValueError for a model whose logits are not finite, and for a letter that is no single token; on many ranks
-    RankError.
+    Raises ValueError for an engine without a tokenizer, a model whose logits are not finite, and a letter that is no
+    single token, and OSError if HumanEval's sandbox cannot be made; on many ranks RankError.
     """
+    if engine.tokenizer is None:
+        raise ValueError("a chat task needs an engine with a tokenizer")
+    model, tokenizer = engine.model, engine.tokenizer
     world = world or World()
     begun = time.perf_counter()
     own = range(world.rank, len(task.problems), world.size)
 
     def count() -> list[int]:
         problems = [task.problems[i] for i in own]
-        free = 0 if task.is_right is None else min(drawing.max_tokens, model.max_positions // 4)
-        longest = min(MAX_PROMPT, model.max_positions - free - 1)
-        prompts = [prompt_of(tokenizer, problem.prompt, longest) for problem in problems]
+        room = model.max_positions
+        if task.is_right is not None:
+            room = engine.capacity - min(drawing.max_tokens, engine.capacity // 4)
+        prompts = [prompt_of(tokenizer, problem.prompt, min(MAX_PROMPT, room - 1)) for problem in problems]
         if task.is_right is None:
-            tokens = batch_size * model.config.sequence_len
+            tokens = engine.slots * model.config.sequence_len
             right = _choices_are_right(model, tokenizer, problems, prompts, tokens, progress)
         else:
             requests = [
-                (prompt.tokens, _sampling(model, tokenizer, len(prompt.tokens), drawing, f"{task.name} {i} {sample}"))
+                (prompt.tokens, _sampling(engine, len(prompt.tokens), drawing, f"{task.name} {i} {sample}"))
                 for i, prompt in zip(own, prompts, strict=True)
                 for sample in range(drawing.samples)
             ]
-            texts = write_answers(model, tokenizer, requests, batch_size, progress)
-            right = _answers_are_right(task, texts, problems, drawing.samples)
+            right = _answers_are_right(task, write_answers(engine, requests, progress), problems, drawing.samples)
         return [sum(map(any, right)), sum(map(sum, right)), sum(map(len, right)), sum(p.is_cut for p in prompts)]
 
     counts = world.run_collectively(count, ValueError, OSError, long_running=True)
@@ -262,10 +275,12 @@ def evaluate_task(
     )
 
 
-def _sampling(model: GPT, tokenizer: Tokenizer, prompt: int, drawing: Drawing, name: str) -> Sampling:
+def _sampling(engine: Engine, prompt: int, drawing: Drawing, name: str) -> Sampling:
     """Return the settings of an answer to a prompt of so many tokens; `name` tells its draws from those of others."""
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
     return Sampling(
-        min(drawing.max_tokens, model.max_positions - prompt),
+        min(drawing.max_tokens, engine.capacity - prompt),
         temperature=drawing.temperature,
         top_k=drawing.top_k,
         stop_tokens=tuple(conversations.special_ids(tokenizer, ("<|assistant_end|>",))),

@@ -1,19 +1,20 @@
 """The tasks of nanochat's chat evaluation: their problems, from local files, with nanochat's prompts and rules.
 
-The files are those that huggingface_hub downloads, or JSON lines with the same fields, anywhere below one folder:
+The files are those of `python -m nanochat_native.download arc mmlu gsm8k humaneval`, or JSON lines with the same
+fields, anywhere below one folder:
 
     ARC-Easy, ARC-Challenge   allenai/ai2_arc           ARC-Easy/test-*.parquet       question, choices, answerKey
     MMLU                      cais/mmlu                 all/test-*.parquet            question, choices, answer
     GSM8K                     openai/gsm8k              main/test-*.parquet           question, answer
     HumanEval                 openai/openai_humaneval   openai_humaneval/test-*...    prompt, test, entry_point
 
-The split may also be a folder, such as main/test/00000.parquet, where nanochat keeps them. `spelling` has no files.
+The split may also be a folder, such as main/test/00000.parquet, where nanochat keeps them. SpellingBee and
+SimpleSpelling have no files.
 
 Facts from nanochat (https://github.com/karpathy/nanochat, tasks/): the prompt of a multiple-choice problem, the order
 of the problems, how the answer of GSM8K is found, and how a program of HumanEval is put together.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_native.evaluation import sandbox
-from nanochat_native.evaluation.spelling import spelling_problems
+from nanochat_native.data.conversation_files import read_records
+from nanochat_native.data.documents import parquet_file
+from nanochat_native.evaluation import sandbox, spelling
 
 ORDER_SEED = 42  # nanochat's, for the order of the problems
-NAMES = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "Spelling")
+NAMES = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "SimpleSpelling")
 CHATCORE = NAMES[:5]
 BASELINES = {"ARC-Easy": 25.0, "ARC-Challenge": 25.0, "MMLU": 25.0}  # accuracy of guessing in percent; others have 0
 FOLDERS = {"MMLU": "all", "GSM8K": "main", "HumanEval": "openai_humaneval"}  # others are named as their task
@@ -90,19 +92,18 @@ def read_task(name: str, folder: Path | None, max_problems: int | None = None) -
     """Read a task: its first max_problems problems in nanochat's order.
 
     Raises MissingTaskError if the folder has no files of the task, ValueError, naming file and row, for anything
-    malformed, and ImportError without pyarrow.
+    malformed, OSError for a file that cannot be read, and ImportError without pyarrow.
     """
-    if name == "Spelling":
-        problems = [Problem(prompt, answer) for prompt, answer in spelling_problems()]
-        return Task(name, problems[:max_problems], spelling_is_right)
+    if name in WITHOUT_FILES:
+        made, judge = WITHOUT_FILES[name]
+        return Task(name, [Problem(*problem) for problem in made()][:max_problems], judge)
     if folder is None:
         raise MissingTaskError("--data FOLDER must name the folder of its files")
     read = [read_problem(name, row, where) for path in find_files(name, folder) for where, row in rows_of(path)]
     if not read:
         raise ValueError(f"{folder}: the files of {name} must have at least one problem, got none")
     order = np.random.default_rng(ORDER_SEED).permutation(len(read))[:max_problems]
-    judge = {"GSM8K": number_is_right, "HumanEval": program_is_right}.get(name)
-    return Task(name, [read[i] for i in order], judge)
+    return Task(name, [read[i] for i in order], JUDGES.get(name))
 
 
 def find_files(name: str, folder: Path) -> list[Path]:
@@ -148,43 +149,24 @@ def _is_split(path: Path, config: str) -> bool:
 def fields_of(path: Path) -> Sequence[str]:
     """Return the names of the fields of a file: its columns, or the keys of its first line."""
     if path.suffix == ".parquet":
-        names: list[str] = _parquet(path, lambda file: file.schema_arrow.names)
-        return names
+        with parquet_file(path) as (_, file):
+            return list(file.schema_arrow.names)
     first = next(rows_of(path), None)
     return [] if first is None else list(first[1])
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (where it is, the row) of each row of a file. Raises ValueError for a file that cannot be read."""
+    """Yield (where it is, the row) of each row of a file. Raises as documents.parquet_file and read_records do."""
     if path.suffix == ".parquet":
-        for number, row in enumerate(_parquet(path, lambda file: file.read().to_pylist()), 1):
+        with parquet_file(path) as (_, file):
+            rows = file.read().to_pylist()
+        for number, row in enumerate(rows, 1):
             yield f"{path}: row {number}", row
         return
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}: line {number}: not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}: line {number} must be an object, got {row!r:.60}")
-                yield f"{path}: line {number}", row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
-
-
-def _parquet(path: Path, read: Callable[[Any], Any]) -> Any:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ImportError(f"{path}: .parquet needs pyarrow: pip install 'nanochat-native[data]'") from None
-    try:
-        with pq.ParquetFile(path) as file:
-            return read(file)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged parquet file: {' '.join(str(error).split())}") from None
+    for line, row in read_records(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {line} must be an object, got {row!r:.60}")
+        yield f"{path}: line {line}", row
 
 
 def read_problem(name: str, row: Mapping[str, Any], where: str) -> Problem:
@@ -249,13 +231,13 @@ def number_of(text: str) -> str | None:
 
 
 def number_is_right(problem: Problem, text: str) -> bool:
-    """Judge an answer of GSM8K: its number must have the digits of the right one, so 5.0 is not 5."""
+    """Judge an answer of GSM8K or SpellingBee: the digits of its number must be the right ones, so 5.0 is not 5."""
     return number_of(text) == problem.answer
 
 
 def spelling_is_right(problem: Problem, text: str) -> bool:
-    """Judge an answer of the spelling task: a number as in GSM8K, or exactly the spelling."""
-    return number_is_right(problem, text) if problem.answer.isdigit() else text.strip() == problem.answer
+    """Judge an answer of SimpleSpelling: it must be the right one, but for white space around it."""
+    return text.strip() == problem.answer
 
 
 def program_of(problem: Problem, text: str) -> str:
@@ -274,3 +256,10 @@ def program_of(problem: Problem, text: str) -> str:
 def program_is_right(problem: Problem, text: str) -> bool:
     """Judge an answer of HumanEval by running its program in the sandbox."""
     return sandbox.run(program_of(problem, text)).passed
+
+
+JUDGES = {"GSM8K": number_is_right, "HumanEval": program_is_right}
+WITHOUT_FILES = {
+    "SpellingBee": (spelling.counting_problems, number_is_right),
+    "SimpleSpelling": (spelling.spelling_problems, spelling_is_right),
+}
