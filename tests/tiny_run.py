@@ -70,6 +70,16 @@ def train(folder, **flags):
     return main(tiny_flags(folder, **flags))
 
 
+def assert_refused(capsys, run_dir, code, message):
+    """A command ended with `code` because of a mistake: one line that says `message`, and no folder of a run."""
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not run_dir.exists()
+
+
 def records(run_dir, kind):
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]

@@ -414,13 +414,8 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
-    """Fine-tune a trained model on conversations, so that it can chat. Only the assistant's words are trained on.
-
-    The shape of the model and its tokenizer are those of the base model. All other flags are those of train.
-
-    The guide explains it: docs/guide/13-using-it.md.
-    """
+class ChatTrainConfig(TrainConfig):
+    """Train a saved model further, on conversations: what the configs of finetune and reinforce share."""
 
     recipe: Annotated[
         Literal["auto", "today", "october"], auto_flag("{auto,today,october}", "that of the base model")
@@ -430,6 +425,29 @@ class FinetuneConfig(TrainConfig):
     """Run folder of the base model: pretrained, imported or fine-tuned. A new run needs it."""
     step: int | None = None
     """Step of the checkpoint to use; default: the newest."""
+    reference_batch_size: int = 0
+    """Tokens in one optimizer step for which the learning rates are given. 0: they do not depend on the batch."""
+    matrix_weight_decay: float = 0.0
+    """Weight decay of the parameters that Muon trains, as a fraction of their learning rate."""
+    momentum_end: float = 0.95
+    """Momentum of Muon after --momentum-warmup-steps, in [0, 1)."""
+    warmup_steps: int = 0
+    """Steps at the start over which the learning rate rises from 0. A shorter run never reaches the full rate."""
+    warmdown_ratio: float = 1.0
+    """Fraction of the training, at its end, over which the learning rate decays, in [0, 1]."""
+    final_lr_frac: float = 0.0
+    """Learning rate at the end of the warmdown, as a fraction of the full rate, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(ChatTrainConfig):
+    """Fine-tune a trained model on conversations, so that it can chat. Only the assistant's words are trained on.
+
+    The shape of the model and its tokenizer are those of the base model. All other flags are those of train.
+
+    The guide explains it: docs/guide/13-using-it.md.
+    """
+
     val_data: str | None = None
     """Conversations to validate on; default: a tenth of --data."""
     epochs: float = 3.0
@@ -441,22 +459,10 @@ class FinetuneConfig(TrainConfig):
 
     data: Annotated[str, auto_flag("PATH", "examples, some generated conversations")] = EXAMPLES
     """Conversations, one JSON object on each line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
-    reference_batch_size: int = 0
-    """Tokens in one optimizer step for which the learning rates are given. 0: they do not depend on the batch."""
-    matrix_weight_decay: float = 0.0
-    """Weight decay of the parameters that Muon trains, as a fraction of their learning rate."""
-    momentum_end: float = 0.95
-    """Momentum of Muon after --momentum-warmup-steps, in [0, 1)."""
     momentum_warmup_steps: int = 300
     """Steps over which the momentum of Muon changes from --momentum-start to --momentum-end."""
     momentum_final: Annotated[float, auto_flag("FLOAT", "as --momentum-end")] = UNSET
     """Momentum of Muon at the end of the warmdown, over which it changes from --momentum-end, in [0, 1)."""
-    warmup_steps: int = 0
-    """Steps at the start over which the learning rate rises from 0. A shorter run never reaches the full rate."""
-    warmdown_ratio: float = 1.0
-    """Fraction of the training, at its end, over which the learning rate decays, in [0, 1]."""
-    final_lr_frac: float = 0.0
-    """Learning rate at the end of the warmdown, as a fraction of the full rate, in [0, 1]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -466,7 +472,7 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(TrainConfig):
+class ReinforceConfig(ChatTrainConfig):
     """Train a fine-tuned model by rewards for its answers (REINFORCE), as nanochat does.
 
     In each step the model writes several answers to each of some examples. An answer that is better than the mean of
@@ -479,8 +485,6 @@ class ReinforceConfig(TrainConfig):
     """The way to train. It sets the options of Muon that are not given."""
     checkpoint: Path | None = None
     """Run folder of the model to train, which was fine-tuned on conversations. A new run needs it."""
-    step: int | None = None
-    """Step of the checkpoint to use; default: the newest."""
     task: str = "arithmetic"
     """Examples and the reward of an answer: arithmetic, spelling, or a Python file with examples(split) and
     reward(example, answer). The file is run."""
@@ -510,26 +514,14 @@ class ReinforceConfig(TrainConfig):
 
     data: Annotated[str, auto_flag("PATH", "not used; see --task")] = STDLIB
     """Not a flag of this command."""
-    reference_batch_size: int = 0
-    """Tokens in one optimizer step for which the learning rates are given. 0: they do not depend on the batch."""
-    matrix_weight_decay: float = 0.0
-    """Weight decay of the parameters that Muon trains, as a fraction of their learning rate."""
     momentum_start: float = 0.95
     """Momentum of Muon at the first step, in [0, 1)."""
-    momentum_end: float = 0.95
-    """Momentum of Muon after --momentum-warmup-steps, in [0, 1)."""
     momentum_warmup_steps: int = 0
     """Steps over which the momentum of Muon changes from --momentum-start to --momentum-end."""
     momentum_final: float = 0.95
     """Momentum of Muon at the end of the warmdown, over which it changes from --momentum-end, in [0, 1)."""
     grad_clip: float = 0.0
     """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it. 0: no clipping."""
-    warmup_steps: int = 0
-    """Steps at the start over which the learning rate rises from 0. A shorter run never reaches the full rate."""
-    warmdown_ratio: float = 1.0
-    """Fraction of the training, at its end, over which the learning rate decays, in [0, 1]."""
-    final_lr_frac: float = 0.0
-    """Learning rate at the end of the warmdown, as a fraction of the full rate, in [0, 1]."""
     eval_every: int = 60
     """Steps between evaluations of pass@k. 0: only at the end."""
     save_every: int = 60

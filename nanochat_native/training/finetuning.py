@@ -6,9 +6,9 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from nanochat_native.runs import checkpoint, run_folder
 from nanochat_native.runs.config import (
     EXAMPLES,
     PARTS,
+    ChatTrainConfig,
     FinetuneConfig,
     ReinforceConfig,
     TrainConfig,
@@ -41,6 +42,8 @@ from nanochat_native.training import resolve
 from nanochat_native.training.sizing import largest_divisor
 from nanochat_native.training.task import SAMPLE_TOKENS, Sample
 from nanochat_native.training.trainer import Trainer
+
+Chat = TypeVar("Chat", FinetuneConfig, ReinforceConfig)
 
 VAL_SHARE = 0.1  # share of the conversations that is held out without --val-data
 LENGTHS = 16  # the length of a row, that of the longest conversation, is rounded up to a multiple of this
@@ -259,9 +262,7 @@ class Finetuning:
         return Sample(question, question + request.text, f"{question}\n    {shown}")
 
 
-def load_base(
-    config: FinetuneConfig | ReinforceConfig, console: Console
-) -> tuple[GPT, Tokenizer, dict[str, Any], dict[str, Any]]:
+def load_base(config: ChatTrainConfig, console: Console) -> tuple[GPT, Tokenizer, dict[str, Any], dict[str, Any]]:
     """Return the model that a run begins with, its tokenizer, the description of the base for the meta of checkpoints,
     and the meta of the checkpoint that was read: that of the base, or of the run's own newest if it resumes.
 
@@ -286,7 +287,7 @@ def make_trainer(config: TrainConfig, console: Console, world: World) -> Trainer
     return Trainer(task.config, console, world, task)
 
 
-def same_base(config: FinetuneConfig | ReinforceConfig, base: dict[str, Any]) -> dict[str, Any]:
+def same_base(config: ChatTrainConfig, base: dict[str, Any]) -> dict[str, Any]:
     """Return the base of a run to resume, with the path in --checkpoint, to which the base may have moved.
 
     Raises ConfigError if the model there has other weights.
@@ -348,30 +349,48 @@ def resolve_finetuning(config: FinetuneConfig) -> FinetuneConfig:
         raise ConfigError("--val-data must be a file, a folder or a glob, got ''")
     if not is_unset(config, "depth") and not is_unset(config, "total_batch_size"):  # of a run to resume
         return resolve_device(with_absolute_paths(config))
+    why = "is a flag of pretraining; fine-tuning has --batch-rows and --epochs"
+    config = resolve_on_base(config, dict.fromkeys(PRETRAINING_FLAGS, why), suffix="chat")
+    config = with_absolute_paths(config)
+    rows = GPU_ROWS if config.device == "cuda" else CPU_ROWS
+    return dataclasses.replace(config, batch_rows=rows if is_unset(config, "batch_rows") else config.batch_rows)
+
+
+def resolve_on_base(
+    config: Chat,
+    refused: Mapping[str, str],
+    *,
+    suffix: str,
+    rates_of: Callable[[Chat], Mapping[str, float]] = resolve.learning_rates,
+) -> Chat:
+    """Return the config of a new run with what follows from the base model and the device.
+
+    Args:
+        refused: names of flags that the command does not have, with the reason for the message.
+        suffix: ends the name of the run if none is given.
+        rates_of: returns the learning rates before --rate-scale, for those that are not given.
+
+    Raises ConfigError for a flag that the base model sets or the command does not have, a base model that cannot be
+    read, and sequences longer than its own.
+    """
+    assert config.checkpoint is not None
     fields = config.__dataclass_fields__
-    for name in (*INHERITED_FLAGS, *PRETRAINING_FLAGS):
+    for name, why in {**dict.fromkeys(INHERITED_FLAGS, "follows from the base model"), **refused}.items():
         if getattr(config, name) != fields[name].default:
-            why = (
-                "follows from the base model"
-                if name in INHERITED_FLAGS
-                else "is a flag of pretraining; fine-tuning has --batch-rows and --epochs"
-            )
             raise ConfigError(f"{flag(name)} {why}")
+    base = config.checkpoint
     try:
-        shape, meta = load_config(config.checkpoint, config.step, warn=lambda message: None)
+        shape, meta = load_config(base, config.step, warn=lambda message: None)
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
         raise ConfigError(str(error)) from error
     if config.max_seq_len > shape.sequence_len:
         raise ConfigError(f"--max-seq-len must be <= {shape.sequence_len}, the base model's, got {config.max_seq_len}")
-    base = config.checkpoint
-    config = dataclasses.replace(with_absolute_paths(config), **flags_of_model(shape))
+    config = dataclasses.replace(config, **flags_of_model(shape))
     config = resolve_recipe(config, default=recipe_of(base, default=config.architecture))
     rates: dict[str, Any] = {
-        name: config.rate_scale * rate
-        for name, rate in resolve.learning_rates(config).items()
-        if is_unset(config, name)
+        name: config.rate_scale * rate for name, rate in rates_of(config).items() if is_unset(config, name)
     }
-    config = resolve_device(
+    return resolve_device(
         dataclasses.replace(
             config,
             step=meta["step"],
@@ -381,12 +400,10 @@ def resolve_finetuning(config: FinetuneConfig) -> FinetuneConfig:
             n_kv_head=shape.n_kv_head,
             vocab_size=shape.vocab_size,
             max_seq_len=shape.sequence_len if is_unset(config, "max_seq_len") else config.max_seq_len,
-            run=f"{base.absolute().name}-chat" if is_unset(config, "run") else config.run,
+            run=f"{base.absolute().name}-{suffix}" if is_unset(config, "run") else config.run,
             **rates,
         )
     )
-    rows = GPU_ROWS if config.device == "cuda" else CPU_ROWS
-    return dataclasses.replace(config, batch_rows=rows if is_unset(config, "batch_rows") else config.batch_rows)
 
 
 def recipe_of(folder: Path, *, default: str) -> str:

@@ -27,15 +27,13 @@ from nanochat_native.data import Corpus, Loader, conversations
 from nanochat_native.data.shards import TokenStream
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
-from nanochat_native.runs import checkpoint
-from nanochat_native.runs.config import ReinforceConfig, TrainConfig, flags_of_model, resolve_device, resolve_recipe
-from nanochat_native.runs.saved_model import load_config
+from nanochat_native.runs.config import ReinforceConfig, TrainConfig, resolve_device
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.flags import UNSET, flag, is_unset
+from nanochat_native.runtime.flags import UNSET, is_unset
 from nanochat_native.training import resolve
-from nanochat_native.training.finetuning import INHERITED_FLAGS, PRETRAINING_FLAGS, load_base, recipe_of
+from nanochat_native.training.finetuning import PRETRAINING_FLAGS, load_base, resolve_on_base
 from nanochat_native.training.reward_tasks import (
     EMBEDDED,
     PASS,
@@ -390,32 +388,13 @@ def resolve_reinforcement(config: ReinforceConfig) -> ReinforceConfig:
     config = dataclasses.replace(config, checkpoint=base, task=task, cuda_graphs="off")
     if not is_unset(config, "depth") and not is_unset(config, "total_batch_size"):  # of a run to resume
         return resolve_device(config)
-    fields = config.__dataclass_fields__
-    for name in (*INHERITED_FLAGS, *UNUSED_FLAGS):
-        if getattr(config, name) != fields[name].default:
-            why = "follows from the base model" if name in INHERITED_FLAGS else "is not a flag of reinforce"
-            raise ConfigError(f"{flag(name)} {why}")
-    try:
-        shape, meta = load_config(base, config.step, warn=lambda message: None)
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        raise ConfigError(str(error)) from error
-    config = dataclasses.replace(config, **flags_of_model(shape))
-    config = resolve_recipe(config, default=recipe_of(base, default=config.architecture))
-    rates: Mapping[str, float] = resolve.learning_rates(config) | (RATES if config.optimizer == "hybrid" else {})
-    return resolve_device(
-        dataclasses.replace(
-            config,
-            step=meta["step"],
-            packing="stream",
-            depth=shape.n_layer,
-            head_dim=shape.head_dim,
-            n_kv_head=shape.n_kv_head,
-            vocab_size=shape.vocab_size,
-            max_seq_len=shape.sequence_len,
-            run=f"{base.name}-rl" if is_unset(config, "run") else config.run,
-            **{name: config.rate_scale * rate for name, rate in rates.items() if is_unset(config, name)},  # type: ignore[arg-type]
-        )
-    )
+    refused = dict.fromkeys(UNUSED_FLAGS, "is not a flag of reinforce")
+    return resolve_on_base(config, refused, suffix="rl", rates_of=initial_rates)
+
+
+def initial_rates(config: ReinforceConfig) -> Mapping[str, float]:
+    """Return the learning rates before --rate-scale: nanochat's with Muon, else those of pretraining."""
+    return resolve.learning_rates(config) | (RATES if config.optimizer == "hybrid" else {})
 
 
 def write_task_chats(config: ReinforceConfig) -> str:

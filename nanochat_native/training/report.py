@@ -12,7 +12,7 @@ from nanochat_native import ops
 from nanochat_native.data import Corpus, Loader
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import buckets_of, describe_routing
-from nanochat_native.runs.config import STDLIB, FinetuneConfig, ReinforceConfig, TrainConfig, command_of
+from nanochat_native.runs.config import STDLIB, ChatTrainConfig, ReinforceConfig, TrainConfig, command_of
 from nanochat_native.runs.pictures import MISSING, plot_diagnosis, plot_loss
 from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console, compact, duration
@@ -198,7 +198,7 @@ def next_commands(outcome: Outcome) -> list[str]:
         lines = [f"resume   {train}"]
     else:
         lines = [f"extend   {train} --num-iterations {2 * config.num_iterations}"]
-    if isinstance(config, FinetuneConfig | ReinforceConfig):
+    if isinstance(config, ChatTrainConfig):
         lines.append(f"talk     python -m nanochat_native.chat --checkpoint {folder}")
     elif outcome.has_tokenizer:
         prompt = " --prompt 'import os'" if config.data == STDLIB else ""

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from fork_server import python
-from tiny_run import BACKEND, losses, records, train, write_text
+from tiny_run import BACKEND, assert_refused, losses, records, train, write_text
 
 from nanochat_native import evaluate, finetune
 from nanochat_native.data import ConversationRows, conversations
@@ -322,12 +322,7 @@ def test_a_line_that_is_no_conversation_is_named(base, capsys, content, message)
     ids=str,
 )
 def test_mistakes_are_one_line(base, capsys, changes, message):
-    assert run(base, "mistake", **changes) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (base / "runs" / "mistake").exists()
+    assert_refused(capsys, base / "runs" / "mistake", run(base, "mistake", **changes), message)
 
 
 def test_a_run_keeps_its_data(base, capsys):

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 from fork_server import python
-from tiny_run import BACKEND, records, train, wait_until, write_text
+from tiny_run import BACKEND, assert_refused, records, train, wait_until, write_text
 
 from nanochat_native import evaluate, finetune, reinforce
 from nanochat_native.data import conversations
@@ -458,12 +458,7 @@ def test_a_fault_in_the_middle_of_a_run_keeps_its_checkpoints(base, tmp_path, ca
     ids=str,
 )
 def test_mistakes_are_one_line(base, capsys, changes, message):
-    assert run(base, "mistake", **changes) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (base / "runs" / "mistake").exists()
+    assert_refused(capsys, base / "runs" / "mistake", run(base, "mistake", **changes), message)
 
 
 def test_a_model_that_was_not_trained_on_conversations_is_refused(base, capsys):
