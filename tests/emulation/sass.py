@@ -210,8 +210,10 @@ def _unless_useful(one):
 
 
 def _unless_useful_or_read(one):
-    """Return the cost on a way that also reads as many whole tiles from shared memory as possible."""
-    return 1 - 10_000 * one.width if one.name == "LDSM" and one.width == 4 else _unless_useful(one)
+    """Return the cost on a way that also reads much from shared memory: as many whole tiles as possible, then words."""
+    if one.name == "LDSM" and one.width == 4:
+        return 1 - 10_000 * one.width
+    return 1 - 10 * one.width if one.name in ("LDSM", "LDS") else _unless_useful(one)
 
 
 def _unless_useful_or_scaled(one):

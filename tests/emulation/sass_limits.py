@@ -59,12 +59,12 @@ LIMITS = {
             "4P W1", 52, 0, 80, 0, 205, loops=2, epilogue=instructions
         )
         for a, b, epilogue, instructions in (
-            (0, 0, "ScratchEpilogue", 740),
-            (0, 1, "ScratchEpilogue", 740),
+            (0, 0, "ScratchEpilogue", 600),
+            (0, 1, "ScratchEpilogue", 600),
             (0, 0, "OutputEpilogue", 1160),
             (0, 1, "OutputEpilogue", 1160),
-            (0, 0, "SymmetricEpilogue", 1300),
-            (1, 1, "SymmetricEpilogue", 1300),
+            (0, 0, "SymmetricEpilogue", 950),
+            (1, 1, "SymmetricEpilogue", 950),
         )
     },
 }
