@@ -162,17 +162,23 @@ def test_answers_are_those_of_one_problem_after_the_other(slots, drawing):
 
 
 def test_each_text_is_judged_with_its_problem():
-    """The answers are what the model writes, but for those of every third problem."""
-    model, drawing = build(CONFIG), Drawing(max_tokens=10)
-    task = writing_task(lambda problem, text: text == problem.answer)
+    """The answers are what the model writes, but for every third problem. Long prompts have room for short answers, so
+    the engine does not finish the answers in the order of the problems."""
+    model, capacity = build(CONFIG), 80
+    prompts = [prompt for word in WORDS[:5] for prompt in (word, f"{word} 0123456789 0123456789 0123456789 0123456789")]
+    lengths = [min(40, capacity - len(prompt_of(prompt))) for prompt in prompts]
+    assert lengths == [40, *lengths[1:]]
+    assert 20 <= lengths[1] < 40
     with use(BACKEND):
-        written = written_one_by_one(model, task, drawing)
-        problems = [
-            Problem(problem.prompt, text if i % 3 else "")
-            for i, (problem, (text,)) in enumerate(zip(task.problems, written, strict=True))
-        ]
-        result = evaluate(Task("GSM8K", problems, task.is_right), make_engine(model, TOKENIZER, 4, 10), drawing)
-    assert result.correct == sum(problem.answer != "" for problem in problems) == 6
+        problems = []
+        for i, (prompt, tokens) in enumerate(zip(prompts, lengths, strict=True)):
+            alone = Task("GSM8K", [Problem(prompt)], None)
+            ((text,),) = written_one_by_one(model, alone, Drawing(max_tokens=tokens))
+            assert text
+            problems.append(Problem(prompt, text if i % 3 else "-"))
+        task = Task("GSM8K", problems, lambda problem, text: text == problem.answer)
+        result = evaluate(task, Engine(model, TOKENIZER, slots=4, capacity=capacity), Drawing(max_tokens=40))
+    assert (result.correct, result.cut) == (6, 0)
 
 
 def test_an_answer_ends_at_its_end_token_and_the_calculator_runs():
