@@ -57,6 +57,7 @@ class Outcome:
     skipped: int
     skipped_in_a_row: int
     validation_bpb: float | None
+    core: float | None
     diagnosed: int
     diagnosis_seconds: float
     has_tokenizer: bool
@@ -141,7 +142,7 @@ def number(value: float | None) -> str:
 def summarize(outcome: Outcome, console: Console) -> dict[str, Any]:
     """Draw the plots, print how a call of train() ended and the commands to continue, and return the figures."""
     config, saved_step, say = outcome.config, outcome.saved_step, console.say
-    rate = outcome.steps * config.total_batch_size / outcome.seconds
+    found = figures(outcome)
     if outcome.diverged:
         kept = f"the checkpoint of step {saved_step} is kept" if saved_step >= 0 else "there is no checkpoint yet"
         say(
@@ -151,10 +152,12 @@ def summarize(outcome: Outcome, console: Console) -> dict[str, Any]:
     parts = [
         f"step {outcome.step} of {config.num_iterations}",
         duration(outcome.seconds),
-        f"{compact(rate)} tok/s",
+        f"{compact(found['tokens_per_second'])} tok/s",
     ]
     if outcome.validation_bpb is not None:
         parts.append(f"validation {outcome.validation_bpb:.4f} bits per byte")
+    if outcome.core is not None:
+        parts.append(f"CORE {outcome.core:.4f}")
     if outcome.skipped:
         parts.append(f"{outcome.skipped} steps skipped")
     say(f"done     {' | '.join(parts)}")
@@ -172,15 +175,21 @@ def summarize(outcome: Outcome, console: Console) -> dict[str, Any]:
     if saved_step >= 0:
         for line in next_commands(outcome):
             say(line)
+    return {"kind": "summary", **found}
+
+
+def figures(outcome: Outcome) -> dict[str, Any]:
+    """Return the figures of a call of train(), by name."""
+    config = outcome.config
     return {
-        "kind": "summary",
         "step": outcome.step,
         "num_iterations": config.num_iterations,
         "seconds": outcome.seconds,
-        "tokens_per_second": rate,
+        "tokens_per_second": outcome.steps * config.total_batch_size / outcome.seconds,
         "validation_bpb": outcome.validation_bpb,
+        **({} if outcome.core is None else {"core": outcome.core}),
         "skipped": outcome.skipped,
-        "checkpoint_step": saved_step,
+        "checkpoint_step": outcome.saved_step,
         "run_dir": str(config.run_dir),
     }
 

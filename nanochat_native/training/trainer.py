@@ -19,19 +19,20 @@ from torch import Tensor
 import nanochat_native
 from nanochat_native import ops
 from nanochat_native.data import Batch, iterate_validation, make_loader
+from nanochat_native.evaluation import core_score
 from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
 from nanochat_native.model.gpt import GPT
 from nanochat_native.ops import float8
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
 from nanochat_native.optim.schedule import lr_at, momentum_at, weight_decay_at
-from nanochat_native.runs import checkpoint, run_folder
+from nanochat_native.runs import checkpoint, loggers, run_folder
 from nanochat_native.runs.config import MUON_SWITCHES, WITH_MUON, TrainConfig, resolve_horizon
 from nanochat_native.runs.metrics_log import MetricsLog, SilentLog, none_if_nonfinite, value_of
 from nanochat_native.runtime import hardware
-from nanochat_native.runtime.console import Console
+from nanochat_native.runtime.console import Console, bar, duration
 from nanochat_native.runtime.distributed import RankError, World, require_same_bits
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.flags import is_unset
+from nanochat_native.runtime.flags import flag, is_unset
 from nanochat_native.runtime.signals import StopSignals
 from nanochat_native.training import report, resolve, scaling_laws, sizing
 from nanochat_native.training.checkpointer import Checkpointer
@@ -63,6 +64,9 @@ class Trainer:
         self.console = console
         self.world = world = world or World()
         self.task = task = task or Pretraining()
+        if world.is_rank0:
+            loggers.require_packages(config)
+        self.core_tasks = core_tasks(config)
         self.device = torch.device(config.device)
         if self.device.type == "cuda" and world.size > 1:
             self.device = torch.device("cuda", world.local_rank)
@@ -81,6 +85,7 @@ class Trainer:
             config = sizing.resolve_batch_size(config, **batch)
         self.corpus = task.prepare_data(config, console, world)
         shape = dataclasses.replace(shape, vocab_size=self.corpus.vocab_size)
+        self._check_core(config, shape.sequence_len)
         config = sizing.resolve_batch_size(resolve.with_batch(config, shape), **batch)
         self.accumulation_steps = sizing.accumulation_steps(config, world.size)
 
@@ -145,6 +150,22 @@ class Trainer:
         self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
         self.last_bpb: float | None = None
+        self.last_core: float | None = None
+
+    def _check_core(self, config: TrainConfig, longest: int) -> None:
+        """Raise ConfigError or ValueError for CORE tasks that the data's tokenizer cannot prepare.
+
+        longest: number of tokens of a sequence.
+        """
+        tokenizer = self.corpus.tokenizer
+        if self.core_tasks and tokenizer is None:
+            raise ConfigError("--core needs data with a tokenizer; token shards (.bin) have none")
+        for task in self.core_tasks:
+            assert tokenizer is not None
+            core_score.require_tokens(task, tokenizer, longest)
+        if self.core_tasks:
+            items = sum(len(task.items) for task in self.core_tasks)
+            self.console.say(f"core     {len(self.core_tasks)} tasks, {items:,} items, from {config.core}")
 
     def _use_float8(self, config: TrainConfig) -> None:
         """Let the model multiply in FP8 in training. Raise ConfigError for a batch or a model that does not suit it."""
@@ -192,7 +213,7 @@ class Trainer:
                 stack.callback(os.close, lock)
             self.world.run_collectively(lambda: self._open_run(stack), ConfigError, checkpoint.CheckpointError, OSError)
             self.world.require_same({"the checkpoint's step": self.step})
-            stopping = stack.enter_context(StopSignals())
+            self._stopping = stopping = stack.enter_context(StopSignals())
             batches = stack.enter_context(self.loader.iterate(self.step))
             began, first_step = time.perf_counter(), self.step
             self._catch_up()
@@ -210,14 +231,17 @@ class Trainer:
                     self.evaluate()
                 if self._due(config.sample_every):
                     self.sample()
+                if self._core_due() and not self.diverged:
+                    self.evaluate_core()
             self.checkpointer.wait()
             if not self.diverged and self.checkpointer.saved_step != self.step:
                 self.save()
             self.checkpointer.wait()
             self.log.sync()
+            outcome = self._outcome(time.perf_counter() - began, self.step - first_step)
+            self.log.end(report.figures(outcome), self._exit_code())
         if self.world.is_rank0:
             with self.console.isolated("summary"):
-                outcome = self._outcome(time.perf_counter() - began, self.step - first_step)
                 self.console.record(report.summarize(outcome, self.console))
         self.world.barrier()  # torchrun ends all ranks when one of them exits with a code other than 0
         return self._exit_code()
@@ -235,6 +259,10 @@ class Trainer:
             self.evaluate()
         if self.step > 0 and self._due(self.config.sample_every) and "sample" not in recorded:
             self.sample()
+        if "core" in recorded:
+            self.last_core = value_of(recorded["core"], "score")
+        elif self.step > 0 and self._core_due():
+            self.evaluate_core()
 
     def _prepare_graphs(self) -> None:
         """Let the steps be captured as CUDA graphs, or say why not."""
@@ -265,6 +293,7 @@ class Trainer:
             skipped=self.skipped,
             skipped_in_a_row=self.skipped_in_a_row,
             validation_bpb=self.last_bpb,
+            core=self.last_core,
             diagnosed=0 if measured is None else measured.count,
             diagnosis_seconds=0.0 if measured is None else measured.seconds,
             has_tokenizer=self.corpus.tokenizer is not None,
@@ -278,6 +307,11 @@ class Trainer:
     def _due(self, every: int) -> bool:
         """Return whether something is due that is done after every `every` steps and after the last."""
         return self.step == self.config.num_iterations or (every > 0 and self.step % every == 0)
+
+    def _core_due(self) -> bool:
+        """Return whether the CORE score is due, and no signal has asked the run to stop. A resumed run makes up for
+        it."""
+        return bool(self.core_tasks) and self._due(self.config.core_every) and not self.stop_signal
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Do one optimizer step on the next batch: forward and backward in micro-batches, clip, update, log."""
@@ -441,6 +475,44 @@ class Trainer:
         with self.console.isolated("measurement of the peak"):
             self.throughput.measure_peak_again()
 
+    def evaluate_core(self) -> None:
+        """Measure and log the CORE score. A signal ends it after a task, without a record."""
+        self.last_core = None
+        start = time.perf_counter()
+        results: list[core_score.TaskResult] = []
+        tokenizer = self.corpus.tokenizer
+        assert tokenizer is not None
+        with self._isolated("CORE"):
+            for number, task in enumerate(self.core_tasks, 1):
+
+                def show(done: int, total: int, what: str = f"{number}/{len(self.core_tasks)} {task.label}") -> None:
+                    self.console.live(f"step {self.step}: CORE {what} {bar(done, total)}")
+
+                with self.autocast():
+                    result = core_score.evaluate_task(
+                        self.model,
+                        tokenizer,
+                        task,
+                        batch_tokens=self.config.device_batch_size * self.config.max_seq_len,
+                        world=self.world,
+                        progress=show,
+                    )
+                results.append(result)
+                self.stop_signal = self.world.all_reduce_max(self._stopping.signal)
+                if self.stop_signal:
+                    return
+        if len(results) < len(self.core_tasks):
+            return
+        self.last_core = core_score.score(results)
+        seconds = time.perf_counter() - start
+        centred = {f"centred/{result.task}": result.centred for result in results}
+        items = sum(result.items for result in results)
+        record = self.log.write("core", self.step, score=self.last_core, items=items, seconds=seconds, **centred)
+        self.console.record(record)
+        self.console.say(
+            f"step {self.step}: CORE {self.last_core:.4f} in {len(results)} tasks, {items:,} items, {duration(seconds)}"
+        )
+
     def validation_batches(self, max_tokens: int, world: World | None = None) -> Iterator[Batch]:
         """Yield this rank's part of the first max_tokens of the validation text. world: default: the run's."""
         world = world or self.world
@@ -503,10 +575,23 @@ class Trainer:
             run_folder.save_config(self.config, self.corpus.hash)
             if self.corpus.tokenizer is not None and not (run_dir / "tokenizer").exists():
                 self.corpus.tokenizer.save(run_dir / "tokenizer")
-        self.log = MetricsLog(run_dir, self.step or -1, self.console) if self.world.is_rank0 else SilentLog()
+        self.log = self._open_log() if self.world.is_rank0 else SilentLog()
         stack.callback(self.log.close)
         if resumed:
             self.console.say(f"resume   {run_dir} from step {self.step}")
+
+    def _open_log(self) -> MetricsLog:
+        last_step = self.step or -1
+        facts = {
+            "nanochat_native": nanochat_native.__version__,
+            "torch": torch.__version__,
+            "machine": hardware.describe(self.device),
+            "ranks": self.world.size,
+            "parameters": self.model.num_params(),
+            "flops_per_token": self.flops_per_token,
+        }
+        openers = loggers.openers(self.config, facts, last_step)
+        return MetricsLog(self.config.run_dir, last_step, self.console, openers)
 
     def _load(self) -> None:
         meta, loader_state = self.checkpointer.load(self._check_resumable)
@@ -563,6 +648,13 @@ class Trainer:
                 available_bytes=available,
             )
             self.console.live(line, last=self.step == self.config.num_iterations)
+
+
+def core_tasks(config: TrainConfig) -> list[core_score.Task]:
+    """Return the CORE tasks of a run; none without --core. Raises what core_score.read_bundle does."""
+    if config.core is None:
+        return []
+    return core_score.read_bundle(config.core, config.core_max_per_task or None, flag("core_max_per_task"))
 
 
 def read_numbers(loss: Tensor, norm: Tensor) -> tuple[float, float]:
