@@ -175,6 +175,7 @@ class InThread:
             answered = self._started.wait(START_SECONDS)
         self._raise_error()
         if not answered:
+            self._end_later()
             raise TimeoutError(f"it did not start within {START_SECONDS:g} s")
 
     def _work(self, start: Callable[[], Logger]) -> None:
@@ -200,8 +201,14 @@ class InThread:
         self._raise_error()
         since = self._busy_since
         if since is not None and time.monotonic() - since > CALL_SECONDS:
+            self._end_later()
             raise TimeoutError(f"it did not take a record within {CALL_SECONDS:g} s")
         self._calls.put(lambda logger: logger.log(kind, step, values))
+
+    def _end_later(self) -> None:
+        """End the logger as failed if it goes on after all; nothing waits for it."""
+        self._calls.put(lambda logger: logger.end({}, 1))
+        self._calls.put(None)
 
     def flush(self) -> None:
         self._raise_error()
