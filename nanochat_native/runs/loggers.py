@@ -206,7 +206,7 @@ class InThread:
         self._calls.put(lambda logger: logger.log(kind, step, values))
 
     def _end_later(self) -> None:
-        """End the logger as failed if it goes on after all; nothing waits for it."""
+        """End the logger as failed if it answers after all; nothing waits for it."""
         self._calls.put(lambda logger: logger.end({}, 1))
         self._calls.put(None)
 

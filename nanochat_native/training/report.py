@@ -45,6 +45,7 @@ class Outcome:
         step: the optimizer steps of the run.
         steps, seconds: the steps of this call, and the time that they took.
         saved_step: the step of the newest checkpoint; -1 if there is none.
+        scores: the scores that were measured last, by title.
         diagnosed, diagnosis_seconds: the steps whose layers were measured, and the time that it took.
     """
 
@@ -57,7 +58,7 @@ class Outcome:
     skipped: int
     skipped_in_a_row: int
     validation_bpb: float | None
-    core: float | None
+    scores: dict[str, float]
     diagnosed: int
     diagnosis_seconds: float
     has_tokenizer: bool
@@ -156,8 +157,7 @@ def summarize(outcome: Outcome, console: Console) -> dict[str, Any]:
     ]
     if outcome.validation_bpb is not None:
         parts.append(f"validation {outcome.validation_bpb:.4f} bits per byte")
-    if outcome.core is not None:
-        parts.append(f"CORE {outcome.core:.4f}")
+    parts += [f"{title} {score:.4f}" for title, score in outcome.scores.items()]
     if outcome.skipped:
         parts.append(f"{outcome.skipped} steps skipped")
     say(f"done     {' | '.join(parts)}")
@@ -187,7 +187,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "tokens_per_second": outcome.steps * config.total_batch_size / outcome.seconds,
         "validation_bpb": outcome.validation_bpb,
-        **({} if outcome.core is None else {"core": outcome.core}),
+        **{title.lower(): score for title, score in outcome.scores.items()},
         "skipped": outcome.skipped,
         "checkpoint_step": outcome.saved_step,
         "run_dir": str(config.run_dir),

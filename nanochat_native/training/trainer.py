@@ -19,7 +19,6 @@ from torch import Tensor
 import nanochat_native
 from nanochat_native import ops
 from nanochat_native.data import Batch, iterate_validation, make_loader
-from nanochat_native.evaluation import core_score
 from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
 from nanochat_native.model.gpt import GPT
 from nanochat_native.ops import float8
@@ -32,7 +31,7 @@ from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console, bar, duration
 from nanochat_native.runtime.distributed import RankError, World, require_same_bits
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.flags import flag, is_unset
+from nanochat_native.runtime.flags import is_unset
 from nanochat_native.runtime.signals import StopSignals
 from nanochat_native.training import report, resolve, scaling_laws, sizing
 from nanochat_native.training.checkpointer import Checkpointer
@@ -40,6 +39,7 @@ from nanochat_native.training.diagnosis import ROWS, Diagnosis
 from nanochat_native.training.graphs import StepGraphs, why_not
 from nanochat_native.training.loss_scaling import LossScale
 from nanochat_native.training.pretraining import Pretraining
+from nanochat_native.training.scores import Score, scores_of
 from nanochat_native.training.spikes import SpikeGuard
 from nanochat_native.training.task import Task
 from nanochat_native.training.throughput import Throughput
@@ -66,7 +66,7 @@ class Trainer:
         self.task = task = task or Pretraining()
         if world.is_rank0:
             loggers.require_packages(config)
-        self.core_tasks = core_tasks(config)
+        self.scores = scores_of(config)
         self.device = torch.device(config.device)
         if self.device.type == "cuda" and world.size > 1:
             self.device = torch.device("cuda", world.local_rank)
@@ -85,7 +85,9 @@ class Trainer:
             config = sizing.resolve_batch_size(config, **batch)
         self.corpus = task.prepare_data(config, console, world)
         shape = dataclasses.replace(shape, vocab_size=self.corpus.vocab_size)
-        self._check_core(config, shape.sequence_len)
+        for score in self.scores:
+            description = score.prepare(self.corpus.tokenizer, shape.sequence_len)
+            console.say(f"{score.title.lower():8} {description}")
         config = sizing.resolve_batch_size(resolve.with_batch(config, shape), **batch)
         self.accumulation_steps = sizing.accumulation_steps(config, world.size)
 
@@ -150,22 +152,7 @@ class Trainer:
         self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
         self.last_bpb: float | None = None
-        self.last_core: float | None = None
-
-    def _check_core(self, config: TrainConfig, longest: int) -> None:
-        """Raise ConfigError or ValueError for CORE tasks that the data's tokenizer cannot prepare.
-
-        longest: number of tokens of a sequence.
-        """
-        tokenizer = self.corpus.tokenizer
-        if self.core_tasks and tokenizer is None:
-            raise ConfigError("--core needs data with a tokenizer; token shards (.bin) have none")
-        for task in self.core_tasks:
-            assert tokenizer is not None
-            core_score.require_tokens(task, tokenizer, longest)
-        if self.core_tasks:
-            items = sum(len(task.items) for task in self.core_tasks)
-            self.console.say(f"core     {len(self.core_tasks)} tasks, {items:,} items, from {config.core}")
+        self.last_scores: dict[str, float] = {}  # by title
 
     def _use_float8(self, config: TrainConfig) -> None:
         """Let the model multiply in FP8 in training. Raise ConfigError for a batch or a model that does not suit it."""
@@ -231,8 +218,9 @@ class Trainer:
                     self.evaluate()
                 if self._due(config.sample_every):
                     self.sample()
-                if self._core_due() and not self.diverged:
-                    self.evaluate_core()
+                for score in self.scores:
+                    if self._is_due(score) and not self.diverged:
+                        self.measure_score(score)
             self.checkpointer.wait()
             if not self.diverged and self.checkpointer.saved_step != self.step:
                 self.save()
@@ -259,10 +247,12 @@ class Trainer:
             self.evaluate()
         if self.step > 0 and self._due(self.config.sample_every) and "sample" not in recorded:
             self.sample()
-        if "core" in recorded:
-            self.last_core = value_of(recorded["core"], "score")
-        elif self.step > 0 and self._core_due():
-            self.evaluate_core()
+        for score in self.scores:
+            kept = value_of(recorded.get(score.title.lower(), {}), "score")
+            if kept is not None:
+                self.last_scores[score.title] = kept
+            elif self.step > 0 and self._is_due(score):
+                self.measure_score(score)
 
     def _prepare_graphs(self) -> None:
         """Let the steps be captured as CUDA graphs, or say why not."""
@@ -293,7 +283,7 @@ class Trainer:
             skipped=self.skipped,
             skipped_in_a_row=self.skipped_in_a_row,
             validation_bpb=self.last_bpb,
-            core=self.last_core,
+            scores=self.last_scores,
             diagnosed=0 if measured is None else measured.count,
             diagnosis_seconds=0.0 if measured is None else measured.seconds,
             has_tokenizer=self.corpus.tokenizer is not None,
@@ -308,10 +298,9 @@ class Trainer:
         """Return whether something is due that is done after every `every` steps and after the last."""
         return self.step == self.config.num_iterations or (every > 0 and self.step % every == 0)
 
-    def _core_due(self) -> bool:
-        """Return whether the CORE score is due, and no signal has asked the run to stop. A resumed run makes up for
-        it."""
-        return bool(self.core_tasks) and self._due(self.config.core_every) and not self.stop_signal
+    def _is_due(self, score: Score) -> bool:
+        """Return whether a score is due, and no signal has asked the run to stop. A resumed run makes up for it."""
+        return self._due(score.every) and not self.stop_signal
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Do one optimizer step on the next batch: forward and backward in micro-batches, clip, update, log."""
@@ -475,24 +464,24 @@ class Trainer:
         with self.console.isolated("measurement of the peak"):
             self.throughput.measure_peak_again()
 
-    def evaluate_core(self) -> None:
-        """Measure and log the CORE score. A signal ends it after a task, without a record."""
-        self.last_core = None
+    def measure_score(self, score: Score) -> None:
+        """Measure and log a score. A signal ends it after a part, without a record."""
+        self.last_scores.pop(score.title, None)
         start = time.perf_counter()
-        results: list[core_score.TaskResult] = []
-        tokenizer = self.corpus.tokenizer
+        results: list[Any] = []
+        tokenizer, parts = self.corpus.tokenizer, len(score.parts)
         assert tokenizer is not None
-        with self._isolated("CORE"):
-            for number, task in enumerate(self.core_tasks, 1):
+        with self._isolated(score.title):
+            for part, name in enumerate(score.parts):
 
-                def show(done: int, total: int, what: str = f"{number}/{len(self.core_tasks)} {task.label}") -> None:
-                    self.console.live(f"step {self.step}: CORE {what} {bar(done, total)}")
+                def show(done: int, total: int, what: str = f"{part + 1}/{parts} {name}") -> None:
+                    self.console.live(f"step {self.step}: {score.title} {what} {bar(done, total)}")
 
                 with self.autocast():
-                    result = core_score.evaluate_task(
+                    result = score.measure(
+                        part,
                         self.model,
                         tokenizer,
-                        task,
                         batch_tokens=self.config.device_batch_size * self.config.max_seq_len,
                         world=self.world,
                         progress=show,
@@ -501,17 +490,12 @@ class Trainer:
                 self.stop_signal = self.world.all_reduce_max(self._stopping.signal)
                 if self.stop_signal:
                     return
-        if len(results) < len(self.core_tasks):
+        if len(results) < parts:
             return
-        self.last_core = core_score.score(results)
-        seconds = time.perf_counter() - start
-        centred = {f"centred/{result.task}": result.centred for result in results}
-        items = sum(result.items for result in results)
-        record = self.log.write("core", self.step, score=self.last_core, items=items, seconds=seconds, **centred)
-        self.console.record(record)
-        self.console.say(
-            f"step {self.step}: CORE {self.last_core:.4f} in {len(results)} tasks, {items:,} items, {duration(seconds)}"
-        )
+        figures, seconds = score.figures(results), time.perf_counter() - start
+        self.last_scores[score.title] = figures["score"]
+        self.console.record(self.log.write(score.title.lower(), self.step, **figures, seconds=seconds))
+        self.console.say(f"step {self.step}: {score.title} {figures['score']:.4f} in {duration(seconds)}")
 
     def validation_batches(self, max_tokens: int, world: World | None = None) -> Iterator[Batch]:
         """Yield this rank's part of the first max_tokens of the validation text. world: default: the run's."""
@@ -648,13 +632,6 @@ class Trainer:
                 available_bytes=available,
             )
             self.console.live(line, last=self.step == self.config.num_iterations)
-
-
-def core_tasks(config: TrainConfig) -> list[core_score.Task]:
-    """Return the CORE tasks of a run; none without --core. Raises what core_score.read_bundle does."""
-    if config.core is None:
-        return []
-    return core_score.read_bundle(config.core, config.core_max_per_task or None, flag("core_max_per_task"))
 
 
 def read_numbers(loss: Tensor, norm: Tensor) -> tuple[float, float]:

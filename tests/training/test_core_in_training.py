@@ -120,8 +120,8 @@ def test_a_run_that_is_killed_while_core_is_measured_measures_it_once(folder, ca
 
 def test_a_resumed_run_does_not_measure_again_what_is_in_its_log(folder, monkeypatch):
     killed(folder, 5, "training.trainer", "clip_reduced_", run="again", core=folder / "bundle", **CORE)
-    steps, real = [], trainer.Trainer.evaluate_core
-    monkeypatch.setattr(trainer.Trainer, "evaluate_core", lambda run: steps.append(run.step) or real(run))
+    steps, real = [], trainer.Trainer.measure_score
+    monkeypatch.setattr(trainer.Trainer, "measure_score", lambda run, score: steps.append(run.step) or real(run, score))
     assert train(folder, run="again", steps=STEPS, resume="auto") == 0
     assert steps == [8, 12]
     assert scores(folder, "again") == scores(folder, "whole")
@@ -158,7 +158,7 @@ def on_a_rank(folder):
     run = trainer.Trainer(resolve_device(parse(flags)), SilentConsole(), world)
     seen, real = [], core_score.score_items
     core_score.score_items = lambda *args: seen.append(len(args[2])) or real(*args)
-    return run.train(), run.last_core, sum(seen)
+    return run.train(), run.last_scores["CORE"], sum(seen)
 
 
 def test_two_ranks_share_the_items_and_have_the_score_of_one(folder, capsys):
