@@ -120,13 +120,15 @@ class TaskResult(NamedTuple):
     cut: int
 
 
-def read_bundle(folder: Path, max_per_task: int | None = None) -> list[Task]:
+def read_bundle(folder: Path, max_per_task: int | None = None, flag: str = "--max-per-task") -> list[Task]:
     """Read the tasks of a bundle: the first max_per_task items of each, after nanochat's shuffle.
+
+    flag: what errors call max_per_task.
 
     Raises ValueError, naming file, task and line, for anything missing or malformed, and ImportError without PyYAML.
     """
     if max_per_task is not None and max_per_task < 1:
-        raise ValueError(f"--max-per-task must be a whole number >= 1, got {max_per_task}")
+        raise ValueError(f"{flag} must be a whole number >= 1, got {max_per_task}")
     path = folder / "core.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} is not a CORE bundle: it has no core.yaml")
@@ -149,7 +151,7 @@ def read_bundle(folder: Path, max_per_task: int | None = None) -> list[Task]:
         random.Random(SHUFFLE_SEED).shuffle(pairs)
         pairs, shots = pairs[:max_per_task], entry["num_fewshot"][0]
         if shots >= len(pairs):
-            limit = "" if max_per_task is None else f" with --max-per-task {max_per_task}"
+            limit = "" if max_per_task is None else f" with {flag} {max_per_task}"
             given = f"{shots} shots, got {len(pairs)}{limit}"
             raise ValueError(f"{data}: task {label!r} must have at least {shots + 1} items for {given}")
         tasks.append(
@@ -495,6 +497,23 @@ def balance(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in found]
 
 
+def require_tokens(task: Task, tokenizer: Tokenizer, longest: int) -> None:
+    """Raise the ValueError of `spans` for an item that this tokenizer cannot score, before any model is evaluated.
+
+    longest: number of tokens that fit the model.
+    """
+    if task.kind == LANGUAGE:
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(lambda index: _spans_of(task, index, tokenizer, longest), range(len(task.items))):
+                pass
+
+
+def _spans_of(task: Task, index: int, tokenizer: Tokenizer, longest: int) -> list[ScoredSpan]:
+    bos = np.array([tokenizer.bos_id], dtype=np.uint32)
+    tokens = [np.concatenate([bos, tokenizer.encode_to_numpy(text)]) for text in prompts(task, index)]
+    return spans(task, index, tokens, longest)
+
+
 def evaluate_task(
     model: GPT,
     tokenizer: Tokenizer,
@@ -511,15 +530,12 @@ def evaluate_task(
         world: Ranks that share the items, balanced by the length of their prompts.
         progress: Called with (done, all) of this rank's sequences.
 
-    Raises the ValueErrors of `spans` and `score_items`; on many ranks RankError.
+    Raises the ValueErrors of `spans` and `score_items`; on many ranks RankError, for any error of a rank.
     """
     world = world or World()
-    encode = tokenizer.encode_to_numpy
-    bos = np.array([tokenizer.bos_id], dtype=np.uint32)
 
     def prepare(index: int) -> list[ScoredSpan]:
-        tokens = [np.concatenate([bos, encode(text)]) for text in prompts(task, index)]
-        return spans(task, index, tokens, model.config.sequence_len)
+        return _spans_of(task, index, tokenizer, model.config.sequence_len)
 
     def score_own_items() -> list[int]:
         indices: Sequence[int] = range(len(task.items))
@@ -532,7 +548,7 @@ def evaluate_task(
         everything = [span for options in found for span in options]
         return [sum(correct), sum(s.cropped > 0 for s in everything), sum(s.cut > 0 for s in everything)]
 
-    counts = world.run_collectively(score_own_items, ValueError)
+    counts = world.run_collectively(score_own_items, Exception)
     right, cropped, cut = world.all_reduce_sum_(torch.tensor(counts)).tolist()
     accuracy = right / len(task.items)
     return TaskResult(

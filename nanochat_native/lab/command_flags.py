@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import tyro
 
 from nanochat_native.runs.config import TrainConfig, parse, resolve_device
-from nanochat_native.runs.run_folder import PER_CALL_FLAGS
+from nanochat_native.runs.run_folder import PER_CALL_FLAGS, REPORT_FLAGS
 from nanochat_native.runtime import distributed
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import check_values, flag, one_line_errors
@@ -42,7 +42,7 @@ def parse_flags(
         The experiment's own flags; train's flags with all sizes filled in; the arguments of train as they were given.
 
     Raises:
-        ConfigError: a flag is wrong or concerns a run folder, or torchrun started several ranks.
+        ConfigError: a flag is wrong or is for runs alone, or torchrun started several ranks.
     """
     if distributed.launched_by_torchrun():
         raise ConfigError(f"{command} runs in one process; start it without torchrun")
@@ -57,7 +57,7 @@ def parse_flags(
 
 
 def refuse_run_flags(config: TrainConfig, base: TrainConfig, command: str) -> None:
-    """Raise ConfigError if a flag that concerns a run folder differs from `base`."""
-    for name in PER_CALL_FLAGS:
+    """Raise ConfigError if a flag for runs alone, such as that of their folder, differs from `base`."""
+    for name in (*PER_CALL_FLAGS, *REPORT_FLAGS):
         if getattr(config, name) != getattr(base, name):
             raise ConfigError(f"{flag(name)} is for train only; {command} writes its result to --out")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import ChatTrainConfig, TrainConfig, command_of, shown
-from nanochat_native.runs.run_folder import PER_CALL_FLAGS, load_config, other_data, save_config
+from nanochat_native.runs.run_folder import PER_CALL_FLAGS, REPORT_FLAGS, load_config, other_data, save_config
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import UNSET, flag
@@ -81,7 +81,7 @@ def defaults_of(folder: Path) -> TrainConfig:
     if isinstance(config, ChatTrainConfig):
         raise ConfigError(f"--fork must be a run of nanochat_native.train, got {folder}, a run of {command_of(config)}")
     plain = TrainConfig()
-    own = {name: getattr(plain, name) for name in (*PER_CALL_FLAGS, "diagnose")}
+    own = {name: getattr(plain, name) for name in (*PER_CALL_FLAGS, *REPORT_FLAGS, "diagnose")}
     if config.momentum_final == config.momentum_end:  # then it follows the --momentum-end of each case
         own["momentum_final"] = plain.momentum_final
     return dataclasses.replace(config, **own, eval_every=UNSET)

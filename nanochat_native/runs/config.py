@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
@@ -24,6 +24,10 @@ from nanochat_native.runtime.flags import LARGEST, UNSET, auto_flag, check_value
 
 STDLIB = "stdlib"  # value of --data for the sources of the standard library
 EXAMPLES = "examples"  # value of --data in finetune for the generated conversations
+
+CORE_EVERY, CORE_ITEMS = 2000, 500  # nanochat's
+PROJECT = "nanochat-native"  # of --wandb and --trackio without a value
+NOT_IN_A_PROJECT = "/\\#?%:"  # characters that wandb refuses
 
 RECIPE = "today"  # of a run, unless --recipe names one
 REFERENCE_BATCH = 2**19  # tokens of a step for which nanochat's present rates and weight decay are
@@ -288,6 +292,13 @@ class TrainConfig:
     """Steps between evaluations of validation bits per byte. 0: only at the end."""
     eval_tokens: Annotated[int, auto_flag("INT", "10485760 on a GPU, 32768 on a CPU")] = UNSET
     """Largest number of validation tokens in one evaluation."""
+    core: Annotated[Path | None, auto_flag("PATH", "no CORE score")] = None
+    """Folder with the tasks of the CORE score, nanochat's eval bundle, to measure the model while it is trained, at the
+    end too."""
+    core_every: Annotated[int, auto_flag("INT", f"{CORE_EVERY} with --core")] = UNSET
+    """Steps between measurements of the CORE score. 0: only at the end."""
+    core_max_per_task: Annotated[int, auto_flag("INT", f"{CORE_ITEMS} with --core")] = UNSET
+    """Largest number of items of each CORE task, after a fixed shuffle. 0: all."""
     sample_every: Annotated[int, auto_flag("INT", "a quarter of the training, at most 1000")] = UNSET
     """Steps between samples of generated text. 0: only at the end."""
     save_every: Annotated[int, auto_flag("INT", "a quarter of the training, at most 1000")] = UNSET
@@ -299,6 +310,10 @@ class TrainConfig:
     diagnosis.png shows them."""
     diagnose_every: Annotated[int, auto_flag("INT", "a fortieth of the training, at most 100")] = UNSET
     """Steps between records of --diagnose."""
+    wandb: Annotated[str | None, auto_flag("[PROJECT]", f"off; {PROJECT} without a value")] = None
+    """Log to this project of Weights & Biases too. WANDB_MODE and the other variables of wandb apply."""
+    trackio: Annotated[str | None, auto_flag("[PROJECT]", f"off; {PROJECT} without a value")] = None
+    """Log to this project of Trackio too. TRACKIO_DIR and the other variables of trackio apply."""
 
     run: Annotated[str | None, auto_flag("STR", "d<depth>")] = None
     """Name of the run. Its folder is OUT_DIR/RUN."""
@@ -399,6 +414,13 @@ class TrainConfig:
             )
         if self.tokenize == "while-training" and self.packing == "stream":
             raise ConfigError("--tokenize while-training needs --packing bestfit, got stream")
+        given = [name for name in ("core_every", "core_max_per_task") if not is_unset(self, name)]
+        if given and self.core is None:
+            raise ConfigError(f"{flag(given[0])} needs --core FOLDER")
+        for name in LOGGER_FLAGS:
+            project = getattr(self, name)
+            valid = project is None or (0 < len(project) <= 128 and not set(project) & set(NOT_IN_A_PROJECT))
+            self._require(name, f"a name of at most 128 characters without any of {NOT_IN_A_PROJECT}", valid)
         if self.resume is not None and self.overwrite:
             raise ConfigError("--resume continues a run and --overwrite deletes it; give only one of them")
 
@@ -546,6 +568,8 @@ class ReinforceConfig(ChatTrainConfig):
             )
 
 
+LOGGER_FLAGS = ("wandb", "trackio")
+LOGGER_VALUES = dict.fromkeys(LOGGER_FLAGS, (PROJECT, "None"))  # tyro takes None for a flag that may be unset
 LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
 WITH_MUON = ("hybrid", "muon_sgd")
 MUON_SWITCHES = ("scale_decay", "cautious", "row_equilibration", "frobenius_renormalisation", "normuon")
@@ -578,6 +602,8 @@ _LEAST = {
     "rotary_base": 1,
     "eval_every": 0,
     "eval_tokens": 1,
+    "core_every": 0,
+    "core_max_per_task": 0,
     "sample_every": 0,
     "save_every": 0,
     "keep": 1,
@@ -609,7 +635,7 @@ def switches(kind: type[TrainConfig] = TrainConfig) -> tuple[str, ...]:
 
 def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfig) -> C:  # type: ignore[assignment]
     """Return the config of a command line. A flag with the values auto, on and off is on without a value, and off with
-    the prefix no-.
+    the prefix no-. A flag of LOGGER_FLAGS without a value names PROJECT, and the prefix no- removes it.
 
     Args:
         base: a config whose values are the defaults; None means the defaults of `kind`.
@@ -623,7 +649,7 @@ def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfi
         config: C = tyro.cli(
             type(default),
             prog=f"python -m nanochat_native.{command_of(default)}",
-            args=_with_values(args, switches(type(default))),
+            args=_with_values(args, dict.fromkeys(switches(type(default)), ("on", "off")) | LOGGER_VALUES),
             default=default,
             # A switch that is on in `base` may be given again, or turned off by --no-...
             config=(tyro.conf.FlagCreatePairsOff,) if base is None else (),
@@ -632,17 +658,19 @@ def parse(args: Sequence[str], base: C | None = None, kind: type[C] = TrainConfi
     return config
 
 
-def _with_values(args: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return a command line with a value for each of the flags `names`: on for one without a value, and off for one
-    with the prefix no-."""
-    on, off = ({flag(prefix + name): flag(name) for name in names} for prefix in ("", "no_"))
+def _with_values(args: Sequence[str], names: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Return a command line with a value for each of the flags `names`: the first one for a flag without a value, and
+    the second one for a flag with the prefix no-."""
+    on, off = ({flag(prefix + name): name for name in names} for prefix in ("", "no_"))
     found: list[str] = []
     for argument, following in itertools.zip_longest(args, args[1:], fillvalue="--"):
-        name = argument.replace("_", "-")
-        if name in off:
-            found += [off[name], "off"]
+        given = argument.replace("_", "-")
+        if given in off:
+            found += [flag(off[given]), names[off[given]][1]]
+        elif given in on and following.startswith("--"):
+            found += [argument, names[on[given]][0]]
         else:
-            found += [argument, "on"] if name in on and following.startswith("--") else [argument]
+            found.append(argument)
     return found
 
 
@@ -665,7 +693,9 @@ def resolve_device(config: C) -> C:
         has_bfloat16 = hardware.gpu_dtype(torch.device("cuda")) == torch.bfloat16
         config = dataclasses.replace(config, dtype="bfloat16" if has_bfloat16 else "float16")
     data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
-    config = resolve_defaults(dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data), gpu=gpu)
+    core = None if config.core is None else Path(os.path.abspath(config.core.expanduser()))
+    config = dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data, core=core)
+    config = resolve_defaults(config, gpu=gpu)
     _require_types(config)
     return config
 
@@ -714,6 +744,8 @@ def resolve_defaults(config: C, *, gpu: bool) -> C:
         values["total_batch_size"] = 65536 if gpu else 2048
     elif config.reference_batch_size == 0:
         values["total_batch_size"] = 524288
+    if config.core is not None:
+        values |= {"core_every": CORE_EVERY, "core_max_per_task": CORE_ITEMS}
     if all(is_unset(config, name) for name in _HORIZONS):
         ratio = (0.14 if today else 0.1) if not gpu else 1.0 if embedded else 12.0 if today else 20.0
         values["target_param_data_ratio"] = ratio

@@ -1,65 +1,72 @@
-"""The log of a run: metrics.jsonl and TensorBoard events.
+"""The log of a run: metrics.jsonl, and the loggers, which show its records.
 
 metrics.jsonl holds one JSON object on each line. `kind` is "train" (one optimizer step), "val" (bits per byte on the
-validation split, or the rewards of answers), "sample" (generated text) or "diagnosis" (statistics of layers). `step` is
-the number of optimizer steps done.
+validation split, or the rewards of answers), "core" (the CORE score), "sample" (generated text) or "diagnosis"
+(statistics of layers). `step` is the number of optimizer steps done.
 """
 
 import contextlib
 import errno
-import importlib.util
 import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nanochat_native.runs.loggers import Logger, Open
 from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.files import write_atomically
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl and, if tensorboard is installed, to TensorBoard events in a folder beside it.
+    """Appends records to metrics.jsonl, and gives them to the loggers.
 
     Each record is one write, so a killed run leaves whole lines and at most one incomplete line at the end. No method
-    raises: a log that cannot be opened or written is a failed report of `console`.
+    raises: a log that cannot be opened or written, and a logger that raises, is a failed report of `console`. A logger
+    is not used after that.
 
     Attributes:
         recorded: the records of `last_step` that were already in the log, by kind.
     """
 
-    def __init__(self, run_dir: Path, last_step: int = -1, console: Console | None = None) -> None:
-        """Open the log, and drop the records after `last_step`, the step from which a run is resumed; -1 drops all."""
+    def __init__(
+        self,
+        run_dir: Path,
+        last_step: int = -1,
+        console: Console | None = None,
+        openers: Mapping[str, Open] | None = None,
+    ) -> None:
+        """Open the log and the loggers, and drop the records after `last_step`, the step from which a run is resumed;
+        -1 drops all.
+
+        openers: as loggers.openers returns them; default: no logger.
+        """
         self._console = console or SilentConsole()
         self._descriptor = -1
-        self._writer: Any = None
+        self._loggers: dict[str, Logger] = {}
         self.recorded: dict[str, dict[str, Any]] = {}
         path = run_dir / "metrics.jsonl"
         with self._console.isolated("metrics.jsonl"):
             kept = drop_records_after(path, last_step, warn=lambda message: self._console.say(f"warning: {message}"))
             self.recorded = {record["kind"]: record for record in kept if record["step"] == last_step}
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        with self._console.isolated("TensorBoard"):
-            self._writer = _tensorboard_writer(run_dir / "tensorboard", last_step)
+        for name, open_logger in (openers or {}).items():
+            with self._console.isolated(name):
+                logger = open_logger()
+                if logger is not None:
+                    self._loggers[name] = logger
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
-        """Append a record and return it. TensorBoard gets its numbers and texts as "<kind>/<name>"."""
+        """Append a record and return it. The loggers get its numbers and texts."""
         record = {"kind": kind, "step": step, **values}
         if self._descriptor >= 0:
             with self._console.isolated("metrics.jsonl"):
                 _append(self._descriptor, (json.dumps(record) + "\n").encode())
-
-        def add(writer: Any) -> None:
-            for name, value in values.items():
-                if isinstance(value, str):
-                    writer.add_text(f"{kind}/{name}", value, step)
-                elif isinstance(value, (int, float)):
-                    writer.add_scalar(f"{kind}/{name}", value, step)
-
-        self._to_tensorboard(add)
+        shown = _shown(values)
+        self._to_loggers(lambda logger: logger.log(kind, step, shown))
         return record
 
     def sync(self) -> None:
@@ -67,22 +74,28 @@ class MetricsLog:
         if self._descriptor >= 0:
             with self._console.isolated("metrics.jsonl"):
                 os.fsync(self._descriptor)
-        self._to_tensorboard(lambda writer: writer.flush())
+        self._to_loggers(lambda logger: logger.flush())
+
+    def end(self, summary: dict[str, Any], exit_code: int) -> None:
+        """Give the loggers the figures and the exit code of the run, and close them."""
+        shown = _shown(summary)
+        self._to_loggers(lambda logger: logger.end(shown, exit_code))
+        self._loggers = {}
 
     def close(self) -> None:
-        """Close the files. Nothing may be written afterwards."""
+        """Close the file, and the loggers of a run that failed. Nothing may be written afterwards."""
         if self._descriptor >= 0:
             with self._console.isolated("metrics.jsonl"):
                 os.close(self._descriptor)
-        self._to_tensorboard(lambda writer: writer.close())
+        self.end({}, exit_code=1)
 
-    def _to_tensorboard(self, action: Callable[[Any], None]) -> None:
-        """Call action(writer) if there is a writer. After a failure there is none, because its thread has ended."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with self._console.isolated("TensorBoard"):
-                action(writer)
-                self._writer = writer
+    def _to_loggers(self, action: Callable[[Logger], None]) -> None:
+        """Call action(logger) for each logger. One that fails is not used again."""
+        for name in list(self._loggers):
+            logger = self._loggers.pop(name)
+            with self._console.isolated(name):
+                action(logger)
+                self._loggers[name] = logger
 
 
 class SilentLog(MetricsLog):
@@ -95,6 +108,9 @@ class SilentLog(MetricsLog):
         return {"kind": kind, "step": step, **values}
 
     def sync(self) -> None:
+        pass
+
+    def end(self, summary: dict[str, Any], exit_code: int) -> None:
         pass
 
     def close(self) -> None:
@@ -206,12 +222,9 @@ def _append(descriptor: int, line: bytes) -> None:
         raise
 
 
-def _tensorboard_writer(folder: Path, last_step: int) -> Any:
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=last_step + 1)
+def _shown(values: Mapping[str, Any]) -> dict[str, float | str]:
+    """Return the numbers and the texts among the values of a record."""
+    return {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
 
 
 def none_if_nonfinite(value: float) -> float | None:

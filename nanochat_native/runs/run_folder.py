@@ -1,6 +1,7 @@
 """The folder of a run: its config.json, and how a later command finds, resumes or overwrites the run.
 
-OUT_DIR/RUN/  config.json  metrics.jsonl  tensorboard/  loss.png  diagnosis.png  tokenizer/  checkpoints/step_000100/
+OUT_DIR/RUN/  config.json  metrics.jsonl  loggers.json  tensorboard/  wandb/  loss.png  diagnosis.png  tokenizer/
+              checkpoints/step_000100/
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import (
     LEARNING_RATE_FLAGS,
+    LOGGER_FLAGS,
     C,
     FinetuneConfig,
     ReinforceConfig,
@@ -32,10 +34,21 @@ from nanochat_native.runtime.files import is_temporary, write_atomically
 from nanochat_native.runtime.flags import UNSET, flag
 
 FORMAT = "nanochat-native run"
-ENTRIES = ("config.json", "metrics.jsonl", "tensorboard", "loss.png", "diagnosis.png", "tokenizer", "checkpoints")
+ENTRIES = (
+    "config.json",
+    "metrics.jsonl",
+    "loggers.json",
+    "tensorboard",
+    "wandb",
+    "loss.png",
+    "diagnosis.png",
+    "tokenizer",
+    "checkpoints",
+)
 DAMAGED_LOGS = "metrics.damaged*.jsonl"  # written by metrics_log.drop_records_after
 # Flags that may change on resume. Any other change, except a longer training, would make it another run.
 PER_CALL_FLAGS = ("run", "out_dir", "resume", "overwrite", "dry_run", "print_config", "json")
+REPORT_FLAGS = ("core", "core_every", "core_max_per_task", *LOGGER_FLAGS)  # of train and finetune, not of experiments
 MAY_CHANGE_ON_RESUME = (
     *PER_CALL_FLAGS,
     "cache_dir",
@@ -43,6 +56,7 @@ MAY_CHANGE_ON_RESUME = (
     "eval_tokens",
     "eval_examples",
     "eval_samples",
+    *REPORT_FLAGS,
     "sample_every",
     "save_every",
     "keep",
@@ -146,6 +160,8 @@ def load_config(folder: Path) -> TrainConfig:
     place = folder if folder.name not in ("", "..") else folder.resolve()
     flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
     try:
+        if flags.get("core") is not None:
+            flags["core"] = Path(flags["core"])
         if command in ("finetune", "reinforce"):
             flags["checkpoint"] = Path(flags["checkpoint"])
         config = CONFIG_OF_COMMAND[command](**flags)

@@ -15,6 +15,7 @@ from nanochat_native import ops
 from nanochat_native.data import DamagedFileError
 from nanochat_native.runs.checkpoint import CheckpointError
 from nanochat_native.runs.config import TrainConfig, to_json
+from nanochat_native.runs.loggers import leave
 from nanochat_native.runs.run_folder import check_free
 from nanochat_native.runtime import distributed
 from nanochat_native.runtime.command import is_out_of_memory, run_on_ranks
@@ -40,7 +41,7 @@ def launch(args: Sequence[str], resolve: Resolve, make: Make) -> int:
         resolve: returns the config of a command line, and notes on what it changes in a resumed run.
         make: returns the run.
     """
-    return guarded(lambda failures: run_on_ranks(lambda world: _run(world, args, resolve, make, failures)))
+    return leave(guarded(lambda failures: run_on_ranks(lambda world: _run(world, args, resolve, make, failures))))
 
 
 def _run(world: World, args: Sequence[str], resolve: Resolve, make: Make, failures: ReportFailures) -> int:

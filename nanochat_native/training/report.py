@@ -45,6 +45,7 @@ class Outcome:
         step: the optimizer steps of the run.
         steps, seconds, tokens: the steps of this call, the time that they took, and the tokens trained on.
         saved_step: the step of the newest checkpoint; -1 if there is none.
+        scores: the scores that were measured last, by title.
         diagnosed, diagnosis_seconds: the steps whose layers were measured, and the time that it took.
     """
 
@@ -58,6 +59,7 @@ class Outcome:
     skipped: int
     skipped_in_a_row: int
     validation_bpb: float | None
+    scores: dict[str, float]
     diagnosed: int
     diagnosis_seconds: float
     has_tokenizer: bool
@@ -145,7 +147,7 @@ def number(value: float | None) -> str:
 def summarize(outcome: Outcome, console: Console) -> dict[str, Any]:
     """Draw the plots, print how a call of train() ended and the commands to continue, and return the figures."""
     config, saved_step, say = outcome.config, outcome.saved_step, console.say
-    rate = outcome.tokens / outcome.seconds
+    found = figures(outcome)
     if outcome.diverged:
         kept = f"the checkpoint of step {saved_step} is kept" if saved_step >= 0 else "there is no checkpoint yet"
         say(
@@ -155,10 +157,11 @@ def summarize(outcome: Outcome, console: Console) -> dict[str, Any]:
     parts = [
         f"step {outcome.step} of {config.num_iterations}",
         duration(outcome.seconds),
-        f"{compact(rate)} tok/s",
+        f"{compact(found['tokens_per_second'])} tok/s",
     ]
     if outcome.validation_bpb is not None:
         parts.append(f"validation {outcome.validation_bpb:.4f} bits per byte")
+    parts += [f"{title} {score:.4f}" for title, score in outcome.scores.items()]
     if outcome.skipped:
         parts.append(f"{outcome.skipped} steps skipped")
     say(f"done     {' | '.join(parts)}")
@@ -176,15 +179,21 @@ def summarize(outcome: Outcome, console: Console) -> dict[str, Any]:
     if saved_step >= 0:
         for line in next_commands(outcome):
             say(line)
+    return {"kind": "summary", **found}
+
+
+def figures(outcome: Outcome) -> dict[str, Any]:
+    """Return the figures of a call of train(), by name."""
+    config = outcome.config
     return {
-        "kind": "summary",
         "step": outcome.step,
         "num_iterations": config.num_iterations,
         "seconds": outcome.seconds,
-        "tokens_per_second": rate,
+        "tokens_per_second": outcome.tokens / outcome.seconds,
         "validation_bpb": outcome.validation_bpb,
+        **{title.lower(): score for title, score in outcome.scores.items()},
         "skipped": outcome.skipped,
-        "checkpoint_step": saved_step,
+        "checkpoint_step": outcome.saved_step,
         "run_dir": str(config.run_dir),
     }
 

@@ -24,11 +24,11 @@ from nanochat_native.model.gpt import GPT
 from nanochat_native.ops import float8
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
 from nanochat_native.optim.schedule import lr_at, momentum_at, weight_decay_at
-from nanochat_native.runs import checkpoint, run_folder
+from nanochat_native.runs import checkpoint, loggers, run_folder
 from nanochat_native.runs.config import MUON_SWITCHES, WITH_MUON, TrainConfig, resolve_horizon
 from nanochat_native.runs.metrics_log import MetricsLog, SilentLog, none_if_nonfinite, value_of
 from nanochat_native.runtime import hardware
-from nanochat_native.runtime.console import Console
+from nanochat_native.runtime.console import Console, bar, duration
 from nanochat_native.runtime.distributed import RankError, World, require_same_bits
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import is_unset
@@ -39,6 +39,7 @@ from nanochat_native.training.diagnosis import ROWS, Diagnosis
 from nanochat_native.training.graphs import StepGraphs, why_not
 from nanochat_native.training.loss_scaling import LossScale
 from nanochat_native.training.pretraining import Pretraining
+from nanochat_native.training.scores import Score, scores_of
 from nanochat_native.training.spikes import SpikeGuard
 from nanochat_native.training.task import Task
 from nanochat_native.training.throughput import Throughput
@@ -63,6 +64,9 @@ class Trainer:
         self.console = console
         self.world = world = world or World()
         self.task = task = task or Pretraining()
+        if world.is_rank0:
+            loggers.require_packages(config)
+        self.scores = scores_of(config)
         self.device = torch.device(config.device)
         if self.device.type == "cuda" and world.size > 1:
             self.device = torch.device("cuda", world.local_rank)
@@ -81,6 +85,9 @@ class Trainer:
             config = sizing.resolve_batch_size(config, **batch)
         self.corpus = task.prepare_data(config, console, world)
         shape = dataclasses.replace(shape, vocab_size=self.corpus.vocab_size)
+        for score in self.scores:
+            description = score.prepare(self.corpus.tokenizer, shape.sequence_len)
+            console.say(f"{score.title.lower():8} {description}")
         config = sizing.resolve_batch_size(resolve.with_batch(config, shape), **batch)
         self.accumulation_steps = sizing.accumulation_steps(config, world.size)
 
@@ -134,6 +141,7 @@ class Trainer:
         self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
         self.last_bpb: float | None = None
+        self.last_scores: dict[str, float] = {}  # by title
         self.tokens = 0  # that train() has trained on
         self.measured: dict[str, float] = {}  # what a kind of training adds to the record of a step
 
@@ -199,7 +207,7 @@ class Trainer:
                 stack.callback(os.close, lock)
             self.world.run_collectively(lambda: self._open_run(stack), ConfigError, checkpoint.CheckpointError, OSError)
             self.world.require_same({"the checkpoint's step": self.step})
-            stopping = stack.enter_context(StopSignals())
+            self._stopping = stopping = stack.enter_context(StopSignals())
             batches = stack.enter_context(self.loader.iterate(self.step))
             began, first_step = time.perf_counter(), self.step
             self._catch_up()
@@ -217,14 +225,18 @@ class Trainer:
                     self.evaluate()
                 if self._due(config.sample_every):
                     self.sample()
+                for score in self.scores:
+                    if self._is_due(score) and not self.diverged:
+                        self.measure_score(score)
             self.checkpointer.wait()
             if not self.diverged and self.checkpointer.saved_step != self.step:
                 self.save()
             self.checkpointer.wait()
             self.log.sync()
+            outcome = self._outcome(time.perf_counter() - began, self.step - first_step)
+            self.log.end(report.figures(outcome), self._exit_code())
         if self.world.is_rank0:
             with self.console.isolated("summary"):
-                outcome = self._outcome(time.perf_counter() - began, self.step - first_step)
                 self.console.record(report.summarize(outcome, self.console))
         self.world.barrier()  # torchrun ends all ranks when one of them exits with a code other than 0
         return self._exit_code()
@@ -242,6 +254,12 @@ class Trainer:
             self.evaluate()
         if self.step > 0 and self._due(self.config.sample_every) and "sample" not in recorded:
             self.sample()
+        for score in self.scores:
+            kept = value_of(recorded.get(score.title.lower(), {}), "score")
+            if kept is not None:
+                self.last_scores[score.title] = kept
+            elif self.step > 0 and self._is_due(score):
+                self.measure_score(score)
 
     def _prepare_graphs(self) -> None:
         """Let the steps be captured as CUDA graphs, or say why not."""
@@ -273,6 +291,7 @@ class Trainer:
             skipped=self.skipped,
             skipped_in_a_row=self.skipped_in_a_row,
             validation_bpb=self.last_bpb,
+            scores=self.last_scores,
             diagnosed=0 if measured is None else measured.count,
             diagnosis_seconds=0.0 if measured is None else measured.seconds,
             has_tokenizer=self.corpus.tokenizer is not None,
@@ -286,6 +305,10 @@ class Trainer:
     def _due(self, every: int) -> bool:
         """Return whether something is due that is done after every `every` steps and after the last."""
         return self.step == self.config.num_iterations or (every > 0 and self.step % every == 0)
+
+    def _is_due(self, score: Score) -> bool:
+        """Return whether a score is due, and no signal has asked the run to stop. A resumed run makes up for it."""
+        return self._due(score.every) and not self.stop_signal
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Do one optimizer step on the next batch: forward and backward in micro-batches, clip, update, log."""
@@ -460,6 +483,39 @@ class Trainer:
         with self.console.isolated("measurement of the peak"):
             self.throughput.measure_peak_again()
 
+    def measure_score(self, score: Score) -> None:
+        """Measure and log a score. A signal ends it after a part, without a record."""
+        self.last_scores.pop(score.title, None)
+        start = time.perf_counter()
+        results: list[Any] = []
+        tokenizer, parts = self.corpus.tokenizer, len(score.parts)
+        assert tokenizer is not None
+        with self._isolated(score.title):
+            for part, name in enumerate(score.parts):
+
+                def show(done: int, total: int, what: str = f"{part + 1}/{parts} {name}") -> None:
+                    self.console.live(f"step {self.step}: {score.title} {what} {bar(done, total)}")
+
+                with self.autocast():
+                    result = score.measure(
+                        part,
+                        self.model,
+                        tokenizer,
+                        batch_tokens=self.config.device_batch_size * self.config.max_seq_len,
+                        world=self.world,
+                        progress=show,
+                    )
+                results.append(result)
+                self.stop_signal = self.world.all_reduce_max(self._stopping.signal)
+                if self.stop_signal:
+                    return
+        if len(results) < parts:
+            return
+        figures, seconds = score.figures(results), time.perf_counter() - start
+        self.last_scores[score.title] = figures["score"]
+        self.console.record(self.log.write(score.title.lower(), self.step, **figures, seconds=seconds))
+        self.console.say(f"step {self.step}: {score.title} {figures['score']:.4f} in {duration(seconds)}")
+
     def validation_batches(self, max_tokens: int, world: World | None = None) -> Iterator[Batch]:
         """Yield this rank's part of the first max_tokens of the validation text. world: default: the run's."""
         world = world or self.world
@@ -522,10 +578,23 @@ class Trainer:
             run_folder.save_config(self.config, self.corpus.hash)
             if self.corpus.tokenizer is not None and not (run_dir / "tokenizer").exists():
                 self.corpus.tokenizer.save(run_dir / "tokenizer")
-        self.log = MetricsLog(run_dir, self.step or -1, self.console) if self.world.is_rank0 else SilentLog()
+        self.log = self._open_log() if self.world.is_rank0 else SilentLog()
         stack.callback(self.log.close)
         if resumed:
             self.console.say(f"resume   {run_dir} from step {self.step}")
+
+    def _open_log(self) -> MetricsLog:
+        last_step = self.step or -1
+        facts = {
+            "nanochat_native": nanochat_native.__version__,
+            "torch": torch.__version__,
+            "machine": hardware.describe(self.device),
+            "ranks": self.world.size,
+            "parameters": self.model.num_params(),
+            "flops_per_token": self.flops_per_token,
+        }
+        openers = loggers.openers(self.config, facts, last_step)
+        return MetricsLog(self.config.run_dir, last_step, self.console, openers)
 
     def _load(self) -> None:
         meta, loader_state = self.checkpointer.load(self._check_resumable)

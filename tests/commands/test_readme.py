@@ -169,6 +169,7 @@ WITHOUT_FLAGS = {f"nanochat_native.{name}" for name in ("doctor", "bench.step", 
 WITHOUT_FLAGS |= {"nanochat_native.lab.roofline.worker", "nanochat_native.evaluation.sandbox_worker"}
 # Flags of another program that a module names: of a command of this package, which has them, or of a foreign one.
 OF_ANOTHER = {
+    "nanochat_native.evaluation.core_score": {"nanochat_native.evaluate": {"--max-per-task"}},
     "nanochat_native.bench.torch_today": {"nanochat_native.train": {"--architecture", "--recipe"}},
     "nanochat_native.doctor": {"nanochat_native.train": {"--dtype", "--fp8"}},
     "nanochat_native.interop.nanochat_export": {"nanochat_native.train": {"--architecture"}},

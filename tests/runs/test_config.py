@@ -7,9 +7,11 @@ import pytest
 
 from nanochat_native.runs import run_folder
 from nanochat_native.runs.config import (
+    LOGGER_FLAGS,
     MUON_FLAGS,
     MUON_SWITCHES,
     PARTS,
+    PROJECT,
     RECIPES,
     FinetuneConfig,
     TrainConfig,
@@ -148,6 +150,26 @@ def test_a_switch_of_the_recipe_is_turned_on_and_off_with_and_without_a_value():
             assert getattr(parse(args, base=TrainConfig(seed=5)), name) == value
 
 
+@pytest.mark.parametrize("name", LOGGER_FLAGS)
+def test_a_logger_is_turned_on_and_off_with_and_without_a_project(name):
+    on, off = f"--{name}", f"--no-{name}"
+    logging = dataclasses.replace(TrainConfig(seed=5), **{name: "mine"})
+    for args, project in (
+        ([on], PROJECT),
+        ([on, "--depth", "3"], PROJECT),
+        ([on, "mine"], "mine"),
+        ([f"{on}=mine"], "mine"),
+        ([off], None),
+        ([off, "--depth", "3"], None),
+    ):
+        for base in (None, TrainConfig(seed=5), logging):
+            assert getattr(parse(args, base=base), name) == project
+    assert getattr(parse([], base=logging), name) == "mine"
+    for project in ("", "a/b", "a#b", "x" * 129):
+        with pytest.raises(ConfigError, match=f"^{on} must be a name of at most 128 characters without any of"):
+            parse([f"{on}={project}"])
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("data", ["stdlib", "/some/text"])
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -176,6 +198,11 @@ def test_everything_is_sized_and_what_is_given_stays(gpu, data, recipe, monkeypa
         "resume",
         "cuda_graphs",
         "text_column",
+        "core",
+        "core_every",
+        "core_max_per_task",
+        "wandb",
+        "trackio",
     }
     given = TrainConfig(depth=9, max_seq_len=77, vocab_size=999, dtype="bfloat16", backend="torch", run="mine")
     kept = resolve_defaults(given, gpu=gpu)

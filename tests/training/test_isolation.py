@@ -17,7 +17,7 @@ from tiny_run import losses, records, tiny_flags, train, write_text
 
 from nanochat_native import plot
 from nanochat_native.evaluation import bits_per_byte
-from nanochat_native.runs import checkpoint, metrics_log, pictures
+from nanochat_native.runs import checkpoint, loggers, metrics_log, pictures
 from nanochat_native.runs.config import parse, resolve_device
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.console import Console, SilentConsole
@@ -255,7 +255,8 @@ def test_a_report_that_fails_is_named_once_and_counted_and_training_continues(fo
 
 
 def test_a_tensorboard_writer_that_fails_is_not_used_again(folder, monkeypatch, capsys):
-    monkeypatch.setattr(metrics_log, "_tensorboard_writer", lambda *args: BrokenWriter())
+    monkeypatch.setattr(loggers, "TensorBoard", lambda *args: BrokenWriter())
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: True)
     assert train(folder, run="tensorboard", steps=4) == EXIT_CODE
     assert "failed: TensorBoard once\n" in capsys.readouterr().err
     assert len(records(folder / "runs/tensorboard", "train")) == 4
