@@ -412,6 +412,12 @@ class TrainConfig:
         """The folder of the run."""
         return self.out_dir / str(self.run)
 
+    @property
+    def order(self) -> Literal["stream", "bestfit"]:
+        """The order of the data, as data/order.py names it; after resolve_defaults."""
+        assert self.packing != "auto", "resolve_defaults chooses the packing"
+        return self.packing
+
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
@@ -430,12 +436,29 @@ class FinetuneConfig(TrainConfig):
     """Run folder of the base model: pretrained, imported or fine-tuned. A new run needs it."""
     step: int | None = None
     """Step of the checkpoint to use; default: the newest."""
+    mix: tuple[str, ...] = ()
+    """More conversations: files, folders or globs, each with an optional :epochs=N, the number of times that one pass
+    over all conversations has those of this file, e.g. --mix gsm8k.jsonl:epochs=4 names.jsonl:epochs=0.5."""
     val_data: str | None = None
-    """Conversations to validate on; default: a tenth of --data."""
+    """Conversations to validate on; default: a tenth of --data and --mix."""
+    skip_bad_lines: bool = False
+    """Leave out records that are no conversation, count them, and name the first ones, instead of stopping at one."""
     epochs: float = 3.0
     """Length of the training, in passes over all conversations. Use --num-iterations to give it in steps."""
     batch_rows: Annotated[int, auto_flag("INT", "32 on a GPU, 8 on a CPU")] = UNSET
-    """Conversations in one optimizer step."""
+    """Rows in one optimizer step: conversations, or with --packing best-fit rows of several."""
+    packing: Literal["one-per-row", "best-fit"] = "one-per-row"  # type: ignore[assignment]  # other values than train's
+    """Conversations of a row. one-per-row: one, padded to the length of the longest; best-fit: as many as fit into
+    --max-seq-len, the longest first. The loss of a conversation is the same in both: it attends only to itself, and its
+    positions begin at 0. With best-fit, attention runs on the conversations apart, in batches of similar length."""
+    cut: Annotated[
+        Literal["auto", "tokens", "turns"],
+        auto_flag("{auto,tokens,turns}", "turns with --packing best-fit, else tokens"),
+    ] = "auto"
+    """Where a conversation that is longer than --max-seq-len ends. turns: after the last answer that fits; tokens:
+    anywhere. What has no answer then is left out."""
+    load_optimizer: bool = False
+    """Begin with the state of the base run's optimizers, which is part of its checkpoint, instead of an empty one."""
     rate_scale: float = 0.1
     """Factor of the initial learning rates of pretraining. It applies to the rates that are not given."""
 
@@ -463,6 +486,30 @@ class FinetuneConfig(TrainConfig):
         for name in ("epochs", "rate_scale"):
             self._require(name, "a finite number > 0", 0 < getattr(self, name) < math.inf)
         self._require("batch_rows", "a whole number >= 1", self.batch_rows >= 1)
+        for entry in self.mix:
+            mixture_entry(entry)
+
+    @property
+    def order(self) -> Literal["stream", "bestfit"]:
+        return "stream"  # of rows that hold conversations
+
+    @property
+    def cuts_turns(self) -> bool:
+        """Whether a long conversation ends after an answer."""
+        return self.cut == "turns" or (self.cut == "auto" and self.packing == "best-fit")
+
+
+def mixture_entry(entry: str) -> tuple[str, float]:
+    """Return (path, epochs) of a value of --mix, PATH or PATH:epochs=N. Raise ConfigError for a bad one."""
+    path, found, number = entry.rpartition(":epochs=")
+    path, epochs = (path, number) if found else (entry, "1")
+    try:
+        times = float(epochs)
+    except ValueError:
+        times = math.nan
+    if not path or not 0 < times < math.inf:
+        raise ConfigError(f"--mix must be PATH or PATH:epochs=N with a finite number N > 0, got {entry!r}")
+    return path, times
 
 
 LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
@@ -730,7 +777,11 @@ def upgraded(flags: dict[str, Any]) -> dict[str, Any]:
     own = {"recipe": "october", "packing": "stream", "validation": "fraction"}
     if "momentum_end" in flags:
         own["momentum_final"] = flags["momentum_end"]
-    return own | flags | switched
+    found = own | flags | switched
+    if "rate_scale" in found:  # of fine-tuning
+        found["packing"] = "one-per-row" if found["packing"] == "stream" else found["packing"]
+        found["mix"] = tuple(found.get("mix", ()))
+    return found
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

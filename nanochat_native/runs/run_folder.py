@@ -50,7 +50,7 @@ MAY_CHANGE_ON_RESUME = (
     "cuda_graphs",
 )
 # Flags of the data, which is compared by the hash in config.json, not by its path.
-COMPARED_BY_CONTENT = ("data", "text_column", "val_data")
+COMPARED_BY_CONTENT = ("data", "text_column", "val_data", "mix")
 CHANGES_ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
 CONFIG_OF_COMMAND: dict[str, type[TrainConfig]] = {"train": TrainConfig, "finetune": FinetuneConfig}
 
@@ -154,15 +154,17 @@ def require_same_data(config: TrainConfig, data_hash: str) -> None:
     if "data_hash" in kept:
         same = kept["data_hash"] == data_hash
     else:
-        same = all(kept["config"].get(name) == getattr(config, name, None) for name in COMPARED_BY_CONTENT)
+        values = ((kept["config"].get(name), getattr(config, name, None)) for name in COMPARED_BY_CONTENT)
+        same = all(list(old or ()) == list(new or ()) for old, new in values)
     if not same:
         raise other_data(config)
 
 
 def other_data(config: TrainConfig) -> ConfigError:
     """Return the error for a run that began with other data."""
-    values = {name: getattr(config, name, None) for name in COMPARED_BY_CONTENT}
-    given = ", ".join(f"{flag(name)} {value}" for name, value in values.items() if value is not None)
+    values = {name: getattr(config, name, None) or () for name in COMPARED_BY_CONTENT}
+    texts = {name: value if isinstance(value, str) else " ".join(value) for name, value in values.items()}
+    given = ", ".join(f"{flag(name)} {text}" for name, text in texts.items() if text)
     return ConfigError(
         f"{config.run_dir}: the data or the tokenizer is not what this run began with ({given or 'no --data'}); "
         "start another run with another --run NAME"

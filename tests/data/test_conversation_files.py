@@ -99,7 +99,6 @@ def test_a_form_is_named_by_its_keys():
         ([{"messages": PLAIN}], r"messages\[0\] must have role and content, or from and value, got 'messages'"),
         ([USER, {"role": "assistant"}], r"messages\[1\] must have role and content, or from and value, got 'role'"),
         ([{}], r"messages\[0\] must have role and content, or from and value, got none"),
-        ([USER, ASSISTANT | {"tool_calls": [{}]}], r"messages\[1\] has tool_calls"),
         ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, r"messages\[1\] has function_call"),
         ([USER, ASSISTANT | {"weight": 0}], r"messages\[1\] has weight 0"),
         ({"prompt": [USER], "completion": [ASSISTANT | {"weight": 0}]}, r"messages\[1\] has weight 0"),
@@ -235,9 +234,8 @@ def test_files_folders_and_globs(tmp_path):
         ("", ValueError, "must not be empty"),
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl: no file, no folder with files and no glob that matches"),
         ("*.jsonl", FileNotFoundError, "no glob that matches"),
-        ("texts", FileNotFoundError, r"texts: no file ends in .jsonl, .ndjson, .json; there is x.txt"),
+        ("texts", FileNotFoundError, r"texts: no file ends in .jsonl, .ndjson, .json, .parquet; there is x.txt"),
         ("shards", ValueError, "shards: conversations must be in files of JSON .*, got token shards"),
-        ("rows.parquet", ValueError, "rows.parquet: conversations must be in files of JSON; write each row"),
     ],
 )
 def test_places_without_conversations(tmp_path, monkeypatch, data, error, message):
