@@ -3,8 +3,8 @@
 --help lists the flags. training/launch.py lists the exit codes.
 
 Supervised fine-tuning continues training with the same loop, on conversations (data/conversations.py). The loss counts
-only the messages of the assistant. Each row of a batch is one conversation, cut at --max-seq-len. Rows are not packed,
-so no conversation attends to another.
+only the messages of the assistant. A row of a batch is one conversation, or with --packing best-fit several. No
+conversation attends to another.
 """
 
 import sys

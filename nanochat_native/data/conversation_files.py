@@ -1,11 +1,16 @@
-"""Reads conversations from files of JSON, in the forms in which they are published, as lists of messages.
+"""Reads conversations from files of JSON or parquet, in the forms in which they are published, as lists of messages.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or the list alone
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}    ShareGPT
     {"instruction": "...", "input": "...", "output": "..."}                                    Alpaca
     {"prompt": "...", "completion": "..."}
+    {"text": "<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n"}, or the text alone    ChatML
+    {"question": "...", "choices": ["...", "..."], "answer": 0}                                              MMLU
+    {"question": "...", "answer": "... <<2*3=6>> ..."}                                                       GSM8K
 
-The form is detected for each record, so a file may mix forms. Unknown keys are ignored.
+The form is detected for each record, so a file may mix forms. Unknown keys are ignored. A record is a line of JSON
+lines, an element of a JSON array, a value of a .json file, or a row of parquet. GSM8K's calculations become the
+calculator's tokens only in parquet, the form in which it is published; in JSON they are text.
 """
 
 from __future__ import annotations
@@ -15,15 +20,17 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat_native.data.documents import read_utf8
+from nanochat_native.data import conversations
+from nanochat_native.data.documents import parquet_file, read_utf8
 from nanochat_native.data.file_names import suffix_of
 from nanochat_native.data.sources import find_source
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
+PARQUET = ".parquet"
 MESSAGE_LIST_KEYS = ("messages", "conversations", "conversation")
 # The keys of a question, of an addition to it, and of its answer.
 QUESTION_ANSWER_KEYS = (
@@ -38,9 +45,14 @@ SYSTEM_KEYS = ("system", "system_prompt")
 ROLE_ALIASES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 KNOWN_FORMS = (
     "it must have messages, a list of role and content, or conversations, a list of from and value, or two texts: "
-    "instruction and output, prompt and completion, prompt and response, or question and answer"
+    "instruction and output, prompt and completion, prompt and response, or question and answer; or text in ChatML"
 )
+PLAIN_FORM = "messages, a list of role and content"  # which parse_record names ""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the choices of a question
 
+_CHATML_START = "<|im_start|>"
+_CHATML_MESSAGE = re.compile(r"\s*<\|im_start\|>([^\n<|]*)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
+_CALCULATION = re.compile(r"<<([^>]+)>>")
 _BLANK = re.compile(r"[ \t\r\n\ufeff]*")  # concatenated files have a byte order mark in the middle
 
 
@@ -49,6 +61,9 @@ class Record(NamedTuple):
 
     line: int
     value: Any
+
+
+OnBadRecord = Callable[[int, ValueError], None]  # called with the line or the row, and what is wrong with it
 
 
 class ParsedRecord(NamedTuple):
@@ -61,6 +76,8 @@ class ParsedRecord(NamedTuple):
 def find_files(data: str | Path) -> tuple[list[Path], list[str]]:
     """Return (the files of conversations behind a file, a folder or a glob, notes about other files there).
 
+    A folder or a glob gives its files of JSON, and those of parquet only if there are none of JSON.
+
     Raises FileNotFoundError if there are none, and ValueError for files that cannot hold conversations.
     """
     if not str(data):
@@ -72,25 +89,42 @@ def find_files(data: str | Path) -> tuple[list[Path], list[str]]:
     if source.is_tokens:
         raise ValueError(f"{data}: conversations must be in files of JSON ({', '.join(SUFFIXES)}), got token shards")
     if len(source.files) == 1 and not Path(data).is_dir() and not glob.has_magic(str(data)):
-        if suffix_of(source.files[0]) == ".parquet":
-            raise ValueError(f"{data}: conversations must be in files of JSON; write each row as a line of .jsonl")
         return list(source.files), []
     files = [path for path in source.files if suffix_of(path) in SUFFIXES]
+    files = files or [path for path in source.files if suffix_of(path) == PARQUET]
     others = [path for path in source.files if path not in set(files)]
     if not files:
-        raise FileNotFoundError(f"{data}: no file ends in {', '.join(SUFFIXES)}; there is {others[0].name}")
-    return files, [
-        f"not read, because not JSON: {len(others)} of {len(source.files)} files (first: {others[0]})"
-    ] if others else []
+        raise FileNotFoundError(f"{data}: no file ends in {', '.join((*SUFFIXES, PARQUET))}; there is {others[0].name}")
+    if not others:
+        return files, []
+    kind = "JSON" if suffix_of(files[0]) in SUFFIXES else "parquet"
+    counts = f"{len(others)} of {len(source.files)} files (first: {others[0]})"
+    return files, [f"not read, because not {kind}: {counts}"]
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the values of a file: one for each line, or, in a .json file, the elements of a list or value after value.
+def place_of(path: Path, number: int) -> str:
+    """Return the place of a record for a message: its file, and its line or its row."""
+    return f"{path}, {'row' if suffix_of(path) == PARQUET else 'line'} {number}"
 
-    Raises ValueError, with file and line, for text that is not UTF-8 or not JSON, and DamagedFileError and ImportError
-    as read_document_parts does.
+
+def read_records(path: Path, on_bad: OnBadRecord | None = None) -> Iterator[Record]:
+    """Yield the values of a file: one for each line, or, in a .json file, the elements of a list or value after value,
+    or the rows of a .parquet file, whose nulls are left out.
+
+    Args:
+        on_bad: called for each line that is not UTF-8 or not JSON, and each row that is not UTF-8; the others are read.
+            In a .json file there is no next value to continue with.
+
+    Raises ValueError, with file and line, for text that is not UTF-8 or not JSON, unless on_bad takes it, and
+    DamagedFileError and ImportError as read_document_parts does.
     """
+    if suffix_of(path) == PARQUET:
+        yield from _rows(path, on_bad)
+        return
     content = read_utf8(path)
+    if on_bad is not None and suffix_of(path) != ".json":
+        yield from _good_lines(content, on_bad)
+        return
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,6 +135,41 @@ def read_records(path: Path) -> Iterator[Record]:
     except _DamageError as damage:
         advice = "; UTF-16 must begin with a byte order mark" if "\0" in text else ""
         raise ValueError(f"{path}, {damage}{advice}") from None
+
+
+def _good_lines(content: bytes, on_bad: OnBadRecord) -> Iterator[Record]:
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            for record in _line_values(line.decode()):
+                yield Record(number, record.value)
+        except UnicodeDecodeError as error:
+            on_bad(number, ValueError(f"not UTF-8 ({error.reason})"))
+        except _DamageError as damage:
+            on_bad(number, ValueError(str(damage).partition(": ")[2]))
+
+
+def _rows(path: Path, on_bad: OnBadRecord | None) -> Iterator[Record]:
+    number = 0
+    with parquet_file(path) as (_, file):
+        for batch in file.iter_batches(batch_size=1024):
+            for i in range(len(batch)):
+                number += 1
+                try:
+                    (row,) = batch.slice(i, 1).to_pylist()
+                except UnicodeDecodeError as error:
+                    reason = f"not UTF-8 ({error.reason})"
+                    if on_bad is None:
+                        raise ValueError(f"{place_of(path, number)}: {reason}") from None
+                    on_bad(number, ValueError(reason))
+                    continue
+                yield Record(number, _without_nulls(row))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value of parquet without the fields that a row does not have, which are null there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 class _DamageError(Exception):
@@ -169,15 +238,24 @@ def _integer(digits: str) -> int | float:
 _DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-def parse_record(record: Any) -> ParsedRecord:
+def parse_record(record: Any, *, calculations: bool = False) -> ParsedRecord:
     """Return the messages of a record. It is not checked that they are a conversation.
+
+    Args:
+        calculations: whether <<2*3=6>> in an answer to a question is code with its output, as in GSM8K, or text.
 
     Raises ValueError for a record of no known form or of several, and for one with content that would be lost.
     """
     if isinstance(record, list):
         return ParsedRecord([_message(message, i) for i, message in enumerate(record)], "")
+    if isinstance(record, str) and _CHATML_START in record:
+        return ParsedRecord(_chatml(record), "ChatML, a text")
     if not isinstance(record, dict):
         raise ValueError(f"the record must be an object or a list; {KNOWN_FORMS}")
+    if len(record) == 1 and isinstance(record.get("train"), dict):  # MMLU's auxiliary_train
+        record = record["train"]
+    if isinstance(record.get("choices"), list) and "question" in record and not isinstance(record.get("answer"), str):
+        return ParsedRecord(_multiple_choice(record), "question, choices and answer, as in MMLU")
     lists = [name for name in MESSAGE_LIST_KEYS if record.get(name) is not None]
     pairs = [pair for pair in QUESTION_ANSWER_KEYS if pair[0] in record and pair[2] in record]
     if len(lists) > 1 or (not lists and len(pairs) > 1):
@@ -192,11 +270,98 @@ def parse_record(record: Any) -> ParsedRecord:
     elif pairs:
         (pair,) = pairs
         messages, form = _turns(record, *pair)
+        if calculations and pair[0] == "question" and _CALCULATION.search(str(messages[-1]["content"])):
+            messages[-1]["content"] = _with_calculations(messages[-1]["content"])
+            form = "question and answer with calculations, as in GSM8K"
+    elif isinstance(record.get("text"), str) and _CHATML_START in record["text"]:
+        messages, form = _chatml(record["text"]), "text in ChatML"
     elif "chosen" in record and "rejected" in record:
         raise ValueError("the record is a preference with chosen and rejected; give the chosen answers as messages")
     else:
         raise ValueError(f"the record has the keys {', '.join(map(repr, record)) or 'none'}; {KNOWN_FORMS}")
     return ParsedRecord(_with_system(record, messages), form)
+
+
+def _chatml(text: str) -> list[Any]:
+    """Return the messages of a text in ChatML. Raise ValueError for one with anything outside of its messages."""
+    messages: list[Any] = []
+    at = 0
+    while at < len(text):
+        message = _CHATML_MESSAGE.match(text, at)
+        if message is None:
+            raise ValueError(
+                f"the text is not ChatML from character {at + 1} on: there must be <|im_start|>, a role, a line break, "
+                "the content and <|im_end|>"
+            )
+        messages.append(_message({"role": message[1].strip(), "content": message[2]}, len(messages)))
+        at = message.end()
+    return messages
+
+
+def _multiple_choice(record: dict[str, Any]) -> list[Any]:
+    """Return a question with choices as nanochat asks it, and the letter of the right choice."""
+    question, choices, answer = record["question"], record["choices"], record.get("answer")
+    if not isinstance(question, str) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError("question and choices must be texts")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"choices must be 2 to {len(LETTERS)} texts, got {len(choices)}")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(f"answer must be the index of a choice, from 0 to {len(choices) - 1}, got {answer!r}")
+    listed = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS, strict=False))
+    asked = f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": LETTERS[answer]}]
+
+
+def _with_calculations(answer: str) -> list[dict[str, str]]:
+    """Return an answer of GSM8K as parts: text, code, and its output."""
+    parts = []
+    for number, piece in enumerate(_CALCULATION.split(answer)):
+        if number % 2:
+            code, _, output = piece.rpartition("=") if "=" in piece else (piece, "", "")
+            parts += [{"type": "python", "text": code}, {"type": "python_output", "text": output}]
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def with_tools(messages: Any) -> tuple[Any, bool]:
+    """Return messages whose calls of the calculator, and the tool's messages behind them, are parts of the assistant's
+    messages, and whether there were any.
+
+    Raises ValueError for a call of another tool, several calls in one message, arguments other than one text, a call
+    without its output, a tool's message without a call, and roles that do not take turns.
+    """
+    if not isinstance(messages, list):
+        return messages, False
+    waiting = -1  # the message whose call has no output yet
+    found = is_output = False
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            continue
+        is_output = message.get("role") in ("tool", "function")
+        if waiting >= 0 and not is_output:
+            raise ValueError(f"messages[{waiting}] calls a tool, and no message of the tool follows it")
+        if is_output and waiting < 0:
+            raise ValueError(f"messages[{i}] is of a tool, and no call of the {conversations.CALCULATOR} precedes it")
+        waiting = -1
+        if message.get("tool_calls"):
+            found = True
+            conversations.require_calculation(message, f"messages[{i}]")
+            waiting = i
+    if waiting >= 0:
+        raise ValueError(f"messages[{waiting}] calls a tool, and no message of the tool follows it")
+    if not found:
+        return messages, False
+    if is_output:
+        raise ValueError("the last message must be the assistant's, got the tool's: there is no answer to train on")
+    turns = conversations.as_turns(messages)
+    outputs = sum(message["role"] in ("tool", "function") for message in messages)
+    if len(turns) != len(messages) - 2 * outputs or any(message["role"] == "system" for message in messages[1:]):
+        raise ValueError(
+            "after at most one message of the system, the roles must take turns: user, assistant, perhaps the tool and "
+            "again the assistant"
+        )
+    return turns, True
 
 
 def _is_message(value: Any) -> bool:
@@ -207,18 +372,22 @@ def _message(message: Any, index: int) -> Any:
     """Return the message with role and content. Raise ValueError if it has no such keys."""
     if not isinstance(message, dict):
         return message
-    if not (message.keys() & {"role", "from"} and message.keys() & {"content", "value"}):
+    calls = bool(message.get("tool_calls"))
+    if not (message.keys() & {"role", "from"} and (calls or message.keys() & {"content", "value"})):
         found = ", ".join(map(repr, message)) or "none"
         raise ValueError(f"messages[{index}] must have role and content, or from and value, got {found}")
-    for name in ("tool_calls", "function_call"):
-        if message.get(name):
-            raise ValueError(f"messages[{index}] has {name}, which cannot be trained on: leave the conversation out")
+    if message.get("function_call"):
+        raise ValueError(
+            f"messages[{index}] has function_call, which cannot be trained on; calls of the {conversations.CALCULATOR} "
+            "in tool_calls can"
+        )
     if message.get("weight") == 0:
         raise ValueError(
             f"messages[{index}] has weight 0, but all answers of the assistant are trained on: leave it out"
         )
     if not {"role", "content"} <= message.keys():
         message = {
+            **({"tool_calls": message["tool_calls"]} if calls else {}),
             "role": message.get("role", message.get("from")),
             "content": message.get("content", message.get("value")),
         }

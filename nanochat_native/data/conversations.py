@@ -357,6 +357,20 @@ def _calculation(message: Message) -> str | None:
     return values[0] if len(values) == 1 and isinstance(values[0], str) else None
 
 
+def require_calculation(message: Message, where: str) -> None:
+    """Raise ValueError unless the tool_calls of an assistant's message are a single call of the calculator."""
+    if message.get("role") != "assistant":
+        raise ValueError(f"{where} has tool_calls, but its role is {message.get('role')!r}, not 'assistant'")
+    if _calculation(message) is None:
+        calls = message["tool_calls"] if isinstance(message["tool_calls"], list) else []
+        functions = [call.get("function") for call in calls if isinstance(call, dict)]
+        names = [str(each.get("name")) for each in functions if isinstance(each, dict)]
+        raise ValueError(
+            f"{where} has tool_calls that cannot be trained on ({', '.join(names) or 'no function'}): the one that can "
+            f"is a single call of {CALCULATOR} with one text as its arguments"
+        )
+
+
 def _calls(message: Message, where: str) -> str | None:
     """Return the calls of an assistant's message, one on each line; None if the message has no field for them."""
     calls, single = message.get("tool_calls"), message.get("function_call")

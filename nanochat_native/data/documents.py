@@ -704,7 +704,8 @@ def _parquet_records(path: Path, reading: Reading, skipped: Skipped) -> Iterator
 
 @contextlib.contextmanager
 def parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Give (pyarrow, the open file). An error of pyarrow in the block becomes a DamagedFileError."""
+    """Give (pyarrow, the open file). An error of pyarrow in the block becomes a DamagedFileError. Raise ImportError
+    without pyarrow."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

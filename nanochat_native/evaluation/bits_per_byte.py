@@ -1,13 +1,14 @@
 """Bits per byte: nanochat's measure of a language model, comparable between tokenizers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runtime.distributed import World
 
@@ -34,6 +35,7 @@ def measure_text(
     batches: Iterable[tuple[Tensor, Tensor]],
     token_bytes: np.ndarray | Tensor,
     world: World | None = None,
+    documents_of: Callable[[Tensor], Documents | None] | None = None,
 ) -> Evaluation:
     """Measure bits per byte and loss of the model on a text.
 
@@ -44,12 +46,14 @@ def measure_text(
         batches: (inputs, targets), int64 (B, T) on the model's device; targets of -1 are ignored.
         token_bytes: (V,) integers: the number of bytes that each token stands for, 0 for special tokens.
         world: Ranks that each measure a part of the batches.
+        documents_of: Returns the documents of inputs that the model is to read apart; default: a row is one text.
 
     Raises ValueError if token_bytes does not fit the model or no target stands for bytes. On many ranks any error of a
     rank is a RankError on all of them.
     """
     world = world or World()
-    sums = world.all_reduce_sum_(world.run_collectively(lambda: _sums(model, batches, token_bytes), Exception))
+    own = world.run_collectively(lambda: _sums(model, batches, token_bytes, documents_of), Exception)
+    sums = world.all_reduce_sum_(own)
     all_nats, byte_nats, targets, targets_bytes = sums.tolist()
     if targets_bytes == 0:
         raise ValueError("no target stands for bytes: there is nothing to measure")
@@ -61,7 +65,12 @@ def measure_text(
     )
 
 
-def _sums(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray | Tensor) -> Tensor:
+def _sums(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: np.ndarray | Tensor,
+    documents_of: Callable[[Tensor], Documents | None] | None,
+) -> Tensor:
     """Return (4,) float64: nats of all targets, nats of those that stand for bytes, number of targets, their bytes."""
     if tuple(token_bytes.shape) != (model.config.vocab_size,):
         raise ValueError(f"token_bytes must have shape ({model.config.vocab_size},), got {tuple(token_bytes.shape)}")
@@ -72,7 +81,8 @@ def _sums(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.
     targets_seen = torch.zeros((), dtype=torch.int64, device=device)
     bytes_seen = torch.zeros_like(targets_seen)
     for inputs, targets in batches:
-        nats = model(inputs, targets, reduction="none")
+        documents = None if documents_of is None else documents_of(inputs)
+        nats = model(inputs, targets, reduction="none", documents=documents)
         counted = targets >= 0
         length = lengths[targets.clamp(min=0)] * counted
         all_nats += nats.sum(dtype=torch.float64)

@@ -88,8 +88,10 @@ class MissingTaskError(ValueError):
     """A task has no files in the folder."""
 
 
-def read_task(name: str, folder: Path | None, max_problems: int | None = None) -> Task:
+def read_task(name: str, folder: Path | None, max_problems: int | None = None, flag: str = "--data") -> Task:
     """Read a task: its first max_problems problems in nanochat's order.
+
+    flag: what errors call folder.
 
     Raises MissingTaskError if the folder has no files of the task, ValueError, naming file and row, for anything
     malformed, OSError for a file that cannot be read, and ImportError without pyarrow.
@@ -98,21 +100,21 @@ def read_task(name: str, folder: Path | None, max_problems: int | None = None) -
         made, judge = WITHOUT_FILES[name]
         return Task(name, [Problem(*problem) for problem in made()][:max_problems], judge)
     if folder is None:
-        raise MissingTaskError("--data FOLDER must name the folder of its files")
-    read = [read_problem(name, row, where) for path in find_files(name, folder) for where, row in rows_of(path)]
+        raise MissingTaskError(f"{flag} FOLDER must name the folder of its files")
+    read = [read_problem(name, row, where) for path in find_files(name, folder, flag) for where, row in rows_of(path)]
     if not read:
         raise ValueError(f"{folder}: the files of {name} must have at least one problem, got none")
     order = np.random.default_rng(ORDER_SEED).permutation(len(read))[:max_problems]
     return Task(name, [read[i] for i in order], JUDGES.get(name))
 
 
-def find_files(name: str, folder: Path) -> list[Path]:
+def find_files(name: str, folder: Path, flag: str = "--data") -> list[Path]:
     """Return the files of the test split of a task below a folder, in their order.
 
     Raises MissingTaskError if there are none, and ValueError if they are in several folders or of both kinds.
     """
     if not folder.is_dir():
-        raise ValueError(f"--data must be a folder, got {folder}")
+        raise ValueError(f"{flag} must be a folder, got {folder}")
     config = FOLDERS.get(name, name)
     groups: dict[tuple[Path, str], list[Path]] = {}
     unfit, seen = "", set[str]()
@@ -135,7 +137,7 @@ def find_files(name: str, folder: Path) -> list[Path]:
         raise MissingTaskError(f"{folder} has no {layout}{unfit}")
     if len(groups) > 1:
         (first, *_), (second, *_) = list(groups.values())[:2]
-        raise ValueError(f"--data must have the files of {name} once, got {first} and {second}")
+        raise ValueError(f"{flag} must have the files of {name} once, got {first} and {second}")
     return next(iter(groups.values()))
 
 

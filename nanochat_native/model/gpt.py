@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat_native import ops
 from nanochat_native.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
+from nanochat_native.model.documents import Documents
 from nanochat_native.model.flops import flops_per_token
 from nanochat_native.model.functional import (
     add_norm,
@@ -87,9 +88,20 @@ class Attention(nn.Module):
         q, k = rotary_norm(q, k, cos, sin, self.qk_scale)
         return q, k, v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, values: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        values: tuple[Tensor, Tensor] | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         q, k, v = self.project(x, cos, sin, values)
-        return cast(Tensor, self.c_proj(ops.attention(q, k, v, window=self.window).flatten(-2)))
+        if documents is None:
+            found = ops.attention(q, k, v, window=self.window)
+        else:
+            found = documents.attention(q, k, v, self.window)
+        return cast(Tensor, self.c_proj(found.flatten(-2)))
 
 
 class MLP(nn.Module):
@@ -111,7 +123,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, n: Tensor, cos: Tensor, sin: Tensor, values: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        n: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        values: tuple[Tensor, Tensor] | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return two terms whose sum is the residual stream after the block: the stream before the MLP, and its output.
 
@@ -119,8 +137,9 @@ class Block(nn.Module):
             x: (B, T, C), the stream.
             n: its norm.
             values: the table of the value embeddings and the tokens, in a layer that has them.
+            documents: that attention does not cross.
         """
-        x, n = add_norm(x, self.attn(n, cos, sin, values))
+        x, n = add_norm(x, self.attn(n, cos, sin, values, documents))
         return x, self.mlp(n)
 
 
@@ -143,11 +162,12 @@ def _recompute(
     cos: Tensor,
     sin: Tensor,
     values: tuple[Tensor, Tensor] | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the stream before the block and after it, and x0. checkpoint passes only its own arguments to saved-tensor
     hooks, so the block is called with `weights`."""
     z, x, n, x0 = _begin_block(x, None, x0, scales)
-    x, y = functional_call(block, weights, (x, n, cos, sin, values))
+    x, y = functional_call(block, weights, (x, n, cos, sin, values, documents))
     return z, x + y, x0
 
 
@@ -303,6 +323,7 @@ class GPT(nn.Module):
         reduction: str = "mean",
         last_only: bool = False,
         row_weights: Sequence[float] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Return logits (B, T, V) in float32, or with targets the cross-entropy in nats.
 
@@ -316,6 +337,8 @@ class GPT(nn.Module):
             last_only: Return logits (B, 1, V) of the last position only.
             row_weights: B factors, and the loss is a scalar: the sum over the sequences of the factor times the sum of
                 the cross-entropies of the sequence. `reduction` must be "sum".
+            documents: Those of idx. Each is read as if it were alone in its row. Without torch.func's transforms and
+                forward-mode AD.
 
         Raises TypeError and ValueError for arguments that do not fit.
         """
@@ -339,7 +362,11 @@ class GPT(nn.Module):
                 f"{self.config.sequence_len}, got {length}"
             )
 
-        n = self.hidden_states(idx)
+        if documents is not None and documents.positions.numel() != idx.numel():
+            raise ValueError(f"documents must be those of idx, got {documents.positions.numel()} tokens in them")
+
+        n = self.hidden_states(idx, documents)
+        n = n if documents is None else n.view(*idx.shape, -1)
         n = n[:, -1:] if last_only else n
 
         if targets is None:
@@ -362,13 +389,19 @@ class GPT(nn.Module):
             weight = weight[: self.config.vocab_size]
         return weight
 
-    def hidden_states(self, idx: Tensor) -> Tensor:
-        """Return the norm of the stream after the last block, (B, T, C): the input of lm_head. See forward for idx."""
-        config, length = self.config, idx.size(1)
-        cos, sin = self.cos[:, :length], self.sin[:, :length]
+    def hidden_states(self, idx: Tensor, documents: Documents | None = None) -> Tensor:
+        """Return the norm of the stream after the last block, (B, T, C): the input of lm_head. With documents
+        it is (1, B T, C). See forward for the arguments."""
+        config = self.config
+        if documents is None:
+            cos, sin = self.cos[:, : idx.size(1)], self.sin[:, : idx.size(1)]
+        else:  # the rows as one sequence, because each token has a position of its own
+            idx = idx.reshape(1, -1)
+            cos, sin = self.cos[:, documents.positions], self.sin[:, documents.positions]
         x = embedding_norm(idx, self.wte.weight, self.compute_dtype)
         if config.smear:
-            x = smear(x, self.smear_gate.weight, self.smear_lambda)
+            smeared = smear(x, self.smear_gate.weight, self.smear_lambda)
+            x = smeared if documents is None else torch.where(documents.is_first, x, smeared)
         recompute = self.grad_checkpoint and torch.is_grad_enabled() and not ops.beyond_backward(x)
         # The stream is x + y: the operator that begins the next block adds the MLP's output y.
         x0, y, middle = x, None, None
@@ -376,11 +409,11 @@ class GPT(nn.Module):
             values = (self.value_embeds[str(layer)].weight, idx) if config.has_value_embedding(layer) else None
             if recompute:
                 weights = dict(block.named_parameters())  # current ones: a functional_call may end before backward
-                arguments = (block, weights, scales, x, x0, cos, sin, values)
+                arguments = (block, weights, scales, x, x0, cos, sin, values, documents)
                 z, x, x0 = checkpoint(_recompute, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 z, x, n, x0 = _begin_block(x, y, x0, scales)
-                x, y = block(x, n, cos, sin, values)
+                x, y = block(x, n, cos, sin, values, documents)
             if config.backout and layer == config.n_layer // 2 + 1:
                 middle = z
         if not config.backout:

@@ -29,7 +29,8 @@ def attention_weights(model: GPT, ids: Tensor) -> Tensor:
     layers = []
 
     def record(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
-        q, k, _ = cast(Attention, attention).project(*inputs)
+        *projected, _ = inputs  # the last one is the documents
+        q, k, _ = cast(Attention, attention).project(*projected)
         layers.append(_weights(q, k, cast(Attention, attention).window))
 
     hooks = [block.attn.register_forward_pre_hook(record) for block in model.blocks]

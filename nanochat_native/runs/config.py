@@ -26,6 +26,7 @@ STDLIB = "stdlib"  # value of --data for the sources of the standard library
 EXAMPLES = "examples"  # value of --data in finetune for the generated conversations
 
 CORE_EVERY, CORE_ITEMS = 2000, 500  # nanochat's
+CHAT_EVERY, CHAT_PROBLEMS = 200, 24  # nanochat's, for the tasks whose answers the model writes
 PROJECT = "nanochat-native"  # of --wandb and --trackio without a value
 NOT_IN_A_PROJECT = "/\\#?%:"  # characters that wandb refuses
 
@@ -434,6 +435,12 @@ class TrainConfig:
         """The folder of the run."""
         return self.out_dir / str(self.run)
 
+    @property
+    def order(self) -> Literal["stream", "bestfit"]:
+        """The order of the data, as data/order.py names it; after resolve_defaults."""
+        assert self.packing != "auto", "resolve_defaults chooses the packing"
+        return self.packing
+
 
 @dataclass(frozen=True)
 class ChatTrainConfig(TrainConfig):
@@ -447,6 +454,16 @@ class ChatTrainConfig(TrainConfig):
     """Run folder of the base model: pretrained, imported or fine-tuned. A new run needs it."""
     step: int | None = None
     """Step of the checkpoint to use; default: the newest."""
+    chat_tasks: tuple[str, ...] = ()
+    """Tasks of chat_eval, such as GSM8K SpellingBee, to measure while the model is trained, at the end too. The
+    programs of HumanEval are run by chat_eval alone."""
+    chat_data: Path | None = None
+    """Folder with the files of --chat-tasks, as download fills it. SpellingBee and SimpleSpelling have none."""
+    chat_every: Annotated[int, auto_flag("INT", f"{CHAT_EVERY} with --chat-tasks")] = UNSET
+    """Steps between measurements of --chat-tasks. 0: only at the end."""
+    chat_max_problems: Annotated[int, auto_flag("INT", f"{CHAT_PROBLEMS} with --chat-tasks")] = UNSET
+    """Largest number of problems of each of --chat-tasks, after a fixed shuffle. 0: all."""
+
     reference_batch_size: int = 0
     """Tokens in one optimizer step for which the learning rates are given. 0: they do not depend on the batch."""
     matrix_weight_decay: float = 0.0
@@ -460,6 +477,13 @@ class ChatTrainConfig(TrainConfig):
     final_lr_frac: float = 0.0
     """Learning rate at the end of the warmdown, as a fraction of the full rate, in [0, 1]."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("chat_every", "chat_max_problems"):
+            self._require(name, "a whole number >= 0", getattr(self, name) >= 0)
+            if not is_unset(self, name) and not self.chat_tasks:
+                raise ConfigError(f"{flag(name)} needs --chat-tasks NAMES")
+
 
 @dataclass(frozen=True)
 class FinetuneConfig(ChatTrainConfig):
@@ -470,12 +494,29 @@ class FinetuneConfig(ChatTrainConfig):
     The guide explains it: docs/guide/13-using-it.md.
     """
 
+    mix: tuple[str, ...] = ()
+    """More conversations: files, folders or globs, each with an optional :epochs=N, the number of times that one pass
+    over all conversations has those of this file, e.g. --mix gsm8k.jsonl:epochs=4 names.jsonl:epochs=0.5."""
     val_data: str | None = None
-    """Conversations to validate on; default: a tenth of --data."""
+    """Conversations to validate on; default: a tenth of --data and --mix."""
+    skip_bad_lines: bool = False
+    """Leave out records that are no conversation, count them, and name the first ones, instead of stopping at one."""
     epochs: float = 3.0
     """Length of the training, in passes over all conversations. Use --num-iterations to give it in steps."""
     batch_rows: Annotated[int, auto_flag("INT", "32 on a GPU, 8 on a CPU")] = UNSET
-    """Conversations in one optimizer step."""
+    """Rows in one optimizer step: conversations, or with --packing best-fit rows of several."""
+    packing: Literal["one-per-row", "best-fit"] = "one-per-row"  # type: ignore[assignment]  # other values than train's
+    """Conversations of a row. one-per-row: one, padded to the length of the longest; best-fit: as many as fit into
+    --max-seq-len, the longest first. The loss of a conversation is the same in both: it attends only to itself, and its
+    positions begin at 0. With best-fit, attention runs on the conversations apart, in batches of similar length."""
+    cut: Annotated[
+        Literal["auto", "tokens", "turns"],
+        auto_flag("{auto,tokens,turns}", "turns with --packing best-fit, else tokens"),
+    ] = "auto"
+    """Where a conversation that is longer than --max-seq-len ends. turns: after the last answer that fits; tokens:
+    anywhere. What has no answer then is left out."""
+    load_optimizer: bool = False
+    """Begin with the state of the base run's optimizers, which is part of its checkpoint, instead of an empty one."""
     rate_scale: float = 0.1
     """Factor of the initial learning rates of pretraining. It applies to the rates that are not given."""
 
@@ -491,6 +532,30 @@ class FinetuneConfig(ChatTrainConfig):
         for name in ("epochs", "rate_scale"):
             self._require(name, "a finite number > 0", 0 < getattr(self, name) < math.inf)
         self._require("batch_rows", "a whole number >= 1", self.batch_rows >= 1)
+        for entry in self.mix:
+            mixture_entry(entry)
+
+    @property
+    def order(self) -> Literal["stream", "bestfit"]:
+        return "stream"  # of rows that hold conversations
+
+    @property
+    def cuts_turns(self) -> bool:
+        """Whether a long conversation ends after an answer."""
+        return self.cut == "turns" or (self.cut == "auto" and self.packing == "best-fit")
+
+
+def mixture_entry(entry: str) -> tuple[str, float]:
+    """Return (path, epochs) of a value of --mix, PATH or PATH:epochs=N. Raise ConfigError for a bad one."""
+    path, found, number = entry.rpartition(":epochs=")
+    path, epochs = (path, number) if found else (entry, "1")
+    try:
+        times = float(epochs)
+    except ValueError:
+        times = math.nan
+    if not path or not 0 < times < math.inf:
+        raise ConfigError(f"--mix must be PATH or PATH:epochs=N with a finite number N > 0, got {entry!r}")
+    return path, times
 
 
 @dataclass(frozen=True)
@@ -568,6 +633,7 @@ class ReinforceConfig(ChatTrainConfig):
             )
 
 
+CHAT_FLAGS = ("chat_tasks", "chat_data", "chat_every", "chat_max_problems")
 LOGGER_FLAGS = ("wandb", "trackio")
 LOGGER_VALUES = dict.fromkeys(LOGGER_FLAGS, (PROJECT, "None"))  # tyro takes None for a flag that may be unset
 LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
@@ -693,8 +759,9 @@ def resolve_device(config: C) -> C:
         has_bfloat16 = hardware.gpu_dtype(torch.device("cuda")) == torch.bfloat16
         config = dataclasses.replace(config, dtype="bfloat16" if has_bfloat16 else "float16")
     data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
-    core = None if config.core is None else Path(os.path.abspath(config.core.expanduser()))
-    config = dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data, core=core)
+    folders = {name: getattr(config, name, None) for name in ("core", "chat_data")}
+    paths: dict[str, Any] = {k: Path(os.path.abspath(v.expanduser())) for k, v in folders.items() if v is not None}
+    config = dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data, **paths)
     config = resolve_defaults(config, gpu=gpu)
     _require_types(config)
     return config
@@ -746,6 +813,8 @@ def resolve_defaults(config: C, *, gpu: bool) -> C:
         values["total_batch_size"] = 524288
     if config.core is not None:
         values |= {"core_every": CORE_EVERY, "core_max_per_task": CORE_ITEMS}
+    if isinstance(config, ChatTrainConfig) and config.chat_tasks:
+        values |= {"chat_every": CHAT_EVERY, "chat_max_problems": CHAT_PROBLEMS}
     if all(is_unset(config, name) for name in _HORIZONS):
         ratio = (0.14 if today else 0.1) if not gpu else 1.0 if embedded else 12.0 if today else 20.0
         values["target_param_data_ratio"] = ratio
@@ -845,7 +914,13 @@ def upgraded(flags: dict[str, Any]) -> dict[str, Any]:
     own = {"recipe": "october", "packing": "stream", "validation": "fraction"}
     if "momentum_end" in flags:
         own["momentum_final"] = flags["momentum_end"]
-    return own | flags | switched
+    found = own | flags | switched
+    if "batch_rows" in found:  # of fine-tuning
+        found["packing"] = "one-per-row" if found["packing"] == "stream" else found["packing"]
+        found["mix"] = tuple(found.get("mix", ()))
+    if "chat_tasks" in found:
+        found["chat_tasks"] = tuple(found["chat_tasks"])
+    return found
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

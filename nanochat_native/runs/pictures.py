@@ -36,8 +36,8 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def plot_loss(run_dir: Path) -> Path | None:
-    """Draw training and validation bits per byte over the steps in `run_dir`/loss.png, with the CORE scores if there
-    are any, on an axis of their own.
+    """Draw training and validation bits per byte over the steps in `run_dir`/loss.png, with the scores of CORE and of
+    chat tasks if there are any, on an axis of their own.
 
     If the bytes of tokens are not known, draw the loss in nats instead; for a run of reinforce, the reward. Return the
     path of the picture, or None if matplotlib is not installed.
@@ -58,12 +58,15 @@ def plot_loss(run_dir: Path) -> Path | None:
     axes.set(title=run_dir.name, xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    scores = [(r["step"], y) for r in records if r["kind"] == "core" and (y := value_of(r, "score")) is not None]
-    if scores:
-        right = axes.twinx()
-        handles += right.plot(*zip(*scores, strict=True), color="tab:green", marker="s", markersize=3, label="CORE")
-        right.set_ylabel("CORE score")
-        labels.append("CORE")
+    right = None
+    for kind, title, colour in (("core", "CORE", "tab:green"), ("chat", "chat tasks", "tab:purple")):
+        scores = [(r["step"], y) for r in records if r["kind"] == kind and (y := value_of(r, "score")) is not None]
+        if scores:
+            right = right or axes.twinx()
+            handles += right.plot(*zip(*scores, strict=True), color=colour, marker="s", markersize=3)
+            labels.append(title)
+    if right is not None:
+        right.set_ylabel(f"score: {' and '.join(label for label in labels if label in ('CORE', 'chat tasks'))}")
     if handles:
         axes.legend(handles, labels)
     return save(figure, run_dir / "loss.png")

@@ -15,6 +15,7 @@ from typing import Any
 
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import (
+    CHAT_FLAGS,
     LEARNING_RATE_FLAGS,
     LOGGER_FLAGS,
     C,
@@ -57,6 +58,7 @@ MAY_CHANGE_ON_RESUME = (
     "eval_examples",
     "eval_samples",
     *REPORT_FLAGS,
+    *CHAT_FLAGS,
     "sample_every",
     "save_every",
     "keep",
@@ -67,7 +69,7 @@ MAY_CHANGE_ON_RESUME = (
     "cuda_graphs",
 )
 # Flags of the data, which is compared by the hash in config.json, not by its path.
-COMPARED_BY_CONTENT = ("data", "text_column", "val_data", "task")
+COMPARED_BY_CONTENT = ("data", "text_column", "val_data", "mix", "task")
 CHANGES_ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
 CONFIG_OF_COMMAND: dict[str, type[TrainConfig]] = {
     "train": TrainConfig,
@@ -160,8 +162,9 @@ def load_config(folder: Path) -> TrainConfig:
     place = folder if folder.name not in ("", "..") else folder.resolve()
     flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
     try:
-        if flags.get("core") is not None:
-            flags["core"] = Path(flags["core"])
+        for name in ("core", "chat_data"):
+            if flags.get(name) is not None:
+                flags[name] = Path(flags[name])
         if command in ("finetune", "reinforce"):
             flags["checkpoint"] = Path(flags["checkpoint"])
         config = CONFIG_OF_COMMAND[command](**flags)
@@ -177,7 +180,8 @@ def require_same_data(config: TrainConfig, data_hash: str) -> None:
     if "data_hash" in kept:
         same = kept["data_hash"] == data_hash
     else:
-        same = all(kept["config"].get(name) == getattr(config, name, None) for name in COMPARED_BY_CONTENT)
+        values = ((kept["config"].get(name), getattr(config, name, None)) for name in COMPARED_BY_CONTENT)
+        same = all(list(old or ()) == list(new or ()) for old, new in values)
     if not same:
         raise other_data(config)
 
@@ -185,8 +189,9 @@ def require_same_data(config: TrainConfig, data_hash: str) -> None:
 def other_data(config: TrainConfig) -> ConfigError:
     """Return the error for a run that began with other data."""
     names = ("task",) if isinstance(config, ReinforceConfig) else COMPARED_BY_CONTENT
-    values = {name: getattr(config, name, None) for name in names}
-    given = ", ".join(f"{flag(name)} {value}" for name, value in values.items() if value is not None)
+    values = {name: getattr(config, name, None) or () for name in names}
+    texts = {name: value if isinstance(value, str) else " ".join(value) for name, value in values.items()}
+    given = ", ".join(f"{flag(name)} {text}" for name, text in texts.items() if text)
     return ConfigError(
         f"{config.run_dir}: the data or the tokenizer is not what this run began with ({given or 'no --data'}); "
         "start another run with another --run NAME"

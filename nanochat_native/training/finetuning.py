@@ -6,20 +6,24 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanochat_native.data import Batch, ConversationRows, Corpus, conversation_files, conversations
+from nanochat_native.data.conversation_rows import Rendered
 from nanochat_native.data.conversations import Message
 from nanochat_native.data.example_chats import example_chats
+from nanochat_native.data.file_names import suffix_of
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint, run_folder
 from nanochat_native.runs.config import (
@@ -30,6 +34,7 @@ from nanochat_native.runs.config import (
     ReinforceConfig,
     TrainConfig,
     flags_of_model,
+    mixture_entry,
     resolve_device,
     resolve_recipe,
 )
@@ -54,50 +59,72 @@ PRETRAINING_FLAGS = (
     "target_flops",
     "target_param_data_ratio",
     "text_column",
-    "packing",
     "validation",
     "tokenize",
 )
+SHOWN_BAD = 5  # records that are no conversation and are named in the notes, of each file, folder or glob
+# Flags that must be those of the base for the state of its optimizers to be that of the run's.
+OPTIMIZER_FLAGS = ("optimizer", "muon_form", "per_head", "normuon")
 Conversation = Sequence[Message]
 
 
-def read_conversations(data: str | Path, notes: list[str] | None = None) -> list[Conversation]:
+def read_conversations(
+    data: str | Path, notes: list[str] | None = None, *, skip_bad: bool = False
+) -> list[Conversation]:
     """Return the conversations of a file, a folder or a glob, each of which ends with an answer.
 
     data/conversation_files.py describes the forms.
 
     Args:
-        notes: receives a line for each form that is not plain messages, and for files that are not read.
+        notes: receives a line for each form, for files that are not read, and for records that are skipped.
+        skip_bad: whether a record that is no conversation is counted and left out.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a record that is no conversation, with its file and line.
+        ValueError: for a record that is no conversation, with its file and line, and if there is no other.
     """
     files, left_out = conversation_files.find_files(data)
     found: list[Conversation] = []
     forms: Counter[str] = Counter()
+    bad: list[str] = []  # the first ones
+    bad_count = 0
     for path in files:
-        for line, record in conversation_files.read_records(path):
+
+        def refuse(number: int, error: ValueError, path: Path = path) -> None:
+            nonlocal bad_count
+            message = f"{conversation_files.place_of(path, number)}: {error}"
+            if not skip_bad:
+                raise ValueError(message) from None
+            bad_count += 1
+            if len(bad) < SHOWN_BAD:
+                bad.append(f"skipped: {message}")
+
+        calculations = suffix_of(path) == conversation_files.PARQUET
+        for line, record in conversation_files.read_records(path, refuse if skip_bad else None):
             try:
-                messages, form = conversation_files.parse_record(record)
+                messages, form = conversation_files.parse_record(record, calculations=calculations)
+                messages, has_tools = conversation_files.with_tools(messages)
                 conversations.check_messages(messages)
                 if messages[-1]["role"] != "assistant":
                     raise ValueError(
                         "the last message must be the assistant's, got the user's: there is no answer to train on"
                     )
             except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
+                refuse(line, error)
+                continue
             found.append(messages)
-            forms[form] += 1
-    if not found:
-        raise ValueError(f"{data}: no conversation in it")
+            form = form or conversation_files.PLAIN_FORM
+            forms[f"{form}, with calls of the calculator" if has_tools else form] += 1
     if notes is not None:
+        notes += bad
+    if not found:
+        skipped = f", {bad_count:,} bad records are skipped; the first: {bad[0]}" if bad else ""
+        raise ValueError(f"{data}: no conversation in it{skipped}")
+    if notes is not None:
+        if bad_count:
+            notes.append(f"{Path(data).name}: {bad_count:,} of {bad_count + len(found):,} records are bad and skipped")
         notes += left_out
-        notes += [
-            f"{Path(data).name}: {count:,} of {len(found):,} records are {form}"
-            for form, count in forms.items()
-            if form
-        ]
+        notes += [f"{Path(data).name}: {count:,} of {len(found):,} records are {form}" for form, count in forms.items()]
     return found
 
 
@@ -120,29 +147,69 @@ class Chats(NamedTuple):
     val: ConversationRows
 
 
-Rendered = tuple[list[int], list[bool]]  # tokens, and which of them are targets, as conversations.render returns them
+def repeated(chats: Sequence[Conversation], epochs: float) -> list[int]:
+    """Return indices of conversations: each floor(epochs) times, and the fraction that is left for the same share of
+    them, which the hashes of the conversations choose."""
+    whole, fraction = divmod(epochs, 1)
+    more = round(fraction * len(chats))
+    chosen = sorted(range(len(chats)), key=lambda i: identity(chats[i])[8:])[:more] if more else []
+    return [*range(len(chats))] * int(whole) + sorted(chosen)
+
+
+def rendered(tokenizer: Tokenizer, chats: Iterable[Conversation]) -> list[Rendered]:
+    """Return the conversations as tokens, int32, and targets, bool."""
+    pairs = (conversations.render(tokenizer, chat) for chat in chats)
+    return [(np.array(tokens, dtype=np.int32), np.array(is_target, dtype=bool)) for tokens, is_target in pairs]
 
 
 def render_conversations(
     config: FinetuneConfig, tokenizer: Tokenizer, notes: list[str]
 ) -> tuple[list[Rendered], list[Rendered], list[Rendered]]:
-    """Return the conversations of --data as tokens, and those of them for training and for validation.
+    """Return the conversations of --data and --mix as tokens, and those of them for training and for validation.
 
-    With --val-data, all of --data is for training. notes: as for read_conversations.
+    The training has those of --mix as often as their epochs say, and validation has each once. With --val-data, all of
+    --data and --mix is for training. notes: as for read_conversations.
     """
-    found: Sequence[Conversation] = (
-        example_chats() if config.data == EXAMPLES else read_conversations(config.data, notes)
-    )
-    rendered = [conversations.render(tokenizer, chat) for chat in found]
+    sources: list[tuple[Sequence[Conversation], float]] = []
+    for data, epochs in [(config.data, 1.0), *map(mixture_entry, config.mix)]:
+        if data == EXAMPLES:
+            sources.append((example_chats(), epochs))
+        else:
+            sources.append((read_conversations(data, notes, skip_bad=config.skip_bad_lines), epochs))
+        if config.mix:
+            count = len(repeated(*sources[-1]))
+            name = "made-up examples" if data == EXAMPLES else Path(data).name
+            notes.append(f"{name}: {len(sources[-1][0]):,} conversations, {epochs:g} times, are {count:,} of a pass")
+    everything: list[Rendered] = []
+    train: list[Rendered] = []
+    val: list[Rendered] = []
+    for chats, epochs in sources:
+        rows = rendered(tokenizer, chats)
+        everything += rows
+        held_out = [config.val_data is None and is_held_out(chat) for chat in chats]
+        train += [rows[i] for i in repeated(chats, epochs) if not held_out[i]]
+        val += [row for row, held in zip(rows, held_out, strict=True) if held]
     if config.val_data is None:
-        held_out = [is_held_out(chat) for chat in found]
-        train, val = ([row for row, held in zip(rendered, held_out, strict=True) if held == side] for side in (0, 1))
-        return rendered, train, val
-    others = read_conversations(config.val_data, notes)
-    trained_on = {identity(chat) for chat in found}
+        return everything, train, val
+    others = read_conversations(config.val_data, notes, skip_bad=config.skip_bad_lines)
+    trained_on = {identity(chat) for chats, _ in sources for chat in chats}
     if both := sum(identity(chat) in trained_on for chat in others):
         notes.append(f"{both:,} of {len(others):,} conversations of --val-data are in --data too, and are trained on")
-    return rendered, rendered, [conversations.render(tokenizer, chat) for chat in others]
+    return everything, train, rendered(tokenizer, others)
+
+
+def cut_after_answer(document: Rendered, length: int, end: int) -> Rendered:
+    """Return a conversation up to the last answer that ends within `length` targets.
+
+    end: the token that ends an answer. Without such an answer the result has no target.
+    """
+    tokens, is_target = (np.asarray(part) for part in document)
+    if len(tokens) <= length + 1:
+        return document
+    ends = np.flatnonzero((tokens == end) & is_target)
+    last = ends[ends <= length]
+    stop = int(last[-1]) + 1 if len(last) else 1
+    return tokens[:stop], is_target[:stop]
 
 
 def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) -> Chats:
@@ -153,26 +220,34 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
     """
     notes: list[str] = []
     everything, train, val = render_conversations(config, tokenizer, notes)
+    packed = config.packing == "best-fit"
     length = max(len(tokens) for tokens, _ in train + val) - 1
+    if packed:  # the tokens of a small file fill less than a row
+        length = max(length, sum(len(tokens) - 1 for tokens, _ in train))
     length = min(config.max_seq_len, math.ceil(length / LENGTHS) * LENGTHS)
+    (end,) = conversations.special_ids(tokenizer, ["<|assistant_end|>"])
     if cut := sum(len(tokens) - 1 > length for tokens, _ in train + val):
-        lost = sum(not any(is_target[1 : length + 1]) for _, is_target in train + val)
+        if config.cuts_turns:
+            everything, train, val = (
+                [cut_after_answer(document, length, end) for document in part] for part in (everything, train, val)
+            )
+        lost = sum(not np.any(is_target[1 : length + 1]) for _, is_target in train + val)
         left_out = f"; {lost:,} with no answer before that are left out" if lost else ""
-        notes.append(f"{cut:,} conversations are cut after {length} tokens{left_out}")
+        where = f"after the last answer within {length} tokens" if config.cuts_turns else f"after {length} tokens"
+        notes.append(f"{cut:,} conversations are cut {where}{left_out}")
 
     def kept(part: Sequence[Rendered]) -> list[Rendered]:
-        return [(tokens, is_target) for tokens, is_target in part if any(is_target[1 : length + 1])]
+        return [(tokens, is_target) for tokens, is_target in part if np.any(is_target[1 : length + 1])]
 
     def target_bytes(rows: ConversationRows, count: int | None = None) -> int:
-        return sum(
-            int(tokenizer.token_bytes[tokens[1:][is_target[1:]]].sum()) for tokens, is_target in rows.documents[:count]
-        )
+        first = [rows.documents[index] for row in rows.rows[:count] for index in row]
+        return sum(int(tokenizer.token_bytes[tokens[1:][is_target[1:]]].sum()) for tokens, is_target in first)
 
     parts = kept(train), kept(val)
     if config.val_data is None and not all(target_bytes(ConversationRows(part, length)) for part in parts):
         parts = kept(everything), kept(everything)
         notes.append(f"too few conversations with answers ({len(parts[0])}) to hold some out: validation uses all")
-    rows, val_rows = (ConversationRows(part, length) for part in parts)
+    rows, val_rows = (ConversationRows(part, length, packed=packed) for part in parts)
     for name, part in ((config.data, rows), (config.val_data or config.data, val_rows)):
         if not part.documents:
             raise ValueError(f"{name}: no answer begins within {length} tokens; use a longer --max-seq-len")
@@ -183,22 +258,35 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
             f"{config.val_data or config.data}: the first answers for validation are all empty; use an --eval-tokens "
             f"above {config.eval_tokens}"
         )
-    digest = hashlib.sha256(f"{tokenizer.hash} {length}".encode())
-    for side in parts:
-        digest.update(json.dumps(side).encode() + b"\n")
     name = "made-up examples" if config.data == EXAMPLES else Path(config.data).name
+    name += f" and {len(config.mix)} of --mix" if config.mix else ""
+    shape = f"{len(rows.rows):,} rows of {length}, {rows.padding:.0%} padding" if packed else f"rows of {length}"
     corpus = Corpus(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         train=rows,
         val=val_rows,
         description=f"{name}, {len(rows.documents):,} conversations, {len(val_rows.documents):,} for validation | "
-        f"{rows.num_targets:,} tokens to train on, rows of {length}",
+        f"{rows.num_targets:,} tokens to train on, {shape}",
         notes=tuple(notes),
-        hash=digest.hexdigest(),
+        hash=hash_of(f"{tokenizer.hash} {length}" + (" best-fit" if packed else ""), parts),
         bytes_per_token=target_bytes(rows) / rows.num_targets,
     )
     return Chats(corpus, rows, val_rows)
+
+
+def hash_of(head: str, parts: Iterable[Sequence[Rendered]]) -> str:
+    """Return the hash of a text and of conversations for training and for validation, as earlier versions computed it:
+    of the lists in JSON, which are too large to build at once."""
+    digest = hashlib.sha256(head.encode())
+    for part in parts:
+        between = "["
+        for tokens, is_target in part:
+            pair = [np.asarray(tokens).tolist(), np.asarray(is_target).tolist()]
+            digest.update(f"{between}{json.dumps(pair)}".encode())
+            between = ", "
+        digest.update(b"]\n")
+    return digest.hexdigest()
 
 
 class Finetuning:
@@ -213,11 +301,14 @@ class Finetuning:
     """
 
     def __init__(self, config: FinetuneConfig, console: Console, world: World) -> None:
+        self._begins = not is_resumed(config)
+        if config.load_optimizer and self._begins:
+            require_optimizer_of_base(config)
         self._source, tokenizer, self._base, _ = load_base(config, console)
         self._chats = make_chats(config, tokenizer, self._source.config.vocab_size)
         for note in self._chats.corpus.notes:
             console.say(f"note     {note}")
-        self.config = resolve_batch(config, self._chats, world)
+        self.config: FinetuneConfig = resolve_batch(config, self._chats, world)
 
     def model_config(self, config: TrainConfig) -> GPTConfig:
         return self._source.config
@@ -229,6 +320,20 @@ class Finetuning:
         model.init_rotary()
         model.load_state_dict(self._source.state_dict())
         del self._source
+
+    def init_optimizers(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        config = self.config
+        if not config.load_optimizer or not self._begins:
+            return
+        assert config.checkpoint is not None
+        tensors, meta = checkpoint.load(config.checkpoint / "checkpoints", config.step)
+        state = tensors.get(checkpoint.OPTIMIZER, {})
+        checkpoint.restore_optimizers(list(model.named_parameters()), optimizers, state, meta.get("optimizer", {}))
+
+    def documents_of(self, inputs: Tensor) -> Documents | None:
+        tokenizer = self._chats.corpus.tokenizer
+        assert tokenizer is not None
+        return Documents(inputs, tokenizer.bos_id) if self.config.packing == "best-fit" else None
 
     def loss_divisors(self, micro_batches: Sequence[Batch], world: World) -> Sequence[Tensor]:
         """Return divisors that weight each micro-batch by its number of targets, on the device of the batch."""
@@ -262,6 +367,11 @@ class Finetuning:
         return Sample(question, question + request.text, f"{question}\n    {shown}")
 
 
+def is_resumed(config: ChatTrainConfig) -> bool:
+    """Return whether the run continues from a checkpoint of its own."""
+    return config.resume is not None and bool(checkpoint.steps(config.run_dir / "checkpoints"))
+
+
 def load_base(config: ChatTrainConfig, console: Console) -> tuple[GPT, Tokenizer, dict[str, Any], dict[str, Any]]:
     """Return the model that a run begins with, its tokenizer, the description of the base for the meta of checkpoints,
     and the meta of the checkpoint that was read: that of the base, or of the run's own newest if it resumes.
@@ -269,7 +379,7 @@ def load_base(config: ChatTrainConfig, console: Console) -> tuple[GPT, Tokenizer
     Raises what load_model does, and ConfigError for another base than that of the run to resume.
     """
     assert config.checkpoint is not None
-    resumed = config.resume is not None and checkpoint.steps(config.run_dir / "checkpoints")
+    resumed = is_resumed(config)
     source, step = (config.run_dir, None) if resumed else (config.checkpoint, config.step)
     model, tokenizer, meta = load_model(source, step, warn=console.say)
     if resumed:
@@ -285,6 +395,24 @@ def make_trainer(config: TrainConfig, console: Console, world: World) -> Trainer
     assert isinstance(config, FinetuneConfig)
     task = Finetuning(config, console, world)
     return Trainer(task.config, console, world, task)
+
+
+def require_optimizer_of_base(config: FinetuneConfig) -> None:
+    """Raise ConfigError if the base run has no state of optimizers, or that of others than the config asks for."""
+    assert config.checkpoint is not None
+    try:
+        base = run_folder.load_config(config.checkpoint)
+        imported = checkpoint.load_meta(config.checkpoint / "checkpoints", config.step).get("imported")
+    except (ConfigError, checkpoint.CheckpointError) as error:
+        raise ConfigError(f"--load-optimizer needs the base run with its optimizers: {error}") from None
+    if imported:
+        raise ConfigError(
+            f"--load-optimizer needs a base run with the state of its optimizers; {config.checkpoint} was imported"
+        )
+    for name in OPTIMIZER_FLAGS:
+        theirs, own = getattr(base, name), getattr(config, name)
+        if theirs != own:
+            raise ConfigError(f"--load-optimizer needs the base's {flag(name)} {theirs}, got {own}")
 
 
 def same_base(config: ChatTrainConfig, base: dict[str, Any]) -> dict[str, Any]:
@@ -311,11 +439,12 @@ def resolve_batch(config: FinetuneConfig, chats: Chats, world: World) -> Finetun
 
     Raises ConfigError if a rank would have no conversation of a batch.
     """
-    length, count = chats.train.sequence_len, len(chats.train.documents)
+    length, count = chats.train.sequence_len, len(chats.train.rows)
     rows = min(config.batch_rows, count) // world.size * world.size
     if rows == 0:
         raise ConfigError(
-            f"--batch-rows and the number of conversations must be >= {world.size}, the number of ranks, "
+            f"--batch-rows and the number of {'rows' if config.packing == 'best-fit' else 'conversations'} must be >= "
+            f"{world.size}, the number of ranks, "
             f"got {config.batch_rows} and {count}"
         )
     device_batch_size, num_iterations = config.device_batch_size, config.num_iterations
@@ -334,7 +463,7 @@ def resolve_batch(config: FinetuneConfig, chats: Chats, world: World) -> Finetun
 
 
 def steps_of(config: FinetuneConfig, count: int, rows: int) -> int:
-    """Return the optimizer steps in which `count` conversations, `rows` a step, are seen --epochs times."""
+    """Return the optimizer steps in which `count` rows of conversations, `rows` a step, are seen --epochs times."""
     return math.ceil(config.epochs * count / rows)
 
 
@@ -394,7 +523,6 @@ def resolve_on_base(
         dataclasses.replace(
             config,
             step=meta["step"],
-            packing="stream",
             depth=shape.n_layer,
             head_dim=shape.head_dim,
             n_kv_head=shape.n_kv_head,
@@ -417,5 +545,16 @@ def recipe_of(folder: Path, *, default: str) -> str:
 def with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
     """Return the config with paths that do not depend on the working directory."""
     assert config.checkpoint is not None
-    val_data = None if config.val_data is None else os.path.abspath(os.path.expanduser(config.val_data))
-    return dataclasses.replace(config, checkpoint=config.checkpoint.absolute(), val_data=val_data)
+    val_data = None if config.val_data is None else absolute_path(config.val_data)
+    mix = tuple(with_absolute_path(entry) for entry in config.mix)
+    return dataclasses.replace(config, checkpoint=config.checkpoint.absolute(), val_data=val_data, mix=mix)
+
+
+def with_absolute_path(entry: str) -> str:
+    """Return a value of --mix with an absolute path."""
+    path, _ = mixture_entry(entry)
+    return absolute_path(path) + entry[len(path) :]
+
+
+def absolute_path(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

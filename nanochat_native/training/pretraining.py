@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanochat_native.data import Batch, Corpus, prepare
 from nanochat_native.inference.engine import complete
@@ -63,6 +64,12 @@ class Pretraining:
 
     def init_weights(self, model: GPT, seed: int) -> None:
         model.init_weights(seed=seed)
+
+    def init_optimizers(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        pass  # the optimizers begin without a state
+
+    def documents_of(self, inputs: Tensor) -> None:
+        return None
 
     def loss_divisors(self, micro_batches: Sequence[Batch], world: World) -> Sequence[float]:
         return [len(micro_batches)] * len(micro_batches)

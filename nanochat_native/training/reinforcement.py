@@ -26,6 +26,7 @@ from torch import Tensor
 from nanochat_native.data import Corpus, Loader, conversations
 from nanochat_native.data.shards import TokenStream
 from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import ReinforceConfig, TrainConfig, resolve_device
 from nanochat_native.runtime.console import Console
@@ -198,6 +199,12 @@ class Reinforcement:
         model.load_state_dict(self._source.state_dict())
         del self._source
 
+    def init_optimizers(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        pass
+
+    def documents_of(self, inputs: Tensor) -> None:
+        return None
+
     def loss_divisors(self, micro_batches: Sequence[Any], world: World) -> Sequence[float]:
         return [1.0] * len(micro_batches)
 
@@ -311,7 +318,7 @@ class ReinforcementTrainer(Trainer):
         weights = loss_weights(batch, num_samples=config.num_samples, mean_rows=config.mean_rows)
         yield from passes(batch, weights, config.device_batch_size, self.device)
 
-    def micro_loss(self, micro_batch: Any) -> Tensor:
+    def micro_loss(self, micro_batch: Any, documents: Documents | None) -> Tensor:
         assert isinstance(micro_batch, Pass)
         inputs, targets, weights = micro_batch
         loss: Tensor = self.model(inputs, targets, reduction="sum", row_weights=weights)

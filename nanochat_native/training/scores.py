@@ -1,4 +1,5 @@
-"""Scores of a model that are measured while it is trained, at fixed steps and at the end: the CORE score.
+"""Scores of a model that are measured while it is trained, at fixed steps and at the end: the CORE score, and that of
+chat_eval's tasks.
 
 A score has parts, such as the tasks of CORE. The trainer measures them one after another, on all ranks, and stops
 between two of them if a signal asks for it.
@@ -8,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from nanochat_native.data.tokenizer import Tokenizer
-from nanochat_native.evaluation import core_score
+from nanochat_native.evaluation import chat_score, core_score
+from nanochat_native.evaluation.chat_tasks import NAMES, WITHOUT_FILES, MissingTaskError, read_task
 from nanochat_native.evaluation.core_score import Progress, TaskResult
 from nanochat_native.model.gpt import GPT
-from nanochat_native.runs.config import TrainConfig
+from nanochat_native.runs.config import ChatTrainConfig, TrainConfig
 from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import flag
@@ -87,6 +89,58 @@ class Core:
         return {"score": core_score.score(results), "items": sum(result.items for result in results), **centred}
 
 
+class Chat:
+    """The mean of the centred accuracies of --chat-tasks (a Score), as chat_eval measures them.
+
+    It is ChatCORE only if the tasks are those of ChatCORE. The constructor reads the tasks; it raises ValueError for a
+    task that is not there or cannot be measured, and what chat_tasks.read_task does.
+    """
+
+    title = "Chat"
+
+    def __init__(self, config: ChatTrainConfig) -> None:
+        self.every = config.chat_every
+        names = [name for name in NAMES if name != "HumanEval"]  # whose programs need chat_eval's --allow-code
+        for name in config.chat_tasks:
+            if name not in names:
+                raise ConfigError(f"--chat-tasks must be among {', '.join(names)}, got {name}")
+        if config.chat_data is not None and WITHOUT_FILES.keys() >= set(config.chat_tasks):
+            raise ConfigError("--chat-data is for tasks with files, which --chat-tasks does not name")
+        try:
+            self._tasks = [
+                read_task(name, config.chat_data, config.chat_max_problems or None, "--chat-data")
+                for name in NAMES
+                if name in config.chat_tasks
+            ]
+        except MissingTaskError as error:
+            raise ConfigError(f"--chat-tasks: {error}") from None
+        self.parts: Sequence[str] = [task.name for task in self._tasks]
+
+    def prepare(self, tokenizer: Tokenizer | None, longest: int) -> str:
+        assert tokenizer is not None, "a chat model has one"
+        for task in self._tasks:
+            for letters in {problem.letters for problem in task.problems}:
+                chat_score.letter_ids(tokenizer, letters)
+        return f"{', '.join(self.parts)}, {sum(len(task.problems) for task in self._tasks):,} problems"
+
+    def measure(
+        self, part: int, model: GPT, tokenizer: Tokenizer, *, batch_tokens: int, world: World, progress: Progress
+    ) -> chat_score.TaskResult:
+        engine = chat_score.make_engine(model, tokenizer, max(1, batch_tokens // model.config.sequence_len))
+        return chat_score.evaluate(self._tasks[part], engine, world=world, progress=progress)
+
+    def figures(self, results: Sequence[chat_score.TaskResult]) -> dict[str, float]:
+        accuracies = {f"accuracy/{result.task}": result.accuracy for result in results}
+        score = sum(result.centred for result in results) / len(results)
+        return {"score": score, "problems": sum(result.problems for result in results), **accuracies}
+
+
 def scores_of(config: TrainConfig) -> list[Score]:
     """Return the scores that the flags of a run name. Raises the errors of their constructors."""
-    return [] if config.core is None else [Core(config)]
+    scores: list[Score] = [] if config.core is None else [Core(config)]
+    if isinstance(config, ChatTrainConfig):
+        if config.chat_tasks:
+            scores.append(Chat(config))
+        elif config.chat_data is not None:
+            raise ConfigError("--chat-data needs --chat-tasks NAMES")
+    return scores

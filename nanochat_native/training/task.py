@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanochat_native.data import Batch, Corpus
 from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import TrainConfig
 from nanochat_native.runtime.console import Console
@@ -38,6 +39,12 @@ class Task(Protocol):
 
     def init_weights(self, model: GPT, seed: int) -> None:
         """Set the first weights of a new run."""
+
+    def init_optimizers(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Set the first state of the optimizers of a new run, after the weights."""
+
+    def documents_of(self, inputs: Tensor) -> Documents | None:
+        """Return the documents of inputs (B, T) that the model reads apart; None if a row is one text."""
 
     def loss_divisors(self, micro_batches: Sequence[Batch], world: World) -> Sequence[float | Tensor]:
         """Return the number by which to divide the mean loss of each micro-batch, so that their sum, averaged over the

@@ -20,6 +20,7 @@ import nanochat_native
 from nanochat_native import ops
 from nanochat_native.data import Batch, Loader, iterate_validation, make_loader
 from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
+from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
 from nanochat_native.ops import float8
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
@@ -123,6 +124,7 @@ class Trainer:
             gather_dtype=torch.bfloat16 if config.gather_dtype == "bfloat16" else None,
             **muon,
         )
+        task.init_optimizers(self.model, self.optimizers)
         self.overlap = overlap_backward(buckets_of(self.optimizers), self.model.parameters())
         self.checkpointer = Checkpointer(
             config.run_dir / "checkpoints", self.model, self.optimizers, world, console, keep=config.keep
@@ -130,6 +132,8 @@ class Trainer:
         self.throughput = Throughput(self.device, self.dtype)
         self.graphs: StepGraphs | None = None  # of train()
         self.why_no_graphs = why_not(self.device, self.dtype, self.optimizers, world.size)
+        if self.why_no_graphs is None and config.packing == "best-fit":
+            self.why_no_graphs = "--packing is best-fit, whose batches for attention differ between steps"
         if config.cuda_graphs == "on" and self.why_no_graphs is not None:
             raise ConfigError(f"--cuda-graphs must be auto or off here: {self.why_no_graphs}")
         self.diagnosis = Diagnosis(self.model, self.optimizers, world) if config.diagnose else None
@@ -148,10 +152,9 @@ class Trainer:
     def make_loader(self) -> Loader:
         """Return the loader of the run's batches."""
         config = self.config
-        assert config.packing != "auto", "resolve_defaults chooses the packing"
         return make_loader(
             self.corpus,
-            packing=config.packing,
+            packing=config.order,
             batch_rows=config.total_batch_size // config.max_seq_len,
             sequence_len=config.max_seq_len,
             seed=config.seed,
@@ -348,13 +351,14 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         micro_batches = list(self.micro_batches(batch))
+        documents = [self.task.documents_of(x) for x, *_ in micro_batches]  # before the device has work to wait for
         divisors = self.task.loss_divisors(micro_batches, self.world)
         for i, (micro_batch, divisor) in enumerate(zip(micro_batches, divisors, strict=True)):
             if self.graphs is not None:
                 loss += self.graphs.forward_backward(micro_batch, divisor, first=i == 0)
                 continue
             with self.autocast():
-                micro_loss = self.micro_loss(micro_batch) / divisor
+                micro_loss = self.micro_loss(micro_batch, documents[i]) / divisor
             with self.overlap if i + 1 == len(micro_batches) else contextlib.nullcontext():
                 (micro_loss if scale == 1 else micro_loss * scale).backward()
             loss += micro_loss.detach()
@@ -367,10 +371,10 @@ class Trainer:
         inputs, targets = batch
         yield from zip(inputs.chunk(self.accumulation_steps), targets.chunk(self.accumulation_steps), strict=True)
 
-    def micro_loss(self, micro_batch: Batch) -> Tensor:
-        """Return the mean loss of a micro-batch in nats, 0-d."""
+    def micro_loss(self, micro_batch: Batch, documents: Documents | None) -> Tensor:
+        """Return the mean loss of a micro-batch in nats, 0-d. documents: those of Task.documents_of."""
         inputs, targets = micro_batch
-        loss: Tensor = self.model(inputs, targets)
+        loss: Tensor = self.model(inputs, targets, documents=documents)
         return loss
 
     @property
@@ -519,10 +523,9 @@ class Trainer:
     def validation_batches(self, max_tokens: int, world: World | None = None) -> Iterator[Batch]:
         """Yield this rank's part of the first max_tokens of the validation text. world: default: the run's."""
         world = world or self.world
-        assert self.config.packing != "auto"
         return iterate_validation(
             self.corpus,
-            packing=self.config.packing,
+            packing=self.config.order,
             batch_rows=self.config.device_batch_size,
             sequence_len=self.config.max_seq_len,
             max_tokens=max_tokens,
@@ -536,7 +539,7 @@ class Trainer:
         tokenizer = self.corpus.tokenizer
         lengths = torch.ones(self.corpus.vocab_size) if tokenizer is None else tokenizer.token_bytes
         with self.autocast():
-            return measure_text(self.model, batches, lengths, self.world)
+            return measure_text(self.model, batches, lengths, self.world, self.task.documents_of)
 
     def sample(self) -> None:
         """Generate and log a sample of text, on rank 0."""

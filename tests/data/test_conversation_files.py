@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_native.data import DamagedFileError
-from nanochat_native.data.conversation_files import find_files, parse_record, read_records
+from nanochat_native.data.conversation_files import find_files, parse_record, read_records, with_tools
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 PLAIN = [USER, ASSISTANT]
@@ -49,6 +49,94 @@ def test_every_form_gives_its_messages(record, messages):
     before = json.dumps(record)
     assert parse_record(record).messages == messages
     assert json.dumps(record) == before
+
+
+CHATML = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na\n<|im_end|>\n"
+CALL = {"type": "function", "function": {"name": "calculator", "arguments": '{"expression": "2*3"}'}}
+CALLING = {"role": "assistant", "content": "so ", "tool_calls": [CALL]}
+OUTPUT = {"role": "tool", "content": "6"}
+
+
+def test_chatml_is_read_as_messages():
+    answer = {"role": "assistant", "content": "a\n"}
+    for record in (CHATML, {"text": CHATML}):
+        assert parse_record(record).messages == [SYSTEM, USER, answer]
+    assert (parse_record(CHATML).form, parse_record({"text": CHATML}).form) == ("ChatML, a text", "text in ChatML")
+    user, last = CHATML.index("<|im_start|>user") + 1, CHATML.rindex("<|im_start|>") + 1
+    for wrong, at in (
+        (CHATML + "more", len(CHATML) + 1),
+        (CHATML[:-10], last),
+        ("x" + CHATML, 1),
+        (CHATML.replace("user\n", "user"), user),
+    ):
+        with pytest.raises(ValueError, match=f"not ChatML from character {at} on"):
+            parse_record({"text": wrong})
+
+
+def test_a_question_with_choices_is_asked_as_nanochat_asks_it():
+    record = {"question": "Which?", "subject": "s", "choices": ["one", "two"], "answer": 1}
+    asked = "Multiple Choice question: Which?\n- one=A\n- two=B\n\nRespond only with the letter of the correct answer."
+    expected = [{"role": "user", "content": asked}, {"role": "assistant", "content": "B"}]
+    assert parse_record(record).messages == parse_record({"train": record}).messages == expected
+    for wrong, message in (
+        ({"answer": 2}, "answer must be the index of a choice, from 0 to 1, got 2"),
+        ({"answer": True}, "got True"),
+        ({"choices": ["one"]}, "choices must be 2 to 26 texts, got 1"),
+        ({"choices": ["one", 2]}, "question and choices must be texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_record(record | wrong)
+    assert parse_record(record | {"answer": "two"}).messages[1]["content"] == "two", "as before"
+
+
+def test_calculations_are_code_only_where_they_are_asked_for():
+    record = {"question": "q", "answer": "It is <<2*3=6>>6.\n#### 6"}
+    assert parse_record(record).messages[1]["content"] == record["answer"]
+    (_, answer), form = parse_record(record, calculations=True)
+    assert answer["content"] == [
+        {"type": "text", "text": "It is "},
+        {"type": "python", "text": "2*3"},
+        {"type": "python_output", "text": "6"},
+        {"type": "text", "text": "6.\n#### 6"},
+    ]
+    assert form == "question and answer with calculations, as in GSM8K"
+
+
+def test_calls_of_the_calculator_become_code_and_its_output():
+    last = {"role": "assistant", "content": "6."}
+    for calling in (CALLING, {"role": "assistant", "content": None, "tool_calls": [CALL]}):
+        turns, found = with_tools(parse_record([USER, calling, OUTPUT, last, USER, ASSISTANT]).messages)
+        assert found
+        said = [{"type": "text", "text": "so "}] if calling["content"] else []
+        parts = [*said, {"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"}]
+        assert turns[1]["content"] == [*parts, {"type": "text", "text": "6."}]
+        assert turns[2:] == [USER, ASSISTANT]
+    assert with_tools(PLAIN) == (PLAIN, False)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([USER, ASSISTANT | {"tool_calls": [{}]}], r"messages\[1\] has tool_calls .*no function"),
+        (
+            [USER, ASSISTANT | {"tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}],
+            r"messages\[1\] has tool_calls that cannot be trained on \(weather\): .* single call of calculator",
+        ),
+        ([USER, ASSISTANT | {"tool_calls": [CALL, CALL]}], r"\(calculator, calculator\)"),
+        ([USER | {"tool_calls": [CALL]}, ASSISTANT], r"messages\[0\] has tool_calls, but its role is 'user'"),
+        ([USER, CALLING, ASSISTANT], r"messages\[1\] calls a tool, and no message of the tool follows"),
+        ([USER, CALLING], r"messages\[1\] calls a tool, and no message of the tool follows"),
+        ([USER, OUTPUT], r"messages\[1\] is of a tool, and no call of the calculator precedes"),
+        ([USER, CALLING, OUTPUT, OUTPUT], r"messages\[3\] is of a tool, and no call"),
+        ([USER, CALLING, OUTPUT], "the last message must be the assistant's, got the tool's"),
+        ([USER, CALLING, OUTPUT, USER, ASSISTANT], "roles must take turns"),
+        ([USER, USER, CALLING, OUTPUT, ASSISTANT], "roles must take turns"),
+        ([USER, CALLING, OUTPUT, ASSISTANT, SYSTEM], "roles must take turns"),
+    ],
+)
+def test_tools_that_cannot_be_trained_on_are_refused(messages, message):
+    with pytest.raises(ValueError, match=message):
+        with_tools(parse_record(messages).messages)
 
 
 def test_plain_messages_are_passed_on_as_they_are():
@@ -99,7 +187,6 @@ def test_a_form_is_named_by_its_keys():
         ([{"messages": PLAIN}], r"messages\[0\] must have role and content, or from and value, got 'messages'"),
         ([USER, {"role": "assistant"}], r"messages\[1\] must have role and content, or from and value, got 'role'"),
         ([{}], r"messages\[0\] must have role and content, or from and value, got none"),
-        ([USER, ASSISTANT | {"tool_calls": [{}]}], r"messages\[1\] has tool_calls"),
         ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, r"messages\[1\] has function_call"),
         ([USER, ASSISTANT | {"weight": 0}], r"messages\[1\] has weight 0"),
         ({"prompt": [USER], "completion": [ASSISTANT | {"weight": 0}]}, r"messages\[1\] has weight 0"),
@@ -196,6 +283,38 @@ def test_damage_is_told_by_its_line(tmp_path, name, content, message):
         records(path)
 
 
+def test_bad_lines_are_told_one_by_one_and_the_others_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a"\n"\xe9"\n\n{} {}\n[2]')
+    bad = []
+    found = [tuple(record) for record in read_records(path, lambda line, error: bad.append((line, str(error))))]
+    assert found == [(1, {"a": 1}), (6, [2])]
+    assert [line for line, _ in bad] == [2, 3, 5]
+    for (_, message), start in zip(bad, ("not JSON (Exp", "not UTF-8 (", "not JSON (something follows"), strict=True):
+        assert message.startswith(start)
+
+
+def test_rows_of_parquet_are_records_without_their_nulls(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    rows = [{"messages": PLAIN, "source": "s"}, {"messages": [USER | {"name": "Ada"}, ASSISTANT], "source": None}]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1)
+    assert records(path) == [(1, rows[0]), (2, {"messages": rows[1]["messages"]})]
+    assert find_files(tmp_path) == ([path], [])
+    bad_text = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xe9")]
+    )
+    pq.write_table(pa.table({"text": bad_text}), path)
+    with pytest.raises(ValueError, match=r"x.parquet, row 2: not UTF-8"):
+        records(path)
+    bad = []
+    assert [tuple(r) for r in read_records(path, lambda row, error: bad.append(row))] == [(1, {"text": "a"})]
+    assert bad == [2]
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(DamagedFileError, match="damaged parquet file"):
+        records(path)
+
+
 def test_utf_16_and_utf_32_are_read_by_their_mark(tmp_path):
     path = tmp_path / "x.jsonl"
     for encoding in ("utf-16", "utf-32"):
@@ -235,9 +354,8 @@ def test_files_folders_and_globs(tmp_path):
         ("", ValueError, "must not be empty"),
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl: no file, no folder with files and no glob that matches"),
         ("*.jsonl", FileNotFoundError, "no glob that matches"),
-        ("texts", FileNotFoundError, r"texts: no file ends in .jsonl, .ndjson, .json; there is x.txt"),
+        ("texts", FileNotFoundError, r"texts: no file ends in .jsonl, .ndjson, .json, .parquet; there is x.txt"),
         ("shards", ValueError, "shards: conversations must be in files of JSON .*, got token shards"),
-        ("rows.parquet", ValueError, "rows.parquet: conversations must be in files of JSON; write each row"),
     ],
 )
 def test_places_without_conversations(tmp_path, monkeypatch, data, error, message):

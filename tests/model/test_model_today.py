@@ -288,7 +288,7 @@ def test_weights_of_attention_follow_the_model():
     outputs, values = [], []
     for block in model.blocks:
         block.attn.c_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
-        block.attn.register_forward_pre_hook(lambda attention, inputs: values.append(attention.project(*inputs)[2]))
+        block.attn.register_forward_pre_hook(lambda attention, inputs: values.append(attention.project(*inputs[:4])[2]))
     with torch.no_grad():
         model(ids)
     for layer in range(5):

@@ -273,7 +273,7 @@ def test_ranks_have_the_losses_of_one_process(base):
         ),
         (
             '[{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]',
-            "line 2: messages[1].role must be one of",
+            "line 2: messages[1] is of a tool, and no call of the calculator precedes it",
         ),
         (
             '[{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]',
@@ -374,7 +374,8 @@ def test_a_file_may_hold_several_forms_and_the_notes_name_them(base):
     assert mixed.corpus.hash == plain.corpus.hash
     assert "made.jsonl: 1 of 3 records are conversations, a list of messages" in notes
     assert "made.jsonl: 1 of 3 records are prompt and completion, a question, and its answer" in notes
-    assert len(notes) == 3, "two forms, and too few to hold some out"
+    assert "made.jsonl: 1 of 3 records are messages, a list of role and content" in notes
+    assert len(notes) == 4, "three forms, and too few to hold some out"
 
 
 def test_an_error_after_many_good_records_names_its_line(base):
@@ -412,7 +413,7 @@ def test_equal_conversations_are_on_one_side_whatever_else_their_messages_have(b
             records.append([message | {"id": f"{number}-{copy}"} for message in chat(f"q {number}", f"a {number}")])
     made, notes = chats_of(base, records, val_data=None)
     train, val = ({tuple(tokens) for tokens, _ in documents(rows)} for rows in (made.train, made.val))
-    assert not notes
+    assert notes == ("made.jsonl: 120 of 120 records are messages, a list of role and content",)
     assert len(train) + len(val) == 40
     assert val
     assert not train & val
@@ -432,7 +433,7 @@ def test_held_out_answers_that_are_all_empty_are_replaced_by_all(base):
     assert len(made.train.documents) == 11
     records[9:] = [chat(q, "word") for q in held_out_questions(2, True)("word")]
     made, notes = chats_of(base, records, val_data=None)
-    assert (len(made.train.documents), len(made.val.documents), notes) == (9, 2, ())
+    assert (len(made.train.documents), len(made.val.documents), len(notes)) == (9, 2, 1)
 
 
 def test_answers_that_are_all_empty_are_refused_before_any_work(base, capsys):
