@@ -16,6 +16,7 @@ GROUPS = {
         "download": "download datasets",
         "train": "train a GPT",
         "finetune": "fine-tune a trained model on conversations",
+        "reinforce": "train a fine-tuned model by rewards for its answers",
     },
     "Use a model": {
         "generate": "continue a prompt",

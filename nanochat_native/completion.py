@@ -23,6 +23,7 @@ FLAGS = {
     "download": ["download.py:Options"],
     "train": [TRAIN],
     "finetune": ["runs/config.py:FinetuneConfig"],
+    "reinforce": ["runs/config.py:ReinforceConfig"],
     "generate": ["generate.py:Options"],
     "chat": ["inference/chat_session.py:Options"],
     "serve": ["serve.py:Options"],

@@ -18,7 +18,7 @@ from nanochat_native.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_native.evaluation.bits_per_byte import measure_text
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import run_folder
-from nanochat_native.runs.config import STDLIB, FinetuneConfig, TrainConfig
+from nanochat_native.runs.config import STDLIB, FinetuneConfig, ReinforceConfig, TrainConfig
 from nanochat_native.runs.saved_model import load_model
 
 Pair = tuple[int, int]
@@ -377,7 +377,7 @@ def bits_per_byte(checkpoint: Path = Path("runs/d4"), max_tokens: int = 32_768) 
 def validation_tokens(checkpoint: Path, tokenizer: Tokenizer) -> data.TokenStream:
     """Return the validation tokens of a run. Raises ValueError if it was fine-tuned on conversations."""
     config: TrainConfig = run_folder.load_config(checkpoint)
-    if isinstance(config, FinetuneConfig):
+    if isinstance(config, FinetuneConfig | ReinforceConfig):
         raise ValueError(f"{checkpoint} was fine-tuned on conversations: give a run of `train`")
     assert config.cache_dir is not None, "config.json of a run has every value"
     corpus = data.prepare(

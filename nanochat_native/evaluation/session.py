@@ -16,7 +16,7 @@ from nanochat_native.evaluation import core_score
 from nanochat_native.evaluation.bits_per_byte import measure_text
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import pictures, results, run_folder
-from nanochat_native.runs.config import STDLIB, FinetuneConfig
+from nanochat_native.runs.config import STDLIB, FinetuneConfig, ReinforceConfig
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime import console, distributed
 from nanochat_native.runtime.command import MISTAKES
@@ -117,7 +117,7 @@ class Session:
         def prepare() -> data.Corpus:
             source, text_column = options.data, options.text_column
             if source is None:
-                if isinstance(trained, FinetuneConfig):
+                if isinstance(trained, FinetuneConfig | ReinforceConfig):
                     raise ValueError(f"{options.checkpoint} was fine-tuned on conversations; set --data to a text")
                 source = trained.data
                 text_column = trained.text_column if text_column is None else text_column

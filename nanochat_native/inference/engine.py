@@ -59,6 +59,7 @@ class Request:
     Attributes:
         tokens: Tokens so far.
         drawn: For each of them, whether the model drew it; the calculator's results are given.
+        stop_token: The token that ended the text, which is in neither tokens nor text; None if none did.
         text: Their text, as far as it can no longer change, without a stop string; "" if the engine has no tokenizer.
         scored: Scores of the prompt's tokens and of those behind it, with the stop token that ended them, if requested.
         finish_reason: None while the request waits or runs; then "stop" (stop token or string), "length" (max_tokens),
@@ -70,6 +71,7 @@ class Request:
         self.prompt, self.sampling = prompt, sampling
         self.tokens: list[int] = []
         self.drawn: list[bool] = []
+        self.stop_token: int | None = None
         self.text = ""
         self.scored: list[Scored] = [Scored(prompt[0], None, ())] if sampling.score_prompt else []
         self.finish_reason: str | None = None
@@ -334,6 +336,7 @@ class Engine:
                     continue
                 ends = self.tokenizer is not None and token == self.tokenizer.bos_id
                 if ends or token in request.sampling.stop_tokens:
+                    request.stop_token = token
                     request._finish("stop")
                 else:
                     request._append(token)

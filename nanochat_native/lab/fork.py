@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_native.runs import checkpoint
-from nanochat_native.runs.config import FinetuneConfig, TrainConfig, shown
+from nanochat_native.runs.config import FinetuneConfig, ReinforceConfig, TrainConfig, command_of, shown
 from nanochat_native.runs.run_folder import PER_CALL_FLAGS, load_config, other_data, save_config
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.errors import ConfigError
@@ -78,8 +78,8 @@ def defaults_of(folder: Path) -> TrainConfig:
     Raises ConfigError if `folder` is not a run of train.
     """
     config = load_config(folder)
-    if isinstance(config, FinetuneConfig):
-        raise ConfigError(f"--fork must be a run of nanochat_native.train, got {folder}, a run of finetune")
+    if isinstance(config, FinetuneConfig | ReinforceConfig):
+        raise ConfigError(f"--fork must be a run of nanochat_native.train, got {folder}, a run of {command_of(config)}")
     plain = TrainConfig()
     own = {name: getattr(plain, name) for name in (*PER_CALL_FLAGS, "diagnose")}
     if config.momentum_final == config.momentum_end:  # then it follows the --momentum-end of each case

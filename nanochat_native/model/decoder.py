@@ -12,13 +12,15 @@ from torch import Tensor
 from nanochat_native import ops
 from nanochat_native.model.gpt import GPT, SOFTCAP
 from nanochat_native.ops.cached_forward import to_device
+from nanochat_native.ops.weight_copies import low_precision
 
 
 class Decoder:
     """The model for generation, without gradients: each sequence has a slot of a preallocated cache.
 
-    The weights are the model's own if they have its compute_dtype, otherwise copies. The lambdas and the gate of smear,
-    in float32, are always its own. See ops.cached_forward_.
+    The weights are the model's own if they have its compute_dtype, otherwise copies: of a linear layer in training,
+    those that the optimizer keeps (ops/weight_copies.py). The lambdas and the gate of smear, in float32, are always its
+    own. See ops.cached_forward_.
 
     On the native CPU backend, in float32, the logits of a token have the same bits whatever else is decoded with it and
     however its prompt was split. Elsewhere they may differ by rounding.
@@ -73,6 +75,8 @@ class Decoder:
 
 
 def _weight(module: nn.Linear | nn.Embedding, dtype: torch.dtype) -> Tensor:
+    if isinstance(module, nn.Linear):
+        return low_precision(module.weight, dtype).detach()
     return module.weight.detach().to(dtype)
 
 

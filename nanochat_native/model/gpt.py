@@ -20,6 +20,7 @@ the embeddings.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -148,6 +149,22 @@ def _recompute(
     z, x, n, x0 = _begin_block(x, None, x0, scales)
     x, y = functional_call(block, weights, (x, n, cos, sin, values))
     return z, x + y, x0
+
+
+def _weighted_loss(n: Tensor, weight: Tensor, targets: Tensor, row_weights: Sequence[float]) -> Tensor:
+    """Return the sum of the cross-entropies, each times the weight of its row.
+
+    The operator has one factor for all its rows, so the rows of equal weight share a call. Positions without a target
+    are left out.
+    """
+    parts = []
+    for factor in dict.fromkeys(row_weights):
+        rows = [row for row, other in enumerate(row_weights) if other == factor]
+        chosen = targets[rows]
+        counts = chosen != -1
+        loss = ops.linear_cross_entropy(n[rows][counts], weight, chosen[counts], softcap=SOFTCAP, reduction="sum")
+        parts.append(factor * loss)
+    return torch.stack(parts).sum()
 
 
 class GPT(nn.Module):
@@ -285,6 +302,7 @@ class GPT(nn.Module):
         *,
         reduction: str = "mean",
         last_only: bool = False,
+        row_weights: Sequence[float] | None = None,
     ) -> Tensor:
         """Return logits (B, T, V) in float32, or with targets the cross-entropy in nats.
 
@@ -296,6 +314,8 @@ class GPT(nn.Module):
             targets: (B, T) int64; -1 is ignored.
             reduction: "mean" or "sum" for a scalar loss, "none" for (B, T) without a gradient.
             last_only: Return logits (B, 1, V) of the last position only.
+            row_weights: B factors, and the loss is a scalar: the sum over the sequences of the factor times the sum of
+                the cross-entropies of the sequence. `reduction` must be "sum".
 
         Raises TypeError and ValueError for arguments that do not fit.
         """
@@ -307,6 +327,11 @@ class GPT(nn.Module):
             raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, got {tuple(targets.shape)}")
         if targets is not None and last_only:
             raise ValueError("targets cannot be combined with last_only: the loss covers whole sequences")
+        if row_weights is not None and (targets is None or reduction != "sum" or len(row_weights) != idx.size(0)):
+            raise ValueError(
+                f"row_weights must have {idx.size(0)} numbers, with targets and the reduction 'sum', "
+                f"got {len(row_weights)} and {reduction!r}"
+            )
         length = idx.size(1)
         if length > self.max_positions:
             raise ValueError(
@@ -320,6 +345,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(n)
         weight = self._head_weight(n.dtype)
+        if row_weights is not None:
+            return _weighted_loss(n, weight, targets, row_weights)
         return ops.linear_cross_entropy(n, weight, targets, softcap=SOFTCAP, reduction=reduction)
 
     def logits(self, n: Tensor) -> Tensor:

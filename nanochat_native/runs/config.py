@@ -370,7 +370,7 @@ class TrainConfig:
             plain = self.run not in ("", "..") and Path(self.run).name == self.run and "\0" not in self.run
             self._require("run", "a name without slashes (--out-dir sets the folder)", plain)
 
-        neutral = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+        neutral = {name: field.default for name, field in self.__dataclass_fields__.items()}
         neutral |= RECIPES["october"] | {"momentum_final": self.momentum_end}
         muon_flags = [name for name in MUON_FLAGS if not is_unset(self, name) and getattr(self, name) != neutral[name]]
         if muon_flags and self.optimizer not in WITH_MUON:
@@ -463,6 +463,95 @@ class FinetuneConfig(TrainConfig):
         for name in ("epochs", "rate_scale"):
             self._require(name, "a finite number > 0", 0 < getattr(self, name) < math.inf)
         self._require("batch_rows", "a whole number >= 1", self.batch_rows >= 1)
+
+
+@dataclass(frozen=True)
+class ReinforceConfig(TrainConfig):
+    """Train a fine-tuned model by rewards for its answers (REINFORCE), as nanochat does.
+
+    In each step the model writes several answers to each of some examples. An answer that is better than the mean of
+    its example becomes more likely, a worse one less likely. docs/reinforcement.md describes the tasks.
+    """
+
+    recipe: Annotated[
+        Literal["auto", "today", "october"], auto_flag("{auto,today,october}", "that of the base model")
+    ] = "auto"
+    """The way to train. It sets the options of Muon that are not given."""
+    checkpoint: Path | None = None
+    """Run folder of the model to train, which was fine-tuned on conversations. A new run needs it."""
+    step: int | None = None
+    """Step of the checkpoint to use; default: the newest."""
+    task: str = "arithmetic"
+    """Examples and the reward of an answer: arithmetic, spelling, or a Python file with examples(split) and
+    reward(example, answer). The file is run."""
+    write_chats: Path | None = None
+    """Write the training examples that have an answer to this new file, as conversations for finetune --data, and
+    stop."""
+    epochs: float = 1.0
+    """Length of the training, in passes over the examples. Use --num-iterations to give it in steps."""
+    examples_per_step: int = 16
+    """Examples in one optimizer step, over all ranks."""
+    num_samples: int = 16
+    """Answers to each example."""
+    mean_rows: Annotated[int, auto_flag("INT", "the largest divisor of --num-samples up to 8")] = UNSET
+    """Answers to one example over whose tokens the loss is a mean, a divisor of --num-samples."""
+    max_new_tokens: Annotated[int, auto_flag("INT", "256, at most half of the model's sequence")] = UNSET
+    """Largest number of tokens in an answer. Examples that leave less room in the model's sequence are left out."""
+    temperature: float = 1.0
+    """Divisor of the logits from which answers are drawn."""
+    top_k: int = 50
+    """Answers are drawn from this many of the likeliest tokens. 0: from all."""
+    rate_scale: float = 0.05
+    """Factor of the learning rates that are not given. They fall to 0 over the training."""
+    eval_examples: int = 400
+    """Largest number of examples in one evaluation."""
+    eval_samples: int = 8
+    """Answers to each example of an evaluation. It reports pass@k for the powers of 2 up to this number."""
+
+    data: Annotated[str, auto_flag("PATH", "not used; see --task")] = STDLIB
+    """Not a flag of this command."""
+    reference_batch_size: int = 0
+    """Tokens in one optimizer step for which the learning rates are given. 0: they do not depend on the batch."""
+    matrix_weight_decay: float = 0.0
+    """Weight decay of the parameters that Muon trains, as a fraction of their learning rate."""
+    momentum_start: float = 0.95
+    """Momentum of Muon at the first step, in [0, 1)."""
+    momentum_end: float = 0.95
+    """Momentum of Muon after --momentum-warmup-steps, in [0, 1)."""
+    momentum_warmup_steps: int = 0
+    """Steps over which the momentum of Muon changes from --momentum-start to --momentum-end."""
+    momentum_final: float = 0.95
+    """Momentum of Muon at the end of the warmdown, over which it changes from --momentum-end, in [0, 1)."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it. 0: no clipping."""
+    warmup_steps: int = 0
+    """Steps at the start over which the learning rate rises from 0. A shorter run never reaches the full rate."""
+    warmdown_ratio: float = 1.0
+    """Fraction of the training, at its end, over which the learning rate decays, in [0, 1]."""
+    final_lr_frac: float = 0.0
+    """Learning rate at the end of the warmdown, as a fraction of the full rate, in [0, 1]."""
+    eval_every: int = 60
+    """Steps between evaluations of pass@k. 0: only at the end."""
+    save_every: int = 60
+    """Steps between checkpoints. 0: only at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "rate_scale", "temperature"):
+            self._require(name, "a finite number > 0", 0 < getattr(self, name) < math.inf)
+        for name in ("examples_per_step", "mean_rows", "max_new_tokens", "eval_examples", "eval_samples"):
+            self._require(name, "a whole number >= 1", getattr(self, name) >= 1)
+        self._require(
+            "num_samples",
+            "a whole number >= 2, because an answer is compared with the mean of its example",
+            self.num_samples >= 2,
+        )
+        self._require("top_k", "a whole number >= 0", self.top_k >= 0)
+        self._require("task", "arithmetic, spelling or a Python file", self.task != "")
+        if not is_unset(self, "mean_rows") and self.num_samples % self.mean_rows:
+            raise ConfigError(
+                f"--mean-rows must be a divisor of --num-samples {self.num_samples}, got {self.mean_rows}"
+            )
 
 
 LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
@@ -567,6 +656,8 @@ def _with_values(args: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def command_of(config: TrainConfig) -> str:
     """Return the name of the command that makes such a run."""
+    if isinstance(config, ReinforceConfig):
+        return "reinforce"
     return "finetune" if isinstance(config, FinetuneConfig) else "train"
 
 

@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl and TensorBoard events.
 
 metrics.jsonl holds one JSON object on each line. `kind` is "train" (one optimizer step), "val" (bits per byte on the
-validation split), "sample" (generated text) or "diagnosis" (statistics of layers). `step` is the number of optimizer
-steps done.
+validation split, or the rewards of answers), "sample" (generated text) or "diagnosis" (statistics of layers). `step` is
+the number of optimizer steps done.
 """
 
 import contextlib

@@ -38,8 +38,8 @@ def save(figure: Any, path: Path) -> Path:
 def plot_loss(run_dir: Path) -> Path | None:
     """Draw training and validation bits per byte over the steps in `run_dir`/loss.png.
 
-    If the bytes of tokens are not known, draw the loss in nats instead. Return the path of the picture, or None if
-    matplotlib is not installed.
+    If the bytes of tokens are not known, draw the loss in nats instead; for a run of reinforce, the reward. Return the
+    path of the picture, or None if matplotlib is not installed.
     """
     figure = new_figure()
     if figure is None:
@@ -47,6 +47,8 @@ def plot_loss(run_dir: Path) -> Path | None:
     records = list(metrics_log.read(run_dir / "metrics.jsonl"))
     in_bits = any(value_of(r, "bpb") is not None for r in records)
     value, label = ("bpb", "bits per byte") if in_bits else ("loss", "nats a token")
+    if any(value_of(r, "reward") is not None for r in records):
+        value, label = "reward", "mean reward"
     axes = figure.add_subplot()
     for kind, style in (("train", {"linewidth": 0.8, "alpha": 0.8}), ("val", {"marker": "o", "markersize": 3})):
         points = [(r["step"], y) for r in records if r["kind"] == kind and (y := value_of(r, value)) is not None]

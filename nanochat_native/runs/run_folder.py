@@ -17,6 +17,7 @@ from nanochat_native.runs.config import (
     LEARNING_RATE_FLAGS,
     C,
     FinetuneConfig,
+    ReinforceConfig,
     TrainConfig,
     command_of,
     parse,
@@ -40,6 +41,8 @@ MAY_CHANGE_ON_RESUME = (
     "cache_dir",
     "eval_every",
     "eval_tokens",
+    "eval_examples",
+    "eval_samples",
     "sample_every",
     "save_every",
     "keep",
@@ -50,9 +53,13 @@ MAY_CHANGE_ON_RESUME = (
     "cuda_graphs",
 )
 # Flags of the data, which is compared by the hash in config.json, not by its path.
-COMPARED_BY_CONTENT = ("data", "text_column", "val_data")
+COMPARED_BY_CONTENT = ("data", "text_column", "val_data", "task")
 CHANGES_ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
-CONFIG_OF_COMMAND: dict[str, type[TrainConfig]] = {"train": TrainConfig, "finetune": FinetuneConfig}
+CONFIG_OF_COMMAND: dict[str, type[TrainConfig]] = {
+    "train": TrainConfig,
+    "finetune": FinetuneConfig,
+    "reinforce": ReinforceConfig,
+}
 
 
 def resolve_config(
@@ -139,7 +146,7 @@ def load_config(folder: Path) -> TrainConfig:
     place = folder if folder.name not in ("", "..") else folder.resolve()
     flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
     try:
-        if command == "finetune":
+        if command in ("finetune", "reinforce"):
             flags["checkpoint"] = Path(flags["checkpoint"])
         config = CONFIG_OF_COMMAND[command](**flags)
         return resolve_recipe(config, default=config.recipe)
@@ -161,7 +168,8 @@ def require_same_data(config: TrainConfig, data_hash: str) -> None:
 
 def other_data(config: TrainConfig) -> ConfigError:
     """Return the error for a run that began with other data."""
-    values = {name: getattr(config, name, None) for name in COMPARED_BY_CONTENT}
+    names = ("task",) if isinstance(config, ReinforceConfig) else COMPARED_BY_CONTENT
+    values = {name: getattr(config, name, None) for name in names}
     given = ", ".join(f"{flag(name)} {value}" for name, value in values.items() if value is not None)
     return ConfigError(
         f"{config.run_dir}: the data or the tokenizer is not what this run began with ({given or 'no --data'}); "

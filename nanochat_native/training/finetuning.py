@@ -26,6 +26,7 @@ from nanochat_native.runs.config import (
     EXAMPLES,
     PARTS,
     FinetuneConfig,
+    ReinforceConfig,
     TrainConfig,
     flags_of_model,
     resolve_device,
@@ -209,16 +210,7 @@ class Finetuning:
     """
 
     def __init__(self, config: FinetuneConfig, console: Console, world: World) -> None:
-        assert config.checkpoint is not None
-        resumed = config.resume is not None and checkpoint.steps(config.run_dir / "checkpoints")
-        source, step = (config.run_dir, None) if resumed else (config.checkpoint, config.step)
-        self._source, tokenizer, meta = load_model(source, step, warn=console.say)
-        if resumed:
-            self._base = same_base(config, meta["base"])
-        else:
-            kept = ("step", "nanochat_native", "data_hash", "tokenizer_hash", "validation_bpb", "imported")
-            self._base = {"run": str(source)} | {name: meta.get(name) for name in kept}
-            self._base["weights_sha256"] = checkpoint.weights_hash(source / "checkpoints", meta["step"])
+        self._source, tokenizer, self._base, _ = load_base(config, console)
         self._chats = make_chats(config, tokenizer, self._source.config.vocab_size)
         for note in self._chats.corpus.notes:
             console.say(f"note     {note}")
@@ -267,6 +259,26 @@ class Finetuning:
         return Sample(question, question + request.text, f"{question}\n    {shown}")
 
 
+def load_base(
+    config: FinetuneConfig | ReinforceConfig, console: Console
+) -> tuple[GPT, Tokenizer, dict[str, Any], dict[str, Any]]:
+    """Return the model that a run begins with, its tokenizer, the description of the base for the meta of checkpoints,
+    and the meta of the checkpoint that was read: that of the base, or of the run's own newest if it resumes.
+
+    Raises what load_model does, and ConfigError for another base than that of the run to resume.
+    """
+    assert config.checkpoint is not None
+    resumed = config.resume is not None and checkpoint.steps(config.run_dir / "checkpoints")
+    source, step = (config.run_dir, None) if resumed else (config.checkpoint, config.step)
+    model, tokenizer, meta = load_model(source, step, warn=console.say)
+    if resumed:
+        return model, tokenizer, same_base(config, meta["base"]), meta
+    kept = ("step", "nanochat_native", "data_hash", "tokenizer_hash", "validation_bpb", "imported")
+    base = {"run": str(source)} | {name: meta.get(name) for name in kept}
+    base["weights_sha256"] = checkpoint.weights_hash(source / "checkpoints", meta["step"])
+    return model, tokenizer, base, meta
+
+
 def make_trainer(config: TrainConfig, console: Console, world: World) -> Trainer:
     """Return the trainer of a fine-tuning run."""
     assert isinstance(config, FinetuneConfig)
@@ -274,7 +286,7 @@ def make_trainer(config: TrainConfig, console: Console, world: World) -> Trainer
     return Trainer(task.config, console, world, task)
 
 
-def same_base(config: FinetuneConfig, base: dict[str, Any]) -> dict[str, Any]:
+def same_base(config: FinetuneConfig | ReinforceConfig, base: dict[str, Any]) -> dict[str, Any]:
     """Return the base of a run to resume, with the path in --checkpoint, to which the base may have moved.
 
     Raises ConfigError if the model there has other weights.

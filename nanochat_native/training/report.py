@@ -12,7 +12,7 @@ from nanochat_native import ops
 from nanochat_native.data import Corpus, Loader
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import buckets_of, describe_routing
-from nanochat_native.runs.config import STDLIB, FinetuneConfig, TrainConfig, command_of
+from nanochat_native.runs.config import STDLIB, FinetuneConfig, ReinforceConfig, TrainConfig, command_of
 from nanochat_native.runs.pictures import MISSING, plot_diagnosis, plot_loss
 from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console, compact, duration
@@ -43,7 +43,7 @@ class Outcome:
 
     Attributes:
         step: the optimizer steps of the run.
-        steps, seconds: the steps of this call, and the time that they took.
+        steps, seconds, tokens: the steps of this call, the time that they took, and the tokens trained on.
         saved_step: the step of the newest checkpoint; -1 if there is none.
         diagnosed, diagnosis_seconds: the steps whose layers were measured, and the time that it took.
     """
@@ -52,6 +52,7 @@ class Outcome:
     step: int
     steps: int
     seconds: float
+    tokens: int
     diverged: bool
     saved_step: int
     skipped: int
@@ -100,7 +101,7 @@ def announce(setup: Setup, notes: Sequence[str], console: Console) -> None:
     epochs = setup.loader.epochs_of(tokens)
     passes = "" if epochs is None else f" ({epochs:.2g} epochs)"
     time = ""
-    if peak.flops is not None:
+    if peak.flops is not None and not isinstance(config, ReinforceConfig):  # whose time is that of the answers, too
         time = f", about {duration(flops / (peak.flops * setup.world_size * EXPECTED_MFU[device.type]))}"
     say(
         f"batch    {config.device_batch_size} x {config.max_seq_len} x {setup.accumulation_steps} = "
@@ -118,8 +119,11 @@ def live_line(record: dict[str, Any], *, num_iterations: int, seconds_per_step: 
     """Return a train record in one line. available_bytes: all memory of the device."""
     parts = [
         f"step {record['step']}/{num_iterations} {100 * record['step'] // num_iterations}%",
-        f"loss {number(record['loss'])}",
-        f"bpb {number(record['bpb'])}",
+        *(
+            [f"reward {number(record['reward'])}", f"{record['answer_tokens']:.1f} tokens an answer"]
+            if "reward" in record
+            else [f"loss {number(record['loss'])}", f"bpb {number(record['bpb'])}"]
+        ),
         f"gnorm {number(record['grad_norm'])}",
         f"lr x{record['lr_multiplier']:.2f}",
         f"mom {record['momentum']:.3f}",
@@ -141,7 +145,7 @@ def number(value: float | None) -> str:
 def summarize(outcome: Outcome, console: Console) -> dict[str, Any]:
     """Draw the plots, print how a call of train() ended and the commands to continue, and return the figures."""
     config, saved_step, say = outcome.config, outcome.saved_step, console.say
-    rate = outcome.steps * config.total_batch_size / outcome.seconds
+    rate = outcome.tokens / outcome.seconds
     if outcome.diverged:
         kept = f"the checkpoint of step {saved_step} is kept" if saved_step >= 0 else "there is no checkpoint yet"
         say(
@@ -194,7 +198,7 @@ def next_commands(outcome: Outcome) -> list[str]:
         lines = [f"resume   {train}"]
     else:
         lines = [f"extend   {train} --num-iterations {2 * config.num_iterations}"]
-    if isinstance(config, FinetuneConfig):
+    if isinstance(config, FinetuneConfig | ReinforceConfig):
         lines.append(f"talk     python -m nanochat_native.chat --checkpoint {folder}")
     elif outcome.has_tokenizer:
         prompt = " --prompt 'import os'" if config.data == STDLIB else ""

@@ -5,7 +5,7 @@ from typing import Any
 
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.optim import routing
-from nanochat_native.runs.config import LEARNING_RATE_FLAGS, PARTS, C, FinetuneConfig, TrainConfig
+from nanochat_native.runs.config import LEARNING_RATE_FLAGS, PARTS, C, FinetuneConfig, ReinforceConfig, TrainConfig
 from nanochat_native.runtime.flags import UNSET, is_unset
 from nanochat_native.training import scaling_laws
 
@@ -27,7 +27,7 @@ def learning_rates(config: TrainConfig) -> dict[str, float]:
 
 def smear_rate(config: TrainConfig) -> float:
     """Return the learning rate of smear and backout with Adam, which has no flag."""
-    return routing.SMEAR_RATE * (config.rate_scale if isinstance(config, FinetuneConfig) else 1.0)
+    return routing.SMEAR_RATE * (config.rate_scale if isinstance(config, FinetuneConfig | ReinforceConfig) else 1.0)
 
 
 def model_config(config: TrainConfig) -> GPTConfig:

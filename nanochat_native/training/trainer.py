@@ -18,7 +18,7 @@ from torch import Tensor
 
 import nanochat_native
 from nanochat_native import ops
-from nanochat_native.data import Batch, iterate_validation, make_loader
+from nanochat_native.data import Batch, Loader, iterate_validation, make_loader
 from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
 from nanochat_native.model.gpt import GPT
 from nanochat_native.ops import float8
@@ -93,18 +93,7 @@ class Trainer:
         counted = scaling_laws.scaling_params(shape) if config.recipe == "today" else self.model.num_params()
         config = resolve_horizon(config, num_params=counted, flops_per_token=self.flops_per_token)
         self.config = config
-        assert config.packing != "auto", "resolve_defaults chooses the packing"
-        self.loader = make_loader(
-            self.corpus,
-            packing=config.packing,
-            batch_rows=config.total_batch_size // config.max_seq_len,
-            sequence_len=config.max_seq_len,
-            seed=config.seed,
-            device=self.device,
-            rank=world.rank,
-            world_size=world.size,
-            cache_dir=config.cache_dir,
-        )
+        self.loader = self.make_loader()
         self.model.to_empty(device=self.device)
         task.init_weights(self.model, config.seed)
         rates: dict[str, Any] = {**resolve.learning_rates(config)}
@@ -145,6 +134,24 @@ class Trainer:
         self.spikes = SpikeGuard(config.skip_spikes)
         self.last_loss = math.nan
         self.last_bpb: float | None = None
+        self.tokens = 0  # that train() has trained on
+        self.measured: dict[str, float] = {}  # what a kind of training adds to the record of a step
+
+    def make_loader(self) -> Loader:
+        """Return the loader of the run's batches."""
+        config = self.config
+        assert config.packing != "auto", "resolve_defaults chooses the packing"
+        return make_loader(
+            self.corpus,
+            packing=config.packing,
+            batch_rows=config.total_batch_size // config.max_seq_len,
+            sequence_len=config.max_seq_len,
+            seed=config.seed,
+            device=self.device,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            cache_dir=config.cache_dir,
+        )
 
     def _use_float8(self, config: TrainConfig) -> None:
         """Let the model multiply in FP8 in training. Raise ConfigError for a batch or a model that does not suit it."""
@@ -260,6 +267,7 @@ class Trainer:
             step=self.step,
             steps=steps,
             seconds=seconds,
+            tokens=self.tokens,
             diverged=self.diverged,
             saved_step=self.checkpointer.saved_step,
             skipped=self.skipped,
@@ -318,12 +326,12 @@ class Trainer:
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
         micro_batches = list(self.micro_batches(batch))
         divisors = self.task.loss_divisors(micro_batches, self.world)
-        for i, ((x, y), divisor) in enumerate(zip(micro_batches, divisors, strict=True)):
+        for i, (micro_batch, divisor) in enumerate(zip(micro_batches, divisors, strict=True)):
             if self.graphs is not None:
-                loss += self.graphs.forward_backward((x, y), divisor, first=i == 0)
+                loss += self.graphs.forward_backward(micro_batch, divisor, first=i == 0)
                 continue
             with self.autocast():
-                micro_loss = self.model(x, y) / divisor
+                micro_loss = self.micro_loss(micro_batch) / divisor
             with self.overlap if i + 1 == len(micro_batches) else contextlib.nullcontext():
                 (micro_loss if scale == 1 else micro_loss * scale).backward()
             loss += micro_loss.detach()
@@ -335,6 +343,17 @@ class Trainer:
         """Divide a batch into micro-batches."""
         inputs, targets = batch
         yield from zip(inputs.chunk(self.accumulation_steps), targets.chunk(self.accumulation_steps), strict=True)
+
+    def micro_loss(self, micro_batch: Batch) -> Tensor:
+        """Return the mean loss of a micro-batch in nats, 0-d."""
+        inputs, targets = micro_batch
+        loss: Tensor = self.model(inputs, targets)
+        return loss
+
+    @property
+    def tokens_of_step(self) -> int:
+        """The number of tokens that the last step was trained on, over all ranks."""
+        return self.config.total_batch_size
 
     def _update_and_diagnose(self, norm: float) -> float:
         """Update the weights, and measure the layers if that is due. Return the seconds that it took to measure."""
@@ -533,8 +552,9 @@ class Trainer:
         self, norm: float, rate: float, momentum: float, scale: float | None, waited: float, seconds: float
     ) -> None:
         self.throughput.add_step(seconds)
+        self.tokens += self.tokens_of_step
         with self.console.isolated("log of a step"):
-            tokens_per_second = self.config.total_batch_size / seconds
+            tokens_per_second = self.tokens_of_step / seconds
             memory_bytes, available = hardware.memory(self.device)
             bits = None
             if self.corpus.bytes_per_token:
@@ -554,6 +574,7 @@ class Trainer:
                 mfu=self.throughput.share_of_peak(self.flops_per_token * tokens_per_second, self.world.size),
                 memory_bytes=memory_bytes,
                 data_seconds=waited,
+                **self.measured,
             )
             self.console.record(record)
             line = report.live_line(

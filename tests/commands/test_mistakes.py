@@ -21,6 +21,7 @@ from nanochat_native import (
     lr_find,
     memory,
     plot,
+    reinforce,
     roofline,
     schedules,
     serve,
@@ -34,7 +35,7 @@ from nanochat_native.interop import importing, transformers_export
 from nanochat_native.lab import comparison, noise_scale, range_test
 from nanochat_native.lab.memory import options as memory_options
 from nanochat_native.lab.roofline import options as roofline_options
-from nanochat_native.runs.config import FinetuneConfig, TrainConfig
+from nanochat_native.runs.config import FinetuneConfig, ReinforceConfig, TrainConfig
 from nanochat_native.runtime.command import exit_code, mistake
 from nanochat_native.runtime.distributed import RankError
 from nanochat_native.runtime.flags import flag
@@ -43,6 +44,7 @@ from nanochat_native.runtime.flags import flag
 COMMANDS = {
     train: ([], TrainConfig),
     finetune: (["--checkpoint", "x"], FinetuneConfig),
+    reinforce: (["--checkpoint", "x"], ReinforceConfig),
     generate: (["--checkpoint", "x"], generate.Options),
     chat: (["--checkpoint", "x"], chat_session.Options),
     serve: (["--checkpoint", "x"], serve.Options),
@@ -110,7 +112,7 @@ def test_unknown_flag_is_refused(command, capsys):
     assert re.match(r"(Unrecognized options|unrecognized arguments): --no-such-flag,? 3", found)
 
 
-NEEDING = [command for command, (needed, _) in COMMANDS.items() if needed and command is not finetune]
+NEEDING = [command for command, (needed, _) in COMMANDS.items() if needed and command not in (finetune, reinforce)]
 
 
 @pytest.mark.parametrize("command", NEEDING, ids=name_of)

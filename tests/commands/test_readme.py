@@ -17,7 +17,7 @@ import pytest
 from fork_server import python
 from tiny_run import BACKEND
 
-from nanochat_native.runs.config import FinetuneConfig, parse
+from nanochat_native.runs.config import FinetuneConfig, ReinforceConfig, parse
 from nanochat_native.runtime import command as command_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +45,7 @@ SHOWN = commands(*DOCUMENTS)
 TRAIN = of_module("train", commands("README.md"))
 TRAIN_ON_RANKS = [c[c.index("--") + 1 :] for c in SHOWN if c[:1] == ["torchrun"] and "--" in c]
 FINETUNE = of_module("finetune", SHOWN)
+REINFORCE = of_module("reinforce", SHOWN)
 # Modules that pass their flags to command.run_command.
 PLAIN = [
     (name, args)
@@ -58,6 +59,7 @@ def test_the_documents_have_commands_and_examples():
     assert len(TRAIN) >= 4
     assert len(TRAIN_ON_RANKS) >= 2
     assert FINETUNE
+    assert REINFORCE
     assert len({name for name, _ in PLAIN}) == 7
     assert len(PYTHON) >= 2
 
@@ -70,6 +72,11 @@ def test_training_commands_are_taken(args):
 @pytest.mark.parametrize("args", FINETUNE, ids=" ".join)
 def test_fine_tuning_commands_are_taken(args):
     parse(args, kind=FinetuneConfig)
+
+
+@pytest.mark.parametrize("args", REINFORCE, ids=" ".join)
+def test_commands_of_reinforce_are_taken(args):
+    parse(args, kind=ReinforceConfig)
 
 
 @pytest.mark.parametrize(
