@@ -25,6 +25,7 @@ GROUPS = {
     },
     "Evaluate": {
         "evaluate": "measure bits per byte and the CORE score",
+        "chat-eval": "measure a chat model in nanochat's tasks, and its ChatCORE",
         "lm-eval-adapter": "run EleutherAI's lm-evaluation-harness",
     },
     "Experiments": {

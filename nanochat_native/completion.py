@@ -28,6 +28,7 @@ FLAGS = {
     "chat": ["inference/chat_session.py:Options"],
     "serve": ["serve.py:Options"],
     "evaluate": ["evaluation/session.py:Options"],
+    "chat-eval": ["evaluation/chat_evaluation.py:Options"],
     "lm-eval-adapter": [],  # its flags belong to lm-eval
     "lr-find": ["lab/range_test.py:Options", TRAIN],
     "batch-size": ["lab/noise_scale.py:Options", TRAIN],

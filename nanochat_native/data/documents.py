@@ -665,7 +665,7 @@ class _Values:
 
 
 def _sample_parquet(path: Path, sample: Sample, asked: str | None) -> None:
-    with _parquet_file(path) as (pa, file):
+    with parquet_file(path) as (pa, file):
         types, kinds = _columns(pa, file)
         sample.first = {name: kind == "text" for name, kind in kinds.items()}
         sample.labels = frozenset(name for name, kind in kinds.items() if kind == "label")
@@ -684,7 +684,7 @@ def _sample_parquet(path: Path, sample: Sample, asked: str | None) -> None:
 def _parquet_records(path: Path, reading: Reading, skipped: Skipped) -> Iterator[Record]:
     size, shown_path = path.stat().st_size, printable(path)
     row = 0
-    with _parquet_file(path) as (pa, file):
+    with parquet_file(path) as (pa, file):
         kinds = _columns(pa, file)[1]
         names = [name for name in (reading.column, *reading.preferred) if kinds.get(name or "")]
         if reading.column not in names:
@@ -703,7 +703,7 @@ def _parquet_records(path: Path, reading: Reading, skipped: Skipped) -> Iterator
 
 
 @contextlib.contextmanager
-def _parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
+def parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
     """Give (pyarrow, the open file). An error of pyarrow in the block becomes a DamagedFileError."""
     try:
         import pyarrow as pa

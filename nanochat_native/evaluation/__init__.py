@@ -1,4 +1,4 @@
-"""Quality measures of a trained model: bits per byte, the CORE score, lm-evaluation-harness.
+"""Quality measures of a trained model: bits per byte, the CORE score, chat tasks, lm-evaluation-harness.
 
 It may depend on `ops`, `runtime`, `model`, `data`, `runs` and `inference`.
 """

@@ -418,12 +418,13 @@ def greedy_with_recheck(
     """Score as `greedy` does, and score spans within the margin again, alone; see `score_items`."""
     found = greedy(model, sequences, batch_tokens, progress)
     for i, sequence in enumerate(sequences):
-        if abs(found[i].gap) <= _margin(model):
+        if abs(found[i].gap) <= margin(model):
             found[i] = greedy(model, [sequence], 1)[0]
     return found
 
 
-def _margin(model: GPT) -> float:
+def margin(model: GPT) -> float:
+    """Return the lead within which a comparison of two sequences of a batch is repeated; see `score_items`."""
     return MARGIN_16_BIT if model.compute_dtype in (torch.bfloat16, torch.float16) else MARGIN
 
 
@@ -466,7 +467,7 @@ def score_items(
     for options, gold in items:
         means = [_mean(next(totals), option) for option in options]
         lowest = _first_lowest(means)
-        if any(mean - means[lowest] <= _margin(model) for i, mean in enumerate(means) if i != lowest):
+        if any(mean - means[lowest] <= margin(model) for i, mean in enumerate(means) if i != lowest):
             lowest = _first_lowest([_mean(total_nll(model, [option], 1)[0], option) for option in options])
         correct.append(lowest == gold)
     return correct

@@ -254,13 +254,7 @@ def table(measured: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
         if len(measured) == 2:
             row += missing or [f"{found[1]['centred'] - found[0]['centred']:+.4f}"]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return console.aligned(rows)
 
 
 def run(options: Options, world: World | None = None) -> int:

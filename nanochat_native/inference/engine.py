@@ -203,6 +203,7 @@ class Engine:
             2 n_layer slots capacity Hkv D numbers, allocated once.
 
     Attributes:
+        model: The model, which the engine reads and does not change.
         trained_positions: Sequence length of the training; the quality of text drops beyond it.
 
     Raises ValueError for sizes that are out of range and a tokenizer that does not fit the model.
@@ -217,7 +218,8 @@ class Engine:
             raise ValueError(
                 f"the tokenizer must have {model.config.vocab_size} ids like the model, got {tokenizer.vocab_size}"
             )
-        self.tokenizer, self.capacity, self.vocab_size = tokenizer, capacity, model.config.vocab_size
+        self.model, self.tokenizer, self.slots = model, tokenizer, slots
+        self.capacity, self.vocab_size = capacity, model.config.vocab_size
         self.trained_positions = model.config.sequence_len
         self.queue: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # by slot, the oldest first

@@ -1,4 +1,4 @@
-"""Human-readable output of a command: messages, a live line, and the format of numbers."""
+"""Human-readable output of a command: messages, a live line, tables, and the format of numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from nanochat_native.runtime.isolation import GuardedStream, ReportFailures, describe
@@ -119,3 +119,15 @@ def bar(done: int, total: int) -> str:
     """Return a progress bar as text: "[########........] 12/24"."""
     full = BAR * done // max(1, total)
     return f"[{'#' * full}{'.' * (BAR - full)}] {done}/{total}"
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Return the rows of a table as lines, the first `left` columns aligned on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

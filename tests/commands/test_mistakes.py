@@ -9,6 +9,7 @@ import pytest
 from nanochat_native import (
     batch_size,
     chat,
+    chat_eval,
     compare,
     demonstrate,
     doctor,
@@ -29,7 +30,7 @@ from nanochat_native import (
 )
 from nanochat_native.bench import __main__ as bench
 from nanochat_native.bench import gpu, load
-from nanochat_native.evaluation import session
+from nanochat_native.evaluation import chat_evaluation, session
 from nanochat_native.inference import chat_session
 from nanochat_native.interop import importing, transformers_export
 from nanochat_native.lab import comparison, noise_scale, range_test
@@ -49,6 +50,7 @@ COMMANDS = {
     chat: (["--checkpoint", "x"], chat_session.Options),
     serve: (["--checkpoint", "x"], serve.Options),
     evaluate: (["--checkpoint", "x"], session.Options),
+    chat_eval: (["--checkpoint", "x"], chat_evaluation.Options),
     export: (["--checkpoint", "x", "--out", "y"], transformers_export.Options),
     import_checkpoint: (["x", "--out", "y"], importing.Options),
     plot: (["x"], plot.Options),
