@@ -180,8 +180,7 @@ OF_ANOTHER = {
     "nanochat_native.demonstrations.faults": {"nanochat_native.train": {"--diagnose"}},
     "nanochat_native.pipeline.recipe": {
         "nanochat_native.train": {
-            *("--depth", "--device", "--json", "--out-dir", "--overwrite", "--print-config", "--resume", "--run"),
-            "--help",
+            *("--depth", "--device", "--json", "--out-dir", "--overwrite", "--print-config", "--resume", "--run")
         },
         "nanochat_native.finetune": {"--checkpoint"},
         "nanochat_native.reinforce": {"--write-chats"},
