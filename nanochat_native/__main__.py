@@ -13,6 +13,7 @@ import nanochat_native
 # The subcommands by group, each with a line of help. A subcommand is named as its module, with hyphens for underscores.
 GROUPS = {
     "Train": {
+        "speedrun": "make a chat model stage by stage, with a report card",
         "download": "download datasets",
         "train": "train a GPT",
         "finetune": "fine-tune a trained model on conversations",

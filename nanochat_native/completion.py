@@ -20,7 +20,8 @@ PACKAGE = Path(__file__).resolve().parent
 # The classes whose fields are the flags of a subcommand, as "file:class". A file without a class uses add_argument.
 TRAIN = "runs/config.py:TrainConfig"
 FLAGS = {
-    "download": ["download.py:Options"],
+    "speedrun": ["pipeline/session.py:Options"],
+    "download": ["data/downloads.py:Options"],
     "train": [TRAIN],
     "finetune": ["runs/config.py:FinetuneConfig"],
     "reinforce": ["runs/config.py:ReinforceConfig"],

@@ -2,14 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from nanochat_native.data.downloads import (
     DATASETS,
+    Options,
     check_space,
     download,
     find_dataset,
@@ -20,28 +17,6 @@ from nanochat_native.data.downloads import (
 )
 from nanochat_native.runtime.command import run_command
 from nanochat_native.runtime.errors import ConfigError
-
-
-@dataclass
-class Options:
-    """Download datasets: nanochat's by name, and any dataset of the Hugging Face Hub as owner/name.
-
-    Without a name, list the names and what is there. Each dataset gets a folder in --out. HF_ENDPOINT sets a
-    mirror of the Hub, HF_TOKEN the token for private datasets.
-    """
-
-    datasets: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names of datasets."""
-    out: Path = Path("data")
-    """Folder for the datasets."""
-    shards: int | None = None
-    """Download only the first files of each dataset; of climbmix also the last one, which is for validation."""
-    files: tuple[str, ...] = ()
-    """Patterns of the files to download, such as 'data/train-*.parquet'; default: those of the dataset."""
-    offline: bool = False
-    """Use no network: check that the files that were downloaded are there with the right bytes."""
-    yes: bool = False
-    """Download without asking."""
 
 
 def note(text: str) -> None:

@@ -133,6 +133,7 @@ MAY_DEPEND_ON = {
     "training": "ops runtime model optim data runs inference evaluation",
     "interop": "ops runtime model data runs inference",
     "lab": "ops runtime model optim data runs inference evaluation training",
+    "pipeline": "ops runtime model optim data runs inference evaluation training",
     "bench": "ops runtime model optim data inference interop runs",
     "demonstrations": "ops runtime model optim data runs inference evaluation training interop lab bench",
     "exercises": "ops runtime model optim data runs inference evaluation training interop lab bench demonstrations",

@@ -28,7 +28,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import tyro
 
 from nanochat_native.runtime.files import sha256_file, write_atomically
 
@@ -46,6 +48,28 @@ _NOT_THAT_RANGE = 416
 _TOO_BUSY = (408, 429, 500, 502, 503, 504)
 
 T = TypeVar("T")
+
+
+@dataclass
+class Options:
+    """Download datasets: nanochat's by name, and any dataset of the Hugging Face Hub as owner/name.
+
+    Without a name, list the names and what is there. Each dataset gets a folder in --out. HF_ENDPOINT sets a
+    mirror of the Hub, HF_TOKEN the token for private datasets.
+    """
+
+    datasets: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names of datasets."""
+    out: Path = Path("data")
+    """Folder for the datasets."""
+    shards: int | None = None
+    """Download only the first files of each dataset; of climbmix also the last one, which is for validation."""
+    files: tuple[str, ...] = ()
+    """Patterns of the files to download, such as 'data/train-*.parquet'; default: those of the dataset."""
+    offline: bool = False
+    """Use no network: check that the files that were downloaded are there with the right bytes."""
+    yes: bool = False
+    """Download without asking."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from nanochat_native.runtime import declared_flags
 # Modules that other commands start as processes of their own; nobody types them.
 WORKERS = {"nanochat_native.bench.gpu_worker", "nanochat_native.bench.ranks", "nanochat_native.bench.step"}
 WORKERS |= {"nanochat_native.lab.roofline.worker", "nanochat_native.evaluation.sandbox_worker"}
+WORKERS |= {"nanochat_native.pipeline.samples"}
 PROGRAM = [sys.executable, "-m", "nanochat_native"]
 
 

@@ -26,6 +26,7 @@ from nanochat_native import (
     roofline,
     schedules,
     serve,
+    speedrun,
     train,
 )
 from nanochat_native.bench import __main__ as bench
@@ -36,6 +37,7 @@ from nanochat_native.interop import importing, transformers_export
 from nanochat_native.lab import comparison, noise_scale, range_test
 from nanochat_native.lab.memory import options as memory_options
 from nanochat_native.lab.roofline import options as roofline_options
+from nanochat_native.pipeline import session as speedrun_session
 from nanochat_native.runs.config import FinetuneConfig, ReinforceConfig, TrainConfig
 from nanochat_native.runtime.command import exit_code, mistake
 from nanochat_native.runtime.distributed import RankError
@@ -43,6 +45,7 @@ from nanochat_native.runtime.flags import flag
 
 # Command to what it needs, and the dataclass of its flags.
 COMMANDS = {
+    speedrun: ([], speedrun_session.Options),
     train: ([], TrainConfig),
     finetune: (["--checkpoint", "x"], FinetuneConfig),
     reinforce: (["--checkpoint", "x"], ReinforceConfig),

@@ -167,6 +167,7 @@ NAMED_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
 # Commands that take no flag of this program.
 WITHOUT_FLAGS = {f"nanochat_native.{name}" for name in ("doctor", "bench.step", "bench.ranks", "lm_eval_adapter")}
 WITHOUT_FLAGS |= {"nanochat_native.lab.roofline.worker", "nanochat_native.evaluation.sandbox_worker"}
+WITHOUT_FLAGS |= {"nanochat_native.pipeline.samples"}
 # Flags of another program that a module names: of a command of this package, which has them, or of a foreign one.
 OF_ANOTHER = {
     "nanochat_native.evaluation.core_score": {"nanochat_native.evaluate": {"--max-per-task"}},
@@ -178,6 +179,16 @@ OF_ANOTHER = {
         "nanochat": {"--model-tag", "--eval"},
     },
     "nanochat_native.demonstrations.faults": {"nanochat_native.train": {"--diagnose"}},
+    "nanochat_native.pipeline.recipe": {
+        "nanochat_native.train": {
+            *("--depth", "--device", "--json", "--out-dir", "--overwrite", "--print-config", "--resume", "--run")
+        },
+        "nanochat_native.finetune": {"--checkpoint"},
+        "nanochat_native.reinforce": {"--write-chats"},
+        "nanochat_native.download": {"--offline", "--yes"},
+        "torchrun": {"--nproc_per_node", "--standalone"},
+    },
+    "nanochat_native.pipeline.report": {"git": {"--porcelain", "--show-toplevel", "--untracked-files"}},
     "nanochat_native.exercises.chapter_06": {"nanochat_native.memory": {"--measure"}},
     "nanochat_native.demonstrations.rates": {"nanochat_native.train": {"--schedule"}},
     "nanochat_native.completion": {"nanochat_native.__main__": {"--version"}},
