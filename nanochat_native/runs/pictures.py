@@ -311,7 +311,7 @@ def _draw_minima(axes: Any, budgets: list[dict[str, Any]], law: dict[str, Any]) 
             axes.plot(row["budget"], row["size"], "o", color="tab:red")
             if row["interval"]:
                 axes.plot([row["budget"]] * 2, row["interval"], color="tab:red", linewidth=1)
-        elif "where" in row:
+        elif row.get("where") in ("below", "above"):
             above = row["where"] == "above"
             axes.plot(row["budget"], row["sizes"][above], "^" if above else "v", color="gray", label="beyond the sizes")
     _draw_law(axes, law, [row["budget"] for row in budgets if "size" in row], "tab:red")

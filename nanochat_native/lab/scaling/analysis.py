@@ -1,4 +1,4 @@
-"""What the losses of the runs say: the fits of both experiments."""
+"""The fits of both experiments to the losses of their runs."""
 
 import dataclasses
 import math

@@ -5,6 +5,7 @@ from the residuals, so their quantiles are those of Student's t. With as many po
 and no interval.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ SMALLEST_PIVOT = 1e-10  # relative size below which a direction of the parameter
 Interval = tuple[float, float]
 
 
+@functools.cache
 def student_t(dof: int) -> float:
     """Return the quantile of Student's t for a two-sided interval of CONFIDENCE with `dof` degrees of freedom.
 
@@ -62,7 +64,7 @@ class Parabola:
         rss: the sum of the squared residuals.
         dof: the number of points beyond the three parameters.
         low, high: the range of ln(size) of the points.
-        falls_to: the end of the range at which the mean loss is lower.
+        lowest: where the lowest mean loss of a size is: at an end of the range, or between two sizes with higher ones.
     """
 
     centre: float
@@ -72,7 +74,7 @@ class Parabola:
     dof: int
     low: float
     high: float
-    falls_to: Literal["below", "above"]
+    lowest: Literal["inside", "below", "above"]
 
     def at(self, log_size: float) -> float:
         """Return the loss at ln(size)."""
@@ -92,7 +94,7 @@ def fit_parabola(sizes: Sequence[float], losses: Sequence[float]) -> Parabola:
     design = np.stack((np.ones_like(u), u, u * u), axis=1)
     coefficients, *_ = np.linalg.lstsq(design, y, rcond=None)
     rss = float(((y - design @ coefficients) ** 2).sum())
-    first, last = y[x == different[0]].mean(), y[x == different[-1]].mean()
+    lowest = int(np.argmin([y[x == size].mean() for size in different]))
     c0, c1, c2 = map(float, coefficients)
     return Parabola(
         centre,
@@ -102,7 +104,7 @@ def fit_parabola(sizes: Sequence[float], losses: Sequence[float]) -> Parabola:
         len(x) - 3,
         float(different[0]),
         float(different[-1]),
-        "below" if first < last else "above",
+        "below" if lowest == 0 else "above" if lowest == len(different) - 1 else "inside",
     )
 
 
@@ -120,14 +122,15 @@ class Minimum:
     """The minimum of a parabola.
 
     Attributes:
-        where: "inside" the range of the sizes; or "below" or "above" it: the loss is lowest at this end of the range,
-            and the minimum, if there is one, is not among the sizes. Only a minimum inside has the other attributes.
+        where: "inside" the range of the sizes; or "below" or "above" it: the mean loss is lowest at this end of the
+            range, so no two sizes enclose the minimum; or "flat": the parabola has no minimum in the range. Only a
+            minimum inside has the other attributes.
         log_size, loss: the minimum.
         error: the standard error of log_size to first order; None without a variance.
         interval: of log_size, by Fieller's theorem (1954); None without a variance, or if it is unbounded.
     """
 
-    where: Literal["inside", "below", "above"]
+    where: Literal["inside", "below", "above", "flat"]
     log_size: float | None = None
     loss: float | None = None
     error: float | None = None
@@ -137,12 +140,12 @@ class Minimum:
 def minimum_of(parabola: Parabola, variance: float | None, dof: int) -> Minimum:
     """Return the minimum of a parabola. variance, dof: as pooled_variance returns them."""
     _, b, c = parabola.coefficients
-    if c <= 0:
-        return Minimum(parabola.falls_to)
-    u = -b / (2 * c)
-    if not parabola.low <= parabola.centre + u <= parabola.high:
-        return Minimum("below" if parabola.centre + u < parabola.low else "above")
-    place = parabola.centre + u
+    if parabola.lowest != "inside":
+        return Minimum(parabola.lowest)
+    u = -b / (2 * c) if c > 0 else np.inf
+    place = parabola.centre + float(u)
+    if not parabola.low <= place <= parabola.high:
+        return Minimum("flat")
     if variance is None:
         return Minimum("inside", place, parabola.at(place))
     bb, bc, cc = (variance * float(parabola.inverse[i, j]) for i, j in ((1, 1), (1, 2), (2, 2)))
@@ -249,12 +252,12 @@ def fit_loss_law(sizes: Sequence[float], tokens: Sequence[float], losses: Sequen
     """Fit a loss law by variable projection: the law is linear in all parameters but the exponents, which are searched
     on grids. The floor and the factors are >= 0.
 
-    Raises ValueError for fewer points than the law has parameters, 5, or if no such law fits.
+    Raises ValueError for no more points than the law has parameters, 5, or if no such law fits.
     """
     n, d = _positive(sizes, tokens)
     y = _arrays(sizes, losses)[1]
-    if len(y) < 5:
-        raise ValueError(f"a loss law has 5 parameters and needs at least as many runs, got {len(y)}")
+    if len(y) < 6:
+        raise ValueError(f"a loss law has 5 parameters and needs at least 6 runs, got {len(y)}")
     if len(np.unique(n)) < 3 or len(np.unique(d)) < 3:
         raise ValueError("a loss law needs at least 3 different sizes and 3 different lengths of the training")
     log_n, log_d = (np.log(values / np.exp(np.log(values).mean())) for values in (n, d))

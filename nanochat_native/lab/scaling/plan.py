@@ -24,18 +24,17 @@ from nanochat_native.training.trainer import Trainer
 LEAST_STEPS = 8  # of a run; rounding to whole steps then changes its FLOPs by 6% at most
 LEAST_DEPTHS = {"miniseries": 2, "isoflop": 3}  # the parameters of a power law, and of a parabola
 DEPTHS, DEPTHS_ON_GPU = (1, 2, 3, 4), (2, 4, 6, 8)
-BUDGETS, BUDGETS_ON_GPU = (5e11, 1e12, 2e12, 4e12), (1e15, 3e15, 1e16)
+BUDGETS, BUDGETS_ON_GPU = (5e11, 1.5e12, 4.5e12), (1e15, 3e15, 1e16)
 SHARED = TrainConfig(eval_every=0, sample_every=0, keep=1)
 # The defaults on a CPU: widths that rise with each layer, and schedules that fit into runs of tens of steps.
 ON_CPU = dataclasses.replace(
     SHARED,
     head_dim=64,
     vocab_size=1024,
-    total_batch_size=2048,
+    total_batch_size=1024,
     eval_tokens=65536,
     warmup_ratio=0.05,
     momentum_warmup_steps=40,
-    target_param_data_ratio=0.25,
 )
 Study = Literal["miniseries", "isoflop"]
 
@@ -50,7 +49,7 @@ class Options:
     of train are accepted too, but for the depth and the number of steps. Each training is a run of train in OUT/runs.
     The same command resumes an experiment.
 
-    The guide explains it: docs/guide/08-data-and-the-loop.md.
+    The guide explains it: docs/guide/10-rates-schedules-batches.md.
     """
 
     study: Literal["both", "miniseries", "isoflop"] = "both"

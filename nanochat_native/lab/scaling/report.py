@@ -57,9 +57,11 @@ def budgets_table(budgets: Sequence[dict[str, Any]], unit: str) -> str:
         if "not_fitted" in row:
             rows.append([*start, "", "", "", "", f"not fitted: {row['not_fitted']}"])
         elif "size" not in row:
-            end = {"below": "smallest", "above": "largest"}[row["where"]]
-            edge = row["sizes"][row["where"] == "above"]
-            note = f"no minimum among the depths: best at the {end}, {compact(edge)}; not extrapolated"
+            note = {
+                "below": f"best at the smallest size, {compact(row['sizes'][0])}: not extrapolated",
+                "above": f"best at the largest size, {compact(row['sizes'][1])}: not extrapolated",
+                "flat": "the parabola has no minimum among the sizes",
+            }[row["where"]]
             rows.append([*start, "", "", "", "", note])
         else:
             note = "" if row["interval"] else "interval unbounded" if row["size_error"] is not None else "no interval"
