@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def command(folder, out, *own, budgets=BUDGETS, **flags):
-    args = of_train(folder, eval_every=0, **flags)
+    args = of_train(folder, **{"eval_every": 0, "save_every": 0} | flags)
     pairs = [pair for pair in zip(args[::2], args[1::2], strict=True) if pair[0] not in OWN]
     chosen = [] if not budgets else ["--budgets", *map(str, budgets)]
     return [*chosen, "--depths", "1", "2", "3", *own, "--out", str(out), *(word for pair in pairs for word in pair)]
@@ -199,7 +199,7 @@ def test_ctrl_c_keeps_the_runs_and_the_experiment_resumes(folder, whole, tmp_pat
 def test_killed_experiment_resumes_inside_the_run(folder, whole, tmp_path):
     torch.set_num_threads(1)
     out = tmp_path / "killed"
-    args = isoflop(folder, out, save_every=5)
+    args = isoflop(folder, out, save_every=20)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "nanochat_native.scaling", *args], env=environment)
     second = "runs/isoflop-1e+10-d2-seed0/checkpoints/step_*"
