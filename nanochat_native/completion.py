@@ -34,6 +34,7 @@ FLAGS = {
     "lr-find": ["lab/range_test.py:Options", TRAIN],
     "batch-size": ["lab/noise_scale.py:Options", TRAIN],
     "compare": ["lab/comparison.py:Options", TRAIN],
+    "scaling": ["lab/scaling/plan.py:Options", TRAIN],
     "schedules": ["schedules.py:Options", TRAIN],
     "memory": ["lab/memory/options.py:Options"],
     "roofline": ["lab/roofline/options.py:Options"],

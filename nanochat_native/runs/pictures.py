@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,10 +270,82 @@ def draw_schedules(figure: Any, record: dict[str, Any]) -> None:
         axes.legend()
 
 
+def draw_scaling(figure: Any, record: dict[str, Any]) -> None:
+    """Draw the losses at each budget with their parabolas, the best sizes over the budgets, and the loss over FLOPs."""
+    fits = record["fits"]
+    budgets = fits.get("budgets", [])
+    figure.set_size_inches(15 if budgets else 7, 4.8)
+    panels = figure.subplots(1, 3 if budgets else 1, squeeze=False)[0]
+    if budgets:
+        _draw_budgets(panels[0], record["runs"], budgets, record["unit"])
+        _draw_minima(panels[1], budgets, fits["size"])
+    axes = panels[-1]
+    series = [run for run in record["runs"] if run["study"] == "miniseries" and run["value"] is not None]
+    inside = [row for row in budgets if "size" in row]
+    points = [
+        ([(run["flops"], run["value"]) for run in series], fits.get("miniseries"), "miniseries"),
+        ([(row["budget"], row["loss"]) for row in inside], fits.get("loss"), "minima at the budgets"),
+    ]
+    for color, (found, law, name) in zip(("tab:blue", "tab:red"), points, strict=True):
+        if found:
+            axes.plot(*zip(*found, strict=True), "o", color=color, label=name)
+            _draw_law(axes, law, [x for x, _ in found], color)
+    for run in series:
+        axes.annotate(f"d{run['depth']}", (run["flops"], run["value"]), textcoords="offset points", xytext=(5, 5))
+    axes.set(xscale="log", xlabel="FLOP of the training", ylabel=f"final {record['unit']}", title="loss over compute")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+
+
+def _draw_budgets(axes: Any, runs: list[dict[str, Any]], budgets: list[dict[str, Any]], unit: str) -> None:
+    """Draw the losses of isoflop over the size, a colour for each budget, with parabolas and their minima."""
+    for number, row in enumerate(budgets):
+        color = f"C{number % 10}"
+        points = [(r["size"], r["value"]) for r in runs if r["budget"] == row["budget"] and r["value"] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=color, label=f"{row['budget']:g} FLOP")
+        if "coefficients" in row:
+            c0, c1, c2 = row["coefficients"]
+            low, high = map(math.log, row["sizes"])
+            logs = [low + (high - low) * i / 60 for i in range(61)]
+            losses = [c0 + c1 * (x - row["centre"]) + c2 * (x - row["centre"]) ** 2 for x in logs]
+            axes.plot([math.exp(x) for x in logs], losses, color=color, linewidth=1)
+        if "size" in row:
+            axes.plot(row["size"], row["loss"], "*", color=color, markersize=13, markeredgecolor="black")
+    axes.set(xscale="log", xlabel="parameters in matrices and lm_head", ylabel=f"final {unit}", title="equal FLOPs")
+
+
+def _draw_minima(axes: Any, budgets: list[dict[str, Any]], law: dict[str, Any]) -> None:
+    """Draw the best sizes with their intervals over the budgets. An arrow marks a minimum beyond the sizes."""
+    for row in budgets:
+        if "size" in row:
+            axes.plot(row["budget"], row["size"], "o", color="tab:red")
+            if row["interval"]:
+                axes.plot([row["budget"]] * 2, row["interval"], color="tab:red", linewidth=1)
+        elif row.get("where") in ("below", "above"):
+            above = row["where"] == "above"
+            axes.plot(row["budget"], row["sizes"][above], "^" if above else "v", color="gray", label="beyond the sizes")
+    _draw_law(axes, law, [row["budget"] for row in budgets if "size" in row], "tab:red")
+    axes.set(xscale="log", yscale="log", xlabel="budget, FLOP", ylabel="parameters", title="best size and its interval")
+
+
+def _draw_law(axes: Any, law: dict[str, Any] | None, places: list[float], color: str) -> None:
+    """Draw a power law between the smallest and the largest place, if it was fitted."""
+    if law is None or "not_fitted" in law:
+        return
+    ends = [min(places), max(places)]
+    xs = [ends[0] * (ends[1] / ends[0]) ** (i / 30) for i in range(31)]
+    ys = [law["factor"] * x ** law["exponent"] for x in xs]
+    axes.plot(xs, ys, color=color, linewidth=1, label=f"C^{law['exponent']:.3f}")
+
+
 DRAW_BY_COMMAND: dict[str, Callable[[Any, dict[str, Any]], None]] = {
     "lr_find": draw_lr_find,
     "batch_size": draw_batch_size,
     "compare": draw_compare,
     "memory": draw_memory,
+    "scaling": draw_scaling,
     "schedules": draw_schedules,
 }

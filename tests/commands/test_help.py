@@ -17,6 +17,7 @@ EXPLAINED_IN = {
     "lr_find": (10,),
     "compare": (9, 10),
     "batch_size": (10,),
+    "scaling": (10,),
     "schedules": (10,),
     "memory": (11,),
     "plot": (1,),

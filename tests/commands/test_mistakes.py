@@ -24,6 +24,7 @@ from nanochat_native import (
     plot,
     reinforce,
     roofline,
+    scaling,
     schedules,
     serve,
     speedrun,
@@ -37,6 +38,7 @@ from nanochat_native.interop import importing, transformers_export
 from nanochat_native.lab import comparison, noise_scale, range_test
 from nanochat_native.lab.memory import options as memory_options
 from nanochat_native.lab.roofline import options as roofline_options
+from nanochat_native.lab.scaling import plan as scaling_plan
 from nanochat_native.pipeline import session as speedrun_session
 from nanochat_native.runs.config import FinetuneConfig, ReinforceConfig, TrainConfig
 from nanochat_native.runtime.command import exit_code, mistake
@@ -65,6 +67,7 @@ COMMANDS = {
     lr_find: ([], range_test.Options),
     compare: ([], comparison.Options),
     batch_size: ([], noise_scale.Options),
+    scaling: ([], scaling_plan.Options),
     bench: ([], bench.Options),
     load: (["--checkpoint", "x"], load.Options),
     doctor: ([], None),
