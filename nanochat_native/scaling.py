@@ -17,7 +17,8 @@ from nanochat_native.runtime.isolation import ReportFailures
 
 
 def run(args: Sequence[str], failures: ReportFailures) -> int:
-    """Make the experiment, or what remains of it. Return 0, or 128 plus the number of the signal that stopped it."""
+    """Make the experiment, or what remains of it. Return 0, 128 plus the number of the signal that stopped it,
+    or 1 if the last step of a run was not saved."""
     options, config, rest = parse_flags(plan.Options, "scaling", args, base=lambda own: plan.defaults(args))
     console = Console(failures=failures)
     code = study.run(options, config, parse(rest, plan.defaults(args)), console)

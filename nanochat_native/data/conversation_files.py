@@ -51,7 +51,7 @@ PLAIN_FORM = "messages, a list of role and content"  # which parse_record names 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the choices of a question
 
 _CHATML_START = "<|im_start|>"
-_CHATML_MESSAGE = re.compile(r"\s*<\|im_start\|>([^\n<|]*)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
+_CHATML_MESSAGE = re.compile(r"\s*<\|im_start\|>([^\n<|]*)\n((?:(?!<\|im_start\|>).)*?)<\|im_end\|>\s*", re.DOTALL)
 _CALCULATION = re.compile(r"<<([^>]+)>>")
 _BLANK = re.compile(r"[ \t\r\n\ufeff]*")  # concatenated files have a byte order mark in the middle
 
@@ -254,8 +254,6 @@ def parse_record(record: Any, *, calculations: bool = False) -> ParsedRecord:
         raise ValueError(f"the record must be an object or a list; {KNOWN_FORMS}")
     if len(record) == 1 and isinstance(record.get("train"), dict):  # MMLU's auxiliary_train
         record = record["train"]
-    if isinstance(record.get("choices"), list) and "question" in record and not isinstance(record.get("answer"), str):
-        return ParsedRecord(_multiple_choice(record), "question, choices and answer, as in MMLU")
     lists = [name for name in MESSAGE_LIST_KEYS if record.get(name) is not None]
     pairs = [pair for pair in QUESTION_ANSWER_KEYS if pair[0] in record and pair[2] in record]
     if len(lists) > 1 or (not lists and len(pairs) > 1):
@@ -267,11 +265,14 @@ def parse_record(record: Any, *, calculations: bool = False) -> ParsedRecord:
             raise ValueError(f"{name} must be a list of messages, each an object with role and content")
         messages = [_message(message, i) for i, message in enumerate(record[name])]
         form = "" if name == "messages" else f"{name}, a list of messages"
+    elif pairs and isinstance(record.get("choices"), list) and not isinstance(record.get("answer", ""), str):
+        messages, form = _multiple_choice(record), "question, choices and answer, as in MMLU"
     elif pairs:
         (pair,) = pairs
         messages, form = _turns(record, *pair)
-        if calculations and pair[0] == "question" and _CALCULATION.search(str(messages[-1]["content"])):
-            messages[-1]["content"] = _with_calculations(messages[-1]["content"])
+        answer = record[pair[2]]
+        if calculations and pair[0] == "question" and isinstance(answer, str) and _CALCULATION.search(answer):
+            messages[-1]["content"] = with_calculations(answer)
             form = "question and answer with calculations, as in GSM8K"
     elif isinstance(record.get("text"), str) and _CHATML_START in record["text"]:
         messages, form = _chatml(record["text"]), "text in ChatML"
@@ -312,7 +313,7 @@ def _multiple_choice(record: dict[str, Any]) -> list[Any]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": LETTERS[answer]}]
 
 
-def _with_calculations(answer: str) -> list[dict[str, str]]:
+def with_calculations(answer: str) -> list[dict[str, str]]:
     """Return an answer of GSM8K as parts: text, code, and its output."""
     parts = []
     for number, piece in enumerate(_CALCULATION.split(answer)):
@@ -354,6 +355,8 @@ def with_tools(messages: Any) -> tuple[Any, bool]:
         return messages, False
     if is_output:
         raise ValueError("the last message must be the assistant's, got the tool's: there is no answer to train on")
+    if messages[0].get("role") == "system" and messages[0].get("content") in (None, ""):
+        messages = messages[1:]
     turns = conversations.as_turns(messages)
     outputs = sum(message["role"] in ("tool", "function") for message in messages)
     if len(turns) != len(messages) - 2 * outputs or any(message["role"] == "system" for message in messages[1:]):

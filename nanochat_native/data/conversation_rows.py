@@ -33,7 +33,8 @@ class ConversationRows(TokenStream):
         self.num_targets = sum(int(mask[1:].sum()) for _, mask in self.documents)
         self.rows = [[index] for index in range(len(self.documents))]
         if packed:
-            self.rows = best_fit([len(tokens) - 1 for tokens, _ in self.documents], sequence_len)
+            found = best_fit([len(tokens) - 1 for tokens, _ in self.documents], sequence_len)
+            self.rows = sorted(found, key=min)  # so that the first rows hold conversations of all lengths
 
     def __len__(self) -> int:
         return len(self.rows) * self.sequence_len + 1

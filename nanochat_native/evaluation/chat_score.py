@@ -212,6 +212,13 @@ def make_engine(model: GPT, tokenizer: Tokenizer, batch_size: int, max_tokens: i
     return Engine(model, tokenizer, slots=batch_size, capacity=capacity)
 
 
+def engine_for(task: Task, model: GPT, tokenizer: Tokenizer, batch_size: int) -> Engine:
+    """Return an engine for `evaluate` with this task alone: without a cache for a task that needs none."""
+    if task.is_right is None:
+        return Engine(model, tokenizer, slots=batch_size, capacity=2)
+    return make_engine(model, tokenizer, batch_size)
+
+
 def evaluate(
     task: Task,
     engine: Engine,
@@ -232,7 +239,7 @@ def evaluate(
         progress: Called with (done, all) of this rank's problems or answers.
 
     Raises ValueError for an engine without a tokenizer, a model whose logits are not finite, and a letter that is no
-    single token, and OSError if HumanEval's sandbox cannot be made; on many ranks RankError.
+    single token, and OSError if HumanEval's sandbox cannot be made; on many ranks RankError, for any error of a rank.
     """
     if engine.tokenizer is None:
         raise ValueError("a chat task needs an engine with a tokenizer")
@@ -259,7 +266,7 @@ def evaluate(
             right = _answers_are_right(task, write_answers(engine, requests, progress), problems, drawing.samples)
         return [sum(map(any, right)), sum(map(sum, right)), sum(map(len, right)), sum(p.is_cut for p in prompts)]
 
-    counts = world.run_collectively(count, ValueError, OSError, long_running=True)
+    counts = world.run_collectively(count, Exception, long_running=True)
     correct, right, samples, cut = world.all_reduce_sum_(torch.tensor(counts)).tolist()
     accuracy = correct / len(task.problems)
     return TaskResult(

@@ -91,7 +91,7 @@ class MissingTaskError(ValueError):
 def read_task(name: str, folder: Path | None, max_problems: int | None = None, flag: str = "--data") -> Task:
     """Read a task: its first max_problems problems in nanochat's order.
 
-    flag: what errors call folder.
+    flag: the name of the flag in errors.
 
     Raises MissingTaskError if the folder has no files of the task, ValueError, naming file and row, for anything
     malformed, OSError for a file that cannot be read, and ImportError without pyarrow.
@@ -99,17 +99,22 @@ def read_task(name: str, folder: Path | None, max_problems: int | None = None, f
     if name in WITHOUT_FILES:
         made, judge = WITHOUT_FILES[name]
         return Task(name, [Problem(*problem) for problem in made()][:max_problems], judge)
+    problems = [read_problem(name, row, where) for where, row in read_rows(name, folder, flag)]
+    return Task(name, problems[:max_problems], JUDGES.get(name))
+
+
+def read_rows(name: str, folder: Path | None, flag: str, split: str = "test") -> list[tuple[str, Mapping[str, Any]]]:
+    """Return (where it is, the row) of each row of a split of a task, in nanochat's order. Raises as read_task does."""
     if folder is None:
         raise MissingTaskError(f"{flag} FOLDER must name the folder of its files")
-    read = [read_problem(name, row, where) for path in find_files(name, folder, flag) for where, row in rows_of(path)]
-    if not read:
+    rows = [row for path in find_files(name, folder, flag, split) for row in rows_of(path)]
+    if not rows:
         raise ValueError(f"{folder}: the files of {name} must have at least one problem, got none")
-    order = np.random.default_rng(ORDER_SEED).permutation(len(read))[:max_problems]
-    return Task(name, [read[i] for i in order], JUDGES.get(name))
+    return [rows[i] for i in np.random.default_rng(ORDER_SEED).permutation(len(rows))]
 
 
-def find_files(name: str, folder: Path, flag: str = "--data") -> list[Path]:
-    """Return the files of the test split of a task below a folder, in their order.
+def find_files(name: str, folder: Path, flag: str = "--data", split: str = "test") -> list[Path]:
+    """Return the files of a split of a task below a folder, in their order.
 
     Raises MissingTaskError if there are none, and ValueError if they are in several folders or of both kinds.
     """
@@ -124,7 +129,7 @@ def find_files(name: str, folder: Path, flag: str = "--data") -> list[Path]:
         files = [] if real in seen else files
         seen.add(real)
         for path in (Path(above, file) for file in sorted(files)):
-            if path.suffix not in KINDS or not _is_split(path, config):
+            if path.suffix not in KINDS or not _is_split(path, config, split):
                 continue
             present = fields_of(path)
             missing = [key for key in FIELDS[name] if key not in present]
@@ -133,7 +138,7 @@ def find_files(name: str, folder: Path, flag: str = "--data") -> list[Path]:
             else:
                 groups.setdefault((path.parent, path.suffix), []).append(path)
     if not groups:
-        layout = f"{config}/test*.parquet or .jsonl with {', '.join(FIELDS[name])}"
+        layout = f"{config}/{split}*.parquet or .jsonl with {', '.join(FIELDS[name])}"
         raise MissingTaskError(f"{folder} has no {layout}{unfit}")
     if len(groups) > 1:
         (first, *_), (second, *_) = list(groups.values())[:2]
@@ -141,11 +146,11 @@ def find_files(name: str, folder: Path, flag: str = "--data") -> list[Path]:
     return next(iter(groups.values()))
 
 
-def _is_split(path: Path, config: str) -> bool:
-    """Return whether a path ends as config/test.parquet, config/test-0.parquet or config/test/0.parquet do."""
-    if path.parent.name == "test":
+def _is_split(path: Path, config: str, split: str) -> bool:
+    """Return whether a path ends as config/split.parquet, config/split-0.parquet or config/split/0.parquet do."""
+    if path.parent.name == split:
         return path.parent.parent.name == config
-    return path.parent.name == config and re.match(r"test([-_.]|$)", path.stem) is not None
+    return path.parent.name == config and re.match(rf"{split}([-_.]|$)", path.stem) is not None
 
 
 def fields_of(path: Path) -> Sequence[str]:

@@ -123,7 +123,7 @@ class TaskResult(NamedTuple):
 def read_bundle(folder: Path, max_per_task: int | None = None, flag: str = "--max-per-task") -> list[Task]:
     """Read the tasks of a bundle: the first max_per_task items of each, after nanochat's shuffle.
 
-    flag: what errors call max_per_task.
+    flag: the name of the flag in errors.
 
     Raises ValueError, naming file, task and line, for anything missing or malformed, and ImportError without PyYAML.
     """

@@ -414,7 +414,7 @@ def train_case(comparison: Comparison, case: str, factor: float, seed: int, cons
     """Make a run, or resume it. Returns its figures, or the exit code if a signal stopped it."""
     config = comparison.cases[case]
     folder = comparison.folder_of(case, factor, seed)
-    if folder.exists() and not is_run(folder):  # the process was killed before the run started
+    if folder.exists() and not (folder / "config.json").exists():  # the process was killed before the run started
         shutil.rmtree(folder)
     rates: dict[str, Any] = {rate: size * factor for rate, size in resolve.learning_rates(config).items()}
     location: dict[str, Any] = {"out_dir": folder.parent, "run": folder.name}

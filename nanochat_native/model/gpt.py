@@ -137,7 +137,7 @@ class Block(nn.Module):
             x: (B, T, C), the stream.
             n: its norm.
             values: the table of the value embeddings and the tokens, in a layer that has them.
-            documents: that attention does not cross.
+            documents: Those of x. Attention does not cross them.
         """
         x, n = add_norm(x, self.attn(n, cos, sin, values, documents))
         return x, self.mlp(n)
@@ -337,8 +337,8 @@ class GPT(nn.Module):
             last_only: Return logits (B, 1, V) of the last position only.
             row_weights: B factors, and the loss is a scalar: the sum over the sequences of the factor times the sum of
                 the cross-entropies of the sequence. `reduction` must be "sum".
-            documents: Those of idx. Each is read as if it were alone in its row. Without torch.func's transforms and
-                forward-mode AD.
+            documents: Those of idx. Each is read as if it were alone in its row. torch.func's transforms and
+                forward-mode AD do not work with them.
 
         Raises TypeError and ValueError for arguments that do not fit.
         """

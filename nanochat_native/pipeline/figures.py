@@ -8,8 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from nanochat_native.pipeline.recipe import Stage
-from nanochat_native.runs import metrics_log, pictures
+from nanochat_native.pipeline.recipe import Places, Stage
+from nanochat_native.runs import checkpoint, metrics_log, pictures, run_folder
 from nanochat_native.runs.metrics_log import value_of
 
 # Values of a run's last `val` record that are no scores.
@@ -43,6 +43,10 @@ def of_run(folder: Path, of_what: str = "") -> dict[str, dict[str, float]]:
         if "pass@1" in evaluations[0]:
             first = {name: value for name, value in evaluations[0].items() if name in ("pass@1", "reward")}
             scores |= {f"{name} before": value for name, value in _scores(first, _NAMES_OF_REWARDS).items()}
+    for kind, name in (("core", "CORE"), ("chat", "mean of --chat-tasks, centered")):
+        last = next((record for record in reversed(records) if record["kind"] == kind), None)
+        if last is not None and (value := value_of(last, "score")) is not None:
+            scores[name] = value
     facts: dict[str, float] = {}
     if steps:
         facts["steps"] = steps[-1]["step"]
@@ -53,6 +57,15 @@ def of_run(folder: Path, of_what: str = "") -> dict[str, dict[str, float]]:
         if speeds:
             facts["tokens a second, median"] = statistics.median(speeds)
     return {"scores": scores, "facts": facts}
+
+
+def is_trained(stage: Stage, places: Places) -> bool:
+    """Return whether a stage trains, and has a checkpoint of its last step."""
+    folder = places.folder(stage.name)
+    if not stage.is_run or not run_folder.is_run(folder):
+        return False
+    steps = checkpoint.steps(folder / "checkpoints")
+    return bool(steps) and max(steps) >= run_folder.load_config(folder).num_iterations
 
 
 def of_evaluation(record: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -8,13 +8,17 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+SHUTDOWN_SECONDS = 600  # for which torchrun waits for ranks that write a checkpoint after a signal; its own limit is 30
+PIPE_SECONDS = 10  # for which the output of a stage is read after its end
 
 
 class Signals:
@@ -45,8 +49,8 @@ class Signals:
                 self.process.send_signal(number)
 
 
-def _dies_with_parent() -> Callable[[], None]:
-    """Return what a child calls so that it gets SIGTERM if the speedrun is killed: else it would run on unseen."""
+def dies_with_parent() -> Callable[[], None]:
+    """Return a function for a child process to call. The child then gets SIGTERM if the speedrun is killed."""
     prctl = ctypes.CDLL(None).prctl  # loaded before the fork
 
     def in_child() -> None:
@@ -62,24 +66,26 @@ def run(command: Sequence[str], log: Path, signals: Signals) -> tuple[int, float
     exit code 128 plus its number.
     """
     start = time.monotonic()
-    with open(log, "ab") as file:
-        file.write(f"$ {shlex.join(command)}\n".encode())
-        file.flush()
+    with open(log, "ab", buffering=0) as file:
+        _write(file, os.fsencode(f"$ {shlex.join(command)}\n"))
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             process_group=0,
-            preexec_fn=_dies_with_parent(),
+            preexec_fn=dies_with_parent(),
+            env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ},
         )
         signals.process = process
         try:
             if signals.received:  # between the last look and the start
                 process.send_signal(signals.received)
-            assert process.stdout is not None
-            _copy(process.stdout, file)
+            # A thread, because ranks that torchrun has lost may hold the pipe.
+            copying = threading.Thread(target=_copy, args=(process.stdout, file), daemon=True)
+            copying.start()
             code = process.wait()
+            copying.join(PIPE_SECONDS)
         finally:
             signals.process = None
             if process.poll() is None:
@@ -88,12 +94,16 @@ def run(command: Sequence[str], log: Path, signals: Signals) -> tuple[int, float
     return (128 - code if code < 0 else code), time.monotonic() - start
 
 
-def _copy(source: BinaryIO | Any, file: BinaryIO) -> None:
+def _write(file: FileIO, data: bytes) -> None:
+    """Write to the log, unless the disk is full or the file is closed."""
+    with contextlib.suppress(OSError, ValueError):
+        file.write(data)
+
+
+def _copy(source: BinaryIO, file: FileIO) -> None:
     """Copy the bytes of a pipe to a file and, as text, to stdout, as they come. A full disk ends neither."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while data := os.read(source.fileno(), 1 << 16):
-        with contextlib.suppress(OSError):
-            file.write(data)
-            file.flush()
+        _write(file, data)
         sys.stdout.write(decoder.decode(data))
         sys.stdout.flush()

@@ -86,7 +86,7 @@ class Stage:
         return tuple(name for name in dict.fromkeys(names) if name not in (DOWNLOADS, self.name))
 
     def recorded(self) -> list[str]:
-        """Return the command and its flags. A stage that is done is done again only where these words change."""
+        """Return the command and its flags. If these words change, the stage must be done again with --redo."""
         return [self.command, *self.flags]
 
 
@@ -144,7 +144,7 @@ def builtin(gpus: int) -> Path:
 def read(path: Path) -> Recipe:
     """Return the recipe of a TOML file.
 
-    Raises ConfigError, in one line with the file's name, for what is no recipe. The flags of the stages are checked by
+    Raises ConfigError, in one line with the file's name, if it is not a recipe. The flags of the stages are checked by
     `check`.
     """
     try:

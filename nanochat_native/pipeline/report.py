@@ -7,6 +7,7 @@ import base64
 import html
 import os
 import platform
+import re
 import shlex
 import subprocess
 import time
@@ -135,7 +136,7 @@ def sections(recipe: Recipe, places: Places, state: State, price: float | None) 
     total = sum(state.stages[stage.name]["seconds"] for stage in started)
     summary = f"{len(done)} of {len(recipe.stages)} stages are done, in {duration(total)}."
     if price is not None:
-        summary += f" At {price:g} an hour that costs {cost(total, price)}."
+        summary += f" This costs {cost(total, price)} at {price:g} an hour."
     written = f"Recipe {recipe.name}. Written on {time.strftime('%Y-%m-%d %H:%M:%S %Z')}."
     return [
         Section(1, "Report card", [part for part in (recipe.about, summary, written) if part]),
@@ -217,7 +218,8 @@ def markdown(found: Sequence[Section]) -> str:
             elif isinstance(part, Picture):
                 lines.append(f"![{part.title}]({part.path})")
             elif isinstance(part, Code):
-                lines += ["```sh", part.text, "```"]
+                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", part.text)), default=0))
+                lines += [f"{fence}sh", part.text, fence]
             else:
                 lines.append(_cell(part))
             lines.append("")
@@ -225,12 +227,13 @@ def markdown(found: Sequence[Section]) -> str:
 
 
 # Characters that are markup in Markdown, as HTML names them, and the end of a line.
-_ESCAPED = {ord(mark): f"&#{ord(mark)};" for mark in "&<>\\`*_|[]#~"} | {ord("\n"): "<br>"}
+_ESCAPED = {ord(mark): f"&#{ord(mark)};" for mark in "&<>\\`*_|[]#~$"} | {ord("\n"): "<br>", ord("\r"): ""}
 
 
 def _cell(text: str) -> str:
-    """Return a text as one line of Markdown, in which nothing is markup."""
-    return text.translate(_ESCAPED)
+    """Return a text as one line of Markdown, in which nothing but an address is markup."""
+    escaped = text.translate(_ESCAPED)
+    return re.sub(r"^(\s*\d*)([-+.)])(?=\s)", lambda mark: f"{mark[1]}&#{ord(mark[2])};", escaped)  # of a list
 
 
 def page(found: Sequence[Section], folder: Path) -> str:

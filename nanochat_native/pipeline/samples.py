@@ -14,7 +14,7 @@ import nanochat_native.runtime.openmp  # noqa: F401  before torch
 from nanochat_native.data import conversations
 from nanochat_native.inference.chat_session import Chat, Options, printable
 from nanochat_native.inference.engine import Engine
-from nanochat_native.pipeline.process import Signals
+from nanochat_native.pipeline.process import Signals, dies_with_parent
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime import hardware
 from nanochat_native.runtime.isolation import describe
@@ -34,9 +34,12 @@ def ask(checkpoint: Path, device: str, prompts: tuple[str, ...], max_tokens: int
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         process_group=0,
+        preexec_fn=dies_with_parent(),
     ) as process:
         signals.process = process
         try:
+            if signals.received:  # between the last look and the start
+                process.send_signal(signals.received)
             out, err = process.communicate(json.dumps(job).encode())
         finally:
             signals.process = None

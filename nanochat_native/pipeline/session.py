@@ -15,6 +15,7 @@ from nanochat_native.pipeline import estimate, figures, process, report, samples
 from nanochat_native.pipeline.recipe import Places, Recipe, Stage, builtin, check, command_line, read
 from nanochat_native.pipeline.state import State, lock
 from nanochat_native.runtime import console
+from nanochat_native.runtime.command import check_text
 from nanochat_native.runtime.console import Console, duration
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.isolation import EXIT_CODE, ReportFailures
@@ -40,7 +41,8 @@ class Options:
     price: float | None = None
     """Price of an hour of the machine, in any currency. The report then has costs."""
     redo: tuple[str, ...] = ()
-    """Stages to do again, with those that need them. Their folders are deleted."""
+    """Stages to do again, with those whose flags name them. Their folders are deleted. To continue after that, leave
+    out this flag."""
     dry_run: bool = False
     """Print the plan, with estimates of time and disk, and stop."""
 
@@ -48,7 +50,7 @@ class Options:
 def run(options: Options, failures: ReportFailures) -> int:
     """Do what the flags say, and return the exit code: that of a stage that failed, or 128 plus a signal's number.
 
-    Raises ConfigError for flags, a recipe or a folder with which nothing can begin.
+    Raises ConfigError for flags, a recipe or a folder that are wrong.
     """
     if options.gpus < 0:
         raise ConfigError(f"--gpus must be a whole number >= 0, got {options.gpus}")
@@ -62,7 +64,12 @@ def run(options: Options, failures: ReportFailures) -> int:
         )
     out = Path("speedrun") / recipe.name if options.out is None else options.out
     places = Places(Path(os.path.abspath(out)), Path(os.path.abspath(options.downloads)), options.gpus)
+    check_text(str(places.out), "--out")
     check(recipe, places)
+    for stage in recipe.stages:
+        folder = places.folder(stage.name)
+        if stage.command != "download" and (folder == places.downloads or folder in places.downloads.parents):
+            raise ConfigError(f"--downloads must not be in the folder of stage {stage.name}, got {places.downloads}")
     known = [stage.name for stage in recipe.stages]
     for name in options.redo:
         if name not in known:
@@ -70,6 +77,7 @@ def run(options: Options, failures: ReportFailures) -> int:
     again = recipe.dependents(options.redo)
     if options.dry_run:
         state = State(places)
+        again += state.half_deleted()
         state.check(recipe, again)
         for name in again:
             state.stages.pop(name, None)
@@ -80,9 +88,10 @@ def run(options: Options, failures: ReportFailures) -> int:
     descriptor = lock(places.out)
     try:
         state = State(places)
+        again += state.half_deleted()
         state.check(recipe, again)
         state.forget(again)
-        return Speedrun(recipe, places, state, options.price, Console(failures=failures)).run()
+        return Speedrun(recipe, places, state, options, failures).run()
     finally:
         os.close(descriptor)
 
@@ -129,9 +138,12 @@ def plan(recipe: Recipe, places: Places, state: State) -> str:
 class Speedrun:
     """The stages of a recipe in a folder."""
 
-    def __init__(self, recipe: Recipe, places: Places, state: State, price: float | None, console_: Console) -> None:
-        self._recipe, self._places, self._state, self._price = recipe, places, state, price
-        self._console = console_
+    def __init__(
+        self, recipe: Recipe, places: Places, state: State, options: Options, failures: ReportFailures
+    ) -> None:
+        self._recipe, self._places, self._state, self._price = recipe, places, state, options.price
+        self._continuing = "the same command without --redo continues" if options.redo else "the same command continues"
+        self._failures, self._console = failures, Console(failures=failures)
 
     def run(self) -> int:
         """Run the stages that are not done, and return the exit code."""
@@ -157,7 +169,7 @@ class Speedrun:
         return 0
 
     def _stopped(self, stage: Stage, signals: process.Signals) -> int:
-        print(f"stopped in stage {stage.name}; the same command continues", file=sys.stderr)
+        print(f"stopped in stage {stage.name}; {self._continuing}", file=sys.stderr)
         return 128 + signals.received
 
     def _run_stage(self, stage: Stage, number: str, signals: process.Signals) -> int:
@@ -172,7 +184,11 @@ class Speedrun:
         except OSError:
             self._state.end(stage.name, time.monotonic() - start, 1, done=False, figures={})
             raise
+        if code and self._places.gpus > 1 and not signals.received and figures.is_trained(stage, self._places):
+            code = EXIT_CODE  # torchrun ends with 1 for any code of a rank
         done = code in (0, EXIT_CODE)
+        if code == EXIT_CODE:
+            self._failures.add(f"reports of stage {stage.name}")
         found: dict[str, dict[str, float]] = {"scores": {}, "facts": {}}
         if done:
             with self._console.isolated(f"figures of {stage.name}"):
@@ -182,13 +198,16 @@ class Speedrun:
             return 0
         if signals.received:
             return self._stopped(stage, signals)
-        print(f"error: stage {stage.name} ended with exit code {code}; its output is in {log}", file=sys.stderr)
+        print(
+            f"error: stage {stage.name} ended with exit code {code}; its output is in {log}; {self._continuing}",
+            file=sys.stderr,
+        )
         return code
 
     def _sample(self, stage: Stage, signals: process.Signals) -> None:
         """Let the model of a stage that trains answer the prompts that it has not answered."""
         entry = self._state.stages[stage.name]
-        known = entry.get("samples", {})
+        known = entry.get("samples", {}) if entry.get("max_tokens") == self._recipe.max_tokens else {}
         prompts = tuple(prompt for prompt in self._recipe.prompts if prompt not in known)
         if not stage.is_run or not prompts:
             return
@@ -202,7 +221,9 @@ class Speedrun:
                     return
                 raise
             answers = known | dict(zip(prompts, found["answers"], strict=True))
-            self._state.add(stage.name, samples=answers, machine=found["machine"])
+            self._state.add(
+                stage.name, samples=answers, max_tokens=self._recipe.max_tokens, machine=found["machine"]
+            )
             for prompt in prompts:
                 self._console.say(f"sample   {prompt!r} -> {answers[prompt]!r}")
 

@@ -15,15 +15,15 @@ from nanochat_native.runtime.files import is_temporary, write_atomically
 
 FORMAT = "nanochat-native speedrun"
 FILE = "state.json"
-STARTED, DONE = "started", "done"
+STARTED, DONE, DELETED = "started", "done", "deleted"
 
 
 class State:
     """The stages of a folder that were started, by name. Every change is on the disk when a method returns.
 
-    An entry has `status` (STARTED or DONE), `words` (Stage.recorded), `command` (the command line), `attempts`,
-    their `seconds` together, and if it is done `exit_code`, `figures` and perhaps `samples`. `running_since` is the
-    time at which an attempt began that has not ended.
+    An entry has `status` (STARTED, DONE, or DELETED while its folder is being deleted), `words` (Stage.recorded),
+    `command` (the command line), `attempts`, their `seconds` together, and if it is done `exit_code`, `figures` and
+    perhaps `samples`. `running_since` is the time at which an attempt began that has not ended.
     """
 
     def __init__(self, places: Places) -> None:
@@ -82,19 +82,27 @@ class State:
             folder = self._places.folder(stage.name)
             if stage.name in again and stage.name in self.stages:
                 continue
-            if stage.name not in self.stages and folder.exists():
-                raise ConfigError(f"{folder} is there, but not of this speedrun; give another --out")
+            if stage.name not in self.stages and folder.exists() and stage.command != "download":
+                raise ConfigError(f"{folder} exists, but this speedrun did not make it; give another --out")
             if self.is_done(stage.name) and stage.command != "download" and not folder.exists():
                 raise ConfigError(f"{folder} is gone; --redo {stage.name} makes it again")
 
     def forget(self, names: Sequence[str]) -> None:
         """Delete the folders of stages that were started, and what is known of them."""
-        for name in names:
-            if name in self.stages:
-                shutil.rmtree(self._places.folder(name), ignore_errors=True)
-                self._places.log(name).unlink(missing_ok=True)
-                del self.stages[name]
-                self.save()
+        known = [name for name in names if name in self.stages]
+        for name in known:
+            self.stages[name]["status"] = DELETED
+        self.save()
+        for name in known:
+            if self.stages[name]["words"][0] != "download":  # which has no folder of its own
+                _delete(self._places.folder(name))
+            self._places.log(name).unlink(missing_ok=True)
+            del self.stages[name]
+            self.save()
+
+    def half_deleted(self) -> list[str]:
+        """Return the stages whose folders an earlier `forget` has not deleted, because it was killed."""
+        return [name for name, entry in self.stages.items() if entry["status"] == DELETED]
 
     def begin(self, stage: Stage, command: list[str]) -> None:
         """Record that an attempt at a stage begins.
@@ -111,7 +119,7 @@ class State:
         self._places.log(stage.name).parent.mkdir(exist_ok=True)
         folder = self._places.folder(stage.name)
         if not stage.is_run and stage.command != "download":
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
             folder.mkdir(parents=True)
 
     def _close(self, name: str, entry: dict[str, Any]) -> None:
@@ -138,9 +146,17 @@ class State:
         self.save()
 
 
+def _delete(folder: Path) -> None:
+    """Delete a folder with its content, or a link to one, if it is there. Raises OSError."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
 def _check(entry: dict[str, Any]) -> None:
     """Raise KeyError or TypeError for an entry that lacks what every one has."""
-    if entry["status"] not in (STARTED, DONE) or not isinstance(entry["words"], list):
+    if entry["status"] not in (STARTED, DONE, DELETED) or not isinstance(entry["words"], list):
         raise TypeError("a stage has no status or no words")
     entry["seconds"] + entry["attempts"]  # both are numbers
     if entry["status"] == DONE:

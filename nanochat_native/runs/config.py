@@ -496,7 +496,8 @@ class FinetuneConfig(ChatTrainConfig):
 
     mix: tuple[str, ...] = ()
     """More conversations: files, folders or globs, each with an optional :epochs=N, the number of times that one pass
-    over all conversations has those of this file, e.g. --mix gsm8k.jsonl:epochs=4 names.jsonl:epochs=0.5."""
+    over all conversations has those of this file, e.g. --mix gsm8k.jsonl:epochs=4 names.jsonl:epochs=0.5. The name
+    examples stands for the generated ones."""
     val_data: str | None = None
     """Conversations to validate on; default: a tenth of --data and --mix."""
     skip_bad_lines: bool = False
@@ -514,7 +515,7 @@ class FinetuneConfig(ChatTrainConfig):
         auto_flag("{auto,tokens,turns}", "turns with --packing best-fit, else tokens"),
     ] = "auto"
     """Where a conversation that is longer than --max-seq-len ends. turns: after the last answer that fits; tokens:
-    anywhere. What has no answer then is left out."""
+    anywhere. A conversation without an answer after that is left out."""
     load_optimizer: bool = False
     """Begin with the state of the base run's optimizers, which is part of its checkpoint, instead of an empty one."""
     rate_scale: float = 0.1
@@ -573,8 +574,10 @@ class ReinforceConfig(ChatTrainConfig):
     checkpoint: Path | None = None
     """Run folder of the model to train, which was fine-tuned on conversations. A new run needs it."""
     task: str = "arithmetic"
-    """Examples and the reward of an answer: arithmetic, spelling, or a Python file with examples(split) and
+    """Examples and the reward of an answer: arithmetic, spelling, gsm8k, or a Python file with examples(split) and
     reward(example, answer). The file is run."""
+    task_data: Path | None = None
+    """Folder with the files of --task gsm8k, as download fills it."""
     write_chats: Path | None = None
     """Write the training examples that have an answer to this new file, as conversations for finetune --data, and
     stop."""
@@ -626,7 +629,7 @@ class ReinforceConfig(ChatTrainConfig):
             self.num_samples >= 2,
         )
         self._require("top_k", "a whole number >= 0", self.top_k >= 0)
-        self._require("task", "arithmetic, spelling or a Python file", self.task != "")
+        self._require("task", "arithmetic, spelling, gsm8k or a Python file", self.task != "")
         if not is_unset(self, "mean_rows") and self.num_samples % self.mean_rows:
             raise ConfigError(
                 f"--mean-rows must be a divisor of --num-samples {self.num_samples}, got {self.mean_rows}"
@@ -759,7 +762,7 @@ def resolve_device(config: C) -> C:
         has_bfloat16 = hardware.gpu_dtype(torch.device("cuda")) == torch.bfloat16
         config = dataclasses.replace(config, dtype="bfloat16" if has_bfloat16 else "float16")
     data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
-    folders = {name: getattr(config, name, None) for name in ("core", "chat_data")}
+    folders = {name: getattr(config, name, None) for name in ("core", "chat_data", "task_data")}
     paths: dict[str, Any] = {k: Path(os.path.abspath(v.expanduser())) for k, v in folders.items() if v is not None}
     config = dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data, **paths)
     config = resolve_defaults(config, gpu=gpu)

@@ -25,7 +25,7 @@ from nanochat_native.runtime.flags import flag
 
 IDENTITIES = "loggers.json"  # in the folder of a run: for each logger the project and the id of the run in it
 
-# Seconds for which a logger that runs in a thread may take to start, for a call, and to send what is left at the end.
+# Time limits of a logger in a thread, in seconds: for its start, for a call, and for its end.
 START_SECONDS = 120.0  # wandb itself gives up after 90
 CALL_SECONDS = 60.0
 END_SECONDS = 120.0
@@ -74,7 +74,7 @@ class Identity:
     Attributes:
         id: unique in the project; a resumed run keeps it.
         config: what the service shows as the config.
-        tokens_per_step: training tokens of an optimizer step.
+        tokens_per_step: tokens of an optimizer step, padding included; of reinforce the most that a step may have.
     """
 
     project: str

@@ -6,6 +6,7 @@ OUT_DIR/RUN/  config.json  metrics.jsonl  loggers.json  tensorboard/  wandb/  lo
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -49,6 +50,7 @@ ENTRIES = (
 DAMAGED_LOGS = "metrics.damaged*.jsonl"  # written by metrics_log.drop_records_after
 # Flags that may change on resume. Any other change, except a longer training, would make it another run.
 PER_CALL_FLAGS = ("run", "out_dir", "resume", "overwrite", "dry_run", "print_config", "json")
+FLAGS_OF_SCORES = {"core": ("core_every", "core_max_per_task"), "chat_tasks": CHAT_FLAGS[1:]}
 REPORT_FLAGS = ("core", "core_every", "core_max_per_task", *LOGGER_FLAGS)  # of train and finetune, not of experiments
 MAY_CHANGE_ON_RESUME = (
     *PER_CALL_FLAGS,
@@ -69,7 +71,7 @@ MAY_CHANGE_ON_RESUME = (
     "cuda_graphs",
 )
 # Flags of the data, which is compared by the hash in config.json, not by its path.
-COMPARED_BY_CONTENT = ("data", "text_column", "val_data", "mix", "task")
+COMPARED_BY_CONTENT = ("data", "text_column", "val_data", "mix", "task", "task_data")
 CHANGES_ROUNDING = ("device", "device_batch_size", "backend", "grad_checkpoint")
 CONFIG_OF_COMMAND: dict[str, type[TrainConfig]] = {
     "train": TrainConfig,
@@ -106,8 +108,24 @@ def resolve_config(
     saved = load_config(folder)
     if not isinstance(saved, kind) or type(saved) is not kind:
         raise ConfigError(f"{folder} was created by nanochat_native.{command_of(saved)}: resume it with that")
-    wanted = dataclasses.replace(resolve(parse(args, base=saved)), out_dir=saved.out_dir, run=saved.run)
+    wanted = resolve(parse(args, base=without_removed(saved, args)))
+    wanted = dataclasses.replace(wanted, out_dir=saved.out_dir, run=saved.run)
     return wanted, changes(saved, wanted)
+
+
+def without_removed(config: C, args: Sequence[str]) -> C:
+    """Return the config without the flags that a command line removes: those of a score that it turns off."""
+    words = [word for arg in args for word in arg.split("=", 1)]
+    removed = [
+        name
+        for main, names in FLAGS_OF_SCORES.items()
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue="--")
+        if word.replace("_", "-") == flag(main) and (following == "None" or following.startswith("--"))
+        for name in (main, *names)
+    ]
+    fields = config.__dataclass_fields__
+    defaults: dict[str, Any] = {name: fields[name].default for name in removed if name in fields}
+    return dataclasses.replace(config, **defaults)
 
 
 def _run_folder_of(path: Path) -> Path:
@@ -162,7 +180,7 @@ def load_config(folder: Path) -> TrainConfig:
     place = folder if folder.name not in ("", "..") else folder.resolve()
     flags |= {"out_dir": place.parent, "run": place.name, "cache_dir": Path(flags["cache_dir"])}
     try:
-        for name in ("core", "chat_data"):
+        for name in ("core", "chat_data", "task_data"):
             if flags.get(name) is not None:
                 flags[name] = Path(flags[name])
         if command in ("finetune", "reinforce"):
@@ -188,9 +206,9 @@ def require_same_data(config: TrainConfig, data_hash: str) -> None:
 
 def other_data(config: TrainConfig) -> ConfigError:
     """Return the error for a run that began with other data."""
-    names = ("task",) if isinstance(config, ReinforceConfig) else COMPARED_BY_CONTENT
+    names = ("task", "task_data") if isinstance(config, ReinforceConfig) else COMPARED_BY_CONTENT
     values = {name: getattr(config, name, None) or () for name in names}
-    texts = {name: value if isinstance(value, str) else " ".join(value) for name, value in values.items()}
+    texts = {name: str(value) if isinstance(value, str | Path) else " ".join(value) for name, value in values.items()}
     given = ", ".join(f"{flag(name)} {text}" for name, text in texts.items() if text)
     return ConfigError(
         f"{config.run_dir}: the data or the tokenizer is not what this run began with ({given or 'no --data'}); "

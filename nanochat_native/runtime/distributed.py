@@ -36,6 +36,7 @@ class World:
         local_rank: the number of this process on its machine.
         group: the process group; None for a single process.
         background: a gloo group for work beside the training, such as writing a checkpoint.
+        waiting: another one, for what all ranks wait for while there may be such work.
     """
 
     rank: int = 0
@@ -43,6 +44,7 @@ class World:
     local_rank: int = 0
     group: dist.ProcessGroup | None = None
     background: dist.ProcessGroup | None = None
+    waiting: dist.ProcessGroup | None = None
 
     @property
     def is_rank0(self) -> bool:
@@ -90,8 +92,8 @@ class World:
             result = action()
         except expected as error:
             message = str(error) or type(error).__name__  # MemoryError() has no message
-        if long_running and self.background is not None:
-            dist.monitored_barrier(self.background, timeout=timedelta(days=1))
+        if long_running and self.waiting is not None:
+            dist.monitored_barrier(self.waiting, timeout=timedelta(days=1))
         messages = self.all_gather_object(message)
         failed = [rank for rank, text in enumerate(messages) if text]
         if failed:
@@ -140,8 +142,8 @@ def init_process_group() -> Iterator[World]:
     timeout = timedelta(seconds=seconds)
     try:
         dist.init_process_group(backend, timeout=timeout)
-        background = dist.new_group(backend="gloo", timeout=timeout)
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, dist.group.WORLD, background)
+        background, waiting = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, dist.group.WORLD, background, waiting)
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, RankError) or not re.search(r"[Tt]imed? ?out|[Cc]onnection", str(error)):
             raise

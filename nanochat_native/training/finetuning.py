@@ -165,36 +165,38 @@ def rendered(tokenizer: Tokenizer, chats: Iterable[Conversation]) -> list[Render
 def render_conversations(
     config: FinetuneConfig, tokenizer: Tokenizer, notes: list[str]
 ) -> tuple[list[Rendered], list[Rendered], list[Rendered]]:
-    """Return the conversations of --data and --mix as tokens, and those of them for training and for validation.
+    """Return the conversations of a pass over --data and --mix as tokens, and those for training and for validation.
 
-    The training has those of --mix as often as their epochs say, and validation has each once. With --val-data, all of
-    --data and --mix is for training. notes: as for read_conversations.
+    A pass has those of --mix as often as their epochs say; validation has each once. With --val-data, all of --data and
+    --mix is for training. notes: as for read_conversations.
     """
     sources: list[tuple[Sequence[Conversation], float]] = []
-    for data, epochs in [(config.data, 1.0), *map(mixture_entry, config.mix)]:
+    named = [(config.data, 1.0), *map(mixture_entry, config.mix)]
+    for data, epochs in named:
         if data == EXAMPLES:
             sources.append((example_chats(), epochs))
         else:
             sources.append((read_conversations(data, notes, skip_bad=config.skip_bad_lines), epochs))
-        if config.mix:
-            count = len(repeated(*sources[-1]))
-            name = "made-up examples" if data == EXAMPLES else Path(data).name
-            notes.append(f"{name}: {len(sources[-1][0]):,} conversations, {epochs:g} times, are {count:,} of a pass")
     everything: list[Rendered] = []
     train: list[Rendered] = []
     val: list[Rendered] = []
-    for chats, epochs in sources:
+    for (data, _), (chats, epochs) in zip(named, sources, strict=True):
         rows = rendered(tokenizer, chats)
-        everything += rows
+        taken = repeated(chats, epochs)
+        everything += [rows[i] for i in taken]
         held_out = [config.val_data is None and is_held_out(chat) for chat in chats]
-        train += [rows[i] for i in repeated(chats, epochs) if not held_out[i]]
+        train += [rows[i] for i in taken if not held_out[i]]
         val += [row for row, held in zip(rows, held_out, strict=True) if held]
+        if config.mix:
+            name = "made-up examples" if data == EXAMPLES else Path(data).name
+            count = sum(not held_out[i] for i in taken)
+            notes.append(f"{name}: {len(chats):,} conversations, {epochs:g} times, are {count:,} of a pass to train on")
     if config.val_data is None:
         return everything, train, val
     others = read_conversations(config.val_data, notes, skip_bad=config.skip_bad_lines)
     trained_on = {identity(chat) for chats, _ in sources for chat in chats}
     if both := sum(identity(chat) in trained_on for chat in others):
-        notes.append(f"{both:,} of {len(others):,} conversations of --val-data are in --data too, and are trained on")
+        notes.append(f"{both:,} of {len(others):,} conversations of --val-data are in --data or --mix too")
     return everything, train, rendered(tokenizer, others)
 
 
@@ -553,7 +555,7 @@ def with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
 def with_absolute_path(entry: str) -> str:
     """Return a value of --mix with an absolute path."""
     path, _ = mixture_entry(entry)
-    return absolute_path(path) + entry[len(path) :]
+    return (path if path == EXAMPLES else absolute_path(path)) + entry[len(path) :]
 
 
 def absolute_path(path: str) -> str:

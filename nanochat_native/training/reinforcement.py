@@ -36,7 +36,7 @@ from nanochat_native.runtime.flags import UNSET, is_unset
 from nanochat_native.training import resolve
 from nanochat_native.training.finetuning import PRETRAINING_FLAGS, load_base, resolve_on_base
 from nanochat_native.training.reward_tasks import (
-    EMBEDDED,
+    NAMES,
     PASS,
     Example,
     load_task,
@@ -124,7 +124,7 @@ class Reinforcement:
                 "finetune makes one"
             )
         self.tokenizer = tokenizer
-        self.rewards = load_task(config.task)
+        self.rewards = load_task(config.task, config.task_data)
         limit = self._source.config.sequence_len
         most = config.max_new_tokens
         if is_unset(config, "max_new_tokens"):
@@ -391,7 +391,7 @@ def resolve_reinforcement(config: ReinforceConfig) -> ReinforceConfig:
     if config.diagnose:
         raise ConfigError("--diagnose is not for training by rewards: there is no text to measure the layers on")
     base = config.checkpoint.absolute()
-    task = config.task if config.task in EMBEDDED else os.path.abspath(os.path.expanduser(config.task))
+    task = config.task if config.task in NAMES else os.path.abspath(os.path.expanduser(config.task))
     config = dataclasses.replace(config, checkpoint=base, task=task, cuda_graphs="off")
     if not is_unset(config, "depth") and not is_unset(config, "total_batch_size"):  # of a run to resume
         return resolve_device(config)
@@ -407,5 +407,5 @@ def initial_rates(config: ReinforceConfig) -> Mapping[str, float]:
 def write_task_chats(config: ReinforceConfig) -> str:
     """Write the examples of the task to --write-chats. Return a line that says what was written."""
     assert config.write_chats is not None
-    count = write_chats(load_task(config.task), config.write_chats)
+    count = write_chats(load_task(config.task, config.task_data), config.write_chats)
     return f"{config.write_chats}: {count:,} conversations for finetune --data"

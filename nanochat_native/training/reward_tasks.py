@@ -14,7 +14,7 @@ message of the assistant, which the model does not see. An example may have othe
 text a calculation of the model is `<<12 * 3=36>>` (inference/calculator.py). An answer passes, for pass@k, with a
 reward of at least 1.
 
-`arithmetic` and `spelling` are such tasks without a file.
+`arithmetic` and `spelling` are such tasks without a file, and `gsm8k` is one with a folder of data.
 """
 
 import contextlib
@@ -32,12 +32,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat_native.data import conversations
+from nanochat_native.data.conversation_files import with_calculations
 from nanochat_native.data.conversations import Message
+from nanochat_native.evaluation.chat_tasks import MissingTaskError, number_of, read_problem, read_rows
 from nanochat_native.runtime.errors import ConfigError
 
 Example = Mapping[str, Any]
 PASS = 1.0  # the least reward of an answer that passes
 TRAIN_EXAMPLES, VAL_EXAMPLES = 512, 64  # of an embedded task
+GSM8K = "gsm8k"
 MODULE = "nanochat_native_task"  # the name under which the module of a file is known
 
 
@@ -63,15 +66,23 @@ def question_of(example: Example) -> list[Message]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def load_task(name: str) -> RewardTask:
-    """Return the task of a name or of a Python file. Raises ConfigError, in one line that names the file."""
+def load_task(name: str, data: Path | None = None) -> RewardTask:
+    """Return the task of a name or of a Python file.
+
+    data: the folder with the files of `gsm8k`.
+
+    Raises ConfigError, in one line that names the file, and what chat_tasks.read_rows does.
+    """
+    if name == GSM8K:
+        return _gsm8k(data)
+    if data is not None:
+        raise ConfigError(f"--task-data is for --task {GSM8K}, got --task {name}")
     if name in EMBEDDED:
         make, embedded = EMBEDDED[name]
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        return RewardTask(name, list(make("train")), list(make("val")), embedded, digest)
+        return RewardTask(name, list(make("train")), list(make("val")), embedded, _hash_of(name))
     path = Path(name).expanduser()
     if path.suffix != ".py":
-        raise ConfigError(f"--task must be {', '.join(EMBEDDED)} or a Python file, got {name!r}")
+        raise ConfigError(f"--task must be {', '.join(NAMES)} or a Python file, got {name!r}")
     try:
         source = path.read_bytes()
     except OSError as error:
@@ -88,6 +99,35 @@ def load_task(name: str) -> RewardTask:
 
     train, val = (_examples(name, split, _called(name, functions["examples"], split)) for split in ("train", "val"))
     return RewardTask(name, train, val, reward, hashlib.sha256(source).hexdigest())
+
+
+def _hash_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _gsm8k(data: Path | None) -> RewardTask:
+    """Return GSM8K: its training split to train on, its test split to evaluate on, both in nanochat's order.
+
+    The reward is nanochat's: 1 if the number behind the first "####" of the answer is the right one, else 0.
+    """
+    splits = []
+    for split in ("train", "test"):
+        try:
+            rows = read_rows("GSM8K", data, "--task-data", split)
+        except MissingTaskError as error:
+            raise ConfigError(f"--task {GSM8K}: {error}") from None
+        splits.append(
+            [
+                _example(row["question"], with_calculations(row["answer"]), number=problem.answer)
+                for problem, row in ((read_problem("GSM8K", row, where), row) for where, row in rows)
+            ]
+        )
+    train, val = splits
+    return RewardTask(GSM8K, train, val, _number_reward, _hash_of(GSM8K))
+
+
+def _number_reward(example: Example, answer: str) -> float:
+    return float(number_of(answer) == example["number"])
 
 
 def _functions(name: str, source: bytes) -> dict[str, Callable[..., Any]]:
@@ -211,3 +251,4 @@ EMBEDDED: dict[str, tuple[Callable[[str], Iterator[Example]], Callable[[Example,
     "arithmetic": (_arithmetic, _arithmetic_reward),
     "spelling": (_spelling, _spelling_reward),
 }
+NAMES = (*EMBEDDED, GSM8K)

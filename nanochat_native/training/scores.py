@@ -126,8 +126,9 @@ class Chat:
     def measure(
         self, part: int, model: GPT, tokenizer: Tokenizer, *, batch_tokens: int, world: World, progress: Progress
     ) -> chat_score.TaskResult:
-        engine = chat_score.make_engine(model, tokenizer, max(1, batch_tokens // model.config.sequence_len))
-        return chat_score.evaluate(self._tasks[part], engine, world=world, progress=progress)
+        task, slots = self._tasks[part], max(1, batch_tokens // model.config.sequence_len)
+        engine = world.run_collectively(lambda: chat_score.engine_for(task, model, tokenizer, slots), Exception)
+        return chat_score.evaluate(task, engine, world=world, progress=progress)
 
     def figures(self, results: Sequence[chat_score.TaskResult]) -> dict[str, float]:
         accuracies = {f"accuracy/{result.task}": result.accuracy for result in results}

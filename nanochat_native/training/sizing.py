@@ -64,10 +64,13 @@ def row_bytes(config: TrainConfig, shape: GPTConfig, *, element_bytes: int) -> i
 
     A layer keeps two normalised inputs, q, k, v, the attention's output and the MLP's hidden tensor of 4 n_embd, and
     with residual scalars the residual stream. With gradient checkpointing each layer keeps only its input, and one
-    layer at a time the rest.
+    layer at a time the rest. Attention to several conversations in a row keeps q, k, v and its output with up to a
+    quarter of padding, and its output in the order of the row too.
     """
     n_embd = shape.n_embd
     layer = (8 + shape.residual_scalars) * n_embd + 2 * shape.n_kv_head * shape.head_dim
+    if config.packing == "best-fit":
+        layer += n_embd + (2 * n_embd + 2 * shape.n_kv_head * shape.head_dim) // 4
     kept = config.depth * n_embd + layer if config.grad_checkpoint else config.depth * layer
     ends = 3 * n_embd  # the embedding, the last norm and the gradient of the loss
     ends += shape.smear * n_embd  # the embedding before it

@@ -65,9 +65,7 @@ class Trainer:
         self.console = console
         self.world = world = world or World()
         self.task = task = task or Pretraining()
-        if world.is_rank0:
-            loggers.require_packages(config)
-        self.scores = scores_of(config)
+        self.scores = world.run_collectively(lambda: self._prepare_reports(config), ValueError, OSError, ImportError)
         self.device = torch.device(config.device)
         if self.device.type == "cuda" and world.size > 1:
             self.device = torch.device("cuda", world.local_rank)
@@ -148,6 +146,12 @@ class Trainer:
         self.last_scores: dict[str, float] = {}  # by title
         self.tokens = 0  # that train() has trained on
         self.measured: dict[str, float] = {}  # what a kind of training adds to the record of a step
+
+    def _prepare_reports(self, config: TrainConfig) -> list[Score]:
+        """Check the loggers on the rank that logs, and return the scores, whose files are read."""
+        if self.world.is_rank0:
+            loggers.require_packages(config)
+        return scores_of(config)
 
     def make_loader(self) -> Loader:
         """Return the loader of the run's batches."""
@@ -310,7 +314,7 @@ class Trainer:
         return self.step == self.config.num_iterations or (every > 0 and self.step % every == 0)
 
     def _is_due(self, score: Score) -> bool:
-        """Return whether a score is due, and no signal has asked the run to stop. A resumed run makes up for it."""
+        """Return whether a score is due, and no signal has asked the run to stop. A resumed run measures it then."""
         return self._due(score.every) and not self.stop_signal
 
     def train_step(self, batches: Iterator[Batch]) -> None:

@@ -68,6 +68,7 @@ def test_chatml_is_read_as_messages():
         (CHATML[:-10], last),
         ("x" + CHATML, 1),
         (CHATML.replace("user\n", "user"), user),
+        (CHATML.replace("q<|im_end|>\n", "q"), user),
     ):
         with pytest.raises(ValueError, match=f"not ChatML from character {at} on"):
             parse_record({"text": wrong})
@@ -87,6 +88,10 @@ def test_a_question_with_choices_is_asked_as_nanochat_asks_it():
         with pytest.raises(ValueError, match=message):
             parse_record(record | wrong)
     assert parse_record(record | {"answer": "two"}).messages[1]["content"] == "two", "as before"
+    assert parse_record(record | {"system": "s"}).messages == [SYSTEM, *expected]
+    assert parse_record(record | {"messages": PLAIN}).messages == PLAIN
+    without = {"question": "Which?", "choices": ["one", "two"], "response": "two"}
+    assert parse_record(without).messages[1]["content"] == "two"
 
 
 def test_calculations_are_code_only_where_they_are_asked_for():
@@ -100,6 +105,8 @@ def test_calculations_are_code_only_where_they_are_asked_for():
         {"type": "text", "text": "6.\n#### 6"},
     ]
     assert form == "question and answer with calculations, as in GSM8K"
+    for answer in (["It is <<2*3=6>>"], [ASSISTANT | {"content": [{"type": "text", "text": "<<2*3=6>>"}]}]):
+        assert parse_record({"question": "q", "answer": answer}, calculations=True).messages[1:] == answer
 
 
 def test_calls_of_the_calculator_become_code_and_its_output():
@@ -112,6 +119,10 @@ def test_calls_of_the_calculator_become_code_and_its_output():
         assert turns[1]["content"] == [*parts, {"type": "text", "text": "6."}]
         assert turns[2:] == [USER, ASSISTANT]
     assert with_tools(PLAIN) == (PLAIN, False)
+    for empty in ("", None):
+        turns, found = with_tools([{"role": "system", "content": empty}, USER, CALLING, OUTPUT, last])
+        assert found
+        assert turns[0] == USER
 
 
 @pytest.mark.parametrize(

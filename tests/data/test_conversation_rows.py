@@ -32,6 +32,14 @@ def test_best_fit_fills_rows_as_a_search_of_all_rows_does(seed):
     assert best_fit(lengths, 64) == rows
 
 
+def test_the_first_rows_do_not_hold_the_longest_conversations():
+    lengths = [3, 9, 2, 5, 9, 4, 3]
+    documents = [(list(range(length + 1)), [True] * (length + 1)) for length in lengths]
+    rows = ConversationRows(documents, 9, packed=True).rows
+    assert sorted(map(sorted, rows)) == sorted(map(sorted, best_fit(lengths, 9)))
+    assert [min(row) for row in rows] == sorted(min(row) for row in rows)
+
+
 def test_best_fit_takes_the_fullest_row_with_room_and_the_first_of_equal_lengths():
     assert best_fit([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
     assert best_fit([7, 8, 2, 3], 10) == [[1, 2], [0, 3]]

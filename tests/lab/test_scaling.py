@@ -15,6 +15,7 @@ from tiny_run import train, wait_until, write_text
 
 from nanochat_native import plot, scaling
 from nanochat_native.lab.scaling import plan, report, study
+from nanochat_native.lab.scaling.plan import rounded_up
 from nanochat_native.runs.run_folder import load_config
 from nanochat_native.training.trainer import Trainer
 
@@ -273,6 +274,8 @@ def test_other_flags_and_other_data_are_refused(folder, whole, tmp_path, capsys)
     ("own", "message"),
     [
         (["--depths", "1", "2"], "--depths must be 3 or more with --study both"),
+        (["--study", "isoflop", "--target-param-data-ratio", "5"], "--target-param-data-ratio is for miniseries, got"),
+        (["--study", "miniseries", "--num-iterations", "9"], "scaling takes --target-param-data-ratio"),
         (["--study", "miniseries", "--depths", "2"], "--depths must be 2 or more with --study miniseries"),
         (["--depths", "1", "2", "2"], "--depths must be whole numbers >= 1, each given once, got 1 2 2"),
         (["--depths", "0", "1", "2"], "--depths must be whole numbers >= 1"),
@@ -305,11 +308,25 @@ def test_a_budget_too_small_names_the_one_that_is_enough(folder, tmp_path, capsy
     args = isoflop(folder, tmp_path / "out", budgets=[1e9, 1e10])
     assert scaling.main(args) == 2
     enough = float(capsys.readouterr().err.split("which takes ")[1].split()[0])
-    args[args.index("1000000000.0")] = str(enough * 1.01)
+    args[args.index("1000000000.0")] = str(enough)
     assert scaling.main([*args, "--dry-run"]) in (0, 2)
     error = capsys.readouterr().err
     assert "for depth 1" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_number_is_rounded_up_to_three_digits():
+    assert [rounded_up(x) for x in (3.742e10, 3.74e10, 9.999, 1.0, 0.01234)] == [3.75e10, 3.74e10, 10.0, 1.0, 0.0124]
+
+
+def test_a_run_whose_config_cannot_be_read_is_kept(folder, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    damaged = out / "runs" / "miniseries-d1-seed0"
+    (damaged / "config.json").write_text("{")
+    assert scaling.main(command(folder, out, "--target-param-data-ratio", "0.012")) == 2
+    assert f"{damaged}/config.json is damaged" in capsys.readouterr().err
+    assert (damaged / "checkpoints").is_dir()
 
 
 def test_an_edge_is_said_in_the_table():

@@ -60,6 +60,25 @@ def test_a_minimum_that_the_noise_hides_has_no_bounded_interval():
     assert minimum.error > 0
 
 
+def test_an_interval_that_is_far_wider_than_the_sizes_is_unbounded():
+    sizes = np.repeat(SIZES, 2)
+    noise = np.tile([0.001, -0.001], len(SIZES))
+    parabola = fits.fit_parabola(sizes, 3 + 0.05 * np.log(sizes / 6e5) ** 2 + noise)
+    found = {v: fits.minimum_of(parabola, v, 4).interval for v in np.geomspace(1e-8, 1, 400)}
+    bounded = [interval for interval in found.values() if interval is not None]
+    reach = (1 + fits.FARTHEST) * (parabola.high - parabola.low)
+    assert 0 < len(bounded) < len(found)
+    assert all(abs(end - parabola.centre) <= reach for interval in bounded for end in interval)
+    variances = list(found)
+    last = max(variances.index(v) for v, interval in found.items() if interval is not None)
+    between = np.linspace(variances[last], variances[last + 1], 4000)
+    assert all(
+        interval is None or abs(end - parabola.centre) <= reach
+        for interval in (fits.minimum_of(parabola, v, 4).interval for v in between)
+        for end in (interval or [0])
+    )
+
+
 def test_three_points_have_a_minimum_and_no_interval():
     parabola = fits.fit_parabola(SIZES[:3], [2.1, 2.0, 2.05])
     variance, dof = fits.pooled_variance([parabola])

@@ -9,13 +9,16 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from fork_server import python
 from tiny_run import BACKEND, records, tiny_flags, wait_until, write_text
 
-from nanochat_native.pipeline import figures, report
+from nanochat_native.pipeline import figures, process, report
+from nanochat_native.pipeline.recipe import Places, Stage
+from nanochat_native.pipeline.state import State
 from nanochat_native.runs import checkpoint
 from nanochat_native.speedrun import main
 
@@ -172,9 +175,10 @@ def test_report_holds_every_figure_and_needs_no_other_file(whole):
 
 
 def test_markup_in_a_sample_is_text_in_markdown():
-    escaped = report._cell("a|b <i>\n`c` &amp; [x](y)")
-    assert not set("|<`[]") & set(escaped.replace("<br>", ""))
+    escaped = report._cell("$a$|b <i>\n`c` &amp; [x](y)")
+    assert not set("|<`[]$") & set(escaped.replace("<br>", ""))
     assert escaped.count("<br>") == 1
+    assert [report._cell(text) for text in ("- x", "12. x", "-1.5")] == ["&#45; x", "12&#46; x", "-1.5"]
 
 
 def test_speedrun_that_is_done_does_nothing_again(whole, tmp_path):
@@ -191,10 +195,10 @@ def test_speedrun_that_was_killed_in_each_stage_that_trains_has_the_same_bits(wh
     write_text(tmp_path / "text.jsonl")
     (tmp_path / "r.toml").write_text((whole / "r.toml").read_text())
     for name in RUNS:
-        process = start(tmp_path, "out")
+        running = start(tmp_path, "out")
         wait_until(lambda name=name: started_steps(tmp_path, name) >= 1)
-        process.kill()
-        process.communicate()
+        running.kill()
+        running.communicate()
         lock = tmp_path / "out" / name
         wait_until(lambda lock=lock: is_free(lock))  # the stage gets SIGTERM, and ends after a checkpoint
         assert state(tmp_path)[name]["status"] == "started"
@@ -233,21 +237,26 @@ def test_signal_stops_the_stage_with_a_checkpoint_and_the_same_command_continues
     write_text(tmp_path / "text.jsonl")
     text = recipe_text(tmp_path, steps=4000).split("[[stages]]")
     (tmp_path / "r.toml").write_text("[[stages]]".join(text[:2]))
-    process = start(tmp_path, "out")
+    running = start(tmp_path, "out")
     wait_until(lambda: started_steps(tmp_path, "base") >= 2)
-    process.send_signal(number)
-    out, err = process.communicate()
-    assert process.returncode == 128 + number, out + err
+    running.send_signal(number)
+    out, err = running.communicate()
+    assert running.returncode == 128 + number, out + err
     assert err.endswith("stopped in stage base; the same command continues\n")
     assert state(tmp_path)["base"]["status"] == "started"
     saved = max(checkpoint.steps(tmp_path / "out/base/checkpoints"))
     assert 2 <= saved < 4000
     assert "This stage is not done." in Page((tmp_path / "out/report.html").read_text()).text
-    process = start(tmp_path, "out")
+    running = start(tmp_path, "out")
     wait_until(lambda: started_steps(tmp_path, "base") > saved)
-    process.send_signal(number)
-    process.communicate()
+    running.send_signal(number)
+    running.communicate()
     assert course(tmp_path / "out/base")[0]["step"] == 1, "the run was resumed, not begun again"
+    running = start(tmp_path, "out", "--redo", "base")
+    wait_until(lambda: 1 <= started_steps(tmp_path, "base") <= saved)
+    running.send_signal(number)
+    _, err = running.communicate()
+    assert err.endswith("stopped in stage base; the same command without --redo continues\n")
 
 
 def test_killed_evaluation_begins_again(whole, tmp_path):
@@ -276,7 +285,10 @@ def test_stage_that_fails_ends_the_speedrun_with_its_exit_code(whole, tmp_path):
     (folder / "r.toml").write_text(recipe_text(whole, more=more))
     result = speedrun(folder, "out")
     assert result.returncode == 2
-    assert result.stderr == f"error: stage more ended with exit code 2; its output is in {folder}/out/logs/more.log\n"
+    place = f"{folder}/out/logs/more.log"
+    assert result.stderr == (
+        f"error: stage more ended with exit code 2; its output is in {place}; the same command continues\n"
+    )
     assert "nowhere" in (folder / "out/logs/more.log").read_text()
     assert "never" not in state(folder)
     assert "not done" in (folder / "out/report.md").read_text()
@@ -308,6 +320,94 @@ def test_changed_recipe_needs_redo_which_does_the_stage_and_its_dependents_again
     assert [found[name]["ended"] == before[name]["ended"] for name in found] == [True] * 4 + [False] * 2
 
 
+def test_redo_that_was_killed_while_it_deleted_is_finished_by_the_next_command(whole, tmp_path):
+    folder = copy(whole, tmp_path)
+    before = state(folder)
+    content = json.loads((folder / "out/state.json").read_text())
+    for name in ("rl", "last"):
+        content["stages"][name]["status"] = "deleted"
+    (folder / "out/state.json").write_text(json.dumps(content))
+    shutil.rmtree(folder / "out/rl/checkpoints/step_000008")
+    result = speedrun(folder, "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = state(folder)
+    assert [found[name]["ended"] == before[name]["ended"] for name in found] == [True] * 4 + [False] * 2
+    assert [found[name]["attempts"] for name in ("rl", "last")] == [1, 1]
+    assert course(folder / "out/rl") == course(whole / "out/rl")
+
+
+def test_downloads_and_what_a_link_names_are_not_deleted(tmp_path, capsys):
+    places = Places(tmp_path / "out", tmp_path / "out/data", 0)
+    for name in ("out/data", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").touch()
+    (tmp_path / "out/base").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "out/state.json").write_text(json.dumps({"format": "nanochat-native speedrun", "stages": {}}))
+    found = State(places)
+    for stage in (Stage("data", "download"), Stage("base", "train")):
+        found.begin(stage, [])
+    found.forget(["data", "base"])
+    assert found.stages == State(places).stages == {}
+    assert (tmp_path / "out/data/file").exists()
+    assert (tmp_path / "elsewhere/file").exists()
+    assert not (tmp_path / "out/base").is_symlink()
+    (tmp_path / "r.toml").write_text("device = 'cpu'\n[[stages]]\nname = 'base'\ncommand = 'train'\n")
+    flags = ["--recipe", tmp_path / "r.toml", "--out", tmp_path / "new", "--downloads", tmp_path / "new/base/x"]
+    assert refused(capsys, *flags).startswith("--downloads must not be in the folder of stage base, got ")
+
+
+def test_other_samples_are_made_if_their_length_changes(whole, tmp_path):
+    folder = copy(whole, tmp_path)
+    (folder / "r.toml").write_text((whole / "r.toml").read_text().replace("max_tokens = 4", "max_tokens = 3"))
+    result = speedrun(folder, "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {state(folder)[name]["max_tokens"] for name in RUNS} == {3}
+    assert "at most 3" in (folder / "out/report.md").read_text()
+
+
+def test_stage_whose_report_failed_is_done_and_gives_3(whole, tmp_path, monkeypatch):
+    folder = copy(whole, tmp_path)
+    content = json.loads((folder / "out/state.json").read_text())
+    del content["stages"]["last"]
+    (folder / "out/state.json").write_text(json.dumps(content))
+    shutil.rmtree(folder / "out/last")
+    real = process.run
+    monkeypatch.setattr(process, "run", lambda *args: (3, real(*args)[1]))
+    assert main(["--recipe", str(folder / "r.toml"), "--out", str(folder / "out")]) == 3
+    assert (state(folder)["last"]["status"], state(folder)["last"]["exit_code"]) == ("done", 3)
+    assert "A report of this stage failed" in (folder / "out/report.md").read_text()
+
+
+def test_a_run_is_trained_with_a_checkpoint_of_its_last_step(whole, tmp_path):
+    folder = copy(whole, tmp_path)
+    places = Places(folder / "out", tmp_path, 2)
+    assert figures.is_trained(Stage("base", "train"), places)
+    assert not figures.is_trained(Stage("score", "evaluate"), places)
+    assert not figures.is_trained(Stage("other", "train"), places)
+    shutil.rmtree(folder / "out/base/checkpoints/step_000020")
+    assert not figures.is_trained(Stage("base", "train"), places)
+
+
+def test_scores_in_the_course_of_a_run_are_in_the_report(tmp_path):
+    lines = [{"kind": kind, "step": step, "score": step / 8} for step in (1, 2) for kind in ("core", "chat")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = figures.of_run(tmp_path)["scores"]
+    assert scores == {"CORE": 0.25, "mean of --chat-tasks, centered": 0.25}
+
+
+def test_a_full_disk_does_not_end_a_stage(capsys):
+    assert process.run([python(), "-c", "print('shown')"], Path("/dev/full"), process.Signals())[0] == 0
+    assert "shown" in capsys.readouterr().out
+
+
+def test_a_stage_ends_though_a_lost_child_holds_its_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "PIPE_SECONDS", 0.1)
+    begun = time.monotonic()
+    code, _ = process.run(["sh", "-c", "sleep 60 & echo $!; exit 7"], tmp_path / "log", process.Signals())
+    assert (code, time.monotonic() - begun < 30) == (7, True)
+    os.kill(int((tmp_path / "log").read_text().split()[-1]), signal.SIGKILL)
+
+
 def test_folder_that_cannot_be_used_is_one_line_and_stays_as_it_is(whole, tmp_path, capsys):
     folder = copy(whole, tmp_path)
     flags = ["--recipe", folder / "r.toml", "--out"]
@@ -320,7 +420,7 @@ def test_folder_that_cannot_be_used_is_one_line_and_stays_as_it_is(whole, tmp_pa
     content = json.loads((folder / "out/state.json").read_text())
     del content["stages"]["base"]
     (folder / "out/state.json").write_text(json.dumps(content))
-    assert f"{folder}/out/base is there, but not of this speedrun" in refused(capsys, *flags, folder / "out")
+    assert f"{folder}/out/base exists, but this speedrun did not make it" in refused(capsys, *flags, folder / "out")
     for damaged in ("{", "[]", '{"format": "x"}', json.dumps({**content, "stages": {"base": {}}})):
         (folder / "out/state.json").write_text(damaged)
         assert "state.json is damaged" in refused(capsys, *flags, folder / "out")

@@ -1,6 +1,7 @@
 """Chat tasks while a model is fine-tuned: the same figures as chat_eval's, without an effect on the run."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from tiny_run import assert_refused, losses, records
 
 from nanochat_native import chat_eval, finetune, reinforce
 from nanochat_native.evaluation import chat_score
-from nanochat_native.runs import checkpoint, pictures, run_folder
+from nanochat_native.runs import checkpoint, loggers, pictures, run_folder
 from nanochat_native.runs.config import FinetuneConfig, parse
 from nanochat_native.runtime.console import SilentConsole
 from nanochat_native.runtime.distributed import World
+from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.isolation import EXIT_CODE
 from nanochat_native.training import finetuning
 
@@ -83,6 +85,14 @@ def test_a_run_that_is_resumed_measures_what_is_missing(folder):
     assert (config.chat_tasks, config.chat_data) == (("ARC-Easy", "SimpleSpelling"), folder / "tasks")
 
 
+def test_a_run_is_resumed_without_tasks(folder):
+    assert measuring(folder, "without", num_iterations=3) == 0
+    args = ["--resume", str(folder / "runs/without"), "--num-iterations", "6", "--chat-tasks"]
+    assert finetune.main(args) == 0
+    assert [record["step"] for record in scores(folder, "without")] == [3]
+    assert run_folder.load_config(folder / "runs/without").chat_data is None
+
+
 def test_training_by_rewards_measures_tasks_too(folder):
     args = ["--checkpoint", folder / "runs/plain", "--out-dir", folder / "runs", "--run", "rl", "--device", "cpu"]
     args += ["--num-iterations", 1, "--examples-per-step", 1, "--num-samples", 2, "--max-new-tokens", 4]
@@ -142,17 +152,54 @@ def test_the_score_is_in_the_summary_and_the_picture(folder, monkeypatch, capsys
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["train", "val", "chat tasks"]
 
 
-def on_a_rank(folder):
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.group.WORLD, dist.new_group())
-    args = [*flags(folder, "ranks", chat_data=folder / "tasks", **CHAT), *TASKS]
+def on_a_rank(folder, name, prepare):
+    rank, background, waiting = dist.get_rank(), dist.new_group(), dist.new_group()
+    world = World(rank, dist.get_world_size(), rank, dist.group.WORLD, background, waiting)
+    prepare(rank)
+    args = [*flags(folder, name, chat_data=folder / "tasks", **CHAT), *TASKS]
     config = finetuning.resolve_finetuning(parse(args, kind=FinetuneConfig))
     made = finetuning.make_trainer(config, SilentConsole(), world)
-    return made.train(), made.last_scores["Chat"]
+    return made.train(), made.last_scores.get("Chat")
+
+
+def save_slowly_on_rank_1(rank):
+    real = checkpoint.save_file
+    if rank == 1:
+        checkpoint.save_file = lambda *args, **named: time.sleep(2) or real(*args, **named)
+
+
+def fail_on_rank_1(rank):
+    def failing(*args, **named):
+        raise MemoryError("no memory")
+
+    if rank == 1:
+        chat_score.engine_for = failing
+
+
+def lack_a_logger_on_rank_0(rank):
+    def lacking(config):
+        assert rank == 0
+        raise ConfigError("--wandb needs a package")
+
+    loggers.require_packages = lacking
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_figures_of_the_command(folder, capsys):
-    found = run_ranks(2, on_a_rank, folder)
+def test_two_ranks_have_the_figures_of_the_command_while_a_checkpoint_is_written(folder, capsys):
+    found = run_ranks(2, on_a_rank, folder, "ranks", save_slowly_on_rank_1)
     record = scores(folder, "ranks")[-1]
     assert record == measured(folder, "ranks", 6, capsys)
     assert found == [(0, record["score"])] * 2
+
+
+@pytest.mark.slow
+def test_tasks_that_fail_on_one_rank_do_not_end_training(folder):
+    found = run_ranks(2, on_a_rank, folder, "one-fails", fail_on_rank_1)
+    assert found == [(0, None)] * 2
+    assert scores(folder, "one-fails") == []
+
+
+@pytest.mark.slow
+def test_a_package_that_is_missing_ends_all_ranks(folder):
+    with pytest.raises(Exception, match="rank 0: --wandb needs a package"):
+        run_ranks(2, on_a_rank, folder, "lacking", lack_a_logger_on_rank_0)

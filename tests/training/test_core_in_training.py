@@ -273,6 +273,14 @@ def test_fine_tuning_measures_core_too(folder, capsys):
     assert record["step"] == 2
 
 
+def test_a_run_is_resumed_without_core(folder):
+    assert train(folder, run="without", steps=4, core=folder / "bundle", **CORE) == 0
+    assert train(folder, run="without", steps=8, resume="auto", core="None") == 0
+    assert [record["step"] for record in scores(folder, "without")] == [4]
+    config = trainer.run_folder.load_config(folder / "runs/without")
+    assert (config.core, config.core_every, config.core_max_per_task) == (None, -1, -1)
+
+
 def test_a_run_with_core_is_opened_again_with_its_bundle(folder):
     config = trainer.run_folder.load_config(folder / "runs/whole")
     assert (config.core, config.core_every, config.core_max_per_task) == (folder / "bundle", 4, 9)

@@ -395,7 +395,7 @@ def test_conversations_of_a_folder_are_those_of_its_files(base, capsys):
     assert finetuning.read_conversations(f"{folder}/*.jsonl") == [chat("q", "a")]
     assert run(base, "of_a_folder", data=folder, val_data=f"{folder}/*.jsonl", num_iterations=1) == 0
     out = capsys.readouterr().out
-    assert "note     1 of 1 conversations of --val-data are in --data too, and are trained on" in out
+    assert "note     1 of 1 conversations of --val-data are in --data or --mix too" in out
 
 
 def test_special_tokens_in_data_are_text(base):

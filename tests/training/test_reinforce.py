@@ -14,6 +14,7 @@ from tiny_run import BACKEND, assert_refused, records, train, wait_until, write_
 
 from nanochat_native import evaluate, finetune, reinforce
 from nanochat_native.data import conversations
+from nanochat_native.evaluation.chat_tasks import read_task
 from nanochat_native.inference import engine
 from nanochat_native.inference.calculator import calculate
 from nanochat_native.model.decoder import Decoder
@@ -442,7 +443,7 @@ def test_a_fault_in_the_middle_of_a_run_keeps_its_checkpoints(base, tmp_path, ca
         ({"checkpoint": None}, "--checkpoint RUN is needed"),
         ({"checkpoint": "/nowhere"}, "no such run folder"),
         ({"task": "/nowhere.py"}, "--task /nowhere.py: No such file or directory"),
-        ({"task": "sums"}, "--task must be arithmetic, spelling or a Python file, got"),
+        ({"task": "sums"}, "--task must be arithmetic, spelling, gsm8k or a Python file, got"),
         ({"depth": 3}, "--depth follows from the base model"),
         ({"data": "x"}, "--data is not a flag of reinforce"),
         ({"max_seq_len": 32}, "--max-seq-len is not a flag of reinforce"),
@@ -469,3 +470,70 @@ def test_a_model_that_was_not_trained_on_conversations_is_refused(base, capsys):
 def test_a_bad_task_is_a_config_error():
     with pytest.raises(ConfigError, match="--task must be"):
         reward_tasks.load_task("nothing")
+
+
+# --- GSM8K ---
+
+
+def write_gsm8k(folder):
+    """Write a tiny GSM8K as `download` leaves it, and return its folder."""
+    (folder / "gsm8k/main").mkdir(parents=True)
+    for split, numbers in (("train", range(2, 8)), ("test", range(20, 23))):
+        rows = [
+            {"question": f"say {n}", "answer": f"It is {n}*1,000=<<{n}*1000={n}000>>{n}000.\n#### {n},000"}
+            for n in numbers
+        ]
+        (folder / f"gsm8k/main/{split}-00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_gsm8k_is_trained_on_one_split_and_evaluated_on_the_other(tmp_path):
+    task = reward_tasks.load_task("gsm8k", write_gsm8k(tmp_path))
+    asked = [[reward_tasks.question_of(example)[0]["content"] for example in part] for part in (task.train, task.val)]
+    assert [sorted(part) for part in asked] == [[f"say {n}" for n in range(2, 8)], [f"say {n}" for n in range(20, 23)]]
+    assert asked[0] == [problem.prompt for problem in read_task("GSM8K", renamed(tmp_path)).problems], "another order"
+    example = task.train[asked[0].index("say 3")]
+    answers = {"It is <<3*1000=3000>>3000. #### 3000": 1, "#### 3,000": 1, "3000": 0, "#### 3000 #### 4": 1}
+    answers["#### 4"] = 0
+    assert {answer: task.reward(example, answer) for answer in answers} == answers
+
+
+def renamed(folder):
+    """Return a folder whose test split is the training split of another."""
+    other = folder / "renamed"
+    (other / "main").mkdir(parents=True)
+    shutil.copy(folder / "gsm8k/main/train-00000.jsonl", other / "main/test-00000.jsonl")
+    return other
+
+
+def test_a_run_on_gsm8k_resumes_and_writes_its_solutions(base, tmp_path, capsys):
+    write_gsm8k(tmp_path)
+    values = {"task": "gsm8k", "task_data": tmp_path, "eval_examples": 3}
+    assert run(base, "gsm8k", **values | {"num_iterations": 2}) == 0
+    assert reinforce.main(["--resume", str(base / "runs/gsm8k"), "--num-iterations", "4"]) == 0
+    assert [record["step"] for record in records(base / "runs/gsm8k", "val")] == [0, 2, 4]
+    assert run_folder.load_config(base / "runs/gsm8k").task_data == tmp_path
+    chats = tmp_path / "chats.jsonl"
+    args = ["--task", "gsm8k", "--task-data", tmp_path, "--write-chats", chats]
+    assert reinforce.main([str(arg) for arg in args]) == 0
+    written = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    (parts,) = [answer["content"] for question, answer in written if question["content"] == "say 2"]
+    assert [part["text"] for part in parts] == ["It is 2*1,000=", "2*1000", "2000", "2000.\n#### 2,000"]
+    (tmp_path / "gsm8k/main/train-00000.jsonl").write_text('{"question": "say 1", "answer": "#### 1"}\n')
+    capsys.readouterr()
+    assert reinforce.main(["--resume", str(base / "runs/gsm8k"), "--num-iterations", "6"]) == 2
+    assert f"--task gsm8k, --task-data {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "gsm8k"}, "--task gsm8k: --task-data FOLDER must name the folder of its files"),
+        ({"task": "gsm8k", "task_data": "nowhere"}, "--task-data must be a folder, got "),
+        ({"task": "gsm8k", "task_data": "."}, "has no main/train*.parquet or .jsonl"),
+        ({"task": "arithmetic", "task_data": "."}, "--task-data is for --task gsm8k, got --task arithmetic"),
+    ],
+)
+def test_mistakes_about_gsm8k_are_one_line(base, tmp_path, monkeypatch, capsys, changes, message):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(capsys, base / "runs/mistake", run(base, "mistake", **changes), message)

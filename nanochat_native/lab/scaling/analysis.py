@@ -67,7 +67,7 @@ def _isoflop(runs: Sequence[Run]) -> dict[str, Any]:
             row["not_fitted"] = str(error)
         budgets.append(row)
     variance, dof = fits.pooled_variance(list(parabolas.values()))
-    # The FLOPs of a token over the size, between the depths a power law.
+    # Between two depths, the FLOPs of a token are interpolated by a power law of the size.
     shapes = sorted({(run["size"], run["flops_per_token"]) for run in runs})
     log_sizes, log_costs = (np.log([shape[i] for shape in shapes]) for i in (0, 1))
 

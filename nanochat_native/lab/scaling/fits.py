@@ -16,6 +16,7 @@ CONFIDENCE = 0.95
 EXPONENTS = (0.02, 3.0)  # range in which the exponents of a loss law are searched
 GRID = 24  # values of each exponent in the first search
 ZOOMS = 5  # searches around the best value, each in steps that are 5 times smaller
+FARTHEST = 10.0  # end of an interval of a minimum, in ranges of ln(size) beyond the range
 SMALLEST_PIVOT = 1e-10  # relative size below which a direction of the parameters is not determined
 
 Interval = tuple[float, float]
@@ -64,7 +65,8 @@ class Parabola:
         rss: the sum of the squared residuals.
         dof: the number of points beyond the three parameters.
         low, high: the range of ln(size) of the points.
-        lowest: where the lowest mean loss of a size is: at an end of the range, or between two sizes with higher ones.
+        lowest: which size has the lowest mean loss: the smallest ("below"), the largest ("above"), or another
+            ("inside").
     """
 
     centre: float
@@ -127,7 +129,8 @@ class Minimum:
             minimum inside has the other attributes.
         log_size, loss: the minimum.
         error: the standard error of log_size to first order; None without a variance.
-        interval: of log_size, by Fieller's theorem (1954); None without a variance, or if it is unbounded.
+        interval: of log_size, by Fieller's theorem (1954); None without a variance, or if it is unbounded or
+            reaches FARTHEST times the range of the sizes beyond this range.
     """
 
     where: Literal["inside", "below", "above", "flat"]
@@ -157,6 +160,9 @@ def minimum_of(parabola: Parabola, variance: float | None, dof: int) -> Minimum:
     if square > 0:
         root = np.sqrt(max(0.0, linear * linear - 4 * square * constant))
         interval = tuple(float(parabola.centre + (sign * root - linear) / (2 * square)) for sign in (-1, 1))
+        far = FARTHEST * (parabola.high - parabola.low)
+        if interval[0] < parabola.low - far or interval[1] > parabola.high + far:
+            interval = None
     return Minimum("inside", place, parabola.at(place), float(error), interval)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ from nanochat_native.training import resolve, scaling_laws, sizing
 from nanochat_native.training.pretraining import Pretraining
 from nanochat_native.training.trainer import Trainer
 
-LEAST_STEPS = 8  # of a run; rounding to whole steps then changes its FLOPs by 6% at most
+LEAST_STEPS = 8  # of a run; rounding to the nearest step then changes its FLOPs by 6.25% at most
 LEAST_DEPTHS = {"miniseries": 2, "isoflop": 3}  # the parameters of a power law, and of a parabola
 DEPTHS, DEPTHS_ON_GPU = (1, 2, 3, 4), (2, 4, 6, 8)
 BUDGETS, BUDGETS_ON_GPU = (5e11, 1.5e12, 4.5e12), (1e15, 3e15, 1e16)
@@ -103,11 +103,14 @@ def defaults(args: Sequence[str]) -> TrainConfig:
     return SHARED if torch.cuda.is_available() and "cpu" not in args else ON_CPU
 
 
-def refuse_own(given: TrainConfig) -> None:
+def refuse_own(options: Options, given: TrainConfig) -> None:
     """Raise ConfigError for flags of train whose values the experiment chooses. given: the flags as they were given."""
-    for name, instead in (("depth", "--depths"), ("num_iterations", "--budgets"), ("target_flops", "--budgets")):
+    length = "--budgets" if "isoflop" in options.studies else "--target-param-data-ratio"
+    for name, instead in (("depth", "--depths"), ("num_iterations", length), ("target_flops", length)):
         if not is_unset(given, name):
             raise ConfigError(f"{flag(name)} is for train only; scaling takes {instead}")
+    if "miniseries" not in options.studies and not is_unset(given, "target_param_data_ratio"):
+        raise ConfigError("--target-param-data-ratio is for miniseries, got --study isoflop")
 
 
 @dataclass(frozen=True)
@@ -214,13 +217,19 @@ def _planned(
         least = needed * per_token if budget is not None else needed / counted
         raise ConfigError(
             f"{what} is too small for depth {depth}: it gives {tokens / config.total_batch_size:.3g} steps of "
-            f"{config.total_batch_size} tokens, and {LEAST_STEPS} are needed, which takes {least:.3g} or more"
+            f"{config.total_batch_size} tokens, and {LEAST_STEPS} are needed, which takes {rounded_up(least):g} or more"
         )
     config = resolve_horizon(config, num_params=counted, flops_per_token=per_token)
     matrices = size - shape.padded_vocab_size * shape.n_embd
     others, of_matrices = STATE[config.optimizer]
     state = 4 * ((1 + others) * params - (others - of_matrices) * matrices)
     return PlannedRun(study, budget, config, params, size, per_token, state)
+
+
+def rounded_up(value: float) -> float:
+    """Return the least number with three digits that is not below a number > 0."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.3g}")
 
 
 def estimate_seconds(planned: PlannedRun, corpus: Corpus) -> float:

@@ -34,9 +34,10 @@ def run(options: Options, config: TrainConfig, given: TrainConfig, console: Cons
         config: train's flags, with all sizes filled in.
         given: the same flags as they were given.
 
-    Returns 0, or the exit code of a run that a signal stopped. With options.dry_run, print the plan, and return 0.
+    Returns 0, or the exit code of a run that a signal stopped or whose last step was not saved. With options.dry_run,
+    print the plan, and return 0.
     """
-    refuse_own(given)
+    refuse_own(options, given)
     folder = options.out or results.OUT / COMMAND
     stored = read_stored(folder)
     corpus = Pretraining().prepare_data(config, console, World())
@@ -50,7 +51,7 @@ def run(options: Options, config: TrainConfig, given: TrainConfig, console: Cons
         return 0
     folder.mkdir(parents=True, exist_ok=True)
 
-    def save(code: int) -> dict[str, Any]:
+    def save() -> dict[str, Any]:
         runs = [finished[planned.name] for planned in plan if planned.name in finished]
         record = results.result(
             COMMAND,
@@ -65,7 +66,7 @@ def run(options: Options, config: TrainConfig, given: TrainConfig, console: Cons
         results.write(folder, record)
         return record
 
-    save(0)
+    save()
     code = 0
     for planned in plan:
         if planned.name in finished:
@@ -76,10 +77,10 @@ def run(options: Options, config: TrainConfig, given: TrainConfig, console: Cons
             code = outcome
             break
         finished[planned.name] = outcome
-        save(0)
+        save()
         value = "diverged" if outcome["value"] is None else f"{outcome['value']:.4f}"
         console.say(f"{planned.name:<32} {value} after {planned.steps:,} steps, {duration(outcome['seconds'])}")
-    record = save(code)
+    record = save()
     if record["runs"]:
         text = report.result_text(record)
         (folder / "table.md").write_text(text, encoding="utf-8")
@@ -160,7 +161,7 @@ def figures_of(planned: PlannedRun, corpus: Corpus, *, diverged: bool = False) -
 def train(planned: PlannedRun, corpus: Corpus, console: Console) -> dict[str, Any] | int:
     """Make a run, or resume it. Return its figures, or the exit code if a signal stopped it."""
     folder = planned.config.run_dir
-    if folder.exists() and not run_folder.is_run(folder):  # the process was killed before the run started
+    if folder.exists() and not (folder / "config.json").exists():  # the process was killed before the run started
         shutil.rmtree(folder)
     config = dataclasses.replace(planned.config, resume="auto" if run_folder.is_run(folder) else None)
     trainer = Trainer(config, console, task=Pretraining(corpus))
