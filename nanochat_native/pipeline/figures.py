@@ -42,7 +42,8 @@ def of_run(folder: Path, of_what: str = "") -> dict[str, dict[str, float]]:
         scores = _scores(evaluations[-1], {name: text + of_what for name, text in _NAMES.items()} | _NAMES_OF_REWARDS)
         if "pass@1" in evaluations[0]:
             first = {name: value for name, value in evaluations[0].items() if name in ("pass@1", "reward")}
-            scores |= {f"{name} before": value for name, value in _scores(first, _NAMES_OF_REWARDS).items()}
+            before = _scores(first, _NAMES_OF_REWARDS)
+            scores = {f"{name} before": value for name, value in before.items()} | scores
     for kind, name in (("core", "CORE"), ("chat", "mean of --chat-tasks, centered")):
         last = next((record for record in reversed(records) if record["kind"] == kind), None)
         if last is not None and (value := value_of(last, "score")) is not None:
