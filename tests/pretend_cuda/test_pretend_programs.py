@@ -173,6 +173,33 @@ def test_commands_run_a_trained_model(tmp_path):
     assert answered["usage"]["completion_tokens"] == 4
 
 
+@on_pretend_cuda
+def test_packed_fine_tuning_is_near_the_cpus_and_rewards_resume_exactly(tmp_path):
+    from nanochat_native import finetune, reinforce
+
+    write_text(tmp_path / "text.jsonl")
+    train(tmp_path, run="base", steps=3, eval_every=3, max_seq_len=32)
+    runs = tmp_path / "runs"
+    packed = ["--checkpoint", runs / "base", *chat_flags(tmp_path), "--packing", "best-fit", "--batch-rows", 2]
+    packed += ["--num-iterations", 3, "--chat-tasks", "SimpleSpelling", "--chat-max-problems", 2]
+    run(finetune.main, *packed, "--run", "packed", "--device", "cuda")
+    run(finetune.main, *packed, "--run", "cpu", "--device", "cpu", "--dtype", "bfloat16")
+    assert_near(losses(runs / "packed"), losses(runs / "cpu"), 1e-2)
+    assert [record["problems"] for record in records(runs / "packed", "chat")] == [2]
+
+    rewards = ["--checkpoint", runs / "packed", "--out-dir", runs, "--device", "cuda", "--num-iterations", 2]
+    rewards += ["--examples-per-step", 1, "--num-samples", 2, "--max-new-tokens", 4, "--eval-examples", 1]
+    rewards += ["--save-every", 1, "--keep", 2, "--sample-every", 0]
+    run(reinforce.main, *rewards, "--run", "whole")
+    shutil.copytree(runs / "whole", runs / "resumed")
+    shutil.rmtree(runs / "resumed/checkpoints/step_000002")
+    run(reinforce.main, *rewards, "--run", "resumed", "--resume", "auto")
+    kept = ("step", "loss", "reward")
+    found = [[[r[k] for k in kept] for r in records(runs / name, "train")] for name in ("whole", "resumed")]
+    assert found[0] == found[1]
+    assert [step for step, *_ in found[0]] == [1, 2]
+
+
 @contextlib.contextmanager
 def requested(path, body):
     """Yield a port, and a dict that gets the answer to a request of it. Then the server, this process, gets SIGINT."""
