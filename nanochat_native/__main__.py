@@ -33,7 +33,7 @@ GROUPS = {
         "lr-find": "find a learning rate with a range test",
         "batch-size": "measure the gradient noise scale, to choose a batch size",
         "compare": "compare optimizers, each at its best learning rate",
-        "scaling": "measure scaling laws: a series of depths, and the best size for a budget",
+        "scaling": "measure scaling laws: several depths, the best size for a budget",
         "schedules": "show learning-rate and momentum schedules",
         "memory": "predict and measure the memory of a training step",
         "roofline": "model the time of a training step on a GPU by operator",

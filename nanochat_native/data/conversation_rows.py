@@ -34,7 +34,8 @@ class ConversationRows(TokenStream):
         self.rows = [[index] for index in range(len(self.documents))]
         if packed:
             found = best_fit([len(tokens) - 1 for tokens, _ in self.documents], sequence_len)
-            self.rows = sorted(found, key=min)  # so that the first rows hold conversations of all lengths
+            # The first rows, which a short validation takes, then hold conversations of all lengths.
+            self.rows = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
     def __len__(self) -> int:
         return len(self.rows) * self.sequence_len + 1

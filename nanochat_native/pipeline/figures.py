@@ -44,7 +44,7 @@ def of_run(folder: Path, of_what: str = "") -> dict[str, dict[str, float]]:
             first = {name: value for name, value in evaluations[0].items() if name in ("pass@1", "reward")}
             before = _scores(first, _NAMES_OF_REWARDS)
             scores = {f"{name} before": value for name, value in before.items()} | scores
-    for kind, name in (("core", "CORE"), ("chat", "mean of --chat-tasks, centered")):
+    for kind, name in (("core", "CORE"), ("chat", "mean of chat tasks, centered")):
         last = next((record for record in reversed(records) if record["kind"] == kind), None)
         if last is not None and (value := value_of(last, "score")) is not None:
             scores[name] = value
@@ -60,13 +60,15 @@ def of_run(folder: Path, of_what: str = "") -> dict[str, dict[str, float]]:
     return {"scores": scores, "facts": facts}
 
 
-def is_trained(stage: Stage, places: Places) -> bool:
-    """Return whether a stage trains, and has a checkpoint of its last step."""
+def is_trained(stage: Stage, places: Places, since: float) -> bool:
+    """Return whether a stage trains, and has written a checkpoint of its last step since a time in seconds."""
     folder = places.folder(stage.name)
     if not stage.is_run or not run_folder.is_run(folder):
         return False
-    steps = checkpoint.steps(folder / "checkpoints")
-    return bool(steps) and max(steps) >= run_folder.load_config(folder).num_iterations
+    last = run_folder.load_config(folder).num_iterations
+    if last not in checkpoint.steps(folder / "checkpoints"):
+        return False
+    return checkpoint.path_of(folder / "checkpoints", last).stat().st_mtime >= since
 
 
 def of_evaluation(record: dict[str, Any]) -> dict[str, dict[str, float]]:

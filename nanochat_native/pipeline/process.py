@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-SHUTDOWN_SECONDS = 600  # for which torchrun waits for ranks that write a checkpoint after a signal; its own limit is 30
-PIPE_SECONDS = 10  # for which the output of a stage is read after its end
+SHUTDOWN_SECONDS = 600  # that torchrun gives its ranks to write a checkpoint after a signal; its default is 30
+PIPE_SECONDS = 10  # for which the speedrun waits for the output of a stage after its end
 
 
 class Signals:
@@ -68,42 +68,43 @@ def run(command: Sequence[str], log: Path, signals: Signals) -> tuple[int, float
     start = time.monotonic()
     with open(log, "ab", buffering=0) as file:
         _write(file, os.fsencode(f"$ {shlex.join(command)}\n"))
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            preexec_fn=dies_with_parent(),
-            env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ},
-        )
-        signals.process = process
-        try:
-            if signals.received:  # between the last look and the start
-                process.send_signal(signals.received)
-            # A thread, because ranks that torchrun has lost may hold the pipe.
-            copying = threading.Thread(target=_copy, args=(process.stdout, file), daemon=True)
-            copying.start()
-            code = process.wait()
-            copying.join(PIPE_SECONDS)
-        finally:
-            signals.process = None
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+        preexec_fn=dies_with_parent(),
+        env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ},
+    )
+    signals.process = process
+    try:
+        if signals.received:  # between the last look and the start
+            process.send_signal(signals.received)
+        # A thread, because ranks that torchrun has lost may hold the pipe.
+        copying = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+        copying.start()
+        code = process.wait()
+        copying.join(PIPE_SECONDS)
+    finally:
+        signals.process = None
+        if process.poll() is None:
+            process.kill()
+            process.wait()
     return (128 - code if code < 0 else code), time.monotonic() - start
 
 
 def _write(file: FileIO, data: bytes) -> None:
-    """Write to the log, unless the disk is full or the file is closed."""
-    with contextlib.suppress(OSError, ValueError):
+    """Write to the log, unless the disk is full."""
+    with contextlib.suppress(OSError):
         file.write(data)
 
 
-def _copy(source: BinaryIO, file: FileIO) -> None:
-    """Copy the bytes of a pipe to a file and, as text, to stdout, as they come. A full disk ends neither."""
+def _copy(source: BinaryIO, log: Path) -> None:
+    """Copy the bytes of a pipe to the end of a file and, as text, to stdout, as they come. A full disk ends neither."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    while data := os.read(source.fileno(), 1 << 16):
-        _write(file, data)
-        sys.stdout.write(decoder.decode(data))
-        sys.stdout.flush()
+    with source, open(log, "ab", buffering=0) as file:
+        while data := os.read(source.fileno(), 1 << 16):
+            _write(file, data)
+            sys.stdout.write(decoder.decode(data))
+            sys.stdout.flush()

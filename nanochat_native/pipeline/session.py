@@ -178,13 +178,13 @@ class Speedrun:
         log = self._places.log(stage.name)
         self._console.say(f"stage    {stage.name} ({number}): {shlex.join(['python', *command[1:]])}")
         self._state.begin(stage, command)
-        start = time.monotonic()
+        start, since = time.monotonic(), time.time()
         try:
             code, seconds = process.run(command, log, signals)
         except OSError:
             self._state.end(stage.name, time.monotonic() - start, 1, done=False, figures={})
             raise
-        if code and self._places.gpus > 1 and not signals.received and figures.is_trained(stage, self._places):
+        if code and self._places.gpus > 1 and not signals.received and figures.is_trained(stage, self._places, since):
             code = EXIT_CODE  # torchrun ends with 1 for any code of a rank
         done = code in (0, EXIT_CODE)
         if code == EXIT_CODE:

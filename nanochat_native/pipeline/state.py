@@ -89,7 +89,7 @@ class State:
 
     def forget(self, names: Sequence[str]) -> None:
         """Delete the folders of stages that were started, and what is known of them."""
-        known = [name for name in names if name in self.stages]
+        known = [name for name in dict.fromkeys(names) if name in self.stages]
         for name in known:
             self.stages[name]["status"] = DELETED
         self.save()

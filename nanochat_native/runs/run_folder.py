@@ -115,14 +115,15 @@ def resolve_config(
 
 def without_removed(config: C, args: Sequence[str]) -> C:
     """Return the config without the flags that a command line removes: those of a score that it turns off."""
-    words = [word for arg in args for word in arg.split("=", 1)]
-    removed = [
-        name
-        for main, names in FLAGS_OF_SCORES.items()
-        for word, following in itertools.zip_longest(words, words[1:], fillvalue="--")
-        if word.replace("_", "-") == flag(main) and (following == "None" or following.startswith("--"))
-        for name in (main, *names)
-    ]
+    last: dict[str, str] = {}  # the first value of each flag where it stands last
+    for word, following in itertools.zip_longest(args, args[1:], fillvalue="--"):
+        name, has_value, value = word.partition("=")
+        last[name.replace("_", "-")] = value if has_value else following
+    removed: list[str] = []
+    for main, names in FLAGS_OF_SCORES.items():
+        value = last.get(flag(main), "")
+        if value == "None" or value.startswith("--"):
+            removed += [main, *names]
     fields = config.__dataclass_fields__
     defaults: dict[str, Any] = {name: fields[name].default for name in removed if name in fields}
     return dataclasses.replace(config, **defaults)

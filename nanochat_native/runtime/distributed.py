@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_native.runtime.isolation import describe
+
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 600  # for which a rank waits for another, unless NANOCHAT_RANK_TIMEOUT is set
@@ -36,7 +38,7 @@ class World:
         local_rank: the number of this process on its machine.
         group: the process group; None for a single process.
         background: a gloo group for work beside the training, such as writing a checkpoint.
-        waiting: another one, for what all ranks wait for while there may be such work.
+        waiting: a second gloo group, for barriers while `background` may be busy.
     """
 
     rank: int = 0
@@ -91,7 +93,7 @@ class World:
         try:
             result = action()
         except expected as error:
-            message = str(error) or type(error).__name__  # MemoryError() has no message
+            message = describe(error).removesuffix(": ")  # MemoryError() has no message
         if long_running and self.waiting is not None:
             dist.monitored_barrier(self.waiting, timeout=timedelta(days=1))
         messages = self.all_gather_object(message)

@@ -164,11 +164,12 @@ def rendered(tokenizer: Tokenizer, chats: Iterable[Conversation]) -> list[Render
 
 def render_conversations(
     config: FinetuneConfig, tokenizer: Tokenizer, notes: list[str]
-) -> tuple[list[Rendered], list[Rendered], list[Rendered]]:
-    """Return the conversations of a pass over --data and --mix as tokens, and those for training and for validation.
+) -> tuple[list[Rendered], list[Rendered], list[Rendered], list[Rendered]]:
+    """Return the conversations as tokens: those for training, those for validation, all of a pass over --data and
+    --mix, and all of the files.
 
-    A pass has those of --mix as often as their epochs say; validation has each once. With --val-data, all of --data and
-    --mix is for training. notes: as for read_conversations.
+    A pass has those of --mix as often as their epochs say; the last list and validation have each once. With
+    --val-data, all of --data and --mix is for training. notes: as for read_conversations.
     """
     sources: list[tuple[Sequence[Conversation], float]] = []
     named = [(config.data, 1.0), *map(mixture_entry, config.mix)]
@@ -177,27 +178,28 @@ def render_conversations(
             sources.append((example_chats(), epochs))
         else:
             sources.append((read_conversations(data, notes, skip_bad=config.skip_bad_lines), epochs))
+    whole_pass: list[Rendered] = []
     everything: list[Rendered] = []
     train: list[Rendered] = []
     val: list[Rendered] = []
     for (data, _), (chats, epochs) in zip(named, sources, strict=True):
         rows = rendered(tokenizer, chats)
         taken = repeated(chats, epochs)
-        everything += [rows[i] for i in taken]
+        whole_pass += [rows[i] for i in taken]
+        everything += rows
         held_out = [config.val_data is None and is_held_out(chat) for chat in chats]
         train += [rows[i] for i in taken if not held_out[i]]
         val += [row for row, held in zip(rows, held_out, strict=True) if held]
         if config.mix:
             name = "made-up examples" if data == EXAMPLES else Path(data).name
-            count = sum(not held_out[i] for i in taken)
-            notes.append(f"{name}: {len(chats):,} conversations, {epochs:g} times, are {count:,} of a pass to train on")
+            notes.append(f"{name}: {len(chats):,} conversations, {epochs:g} times, are {len(taken):,} of a pass")
     if config.val_data is None:
-        return everything, train, val
+        return train, val, whole_pass, everything
     others = read_conversations(config.val_data, notes, skip_bad=config.skip_bad_lines)
     trained_on = {identity(chat) for chats, _ in sources for chat in chats}
     if both := sum(identity(chat) in trained_on for chat in others):
         notes.append(f"{both:,} of {len(others):,} conversations of --val-data are in --data or --mix too")
-    return everything, train, rendered(tokenizer, others)
+    return train, rendered(tokenizer, others), whole_pass, everything
 
 
 def cut_after_answer(document: Rendered, length: int, end: int) -> Rendered:
@@ -221,7 +223,7 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
     tokenizer has no tokens for conversations.
     """
     notes: list[str] = []
-    everything, train, val = render_conversations(config, tokenizer, notes)
+    train, val, whole_pass, everything = render_conversations(config, tokenizer, notes)
     packed = config.packing == "best-fit"
     length = max(len(tokens) for tokens, _ in train + val) - 1
     if packed:  # the tokens of a small file fill less than a row
@@ -230,8 +232,9 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
     (end,) = conversations.special_ids(tokenizer, ["<|assistant_end|>"])
     if cut := sum(len(tokens) - 1 > length for tokens, _ in train + val):
         if config.cuts_turns:
-            everything, train, val = (
-                [cut_after_answer(document, length, end) for document in part] for part in (everything, train, val)
+            train, val, whole_pass, everything = (
+                [cut_after_answer(document, length, end) for document in part]
+                for part in (train, val, whole_pass, everything)
             )
         lost = sum(not np.any(is_target[1 : length + 1]) for _, is_target in train + val)
         left_out = f"; {lost:,} with no answer before that are left out" if lost else ""
@@ -247,8 +250,8 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
 
     parts = kept(train), kept(val)
     if config.val_data is None and not all(target_bytes(ConversationRows(part, length)) for part in parts):
-        parts = kept(everything), kept(everything)
-        notes.append(f"too few conversations with answers ({len(parts[0])}) to hold some out: validation uses all")
+        parts = kept(whole_pass), kept(everything)
+        notes.append(f"too few conversations with answers ({len(parts[1])}) to hold some out: validation uses all")
     rows, val_rows = (ConversationRows(part, length, packed=packed) for part in parts)
     for name, part in ((config.data, rows), (config.val_data or config.data, val_rows)):
         if not part.documents:

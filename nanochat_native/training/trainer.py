@@ -314,7 +314,8 @@ class Trainer:
         return self.step == self.config.num_iterations or (every > 0 and self.step % every == 0)
 
     def _is_due(self, score: Score) -> bool:
-        """Return whether a score is due, and no signal has asked the run to stop. A resumed run measures it then."""
+        """Return whether a score is due, and no signal has asked the run to stop. A run that is resumed
+        after a signal measures it."""
         return self._due(score.every) and not self.stop_signal
 
     def train_step(self, batches: Iterator[Batch]) -> None:

@@ -90,6 +90,8 @@ def test_a_question_with_choices_is_asked_as_nanochat_asks_it():
     assert parse_record(record | {"answer": "two"}).messages[1]["content"] == "two", "as before"
     assert parse_record(record | {"system": "s"}).messages == [SYSTEM, *expected]
     assert parse_record(record | {"messages": PLAIN}).messages == PLAIN
+    other = {"prompt": "Which?", "completion": "two", "choices": ["one", "two"], "answer": 1}
+    assert parse_record(other).messages[1]["content"] == "two"
     without = {"question": "Which?", "choices": ["one", "two"], "response": "two"}
     assert parse_record(without).messages[1]["content"] == "two"
 

@@ -32,12 +32,15 @@ def test_best_fit_fills_rows_as_a_search_of_all_rows_does(seed):
     assert best_fit(lengths, 64) == rows
 
 
-def test_the_first_rows_do_not_hold_the_longest_conversations():
-    lengths = [3, 9, 2, 5, 9, 4, 3]
-    documents = [(list(range(length + 1)), [True] * (length + 1)) for length in lengths]
-    rows = ConversationRows(documents, 9, packed=True).rows
-    assert sorted(map(sorted, rows)) == sorted(map(sorted, best_fit(lengths, 9)))
-    assert [min(row) for row in rows] == sorted(min(row) for row in rows)
+def test_the_first_rows_hold_conversations_of_all_lengths():
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.lognormal(3.5, 1.0, 4000), 2, 256).astype(int).tolist()
+    documents = [(np.zeros(length + 1), np.ones(length + 1, dtype=bool)) for length in lengths]
+    rows, again = (ConversationRows(documents, 256, packed=True).rows for _ in range(2))
+    assert rows == again
+    assert sorted(map(sorted, rows)) == sorted(map(sorted, best_fit(lengths, 256)))
+    first = [lengths[i] for row in rows[: len(rows) // 5] for i in row]
+    assert np.mean(first) == pytest.approx(np.mean(lengths), rel=0.15)
 
 
 def test_best_fit_takes_the_fullest_row_with_room_and_the_first_of_equal_lengths():

@@ -16,7 +16,7 @@ import torch
 from fork_server import python
 from tiny_run import BACKEND, records, tiny_flags, wait_until, write_text
 
-from nanochat_native.pipeline import figures, process, report
+from nanochat_native.pipeline import figures, process, report, session
 from nanochat_native.pipeline.recipe import Places, Stage
 from nanochat_native.pipeline.state import State
 from nanochat_native.runs import checkpoint
@@ -320,7 +320,8 @@ def test_changed_recipe_needs_redo_which_does_the_stage_and_its_dependents_again
     assert [found[name]["ended"] == before[name]["ended"] for name in found] == [True] * 4 + [False] * 2
 
 
-def test_redo_that_was_killed_while_it_deleted_is_finished_by_the_next_command(whole, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--redo", "rl")], ids=["without", "with"])
+def test_redo_that_was_killed_while_it_deleted_is_finished_by_the_next_command(whole, tmp_path, flags):
     folder = copy(whole, tmp_path)
     before = state(folder)
     content = json.loads((folder / "out/state.json").read_text())
@@ -328,7 +329,7 @@ def test_redo_that_was_killed_while_it_deleted_is_finished_by_the_next_command(w
         content["stages"][name]["status"] = "deleted"
     (folder / "out/state.json").write_text(json.dumps(content))
     shutil.rmtree(folder / "out/rl/checkpoints/step_000008")
-    result = speedrun(folder, "out")
+    result = speedrun(folder, "out", *flags)
     assert result.returncode == 0, result.stdout + result.stderr
     found = state(folder)
     assert [found[name]["ended"] == before[name]["ended"] for name in found] == [True] * 4 + [False] * 2
@@ -381,18 +382,37 @@ def test_stage_whose_report_failed_is_done_and_gives_3(whole, tmp_path, monkeypa
 def test_a_run_is_trained_with_a_checkpoint_of_its_last_step(whole, tmp_path):
     folder = copy(whole, tmp_path)
     places = Places(folder / "out", tmp_path, 2)
-    assert figures.is_trained(Stage("base", "train"), places)
-    assert not figures.is_trained(Stage("score", "evaluate"), places)
-    assert not figures.is_trained(Stage("other", "train"), places)
+    assert figures.is_trained(Stage("base", "train"), places, 0.0)
+    assert not figures.is_trained(Stage("base", "train"), places, time.time() + 1)
+    assert not figures.is_trained(Stage("score", "evaluate"), places, 0.0)
+    assert not figures.is_trained(Stage("other", "train"), places, 0.0)
     shutil.rmtree(folder / "out/base/checkpoints/step_000020")
-    assert not figures.is_trained(Stage("base", "train"), places)
+    assert not figures.is_trained(Stage("base", "train"), places, 0.0)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_torchruns_code_is_not_that_of_a_run_whose_report_failed(whole, tmp_path, monkeypatch, trained):
+    def run(command, log, signals):
+        if trained:
+            shutil.copytree(whole / "out/base", tmp_path / "out/base")
+            os.utime(tmp_path / "out/base/checkpoints/step_000020")
+        return 1, 2.0
+
+    monkeypatch.setattr(process, "run", run)
+    monkeypatch.setattr(session.samples, "ask", lambda *args: {"answers": ["", ""], "machine": "none"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    text = recipe_text(whole).split("[[stages]]")
+    (tmp_path / "r.toml").write_text("[[stages]]".join(text[:2]).replace("device = 'cpu'", "device = 'cuda'"))
+    flags = ["--recipe", tmp_path / "r.toml", "--out", tmp_path / "out", "--gpus", 2]
+    assert main([str(flag) for flag in flags]) == (3 if trained else 1)
+    assert state(tmp_path)["base"]["status"] == ("done" if trained else "started")
 
 
 def test_scores_in_the_course_of_a_run_are_in_the_report(tmp_path):
     lines = [{"kind": kind, "step": step, "score": step / 8} for step in (1, 2) for kind in ("core", "chat")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scores = figures.of_run(tmp_path)["scores"]
-    assert scores == {"CORE": 0.25, "mean of --chat-tasks, centered": 0.25}
+    assert scores == {"CORE": 0.25, "mean of chat tasks, centered": 0.25}
 
 
 def test_a_full_disk_does_not_end_a_stage(capsys):

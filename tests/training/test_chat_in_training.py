@@ -163,9 +163,10 @@ def on_a_rank(folder, name, prepare):
 
 
 def save_slowly_on_rank_1(rank):
-    real = checkpoint.save_file
+    writer = checkpoint.dcp.HuggingFaceStorageWriter
+    real = writer.write_data
     if rank == 1:
-        checkpoint.save_file = lambda *args, **named: time.sleep(2) or real(*args, **named)
+        writer.write_data = lambda *args, **named: time.sleep(2) or real(*args, **named)
 
 
 def fail_on_rank_1(rank):

@@ -197,7 +197,7 @@ def test_a_pass_has_each_file_as_often_as_its_epochs_say(base):
         ]
         times = {text: found.count(text) for text in found}
         assert max(times.values()) - (min(times.values()) if len(times) == 10 else 0) <= 1
-    assert "other.jsonl: 10 conversations, 2.25 times, are 22 of a pass to train on" in made.corpus.notes
+    assert "other.jsonl: 10 conversations, 2.25 times, are 22 of a pass" in made.corpus.notes
 
 
 def test_held_out_conversations_of_a_mixture_are_validated_once(base):
@@ -214,12 +214,13 @@ def test_a_mixture_of_which_nothing_is_held_out_keeps_its_epochs(base, monkeypat
     monkeypatch.setattr(finetuning, "is_held_out", lambda chat: False)
     other = write(base / "few.jsonl", [chat(f"few {n}", "word") for n in range(3)])
     made = chats_of(base, mix=(f"{other}:epochs=4",), val_data=None)
-    assert sum("few" in text for text in decoded(base, made.train)) == 12
+    for part, times in ((made.train, 4), (made.val, 1)):
+        assert sum("few" in text for text in decoded(base, part)) == 3 * times
 
 
 def test_the_generated_conversations_can_be_mixed_in(base):
     made = chats_of(base, mix=(finetuning.with_absolute_path("examples:epochs=0.5"),))
-    assert "made-up examples: 600 conversations, 0.5 times, are 300 of a pass to train on" in made.corpus.notes
+    assert "made-up examples: 600 conversations, 0.5 times, are 300 of a pass" in made.corpus.notes
     assert len(made.train.documents) > 12 + 150, "of which some are too long for the rows"
 
 
