@@ -124,7 +124,7 @@ def test_notebooks_are_valid_and_begin_with_the_installation(built):
     "page", [page for page in book.chapters() if page.number.isdigit()], ids=lambda page: page.number
 )
 def test_notebooks_run(page, tmp_path):
-    """With the commands at a small size, as test_guide_commands.py runs them."""
+    """With the commands at a small size, as test_guide_commands.py runs those of the other pages."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     import notebooks
 
@@ -142,7 +142,8 @@ def test_notebooks_run(page, tmp_path):
 
 
 def small_cell_line(line):
-    """Return a line of a cell with its command at a small size; a command that is not run becomes a comment."""
+    """Return a line of a cell with its command at a small size. It prints "error:" if its exit code is not 0. A command
+    that is not run becomes a comment."""
     if not line.startswith("!"):
         return line
     small = small_commands.small(line[1:])
@@ -150,4 +151,5 @@ def small_cell_line(line):
         return f"# {line}"
     variables, words = small
     settings = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    return "!" + " ".join([*settings, shlex.quote(small_commands.interpreter(words)), *map(shlex.quote, words)])
+    command = [*settings, shlex.quote(small_commands.interpreter(words)), *map(shlex.quote, words)]
+    return f"!{' '.join(command)} || echo error: it failed"

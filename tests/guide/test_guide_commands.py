@@ -1,5 +1,9 @@
-"""Every command and every Python example of the guide runs; commands at a small size."""
+"""Every command and every Python example of the guide runs; commands at a small size.
 
+test_guide_build.py runs the commands of a chapter in its notebook, where nbclient is installed.
+"""
+
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,7 +17,11 @@ from tiny_run import HANGS
 
 PAGES = {page.path.name: page for page in book.chapters()}
 COMMANDS = [(name, line) for name, page in PAGES.items() for line in small_commands.of(page.text)]
-RUN = list(dict.fromkeys(line for _, line in COMMANDS if small_commands.small(line)))
+IN_NOTEBOOKS = {
+    name for name, page in PAGES.items() if page.number.isdigit() and importlib.util.find_spec("nbclient") is not None
+}
+RUN = [line for line in dict.fromkeys(line for _, line in COMMANDS) if small_commands.small(line)]
+RUN = [line for line in RUN if not any((name, line) in COMMANDS for name in IN_NOTEBOOKS)]
 WITH_PYTHON = [
     name for name, page in PAGES.items() if any(f[0] == "python" and not f[2] for f in marks.fences(page.text))
 ]
@@ -46,7 +54,7 @@ def run(words, folder, codes=(0,), variables=None):
 def test_commands_are_found():
     modules = {line.split()[2] for _, line in COMMANDS if line.startswith("python -m")}
     assert {"train", "compare", "lr_find", "memory", "bench", "demonstrate"} <= {m.rpartition(".")[2] for m in modules}
-    assert len(RUN) >= 60
+    assert len({line for _, line in COMMANDS if small_commands.small(line)}) >= 60
 
 
 @pytest.mark.slow
