@@ -20,7 +20,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,9 +310,16 @@ def _multiple_choice(record: dict[str, Any]) -> list[Any]:
         raise ValueError(f"choices must be 2 to {len(LETTERS)} texts, got {len(choices)}")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"answer must be the index of a choice, from 0 to {len(choices) - 1}, got {answer!r}")
-    listed = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS, strict=False))
-    asked = f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+    asked = choice_prompt(question, LETTERS[: len(choices)], choices)
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": LETTERS[answer]}]
+
+
+def choice_prompt(question: str, letters: Iterable[str], choices: Iterable[str]) -> str:
+    """Return nanochat's message for a multiple-choice problem. The letter follows "=" without a space, as a token."""
+    lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True)]
+    return (
+        f"Multiple Choice question: {question}\n{''.join(lines)}\nRespond only with the letter of the correct answer."
+    )
 
 
 def with_calculations(answer: str) -> list[dict[str, str]]:

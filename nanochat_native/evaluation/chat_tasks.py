@@ -17,14 +17,14 @@ of the problems, how the answer of GSM8K is found, and how a program of HumanEva
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanochat_native.data.conversation_files import read_records
+from nanochat_native.data.conversation_files import choice_prompt, read_records
 from nanochat_native.data.documents import parquet_file
 from nanochat_native.evaluation import sandbox, spelling
 
@@ -221,14 +221,6 @@ def _texts(values: Any, where: str) -> list[str]:
     if not isinstance(values, list) or not values:
         raise ValueError(f"{where} must be a list of texts, got {values!r:.60}")
     return [_text(value, where) for value in values]
-
-
-def choice_prompt(question: str, letters: Iterable[str], choices: Iterable[str]) -> str:
-    """Return nanochat's message for a multiple-choice problem. The letter follows "=" without a space, as a token."""
-    lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True)]
-    return (
-        f"Multiple Choice question: {question}\n{''.join(lines)}\nRespond only with the letter of the correct answer."
-    )
 
 
 def number_of(text: str) -> str | None:

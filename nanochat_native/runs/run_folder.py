@@ -51,7 +51,7 @@ DAMAGED_LOGS = "metrics.damaged*.jsonl"  # written by metrics_log.drop_records_a
 # Flags that may change on resume. Any other change, except a longer training, would make it another run.
 PER_CALL_FLAGS = ("run", "out_dir", "resume", "overwrite", "dry_run", "print_config", "json")
 FLAGS_OF_SCORES = {"core": ("core_every", "core_max_per_task"), "chat_tasks": CHAT_FLAGS[1:]}
-REPORT_FLAGS = ("core", "core_every", "core_max_per_task", *LOGGER_FLAGS)  # of train and finetune, not of experiments
+REPORT_FLAGS = ("core", *FLAGS_OF_SCORES["core"], *LOGGER_FLAGS)  # of train and finetune, not of experiments
 MAY_CHANGE_ON_RESUME = (
     *PER_CALL_FLAGS,
     "cache_dir",

@@ -156,6 +156,11 @@ def repeated(chats: Sequence[Conversation], epochs: float) -> list[int]:
     return [*range(len(chats))] * int(whole) + sorted(chosen)
 
 
+def name_of(data: str) -> str:
+    """Return the name of a value of --data or --mix, for messages."""
+    return "made-up examples" if data == EXAMPLES else Path(data).name
+
+
 def rendered(tokenizer: Tokenizer, chats: Iterable[Conversation]) -> list[Rendered]:
     """Return the conversations as tokens, int32, and targets, bool."""
     pairs = (conversations.render(tokenizer, chat) for chat in chats)
@@ -171,18 +176,19 @@ def render_conversations(
     A pass has those of --mix as often as their epochs say; the last list and validation have each once. With
     --val-data, all of --data and --mix is for training. notes: as for read_conversations.
     """
-    sources: list[tuple[Sequence[Conversation], float]] = []
-    named = [(config.data, 1.0), *map(mixture_entry, config.mix)]
-    for data, epochs in named:
-        if data == EXAMPLES:
-            sources.append((example_chats(), epochs))
-        else:
-            sources.append((read_conversations(data, notes, skip_bad=config.skip_bad_lines), epochs))
+    sources: list[tuple[str, Sequence[Conversation], float]] = []
+    for data, epochs in [(config.data, 1.0), *map(mixture_entry, config.mix)]:
+        found: Sequence[Conversation] = (
+            example_chats()
+            if data == EXAMPLES
+            else read_conversations(data, notes, skip_bad=config.skip_bad_lines)
+        )
+        sources.append((name_of(data), found, epochs))
     whole_pass: list[Rendered] = []
     everything: list[Rendered] = []
     train: list[Rendered] = []
     val: list[Rendered] = []
-    for (data, _), (chats, epochs) in zip(named, sources, strict=True):
+    for name, chats, epochs in sources:
         rows = rendered(tokenizer, chats)
         taken = repeated(chats, epochs)
         whole_pass += [rows[i] for i in taken]
@@ -191,12 +197,11 @@ def render_conversations(
         train += [rows[i] for i in taken if not held_out[i]]
         val += [row for row, held in zip(rows, held_out, strict=True) if held]
         if config.mix:
-            name = "made-up examples" if data == EXAMPLES else Path(data).name
             notes.append(f"{name}: {len(chats):,} conversations, {epochs:g} times, are {len(taken):,} of a pass")
     if config.val_data is None:
         return train, val, whole_pass, everything
     others = read_conversations(config.val_data, notes, skip_bad=config.skip_bad_lines)
-    trained_on = {identity(chat) for chats, _ in sources for chat in chats}
+    trained_on = {identity(chat) for _, chats, _ in sources for chat in chats}
     if both := sum(identity(chat) in trained_on for chat in others):
         notes.append(f"{both:,} of {len(others):,} conversations of --val-data are in --data or --mix too")
     return train, rendered(tokenizer, others), whole_pass, everything
@@ -263,7 +268,7 @@ def make_chats(config: FinetuneConfig, tokenizer: Tokenizer, vocab_size: int) ->
             f"{config.val_data or config.data}: the first answers for validation are all empty; use an --eval-tokens "
             f"above {config.eval_tokens}"
         )
-    name = "made-up examples" if config.data == EXAMPLES else Path(config.data).name
+    name = name_of(config.data)
     name += f" and {len(config.mix)} of --mix" if config.mix else ""
     shape = f"{len(rows.rows):,} rows of {length}, {rows.padding:.0%} padding" if packed else f"rows of {length}"
     corpus = Corpus(
