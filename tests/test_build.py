@@ -194,7 +194,7 @@ def test_build_info():
     info = ops.build_info()
     assert info["version"] == nanochat_native.__version__
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
-    assert info["instruction_sets"] == "baseline avx2 avx512"
+    assert info["instruction_sets"] == "baseline avx2 avx512 avx512_bf16 amx"
     assert bool(info["cuda"]) == bool(info["cuda_architectures"]) != bool(info["cuda_off"])
 
 

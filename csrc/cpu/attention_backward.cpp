@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "gemm16.h"
 #include "runtime.h"
 
 namespace nanochat::NANOCHAT_ISA {
@@ -105,7 +106,7 @@ template <class T, class S>
 struct Backward {
     const AttentionBackward& a;
     const AttentionShape& s = a.shape;
-    const int64_t padded = round_up(s.D, kLanes<T>), group = s.H / s.Hkv;
+    const int64_t padded = round_up(s.D, 16), group = s.H / s.Hkv;
     const int64_t wanted_ranges = ceil_div(kItems, maximum<int64_t>(1, s.B* s.Hkv));
     const int64_t ranges = maximum<int64_t>(1, minimum(wanted_ranges, ceil_div(s.Tk, kKeyBlock)));
     const int64_t range = round_up(ceil_div(maximum<int64_t>(s.Tk, 1), ranges), kKeyBlock);
@@ -147,9 +148,10 @@ struct Backward {
         for (int64_t r = count; r < strips; r++) m.delta[r] = m.lse[r] = 0;
     }
 
-    void store_dq(const Scratch<T>& m, int64_t part, int64_t b, int64_t h, int64_t i0, int64_t count) const {
+    // rows: (count, padded), without the factor `scale`.
+    void store_dq(const T* rows, int64_t part, int64_t b, int64_t h, int64_t i0, int64_t count) const {
         for (int64_t r = 0; r < count; r++) {
-            const T* from = m.dq + r * padded;
+            const T* from = rows + r * padded;
             if (ranges > 1)
                 write_row(from, s.D, T(1), dq_parts + (((part * s.B + b) * s.H + h) * s.Tq + i0 + r) * s.D);
             else
@@ -171,7 +173,7 @@ struct Backward {
                     for (int64_t j = keys.begin / kKeyBlock * kKeyBlock; j < keys.end; j += kKeyBlock)
                         backward_block(s, m, i0, count, j, minimum(kKeyBlock, keys_end - j), origin, padded);
                 }
-                store_dq(m, part, b, h, i0, count);
+                store_dq(m.dq, part, b, h, i0, count);
             }
         for (int64_t j = origin; j < keys_end; j++) {
             const int64_t at = (j - origin) * padded;
@@ -193,9 +195,11 @@ struct Backward {
         }
     }
 
-    void run() {
+    // Carves the scratch of each thread, M, and calls key_range(scratch, part, b, kv head) for every work item.
+    template <class M, class KeyRange>
+    void run_with(const KeyRange& key_range) {
         const int threads = a.execution.threads;
-        const auto scratch_size = static_cast<int64_t>(Scratch<T>{}.carve_workspace({}, range, s.D, padded));
+        const auto scratch_size = static_cast<int64_t>(M{}.carve_workspace({}, range, s.D, padded));
         char* scratch;
         const auto carve_workspace = [&](cpu::Arena arena) {
             dq_parts = arena.take<T>(ranges > 1 ? ranges * s.B * s.H * s.Tq * s.D : 0);
@@ -205,7 +209,7 @@ struct Backward {
         carve_workspace({static_cast<char*>(cpu::workspace(carve_workspace({})))});
 #pragma omp parallel num_threads(threads)
         {
-            Scratch<T> m;
+            M m;
             m.carve_workspace({scratch + omp_get_thread_num() * scratch_size}, range, s.D, padded);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t item = 0; item < ranges * s.B * s.Hkv; item++)
@@ -213,13 +217,186 @@ struct Backward {
             if (ranges > 1) sum_dq_parts();
         }
     }
+
+    void run() {
+        run_with<Scratch<T>>(
+            [this](const Scratch<T>& m, int64_t part, int64_t b, int64_t hkv) { key_range(m, part, b, hkv); });
+    }
+};
+
+// --- products of bfloat16 ---
+
+// The gradients of keys and values are held transposed, dV^T += dO^T P, so that P and dS are packed without a transpose.
+constexpr int64_t kStrip16 = 32, kQueryBlock16 = 128;
+
+struct Scratch16 {
+    bfloat16 *keys, *values, *key_rows;   // of a range: as B of Q K^T, of dO V^T and of dS K
+    float *dk, *dv;                       // (padded, range), transposed
+    bfloat16 *queries, *dout;             // of a block of queries, as A of Q K^T and of dO V^T
+    bfloat16 *queries_t, *dout_t;         // as A of Q^T dS and of dO^T P
+    bfloat16 *p, *ds, *ds_rows;   // (kQueryBlock16, kKeyBlock) as B of dO^T P and of Q^T dS; a strip as A of dS K
+    float *scores, *dp, *dq;      // (kStrip16, kKeyBlock) twice; (kQueryBlock16, padded)
+    float *lse, *delta, *copy;
+
+    size_t carve_workspace(cpu::Arena arena, int64_t range, int64_t D, int64_t padded) {
+        keys = arena.take<bfloat16>(packed_size(range, D));
+        values = arena.take<bfloat16>(packed_size(range, D));
+        key_rows = arena.take<bfloat16>(packed_size(D, range));
+        dk = arena.take<float>(padded * range);
+        dv = arena.take<float>(padded * range);
+        queries = arena.take<bfloat16>(packed_size(kQueryBlock16, D));
+        dout = arena.take<bfloat16>(packed_size(kQueryBlock16, D));
+        queries_t = arena.take<bfloat16>(packed_size(D, kQueryBlock16));
+        dout_t = arena.take<bfloat16>(packed_size(D, kQueryBlock16));
+        p = arena.take<bfloat16>(kQueryBlock16 * kKeyBlock);
+        ds = arena.take<bfloat16>(kQueryBlock16 * kKeyBlock);
+        ds_rows = arena.take<bfloat16>(kStrip16 * kKeyBlock);
+        scores = arena.take<float>(kStrip16 * kKeyBlock);
+        dp = arena.take<float>(kStrip16 * kKeyBlock);
+        dq = arena.take<float>(kQueryBlock16 * padded);
+        lse = arena.take<float>(kQueryBlock16);
+        delta = arena.take<float>(kQueryBlock16);
+        copy = arena.take<float>(kBlock16 * padded);
+        return arena.used;
+    }
+};
+
+struct Backward16 : Backward<float, bfloat16> {
+    static_assert(kKeyBlock % kBlock16Depth == 0);
+    const int64_t panel = packed_size(kBlock16, s.D), range_panel = packed_size(kBlock16, range);
+
+    explicit Backward16(const AttentionBackward& a) : Backward<float, bfloat16>{a} {}
+
+    Operand<bfloat16> rows_of(const bfloat16* x, const Strides& strides, int64_t b, int64_t t, int64_t h,
+                              Layout layout) const {
+        return {row(x, strides, b, t, h), strides.t, layout};
+    }
+
+    void load_keys16(const Scratch16& m, int64_t b, int64_t hkv, int64_t origin, int64_t end) const {
+        for (int64_t j = 0; j < end - origin; j += kBlock16Depth) {
+            const int64_t count = minimum(kBlock16Depth, end - origin - j);
+            const auto key = rows_of(k, a.k_strides, b, origin + j, hkv, Layout::rows);
+            const auto value = rows_of(v, a.v_strides, b, origin + j, hkv, Layout::rows);
+            const auto key_column = rows_of(k, a.k_strides, b, origin + j, hkv, Layout::columns);
+            for (int64_t r = 0; r < kBlock16Depth; r += kBlock16) {
+                pack<true>(key, r, minimum(kBlock16, count - r), 0, s.D, m.keys + packed_size(j + r, s.D));
+                pack<true>(value, r, minimum(kBlock16, count - r), 0, s.D, m.values + packed_size(j + r, s.D));
+            }
+            for (int64_t d = 0; d < s.D; d += kBlock16)
+                pack<true>(key_column, d, minimum(kBlock16, s.D - d), 0, count,
+                           m.key_rows + d / kBlock16 * range_panel + j * kBlock16);
+        }
+        memset(m.dk, 0, padded * range * sizeof(float));
+        memset(m.dv, 0, padded * range * sizeof(float));
+    }
+
+    void load_queries16(const Scratch16& m, int64_t b, int64_t h, int64_t i0, int64_t count) const {
+        pack<false>(rows_of(q, a.q_strides, b, i0, h, Layout::rows), 0, count, 0, s.D, m.queries);
+        pack<false>(rows_of(dout, a.dout_strides, b, i0, h, Layout::rows), 0, count, 0, s.D, m.dout);
+        pack<false>(rows_of(q, a.q_strides, b, i0, h, Layout::columns), 0, s.D, 0, count, m.queries_t);
+        pack<false>(rows_of(dout, a.dout_strides, b, i0, h, Layout::columns), 0, s.D, 0, count, m.dout_t);
+        for (int64_t r = 0; r < kQueryBlock16; r++) {
+            m.delta[r] = m.lse[r] = 0;
+            if (r >= count) continue;
+            const bfloat16 *out_row = row(out, a.out_strides, b, i0 + r, h),
+                           *dout_row = row(dout, a.dout_strides, b, i0 + r, h);
+            float sum = 0;
+            for (int64_t d = 0; d < s.D; d++) sum += read(out_row + d) * read(dout_row + d);
+            m.delta[r] = sum;
+            m.lse[r] = lse[(b * s.H + h) * s.Tq + i0 + r];
+        }
+    }
+
+    // Queries [i0, i0 + count) against keys [j0, j0 + width) of the range that begins at `origin`.
+    void block16(const Scratch16& m, int64_t i0, int64_t count, int64_t j0, int64_t width, int64_t origin) const {
+        const Range seen = intersect({j0, j0 + width}, visible_keys(s, i0, count));
+        if (seen.begin == seen.end) return;
+        const int64_t first = (seen.begin - origin) / kBlock16Depth * kBlock16Depth;   // in the range
+        const int64_t columns = round_up(seen.end - origin - first, kBlock16Depth);
+        const int64_t depth = round_up(count, kBlock16Depth), depth_panel = depth * kBlock16;
+        const int64_t channels = padded / kBlock16, deep = ceil_div(s.D, kBlock16Depth);
+        const float scale = static_cast<float>(s.scale);
+        for (int64_t r = 0; r < depth; r += kStrip16) {
+            const int64_t blocks = ceil_div(minimum(kStrip16, count - r), kBlock16);
+            const int64_t query = packed_size(r, s.D), key = packed_size(first, s.D);
+            multiply_packed({m.queries + query, panel, m.keys + key, panel, deep}, blocks, columns / kBlock16, m.scores,
+                            kKeyBlock, false);
+            multiply_packed({m.dout + query, panel, m.values + key, panel, deep}, blocks, columns / kBlock16, m.dp,
+                            kKeyBlock, false);
+            for (int64_t i = r; i < r + kStrip16; i++) {
+                float *p = m.scores + (i - r) * kKeyBlock, *ds = m.dp + (i - r) * kKeyBlock;
+                const Range visible = i < count ? visible_keys(s, i0 + i) : Range{0, 0};
+                for (int64_t j = 0; j < columns; j += kLanes<float>) {
+                    const auto masked = [&](Vec<float> x) {
+                        return keep_range<float>(x, origin + first + j, visible.begin, visible.end, 0.0f);
+                    };
+                    const Vec<float> weight = masked(exp_lanes(load(p + j) * scale - m.lse[i]));
+                    store(p + j, weight);
+                    store(ds + j, masked(weight * (load(ds + j) - m.delta[i])));
+                }
+            }
+            for (int64_t j = 0; j < columns; j += kBlock16) {
+                const int64_t at = j / kBlock16 * depth_panel + r * kBlock16;
+                pack<true>(Operand<float>{m.scores, kKeyBlock, Layout::columns}, j, kBlock16, 0, kStrip16, m.p + at);
+                pack<true>(Operand<float>{m.dp, kKeyBlock, Layout::columns}, j, kBlock16, 0, kStrip16, m.ds + at);
+            }
+            pack<false>(Operand<float>{m.dp, kKeyBlock, Layout::rows}, 0, kStrip16, 0, columns, m.ds_rows);
+            multiply_packed(
+                {m.ds_rows, columns * kBlock16, m.key_rows + first * kBlock16, range_panel, columns / kBlock16Depth},
+                blocks, channels, m.dq + r * padded, padded, true);
+        }
+        multiply_packed({m.dout_t, depth_panel, m.p, depth_panel, depth / kBlock16Depth}, channels, columns / kBlock16,
+                        m.dv + first, range, true);
+        multiply_packed({m.queries_t, depth_panel, m.ds, depth_panel, depth / kBlock16Depth}, channels,
+                        columns / kBlock16, m.dk + first, range, true);
+    }
+
+    void write_transposed(const Scratch16& m, const float* from, int64_t b, int64_t hkv, int64_t origin, int64_t end,
+                          float factor, bfloat16* to, const Strides& strides) const {
+        for (int64_t j = 0; j < end - origin; j += kBlock16) {
+            transpose(padded, kBlock16, from + j, range, m.copy, padded);
+            for (int64_t i = 0; i < minimum(kBlock16, end - origin - j); i++)
+                write_row(m.copy + i * padded, s.D, factor, row(to, strides, b, origin + j + i, hkv));
+        }
+    }
+
+    // One work item.
+    void key_range16(const Scratch16& m, int64_t part, int64_t b, int64_t hkv) const {
+        const TileScope tile_scope;
+        const int64_t origin = part * range, keys_end = minimum(s.Tk, origin + range);
+        load_keys16(m, b, hkv, origin, keys_end);
+        for (int64_t h = hkv * group; h < (hkv + 1) * group; h++)
+            for (int64_t i0 = 0; i0 < s.Tq; i0 += kQueryBlock16) {
+                const int64_t count = minimum(kQueryBlock16, s.Tq - i0);
+                const Range seen = intersect({origin, maximum(origin, keys_end)}, visible_keys(s, i0, count));
+                memset(m.dq, 0, kQueryBlock16 * padded * sizeof(float));
+                if (seen.begin < seen.end) {
+                    load_queries16(m, b, h, i0, count);
+                    for (int64_t j = seen.begin / kKeyBlock * kKeyBlock; j < seen.end; j += kKeyBlock)
+                        block16(m, i0, count, j, minimum(kKeyBlock, keys_end - j), origin);
+                }
+                store_dq(m.dq, part, b, h, i0, count);
+            }
+        write_transposed(m, m.dk, b, hkv, origin, keys_end, static_cast<float>(s.scale), dk, a.dk_strides);
+        write_transposed(m, m.dv, b, hkv, origin, keys_end, 1.0f, dv, a.dv_strides);
+    }
+
+    void run16() {
+        run_with<Scratch16>(
+            [this](const Scratch16& m, int64_t part, int64_t b, int64_t hkv) { key_range16(m, part, b, hkv); });
+    }
 };
 
 }   // namespace
 
 void attention_backward(const AttentionBackward& a) {
     if (a.dtype == DType::float64) return Backward<double, double>{a}.run();
-    if (a.dtype == DType::bfloat16) return Backward<float, bfloat16>{a}.run();
+    if (a.dtype == DType::bfloat16) {
+        if constexpr (kMultipliesPairs)
+            return Backward16{a}.run16();
+        else
+            return Backward<float, bfloat16>{a}.run();
+    }
     Backward<float, float>{a}.run();
 }
 

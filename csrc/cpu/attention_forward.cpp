@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "gemm16.h"
 #include "runtime.h"
 
 namespace nanochat::NANOCHAT_ISA {
@@ -129,6 +130,131 @@ void forward(const AttentionForward& a) {
     }
 }
 
+// --- products of bfloat16 ---
+
+// A strip of queries is two blocks of A, as AMX multiplies them.
+constexpr int64_t kStrip16 = 32;
+constexpr int64_t kQueryTile16 = 64;
+
+struct Scratch16 {
+    bfloat16 *queries, *weights;   // (kQueryTile16, D) and (kStrip16, kKeyBlock), packed as A
+    float *scores, *out;           // (kStrip16, kKeyBlock), (kQueryTile16, padded D)
+    float *row_max, *row_sum;      // (kQueryTile16,)
+
+    size_t carve_workspace(cpu::Arena arena, int64_t D) {
+        queries = arena.take<bfloat16>(packed_size(kQueryTile16, D));
+        weights = arena.take<bfloat16>(kStrip16 * kKeyBlock);
+        scores = arena.take<float>(kStrip16 * kKeyBlock);
+        out = arena.take<float>(kQueryTile16 * round_up(D, kBlock16));
+        row_max = arena.take<float>(kQueryTile16);
+        row_sum = arena.take<float>(kQueryTile16);
+        return arena.used;
+    }
+};
+
+// As attend_strip, for queries [i, i + rows) of at most kStrip16, from row `at` of the tile. keys: one head's, packed as
+// B of Q K^T; values: as B of P V. The weights are rounded to bfloat16, their sum is of the unrounded ones.
+void attend_strip16(const AttentionShape& s, const Scratch16& m, int64_t i, int64_t at, int64_t rows, Range block,
+                    const bfloat16* keys, const bfloat16* values) {
+    const Range seen = intersect(block, visible_keys(s, i, rows));
+    if (seen.begin == seen.end) return;
+    const int64_t first = seen.begin / kBlock16Depth * kBlock16Depth;
+    const int64_t columns = round_up(seen.end - first, kBlock16Depth), padded = round_up(s.D, kBlock16);
+    const int64_t key_panel = packed_size(kBlock16, s.D), value_panel = packed_size(kBlock16, s.Tk);
+    const int64_t blocks = ceil_div(rows, kBlock16);
+    multiply_packed({m.queries + packed_size(at, s.D), key_panel, keys + first / kBlock16 * key_panel, key_panel,
+                     ceil_div(s.D, kBlock16Depth)},
+                    blocks, columns / kBlock16, m.scores, kKeyBlock, false);
+    const float scale = static_cast<float>(s.scale);
+    for (int64_t r = 0; r < blocks * kBlock16; r++) {
+        float* scores = m.scores + r * kKeyBlock;
+        bfloat16* weights = m.weights + r / kBlock16 * columns * kBlock16 + r % kBlock16 * kBlock16Depth;
+        const Range visible = r < rows ? visible_keys(s, i + r) : Range{0, 0};
+        constexpr int64_t W = kLanes<float>;
+        Vec<float> top = broadcast<float>(-kInfinity);
+        for (int64_t j = 0; j < columns; j += W) {
+            const Vec<float> x = keep_range<float>(load(scores + j) * scale, first + j, visible.begin, visible.end,
+                                                   static_cast<float>(-kInfinity));
+            store(scores + j, x);
+            top = x > top ? x : top;
+        }
+        float& row_max = m.row_max[at + r];
+        const float previous = row_max, current = maximum(previous, max_lanes<float>(top));
+        const float reference = current > -kInfinity ? current : 0.0f;
+        const float rescale = exp_lanes(broadcast(previous - reference))[0];
+        Vec<float> sum = {};
+        for (int64_t j = 0; j < columns; j += W) {
+            const Vec<float> p = exp_lanes(load(scores + j) - reference);
+            store(weights + j / kBlock16Depth * kBlock16Size + j % kBlock16Depth, p);
+            sum += p;
+        }
+        row_max = current;
+        m.row_sum[at + r] = m.row_sum[at + r] * rescale + sum_lanes<float>(sum);
+        float* out = m.out + (at + r) * padded;
+        if (rescale != 1)
+            for (int64_t d = 0; d < padded; d += W) store(out + d, load(out + d) * rescale);
+    }
+    multiply_packed({m.weights, columns * kBlock16, values + first * kBlock16, value_panel, columns / kBlock16Depth},
+                    blocks, padded / kBlock16, m.out + at * padded, padded, true);
+}
+
+void forward16(const AttentionForward& a) {
+    const AttentionShape& s = a.shape;
+    const int64_t padded = round_up(s.D, kBlock16), tiles = ceil_div(s.Tq, kQueryTile16), group = s.H / s.Hkv;
+    const int64_t keys_size = packed_size(round_up(s.Tk, kBlock16Depth), s.D), values_size = packed_size(s.D, s.Tk);
+    const bfloat16 *q = static_cast<const bfloat16*>(a.q), *k = static_cast<const bfloat16*>(a.k),
+                   *v = static_cast<const bfloat16*>(a.v);
+    const auto scratch_size = static_cast<int64_t>(Scratch16{}.carve_workspace({}, s.D));
+    bfloat16 *keys, *values;
+    char* scratch;
+    const auto carve_workspace = [&](cpu::Arena arena) {
+        keys = arena.take<bfloat16>(s.B * s.Hkv * keys_size);
+        values = arena.take<bfloat16>(s.B * s.Hkv * values_size);
+        scratch = arena.take<char>(a.execution.threads * scratch_size);
+        return arena.used;
+    };
+    carve_workspace({static_cast<char*>(cpu::workspace(carve_workspace({})))});
+
+#pragma omp parallel num_threads(a.execution.threads)
+    {
+        const TileScope tile_scope;
+        Scratch16 m;
+        m.carve_workspace({scratch + omp_get_thread_num() * scratch_size}, s.D);
+        const int64_t parts = ceil_div(s.Tk, kBlock16Depth);
+#pragma omp for
+        for (int64_t item = 0; item < s.B * s.Hkv * parts; item++) {
+            const int64_t head = item / parts, j = item % parts * kBlock16Depth, b = head / s.Hkv, h = head % s.Hkv;
+            const int64_t count = minimum(kBlock16Depth, s.Tk - j);
+            for (int64_t r = 0; r < kBlock16Depth; r += kBlock16)
+                pack<true>(Operand<bfloat16>{row(k, a.k_strides, b, j, h), a.k_strides.t, Layout::rows}, r,
+                           minimum(kBlock16, count - r), 0, s.D, keys + head * keys_size + packed_size(j + r, s.D));
+            for (int64_t d = 0; d < s.D; d += kBlock16)
+                pack<true>(Operand<bfloat16>{row(v, a.v_strides, b, j, h), a.v_strides.t, Layout::columns}, d,
+                           minimum(kBlock16, s.D - d), 0, count,
+                           values + head * values_size + packed_size(d, s.Tk) + j * kBlock16);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < tiles * s.B * s.H; item++) {
+            const int64_t i0 = (tiles - 1 - item / (s.B * s.H)) * kQueryTile16, b = item / s.H % s.B, h = item % s.H;
+            const int64_t count = minimum(kQueryTile16, s.Tq - i0), head = b * s.Hkv + h / group;
+            pack<false>(Operand<bfloat16>{row(q, a.q_strides, b, i0, h), a.q_strides.t, Layout::rows}, 0, count, 0, s.D,
+                        m.queries);
+            memset(m.out, 0, kQueryTile16 * padded * sizeof(float));
+            for (int64_t r = 0; r < kQueryTile16; r++) {
+                m.row_max[r] = static_cast<float>(-kInfinity);
+                m.row_sum[r] = 0;
+            }
+            const Range seen = visible_keys(s, i0, count);
+            for (int64_t j = seen.begin / kKeyBlock * kKeyBlock; j < seen.end; j += kKeyBlock)
+                for (int64_t r = 0; r < count; r += kStrip16)
+                    attend_strip16(s, m, i0 + r, r, minimum(kStrip16, count - r), {j, minimum(j + kKeyBlock, s.Tk)},
+                                   keys + head * keys_size, values + head * values_size);
+            for (int64_t r = 0; r < count; r++)
+                write_out<float, bfloat16>(a, b, h, i0 + r, m.out + r * padded, m.row_max[r], m.row_sum[r]);
+        }
+    }
+}
+
 // A few queries (a step of generation): one pass over the keys and one over the values, both in place.
 template <class T, class S>
 void forward_decode(const AttentionForward& a) {
@@ -174,7 +300,13 @@ void forward_decode(const AttentionForward& a) {
 void forward_batch(const AttentionForward& a) {
     const bool decode = a.shape.Tq <= kMostDecodeQueries;
     if (a.dtype == DType::float64) return decode ? forward_decode<double, double>(a) : forward<double, double>(a);
-    if (a.dtype == DType::bfloat16) return decode ? forward_decode<float, bfloat16>(a) : forward<float, bfloat16>(a);
+    if (a.dtype == DType::bfloat16) {
+        if (decode) return forward_decode<float, bfloat16>(a);
+        if constexpr (kMultipliesPairs)
+            return forward16(a);
+        else
+            return forward<float, bfloat16>(a);
+    }
     decode ? forward_decode<float, float>(a) : forward<float, float>(a);
 }
 

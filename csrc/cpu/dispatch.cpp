@@ -1,7 +1,10 @@
 // Chooses the instruction set once, at run time, and forwards every call to the copy of the kernels compiled for it.
+#include <cpuid.h>
 #include <omp.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -13,18 +16,22 @@
 #include "../kernels.h"
 #include "runtime.h"
 
-// Every kernel and its struct of arguments.
-#define NANOCHAT_FOR_EACH_KERNEL(use)                                                                                 \
-    use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward) use(rms_norm, RMSNorm) use(   \
-        rms_norm_backward, RMSNormBackward) use(embedding_rms_norm, EmbeddingRMSNorm) use(mix_rms_norm, MixRMSNorm)   \
-        use(mix_rms_norm_backward, MixRMSNormBackward) use(add_value_embedding, AddValueEmbedding)                    \
-            use(add_value_embedding_backward, AddValueEmbeddingBackward) use(smear, Smear)                            \
-                use(smear_backward, SmearBackward) use(rotary_norm, RotaryNorm)                                       \
-                    use(rotary_norm_backward, RotaryNormBackward) use(relu_squared, ReluSquared)                      \
-                        use(relu_squared_backward, ReluSquaredBackward) use(newton_schulz, NewtonSchulz)              \
-                            use(adamw, AdamW) use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)           \
-                                use(normuon_update, NorMuonUpdate) use(linear_cross_entropy, cpu::LinearCrossEntropy) \
-                                    use(linear, cpu::Linear) use(cached_forward, cpu::CachedForward)
+// Every kernel and its struct of arguments: those with code for AMX, and the others.
+#define NANOCHAT_FOR_EACH_TILE_KERNEL(use)                                              \
+    use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward) \
+        use(newton_schulz, NewtonSchulz) use(linear_cross_entropy, cpu::LinearCrossEntropy) use(linear, cpu::Linear)
+#define NANOCHAT_FOR_EACH_OTHER_KERNEL(use)                                                                          \
+    use(rms_norm, RMSNorm) use(rms_norm_backward, RMSNormBackward) use(embedding_rms_norm, EmbeddingRMSNorm)         \
+        use(mix_rms_norm, MixRMSNorm) use(mix_rms_norm_backward, MixRMSNormBackward)                                 \
+            use(add_value_embedding, AddValueEmbedding) use(add_value_embedding_backward, AddValueEmbeddingBackward) \
+                use(smear, Smear) use(smear_backward, SmearBackward) use(rotary_norm, RotaryNorm)                    \
+                    use(rotary_norm_backward, RotaryNormBackward) use(relu_squared, ReluSquared)                     \
+                        use(relu_squared_backward, ReluSquaredBackward) use(adamw, AdamW)                            \
+                            use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)                            \
+                                use(normuon_update, NorMuonUpdate) use(cached_forward, cpu::CachedForward)
+#define NANOCHAT_FOR_EACH_KERNEL(use)  \
+    NANOCHAT_FOR_EACH_TILE_KERNEL(use) \
+    NANOCHAT_FOR_EACH_OTHER_KERNEL(use)
 
 #define NANOCHAT_DECLARE(kernel, Arguments) void kernel(const Arguments&);
 namespace nanochat {
@@ -36,6 +43,12 @@ NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
 }
 namespace avx512 {
 NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
+}
+namespace avx512_bf16 {
+NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
+}
+namespace amx {
+NANOCHAT_FOR_EACH_TILE_KERNEL(NANOCHAT_DECLARE)
 }
 }   // namespace nanochat
 
@@ -49,42 +62,56 @@ struct Kernels {
     NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_MEMBER)
 };
 
-#define NANOCHAT_KERNELS(isa, supported_)                               \
-    {.name = #isa,                                                      \
-     .supported = supported_,                                           \
-     .attention_forward = isa::attention_forward,                       \
-     .attention_backward = isa::attention_backward,                     \
-     .rms_norm = isa::rms_norm,                                         \
-     .rms_norm_backward = isa::rms_norm_backward,                       \
-     .embedding_rms_norm = isa::embedding_rms_norm,                     \
-     .mix_rms_norm = isa::mix_rms_norm,                                 \
-     .mix_rms_norm_backward = isa::mix_rms_norm_backward,               \
-     .add_value_embedding = isa::add_value_embedding,                   \
-     .add_value_embedding_backward = isa::add_value_embedding_backward, \
-     .smear = isa::smear,                                               \
-     .smear_backward = isa::smear_backward,                             \
-     .rotary_norm = isa::rotary_norm,                                   \
-     .rotary_norm_backward = isa::rotary_norm_backward,                 \
-     .relu_squared = isa::relu_squared,                                 \
-     .relu_squared_backward = isa::relu_squared_backward,               \
-     .newton_schulz = isa::newton_schulz,                               \
-     .adamw = isa::adamw,                                               \
-     .muon_momentum = isa::muon_momentum,                               \
-     .muon_update = isa::muon_update,                                   \
-     .normuon_update = isa::normuon_update,                             \
-     .linear_cross_entropy = isa::linear_cross_entropy,                 \
-     .linear = isa::linear,                                             \
-     .cached_forward = isa::cached_forward}
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The kernel of Linux saves the tiles only of processes that ask for it (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA).
+bool has_amx() {
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// The kernels of a set; those without code for AMX are of the set `others`.
+#define NANOCHAT_KERNELS(isa, others, supported_)                          \
+    {.name = #isa,                                                         \
+     .supported = supported_,                                              \
+     .attention_forward = isa::attention_forward,                          \
+     .attention_backward = isa::attention_backward,                        \
+     .newton_schulz = isa::newton_schulz,                                  \
+     .linear_cross_entropy = isa::linear_cross_entropy,                    \
+     .linear = isa::linear,                                                \
+     .rms_norm = others::rms_norm,                                         \
+     .rms_norm_backward = others::rms_norm_backward,                       \
+     .embedding_rms_norm = others::embedding_rms_norm,                     \
+     .mix_rms_norm = others::mix_rms_norm,                                 \
+     .mix_rms_norm_backward = others::mix_rms_norm_backward,               \
+     .add_value_embedding = others::add_value_embedding,                   \
+     .add_value_embedding_backward = others::add_value_embedding_backward, \
+     .smear = others::smear,                                               \
+     .smear_backward = others::smear_backward,                             \
+     .rotary_norm = others::rotary_norm,                                   \
+     .rotary_norm_backward = others::rotary_norm_backward,                 \
+     .relu_squared = others::relu_squared,                                 \
+     .relu_squared_backward = others::relu_squared_backward,               \
+     .adamw = others::adamw,                                               \
+     .muon_momentum = others::muon_momentum,                               \
+     .muon_update = others::muon_update,                                   \
+     .normuon_update = others::normuon_update,                             \
+     .cached_forward = others::cached_forward}
 
 const Kernels kKernels[] = {
-    NANOCHAT_KERNELS(avx512,
-                     [] {
-                         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                                __builtin_cpu_supports("fma");
-                     }),
-    NANOCHAT_KERNELS(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
-    NANOCHAT_KERNELS(baseline, [] { return true; }),
+    NANOCHAT_KERNELS(amx, avx512_bf16, has_amx),
+    NANOCHAT_KERNELS(avx512_bf16, avx512_bf16, has_avx512_bf16),
+    NANOCHAT_KERNELS(avx512, avx512, has_avx512),
+    NANOCHAT_KERNELS(avx2, avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
+    NANOCHAT_KERNELS(baseline, baseline, [] { return true; }),
 };
 
 const Kernels& choose() {
@@ -96,7 +123,8 @@ const Kernels& choose() {
             throw std::invalid_argument(std::string("NANOCHAT_CPU_ISA=") + wanted +
                                         ": this processor does not have it");
     }
-    throw std::invalid_argument(std::string("NANOCHAT_CPU_ISA must be avx512, avx2 or baseline, got ") + wanted);
+    throw std::invalid_argument(
+        std::string("NANOCHAT_CPU_ISA must be amx, avx512_bf16, avx512, avx2 or baseline, got ") + wanted);
 }
 
 const Kernels& kernels() {

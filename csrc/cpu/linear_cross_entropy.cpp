@@ -9,7 +9,7 @@
 #include <omp.h>
 
 #include "../kernels.h"
-#include "gemm.h"
+#include "gemm16.h"
 #include "runtime.h"
 
 namespace nanochat::NANOCHAT_ISA {
@@ -49,33 +49,94 @@ void cap_and_reduce(T* z, int64_t count, int64_t R, T softcap, T* block_max, T* 
     }
 }
 
-// A call: the phases below, in order, for one chunk of rows after another. The threads of a team call each of them
-// together; it ends with a barrier. T is the type of the computation, S that of the tensors.
-template <class T, class S>
-struct LossAndGradients {
+// What a call has in all forms of its products: the logits of a chunk of rows, and what becomes of them. T is the type
+// of the computation.
+template <class T>
+struct ChunkOfLogits {
     static constexpr int W = kLanes<T>;
-    static constexpr bool converts = !std::is_same_v<T, S>;
 
     const cpu::LinearCrossEntropy& args;
     const int64_t N = args.N, C = args.C, V = args.V;
     const int64_t R = chunk_rows<T>(N, V);   // rows of a chunk; the last chunk may have fewer
     const int64_t blocks = ceil_div(V, kBlockRows);
     const T softcap = static_cast<T>(args.softcap), inverse = softcap > 0 ? 1 / softcap : 0;
-    T *weight = nullptr, *grad_weight = nullptr;    // (V, C), the tensors themselves or their copies in T
-    T *z = nullptr, *x_transposed = nullptr;        // (V, R), (C, R)
-    T *block_max = nullptr, *block_sum = nullptr;   // (blocks, R)
+    T* z = nullptr;                                                    // (V, R), rows padded to a multiple of 16
+    T *block_max = nullptr, *block_sum = nullptr;                      // (blocks, R)
     T *lse = nullptr, *target_logit = nullptr, *row_scale = nullptr;   // (R,)
-    T *x_chunk = nullptr, *grad_x_chunk = nullptr;                     // (R, C), copies in T
-    T* scratch = nullptr;                                              // (threads, kScratch)
 
-    size_t carve_workspace(cpu::Arena arena) {
-        z = arena.take<T>(V * R);
-        x_transposed = arena.take<T>(C * R);
+    void carve_logits(cpu::Arena& arena) {
+        z = arena.take<T>(round_up(V, 16) * R);
         block_max = arena.take<T>(blocks * R);
         block_sum = arena.take<T>(blocks * R);
         lse = arena.take<T>(R);
         target_logit = arena.take<T>(R);
         row_scale = arena.take<T>(R);
+    }
+
+    void reduce_block(int64_t block) const {
+        const int64_t v0 = block * kBlockRows;
+        cap_and_reduce(z + v0 * R, minimum(kBlockRows, V - v0), R, softcap, block_max + block * R,
+                       block_sum + block * R);
+    }
+
+    // The log-sum-exp and the loss of each row, from the blocks' maxima and sums.
+    void compute_loss(int64_t n0, int64_t rows) const {
+        T* loss = static_cast<T*>(args.loss);
+#pragma omp for
+        for (int64_t r = 0; r < R; r++) {
+            T top = -__builtin_inf();
+            for (int64_t block = 0; block < blocks; block++) top = maximum(top, block_max[block * R + r]);
+            T sum = 0;
+            for (int64_t block = 0; block < blocks; block++) {
+                const T peak = block_max[block * R + r];
+                const T exponent = peak > -__builtin_inf() ? peak - top : T(0);
+                sum += block_sum[block * R + r] * exp_lanes(broadcast<T>(exponent))[0];
+            }
+            lse[r] = top + static_cast<T>(__builtin_log(static_cast<double>(sum)));
+            const int64_t target = r < rows ? args.targets[n0 + r] : args.ignore_index;
+            const bool counted = target != args.ignore_index;
+            target_logit[r] = counted ? z[target * R + r] : T(0);
+            row_scale[r] = counted ? static_cast<T>(args.grad_scale) : T(0);
+            if (r < rows) loss[n0 + r] = counted ? lse[r] - target_logit[r] : T(0);
+        }
+    }
+
+    // Replaces rows [v0, v0 + count) of Z by dZ.
+    void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count) const {
+        for (int64_t v = v0; v < v0 + count; v++)
+            for (int64_t r = 0; r < R; r += W) {
+                const Vec<T> logit = load(z + v * R + r), scale = load(row_scale + r);
+                const Vec<T> tanh = logit * inverse, slope = 1 - tanh * tanh;
+                const Vec<T> gradient = exp_lanes(logit - load(lse + r)) * slope * scale;
+                store(z + v * R + r, scale != 0 ? gradient : Vec<T>{});
+            }
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t target = args.targets[n0 + r];
+            const T tanh = target_logit[r] * inverse;
+            if (row_scale[r] != 0 && target >= v0 && target < v0 + count)
+                z[target * R + r] -= row_scale[r] * (1 - tanh * tanh);
+        }
+    }
+};
+
+// A call: the phases below, in order, for one chunk of rows after another. The threads of a team call each of them
+// together; it ends with a barrier. S is the type of the tensors.
+template <class T, class S>
+struct LossAndGradients : ChunkOfLogits<T> {
+    using Base = ChunkOfLogits<T>;
+    using Base::args, Base::N, Base::C, Base::V, Base::R, Base::blocks, Base::z, Base::W;
+    static constexpr bool converts = !std::is_same_v<T, S>;
+
+    T *weight = nullptr, *grad_weight = nullptr;     // (V, C), the tensors themselves or their copies in T
+    T* x_transposed = nullptr;                       // (C, R)
+    T *x_chunk = nullptr, *grad_x_chunk = nullptr;   // (R, C), copies in T
+    T* scratch = nullptr;                            // (threads, kScratch)
+
+    explicit LossAndGradients(const cpu::LinearCrossEntropy& args) : Base{args} {}
+
+    size_t carve_workspace(cpu::Arena arena) {
+        this->carve_logits(arena);
+        x_transposed = arena.take<T>(C * R);
         scratch = arena.take<T>(args.execution.threads * kScratch<T>);
         x_chunk = arena.take<T>(converts ? R * C : 0);
         grad_x_chunk = arena.take<T>(converts ? R * C : 0);
@@ -137,46 +198,7 @@ struct LossAndGradients {
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
             multiply_rows(logits, 0, v0, count, 0, R, own_scratch());
-            cap_and_reduce(z + v0 * R, count, R, softcap, block_max + block * R, block_sum + block * R);
-        }
-    }
-
-    // The log-sum-exp and the loss of each row, from the blocks' maxima and sums.
-    void compute_loss(int64_t n0, int64_t rows) const {
-        T* loss = static_cast<T*>(args.loss);
-#pragma omp for
-        for (int64_t r = 0; r < R; r++) {
-            T top = -__builtin_inf();
-            for (int64_t block = 0; block < blocks; block++) top = maximum(top, block_max[block * R + r]);
-            T sum = 0;
-            for (int64_t block = 0; block < blocks; block++) {
-                const T peak = block_max[block * R + r];
-                const T exponent = peak > -__builtin_inf() ? peak - top : T(0);
-                sum += block_sum[block * R + r] * exp_lanes(broadcast<T>(exponent))[0];
-            }
-            lse[r] = top + static_cast<T>(__builtin_log(static_cast<double>(sum)));
-            const int64_t target = r < rows ? args.targets[n0 + r] : args.ignore_index;
-            const bool counted = target != args.ignore_index;
-            target_logit[r] = counted ? z[target * R + r] : T(0);
-            row_scale[r] = counted ? static_cast<T>(args.grad_scale) : T(0);
-            if (r < rows) loss[n0 + r] = counted ? lse[r] - target_logit[r] : T(0);
-        }
-    }
-
-    // Replaces rows [v0, v0 + count) of Z by dZ.
-    void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count) const {
-        for (int64_t v = v0; v < v0 + count; v++)
-            for (int64_t r = 0; r < R; r += W) {
-                const Vec<T> logit = load(z + v * R + r), scale = load(row_scale + r);
-                const Vec<T> tanh = logit * inverse, slope = 1 - tanh * tanh;
-                const Vec<T> gradient = exp_lanes(logit - load(lse + r)) * slope * scale;
-                store(z + v * R + r, scale != 0 ? gradient : Vec<T>{});
-            }
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t target = args.targets[n0 + r];
-            const T tanh = target_logit[r] * inverse;
-            if (row_scale[r] != 0 && target >= v0 && target < v0 + count)
-                z[target * R + r] -= row_scale[r] * (1 - tanh * tanh);
+            this->reduce_block(block);
         }
     }
 
@@ -200,7 +222,7 @@ struct LossAndGradients {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            differentiate(n0, rows, v0, count);
+            this->differentiate(n0, rows, v0, count);
             if (args.grad_weight) multiply_rows(product, 0, v0, count, 0, C, own_scratch());
         }
     }
@@ -243,7 +265,7 @@ struct LossAndGradients {
                 const T* chunk = load_chunk(n0, rows);
                 transpose_chunk(chunk, rows);
                 compute_logits();
-                compute_loss(n0, rows);
+                this->compute_loss(n0, rows);
                 if (args.grad_x || args.grad_weight) compute_grad_weight(n0, rows, chunk);
                 if (args.grad_x) compute_grad_x(n0, rows);
             }
@@ -253,11 +275,145 @@ struct LossAndGradients {
     }
 };
 
+// The same with products of bfloat16 and float32 sums. W, X and dZ are rounded to bfloat16 where they are multiplied.
+struct LossAndGradients16 : ChunkOfLogits<float> {
+    const int64_t stride = round_up(C, kBlock16);                 // of float32 sums with C columns
+    bfloat16 *weight_rows = nullptr, *weight_columns = nullptr;   // W as A of X W^T, and as B of dZ^T W
+    bfloat16 *x_columns = nullptr, *x_rows = nullptr;             // the chunk as B of W X^T, and of dZ X
+    bfloat16 *dz_rows = nullptr, *dz_columns = nullptr;           // of a thread's block, as A of dZ X; as A of dZ^T W
+    float* grad_weight = nullptr;                                 // (V, C), rows `stride` apart
+    char* scratch = nullptr;
+
+    explicit LossAndGradients16(const cpu::LinearCrossEntropy& args) : ChunkOfLogits<float>{args} {}
+
+    size_t carve_workspace(cpu::Arena arena) {
+        carve_logits(arena);
+        weight_rows = arena.take<bfloat16>(packed_size(V, C));
+        weight_columns = arena.take<bfloat16>(args.grad_x ? packed_size(C, V) : 0);
+        x_columns = arena.take<bfloat16>(packed_size(R, C));
+        x_rows = arena.take<bfloat16>(args.grad_weight ? packed_size(C, R) : 0);
+        dz_rows = arena.take<bfloat16>(args.grad_weight ? args.execution.threads * packed_size(kBlockRows, R) : 0);
+        dz_columns = arena.take<bfloat16>(args.grad_x ? packed_size(R, V) : 0);
+        grad_weight = arena.take<float>(args.grad_weight ? round_up(V, kBlock16) * stride : 0);
+        scratch = arena.take<char>(args.execution.threads * kScratch16);
+        return arena.used;
+    }
+
+    void pack_weight() const {
+        const bfloat16* weight = static_cast<const bfloat16*>(args.weight);
+#pragma omp for
+        for (int64_t v = 0; v < V; v += kBlock16Depth) {
+            const int64_t count = minimum(kBlock16Depth, V - v);
+            pack<false>(Operand<bfloat16>{weight, C, Layout::rows}, v, count, 0, C, weight_rows + packed_size(v, C));
+            if (args.grad_x)
+                for (int64_t c = 0; c < C; c += kBlock16)
+                    pack<true>(Operand<bfloat16>{weight, C, Layout::columns}, c, minimum(kBlock16, C - c), v, count,
+                               weight_columns + packed_size(c, V) + v * kBlock16);
+        }
+    }
+
+    void pack_chunk(int64_t n0, int64_t rows) const {
+        const bfloat16* x = static_cast<const bfloat16*>(args.x) + n0 * C;
+#pragma omp for
+        for (int64_t r = 0; r < R; r += kBlock16)
+            pack<true>(Operand<bfloat16>{x, C, Layout::rows}, r, minimum(kBlock16, rows - r), 0, C,
+                       x_columns + packed_size(r, C));
+        if (!args.grad_weight) return;
+#pragma omp for
+        for (int64_t c = 0; c < C; c += kBlock16)
+            pack<true>(Operand<bfloat16>{x, C, Layout::columns}, c, minimum(kBlock16, C - c), 0, rows,
+                       x_rows + packed_size(c, rows));
+    }
+
+    // c (16 rows, 16 columns; in blocks) = A B, or += with `accumulate`; A and B are packed `depth` deep.
+    static void multiply(const bfloat16* a, const bfloat16* b, int64_t depth, int64_t rows, int64_t columns, float* c,
+                         int64_t c_stride, bool accumulate) {
+        const int64_t size = packed_size(kBlock16, depth);
+        for (int64_t k = 0; k < depth || k == 0; k += kDepth16) {
+            const int64_t blocks_deep = ceil_div(minimum(kDepth16, depth - k), kBlock16Depth);
+            multiply_packed({a + k * kBlock16, size, b + k * kBlock16, size, blocks_deep}, rows, columns, c, c_stride,
+                            accumulate || k > 0);
+        }
+    }
+
+    void compute_logits() const {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
+            multiply(weight_rows + packed_size(v0, C), x_columns, C, ceil_div(count, kBlock16), R / kBlock16,
+                     z + v0 * R, R, false);
+            reduce_block(block);
+        }
+    }
+
+    // Z becomes dZ, packed for both products, and dW += dZ X; the first chunk writes dW.
+    void compute_grad_weight(int64_t n0, int64_t rows) const {
+        bfloat16* own = dz_rows + omp_get_thread_num() * packed_size(kBlockRows, R);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
+            differentiate(n0, rows, v0, count);
+            if (args.grad_x)
+                for (int64_t r = 0; r < rows; r += kBlock16)
+                    pack<false>(Operand<float>{z, R, Layout::columns}, r, minimum(kBlock16, rows - r), v0, count,
+                                dz_columns + packed_size(r, V) + v0 * kBlock16);
+            if (!args.grad_weight) continue;
+            pack<false>(Operand<float>{z, R, Layout::rows}, v0, count, 0, rows, own);
+            multiply(own, x_rows, rows, ceil_div(count, kBlock16), stride / kBlock16, grad_weight + v0 * stride, stride,
+                     n0 > 0);
+        }
+    }
+
+    // dX = dZ^T W
+    void compute_grad_x(int64_t n0, int64_t rows) const {
+        const Product<float, bfloat16, bfloat16, bfloat16> product = {
+            .M = rows,
+            .N = C,
+            .K = V,
+            .c = static_cast<bfloat16*>(args.grad_x) + n0 * C,
+            .c_stride = C,
+        };
+        multiply_team16(product, args.execution.threads, weight_columns, scratch + omp_get_thread_num() * kScratch16,
+                        dz_columns);
+    }
+
+    void write_grad_weight() const {
+        bfloat16* out = static_cast<bfloat16*>(args.grad_weight);
+#pragma omp for
+        for (int64_t v = 0; v < V; v++)
+            for (int64_t c = 0; c < C; c++) write(out + v * C + c, grad_weight[v * stride + c]);
+    }
+
+    void run() {
+        carve_workspace({static_cast<char*>(cpu::workspace(carve_workspace({})))});
+        if (args.grad_weight && N == 0) memset(args.grad_weight, 0, V * C * sizeof(bfloat16));
+#pragma omp parallel num_threads(args.execution.threads)
+        {
+            const TileScope tiles;
+            pack_weight();
+            for (int64_t n0 = 0; n0 < N; n0 += R) {
+                const int64_t rows = minimum(R, N - n0);
+                pack_chunk(n0, rows);
+                compute_logits();
+                compute_loss(n0, rows);
+                if (args.grad_x || args.grad_weight) compute_grad_weight(n0, rows);
+                if (args.grad_x) compute_grad_x(n0, rows);
+            }
+            if (args.grad_weight && N > 0) write_grad_weight();
+        }
+    }
+};
+
 }   // namespace
 
 void linear_cross_entropy(const cpu::LinearCrossEntropy& args) {
     if (args.dtype == DType::float64) return LossAndGradients<double, double>{args}.run();
-    if (args.dtype == DType::bfloat16) return LossAndGradients<float, bfloat16>{args}.run();
+    if (args.dtype == DType::bfloat16) {
+        if constexpr (kMultipliesPairs)
+            return LossAndGradients16{args}.run();
+        else
+            return LossAndGradients<float, bfloat16>{args}.run();
+    }
     LossAndGradients<float, float>{args}.run();
 }
 
