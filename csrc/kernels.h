@@ -45,7 +45,9 @@ struct AttentionShape {
 
 struct AttentionForward {
     AttentionShape shape;
-    DType dtype;     // CPU: float32 | float64 | bfloat16 (computed in float32); CUDA: bfloat16 | float16
+    // CPU: float32 | float64 | bfloat16 (computed in float32, but that avx512_bf16 and amx multiply in bfloat16 with
+    // float32 sums); CUDA: bfloat16 | float16
+    DType dtype;
     const void* q;   // (B, Tq, H, D)
     const void* k;   // (B, Tk, Hkv, D)
     const void* v;   // (B, Tk, Hkv, D)
@@ -347,8 +349,8 @@ struct NewtonSchulz {
 
 namespace cpu {
 
-// Name of the instruction set that the kernels run on: "avx512", "avx2" or "baseline". The environment variable
-// NANOCHAT_CPU_ISA lowers it. Throws if the variable names a set that is unknown or that this processor lacks.
+// Name of the instruction set that the kernels run on: "amx", "avx512_bf16", "avx512", "avx2" or "baseline". The
+// environment variable NANOCHAT_CPU_ISA lowers it. Throws if the variable names a set that is unknown or that this processor lacks.
 const char* instruction_set();
 
 void attention_forward(const AttentionForward&);
@@ -381,7 +383,7 @@ void normuon_update(const NorMuonUpdate&);
 // time.
 struct LinearCrossEntropy {
     int64_t N, C, V;
-    DType dtype;              // float32 | float64 | bfloat16 (computed in float32), of x, weight and both gradients
+    DType dtype;              // float32 | float64 | bfloat16 (as AttentionForward's), of x, weight and both gradients
     const void* x;            // (N, C) contiguous
     const void* weight;       // (V, C) contiguous
     const int64_t* targets;   // (N,), in [0, V) or ignore_index

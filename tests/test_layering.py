@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nanochat_native"
-SETS = ["baseline", "avx2", "avx512"]
+SETS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 # --- csrc/ and python/ ---

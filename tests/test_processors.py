@@ -34,11 +34,13 @@ SIDES = {
         "OMP_NUM_THREADS": "1",
     },
     "avx512 without bfloat16": {
+        "NANOCHAT_CPU_ISA": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "NANOCHAT_LINEAR": "native",
         "OMP_NUM_THREADS": "3",
     },
     "bfloat16 without amx": {
+        "NANOCHAT_CPU_ISA": "avx512_bf16",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
         "NANOCHAT_LINEAR": "torch",
         "OMP_NUM_THREADS": "2",
@@ -64,18 +66,24 @@ KERNELS = tuple(
     )
 )
 MODEL = ("training/test_golden.py", "model/test_model.py", "inference/test_engine.py")
+PRODUCTS_OF_OURS = ("ops/test_ops_attention.py", "ops/test_ops_linear_cross_entropy.py")
 TOUCHED = {
     KERNELS: "(match or windows or sizes or spectra or muon or bits or prod) and not 1023",
     MODEL: "(golden or plain or bits or autocast or whole) and not scores",
     ("lab/test_memory.py",): "scratch and hybrid or trainers and flags0",
     ("model/test_model.py", "ops/test_ops_linear_cross_entropy.py"): "autocast or reference",
+    PRODUCTS_OF_OURS: "bfloat16 or match or windows or autocast",
 }
-*OURS, MEMORY, PRODUCTS = TOUCHED
+*OURS, MEMORY, PRODUCTS, _ = TOUCHED
 # Without AVX-512 oneDNN has no products of bfloat16, whatever its bound; with it, it has nothing else that is touched.
 RUNS = [
     *(("baseline", files) for files in OURS),
     *(("avx2", files) for files in (*OURS, MEMORY)),
-    *((side, files) for side in ("avx512 without bfloat16", "bfloat16 without amx") for files in (MEMORY, PRODUCTS)),
+    *(
+        (side, files)
+        for side in ("avx512 without bfloat16", "bfloat16 without amx")
+        for files in (MEMORY, PRODUCTS, PRODUCTS_OF_OURS)
+    ),
 ]
 # What a processor has where a side is another than its own.
 ABOVE = {"avx512 without bfloat16": "avx512_bf16", "bfloat16 without amx": "amx_bf16"}

@@ -59,7 +59,7 @@ def test_a_missing_torch_is_broken():
 def test_an_impossible_instruction_set_is_broken():
     result = run(NANOCHAT_CPU_ISA="mmx")
     assert result.returncode == 1
-    assert "broken: NANOCHAT_CPU_ISA must be avx512, avx2 or baseline, got mmx" in result.stderr
+    assert "broken: NANOCHAT_CPU_ISA must be amx, avx512_bf16, avx512, avx2 or baseline, got mmx" in result.stderr
 
 
 def test_every_operator_is_checked():

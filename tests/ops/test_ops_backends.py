@@ -84,7 +84,7 @@ def test_environment_with_an_unknown_backend():
     ("variable", "message"),
     [
         ("NANOCHAT_NATIVE_BACKEND", "NANOCHAT_NATIVE_BACKEND must be native or torch, got 'wrong'"),
-        ("NANOCHAT_CPU_ISA", "NANOCHAT_CPU_ISA must be avx512, avx2 or baseline, got wrong"),
+        ("NANOCHAT_CPU_ISA", "NANOCHAT_CPU_ISA must be amx, avx512_bf16, avx512, avx2 or baseline, got wrong"),
         ("NANOCHAT_LINEAR", "NANOCHAT_LINEAR must be auto, native or torch, got 'wrong'"),
     ],
 )
@@ -215,7 +215,7 @@ def test_instruction_sets_agree():
 
 def test_unknown_instruction_set_is_refused():
     result = run("ops.newton_schulz(torch.ones(2, 2))", NANOCHAT_CPU_ISA="mmx")
-    assert "ValueError: NANOCHAT_CPU_ISA must be avx512, avx2 or baseline, got mmx" in result.stderr
+    assert "ValueError: NANOCHAT_CPU_ISA must be amx, avx512_bf16, avx512, avx2 or baseline, got mmx" in result.stderr
 
 
 def test_a_forked_child_neither_hangs_nor_differs():

@@ -520,7 +520,7 @@ def same_bits(isa):
             assert_lists_equal(result, results[0])
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_copies_change_no_bit_on_any_instruction_set_with_1_and_2_threads(isa):
     if isa not in usable_instruction_sets():
         pytest.skip(f"this processor has no {isa}")
