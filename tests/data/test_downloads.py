@@ -192,6 +192,8 @@ def test_shards_of_climbmix_and_the_last_one_for_validation(server, tmp_path, ca
         name: shards(12)[name] for name in ("shard_00000.parquet", "shard_00001.parquet", "shard_00011.parquet")
     }
     assert files_in(tmp_path / "climbmix") == expected
+    fetched = [path for method, path, _ in server.asked if method == "GET" and "resolve" in path]
+    assert fetched[0].endswith("shard_00011.parquet"), "a training may start when the first of the others is there"
     out = capsys.readouterr().out
     assert "3 files of karpathy/climbmix-400b-shuffle; 9.0 kB to download" in out
     content = json.loads((tmp_path / "climbmix/.download.json").read_text())

@@ -73,6 +73,18 @@ def test_the_last_of_numbered_shards_validates(build, tmp_path):
     assert len(documents_of(fraction.val, fraction.tokenizer)) not in (0, 40)
 
 
+def test_a_download_in_progress_gives_the_shards_that_are_complete(build, tmp_path):
+    complete = build(write(tmp_path / "shards", ["part_9.jsonl", "part_10.jsonl"]), validation="shards")
+    hidden = tmp_path / "shards/.cache/huggingface/download"
+    hidden.mkdir(parents=True)
+    (hidden / "part_8.jsonl.0123.incomplete").write_text('{"text": "half of a te')  # as huggingface_hub names them
+    (hidden / "part_8.jsonl.metadata").write_text("commit\n")
+    (tmp_path / "shards/part_7.jsonl.part").write_text('{"text": "half of a te')
+    corpus = build(tmp_path / "shards", validation="shards")
+    assert corpus.hash == complete.hash
+    assert documents_of(corpus.train, corpus.tokenizer) == texts(0)
+
+
 def test_what_is_not_numbered_is_split_by_document_unless_it_is_asked_for(build, tmp_path):
     folder = write(tmp_path / "shards", ["a.jsonl", "b.jsonl", "c.jsonl"])
     by_document = build(folder)
