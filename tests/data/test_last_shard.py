@@ -79,7 +79,7 @@ def test_a_download_in_progress_gives_the_shards_that_are_complete(build, tmp_pa
     hidden.mkdir(parents=True)
     (hidden / "part_8.jsonl.0123.incomplete").write_text('{"text": "half of a te')  # as huggingface_hub names them
     (hidden / "part_8.jsonl.metadata").write_text("commit\n")
-    (tmp_path / "shards/part_7.jsonl.part").write_text('{"text": "half of a te')
+    (tmp_path / "shards/.part_7.jsonl.part").write_text('{"text": "half of a te')  # as those of the bucket are
     corpus = build(tmp_path / "shards", validation="shards")
     assert corpus.hash == complete.hash
     assert documents_of(corpus.train, corpus.tokenizer) == texts(0)
