@@ -9,10 +9,11 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 import tyro
@@ -496,8 +497,9 @@ class FinetuneConfig(ChatTrainConfig):
 
     mix: tuple[str, ...] = ()
     """More conversations: files, folders or globs, each with an optional :epochs=N, the number of times that one pass
-    over all conversations has those of this file, e.g. --mix gsm8k.jsonl:epochs=4 names.jsonl:epochs=0.5. The name
-    examples stands for the generated ones."""
+    over all conversations has those of this file, e.g. --mix gsm8k.jsonl:epochs=4 names.jsonl:epochs=0.5; or with
+    :weight=W, the number of its conversations in a pass for each one of --data. The name examples stands for the
+    generated ones."""
     val_data: str | None = None
     """Conversations to validate on; default: a tenth of --data and --mix."""
     skip_bad_lines: bool = False
@@ -546,17 +548,33 @@ class FinetuneConfig(ChatTrainConfig):
         return self.cut == "turns" or (self.cut == "auto" and self.packing == "best-fit")
 
 
-def mixture_entry(entry: str) -> tuple[str, float]:
-    """Return (path, epochs) of a value of --mix, PATH or PATH:epochs=N. Raise ConfigError for a bad one."""
-    path, found, number = entry.rpartition(":epochs=")
-    path, epochs = (path, number) if found else (entry, "1")
+class MixtureEntry(NamedTuple):
+    """A value of --mix. amount: of times that a pass has its conversations, or, with by_weight, of its conversations
+    for each one of --data."""
+
+    path: str
+    amount: float = 1.0
+    by_weight: bool = False
+
+    def epochs(self, own: int, of_data: int) -> float:
+        """Return how often a pass has its `own` conversations, if it has those of --data, `of_data`, once."""
+        return self.amount * of_data / own if self.by_weight else self.amount
+
+
+def mixture_entry(entry: str) -> MixtureEntry:
+    """Return the parts of PATH, PATH:epochs=N or PATH:weight=W. Raise ConfigError for a bad value of --mix."""
+    match = re.fullmatch(r"(.*?)(?::(epochs|weight)=([^:]*))?", entry, re.DOTALL)
+    assert match is not None  # the first group takes any text
+    path, name, number = match.groups("1")
     try:
-        times = float(epochs)
+        amount = float(number)
     except ValueError:
-        times = math.nan
-    if not path or not 0 < times < math.inf:
-        raise ConfigError(f"--mix must be PATH or PATH:epochs=N with a finite number N > 0, got {entry!r}")
-    return path, times
+        amount = math.nan
+    if not path or not 0 < amount < math.inf:
+        raise ConfigError(
+            f"--mix must be PATH, PATH:epochs=N or PATH:weight=W with a finite number N or W > 0, got {entry!r}"
+        )
+    return MixtureEntry(path, amount, name == "weight")
 
 
 @dataclass(frozen=True)

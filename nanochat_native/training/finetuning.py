@@ -31,6 +31,7 @@ from nanochat_native.runs.config import (
     PARTS,
     ChatTrainConfig,
     FinetuneConfig,
+    MixtureEntry,
     ReinforceConfig,
     TrainConfig,
     flags_of_model,
@@ -173,17 +174,17 @@ def render_conversations(
     """Return the conversations as tokens: those for training, those for validation, all of a pass over --data and
     --mix, and all of the files.
 
-    A pass has those of --mix as often as their epochs say; the last list and validation have each once. With
+    A pass has those of --mix as often as their epochs or weights say; the last list and validation have each once. With
     --val-data, all of --data and --mix is for training. notes: as for read_conversations.
     """
     sources: list[tuple[str, Sequence[Conversation], float]] = []
-    for data, epochs in [(config.data, 1.0), *map(mixture_entry, config.mix)]:
+    for entry in [MixtureEntry(config.data), *map(mixture_entry, config.mix)]:
+        data = entry.path
         found: Sequence[Conversation] = (
-            example_chats()
-            if data == EXAMPLES
-            else read_conversations(data, notes, skip_bad=config.skip_bad_lines)
+            example_chats() if data == EXAMPLES else read_conversations(data, notes, skip_bad=config.skip_bad_lines)
         )
-        sources.append((name_of(data), found, epochs))
+        of_data = len(sources[0][1]) if sources else 0
+        sources.append((name_of(data), found, entry.epochs(len(found), of_data)))
     whole_pass: list[Rendered] = []
     everything: list[Rendered] = []
     train: list[Rendered] = []
@@ -562,7 +563,7 @@ def with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
 
 def with_absolute_path(entry: str) -> str:
     """Return a value of --mix with an absolute path."""
-    path, _ = mixture_entry(entry)
+    path = mixture_entry(entry).path
     return (path if path == EXAMPLES else absolute_path(path)) + entry[len(path) :]
 
 

@@ -200,6 +200,17 @@ def test_a_pass_has_each_file_as_often_as_its_epochs_say(base):
     assert "other.jsonl: 10 conversations, 2.25 times, are 22 of a pass" in made.corpus.notes
 
 
+def test_a_weight_is_the_number_of_conversations_for_each_one_of_the_first_file(base):
+    other = write(base / "other.jsonl", [chat(f"other {n}", "word") for n in range(10)])
+    for weight, count in (("1", 12), ("0.25", 3), ("2.5", 30)):
+        made = chats_of(base, mix=(f"{other}:weight={weight}",))
+        assert sum("other" in text for text in decoded(base, made.train)) == count
+        assert len(made.train.documents) == 12 + count
+    assert "other.jsonl: 10 conversations, 3 times, are 30 of a pass" in made.corpus.notes
+    made = chats_of(base, mix=(finetuning.with_absolute_path("examples:weight=5"),))
+    assert "made-up examples: 600 conversations, 0.1 times, are 60 of a pass" in made.corpus.notes
+
+
 def test_held_out_conversations_of_a_mixture_are_validated_once(base):
     other = write(base / "other.jsonl", [chat(f"other {n}", "word") for n in range(60)])
     made = chats_of(base, mix=(f"{other}:epochs=3",), val_data=None)
@@ -225,11 +236,14 @@ def test_the_generated_conversations_can_be_mixed_in(base):
 
 
 @pytest.mark.parametrize(
-    "entry", ["x:epochs=0", "x:epochs=-1", "x:epochs=two", "x:epochs=inf", "x:epochs=nan", ":epochs=2", ""]
+    "entry",
+    ["x:epochs=0", "x:epochs=-1", "x:epochs=two", "x:epochs=inf", "x:epochs=nan", ":epochs=2", "", "x:weight=0"],
 )
 def test_a_bad_entry_of_a_mixture_is_refused(base, capsys, entry):
     assert run(base, "bad", mix=(entry,)) == 2
-    assert "--mix must be PATH or PATH:epochs=N with a finite number N > 0" in capsys.readouterr().err
+    assert (
+        "--mix must be PATH, PATH:epochs=N or PATH:weight=W with a finite number N or W > 0" in capsys.readouterr().err
+    )
     assert not (base / "runs" / "bad").exists()
 
 
