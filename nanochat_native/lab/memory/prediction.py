@@ -235,7 +235,9 @@ def kernel_scratch(options: Options) -> int:
     config, tokens = model_config(options), options.tokens
     C, V = config.n_embd, config.vocab_size
     rows = min(tokens, 512, max(64, (24 << 20) // (4 * V)))  # in a chunk of logits
-    needs = [4 * rows * (V + C) + (8 * (V + rows) * C if options.dtype == "bfloat16" else 0)]
+    # With bfloat16: float32 or packed copies of the weight, its gradient, and the packed gradient of the logits.
+    in_16_bits = 8 * (V + rows) * C + 2 * rows * V if options.dtype == "bfloat16" else 0
+    needs = [4 * rows * (V + C) + in_16_bits]
     heads = options.device_batch_size * config.n_kv_head
     needs.append(8 * tokens * config.n_kv_head * config.head_dim)  # keys and values
     ranges = min(-(-16 // heads), -(-options.max_seq_len // 256))  # ranges of keys, each with its part of dq
