@@ -114,8 +114,8 @@ const Kernels kKernels[] = {
     NANOCHAT_KERNELS(baseline, baseline, [] { return true; }),
 };
 
-// Intel's processors multiply a pair of bfloat16 vectors in the time of four float32 vectors, so in this set they are
-// slower than in float32.
+// On Intel's processors the products of avx512_bf16 are slower than those of float32: 88 against 148 GFLOP/s (MKL) on one
+// core of a Xeon with AMX.
 bool pays(const Kernels& kernels) { return kernels.linear != avx512_bf16::linear || !__builtin_cpu_is("intel"); }
 
 const Kernels& choose() {
