@@ -24,7 +24,7 @@ from nanochat_native.training.trainer import Trainer
 LEAST_STEPS = 8  # of a run; rounding to the nearest step then changes its FLOPs by 6.25% at most
 LEAST_DEPTHS = {"miniseries": 2, "isoflop": 3}  # the parameters of a power law, and of a parabola
 DEPTHS, DEPTHS_ON_GPU = (1, 2, 3, 4), (2, 4, 6, 8)
-BUDGETS, BUDGETS_ON_GPU = (5e11, 1.5e12, 4.5e12), (1e15, 3e15, 1e16)
+BUDGETS, BUDGETS_ON_GPU = (4.5e12, 9e12), (1e15, 3e15, 1e16)
 SHARED = TrainConfig(eval_every=0, sample_every=0, keep=1)
 # The defaults on a CPU: widths that rise with each layer, and schedules that fit into runs of tens of steps.
 ON_CPU = dataclasses.replace(
