@@ -111,8 +111,8 @@ def gguf_refusal(config: GPTConfig) -> str:
     parts = [part for part in config.parts_beyond("october") if part in NOT_IN_LLAMA_CPP]
     others = f", and none has {', '.join(parts)}" if parts else ""
     return (
-        f"llama.cpp ({LLAMA_CPP}) has no architecture whose MLP is ReLU^2 and that norms queries and keys or bounds the "
-        f"logits{others}; --format safetensors supports every model"
+        f"llama.cpp ({LLAMA_CPP}) has no architecture whose MLP is ReLU^2 and that norms queries and keys or bounds "
+        f"the logits{others}; --format safetensors supports every model"
     )
 
 

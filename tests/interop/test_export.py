@@ -162,8 +162,9 @@ def test_what_llama_cpp_cannot_express_is_refused_by_name(folder, tmp_path, caps
     assert "no architecture whose MLP is ReLU^2 and that norms queries and keys or bounds the logits; --format" in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-    today = transformers_export.gguf_refusal(GPTConfig.from_depth(2, vocab_size=64, sequence_len=16, architecture="today"))
-    assert "logits, and none has value_embeddings, residual_scalars, smear, backout; --format" in today
+    today = GPTConfig.from_depth(2, vocab_size=64, sequence_len=16, architecture="today")
+    message = transformers_export.gguf_refusal(today)
+    assert "logits, and none has value_embeddings, residual_scalars, smear, backout; --format" in message
 
 
 def test_a_failing_export_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
