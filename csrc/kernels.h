@@ -428,17 +428,18 @@ struct BlockWeights {
     const float *value_gate = nullptr, *value_table = nullptr;
 };
 
-// The whole model on a KV cache. B sequences of T tokens each continue what the cache holds: token (b, t) has position
-// starts[b] + t of slot slots[b] and sees the positions of that slot up to its own. All float32 and contiguous; C = H D.
-// The bits of a token's numbers depend neither on B and T nor on the number of threads.
+// The whole model on a KV cache. B sequences of lengths[b] tokens each continue what the cache holds: token t of
+// sequence b has position starts[b] + t of slot slots[b] and sees the positions of that slot up to its own. All float32
+// and contiguous; C = H D. The bits of a token's numbers depend neither on the other tokens of the call nor on the number
+// of threads.
 struct CachedForward {
-    int64_t B, T, C, H, Hkv, D, F, V, layers;
-    const int64_t* tokens;           // (B, T), rows of wte
-    const int64_t *slots, *starts;   // (B,), slots distinct
-    const float* wte;                // (V or more, C)
-    const BlockWeights* blocks;      // (layers,)
-    const float* lm_head;            // (V, C)
-    const float *cos, *sin;          // (positions, D / 2); rows of cos are cos_stride apart
+    int64_t B, C, H, Hkv, D, F, V, layers;
+    const int64_t* tokens;                     // rows of wte, one sequence after another
+    const int64_t *lengths, *slots, *starts;   // (B,), lengths from 1, slots distinct
+    const float* wte;                          // (V or more, C)
+    const BlockWeights* blocks;                // (layers,)
+    const float* lm_head;                      // (V, C)
+    const float *cos, *sin;                    // (positions, D / 2); rows of cos are cos_stride apart
     int64_t cos_stride;
     float* cache;   // (layers, slot_count, capacity, 2 Hkv, D): keys, then values; written
     int64_t slot_count, capacity;

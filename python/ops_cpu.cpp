@@ -440,25 +440,43 @@ constexpr size_t kMatrices = 6;   // per block: q, k, v, out, fc, proj
 using OptionalTensor = std::optional<Tensor>;
 using OptionalTensors = c10::List<OptionalTensor>;
 
+// Each length is checked against the count before it is added, so that the sum does not overflow.
+void check_lengths(const char* op, const std::vector<int64_t>& lengths, int64_t tokens) {
+    int64_t left = tokens;
+    for (const int64_t length : lengths) {
+        TORCH_CHECK_VALUE(length > 0 && length <= left, op, ": lengths must be from 1 and have the sum ", tokens,
+                          ", got ", at::IntArrayRef(lengths));
+        left -= length;
+    }
+    TORCH_CHECK_VALUE(left == 0, op, ": lengths must be from 1 and have the sum ", tokens, ", got ",
+                      at::IntArrayRef(lengths));
+}
+
 Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArrayRef starts, const Tensor& wte,
                        at::TensorList blocks, const Tensor& lm_head, at::IntArrayRef windows, const Tensor& cos,
                        const Tensor& sin, const Tensor& cache, double softcap, bool with_logits, double qk_scale,
                        const OptionalTensors& value_gates, const OptionalTensors& value_tables,
                        const OptionalTensor& resid_lambdas, const OptionalTensor& x0_lambdas,
                        const OptionalTensor& smear_gate, const OptionalTensor& smear_lambda, at::IntArrayRef previous,
-                       const OptionalTensor& backout_lambda) {
+                       const OptionalTensor& backout_lambda, at::IntArrayRef lengths_) {
     const char* op = "cached_forward_";
     const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape) {
         check_like(op, name, tensor, at::kFloat, at::kCPU, shape);
         TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
                           tensor.strides());
     };
-    TORCH_CHECK_VALUE(
-        tokens_.dim() == 2 && tokens_.size(1) > 0 && cache.dim() == 5 && wte.dim() == 2, op,
-        ": tokens, cache and wte must have the shapes (B, T), T from 1, (layers, slots, capacity, 2 Hkv, D) "
-        "and (V, C), got ",
-        tokens_.sizes(), ", ", cache.sizes(), " and ", wte.sizes());
-    const int64_t B = tokens_.size(0), T = tokens_.size(1), rows = wte.size(0), C = wte.size(1);
+    const bool one_by_one = tokens_.dim() == 1 && !lengths_.empty();
+    TORCH_CHECK_VALUE((one_by_one || (tokens_.dim() == 2 && tokens_.size(1) > 0 && lengths_.empty())) &&
+                          cache.dim() == 5 && wte.dim() == 2,
+                      op,
+                      ": tokens, cache and wte must have the shapes (B, T), T from 1, or (N,) with lengths, "
+                      "(layers, slots, capacity, 2 Hkv, D) and (V, C), got ",
+                      tokens_.sizes(), ", ", cache.sizes(), " and ", wte.sizes(), " with ", lengths_.size(),
+                      " lengths");
+    std::vector<int64_t> lengths = lengths_.vec();
+    if (!one_by_one) lengths.assign(static_cast<size_t>(tokens_.size(0)), tokens_.size(1));
+    check_lengths(op, lengths, tokens_.numel());
+    const int64_t B = static_cast<int64_t>(lengths.size()), rows = wte.size(0), C = wte.size(1);
     const int64_t V = lm_head.dim() == 2 ? lm_head.size(0) : 0;
     const int64_t layers = cache.size(0), Hkv = cache.size(3) / 2, D = cache.size(4), H = D ? C / D : 0;
     TORCH_CHECK_VALUE(Hkv > 0 && H > 0 && H * D == C && H % Hkv == 0 && D % 2 == 0 && cache.size(3) % 2 == 0, op,
@@ -540,9 +558,10 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
 
     for (int64_t b = 0; b < B; ++b) {
         TORCH_CHECK_VALUE(slots[b] >= 0 && slots[b] < cache.size(1) && starts[b] >= 0 &&
-                              starts[b] + T <= std::min(cache.size(2), positions),
-                          op, ": ", T, " tokens from position ", starts[b], " of slot ", slots[b], "; there are ",
-                          cache.size(1), " slots of ", std::min(cache.size(2), positions), " positions");
+                              starts[b] + lengths[b] <= std::min(cache.size(2), positions),
+                          op, ": ", lengths[b], " tokens from position ", starts[b], " of slot ", slots[b],
+                          "; there are ", cache.size(1), " slots of ", std::min(cache.size(2), positions),
+                          " positions");
         TORCH_CHECK_VALUE(std::find(slots.begin(), slots.begin() + b, slots[b]) == slots.begin() + b, op,
                           ": slots holds ", slots[b], " twice");
     }
@@ -555,7 +574,7 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
                           previous[b], " at position ", starts[b]);
     const Tensor tokens = tokens_.contiguous();
     const int64_t* token = tokens.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < B * T; ++i)
+    for (int64_t i = 0; i < tokens.numel(); ++i)
         TORCH_CHECK_VALUE(token[i] >= 0 && token[i] < rows, op, ": tokens must be from 0 to ", rows - 1, ", got ",
                           token[i]);
 
@@ -563,7 +582,6 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
     if (B == 0) return logits;
     run_kernel([&] {
         cpu::cached_forward({.B = B,
-                             .T = T,
                              .C = C,
                              .H = H,
                              .Hkv = Hkv,
@@ -572,6 +590,7 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
                              .V = V,
                              .layers = layers,
                              .tokens = token,
+                             .lengths = lengths.data(),
                              .slots = slots.data(),
                              .starts = starts.data(),
                              .wte = wte.const_data_ptr<float>(),

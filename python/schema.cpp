@@ -114,13 +114,14 @@ TORCH_LIBRARY(nanochat_native, m) {
     m.def("linear_backward_relu_squared(Tensor dy, Tensor x, Tensor weight) -> (Tensor dh, Tensor dweight)", tags);
 
     // blocks: c_q, c_k, c_v, c_proj, c_fc, c_proj of each layer, in order. windows: one per layer, -1 none. value_gates and
-    // value_tables: none, or one per layer, which may be None. previous: B tokens with smear, -1 none. logits: (B, V) if
-    // requested, else empty.
+    // value_tables: none, or one per layer, which may be None. previous: B tokens with smear, -1 none. tokens: (B, T), or
+    // (N,) with B lengths. logits: (B, V) if requested, else empty.
     m.def(
         "cached_forward_(Tensor tokens, int[] slots, int[] starts, Tensor wte, Tensor[] blocks, Tensor lm_head, "
         "int[] windows, Tensor cos, Tensor sin, Tensor(a!) cache, float softcap, bool with_logits, float qk_scale, "
         "Tensor?[] value_gates, Tensor?[] value_tables, Tensor? resid_lambdas, Tensor? x0_lambdas, "
-        "Tensor? smear_gate, Tensor? smear_lambda, int[] previous, Tensor? backout_lambda) -> Tensor logits",
+        "Tensor? smear_gate, Tensor? smear_lambda, int[] previous, Tensor? backout_lambda, int[] lengths) -> Tensor "
+        "logits",
         tags);
 
     // x (N, C), weight (V, C), targets (N,); reduction "mean", "sum" or "none". A gradient that is not needed is empty.

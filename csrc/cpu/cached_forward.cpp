@@ -305,13 +305,20 @@ NANOCHAT_INLINE void combine(const Partial* partials, const float* values, int64
 
 // --- the pass ---
 
+NANOCHAT_INLINE int64_t first_key_of(int64_t position, int64_t window) {
+    return window < 0 ? 0 : maximum<int64_t>(0, position - window);
+}
+
 struct Pass {
     const CachedForward& args;
     int64_t N, heads, chunks;   // rows; heads of q, k and v together; chunks of keys that a row sees at most
+    const int64_t* lengths;     // of the sequences
+    int64_t *sequences = nullptr, *positions = nullptr;   // of the rows
     float *x = nullptr, *qkv = nullptr, *q = nullptr, *attended = nullptr, *hidden = nullptr, *values = nullptr;
     float *x0 = nullptr, *middle = nullptr;   // x before the first block, for the x0 lambdas; x to be backed out
     Partial* partials = nullptr;
-    float* inverse = nullptr;   // (threads, N)
+    int64_t *ones = nullptr, *last_sequences = nullptr, *last_positions = nullptr;   // of the last rows, (B,)
+    float* inverse = nullptr;                                                        // (threads, N)
     Barrier* barrier = nullptr;
 
     void carve_workspace(cpu::Arena& arena) {
@@ -327,11 +334,15 @@ struct Pass {
         partials = arena.take<Partial>(N * args.H * chunks);
         inverse = arena.take<float>(args.execution.threads * N);
         barrier = arena.take<Barrier>(1);
+        sequences = arena.take<int64_t>(N);
+        positions = arena.take<int64_t>(N);
+        ones = arena.take<int64_t>(args.B);
+        last_sequences = arena.take<int64_t>(args.B);
+        last_positions = arena.take<int64_t>(args.B);
     }
 
-    NANOCHAT_INLINE int64_t position(int64_t row) const { return args.starts[row / args.T] + row % args.T; }
     NANOCHAT_INLINE int64_t first_key(int64_t row, int64_t window) const {
-        return window < 0 ? 0 : maximum<int64_t>(0, position(row) - window);
+        return first_key_of(positions[row], window);
     }
     NANOCHAT_INLINE float* cache_at(int64_t layer, int64_t slot, int64_t at) const {
         return args.cache + ((layer * args.slot_count + slot) * args.capacity + at) * 2 * args.Hkv * args.D;
@@ -358,7 +369,8 @@ struct Pass {
 
     // Adds a part of the embedding before it to that of row n, which is in x.
     NANOCHAT_INLINE void smear(int64_t n) const {
-        const int64_t C = args.C, token = n % args.T ? args.tokens[n - 1] : args.previous[n / args.T];
+        const int64_t C = args.C, b = sequences[n];
+        const int64_t token = positions[n] > args.starts[b] ? args.tokens[n - 1] : args.previous[b];
         if (token < 0) return;
         const float* before = args.wte + token * C;
         float* to = x + n * C;
@@ -395,9 +407,9 @@ struct Pass {
         const int64_t D = args.D, H = args.H, Hkv = args.Hkv;
         const float factor = static_cast<float>(args.qk_scale);
         for (int64_t i = team.begin(N * heads); i < team.end(N * heads); i++) {
-            const int64_t n = i / heads, head = i % heads, at = position(n);
+            const int64_t n = i / heads, head = i % heads, at = positions[n];
             const float *from = qkv + i * D, *cos = args.cos + at * args.cos_stride, *sin = args.sin + at * D / 2;
-            float* to = cache_at(layer, args.slots[n / args.T], at) + (head - H) * D;
+            float* to = cache_at(layer, args.slots[sequences[n]], at) + (head - H) * D;
             if (head < H)
                 rotate_and_norm(from, cos, sin, D, factor, q + (n * H + head) * D);
             else if (head < H + Hkv)
@@ -423,18 +435,18 @@ struct Pass {
     NANOCHAT_INLINE void attention(const Team& team, int64_t layer, int64_t window) const {
         const int64_t D = args.D, H = args.H, Hkv = args.Hkv, group = H / Hkv, stride = 2 * Hkv * D;
         const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
-        int64_t unit = 0;
-        for (int64_t b = 0; b < args.B; b++) {
-            const int64_t oldest = first_key(b * args.T, window) / kKeyChunk,
-                          newest = position(b * args.T + args.T - 1) / kKeyChunk;
+        int64_t unit = 0, row = 0;
+        for (int64_t b = 0; b < args.B; row += lengths[b++]) {
+            const int64_t rows = lengths[b], oldest = first_key(row, window) / kKeyChunk,
+                          newest = positions[row + rows - 1] / kKeyChunk;
             for (int64_t c = oldest; c <= newest; c++)
                 for (int64_t head = 0; head < Hkv; head++, unit++) {
                     if (unit % team.size != team.rank) continue;
                     const float* keys = cache_at(layer, args.slots[b], c * kKeyChunk) + head * D;
                     // Four queries at a time: from neighbouring rows or, if there is one row, neighbouring heads.
-                    const int64_t rows = args.T, across = rows > 1 ? rows : group, along = rows > 1 ? group : 1;
+                    const int64_t across = rows > 1 ? rows : group, along = rows > 1 ? group : 1;
                     for (int64_t a = 0; a < along; a++) {
-                        const int64_t row = b * rows, h = head * group + a;
+                        const int64_t h = head * group + a;
                         int64_t i = 0;
                         while (i < across)
                             i += attend_queries(rows > 1 ? row + i : row, rows > 1 ? h : h + i, rows > 1, across - i, c,
@@ -457,7 +469,7 @@ struct Pass {
             const int64_t row = by_rows ? n + i : n, oldest = first_key(row, window), from = chunk * kKeyChunk;
             const int64_t place = (row * H + (by_rows ? h : h + i)) * chunks + chunk - oldest / kKeyChunk;
             first[i] = maximum<int64_t>(0, oldest - from);
-            last[i] = minimum<int64_t>(kKeyChunk, position(row) + 1 - from);
+            last[i] = minimum<int64_t>(kKeyChunk, positions[row] + 1 - from);
             to[i] = partials + place;
             out[i] = this->values + place * D;
             all = all && first[i] < last[i];
@@ -473,7 +485,7 @@ struct Pass {
     NANOCHAT_INLINE void combine_chunks(const Team& team, int64_t window) const {
         const int64_t D = args.D, H = args.H;
         for (int64_t i = team.begin(N * H); i < team.end(N * H); i++) {
-            const int64_t n = i / H, count = position(n) / kKeyChunk - first_key(n, window) / kKeyChunk + 1;
+            const int64_t n = i / H, count = positions[n] / kKeyChunk - first_key(n, window) / kKeyChunk + 1;
             combine(partials + i * chunks, values + i * chunks * D, count, D, attended + i * D);
         }
     }
@@ -502,20 +514,25 @@ struct Pass {
         }
     }
 
-    NANOCHAT_INLINE void transformer_block(const Team& team, int64_t layer) const {
-        const BlockWeights& block = args.blocks[layer];
+    // The first part of a block: computes q, and writes keys and values into the cache.
+    NANOCHAT_INLINE void fill_cache(const Team& team, int64_t layer) const {
         const float* scale = norms_of(team, x);
-        project(team, block, scale);
+        project(team, args.blocks[layer], scale);
         team.wait();
         rotate_and_store(team, layer, scale);
         team.wait();
+    }
+
+    // The rest of a block, with the keys and values of all rows in the cache.
+    NANOCHAT_INLINE void finish_with_cache(const Team& team, int64_t layer) const {
+        const BlockWeights& block = args.blocks[layer];
         attention(team, layer, block.window);
         team.wait();
         combine_chunks(team, block.window);
         team.wait();
         add_product(team, args.H * args.D, attended, block.out);
         team.wait();
-        scale = norms_of(team, x);
+        const float* scale = norms_of(team, x);
         multiply(args.C, x, N, block.fc, team.begin(args.F, W), team.end(args.F, W),
                  [&](int64_t n, int64_t f, float sum) {
                      const float positive = maximum(sum * scale[n], 0.0f);
@@ -527,12 +544,26 @@ struct Pass {
         team.wait();
     }
 
-    // The logits of the last row of each sequence.
+    // Copies the last row of each sequence into row b, from the first sequence on, so that no row is overwritten before it
+    // is copied.
+    NANOCHAT_INLINE void gather_last_rows() const {
+        const auto gather = [](float* rows, int64_t from, int64_t to, int64_t width) {
+            __builtin_memmove(rows + to * width, rows + from * width, static_cast<size_t>(width) * sizeof(float));
+        };
+        for (int64_t b = 0, end = 0; b < args.B; b++) {
+            end += lengths[b];
+            gather(x, end - 1, b, args.C);
+            gather(q, end - 1, b, args.H * args.D);
+            if (args.backout_lambda) gather(middle, end - 1, b, args.C);
+        }
+    }
+
+    // The logits of rows that each are a sequence.
     NANOCHAT_INLINE void lm_head(const Team& team) const {
-        const int64_t C = args.C, T = args.T, V = args.V, begin = team.begin(V, W), end = team.end(V, W);
-        float* last = q;   // no longer needed; a row of C for each sequence fits, since C = H D
+        const int64_t C = args.C, V = args.V, begin = team.begin(V, W), end = team.end(V, W);
+        float* last = q;   // no longer needed; rows of C fit, since C = H D
         for (int64_t b = team.begin(args.B); b < team.end(args.B); b++) {
-            const float* from = x + (b * T + T - 1) * C;
+            const float* from = x + b * C;
             const float scale = inverse_rms(from, C);
             for (int64_t c = 0; c < C; c++) last[b * C + c] = from[c] * scale;
         }
@@ -554,24 +585,53 @@ struct Pass {
 }   // namespace
 
 void cached_forward(const CachedForward& args) {
-    Pass pass{.args = args, .N = args.B * args.T, .heads = args.H + 2 * args.Hkv, .chunks = 1};
-    for (int64_t layer = 0; layer < args.layers; layer++)
-        for (int64_t n = 0; n < pass.N; n++) {
-            const int64_t first = pass.first_key(n, args.blocks[layer].window);
-            pass.chunks = maximum(pass.chunks, pass.position(n) / kKeyChunk - first / kKeyChunk + 1);
-        }
+    Pass pass{.args = args, .N = 0, .heads = args.H + 2 * args.Hkv, .chunks = 1, .lengths = args.lengths};
+    for (int64_t b = 0; b < args.B; b++) {
+        pass.N += args.lengths[b];
+        for (int64_t at = args.starts[b]; at < args.starts[b] + args.lengths[b]; at++)
+            for (int64_t layer = 0; layer < args.layers; layer++) {
+                const int64_t first = first_key_of(at, args.blocks[layer].window);
+                pass.chunks = maximum(pass.chunks, at / kKeyChunk - first / kKeyChunk + 1);
+            }
+    }
     cpu::Arena arena;
     pass.carve_workspace(arena);
     arena = {static_cast<char*>(cpu::workspace(arena.used))};
     pass.carve_workspace(arena);
     *pass.barrier = {};
+    for (int64_t b = 0, n = 0; b < args.B; b++) {
+        for (int64_t t = 0; t < args.lengths[b]; t++, n++) {
+            pass.sequences[n] = b;
+            pass.positions[n] = args.starts[b] + t;
+        }
+        pass.ones[b] = 1;
+        pass.last_sequences[b] = b;
+        pass.last_positions[b] = args.starts[b] + args.lengths[b] - 1;
+    }
+    Pass last = pass;   // in the same workspace
+    last.N = args.B;
+    last.lengths = pass.ones;
+    last.sequences = pass.last_sequences;
+    last.positions = pass.last_positions;
 #pragma omp parallel num_threads(args.execution.threads)
     {
         const Team team{omp_get_thread_num(), omp_get_num_threads(), pass.barrier};
         pass.embed(team);
         team.wait();
-        for (int64_t layer = 0; layer < args.layers; layer++) pass.transformer_block(team, layer);
-        if (args.logits) pass.lm_head(team);
+        for (int64_t layer = 0; layer < args.layers - 1; layer++) {
+            pass.fill_cache(team, layer);
+            pass.finish_with_cache(team, layer);
+        }
+        // The logits need the last row of each sequence alone, and the other rows of the last block only its cache.
+        if (args.layers) pass.fill_cache(team, args.layers - 1);
+        if (args.logits) {
+            if (pass.N > args.B) {
+                if (team.rank == 0) pass.gather_last_rows();
+                team.wait();
+            }
+            if (args.layers) last.finish_with_cache(team, args.layers - 1);
+            last.lm_head(team);
+        }
     }
 }
 

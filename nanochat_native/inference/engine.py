@@ -109,12 +109,19 @@ class Request:
         return self.sampling.max_tokens == 0 and self._filled >= to_score
 
     @property
-    def _next(self) -> int | None:
-        """The token to decode next; None while more than one token of the prompt is missing in the cache."""
-        last = len(self.prompt) + len(self.tokens) - 1
-        if self._filled < last and not self.sampling.score_prompt:
-            return None
-        return self.prompt[self._filled] if self._filled < len(self.prompt) else self.tokens[-1]
+    def _missing(self) -> list[int]:
+        """The tokens to compute next: those of the prompt that the cache lacks, or the last token.
+
+        A scored prompt has one at a time, since a pass gives the logits of the last of them alone.
+        """
+        if self._filled >= len(self.prompt):
+            return self.tokens[-1:]
+        return self.prompt[self._filled : self._filled + 1 if self.sampling.score_prompt else None]
+
+    @property
+    def _reads_next(self) -> bool:
+        """Whether the logits of the last token in the cache are read, to draw or to score the next one."""
+        return self._filled >= len(self.prompt) or self.sampling.score_prompt
 
     @property
     def _greedy(self) -> bool:
@@ -125,7 +132,7 @@ class Request:
     @property
     def _reads_logits(self) -> bool:
         """Whether the next token needs all logits, not only the likeliest."""
-        draws = self._filled + 1 >= len(self.prompt) and not self._results
+        draws = self._filled >= len(self.prompt) and not self._results
         return self.sampling.logprobs is not None or (draws and not self._greedy)
 
     def _accept(self, logits: Tensor, likeliest: int) -> int | None:
@@ -266,9 +273,9 @@ class Engine:
         request._finish("cancelled")
 
     def step(self) -> list[Request]:
-        """Decode one token of every running request whose prompt is in the cache or is scored; prefill other prompts.
+        """Run the model once: on a token of each request that generates or is scored, and on tokens of other prompts.
 
-        Fewer than 2 PREFILL_TOKENS tokens are prefilled, those of the oldest request first. Returns the requests that
+        At most PREFILL_TOKENS tokens are of other prompts, those of the oldest request first. Returns the requests that
         got a token or ended.
         """
         while self.queue and self._free:
@@ -277,8 +284,7 @@ class Engine:
         for slot, request in complete.items():
             request._finish("length")
             self._release(slot)
-        self._prefill()
-        return [*complete.values(), *self._decode()]
+        return [*complete.values(), *self._advance()]
 
     def generate(self, requests: Sequence[tuple[Sequence[int], Sampling]]) -> list[Request]:
         """Submit all (prompt_tokens, sampling) and run until they have ended. Raises the errors of submit."""
@@ -307,29 +313,34 @@ class Engine:
 
         return pieces()
 
-    def _prefill(self) -> None:
-        """Prefill all but the last token of each prompt, which is decoded like those that follow it.
-
-        A prompt that is scored is not prefilled, since a prefill gives no logits.
-        """
-        budget = PREFILL_TOKENS
+    def _parts(self) -> dict[int, list[int]]:
+        """Return the tokens of the next pass, by slot."""
+        parts, budget = dict[int, list[int]](), PREFILL_TOKENS
         for slot, request in self.running.items():
-            while budget > 0 and request._next is None:
-                part = request.prompt[request._filled : -1][:PREFILL_TOKENS]
-                self._decoder.prefill(slot, part, request._filled)
-                request._filled += len(part)
+            part = request._missing
+            if not request._reads_next:
+                part = part[:budget]
                 budget -= len(part)
+            if part:
+                parts[slot] = part
+        return parts
 
-    def _decode(self) -> list[Request]:
-        ready = {slot: token for slot, request in self.running.items() if (token := request._next) is not None}
-        if not ready:
+    def _advance(self) -> list[Request]:
+        parts = self._parts()
+        if not parts:
             return []
-        requests = [self.running[slot] for slot in ready]
-        logits = self._decoder.decode(list(ready), list(ready.values()), [request._filled for request in requests])
-        top, likeliest, logits = read_logits(logits, any(request._reads_logits for request in requests))
+        requests = [self.running[slot] for slot in parts]
+        starts = [request._filled for request in requests]
+        for request, part in zip(requests, parts.values(), strict=True):
+            request._filled += len(part)
+        reading = [(row, slot) for row, slot in enumerate(parts) if self.running[slot]._reads_next]
+        logits = self._decoder.extend(list(parts), list(parts.values()), starts, with_logits=bool(reading))
+        if not reading:
+            return []
+        top, likeliest, logits = read_logits(logits, any(self.running[slot]._reads_logits for _, slot in reading))
         changed = []
-        for row, (slot, request) in enumerate(zip(ready, requests, strict=True)):
-            request._filled += 1
+        for row, slot in reading:
+            request = self.running[slot]
             if not math.isfinite(top[row]):
                 request._finish("error", NONFINITE_LOGITS)
             else:

@@ -22,6 +22,7 @@ from nanochat_native.inference.engine import complete
 from nanochat_native.inference.sampling import Sampling
 from nanochat_native.interop import nanochat_export, transformers_config
 from nanochat_native.interop.nanochat_files import NANOCHAT, PADDING
+from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.config import EXAMPLES, STDLIB
@@ -31,6 +32,8 @@ from nanochat_native.runs.saved_model import load_model
 SHARD_BYTES = 4 * 10**9  # largest size of a file of weights
 TOLERANCE = 1e-4  # allowed difference of float32 logits between transformers and this model
 PROMPTS = ("def __init__(self", "Once upon a time", "import os\n\n")
+LLAMA_CPP = "0c1e570 of 1 October 2026"  # the revision whose architectures were searched
+NOT_IN_LLAMA_CPP = ("value_embeddings", "residual_scalars", "smear", "backout")
 VERIFIED_TOKENS = 24  # greedy tokens compared after each prompt
 
 
@@ -47,9 +50,10 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the written weights; bfloat16 halves their size and rounds them. With --format nanochat, bfloat16 is for
     the embeddings only, as in nanochat's files. auto: float32, or with that format the types of the imported file."""
-    format: Literal["transformers", "safetensors", "nanochat"] = "transformers"
+    format: Literal["transformers", "safetensors", "nanochat", "gguf"] = "transformers"
     """transformers: for AutoModelForCausalLM and AutoTokenizer, models of --architecture october. safetensors: weights
-    under nanochat's names. nanochat: a base directory of nanochat with model_STEP.pt, meta_STEP.json and tokenizer."""
+    under nanochat's names. nanochat: a base directory of nanochat with model_STEP.pt, meta_STEP.json and tokenizer.
+    gguf: refused, with the parts of the model that no architecture of llama.cpp has."""
     verify: bool = False
     """Open the folder with transformers, which must be installed, and compare logits and greedy tokens."""
 
@@ -64,6 +68,8 @@ def export(options: Options) -> str:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another --out")
     model, tokenizer, meta = load_model(options.checkpoint, options.step, warn=_warn)
+    if options.format == "gguf":
+        raise ValueError(gguf_refusal(model.config))
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if options.format != "nanochat" and options.dtype == "bfloat16":
         state = {name: parameter.bfloat16() for name, parameter in state.items()}
@@ -98,6 +104,16 @@ def export(options: Options) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return _types(options, meta)
+
+
+def gguf_refusal(config: GPTConfig) -> str:
+    """Return the message that names the parts of a model that no architecture of llama.cpp has."""
+    parts = [part for part in config.parts_beyond("october") if part in NOT_IN_LLAMA_CPP]
+    others = f", and none has {', '.join(parts)}" if parts else ""
+    return (
+        f"llama.cpp ({LLAMA_CPP}) has no architecture whose MLP is ReLU^2 and that norms queries and keys or bounds "
+        f"the logits{others}; --format safetensors supports every model"
+    )
 
 
 def _padding(run: Path, meta: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -22,8 +22,8 @@ class Decoder:
     those that the optimizer keeps (ops/weight_copies.py). The lambdas and the gate of smear, in float32, are always its
     own. See ops.cached_forward_.
 
-    On the native CPU backend, in float32, the logits of a token have the same bits whatever else is decoded with it and
-    however its prompt was split. Elsewhere they may differ by rounding.
+    On the native CPU backend, in float32, the logits of a token have the same bits whatever else is computed with it
+    and however its prompt was split. Elsewhere they may differ by rounding.
 
     Attributes:
         cache: (n_layer, slots, capacity, 2 Hkv, D): keys, followed by values, of each position; zeros at first.
@@ -57,18 +57,30 @@ class Decoder:
 
     def prefill(self, slot: int, tokens: list[int], start: int) -> None:
         """Fill the positions from `start` of a slot with `tokens`; the earlier positions must be filled."""
-        self._run([slot], [tokens], [start], with_logits=False)
+        self.extend([slot], [tokens], [start], with_logits=False)
 
     def decode(self, slots: list[int], tokens: list[int], positions: list[int]) -> Tensor:
         """Decode one token per slot, each at its position; return logits (len(slots), V), float32 or better."""
-        return self._run(slots, [[token] for token in tokens], positions)
+        return self.extend(slots, [[token] for token in tokens], positions)
 
-    def _run(self, slots: list[int], tokens: list[list[int]], starts: list[int], *, with_logits: bool = True) -> Tensor:
-        ids = to_device(tokens, self.device)
+    def extend(
+        self, slots: list[int], tokens: list[list[int]], starts: list[int], *, with_logits: bool = True
+    ) -> Tensor:
+        """Fill positions of several slots in one pass: tokens[i], one or more, from starts[i] on in slots[i].
+
+        Returns the logits of the last token of each: (len(slots), V), float32 or better; (0, V) if not with_logits.
+        """
+        lengths = [len(row) for row in tokens]
+        if len(set(lengths)) == 1:
+            places: dict[str, Any] = {"tokens": to_device(tokens, self.device)}
+        else:
+            flat = [token for row in tokens for token in row]
+            places = {"tokens": to_device(flat, self.device), "lengths": lengths}
+        places |= {"slots": slots, "starts": starts, "with_logits": with_logits}
         if not self._smear:
-            return self._forward(ids, slots, starts, with_logits=with_logits)
+            return self._forward(**places)
         previous = [self._tokens[slot].get(start - 1, -1) for slot, start in zip(slots, starts, strict=True)]
-        logits = self._forward(ids, slots, starts, with_logits=with_logits, previous=previous)
+        logits = self._forward(**places, previous=previous)
         for slot, row, start in zip(slots, tokens, starts, strict=True):
             self._tokens[slot].update(enumerate(row, start))
         return logits

@@ -39,14 +39,16 @@ def cached_forward_(
     smear_lambda: Tensor | None = None,
     previous: Sequence[int] = (),
     backout_lambda: Tensor | None = None,
+    lengths: Sequence[int] = (),
 ) -> Tensor:
-    """Run the transformer of nanochat_native.model on T further tokens of each of B sequences, with a cache.
+    """Run the transformer of nanochat_native.model on further tokens of each of B sequences, with a cache.
 
     The defaults are those of nanochat's first architecture. See nanochat_native.model.gpt for the parts.
 
     Args:
-        tokens: (B, T) int64, T from 1. Token (b, t) has position starts[b] + t of slot slots[b]. Its key and value are
-            stored there, and it sees the positions of its slot up to its own.
+        tokens: (B, T) int64, T from 1; or (N,), the tokens of the first sequence, then those of the second and so on.
+            Token t of sequence b has position starts[b] + t of slot slots[b]. Its key and value are stored there, and
+            it sees the positions of its slot up to its own.
         slots, starts: B numbers each. The slots are distinct, and each is filled before starts[b].
         wte: (Vp, C). Tokens are rows of it.
         lm_head: (V, C), V <= Vp.
@@ -66,6 +68,7 @@ def cached_forward_(
             the first n channels of e and the embedding f of the token before it.
         previous: With smear_gate, B numbers: the token at the position before starts[b], -1 at position 0.
         backout_lambda: (1,). Before the last norm x -= lambda m, for the stream m after the block layers // 2.
+        lengths: With tokens (N,), the number of tokens of each sequence, from 1; else empty.
 
     All tensors but tokens have wte's type and device, and are contiguous. cos, sin, smear_gate and the lambdas may be
     of a wider type.
@@ -79,7 +82,7 @@ def cached_forward_(
 
     For float32 on the CPU this is one call of one kernel: a token's logits have the same bits whatever it is batched
     with, however its prompt was divided, and for every number of threads. Otherwise it is composed of torch's products
-    and `attention`.
+    and `attention`, with a pass over the weights for each different length.
     """
     lambdas: dict[str, Any] = {
         "resid_lambdas": resid_lambdas,
@@ -95,7 +98,7 @@ def cached_forward_(
         backends.require_native()
         run = native_cached_forward_
     else:
-        _check(tokens, slots, starts, wte, lm_head, cache)
+        _check(tokens, slots, starts, lengths, wte, lm_head, cache)
         _check_parts(wte, cache, qk_scale, value_gates, value_tables, **lambdas)
         _check_previous(starts, previous, wte.size(0), with_smear=smear_gate is not None)
         run = partial(reference_cached_forward_, attention=attention)
@@ -116,35 +119,48 @@ def cached_forward_(
         value_gates=value_gates,
         value_tables=value_tables,
         previous=previous,
+        lengths=lengths,
         **lambdas,
     )
 
 
 def _check(
-    tokens: Tensor, slots: Sequence[int], starts: Sequence[int], wte: Tensor, lm_head: Tensor, cache: Tensor
+    tokens: Tensor,
+    slots: Sequence[int],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    wte: Tensor,
+    lm_head: Tensor,
+    cache: Tensor,
 ) -> None:
     """Check what torch would not find. The native operator checks this and the rest by itself."""
     op = "cached_forward_"
-    if tokens.dim() != 2 or tokens.size(1) == 0 or cache.dim() != 5:
+    rectangular = tokens.dim() == 2 and tokens.size(1) > 0 and not lengths
+    if not (rectangular or (tokens.dim() == 1 and lengths)) or cache.dim() != 5:
         raise ValueError(
-            f"{op}: tokens and cache must have shapes (B, T), T >= 1, and (layers, slots, capacity, 2 Hkv, D), "
-            f"got {tuple(tokens.shape)} and {tuple(cache.shape)}"
+            f"{op}: tokens and cache must have shapes (B, T), T >= 1, or (N,) with lengths, "
+            "and (layers, slots, capacity, 2 Hkv, D), "
+            f"got {tuple(tokens.shape)} and {tuple(cache.shape)} with {len(lengths)} lengths"
         )
+    if lengths and (min(lengths) < 1 or sum(lengths) != tokens.numel()):
+        raise ValueError(f"{op}: lengths must be from 1 and have the sum {tokens.numel()}, got {list(lengths)}")
     checks.check_dtype(op, "tokens", tokens, (torch.int64,))
     checks.check_alike(op, "wte", wte, cache=cache)
     if lm_head.size(0) > wte.size(0):
         raise ValueError(f"{op}: lm_head must have at most the {wte.size(0)} rows of wte, got {lm_head.size(0)}")
-    count, capacity, (B, T) = cache.size(1), cache.size(2), tokens.shape
+    count, capacity = cache.size(1), cache.size(2)
+    lengths = lengths or [tokens.size(1)] * tokens.size(0)
+    B = len(lengths)
     if len(slots) != B or len(starts) != B or len(set(slots)) != len(slots):
         raise ValueError(
             f"{op}: slots and starts must hold {B} numbers each, the slots distinct, "
             f"got slots {list(slots)}, starts {list(starts)}"
         )
-    for slot, start in zip(slots, starts, strict=True):
-        if not (0 <= slot < count and 0 <= start <= capacity - T):
+    for slot, start, length in zip(slots, starts, lengths, strict=True):
+        if not (0 <= slot < count and 0 <= start <= capacity - length):
             raise ValueError(
                 f"{op}: tokens must fit into {count} slots of {capacity} positions, "
-                f"got {T} tokens from position {start} of slot {slot}"
+                f"got {length} tokens from position {start} of slot {slot}"
             )
 
 
@@ -233,8 +249,34 @@ def to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
 # --- reference ---
 
 
-@torch.no_grad()
 def reference_cached_forward_(
+    tokens: Tensor,
+    slots: Sequence[int],
+    starts: Sequence[int],
+    *,
+    lengths: Sequence[int] = (),
+    previous: Sequence[int] = (),
+    **others: Any,
+) -> Tensor:
+    """Do what `cached_forward_` does, with torch's products and `attention`, by default the reference of it."""
+    if tokens.dim() == 2:
+        return _forward_of_one_length(tokens, slots, starts, previous=previous, **others)
+    parts, logits = tokens.split(list(lengths)), dict[int, Tensor]()
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        found = _forward_of_one_length(
+            torch.stack([parts[row] for row in rows]),
+            [slots[row] for row in rows],
+            [starts[row] for row in rows],
+            previous=[previous[row] for row in rows] if previous else (),
+            **others,
+        )
+        logits |= zip(rows, found, strict=False)
+    return torch.stack([logits[row] for row in range(len(lengths))]) if logits else found
+
+
+@torch.no_grad()
+def _forward_of_one_length(
     tokens: Tensor,
     slots: Sequence[int],
     starts: Sequence[int],
@@ -259,7 +301,6 @@ def reference_cached_forward_(
     backout_lambda: Tensor | None = None,
     attention: Callable[..., Tensor] = reference_attention,
 ) -> Tensor:
-    """Do what `cached_forward_` does, with torch's products and the given `attention`."""
     T, device, (Hkv2, D) = tokens.size(1), tokens.device, cache.shape[3:]
     wide = compute_dtype(wte.dtype)
     # `before` are the tokens before the first ones.
@@ -348,7 +389,7 @@ def _fake(
     *parts: Any,
     **named_parts: Any,
 ) -> Tensor:
-    return wte.new_empty((tokens.size(0) if with_logits else 0, lm_head.size(0)))
+    return wte.new_empty((len(slots) if with_logits else 0, lm_head.size(0)))
 
 
 schema.register("cached_forward_", _fake)

@@ -16,27 +16,27 @@ def backend(request):
 def script(monkeypatch):
     """Sets the tokens that the model of an engine with one running request draws, if its temperature is 0.
 
-    Returns the list of the tokens that the model is given.
+    Returns the list of the tokens whose logits are read.
     """
 
     def begin(engine, tokens):
         drawn, given = list(tokens), []
-        decode = engine._decoder.decode
+        extend = engine._decoder.extend
 
-        def record(slots, inputs, positions):
-            given.extend(inputs)
-            return decode(slots, inputs, positions)
+        def record(slots, tokens, starts, *, with_logits):
+            given.extend(row[-1] for row in tokens if with_logits)
+            return extend(slots, tokens, starts, with_logits=with_logits)
 
         def likeliest(logits, whole):
             top, own, logits = READ_LOGITS(logits, whole)
             if engine.idle:  # another engine decodes
                 return top, own, logits
             (request,) = engine.running.values()
-            draws = request._filled + 1 >= len(request.prompt) and not request._results
+            draws = request._filled >= len(request.prompt) and not request._results
             return top, [drawn.pop(0) if draws else 0], logits
 
         monkeypatch.setattr(engine_module, "read_logits", likeliest)
-        monkeypatch.setattr(engine._decoder, "decode", record)
+        monkeypatch.setattr(engine._decoder, "extend", record)
         return given
 
     return begin

@@ -270,15 +270,21 @@ def test_cancelling_frees_the_slot_at_once():
         assert engine.idle
 
 
-def test_a_long_prompt_does_not_stop_the_others(monkeypatch):
+@pytest.fixture
+def passes(monkeypatch):
+    """Return a list that receives the number of tokens of each slot in each pass of the model."""
+    passes, extend = [], Decoder.extend
+
+    def recorded(self, slots, tokens, starts, **settings):
+        passes.append(dict(zip(slots, map(len, tokens), strict=True)))
+        return extend(self, slots, tokens, starts, **settings)
+
+    monkeypatch.setattr(Decoder, "extend", recorded)
+    return passes
+
+
+def test_a_long_prompt_does_not_stop_the_others(monkeypatch, passes):
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 16)
-    sizes = []
-    prefill = Decoder.prefill
-    monkeypatch.setattr(
-        Decoder,
-        "prefill",
-        lambda self, slot, tokens, start: (sizes.append(len(tokens)), prefill(self, slot, tokens, start)),
-    )
     with use("torch"):
         engine = Engine(MODELS["w"], TOKENIZER, slots=3)
         short = engine.submit(prompt_of(4), greedy(30))
@@ -288,8 +294,40 @@ def test_a_long_prompt_does_not_stop_the_others(monkeypatch):
             assert short in engine.step()
             assert len(short.tokens) == step
             assert not long.tokens
-        assert max(sizes) == 16
         assert engine.step() == [short, long]
+    assert passes == [{0: 4}, *[{0: 1, 1: 16}] * 12, {0: 1, 1: 8}]
+
+
+def test_waiting_prompts_are_computed_in_one_pass_up_to_the_bound(monkeypatch, passes):
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 16)
+    with use("torch"):
+        engine = Engine(MODELS["w"], TOKENIZER, slots=5)
+        scored = engine.submit(prompt_of(3), Sampling(0, score_prompt=True, logprobs=0))
+        a, b, c, d = (engine.submit(prompt_of(n, n), greedy(3)) for n in (5, 7, 20, 2))
+        returned = []
+        while not engine.idle:
+            returned.append(engine.step())
+    assert passes == [
+        {0: 1, 1: 5, 2: 7, 3: 4},
+        {0: 1, 1: 1, 2: 1, 3: 16},
+        {1: 1, 2: 1, 3: 1, 4: 2},
+        {3: 1, 4: 1},
+        {4: 1},
+    ]
+    assert returned == [[a, b], [a, b, c], [scored, a, b, c, d], [c, d], [d]]
+    for request in (a, b, c, d):
+        assert request.tokens == alone(MODELS["w"], request.prompt, greedy(3)).tokens
+
+
+def test_a_pass_without_the_end_of_a_prompt_reads_no_logits(monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 16)
+    with use("torch"):
+        engine = Engine(MODELS["w"], TOKENIZER, slots=1)
+        request = engine.submit(prompt_of(40), greedy(2))
+        monkeypatch.setattr(engine_module, "read_logits", None)
+        assert [engine.step(), engine.step()] == [[], []]
+        monkeypatch.undo()
+        assert engine.step() == [request]
 
 
 def test_limits_are_refused_at_the_call():
@@ -389,9 +427,14 @@ def test_scores_have_the_same_bits_whatever_runs_beside_and_whether_drawn_or_giv
 
 def test_a_prompt_is_scored_a_row_at_a_time_while_others_go_on(monkeypatch):
     """No more logits are held than one row a slot, however long the prompt."""
-    rows = []
-    decode = Decoder.decode
-    monkeypatch.setattr(Decoder, "decode", lambda *args: (found := decode(*args), rows.append(found.numel() // V))[0])
+    rows, extend = [], Decoder.extend
+
+    def recorded(*args, **settings):
+        logits = extend(*args, **settings)
+        rows.append(logits.numel() // V)
+        return logits
+
+    monkeypatch.setattr(Decoder, "extend", recorded)
     with use("torch"):
         engine = Engine(MODELS["w"], TOKENIZER, slots=2)
         long, short = engine.submit(prompt_of(200), everything(0)), engine.submit(prompt_of(5), greedy(100))
@@ -549,9 +592,9 @@ class Script(Decoder):
         super().__init__(model, 1, 64)
         self.script, self.prompt_length = script, prompt_length
 
-    def decode(self, slots, tokens, positions):
-        logits = super().decode(slots, tokens, positions).clone()
-        logits[0, self.script[positions[0] - self.prompt_length + 1]] = 100
+    def extend(self, slots, tokens, starts, **settings):
+        logits = super().extend(slots, tokens, starts, **settings).clone()
+        logits[0, self.script[starts[0] + len(tokens[0]) - self.prompt_length]] = 100
         return logits
 
 

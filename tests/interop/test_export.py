@@ -155,6 +155,18 @@ def test_what_transformers_cannot_express_is_refused_by_name(folder, tmp_path, c
     assert "is not empty; choose another --out" in capsys.readouterr().err
 
 
+def test_what_llama_cpp_cannot_express_is_refused_by_name(folder, tmp_path, capsys):
+    args = ["--checkpoint", str(folder / "runs/full"), "--out", str(tmp_path / "out"), "--format", "gguf"]
+    assert export.main(args) == 2
+    error = capsys.readouterr().err
+    assert "no architecture whose MLP is ReLU^2 and that norms queries and keys or bounds the logits; --format" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    today = GPTConfig.from_depth(2, vocab_size=64, sequence_len=16, architecture="today")
+    message = transformers_export.gguf_refusal(today)
+    assert "logits, and none has value_embeddings, residual_scalars, smear, backout; --format" in message
+
+
 def test_a_failing_export_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")

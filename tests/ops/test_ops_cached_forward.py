@@ -60,11 +60,17 @@ class Setting:
     tokens: dict = dataclasses.field(default_factory=dict)  # by slot and position; 2 where none was put
 
     def run(self, tokens, slots, starts, run=ops.cached_forward_, **others):
+        """Run rows of tokens, of equal lengths or not."""
         arguments = {**self.weights, "cache": self.cache, "softcap": SOFTCAP}
         if self.shape.today:
             places = zip(slots, starts, strict=True)
             arguments["previous"] = [self.tokens.get((slot, at - 1), 2) if at else -1 for slot, at in places]
-        logits = run(torch.tensor(tokens), slots, starts, **arguments | others)
+        lengths = [len(row) for row in tokens]
+        if len(set(lengths)) > 1:
+            tokens_, arguments["lengths"] = torch.tensor([token for row in tokens for token in row]), lengths
+        else:
+            tokens_ = torch.tensor(tokens)
+        logits = run(tokens_, slots, starts, **arguments | others)
         for slot, start, row in zip(slots, starts, tokens, strict=True):
             self.tokens |= {(slot, start + i): token for i, token in enumerate(row)}
         return logits
@@ -175,6 +181,71 @@ def test_same_bits_for_every_division_of_a_prompt_batch_and_number_of_threads(na
             assert torch.equal(found[slots.index(1)], expected[0]), (threads, slots)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_sequences_of_different_lengths_have_the_bits_that_each_has_alone(name):
+    s = setting(name)
+    lengths, starts, slots = [1, 70, 2, 1, 9], [66, 0, 130, 0, 60], [3, 0, 4, 1, 2]
+    before = [tokens_of(s.shape, start) for start in starts]
+    rows = [tokens_of(s.shape, length) for length in lengths]
+
+    def filled():
+        new = s.fresh()
+        for slot, row in zip(slots, before, strict=True):
+            if row:
+                new.run([row], [slot], [0], with_logits=False)
+        return new
+
+    alone = filled()
+    expected = [alone.run([row], [slot], [start])[0] for row, slot, start in zip(rows, slots, starts, strict=True)]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        together = filled()
+        found = together.run(rows, slots, starts)
+        assert torch.equal(found, torch.stack(expected))
+        assert torch.equal(together.cache, alone.cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_logits", [True, False])
+def test_sequences_of_different_lengths_are_composed_as_each_alone(dtype, with_logits):
+    s = setting("today_grouped", dtype)
+    rows, slots, starts = [tokens_of(s.shape, length) for length in (3, 1, 40, 3)], [3, 0, 4, 1], [5, 9, 0, 0]
+    alone, together = s.fresh(), s.fresh()
+    expected = [
+        alone.run([row], [slot], [start], with_logits=with_logits)
+        for row, slot, start in zip(rows, slots, starts, strict=True)
+    ]
+    found = together.run(rows, slots, starts, with_logits=with_logits)
+    assert found.shape == (4 * with_logits, s.shape.V)
+    tolerance = {"atol": 1e-9 if dtype == torch.float64 else 0.5, "rtol": 0.02}
+    torch.testing.assert_close(found, torch.cat(expected), **tolerance)
+    torch.testing.assert_close(together.cache, alone.cache, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        ([1, 2, 3], [2, 2], r"lengths must be from 1 and have the sum 3, got \[2, 2\]"),
+        ([1, 2, 3], [1, 1], r"lengths must be from 1 and have the sum 3, got \[1, 1\]"),
+        ([1, 2, 3], [3, 0], r"lengths must be from 1 and have the sum 3, got \[3, 0\]"),
+        ([1, 2, 3], [4, -1], r"lengths must be from 1 and have the sum 3, got \[4, -1\]"),
+        ([1, 2, 3], [1, 1, 1], "slots and starts must h"),
+        ([1, 2, 3], [], "with 0 lengths"),
+        ([[1, 2], [3, 4]], [2, 2], "with 2 lengths"),
+        ([1] * 292, [291, 1], "291 tokens from position 10 of slot 1"),
+    ],
+    ids=str,
+)
+def test_bad_lengths_are_refused_and_nothing_is_written(backend, tokens, lengths, message):
+    s = setting("heads")
+    arguments = {**s.weights, "cache": s.cache, "softcap": SOFTCAP, "lengths": lengths}
+    before = s.cache.clone()
+    with ops.use_backend(backend), pytest.raises(ValueError, match=message):
+        ops.cached_forward_(torch.tensor(tokens), [1, 0], [10, 0], **arguments)
+    assert torch.equal(s.cache, before)
+
+
 @pytest.mark.parametrize("name", ["heads", "grouped", "odd", "today_grouped"])
 def test_unfilled_cells_are_not_read_and_other_cells_not_written(name):
     s = setting(name)
@@ -271,8 +342,12 @@ def test_schema_fake_and_version_of_the_cache():
         arguments = (torch.tensor([[1, 2]]), [0], [9], w["wte"], w["blocks"], w["lm_head"], windows, w["cos"], w["sin"])
         parts = [w[key] for key in ("qk_scale", "value_gates", "value_tables", "resid_lambdas", "x0_lambdas")]
         parts += [w["smear_gate"], w["smear_lambda"], [3] if s.shape.today else [], w["backout_lambda"]]
+        parts.append([])
         utils = ("test_schema", "test_faketensor")
         torch.library.opcheck(OPERATOR, (*arguments, s.cache, SOFTCAP, True, *parts), test_utils=utils)
+        before = [3, 4] if s.shape.today else []
+        several = (torch.tensor([1, 2, 3]), [0, 2], [9, 4], *arguments[3:], s.cache, SOFTCAP, True)
+        torch.library.opcheck(OPERATOR, (*several, *parts[:-3], before, parts[-2], [1, 2]), test_utils=utils)
         version = s.cache._version
         s.run([[1]], [0], [0])
         assert s.cache._version > version
