@@ -463,7 +463,7 @@ constexpr int kRooms = 160, kKeptRooms = 8;
 static Room rooms[kRooms];
 
 // ThreadSanitizer's identities are costly, each 0.4 ms and 0.9 MB, and there are at most 8,128: a grid has two to eight
-// sets of them, and blocks that share a set count as ordered. The next grid, which is ordered after this one, has them too.
+// sets of them, and blocks that share a set count as ordered. Grids, which are ordered, share all of them.
 constexpr int kMostSets = 8, kEnoughIdentities = 1024, kProxies = 2;
 static void* identity_sets[kMostSets][kMaxThreads + kProxies];
 

@@ -305,10 +305,11 @@ class Program:
         assert process.stdout is not None
         process.stdin.write(f"{calls}\n{results}\n")
         process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], HANGS)
-        if not ready or process.stdout.readline() != "done\n":
-            code = self.stop()
-            text = report.read_text() if ready else f"{entry} takes longer than {HANGS} s"
+        if not select.select([process.stdout], [], [], HANGS)[0]:
+            self.stop()
+            raise TimeoutError(f"{entry} takes longer than {HANGS} s")
+        if process.stdout.readline() != "done\n":
+            code, text = self.stop(), report.read_text()
             raise KernelError(summary(text) or f"exit status {code}: {text[-2000:]}")
         self._take_results(results.read_bytes(), tensors)
 

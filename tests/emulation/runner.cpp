@@ -1,6 +1,6 @@
 // Runs lists of calls in a process of its own, for builds with a sanitizer: reads a list and its buffers from one file,
-// writes what the buffers then hold, and each call's message, to another. `kernels CALLS RESULTS` runs one list. Without
-// arguments, each pair of lines of the input names two such files, and "done" is the answer.
+// and writes what the buffers then hold, and each call's message, to another. `kernels CALLS RESULTS` runs one list.
+// Without arguments, each pair of lines of the input names two such files, and "done" is the answer.
 //
 // Calls: i32 count; each: text name, i64 seed, misalignment and shared_limit, i32 arguments. An argument is one byte and its value:
 // 'i' i64, 'd' f64, 'b' a buffer, 'l' i32 count and so many buffers (their addresses are passed). A buffer: i64 bytes,
