@@ -463,7 +463,7 @@ constexpr int kRooms = 160, kKeptRooms = 8;
 static Room rooms[kRooms];
 
 // ThreadSanitizer's identities are costly, each 0.4 ms and 0.9 MB, and there are at most 8,128: a grid has two to eight
-// sets of them, and blocks that share a set count as ordered.
+// sets of them, and blocks that share a set count as ordered. Grids, which are ordered, share all of them.
 constexpr int kMostSets = 8, kEnoughIdentities = 1024, kProxies = 2;
 static void* identity_sets[kMostSets][kMaxThreads + kProxies];
 
@@ -493,7 +493,9 @@ static void set_up_memory(Room& room) {
         mprotect(room.memory + kRoomWindow, kPage, PROT_NONE);
     }
     void** identities = identity_sets[static_cast<size_t>(&room - rooms) % count_sets(b.thread_count)];
-    if (!identities[0]) std::generate_n(identities, b.thread_count + kProxies, create_identity);
+    for (int i = 0; i < b.thread_count + kProxies; ++i) {
+        if (!identities[i]) identities[i] = create_identity();
+    }
     b.room = static_cast<int>(&room - rooms);
     b.identities = identities;
     b.tokens = &room.tokens;
@@ -653,6 +655,7 @@ static std::string run_grid(const Launch& launch, uint64_t blocks) {
     grid = &the_grid;
     grid->launch = &launch;
     grid->scheduler_identity = under_tsan() ? __tsan_get_current_fiber() : nullptr;
+    for (Room& room : rooms) release(&room.tokens.blocks);   // what the host has done comes before
     std::string error;
     try {
         run_blocks(blocks);
@@ -671,8 +674,10 @@ static std::string run_grid(const Launch& launch, uint64_t blocks) {
     }
     block = nullptr;
     grid = nullptr;
-    for (auto& identities : identity_sets) {   // ThreadSanitizer would wait for them at the process's end
-        for (void*& identity : identities) destroy_identity(std::exchange(identity, nullptr));
+    for (auto& identities : identity_sets) {   // of threads that have not left, if there was an error
+        for (void*& identity : identities) {
+            if (!error.empty()) destroy_identity(std::exchange(identity, nullptr));
+        }
     }
     if (!watched) sigaction(SIGSEGV, &before, nullptr);
     return error;

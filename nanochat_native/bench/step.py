@@ -79,7 +79,7 @@ def check(ours: Step, other: Step) -> None:
 
 def peak_memory(variant: str, vocabulary: int, recipe: str) -> int:
     """Return the bytes that three steps add to a new process: its peak memory minus that before the model is built."""
-    arguments = [variant, str(vocabulary), recipe, str(torch.get_num_threads())]
+    arguments = [variant, str(vocabulary), recipe, *map(str, (torch.get_num_threads(), T, B))]
     output = subprocess.run(
         [sys.executable, "-m", "nanochat_native.bench.step", *arguments],
         capture_output=True,
@@ -122,8 +122,10 @@ def run(recipe: str, vocabulary: int, baseline: str, *, seconds: float, repeats:
 
 
 def main() -> None:
-    variant, vocabulary, recipe, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
+    global T, B
+    variant, vocabulary, recipe = sys.argv[1:4]
+    threads, T, B = map(int, sys.argv[4:])
+    torch.set_num_threads(threads)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = resident("VmRSS")
     step = Step(variant, int(vocabulary), recipe)

@@ -192,7 +192,7 @@ def _best(function: Callable[[], object], seconds: float) -> float:
     return best
 
 
-SIZE = 512
+SIZE, ROUNDS = 512, 2  # of product()
 PROGRAM = """
 import json, sys
 import nanochat_native.runtime.openmp
@@ -230,7 +230,7 @@ def product() -> dict[str, Any]:
     }
     rates: dict[str, float] = {}
     try:
-        for _ in range(2):
+        for _ in range(ROUNDS):
             for name, (work, call) in ways.items():
                 rates[name] = max(rates.get(name, 0.0), 1e-9 * work / _best(call, 0.2))
             for isa in ("baseline", "avx2", "avx512"):

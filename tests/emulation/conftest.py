@@ -27,6 +27,13 @@ def executor():
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_end():
+    """The process of a program with a sanitizer does not outlive the tests of a file."""
+    yield
+    Program.stop()
+
+
 class Kernels:
     """Files of kernels, built once a session for one target: plain, thread, address, ptx80, ptx90a, or cuda."""
 

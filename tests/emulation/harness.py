@@ -4,11 +4,13 @@ import ctypes
 import functools
 import os
 import re
+import select
 import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import toolchain
 import torch
@@ -35,8 +37,9 @@ SANITIZERS = {
         *("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern"),
     ],
 }
+HANGS = 300  # seconds after which a call is ended
 SANITIZER_OPTIONS = {
-    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_signal_unsafe=0",
+    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_signal_unsafe=0 atexit_sleep_ms=0",
     "ASAN_OPTIONS": "detect_leaks=0 exitcode=66 detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "halt_on_error=1 exitcode=66 print_stacktrace=1",
 }
@@ -261,9 +264,15 @@ def without_randomisation() -> list[str]:
 
 
 class Program:
-    """Entries of a program with a sanitizer, called in a process of their own."""
+    """Entries of a program with a sanitizer, called in a process of their own.
+
+    The process stays for the next calls: ThreadSanitizer takes a second to prepare the threads of a block. Only the
+    program of the last call has one, because it takes up to 2 GB.
+    """
 
     device = "cpu"
+    _running: ClassVar["subprocess.Popen[str] | None"] = None
+    _owner: ClassVar["Program | None"] = None
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.path, self.folder = path, folder  # calls and results are written into the folder
@@ -287,15 +296,52 @@ class Program:
                 parts.append(struct.pack("=cd", b"d", value))
             else:
                 parts.append(struct.pack("=cq", b"i", value))
-        calls, results = (self.folder / f"{self.path.parent.name}.{kind}" for kind in ("calls", "results"))
-        calls.write_bytes(b"".join(parts))
-        command = [*without_randomisation(), str(self.path), str(calls), str(results)]
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | SANITIZER_OPTIONS, timeout=300
+        calls, results, report = (
+            self.folder / f"{self.path.parent.name}.{kind}" for kind in ("calls", "results", "report")
         )
-        if result.returncode:
-            raise KernelError(summary(result.stderr) or f"exit status {result.returncode}: {result.stderr[-2000:]}")
+        calls.write_bytes(b"".join(parts))
+        process = self._process(report)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{calls}\n{results}\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], HANGS)[0]:
+            self.stop()
+            raise TimeoutError(f"{entry} takes longer than {HANGS} s")
+        if process.stdout.readline() != "done\n":
+            code, text = self.stop(), report.read_text()
+            raise KernelError(summary(text) or f"exit status {code}: {text[-2000:]}")
         self._take_results(results.read_bytes(), tensors)
+
+    def _process(self, report: Path) -> "subprocess.Popen[str]":
+        """Return the process of this program. A new one writes the sanitizer's report into the file."""
+        running = Program._running
+        if running is None or Program._owner is not self:
+            self.stop()
+            with report.open("w") as file:
+                running = subprocess.Popen(
+                    [*without_randomisation(), str(self.path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    text=True,
+                    env=os.environ | SANITIZER_OPTIONS,
+                )
+            Program._running, Program._owner = running, self
+        return running
+
+    @staticmethod
+    def stop() -> int | None:
+        """End the process of the last call, if there is one. Return its exit status."""
+        running, Program._running, Program._owner = Program._running, None, None
+        if running is None:
+            return None
+        with running:  # closes its input, at which it ends
+            try:
+                running.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                running.kill()
+        return running.returncode
 
     @staticmethod
     def _buffer(tensor: torch.Tensor) -> bytes:

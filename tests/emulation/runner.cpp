@@ -1,5 +1,6 @@
-// Runs a list of calls in a process of its own, for builds with a sanitizer: reads them and their buffers from one
-// file, writes what the buffers then hold, and each call's message, to another.
+// Runs lists of calls in a process of its own, for builds with a sanitizer: reads a list and its buffers from one file,
+// and writes what the buffers then hold, and each call's message, to another. `kernels CALLS RESULTS` runs one list.
+// Without arguments, each pair of lines of the input names two such files, and "done" is the answer.
 //
 // Calls: i32 count; each: text name, i64 seed, misalignment and shared_limit, i32 arguments. An argument is one byte and its value:
 // 'i' i64, 'd' f64, 'b' a buffer, 'l' i32 count and so many buffers (their addresses are passed). A buffer: i64 bytes,
@@ -10,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iostream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -96,11 +98,20 @@ void run_call(std::istream& calls, std::ostream& results) {
     }
 }
 
+bool run_list(const std::string& from, const std::string& to) {
+    std::ifstream calls(from, std::ios::binary);
+    std::ofstream results(to, std::ios::binary);
+    for (auto left = take<int32_t>(calls); left > 0; --left) run_call(calls, results);
+    return !results.flush().fail();
+}
+
 }   // namespace
 
-int main(int, char** paths) {
-    std::ifstream calls(paths[1], std::ios::binary);
-    std::ofstream results(paths[2], std::ios::binary);
-    for (auto left = take<int32_t>(calls); left > 0; --left) run_call(calls, results);
-    return results.flush() ? 0 : 1;
+int main(int count, char** paths) {
+    if (count == 3) return run_list(paths[1], paths[2]) ? 0 : 1;
+    for (std::string calls, results; std::getline(std::cin, calls) && std::getline(std::cin, results);) {
+        if (!run_list(calls, results)) return 1;
+        std::cout << "done" << std::endl;
+    }
+    return 0;
 }

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import marks
 from fork_server import python
@@ -23,21 +24,28 @@ SMALL = {
     "memory": {},
 }
 MEASURED_MEMORY = {name: TINY[name] for name in ("depth", "head_dim", "max_seq_len", "vocab_size", "device_batch_size")}
+# Commands whose time is that of constants of the package, which this program makes small.
+PROGRAM, OF_THE_PROGRAM = Path(__file__).with_name("small_program.py"), {"demonstrate", "bench"}
 # Commands that serve, build or need a GPU: their flags are parsed elsewhere, and they are not run.
 NOT_RUN = {"serve", "bench.gpu", "bench.load"}
 # Flags that exclude a number of steps.
 HORIZONS = ("target-flops", "target-param-data-ratio")
 
 
-def of(text):
-    """Return the command lines in the shell fences of a chapter, and in the evidence of its claims, each once."""
+def in_fences(text, marked=True):
+    """Return the command lines in the shell fences of a chapter. marked: also in those that a program fills."""
     lines = [
         line
-        for language, content, _ in marks.fences(text)
-        if language == "sh"
+        for language, content, mark in marks.fences(text)
+        if language == "sh" and (marked or not mark)
         for line in content.replace("\\\n", " ").splitlines()
-        if line.strip()
     ]
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def of(text):
+    """Return the command lines in the shell fences of a chapter, and in the evidence of its claims, each once."""
+    lines = in_fences(text)
     for claim in marks.claims(text).values():
         spans = re.findall(r"`([^`]+)`", claim.partition("*Shown by*")[2])
         lines += [span for span in spans if not span.startswith("tests/")]
@@ -101,12 +109,12 @@ def small(line):
     if any(f"--{horizon}" in args for horizon in HORIZONS):
         flags.pop("num_iterations", None)
     if module == "bench":
-        args = ["d4 T 512 B 8 V 8192" if word == "training step" else word for word in args]
+        args = ["d4 T 64 B 2 V 8192" if word == "training step" else word for word in args]
     if module == "compare":
         args = [small_case(word) for word in args]
     if module == "guide":
         args = ["1" if word == "NUMBER" else word for word in args]
-    return variables, ["-m", words[2], *with_flags(args, flags)]
+    return variables, [str(PROGRAM) if module in OF_THE_PROGRAM else "-m", words[2], *with_flags(args, flags)]
 
 
 def environment(variables):

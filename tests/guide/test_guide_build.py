@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -14,13 +15,6 @@ import build
 
 pytest.importorskip("pypandoc")
 pytest.importorskip("typst")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    out = tmp_path_factory.mktemp("guide") / "out"
-    build.build(out)
-    return out
 
 
 @pytest.mark.slow
@@ -123,7 +117,7 @@ def test_notebooks_are_valid_and_begin_with_the_installation(built):
 @pytest.mark.parametrize(
     "page", [page for page in book.chapters() if page.number.isdigit()], ids=lambda page: page.number
 )
-def test_notebooks_run(page, tmp_path):
+def test_notebooks_run(page, trained, tmp_path):
     """With the commands at a small size, as test_guide_commands.py runs those of the other pages."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     import notebooks
@@ -132,8 +126,7 @@ def test_notebooks_run(page, tmp_path):
     for cell in found.cells:
         if cell.cell_type == "code":
             cell.source = "\n".join(map(small_cell_line, cell.source.splitlines()))
-    for words in small_commands.PREPARATION:
-        subprocess.run([small_commands.interpreter(words), *words], cwd=tmp_path, check=True, capture_output=True)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(found, timeout=600, kernel_name="python3", resources=resources).execute()
     cells = [cell for cell in found.cells if "guide check" not in cell.source]

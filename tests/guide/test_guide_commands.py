@@ -1,6 +1,7 @@
 """Every command and every Python example of the guide runs; commands at a small size.
 
-test_guide_build.py runs the commands of a chapter in its notebook, where nbclient is installed.
+test_guide_build.py runs the shell lines of a chapter in its notebook, where nbclient is installed, and
+test_guide_results.py runs the demonstrations that give the same numbers everywhere.
 """
 
 import importlib.util
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 
 import book
+import chapters
 import marks
 import pytest
 import small_commands
@@ -18,23 +20,18 @@ from tiny_run import HANGS
 PAGES = {page.path.name: page for page in book.chapters()}
 COMMANDS = [(name, line) for name, page in PAGES.items() for line in small_commands.of(page.text)]
 IN_NOTEBOOKS = {
-    name for name, page in PAGES.items() if page.number.isdigit() and importlib.util.find_spec("nbclient") is not None
+    line
+    for page in PAGES.values()
+    if page.number.isdigit() and importlib.util.find_spec("nbclient") is not None
+    for line in small_commands.in_fences(page.text, marked=False)
 }
+EXACT = {result.command for result in chapters.merged("results").values() if result.is_exact_demonstration}
 RUN = [line for line in dict.fromkeys(line for _, line in COMMANDS) if small_commands.small(line)]
-RUN = [line for line in RUN if not any((name, line) in COMMANDS for name in IN_NOTEBOOKS)]
+RUN = [line for line in RUN if line not in IN_NOTEBOOKS | EXACT]
 WITH_PYTHON = [
     name for name, page in PAGES.items() if any(f[0] == "python" and not f[2] for f in marks.fences(page.text))
 ]
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Return a folder with the tiny runs runs/d4 and runs/d4-chat."""
-    folder = tmp_path_factory.mktemp("guide")
-    for words in small_commands.PREPARATION:
-        run(words, folder)
-    return folder
 
 
 def run(words, folder, codes=(0,), variables=None):

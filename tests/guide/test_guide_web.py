@@ -2,17 +2,14 @@
 
 import json
 import math
-import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import book
 import pytest
 import torch
 
-import build
 from nanochat_native import exercises, ops
 from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from nanochat_native.ops.newton_schulz import COEFFICIENTS, NORM_FACTOR
@@ -50,14 +47,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(built):
     """Return the folder of the HTML pages of the guide and the other documentation."""
-    out = tmp_path_factory.mktemp("site")
-    guide = book.other_guide_pages()
-    pages = [*guide[:1], *book.chapters(), *guide[1:]]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        build.build_html(out, pages, book.documents(), pool)
-    return out
+    return built
 
 
 @pytest.fixture(scope="module")

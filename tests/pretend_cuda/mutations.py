@@ -30,13 +30,16 @@ def no_guard(case, tensor, storage):
     )
 
 
-def library(folder):
+def library(folder, called):
     """Return a library of the operators with every defect.
 
     PRETEND_CUDA_MUTANT holds the number of the one that is on; with the number of all there is none.
+
+    called: the names of the operators that each case calls, as far as they are known. A defect is put into these alone,
+    because what nobody refers to is not compiled.
     """
     source = folder / "mutants.cpp"
-    source.write_text(_source())
+    source.write_text(_source(called))
     return operators_library(libraries()[0], bindings_object(source, ["-O0", "-w"]))
 
 
@@ -45,21 +48,26 @@ def bindings():
     return {name: (ROOT / "python" / name).read_text() for name in (ARGUMENTS, OPERATORS)}
 
 
-def _source():
-    """Return the bindings once for each defect, each time in a namespace of its own."""
+def _source(called):
+    """Return the bindings once without a defect and once for each, each time in a namespace of its own."""
     texts = bindings()
+    registered = set(re.findall(r'm\.impl\("(\w+)"', texts[OPERATORS]))
     included = dict.fromkeys(line for text in texts.values() for line in _includes(text) if ARGUMENTS not in line)
     included = [line.replace('"../', f'"{ROOT}/') for line in included]
-    parts = ["\n".join([*included, "#include <cstdlib>"])]
+    parts = ["\n".join([*included, "#include <cstdlib>", "#include <set>", "#include <string>"])]
+    choices = []
     for number, mutation in enumerate([*MUTATIONS, None]):
         changed = dict(texts)
+        names = sorted(called[mutation.case] & registered or registered) if mutation else None
         if mutation:
             changed[mutation.file] = changed[mutation.file].replace(mutation.old, mutation.new)
-        parts += [_in_namespace(text, f"mutant_{number}") for text in changed.values()]
-    choices = "\n".join(f"    if (number == {number}) add_{number}(m);" for number in range(len(MUTATIONS) + 1))
+            others = ", ".join(f'"{name}"' for name in names)
+            choices.append(f"if (number == {number}) return add_{number}(m, {{}}), add_{len(MUTATIONS)}(m, {{{others}}});")
+        parts += [_in_namespace(text, f"mutant_{number}", names) for text in changed.values()]
+    choices.append(f"add_{len(MUTATIONS)}(m, {{}});")
     parts.append(
         "TORCH_LIBRARY_IMPL(nanochat_native, CUDA, m) {\n"
-        f'    const int number = std::atoi(std::getenv("PRETEND_CUDA_MUTANT"));\n{choices}\n}}'
+        '    const int number = std::atoi(std::getenv("PRETEND_CUDA_MUTANT"));\n    ' + "\n    ".join(choices) + "\n}"
     )
     return "\n".join(parts)
 
@@ -68,15 +76,20 @@ def _includes(text):
     return re.findall(r"^#include .*$", text, re.MULTILINE)
 
 
-def _in_namespace(text, name):
+def _in_namespace(text, name, registered):
+    """Return a file of the bindings in a namespace. registered: the operators that it registers; None stands for all."""
     text = re.sub(r"^#(include|pragma) .*$", "", text, flags=re.MULTILINE)
     body, _, registrations = text.partition("TORCH_LIBRARY_IMPL")
     body = body.replace("namespace nanochat {", f"namespace nanochat::{name} {{", 1)
     if not registrations:
         return body
-    _, _, registrations = registrations.partition("{")
-    number = name.removeprefix("mutant_")
-    return f"{body}static void add_{number}(torch::Library& m) {{{registrations.replace('nanochat::', f'nanochat::{name}::')}"
+    lines = [
+        f'    if (!others.count("{operator}")) m.impl("{operator}", nanochat::{name}::{function});'
+        for operator, function in re.findall(r'm\.impl\("(\w+)", nanochat::(\w+)\);', registrations)
+        if registered is None or operator in registered
+    ]
+    head = f"static void add_{name.removeprefix('mutant_')}(torch::Library& m, const std::set<std::string>& others) {{"
+    return "\n".join([body + head, *lines, "}"])
 
 
 # fmt: off

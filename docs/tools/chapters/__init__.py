@@ -46,6 +46,11 @@ class Result:
     compute: Callable[[], Values]
     exact: bool = False
 
+    @property
+    def is_exact_demonstration(self) -> bool:
+        """Whether its command prints the same numbers everywhere."""
+        return self.exact and self.command.startswith("python -m nanochat_native.demonstrate ")
+
 
 @dataclass(frozen=True)
 class Figure:
