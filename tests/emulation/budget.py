@@ -10,7 +10,8 @@ of the larger of the special function unit (MUFU) and the issue slots: in publis
 sides hide only a little of each other. A tile takes its turns; in the forward pass of attention, a consumer whose rows
 see no key of a block leaves that turn to the others. Outside the turns a tile takes its products and all instructions
 of all consumers, one after another, but for the instructions that stand between products and the wait for them: the
-longer of the two counts; waits for memory do not. Multiprocessors take tiles as the scheduler of the kernels gives them.
+longer of the two counts. Waits for memory do not count. Multiprocessors take tiles as the scheduler of the kernels
+gives them.
 
 The calibration. HIDDEN is chosen so that the model gives the published TFLOP/s of FlashAttention-3 on an H100,
 forward and causal, for T 2048, 4096, 8192 and 16384: 521, 579, 602 and 616 at D 128, and 371, 420, 460 and 473 at D
