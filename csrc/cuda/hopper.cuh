@@ -37,7 +37,9 @@ template <int stages>
 struct Ring {
     uint32_t barriers;
 
-    NANOCHAT_DEVICE static int stage(int n) { return n % stages; }
+    // Divisions of numbers that may be negative would take more instructions.
+    NANOCHAT_DEVICE static int stage(int n) { return static_cast<unsigned>(n) % stages; }
+    NANOCHAT_DEVICE static int parity(int n) { return static_cast<unsigned>(n) / stages & 1; }
     NANOCHAT_DEVICE uint32_t full(int n) const { return barriers + 16 * stage(n); }
     NANOCHAT_DEVICE uint32_t empty(int n) const { return full(n) + 8; }
     // Called by one thread of the block, before a fence_mbarrier_init and a __syncthreads.
@@ -47,14 +49,14 @@ struct Ring {
             device::mbarrier_init(empty(i), 4 * consumers + other_readers);   // one arrival per warp
         }
     }
-    NANOCHAT_DEVICE void producer_wait(int n) const { device::mbarrier_wait(empty(n), (n / stages & 1) ^ 1); }
+    NANOCHAT_DEVICE void producer_wait(int n) const { device::mbarrier_wait(empty(n), parity(n) ^ 1); }
     // Waits until the stage is free, and announces the bytes that will land there.
     NANOCHAT_DEVICE void producer_acquire(int n, int bytes_expected) const {
         producer_wait(n);
         device::mbarrier_arrive_expect_tx(full(n), bytes_expected);
     }
     // Waits until the stage has been filled.
-    NANOCHAT_DEVICE void consumer_wait(int n) const { device::mbarrier_wait(full(n), n / stages & 1); }
+    NANOCHAT_DEVICE void consumer_wait(int n) const { device::mbarrier_wait(full(n), parity(n)); }
     NANOCHAT_DEVICE void consumer_release(int n) const {
         __syncwarp();   // all lanes have read
         if (threadIdx.x % 32 == 0) device::mbarrier_arrive(empty(n));

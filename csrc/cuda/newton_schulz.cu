@@ -170,15 +170,15 @@ NANOCHAT_DEVICE void store_mirrored(const Product& p, const unsigned char* strip
     }
 }
 
-// Finishes a strip of a warp. `strip` is shared memory that belongs to it.
+// Finishes a strip of a warp, or stages it for the output. `strip` is shared memory that belongs to it.
 template <class T, class Epilogue>
-NANOCHAT_DEVICE void finish_strip(const Product& p, const Epilogue& epilogue, unsigned char* strip,
-                                  float (&sums)[kStripColumns / 2], int matrix, int row, int column) {
+NANOCHAT_DEVICE void finish_strip(const Product& p, unsigned char* strip, float (&sums)[kStripColumns / 2], int matrix,
+                                  int row, int column) {
     constexpr bool symmetric = std::is_same_v<Epilogue, SymmetricEpilogue>;
     if (symmetric && column > row + 15) return;
     add_sources<T>(sums, p, matrix, row, column);
     if constexpr (std::is_same_v<Epilogue, OutputEpilogue>) {
-        write_output(p, epilogue, sums, matrix, row, column);
+        stage_floats(strip, sums);
     } else if constexpr (symmetric) {
         mirror_diagonal(sums, row, column);
         stage_rows<T, kStripColumns, 16>(strip, sums, 0);
@@ -187,23 +187,6 @@ NANOCHAT_DEVICE void finish_strip(const Product& p, const Epilogue& epilogue, un
         T* const d = static_cast<T*>(p.d.data) + matrix * p.d.size() + int64_t{row} * p.d.pitch + column;
         store_rows<T, kStripColumns, 16>(strip, sums, 0, p.d.pitch - column,
                                          [&](int r) { return row + r < p.m ? d + int64_t{r} * p.d.pitch : nullptr; });
-    }
-}
-
-// Finishes the strips of a warp; coord_of(i) is the place of strip i. The code that writes results is long: the strips
-// share it, one after another, and the sums of the next one move to where it takes them.
-template <class T, class Epilogue, int strips, class CoordOf>
-NANOCHAT_DEVICE void finish_strips(const Product& p, const Epilogue& epilogue, unsigned char* strip,
-                                   float (&sums)[strips][kStripColumns / 2], const CoordOf& coord_of) {
-#pragma unroll(std::is_same_v<Epilogue, OutputEpilogue> ? 1 : strips)
-    for (int i = 0; i < strips; ++i) {
-        const TileCoord coord = coord_of(i);
-        finish_strip<T>(p, epilogue, strip, sums[0], coord.matrix, coord.row, coord.column);
-#pragma unroll
-        for (int next = 1; next < strips; ++next) {
-#pragma unroll
-            for (int j = 0; j < kStripColumns / 2; ++j) sums[next - 1][j] = sums[next][j];
-        }
     }
 }
 
@@ -316,10 +299,21 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
         }
     }
     __syncthreads();   // the strips overwrite the stages
-    unsigned char* const strip = shared + (stages - start) + warp * kStripBytes;
-    finish_strips<T>(p, epilogue, strip, sums, [&](int i) {
-        return TileCoord{coord.matrix, coord.row + warp_row + 16 * i, coord.column + warp_column};
-    });
+    constexpr bool to_output = std::is_same_v<Epilogue, OutputEpilogue>;
+    constexpr int strips = 4, strip_bytes = to_output ? kFloatStripBytes : 0;
+    static_assert(Tile::threads / 32 * strips * kFloatStripBytes <= 2 * Tile::stage_bytes);
+    unsigned char* const own = shared + (stages - start) + warp * (to_output ? strips * strip_bytes : kStripBytes);
+    const int row = coord.row + warp_row, column = coord.column + warp_column;
+#pragma unroll
+    for (int i = 0; i < strips; ++i) {
+        finish_strip<T, Epilogue>(p, own + i * strip_bytes, sums[i], coord.matrix, row + 16 * i, column);
+    }
+    if constexpr (to_output) {
+        __syncwarp();   // all lanes have written
+        write_output(
+            p, epilogue, coord.matrix, strips,
+            [&](int i) { return StagedStrip{own + i * strip_bytes, row + 16 * i, column}; }, [](int) {});
+    }
 }
 
 }   // namespace

@@ -69,86 +69,134 @@ NANOCHAT_DEVICE float high(uint32_t pair) {
     return to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
 
-// Whether all elements of a strip exist.
-NANOCHAT_DEVICE bool is_inside(const Product& p, int row, int column) {
-    return row + 16 <= p.m && column + kStripColumns <= p.n;
+// The output takes a warp's strips from shared memory, as float32: there a lane has four elements of a row, and all strips
+// are in one loop. A strip has 16 rows. The chunks of four elements are permuted, so that stage_floats has no bank conflicts.
+constexpr int kFloatRowBytes = 4 * kStripColumns, kFloatStripBytes = 16 * kFloatRowBytes;
+
+NANOCHAT_DEVICE int float_chunk_place(int row, int chunk) {
+    return row * kFloatRowBytes + 16 * (chunk ^ 2 * (row % 4));
 }
 
-// Calls use(i, place, count) for each pair of elements that the lane holds of the upper or lower half of a strip. sums[i]
-// is the first element, `place` its index in the matrix of n columns, and `count` how many of the pair exist; it may be
-// zero or negative. `inside`: all exist.
-template <bool inside, class Use>
-NANOCHAT_DEVICE void for_each_pair(const Product& p, int row, int column, int h, const Use& use) {
-    const int lane = threadIdx.x % 32, r = row + lane / 4 + 8 * h;
+NANOCHAT_DEVICE void stage_floats(unsigned char* strip, const float (&sums)[kStripColumns / 2]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < kStripColumns / 8; ++n) {
-        const int c = column + 8 * n + 2 * (lane % 4);
-        use(4 * n + 2 * h, int64_t{r} * p.n + c, inside ? 2 : r < p.m ? p.n - c : 0);
-    }
-}
-
-template <bool inside, class P>
-NANOCHAT_DEVICE void update_params(P* params, bfloat16* copy, const Product& p, const Rates& rates,
-                                   const float (&sums)[kStripColumns / 2], int row, int column, bool aligned) {
+        unsigned char* const to = strip + float_chunk_place(g, 2 * n) + 8 * t;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        Pack<P, 2> packs[kStripColumns / 8];
-        for_each_pair<inside>(p, row, column, h, [&](int i, int64_t place, int count) {
-            packs[i / 4] = load<2>(params + place, count, aligned);   // all loads before the first use
-        });
-        for_each_pair<inside>(p, row, column, h, [&](int i, int64_t place, int count) {
-            Pack<P, 2>& pack = packs[i / 4];
-            set_pair(pack, 0, updated(element(pack, 0), sums[i], rates), updated(element(pack, 1), sums[i + 1], rates));
-            store(params + place, pack, count, aligned);
-            store_copy(copy, place, pack, count, aligned);
-        });
+        for (int h = 0; h < 2; ++h) {
+            Pack<float, 2> pair;
+            set_pair(pair, 0, sums[4 * n + 2 * h], sums[4 * n + 2 * h + 1]);
+            *reinterpret_cast<Pack<float, 2>*>(to + 8 * h * kFloatRowBytes) = pair;
+        }
     }
 }
 
-// The same where most strips need no test of their elements, which would be most of the code that runs.
+// A strip that is staged, and its place in the matrix.
+struct StagedStrip {
+    const unsigned char* floats;
+    int row, column;
+};
+
+// What becomes of four elements of a row. `place` is the index of the first one in the matrix.
+struct Floats {
+    struct Loaded {};
+    float* out;
+    bool aligned;
+
+    NANOCHAT_DEVICE Loaded load(int64_t, int64_t) const { return {}; }
+    NANOCHAT_DEVICE void write(int64_t place, int64_t count, const Loaded&, const Pack<float, 4>& sums) const {
+        store(out + place, sums, count, aligned);
+    }
+};
+
 template <class P>
-NANOCHAT_DEVICE void update_params(P* params, bfloat16* copy, const Product& p, const Rates& rates,
-                                   const float (&sums)[kStripColumns / 2], int row, int column) {
-    const bool aligned = p.n % 2 == 0 && is_aligned<2>(params) && is_aligned<2>(copy);
-    if (aligned && is_inside(p, row, column)) {
-        update_params<true>(params, copy, p, rates, sums, row, column, true);
-    } else {
-        update_params<false>(params, copy, p, rates, sums, row, column, aligned);
-    }
-}
+struct Params {
+    using Loaded = Pack<P, 4>;
+    P* params;
+    bfloat16* copy;   // null: none
+    Rates rates;
+    bool aligned;
 
-template <bool inside>
-NANOCHAT_DEVICE void write_floats(float* out, const Product& p, const float (&sums)[kStripColumns / 2], int row,
-                                  int column, bool aligned) {
+    NANOCHAT_DEVICE Loaded load(int64_t place, int64_t count) const {
+        return cuda::load<4>(params + place, count, aligned);
+    }
+    NANOCHAT_DEVICE void write(int64_t place, int64_t count, Loaded pack, const Pack<float, 4>& sums) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        for_each_pair<inside>(p, row, column, h, [&](int i, int64_t place, int count) {
-            Pack<float, 2> pack;
-            set_pair(pack, 0, sums[i], sums[i + 1]);
-            store(out + place, pack, count, aligned);
-        });
+        for (int i = 0; i < 4; i += 2) {
+            set_pair(pack, i, updated(element(pack, i), element(sums, i), rates),
+                     updated(element(pack, i + 1), element(sums, i + 1), rates));
+        }
+        store(params + place, pack, count, aligned);
+        store_copy(copy, place, pack, count, aligned);
     }
-}
+};
 
-NANOCHAT_DEVICE void write_output(const Product& p, const OutputEpilogue& output,
-                                  const float (&sums)[kStripColumns / 2], int matrix, int row, int column) {
-    if (output.out) {
-        float* const out = output.out + int64_t{matrix} * p.m * p.n;
-        const bool aligned = p.n % 2 == 0;
-        if (aligned && is_inside(p, row, column)) {
-            write_floats<true>(out, p, sums, row, column, true);
-        } else {
-            write_floats<false>(out, p, sums, row, column, aligned);
+// Writes the strips strip_of(0) to strip_of(strips - 1) of a warp, and calls done(i) once strip i has been read.
+template <class Target, class StripOf, class Done>
+NANOCHAT_DEVICE void write_strips(const Product& p, const Target& target, int strips, const StripOf& strip_of,
+                                  const Done& done) {
+    constexpr int kRows = 2, kTurns = 16 / kRows;   // rows that a warp writes at a time
+    const int lane = threadIdx.x % 32, r = lane / (32 / kRows), chunk = lane % (32 / kRows);
+    const auto place = [&](const StagedStrip& strip, int turn) {
+        return int64_t{strip.row + r + kRows * turn} * p.n + strip.column + 4 * chunk;
+    };
+    const auto write = [&](const StagedStrip& strip, int turn, int64_t count, const typename Target::Loaded& loaded) {
+        const unsigned char* const from = strip.floats + float_chunk_place(r + kRows * turn, chunk);
+        target.write(place(strip, turn), count, loaded, load<4>(reinterpret_cast<const float*>(from)));
+    };
+    const StagedStrip first = strip_of(0), last = strip_of(strips - 1);
+    const bool inside = last.row + 16 <= p.m && last.column + kStripColumns <= p.n;
+    if (target.aligned && inside) {
+        typename Target::Loaded loaded[kTurns], next[kTurns];
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) next[turn] = target.load(place(first, turn), 4);
+#pragma unroll 1
+        for (int i = 0; i < strips; ++i) {
+            const StagedStrip strip = strip_of(i), following = strip_of(i + 1);
+#pragma unroll
+            for (int turn = 0; turn < kTurns; ++turn) loaded[turn] = next[turn];
+            if (i + 1 < strips) {
+#pragma unroll
+                for (int turn = 0; turn < kTurns; ++turn) next[turn] = target.load(place(following, turn), 4);
+            }
+#pragma unroll
+            for (int turn = 0; turn < kTurns; ++turn) write(strip, turn, 4, loaded[turn]);
+            done(i);
         }
         return;
     }
+#pragma unroll 1
+    for (int i = 0; i < strips; ++i) {
+        const StagedStrip strip = strip_of(i);
+#pragma unroll 1
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const bool exists = strip.row + r + kRows * turn < p.m;
+            const int64_t count = exists ? p.n - strip.column - 4 * chunk : 0;
+            write(strip, turn, count, target.load(place(strip, turn), count));
+        }
+        done(i);
+    }
+}
+
+template <class StripOf, class Done>
+NANOCHAT_DEVICE void write_output(const Product& p, const OutputEpilogue& output, int matrix, int strips,
+                                  const StripOf& strip_of, const Done& done) {
+    const bool whole = p.n % 4 == 0;
+    if (output.out) {
+        return write_strips(p, Floats{output.out + int64_t{matrix} * p.m * p.n, whole}, strips, strip_of, done);
+    }
     const Rates rates = rates_of(output.rates);
-    void* const params = output.params[matrix];
     bfloat16* const copy = static_cast<bfloat16*>(output.copies[matrix]);
+    const auto update = [&](auto* params) {
+        const bool aligned = whole && is_aligned<4>(params) && is_aligned<4>(copy);
+        write_strips(p, Params<std::remove_pointer_t<decltype(params)>>{params, copy, rates, aligned}, strips, strip_of,
+                     done);
+    };
+    void* const params = output.params[matrix];
     if (output.param_dtype == DType::bfloat16) {
-        update_params(static_cast<bfloat16*>(params), copy, p, rates, sums, row, column);
+        update(static_cast<bfloat16*>(params));
     } else {
-        update_params(static_cast<float*>(params), copy, p, rates, sums, row, column);
+        update(static_cast<float*>(params));
     }
 }
 

@@ -27,7 +27,8 @@ struct Tile : WarpgroupConfig<2> {
     static constexpr int shared_bytes = 1024 + tiles_bytes + ring_bytes(stages) + 8 * stages;
 };
 
-// A consumer's boxes in the epilogue: of S, which becomes D; of the mirror image of D; and of T.
+// A consumer's boxes in the epilogue: of S, which becomes D; of the mirror image of D; and of T. The output has its sums in
+// the second and third.
 struct Boxes {
     uint32_t s, mirror, t;
 
@@ -35,6 +36,7 @@ struct Boxes {
         : s(stage + 3 * consumer * kBoxBytes), mirror(s + kBoxBytes), t(mirror + kBoxBytes) {}
 };
 static_assert(3 * Tile::consumers * kBoxBytes <= Tile::stage_bytes);
+static_assert(4 * kFloatStripBytes <= 2 * kBoxBytes && Tile::boxes <= Tile::stages);   // for the output
 
 // A square on the diagonal of a symmetric D: only its lower half is computed.
 struct Square : TileCoord {
@@ -54,9 +56,10 @@ NANOCHAT_DEVICE int row_of(const Square& square, int consumer) { return square.r
 
 // Returns whether a consumer writes the square's columns from 64 `box` on: the rows exist, and are not the mirror image
 // of others.
+template <bool symmetric>
 NANOCHAT_DEVICE bool is_written(const Product& p, const Square& square, int consumer, int box) {
     const int row = row_of(square, consumer);
-    return row < p.m && !(p.symmetric && row < square.column + box * kBox);
+    return row < p.m && !(symmetric && row < square.column + box * kBox);
 }
 
 NANOCHAT_DEVICE int boxes_of(const Product& p, const Square& square) {
@@ -153,8 +156,7 @@ template <int N, class T, Major major_a, Major major_b>
 NANOCHAT_DEVICE void multiply(float (&all_sums)[Tile::square / 2], const Ring<Tile::stages>& ring, uint32_t stages,
                               int a_offset, int steps, int& n) {
     auto& sums = reinterpret_cast<float (&)[N / 2]>(all_sums);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step, ++n) {
+    const auto start_step = [&](bool accumulate) {
         const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
         const Operand<major_a, kBox> a(stage + a_offset);
         const Operand<major_b, Tile::square> b(stage + Tile::b_offset);
@@ -162,11 +164,20 @@ NANOCHAT_DEVICE void multiply(float (&all_sums)[Tile::square / 2], const Ring<Ti
         device::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {
-            device::wgmma<N, T, major_a, major_b>(sums, a(k), b(k), true);
+            device::wgmma<N, T, major_a, major_b>(sums, a(k), b(k), accumulate || k > 0);
         }
         device::wgmma_commit();
+    };
+    // The first product replaces the sums. In the loop this would take a condition, and ptxas would wait for each product,
+    // as it would if some of the sums that the epilogue knows were not pinned.
+    device::pin_registers(all_sums);
+    start_step(false);
+    ++n;
+#pragma unroll 1
+    for (int step = 1; step < steps; ++step, ++n) {
+        start_step(true);
         device::wgmma_wait<1>();   // of the step before
-        if (step > 0) release(ring, n - 1);
+        release(ring, n - 1);
     }
     wait_for_products<0>(sums);
     release(ring, n - 1);
@@ -207,13 +218,13 @@ NANOCHAT_DEVICE void for_each_16_columns(const float (&sums)[kBox / 2], const Us
     }
 }
 
-// Writes a warp's sums into the box of D, and as columns into that of its mirror image.
+// Writes a warp's sums into the box of D, and as columns into that of its mirror image. `mirrored`: where the lane's chunk
+// of the first 16 columns goes.
 template <class T, bool symmetric>
-NANOCHAT_DEVICE void stage_box(const float (&sums)[kBox / 2], const BoxRows& rows, const Boxes& boxes, int warp) {
-    const BoxRows columns = b_fragment_rows<kBox, kBox>(boxes.mirror, threadIdx.x % 32);
+NANOCHAT_DEVICE void stage_box(const float (&sums)[kBox / 2], const BoxRows& rows, uint32_t mirrored) {
     for_each_16_columns<T>(sums, [&](int k, const uint32_t (&words)[4]) {
         device::stmatrix_x4(rows(2 * k), words);
-        if constexpr (symmetric) device::stmatrix_x4_trans(columns(2 * warp, 16 * k), words);
+        if constexpr (symmetric) device::stmatrix_x4_trans(mirrored + 16 * k * BoxRows::P::width, words);
     });
 }
 
@@ -301,7 +312,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                 }
                 for (int box = 0; box < boxes_of(p, square); ++box, ++n) {
                     const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
-                    const bool written[2] = {is_written(p, square, 0, box), is_written(p, square, 1, box)};
+                    const bool written[2] = {is_written<symmetric>(p, square, 0, box),
+                                             is_written<symmetric>(p, square, 1, box)};
                     const int sources = (p.s ? 1 : 0) + (p.t ? 1 : 0);
                     ring.producer_acquire(n, sources * (written[0] + written[1]) * kBoxBytes);
 #pragma unroll
@@ -321,11 +333,11 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                 n += steps;
                 for (int box = 0; box < boxes_of(p, square); ++box, ++n, ++stored) {
                     const uint32_t stage = stages + ring.stage(n) * Tile::stage_bytes;
-                    device::mbarrier_wait(complete + 8 * (stored % Tile::stages), stored / Tile::stages & 1);
+                    device::mbarrier_wait(complete + 8 * ring.stage(stored), ring.parity(stored));
                     if (threadIdx.x % 32 == 0) {
 #pragma unroll
                         for (int c = 0; c < Tile::consumers; ++c) {
-                            if (!is_written(p, square, c, box)) continue;
+                            if (!is_written<symmetric>(p, square, c, box)) continue;
                             const Boxes boxes(stage, c);
                             const int row = row_of(square, c), column = square.column + box * kBox;
                             if (symmetric) device::tma_store(d_map, boxes.mirror, row, column, square.matrix);
@@ -348,72 +360,80 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     } else {
         device::setmaxnreg_increase<Tile::registers>();
         const int consumer = group - 1, band = band_of(consumer), lane = threadIdx.x % 32;
+        // The output's strip of this warp: behind S.
+        const auto strip_at = [&](const Boxes& own) { return shared + (own.mirror - start) + warp * kFloatStripBytes; };
+        const uint32_t mirror_place = b_fragment_rows<kBox, kBox>(0, lane)(2 * warp);
         int n = 0, written = 0;
         for_each_square(p, [&](const Square& square) {
             const int row = square.row + band * kBox;
             const int a_offset = shares_operand(p, square) ? Tile::b_offset + band * kBoxBytes : consumer * kBoxBytes;
-            float sums[Tile::square / 2] = {};
-            device::pin_registers(sums);
+            float sums[Tile::square / 2];
             if (row >= p.m) {
+                if constexpr (!to_scratch) {
+                    // Nothing reads them, but ptxas spills where they are undefined.
+#pragma unroll
+                    for (float& sum : sums) sum = 0;
+                }
                 for (int step = 0; step < steps; ++step, ++n) {
                     ring.consumer_wait(n);
                     release(ring, n);
                 }
-            } else if (square.diagonal && band < Tile::boxes / 2) {
+            } else if (symmetric && square.diagonal && band < Tile::boxes / 2) {
                 multiply<Tile::square / 2, T, major_a, major_b>(sums, ring, stages, a_offset, steps, n);
             } else {
                 multiply<Tile::square, T, major_a, major_b>(sums, ring, stages, a_offset, steps, n);
             }
             auto& parts = reinterpret_cast<float (&)[Tile::boxes][kBox / 2]>(sums);
-            // The code that writes results to the output is long: the boxes share it, one after another.
-#pragma unroll(to_scratch ? Tile::boxes : 1)
+            const int boxes = boxes_of(p, square);
+#pragma unroll
             for (int box = 0; box < Tile::boxes; ++box) {
-                if (box < boxes_of(p, square)) {
-                    const int column = square.column + box * kBox;
-                    const Boxes boxes(stages + ring.stage(n) * Tile::stage_bytes, consumer);
-                    const BoxRows rows = a_fragment_rows<kBox, kBox>(boxes.s, 16 * warp, lane);
-                    ring.consumer_wait(n);
-                    if (is_written(p, square, consumer, box)) {
-                        float (&part)[kBox / 2] = parts[to_scratch ? box : 0];
-                        // The code for the output has no registers left for the branch.
-                        if (!to_scratch || p.alpha != 1) {
+                if (box >= boxes) continue;
+                const int column = square.column + box * kBox;
+                const Boxes own(stages + ring.stage(n + box) * Tile::stage_bytes, consumer);
+                const BoxRows rows = a_fragment_rows<kBox, kBox>(own.s, 16 * warp, lane);
+                ring.consumer_wait(n + box);
+                if (is_written<symmetric>(p, square, consumer, box)) {
+                    float (&part)[kBox / 2] = parts[box];
+                    if (p.alpha != 1) {
 #pragma unroll
-                            for (int i = 0; i < kBox / 2; ++i) part[i] *= p.alpha;
-                        }
-                        if (p.beta != 0) add_source<T>(part, p.beta, rows);
-                        if constexpr (symmetric) {
-                            if (p.gamma != 0) {
-                                add_source<T>(part, p.gamma, a_fragment_rows<kBox, kBox>(boxes.t, 16 * warp, lane));
-                            }
-                        }
-                        if constexpr (to_scratch) {
-                            if (symmetric && row == column) {
-                                stage_diagonal_box<T>(part, rows, boxes, warp, shared, start);
-                            } else {
-                                stage_box<T, symmetric>(part, rows, boxes, warp);
-                            }
-                            device::fence_proxy_async();
-                        } else {
-                            write_output(p, epilogue, part, square.matrix, row + 16 * warp, column);
+                        for (int i = 0; i < kBox / 2; ++i) part[i] *= p.alpha;
+                    }
+                    if (p.beta != 0) add_source<T>(part, p.beta, rows);
+                    if constexpr (symmetric) {
+                        if (p.gamma != 0) {
+                            add_source<T>(part, p.gamma, a_fragment_rows<kBox, kBox>(own.t, 16 * warp, lane));
                         }
                     }
-                    if constexpr (to_scratch) {
-                        __syncwarp();   // all lanes have written
-                        if (lane == 0) device::mbarrier_arrive(complete + 8 * (written % Tile::stages));
-                        ++written;
+                    if constexpr (!to_scratch) {
+                        stage_floats(strip_at(own), part);
+                    } else if (symmetric && row == column) {
+                        stage_diagonal_box<T>(part, rows, own, warp, shared, start);
                     } else {
-                        release(ring, n);
+                        stage_box<T, symmetric>(part, rows, own.mirror + mirror_place);
                     }
-                    ++n;
+                    device::fence_proxy_async();
                 }
-                if constexpr (!to_scratch) {
-#pragma unroll
-                    for (int next = 1; next < Tile::boxes; ++next) {
-#pragma unroll
-                        for (int i = 0; i < kBox / 2; ++i) parts[next - 1][i] = parts[next][i];
-                    }
+                __syncwarp();   // all lanes have written
+                if constexpr (to_scratch) {
+                    if (lane == 0) device::mbarrier_arrive(complete + 8 * ring.stage(written));
+                    ++written;
                 }
             }
+            if constexpr (!to_scratch) {
+                const auto give_back = [&](int box) { release(ring, n + box); };
+                if (row < p.m) {
+                    write_output(
+                        p, epilogue, square.matrix, boxes,
+                        [&](int box) {
+                            const Boxes own(stages + ring.stage(n + box) * Tile::stage_bytes, consumer);
+                            return StagedStrip{strip_at(own), row + 16 * warp, square.column + box * kBox};
+                        },
+                        give_back);
+                } else {
+                    for (int box = 0; box < boxes; ++box) give_back(box);
+                }
+            }
+            n += boxes;
         });
     }
     __syncwarp();

@@ -191,6 +191,15 @@ class Loop:
         """The same as `epilogue`, on the way that also multiplies most."""
         return self._epilogue(_unless_useful_or_scaled)
 
+    def is_repeated(self, instruction):
+        """Return whether an instruction of the epilogue is in a loop of it."""
+        return instruction.address in self._repeated
+
+    @functools.cached_property
+    def _repeated(self):
+        inner = [loop for loop in self.function.loops if loop.blocks < self.outer.blocks - self.blocks]
+        return {one.address for loop in inner for block in loop.blocks for one in block.instructions}
+
     def _epilogue(self, cost):
         left = self.outer.blocks - self.blocks
         exits = [other for block in self.blocks for other in block.next if other in left]

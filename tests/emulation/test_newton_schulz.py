@@ -231,13 +231,13 @@ def check_update(newton_schulz, shape, dtype, cautious, form=None, count=3, step
 
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("shape", [(5, 7), (40, 64), (140, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (40, 64), (140, 33), (70, 128)], ids=str)
 def test_update_of_parameters(unwatched, shape, dtype, cautious):
     check_update(unwatched, shape, dtype, cautious)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("shape", [(5, 7), (40, 64), (140, 34)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (40, 64), (140, 34), (70, 128)], ids=str)
 def test_update_writes_copies(unwatched, shape, offset):
     check_copies(unwatched, shape, offset)
 
@@ -317,6 +317,7 @@ WATCHED = {
     "gram": lambda ns: check(ns, torch.randn(40, 70), "gram", steps=3),
     "update": lambda ns: check_update(ns, (33, 21), F32, True, count=2, steps=1),
     "update with copies": lambda ns: check_copies(ns, (33, 21), 1, steps=1),
+    "update of whole strips": lambda ns: check_copies(ns, (66, 128), 0, steps=1),
     "update bfloat16": lambda ns: check_update(ns, (20, 24), BF16, False, count=2, steps=1),
 }
 
