@@ -417,31 +417,40 @@ struct Linear {
 };
 void linear(const Linear&);
 
+// The weight of a linear layer, (outputs, inputs): numbers of CachedForward's dtype, or int8, each times its row's scale.
+struct WeightMatrix {
+    const void* data;
+    const float* scales;   // (outputs,); null unless int8
+};
+
 // The matrices of one transformer block, (outputs, inputs) row-major.
 struct BlockWeights {
-    const float *q, *k, *v;   // (H D, C), (Hkv D, C), (Hkv D, C)
-    const float* out;         // (C, H D)
-    const float* fc;          // (F, C)
-    const float* proj;        // (C, F)
-    int64_t window;           // as AttentionShape's
-    // Both or null: (Hkv, value_channels) and (rows of wte, Hkv D), of the value embeddings.
-    const float *value_gate = nullptr, *value_table = nullptr;
+    WeightMatrix q, k, v;   // (H D, C), (Hkv D, C), (Hkv D, C)
+    WeightMatrix out;       // (C, H D)
+    WeightMatrix fc;        // (F, C)
+    WeightMatrix proj;      // (C, F)
+    int64_t window;         // as AttentionShape's
+    // Both or null: (Hkv, value_channels) and (rows of wte, Hkv D), of the value embeddings; of dtype.
+    const void *value_gate = nullptr, *value_table = nullptr;
 };
 
 // The whole model on a KV cache. B sequences of lengths[b] tokens each continue what the cache holds: token t of
-// sequence b has position starts[b] + t of slot slots[b] and sees the positions of that slot up to its own. All float32
-// and contiguous; C = H D. The bits of a token's numbers depend neither on the other tokens of the call nor on the number
-// of threads.
+// sequence b has position starts[b] + t of slot slots[b] and sees the positions of that slot up to its own. All
+// contiguous; C = H D. Weights are widened to float32 when they are loaded, and all arithmetic is float32; only keys and
+// values are rounded to dtype. The bits of a token's numbers depend neither on the other tokens of the call nor on the
+// number of threads.
 struct CachedForward {
     int64_t B, C, H, Hkv, D, F, V, layers;
     const int64_t* tokens;                     // rows of wte, one sequence after another
     const int64_t *lengths, *slots, *starts;   // (B,), lengths from 1, slots distinct
-    const float* wte;                          // (V or more, C)
+    DType dtype;                               // float32 | bfloat16
+    bool quantized;                            // whether the matrices of the blocks and lm_head are int8
+    const void* wte;                           // (V or more, C)
     const BlockWeights* blocks;                // (layers,)
-    const float* lm_head;                      // (V, C)
+    WeightMatrix lm_head;                      // (V, C)
     const float *cos, *sin;                    // (positions, D / 2); rows of cos are cos_stride apart
     int64_t cos_stride;
-    float* cache;   // (layers, slot_count, capacity, 2 Hkv, D): keys, then values; written
+    void* cache;   // (layers, slot_count, capacity, 2 Hkv, D) of dtype: keys, then values; written
     int64_t slot_count, capacity;
     double softcap;   // 0: none
     float* logits;    // (B, V) of each sequence's last token, or null

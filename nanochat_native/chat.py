@@ -10,7 +10,7 @@ from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import check_sampling
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import check_text, run_command
-from nanochat_native.runtime.hardware import autocast, pick_device
+from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
 
 
 def run(options: Options) -> None:
@@ -25,10 +25,12 @@ def run(options: Options) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # check_text reports invalid text in each message
     device = pick_device(options.device)
+    check_quantize(options.quantize, device)
+    precision = autocast(device, options.dtype)
     terminal = Terminal()
     model, tokenizer, meta = load_model(options.checkpoint, options.step, device, warn=terminal.note)
-    with autocast(device):
-        engine = Engine(model, tokenizer, slots=1)
+    with precision:
+        engine = Engine(model, tokenizer, slots=1, quantize=options.quantize)
     chat_trained = conversations.is_chat_trained(meta)
     chat = Chat(engine, options, chat_trained=chat_trained, say=terminal.note)
     if not chat_trained:

@@ -8,9 +8,10 @@ from typing import Literal
 
 from nanochat_native.inference.engine import beyond_training, complete
 from nanochat_native.inference.sampling import Sampling, check_sampling
+from nanochat_native.model.quantization import Quantization
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import check_text, run_command
-from nanochat_native.runtime.hardware import autocast, pick_device
+from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
 
 
 @dataclass
@@ -44,6 +45,10 @@ class Options:
     """Seed of the draws; the same seed gives the same text."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to run on; default: the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights and the cache; default: float32 on a CPU, 16 bits on a GPU."""
+    quantize: Quantization | None = None
+    """int8: generate with the matrices in int8, on a CPU. `evaluate --quantize int8` measures the cost."""
 
 
 def run(options: Options) -> None:
@@ -59,6 +64,8 @@ def run(options: Options) -> None:
         raise ValueError("--stop must have strings that are not empty, got an empty one")
     check_sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     device = pick_device(options.device)
+    check_quantize(options.quantize, device)
+    precision = autocast(device, options.dtype)
     model, tokenizer, _ = load_model(
         options.checkpoint, options.step, device, warn=lambda message: print(message, file=sys.stderr)
     )
@@ -73,8 +80,8 @@ def run(options: Options) -> None:
         seed=options.seed,
     )
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
-    with autocast(device):
-        pieces = complete(model, tokenizer, prompt, sampling)
+    with precision:
+        pieces = complete(model, tokenizer, prompt, sampling, quantize=options.quantize)
     print(options.prompt, end="", flush=True)
     tokens = len(prompt)
     for piece in pieces:

@@ -10,9 +10,10 @@ from typing import Literal
 
 from nanochat_native.data.conversations import has_code_tokens, is_chat_trained
 from nanochat_native.inference.engine import Engine
+from nanochat_native.model.quantization import Quantization
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import run_command
-from nanochat_native.runtime.hardware import autocast, pick_device
+from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
 
 EXTRA = "serve requires starlette and uvicorn: pip install 'nanochat-native[serve]'"
 BACKLOG = 1024  # connections that wait to be accepted
@@ -60,6 +61,10 @@ class Options:
     """Compute the calculations that the model writes as code in a chat, and give it the results."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to run on; default: the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights and the cache; default: float32 on a CPU, 16 bits on a GPU."""
+    quantize: Quantization | None = None
+    """int8: generate with the matrices in int8, on a CPU. `evaluate --quantize int8` measures the cost."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
@@ -121,6 +126,8 @@ def run(options: Options) -> int:
         raise ImportError(f"{EXTRA} ({error})") from None
 
     device = pick_device(options.device)
+    check_quantize(options.quantize, device)
+    precision = autocast(device, options.dtype)
     model, tokenizer, meta = load_model(
         options.checkpoint, options.step, device, warn=lambda message: print(message, file=sys.stderr)
     )
@@ -129,8 +136,8 @@ def run(options: Options) -> int:
     if not 2 <= capacity <= model.max_positions:
         raise ValueError(f"--capacity must be from 2 to {model.max_positions}, got {capacity}")
     try:
-        with autocast(device):
-            engine = Engine(model, tokenizer, slots=options.slots, capacity=capacity)
+        with precision:
+            engine = Engine(model, tokenizer, slots=options.slots, capacity=capacity, quantize=options.quantize)
     except RuntimeError as error:
         given = f"{options.slots} slots of {capacity} tokens do not fit into memory"
         raise ValueError(f"{given}; reduce --slots or --capacity") from error
@@ -154,7 +161,11 @@ def run(options: Options) -> int:
 
     port = listener.getsockname()[1]
     shown = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"model    {name} step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters on {device}", flush=True)
+    weights = f", {options.quantize} weights" if options.quantize else ""
+    print(
+        f"model    {name} step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters on {device}{weights}",
+        flush=True,
+    )
     if not served.chat_trained:
         print("note     a base model: it was not trained to chat and only continues text", flush=True)
     if not loopback:

@@ -458,12 +458,30 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
                        const OptionalTensors& value_gates, const OptionalTensors& value_tables,
                        const OptionalTensor& resid_lambdas, const OptionalTensor& x0_lambdas,
                        const OptionalTensor& smear_gate, const OptionalTensor& smear_lambda, at::IntArrayRef previous,
-                       const OptionalTensor& backout_lambda, at::IntArrayRef lengths_) {
+                       const OptionalTensor& backout_lambda, at::IntArrayRef lengths_, at::TensorList scales) {
     const char* op = "cached_forward_";
-    const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape) {
-        check_like(op, name, tensor, at::kFloat, at::kCPU, shape);
+    const auto check_as = [&](at::ScalarType type, const char* name, const Tensor& tensor, at::IntArrayRef shape) {
+        check_like(op, name, tensor, type, at::kCPU, shape);
         TORCH_CHECK_VALUE(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
                           tensor.strides());
+    };
+    const at::ScalarType type = wte.scalar_type();
+    const DType dtype = dtype_of(op, "wte", wte, {at::kFloat, at::kBFloat16});
+    const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape) {
+        check_as(type, name, tensor, shape);
+    };
+    const auto check_wide = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape) {
+        check_as(at::kFloat, name, tensor, shape);
+    };
+    // A matrix of the blocks, or lm_head, and its place among the scales.
+    const auto matrix = [&](const char* name, const Tensor& tensor, at::IntArrayRef shape, size_t place) {
+        check_as(scales.empty() ? type : at::kChar, name, tensor, shape);
+        const float* factors = nullptr;
+        if (!scales.empty()) {
+            check_wide("scales", scales[place], {shape[0]});
+            factors = scales[place].const_data_ptr<float>();
+        }
+        return cpu::WeightMatrix{tensor.const_data_ptr(), factors};
     };
     const bool one_by_one = tokens_.dim() == 1 && !lengths_.empty();
     TORCH_CHECK_VALUE((one_by_one || (tokens_.dim() == 2 && tokens_.size(1) > 0 && lengths_.empty())) &&
@@ -488,19 +506,20 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
                       ": slots and starts must have ", B, " entries, got ", slots.size(), " and ", starts.size());
     check_like(op, "tokens", tokens_, at::kLong, at::kCPU, tokens_.sizes());
     check("wte", wte, {rows, C});
-    check("lm_head", lm_head, {V, C});
+    TORCH_CHECK_VALUE(scales.empty() || scales.size() == blocks.size() + 1, op, ": scales must have ",
+                      blocks.size() + 1, " entries or none, got ", scales.size());
+    const cpu::WeightMatrix head = matrix("lm_head", lm_head, {V, C}, blocks.size());
     TORCH_CHECK_VALUE(V <= rows, op, ": lm_head must have at most the ", rows, " rows of wte, got ", V);
     check("cache", cache, cache.sizes());
     const int64_t positions = sin.dim() == 2 ? sin.size(0) : 0;
-    check("sin", sin, {positions, D / 2});
-    check("cos", cos, {positions, D});
+    check_wide("sin", sin, {positions, D / 2});
+    check_wide("cos", cos, {positions, D});
     std::vector<cpu::BlockWeights> weights;
     for (int64_t layer = 0; layer < layers; ++layer) {
         const Tensor* own = &blocks[kMatrices * layer];
         const int64_t F = blocks[4].dim() == 2 ? blocks[4].size(0) : 0;
         const int64_t shapes[kMatrices][2] = {{C, C}, {Hkv * D, C}, {Hkv * D, C}, {C, C}, {F, C}, {C, F}};
-        for (size_t m = 0; m < kMatrices; ++m) check("blocks", own[m], shapes[m]);
-        const auto data = [&](size_t m) { return own[m].const_data_ptr<float>(); };
+        const auto data = [&](size_t m) { return matrix("blocks", own[m], shapes[m], kMatrices * layer + m); };
         weights.push_back({
             .q = data(0),
             .k = data(1),
@@ -519,19 +538,19 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
     };
     const auto check_lambdas = [&](const char* name, const OptionalTensor& lambdas, int64_t count) -> const float* {
         if (!lambdas) return nullptr;
-        check(name, *lambdas, {count});
+        check_wide(name, *lambdas, {count});
         return lambdas->const_data_ptr<float>();
     };
-    const auto check_gate = [&](const char* name, const Tensor& gate, int64_t outputs) {
+    const auto check_gate = [&](at::ScalarType own, const char* name, const Tensor& gate, int64_t outputs) {
         const int64_t channels = gate.dim() == 2 ? gate.size(1) : 0;
-        check(name, gate, {outputs, channels});
+        check_as(own, name, gate, {outputs, channels});
         TORCH_CHECK_VALUE(channels > 0 && channels <= C, op, ": ", name, " must have from 1 to ", C, " columns, got ",
                           channels);
         return channels;
     };
     check_together("resid_lambdas", resid_lambdas.has_value(), "x0_lambdas", x0_lambdas.has_value());
     check_together("smear_gate", smear_gate.has_value(), "smear_lambda", smear_lambda.has_value());
-    const int64_t smear_channels = smear_gate ? check_gate("smear_gate", *smear_gate, 1) : 0;
+    const int64_t smear_channels = smear_gate ? check_gate(at::kFloat, "smear_gate", *smear_gate, 1) : 0;
     TORCH_CHECK_VALUE(!backout_lambda || layers, op, ": backout_lambda must be None without layers");
     const float *resid = check_lambdas("resid_lambdas", resid_lambdas, layers),
                 *x0 = check_lambdas("x0_lambdas", x0_lambdas, layers),
@@ -547,12 +566,12 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
             const OptionalTensor gate = value_gates.get(layer), table = value_tables.get(layer);
             check_together("value_gates", gate.has_value(), "value_tables", table.has_value());
             if (!gate) continue;
-            const int64_t channels = check_gate("value_gates", *gate, Hkv);
+            const int64_t channels = check_gate(type, "value_gates", *gate, Hkv);
             if (value_channels == 0) value_channels = channels;
             check("value_gates", *gate, {Hkv, value_channels});
             check("value_tables", *table, {rows, Hkv * D});
-            weights[layer].value_gate = gate->const_data_ptr<float>();
-            weights[layer].value_table = table->const_data_ptr<float>();
+            weights[layer].value_gate = gate->const_data_ptr();
+            weights[layer].value_table = table->const_data_ptr();
         }
     }
 
@@ -578,7 +597,7 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
         TORCH_CHECK_VALUE(token[i] >= 0 && token[i] < rows, op, ": tokens must be from 0 to ", rows - 1, ", got ",
                           token[i]);
 
-    Tensor logits = at::empty({with_logits ? B : 0, V}, wte.options());
+    Tensor logits = at::empty({with_logits ? B : 0, V}, wte.options().dtype(at::kFloat));
     if (B == 0) return logits;
     run_kernel([&] {
         cpu::cached_forward({.B = B,
@@ -593,13 +612,15 @@ Tensor cached_forward_(const Tensor& tokens_, at::IntArrayRef slots, at::IntArra
                              .lengths = lengths.data(),
                              .slots = slots.data(),
                              .starts = starts.data(),
-                             .wte = wte.const_data_ptr<float>(),
+                             .dtype = dtype,
+                             .quantized = !scales.empty(),
+                             .wte = wte.const_data_ptr(),
                              .blocks = weights.data(),
-                             .lm_head = lm_head.const_data_ptr<float>(),
+                             .lm_head = head,
                              .cos = cos.const_data_ptr<float>(),
                              .sin = sin.const_data_ptr<float>(),
                              .cos_stride = D,
-                             .cache = cache.mutable_data_ptr<float>(),
+                             .cache = cache.mutable_data_ptr(),
                              .slot_count = cache.size(1),
                              .capacity = cache.size(2),
                              .softcap = softcap,

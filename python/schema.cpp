@@ -120,8 +120,8 @@ TORCH_LIBRARY(nanochat_native, m) {
         "cached_forward_(Tensor tokens, int[] slots, int[] starts, Tensor wte, Tensor[] blocks, Tensor lm_head, "
         "int[] windows, Tensor cos, Tensor sin, Tensor(a!) cache, float softcap, bool with_logits, float qk_scale, "
         "Tensor?[] value_gates, Tensor?[] value_tables, Tensor? resid_lambdas, Tensor? x0_lambdas, "
-        "Tensor? smear_gate, Tensor? smear_lambda, int[] previous, Tensor? backout_lambda, int[] lengths) -> Tensor "
-        "logits",
+        "Tensor? smear_gate, Tensor? smear_lambda, int[] previous, Tensor? backout_lambda, int[] lengths, "
+        "Tensor[] scales) -> Tensor logits",
         tags);
 
     // x (N, C), weight (V, C), targets (N,); reduction "mean", "sum" or "none". A gradient that is not needed is empty.

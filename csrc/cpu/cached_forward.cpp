@@ -3,6 +3,7 @@
 //
 // Every number is computed by one chain of operations, which depends neither on the other rows nor on the number of
 // threads. So a token has the same bits whatever it is batched with and however its prompt is cut.
+#include <immintrin.h>
 #include <linux/futex.h>
 #include <omp.h>
 #include <sys/syscall.h>
@@ -13,15 +14,34 @@
 #include "simd.h"
 
 namespace nanochat::NANOCHAT_ISA {
+
+// GCC takes a conversion from 8 to 32 bits apart, so the instruction is named where there is one.
+NANOCHAT_INLINE Vec<float> load(const int8_t* p) {
+#if defined(__AVX512F__)
+    const auto wide = _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return __builtin_convertvector(__builtin_bit_cast(Vec<int32_t>, wide), Vec<float>);
+#elif defined(__AVX2__)
+    const auto wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return __builtin_convertvector(__builtin_bit_cast(Vec<int32_t>, wide), Vec<float>);
+#else
+    Vec<float> v;
+    for (int i = 0; i < kLanes<float>; i++) v[i] = static_cast<float>(p[i]);
+    return v;
+#endif
+}
+
 namespace {
 
 using cpu::BlockWeights;
 using cpu::CachedForward;
+using cpu::WeightMatrix;
 
 constexpr float kEps = 1.1920929e-7f;   // 2^-23, of every RMSNorm
 constexpr int W = kLanes<float>;
 constexpr int64_t kKeyChunk = 64;   // scores of a query that are computed and normalised at a time
-constexpr int kSpins = 1000;        // about 50 us: longer than a barrier takes, unless another program has the core
+template <class T>
+constexpr int64_t kAhead = 1;   // strips between a weight and the one that is prefetched with it
+constexpr int kSpins = 1000;    // about 50 us: longer than a barrier takes, unless another program has the core
 
 // --- the team ---
 
@@ -64,10 +84,18 @@ struct Team {
 
 // --- products ---
 
-NANOCHAT_INLINE Vec<float> load_part(const float* p, int64_t n) {
-    Vec<float> v{};
-    __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
-    return v;
+// A matrix whose row o has the numbers data[o, k], or data[o, k] scales[o] if T is int8.
+template <class T>
+struct Matrix {
+    const T* data;
+    const float* scales;
+};
+
+template <class T>
+NANOCHAT_INLINE Vec<float> load_part(const T* p, int64_t n) {
+    T lanes[W] = {};
+    __builtin_memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+    return load(lanes);
 }
 
 struct Sums {
@@ -101,8 +129,9 @@ NANOCHAT_INLINE Vec<float> sum_each(Sums sums) {
 
 // Lane r * (W / R) + j of the result is x[r] . w[j], for R rows of x and W / R rows of w. The rows are x_stride and
 // w_stride apart.
-template <int R, bool prefetch>
-NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride, const float* w, int64_t w_stride) {
+template <int R, bool prefetch, class T>
+NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride, const T* w, int64_t w_stride) {
+    constexpr int64_t line = 64 / sizeof(T);
     constexpr int J = W / R;
     Sums sums;
 #pragma GCC unroll 16
@@ -111,9 +140,11 @@ NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride,
         Vec<float> rows[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) rows[r] = load(x + r * x_stride + k);
+        if (prefetch && k % line == 0)
+#pragma GCC unroll 16
+            for (int j = 0; j < J; j++) __builtin_prefetch(w + j * w_stride + k + kAhead<T> * W * K, 0, 2);
 #pragma GCC unroll 16
         for (int j = 0; j < J; j++) {
-            if (prefetch) __builtin_prefetch(w + j * w_stride + k + W * K, 0, 2);   // the strip that comes next
             const Vec<float> weights = load(w + j * w_stride + k);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) sums.v[r * J + j] += rows[r] * weights;
@@ -123,7 +154,8 @@ NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride,
 }
 
 // The same for one row each and any K, with the result in every lane. Zeros fill the last vector.
-NANOCHAT_INLINE Vec<float> dot_part(int64_t K, const float* x, const float* w) {
+template <class T>
+NANOCHAT_INLINE Vec<float> dot_part(int64_t K, const float* x, const T* w) {
     Sums sums{};
     for (int64_t k = 0; k < K; k += W)
         sums.v[0] += load_part(x + k, minimum<int64_t>(W, K - k)) * load_part(w + k, minimum<int64_t>(W, K - k));
@@ -132,22 +164,43 @@ NANOCHAT_INLINE Vec<float> dot_part(int64_t K, const float* x, const float* w) {
     return sum_each(sums);
 }
 
+// Lane r * J + j is the scale of row j.
+template <int R, class T>
+NANOCHAT_INLINE Vec<float> scaled(Vec<float> sums, const float* scales) {
+    if constexpr (std::is_same_v<T, int8_t>) {
+        constexpr int J = W / R;
+        float factors[W];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) __builtin_memcpy(factors + r * J, scales, J * sizeof(float));
+        sums *= load(factors);
+    }
+    return sums;
+}
+
 // Calls put(row, output, sum) for R rows of x (rows, K) from `row` on and the rows of w (outputs, K) in [begin, end).
-template <int R, class Put>
-NANOCHAT_INLINE void multiply_tile(int64_t K, const float* x, int64_t row, const float* w, int64_t begin, int64_t end,
-                                   bool prefetch, const Put& put) {
+template <int R, class T, class Put>
+NANOCHAT_INLINE void multiply_tile(int64_t K, const float* x, int64_t row, const Matrix<T>& w, int64_t begin,
+                                   int64_t end, bool prefetch, const Put& put) {
     constexpr int J = W / R;
     if (K % W || end - begin < J) {
         for (int r = 0; r < R; r++)
-            for (int64_t o = begin; o < end; o++)
-                put(row + r, o,
-                    K % W ? dot_part(K, x + (row + r) * K, w + o * K)[0]
-                          : dot_tile<1, false>(K, x + (row + r) * K, 0, w + o * K, 0)[0]);
+            for (int64_t o = begin; o < end; o++) {
+                const float* own = x + (row + r) * K;
+                const Vec<float> sum = K % W ? dot_part(K, own, w.data + o * K)
+                                             : dot_tile<1, false>(K, own, 0, w.data + o * K, 0);
+                if constexpr (std::is_same_v<T, int8_t>)
+                    put(row + r, o, (sum * broadcast(w.scales[o]))[0]);
+                else
+                    put(row + r, o, sum[0]);
+            }
         return;
     }
-    const float *rows = x + row * K, *weights = w + begin * K;
+    const float* rows = x + row * K;
+    const T* weights = w.data + begin * K;
     float sums[W];
-    store(sums, prefetch ? dot_tile<R, true>(K, rows, K, weights, K) : dot_tile<R, false>(K, rows, K, weights, K));
+    store(sums, scaled<R, T>(
+                    prefetch ? dot_tile<R, true>(K, rows, K, weights, K) : dot_tile<R, false>(K, rows, K, weights, K),
+                    w.scales + begin));
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -156,8 +209,8 @@ NANOCHAT_INLINE void multiply_tile(int64_t K, const float* x, int64_t row, const
 
 // Calls put(row, output, sum) for all rows of x (rows, K) and the rows of w (outputs, K) in [begin, end). Weights are
 // read once: a few of their rows stay in L1 while all rows of x pass by.
-template <class Put>
-__attribute__((noinline)) void multiply(int64_t K, const float* x, int64_t rows, const float* w, int64_t begin,
+template <class T, class Put>
+__attribute__((noinline)) void multiply(int64_t K, const float* x, int64_t rows, const Matrix<T>& w, int64_t begin,
                                         int64_t end, const Put& put) {
     const auto strip = [&](auto R, int64_t row, int64_t first, int64_t last) __attribute__((always_inline)) {
         for (int64_t o = first; o < last; o += W / R())
@@ -174,7 +227,8 @@ __attribute__((noinline)) void multiply(int64_t K, const float* x, int64_t rows,
 
 // --- norms, gates and positions ---
 
-NANOCHAT_INLINE float inverse_rms(const float* x, int64_t n) {
+template <class T>
+NANOCHAT_INLINE float inverse_rms(const T* x, int64_t n) {
     Vec<float> sum{};
     int64_t i = 0;
     for (; i + W <= n; i += W) sum += load(x + i) * load(x + i);
@@ -186,7 +240,10 @@ NANOCHAT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_lanes(broadca
 
 // For loops whose last vector has only n < W numbers. All numbers then go through one expression: the compiler may fuse
 // another product of a x + b y into the sum in a loop of its own for the rest.
-NANOCHAT_INLINE Vec<float> load_up_to(const float* p, int64_t n) { return n < W ? load_part(p, n) : load(p); }
+template <class T>
+NANOCHAT_INLINE Vec<float> load_up_to(const T* p, int64_t n) {
+    return n < W ? load_part(p, n) : load(p);
+}
 NANOCHAT_INLINE void store_up_to(float* p, Vec<float> v, int64_t n) {
     if (n < W)
         __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
@@ -195,17 +252,18 @@ NANOCHAT_INLINE void store_up_to(float* p, Vec<float> v, int64_t n) {
 }
 
 // to = factor norm(x rotated by the angles of its position), D numbers. The halves become (x1 cos + x2 sin,
-// x2 cos - x1 sin).
+// x2 cos - x1 sin). `rotated` has room for them.
+template <class T>
 NANOCHAT_INLINE void rotate_and_norm(const float* x, const float* cos, const float* sin, int64_t D, float factor,
-                                     float* to) {
+                                     float* rotated, T* to) {
     const int64_t half = D / 2;
     for (int64_t i = 0; i < half; i++) {
         const float a = x[i], b = x[half + i];
-        to[i] = a * cos[i] + b * sin[i];
-        to[half + i] = b * cos[i] - a * sin[i];
+        rotated[i] = a * cos[i] + b * sin[i];
+        rotated[half + i] = b * cos[i] - a * sin[i];
     }
-    const float scale = inverse_rms(to, D) * factor;
-    for (int64_t i = 0; i < D; i++) to[i] *= scale;
+    const float scale = inverse_rms(rotated, D) * factor;
+    for (int64_t i = 0; i < D; i++) write(to + i, rotated[i] * scale);
 }
 
 // --- attention ---
@@ -219,9 +277,9 @@ struct Partial {
 // Attention of R queries, q_stride apart, over keys [first[r], last[r]) of one chunk, at least one key each. Keys and
 // values of a head are `stride` apart. A key that a query does not see has weight 0. The lane of a key depends on its
 // place in the chunk alone, so that sums are in one order whatever R is.
-template <int R>
-NANOCHAT_INLINE void attend(const float* q, int64_t q_stride, const float* keys, const float* values, int64_t stride,
-                            int64_t D, const int64_t (&first)[R], const int64_t (&last)[R], float scale,
+template <int R, class T>
+NANOCHAT_INLINE void attend(const float* q, int64_t q_stride, const T* keys, const T* values, int64_t stride, int64_t D,
+                            const int64_t (&first)[R], const int64_t (&last)[R], float scale,
                             Partial* const (&partials)[R], float* const (&out)[R]) {
     constexpr int J = W / R;
     float scores[R][kKeyChunk];
@@ -229,7 +287,7 @@ NANOCHAT_INLINE void attend(const float* q, int64_t q_stride, const float* keys,
     for (int r = 1; r < R; r++) begin = minimum(begin, first[r]), end = maximum(end, last[r]);
     const int64_t begin_lane = begin / W * W;
     for (int64_t i = begin_lane; i < end; i += W) {
-        const float* key = keys + i * stride;
+        const T* key = keys + i * stride;
         if (D % W || i + W > end)
             for (int64_t j = 0; j < minimum<int64_t>(W, end - i); j++)
                 for (int r = 0; r < R; r++)
@@ -309,6 +367,8 @@ NANOCHAT_INLINE int64_t first_key_of(int64_t position, int64_t window) {
     return window < 0 ? 0 : maximum<int64_t>(0, position - window);
 }
 
+// Weight is the type of the matrices, Stored that of the embeddings and the cache. All arithmetic is float32.
+template <class Weight, class Stored>
 struct Pass {
     const CachedForward& args;
     int64_t N, heads, chunks;   // rows; heads of q, k and v together; chunks of keys that a row sees at most
@@ -319,6 +379,7 @@ struct Pass {
     Partial* partials = nullptr;
     int64_t *ones = nullptr, *last_sequences = nullptr, *last_positions = nullptr;   // of the last rows, (B,)
     float* inverse = nullptr;                                                        // (threads, N)
+    float* rotated = nullptr;                                                        // (threads, D)
     Barrier* barrier = nullptr;
 
     void carve_workspace(cpu::Arena& arena) {
@@ -333,6 +394,7 @@ struct Pass {
         values = arena.take<float>(N * args.H * chunks * args.D);
         partials = arena.take<Partial>(N * args.H * chunks);
         inverse = arena.take<float>(args.execution.threads * N);
+        rotated = arena.take<float>(args.execution.threads * args.D);
         barrier = arena.take<Barrier>(1);
         sequences = arena.take<int64_t>(N);
         positions = arena.take<int64_t>(N);
@@ -344,8 +406,15 @@ struct Pass {
     NANOCHAT_INLINE int64_t first_key(int64_t row, int64_t window) const {
         return first_key_of(positions[row], window);
     }
-    NANOCHAT_INLINE float* cache_at(int64_t layer, int64_t slot, int64_t at) const {
-        return args.cache + ((layer * args.slot_count + slot) * args.capacity + at) * 2 * args.Hkv * args.D;
+    NANOCHAT_INLINE Stored* cache_at(int64_t layer, int64_t slot, int64_t at) const {
+        const int64_t place = (layer * args.slot_count + slot) * args.capacity + at;
+        return static_cast<Stored*>(args.cache) + place * 2 * args.Hkv * args.D;
+    }
+    NANOCHAT_INLINE const Stored* embedding_of(int64_t token) const {
+        return static_cast<const Stored*>(args.wte) + token * args.C;
+    }
+    static NANOCHAT_INLINE Matrix<Weight> typed(const WeightMatrix& w) {
+        return {static_cast<const Weight*>(w.data), w.scales};
     }
 
     NANOCHAT_INLINE const float* norms_of(const Team& team, const float* rows) const {
@@ -357,9 +426,9 @@ struct Pass {
     NANOCHAT_INLINE void embed(const Team& team) const {
         const int64_t C = args.C;
         for (int64_t n = team.begin(N); n < team.end(N); n++) {
-            const float* from = args.wte + args.tokens[n] * C;
+            const Stored* from = embedding_of(args.tokens[n]);
             const float scale = inverse_rms(from, C);
-            for (int64_t c = 0; c < C; c++) x[n * C + c] = from[c] * scale;
+            for (int64_t c = 0; c < C; c++) x[n * C + c] = read(from + c) * scale;
             if (args.smear_gate) smear(n);
             if (!args.x0_lambdas || !args.layers) continue;
             for (int64_t c = 0; c < C; c++) x0[n * C + c] = x[n * C + c];
@@ -372,7 +441,7 @@ struct Pass {
         const int64_t C = args.C, b = sequences[n];
         const int64_t token = positions[n] > args.starts[b] ? args.tokens[n - 1] : args.previous[b];
         if (token < 0) return;
-        const float* before = args.wte + token * C;
+        const Stored* before = embedding_of(token);
         float* to = x + n * C;
         const float scale = inverse_rms(before, C);
         const float part = *args.smear_lambda * sigmoid(dot_part(args.smear_channels, to, args.smear_gate)[0]);
@@ -395,10 +464,10 @@ struct Pass {
 
     NANOCHAT_INLINE void project(const Team& team, const BlockWeights& block, const float* scale) const {
         const int64_t D = args.D, width = heads * D, begin = team.begin(width, W), end = team.end(width, W);
-        const float* matrices[3] = {block.q, block.k, block.v};
+        const WeightMatrix* matrices[3] = {&block.q, &block.k, &block.v};
         const int64_t sizes[3] = {args.H * D, args.Hkv * D, args.Hkv * D};
         for (int64_t m = 0, at = 0; m < 3; at += sizes[m++])
-            multiply(args.C, x, N, matrices[m], maximum<int64_t>(begin - at, 0), minimum(end - at, sizes[m]),
+            multiply(args.C, x, N, typed(*matrices[m]), maximum<int64_t>(begin - at, 0), minimum(end - at, sizes[m]),
                      [&](int64_t n, int64_t o, float sum) { qkv[n * width + at + o] = sum * scale[n]; });
     }
 
@@ -406,29 +475,31 @@ struct Pass {
     NANOCHAT_INLINE void rotate_and_store(const Team& team, int64_t layer, const float* scale) const {
         const int64_t D = args.D, H = args.H, Hkv = args.Hkv;
         const float factor = static_cast<float>(args.qk_scale);
+        float* room = rotated + team.rank * D;
         for (int64_t i = team.begin(N * heads); i < team.end(N * heads); i++) {
             const int64_t n = i / heads, head = i % heads, at = positions[n];
             const float *from = qkv + i * D, *cos = args.cos + at * args.cos_stride, *sin = args.sin + at * D / 2;
-            float* to = cache_at(layer, args.slots[sequences[n]], at) + (head - H) * D;
+            Stored* to = cache_at(layer, args.slots[sequences[n]], at) + (head - H) * D;
             if (head < H)
-                rotate_and_norm(from, cos, sin, D, factor, q + (n * H + head) * D);
+                rotate_and_norm(from, cos, sin, D, factor, room, q + (n * H + head) * D);
             else if (head < H + Hkv)
-                rotate_and_norm(from, cos, sin, D, factor, to);
+                rotate_and_norm(from, cos, sin, D, factor, room, to);
             else if (args.blocks[layer].value_table)
                 add_value_embedding(args.blocks[layer], n, head - H - Hkv, scale[n], from, to);
             else
-                for (int64_t d = 0; d < D; d++) to[d] = from[d];
+                for (int64_t d = 0; d < D; d++) write(to + d, from[d]);
         }
     }
 
     // to = value + its share of the token's value embedding, for row n and a key/value head.
     NANOCHAT_INLINE void add_value_embedding(const BlockWeights& block, int64_t n, int64_t head, float scale,
-                                             const float* value, float* to) const {
+                                             const float* value, Stored* to) const {
         const int64_t D = args.D, channels = args.value_channels;
-        const float* embedding = block.value_table + (args.tokens[n] * args.Hkv + head) * D;
-        const float h = dot_part(channels, x + n * args.C, block.value_gate + head * channels)[0] * scale;
+        const auto* embedding = static_cast<const Stored*>(block.value_table) + (args.tokens[n] * args.Hkv + head) * D;
+        const auto* weights = static_cast<const Stored*>(block.value_gate) + head * channels;
+        const float h = dot_part(channels, x + n * args.C, weights)[0] * scale;
         const float gate = 3.0f * sigmoid(h);
-        for (int64_t d = 0; d < D; d++) to[d] = value[d] + gate * embedding[d];
+        for (int64_t d = 0; d < D; d++) write(to + d, value[d] + gate * read(embedding + d));
     }
 
     // A work item is a chunk of keys of one head, for all rows of a sequence and all query heads that share the head.
@@ -442,7 +513,7 @@ struct Pass {
             for (int64_t c = oldest; c <= newest; c++)
                 for (int64_t head = 0; head < Hkv; head++, unit++) {
                     if (unit % team.size != team.rank) continue;
-                    const float* keys = cache_at(layer, args.slots[b], c * kKeyChunk) + head * D;
+                    const Stored* keys = cache_at(layer, args.slots[b], c * kKeyChunk) + head * D;
                     // Four queries at a time: from neighbouring rows or, if there is one row, neighbouring heads.
                     const int64_t across = rows > 1 ? rows : group, along = rows > 1 ? group : 1;
                     for (int64_t a = 0; a < along; a++) {
@@ -458,9 +529,9 @@ struct Pass {
 
     // Computes four of the queries that are left from (n, h) on, or one, and returns how many.
     NANOCHAT_INLINE int64_t attend_queries(int64_t n, int64_t h, bool by_rows, int64_t left, int64_t chunk,
-                                           int64_t window, const float* keys, int64_t stride, float scale) const {
+                                           int64_t window, const Stored* keys, int64_t stride, float scale) const {
         const int64_t D = args.D, H = args.H;
-        const float* values = keys + args.Hkv * D;
+        const Stored* values = keys + args.Hkv * D;
         int64_t first[4], last[4];
         Partial* to[4];
         float* out[4];
@@ -491,8 +562,8 @@ struct Pass {
     }
 
     // x += from w^T
-    NANOCHAT_INLINE void add_product(const Team& team, int64_t K, const float* from, const float* w) const {
-        multiply(K, from, N, w, team.begin(args.C, W), team.end(args.C, W),
+    NANOCHAT_INLINE void add_product(const Team& team, int64_t K, const float* from, const WeightMatrix& w) const {
+        multiply(K, from, N, typed(w), team.begin(args.C, W), team.end(args.C, W),
                  [&](int64_t n, int64_t c, float sum) { x[n * args.C + c] += sum; });
     }
 
@@ -533,7 +604,7 @@ struct Pass {
         add_product(team, args.H * args.D, attended, block.out);
         team.wait();
         const float* scale = norms_of(team, x);
-        multiply(args.C, x, N, block.fc, team.begin(args.F, W), team.end(args.F, W),
+        multiply(args.C, x, N, typed(block.fc), team.begin(args.F, W), team.end(args.F, W),
                  [&](int64_t n, int64_t f, float sum) {
                      const float positive = maximum(sum * scale[n], 0.0f);
                      hidden[n * args.F + f] = positive * positive;
@@ -568,7 +639,7 @@ struct Pass {
             for (int64_t c = 0; c < C; c++) last[b * C + c] = from[c] * scale;
         }
         team.wait();
-        multiply(C, last, args.B, args.lm_head, begin, end,
+        multiply(C, last, args.B, typed(args.lm_head), begin, end,
                  [&](int64_t b, int64_t v, float sum) { args.logits[b * V + v] = sum; });
         const float cap = static_cast<float>(args.softcap);
         if (cap == 0) return;
@@ -582,10 +653,10 @@ struct Pass {
     }
 };
 
-}   // namespace
-
-void cached_forward(const CachedForward& args) {
-    Pass pass{.args = args, .N = 0, .heads = args.H + 2 * args.Hkv, .chunks = 1, .lengths = args.lengths};
+template <class Weight, class Stored>
+void run(const CachedForward& args) {
+    Pass<Weight, Stored> pass{
+        .args = args, .N = 0, .heads = args.H + 2 * args.Hkv, .chunks = 1, .lengths = args.lengths};
     for (int64_t b = 0; b < args.B; b++) {
         pass.N += args.lengths[b];
         for (int64_t at = args.starts[b]; at < args.starts[b] + args.lengths[b]; at++)
@@ -608,7 +679,7 @@ void cached_forward(const CachedForward& args) {
         pass.last_sequences[b] = b;
         pass.last_positions[b] = args.starts[b] + args.lengths[b] - 1;
     }
-    Pass last = pass;   // in the same workspace
+    auto last = pass;   // in the same workspace
     last.N = args.B;
     last.lengths = pass.ones;
     last.sequences = pass.last_sequences;
@@ -633,6 +704,16 @@ void cached_forward(const CachedForward& args) {
             last.lm_head(team);
         }
     }
+}
+
+}   // namespace
+
+void cached_forward(const CachedForward& args) {
+    const bool wide = args.dtype == DType::float32;
+    if (args.quantized)
+        wide ? run<int8_t, float>(args) : run<int8_t, bfloat16>(args);
+    else
+        wide ? run<float, float>(args) : run<bfloat16, bfloat16>(args);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from nanochat_native.bench import generation, measure, operators, ranks, results_io, step
+from nanochat_native.bench import generation, measure, operators, quantized_generation, ranks, results_io, step
 from nanochat_native.runtime.command import run_command
 
 
@@ -78,6 +78,10 @@ def run(options: Options) -> int:
         name = f"generation {generation.name_of(depth, batch)}"
         if options.only in name:
             report(name, partial(generation.run, depth, batch, seconds=seconds, repeats=repeats))
+    for small in quantized_generation.MIN_SPEEDUPS:
+        name = f"generation {quantized_generation.name_of(*small)}"
+        if options.only in name:
+            report(name, partial(quantized_generation.run, *small, seconds=seconds, repeats=repeats))
     on_ranks: list[dict[str, Any]] = []
     if options.only in "training step on ranks":
         for size in (1, 2):

@@ -16,13 +16,14 @@ from nanochat_native.evaluation import sandbox
 from nanochat_native.evaluation.chat_score import Drawing, TaskResult, chatcore, evaluate, make_engine
 from nanochat_native.evaluation.chat_tasks import CHATCORE, NAMES, WITHOUT_FILES, MissingTaskError, Task, read_task
 from nanochat_native.inference.sampling import check_sampling
+from nanochat_native.model.quantization import Quantization, round_weights_
 from nanochat_native.runs import pictures, results
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime import console, distributed
 from nanochat_native.runtime.command import MISTAKES
 from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.distributed import World
-from nanochat_native.runtime.hardware import autocast, pick_device
+from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
 
 WITHOUT_CODE = "it runs programs that the model writes, and needs --allow-code"
 
@@ -62,6 +63,10 @@ class Options:
     """Number of sequences that go through the model at once."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to run on; default: the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights and the cache; default: float32 on a CPU, 16 bits on a GPU."""
+    quantize: Quantization | None = None
+    """int8: generate with the matrices in int8, on a CPU. `evaluate --quantize int8` measures the cost."""
     out: Path | None = None
     """Folder for result.json with flags, versions and measurements; updated after each task."""
     json: bool = False
@@ -127,6 +132,8 @@ def measure(
         lambda: load_model(options.checkpoint, options.step, device, warn=warn), *MISTAKES
     )
     record["step"] = meta["step"]
+    if options.quantize is not None:
+        world.run_collectively(functools.partial(round_weights_, model, options.quantize), *MISTAKES)
     for name, reason in record["left_out"].items():
         warn(f"{name}  left out: {reason}")
     if record["programs_see_files"]:
@@ -137,11 +144,13 @@ def measure(
     def show(what: str, done: int, total: int) -> None:
         console_.live(f"{what} {console.bar(done, total)}")
 
-    with autocast(device):
-        engine = make_engine(model, tokenizer, options.device_batch_size, options.max_new_tokens)
+    with autocast(device, options.dtype):
+        engine = make_engine(
+            model, tokenizer, options.device_batch_size, options.max_new_tokens, quantize=options.quantize
+        )
     for number, task in enumerate(tasks, 1):
         progress = functools.partial(show, f"{number}/{len(tasks)} {task.name}")
-        with autocast(device):
+        with autocast(device, options.dtype):
             result = evaluate(task, engine, options.drawing(), world=world, progress=progress)
         record["tasks"].append(result._asdict())
         record["chatcore"] = chatcore({one["task"]: one["accuracy"] for one in record["tasks"]})
@@ -184,6 +193,8 @@ def run(options: Options, world: World | None = None) -> int:
     def begin() -> tuple[torch.device, list[Task], dict[str, str], bool, Path | None]:
         options.check()
         device = pick_device(options.device)
+        check_quantize(options.quantize, device)
+        autocast(device, options.dtype)  # its error is reported before any work
         tasks, left_out = read_tasks(options)
         sees_files = any(task.name == "HumanEval" for task in tasks) and sandbox.check()
         folder = results.open_folder(options.out, "chat_eval") if options.out is not None and world.is_rank0 else None

@@ -26,6 +26,7 @@ from nanochat_native.evaluation.core_score import centre, margin
 from nanochat_native.inference.engine import Engine, Request
 from nanochat_native.inference.sampling import NONFINITE_LOGITS, Sampling
 from nanochat_native.model.gpt import GPT
+from nanochat_native.model.quantization import Quantization
 from nanochat_native.runtime.distributed import World
 
 MAX_PROMPT = 2048  # nanochat's limit of the tokens of a conversation, without <|assistant_start|>
@@ -206,10 +207,17 @@ def _answers_are_right(
     return [judged[i : i + samples] for i in range(0, len(judged), samples)]
 
 
-def make_engine(model: GPT, tokenizer: Tokenizer, batch_size: int, max_tokens: int = Drawing.max_tokens) -> Engine:
+def make_engine(
+    model: GPT,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_tokens: int = Drawing.max_tokens,
+    *,
+    quantize: Quantization | None = None,
+) -> Engine:
     """Return an engine for `evaluate`: batch_size requests at once, each with room for nanochat's longest prompt."""
     capacity = min(model.max_positions, MAX_PROMPT + 1 + max_tokens)
-    return Engine(model, tokenizer, slots=batch_size, capacity=capacity)
+    return Engine(model, tokenizer, slots=batch_size, capacity=capacity, quantize=quantize)
 
 
 def engine_for(task: Task, model: GPT, tokenizer: Tokenizer, batch_size: int) -> Engine:

@@ -15,6 +15,7 @@ from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.evaluation import core_score
 from nanochat_native.evaluation.bits_per_byte import measure_text
 from nanochat_native.model.gpt import GPT
+from nanochat_native.model.quantization import Quantization, round_weights_
 from nanochat_native.runs import pictures, results, run_folder
 from nanochat_native.runs.config import STDLIB, ChatTrainConfig
 from nanochat_native.runs.saved_model import load_model
@@ -22,7 +23,7 @@ from nanochat_native.runtime import console, distributed
 from nanochat_native.runtime.command import MISTAKES
 from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.distributed import World
-from nanochat_native.runtime.hardware import autocast, pick_device
+from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
 
 
 @dataclass
@@ -54,6 +55,8 @@ class Options:
     """Run folder of a second model to measure on the same text and tasks; may be the same folder."""
     compare_step: int | None = None
     """Checkpoint of the second model; default: the newest."""
+    quantize: Quantization | None = None
+    """int8: measure the checkpoint twice, as it is and with the weights of generate's --quantize int8."""
     device_batch_size: int = 8
     """Number of sequences that go through the model at once; CORE's batches have as many tokens."""
     device: Literal["cpu", "cuda"] | None = None
@@ -72,6 +75,8 @@ class Options:
             raise ValueError(f"--max-per-task {self.max_per_task} requires --core FOLDER")
         if self.compare_step is not None and self.compare is None:
             raise ValueError(f"--compare-step {self.compare_step} requires --compare RUN")
+        if self.compare is not None and self.quantize is not None:
+            raise ValueError("--compare must not be given with --quantize, which has a second model of its own")
 
 
 @dataclass
@@ -162,6 +167,8 @@ class Session:
         """Measure the checkpoint of a record and add the results to it; call `keep` after each task."""
         run, world = Path(record["checkpoint"]), self.world
         model, tokenizer, record["step"] = self.load(run, record["step"])
+        if (quantize := record.get("quantize")) is not None:
+            world.run_collectively(functools.partial(round_weights_, model, quantize), *MISTAKES)
         batches = self.batches(run, tokenizer, model.config.sequence_len)
         with autocast(self.device):
             result = measure_text(model, batches, tokenizer.token_bytes, world)
@@ -214,7 +221,8 @@ def describe(records: Sequence[dict[str, Any]], tasks: int) -> str:
         figures = (
             f"{record['bpb']:.4f} bits per byte | {record['loss']:.4f} nats per token | " if "bpb" in record else ""
         )
-        where = f"{letter}  {record['checkpoint']} step {record['step']} | " if len(records) == 2 else ""
+        rounded = f" {record['quantize']}" if "quantize" in record else ""
+        where = f"{letter}  {record['checkpoint']} step {record['step']}{rounded} | " if len(records) == 2 else ""
         lines.append(where + figures + size)
     changes = difference(*records) if len(records) == 2 else {}
     if "bpb" in changes:
@@ -269,6 +277,7 @@ def run(options: Options, world: World | None = None) -> int:
     def begin() -> Session:
         options.check()
         device = pick_device(options.device)
+        check_quantize(options.quantize, device)
         tasks = [] if options.core is None else core_score.read_bundle(options.core, options.max_per_task)
         folder = results.open_folder(options.out, "evaluate") if options.out is not None and world.is_rank0 else None
         return Session(options, world, console, device, tasks, folder)
@@ -278,6 +287,8 @@ def run(options: Options, world: World | None = None) -> int:
     if options.compare is not None:
         records.append({"checkpoint": str(options.compare), "step": options.compare_step})
         session.load(options.compare, options.compare_step)  # report its errors before hours of work on the first
+    if options.quantize is not None:
+        records.append(records[0] | {"quantize": options.quantize})
 
     def keep(finished: bool = False) -> None:
         if session.folder is not None:

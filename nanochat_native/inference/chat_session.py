@@ -15,6 +15,7 @@ from nanochat_native.data import conversations
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.inference.engine import Engine, beyond_training
 from nanochat_native.inference.sampling import Sampling
+from nanochat_native.model.quantization import Quantization
 from nanochat_native.runtime.command import check_text
 
 HELP = """\
@@ -64,6 +65,10 @@ class Options:
     """Seed of the draws; the same seed and messages give the same answers."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to run on; default: the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights and the cache; default: float32 on a CPU, 16 bits on a GPU."""
+    quantize: Quantization | None = None
+    """int8: generate with the matrices in int8, on a CPU. `evaluate --quantize int8` measures the cost."""
 
 
 class Chat:

@@ -31,6 +31,7 @@ from nanochat_native.inference.sampling import NONFINITE_LOGITS, Sampling, Score
 from nanochat_native.inference.text_stream import TextStream
 from nanochat_native.model.decoder import Decoder
 from nanochat_native.model.gpt import GPT
+from nanochat_native.model.quantization import Quantization
 
 PREFILL_TOKENS = 128  # prompt tokens per step; with more the running requests would wait longer than about ten steps
 
@@ -208,15 +209,24 @@ class Engine:
         slots: Number of requests that run at once.
         capacity: Largest number of tokens of a request, prompt included; default: the model's positions. The cache has
             2 n_layer slots capacity Hkv D numbers, allocated once.
+        quantize: "int8" generates with weights in int8, on a CPU; see model/quantization.py.
 
     Attributes:
         model: The model, which the engine reads and does not change.
         trained_positions: Sequence length of the training; the quality of text drops beyond it.
 
-    Raises ValueError for sizes that are out of range and a tokenizer that does not fit the model.
+    Raises ValueError for sizes that are out of range, a tokenizer that does not fit the model, and as Decoder does.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None, *, slots: int = 8, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer | None,
+        *,
+        slots: int = 8,
+        capacity: int | None = None,
+        quantize: Quantization | None = None,
+    ) -> None:
         capacity = model.max_positions if capacity is None else capacity
         if slots < 1 or not 2 <= capacity <= model.max_positions:
             allowed = f"slots must be >= 1, and capacity from 2 to {model.max_positions}"
@@ -233,7 +243,7 @@ class Engine:
         self._free = list(
             range(slots)
         )  # a heap: the choice of a slot does not depend on the order in which slots were freed
-        self._decoder = Decoder(model, slots, capacity)
+        self._decoder = Decoder(model, slots, capacity, quantize)
 
     @property
     def idle(self) -> bool:
@@ -385,15 +395,22 @@ def read_in_one_copy(logits: Tensor, whole: bool) -> tuple[list[float], list[int
 
 
 def complete(
-    model: GPT, tokenizer: Tokenizer | None, prompt_tokens: Sequence[int], sampling: Sampling
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    prompt_tokens: Sequence[int],
+    sampling: Sampling,
+    *,
+    quantize: Quantization | None = None,
 ) -> Generator[Output, None, None]:
     """Continue one prompt, on an engine with a single slot that is made at the call; yield its output as it comes.
 
     Args:
         tokenizer: None for a model without one; the output then has tokens and no text.
         prompt_tokens: Token ids; a text begins with tokenizer.bos_id.
+        quantize: As for Engine.
 
-    Raises ValueError as Engine.stream does.
+    Raises ValueError as Engine and Engine.stream do.
     """
     capacity = min(model.max_positions, max(2, len(prompt_tokens) + sampling.max_tokens))
-    return Engine(model, tokenizer, slots=1, capacity=capacity).stream(prompt_tokens, sampling)
+    engine = Engine(model, tokenizer, slots=1, capacity=capacity, quantize=quantize)
+    return engine.stream(prompt_tokens, sampling)

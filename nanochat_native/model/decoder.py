@@ -10,45 +10,64 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanochat_native import ops
+from nanochat_native.model import quantization
 from nanochat_native.model.gpt import GPT, SOFTCAP
+from nanochat_native.model.quantization import Quantization, check_quantization
 from nanochat_native.ops.cached_forward import to_device
+from nanochat_native.ops.quantization import quantize_rows
 from nanochat_native.ops.weight_copies import low_precision
 
 
 class Decoder:
     """The model for generation, without gradients: each sequence has a slot of a preallocated cache.
 
+    Args:
+        slots: Number of sequences.
+        capacity: Number of positions of a sequence.
+        quantize: "int8" keeps the matrices in int8, on a CPU; see model/quantization.py. None keeps them in the
+            model's compute_dtype.
+
     The weights are the model's own if they have its compute_dtype, otherwise copies: of a linear layer in training,
     those that the optimizer keeps (ops/weight_copies.py). The lambdas and the gate of smear, in float32, are always its
     own. See ops.cached_forward_.
 
-    On the native CPU backend, in float32, the logits of a token have the same bits whatever else is computed with it
-    and however its prompt was split. Elsewhere they may differ by rounding.
+    On the native CPU backend, in float32 and bfloat16, quantized or not, the logits of a token have the same bits
+    whatever else is computed with it and however its prompt was split. Elsewhere they may differ by rounding.
 
     Attributes:
-        cache: (n_layer, slots, capacity, 2 Hkv, D): keys, followed by values, of each position; zeros at first.
+        cache: (n_layer, slots, capacity, 2 Hkv, D): keys, followed by values, of each position; zeros at first. It has
+            the model's compute_dtype.
+
+    Raises ValueError as check_quantization does, and for weights that are not finite if they are to be quantized.
     """
 
-    def __init__(self, model: GPT, slots: int, capacity: int) -> None:
+    def __init__(self, model: GPT, slots: int, capacity: int, quantize: Quantization | None = None) -> None:
         config, device, dtype = model.config, model.wte.weight.device, model.compute_dtype
         self.device = device
+        wide = torch.promote_types(dtype, torch.float32)
         self._smear = config.smear
         self._tokens: dict[int, dict[int, int]] = defaultdict(dict)  # of each slot by position, for smear
 
-        blocks = []
-        for block in model.blocks:
-            a, mlp = block.attn, block.mlp
-            blocks += [_weight(m, dtype) for m in (a.c_q, a.c_k, a.c_v, a.c_proj, mlp.c_fc, mlp.c_proj)]
+        check_quantization(quantize, device)
+        *blocks, lm_head = quantization.matrices(model)
+        scales = list[Tensor]()
+        if quantize is None:
+            kept = [low_precision(weight, dtype).detach() for weight in (*blocks, lm_head)]
+            kept[-1] = kept[-1][: config.vocab_size]
+        else:
+            pairs = [quantize_rows(weight) for weight in (*blocks, lm_head[: config.vocab_size])]
+            kept, scales = [codes for codes, _ in pairs], [own for _, own in pairs]
         shape = (config.n_layer, slots, capacity, 2 * config.n_kv_head, config.head_dim)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
         self._forward: Callable[..., Tensor] = functools.partial(
             ops.cached_forward_,
             wte=_weight(model.wte, dtype),
-            blocks=blocks,
-            lm_head=_weight(model.lm_head, dtype)[: config.vocab_size],
+            blocks=kept[:-1],
+            lm_head=kept[-1],
+            scales=scales,
             windows=config.windows,
-            cos=model.cos[0, :, 0],  # float32 even if the weights are bfloat16, as in training
-            sin=model.sin[0, :, 0],
+            cos=model.cos[0, :, 0].to(wide),  # float32 even if the weights are bfloat16, as in training
+            sin=model.sin[0, :, 0].to(wide),
             cache=self.cache,
             softcap=SOFTCAP,
             qk_scale=config.qk_scale,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
 from nanochat_native.ops.attention import attention, reference_attention
-from nanochat_native.ops.dtypes import compute_dtype
+from nanochat_native.ops.dtypes import PARAM_DTYPES, compute_dtype
 
 EPS = torch.finfo(torch.float32).eps  # added to the mean square in every RMSNorm
 
@@ -40,6 +40,7 @@ def cached_forward_(
     previous: Sequence[int] = (),
     backout_lambda: Tensor | None = None,
     lengths: Sequence[int] = (),
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """Run the transformer of nanochat_native.model on further tokens of each of B sequences, with a cache.
 
@@ -69,9 +70,11 @@ def cached_forward_(
         previous: With smear_gate, B numbers: the token at the position before starts[b], -1 at position 0.
         backout_lambda: (1,). Before the last norm x -= lambda m, for the stream m after the block layers // 2.
         lengths: With tokens (N,), the number of tokens of each sequence, from 1; else empty.
+        scales: None, or one for each matrix of blocks and one for lm_head, (its rows,), float32 or wider. The matrices
+            are then int8, on the CPU, each row to be multiplied by its scale. See quantize_rows.
 
-    All tensors but tokens have wte's type and device, and are contiguous. cos, sin, smear_gate and the lambdas may be
-    of a wider type.
+    All tensors but tokens have wte's type and device, and are contiguous. If wte is bfloat16, cos, sin, smear_gate and
+    the lambdas are float32 in the kernel, and of either type elsewhere.
 
     Returns:
         The logits of each sequence's last token: (B, V), float32, or float64 for float64; (0, V) if not with_logits.
@@ -80,9 +83,10 @@ def cached_forward_(
         ValueError, TypeError: The arguments do not match.
         RuntimeError: A derivative is asked for.
 
-    For float32 on the CPU this is one call of one kernel: a token's logits have the same bits whatever it is batched
-    with, however its prompt was divided, and for every number of threads. Otherwise it is composed of torch's products
-    and `attention`, with a pass over the weights for each different length.
+    For float32 and bfloat16 on the CPU this is one call of one kernel: a token's logits have the same bits whatever it
+    is batched with, however its prompt was divided, and for every number of threads. The kernel computes in float32,
+    and with bfloat16 rounds keys and values alone. Otherwise it is composed of torch's products and `attention`, with a
+    pass over the weights for each different length.
     """
     lambdas: dict[str, Any] = {
         "resid_lambdas": resid_lambdas,
@@ -91,14 +95,15 @@ def cached_forward_(
         "smear_lambda": smear_lambda,
         "backout_lambda": backout_lambda,
     }
-    given = [part for part in (*value_gates, *value_tables, *lambdas.values()) if part is not None]
+    given = [part for part in (*value_gates, *value_tables, *lambdas.values(), *scales) if part is not None]
     modes.refuse("cached_forward_", tokens, wte, blocks, lm_head, cos, sin, cache, given)
     run: Callable[..., Tensor]
-    if tokens.device.type == "cpu" and wte.dtype == torch.float32 and backends.backend() == "native":
+    if tokens.device.type == "cpu" and wte.dtype in PARAM_DTYPES and backends.backend() == "native":
         backends.require_native()
         run = native_cached_forward_
     else:
         _check(tokens, slots, starts, lengths, wte, lm_head, cache)
+        _check_scales(wte, blocks, lm_head, scales)
         _check_parts(wte, cache, qk_scale, value_gates, value_tables, **lambdas)
         _check_previous(starts, previous, wte.size(0), with_smear=smear_gate is not None)
         run = partial(reference_cached_forward_, attention=attention)
@@ -120,6 +125,7 @@ def cached_forward_(
         value_tables=value_tables,
         previous=previous,
         lengths=lengths,
+        scales=scales,
         **lambdas,
     )
 
@@ -161,6 +167,22 @@ def _check(
             raise ValueError(
                 f"{op}: tokens must fit into {count} slots of {capacity} positions, "
                 f"got {length} tokens from position {start} of slot {slot}"
+            )
+
+
+def _check_scales(wte: Tensor, blocks: Sequence[Tensor], lm_head: Tensor, scales: Sequence[Tensor]) -> None:
+    """Check the types of the matrices, and their scales."""
+    op, matrices = "cached_forward_", (*blocks, lm_head)
+    if scales and wte.device.type != "cpu":
+        raise ValueError(f"{op}: int8 matrices must be on the CPU, the only device with a kernel for them, got scales")
+    if scales and len(scales) != len(matrices):
+        raise ValueError(f"{op}: scales must have {len(matrices)} entries or none, got {len(scales)}")
+    for place, matrix in enumerate(matrices):
+        name = "blocks" if place < len(blocks) else "lm_head"
+        checks.check_dtype(op, name, matrix, (torch.int8 if scales else wte.dtype,))
+        if scales and scales[place].shape != matrix.shape[:1]:
+            raise ValueError(
+                f"{op}: scales[{place}] must have shape {tuple(matrix.shape[:1])}, got {tuple(scales[place].shape)}"
             )
 
 
@@ -299,6 +321,7 @@ def _forward_of_one_length(
     smear_lambda: Tensor | None = None,
     previous: Sequence[int] = (),
     backout_lambda: Tensor | None = None,
+    scales: Sequence[Tensor] = (),
     attention: Callable[..., Tensor] = reference_attention,
 ) -> Tensor:
     T, device, (Hkv2, D) = tokens.size(1), tokens.device, cache.shape[3:]
@@ -330,6 +353,13 @@ def _forward_of_one_length(
         embedded = F.embedding(tokens, table).unflatten(-1, (-1, D)).to(wide)
         return (values.to(wide) + gates[..., None] * embedded).to(values.dtype)
 
+    def product(x: Tensor, place: int) -> Tensor:
+        """Multiply x by a matrix of blocks, or by lm_head, which follows them."""
+        w = blocks[place] if place < len(blocks) else lm_head
+        if not scales:
+            return x @ w.T
+        return ((x @ w.to(x.dtype).T).to(wide) * scales[place].to(wide)).to(x.dtype)
+
     def mixed(x: Tensor, x_scale: Tensor | float, other: Tensor, scale: Tensor) -> Tensor:
         return (x_scale * x.to(wide) + scale.to(wide) * other.to(wide)).to(x.dtype)
 
@@ -338,26 +368,25 @@ def _forward_of_one_length(
         x = smeared(x, smear_gate, smear_lambda)
     x0 = middle = x
     for layer, window in enumerate(windows):
-        q, k, v, out, fc, proj = blocks[6 * layer : 6 * layer + 6]
+        q, k, v, out, fc, proj = range(6 * layer, 6 * layer + 6)
         if resid_lambdas is not None and x0_lambdas is not None:
             x = mixed(x, resid_lambdas[layer].to(wide), x0, x0_lambdas[layer])
         h = norm(x)
-        values = (h @ v.T).unflatten(-1, (-1, D))
+        values = product(h, v).unflatten(-1, (-1, D))
         gate, table = (parts[layer] if parts else None for parts in (value_gates, value_tables))
         if gate is not None and table is not None:
             values = with_embeddings(values, h, gate, table)
-        cache[layer, slot[:, None], at] = torch.cat((rotated_norm(h @ k.T), values), dim=2)
-        keys, values = cache[layer].index_select(0, slot).split(Hkv2 // 2, dim=2)
-        attended = attention(rotated_norm(h @ q.T), keys, values, window=window, lengths=first + T)
-        x = x + attended.flatten(-2) @ out.T
-        x = x + (norm(x) @ fc.T).relu().square() @ proj.T
+        cache[layer, slot[:, None], at] = torch.cat((rotated_norm(product(h, k)), values), dim=2).to(cache.dtype)
+        keys, values = cache[layer].index_select(0, slot).to(wte.dtype).split(Hkv2 // 2, dim=2)
+        attended = attention(rotated_norm(product(h, q)), keys, values, window=window, lengths=first + T)
+        x = x + product(attended.flatten(-2), out)
+        x = x + product(product(norm(x), fc).relu().square(), proj)
         middle = x if layer == len(windows) // 2 else middle
     if not with_logits:
         return wte.new_empty((0, lm_head.size(0)))
     if backout_lambda is not None:
         x = mixed(x, 1.0, middle, -backout_lambda)
-    logits = norm(x[:, -1]) @ lm_head.T
-    logits = logits.to(wide)
+    logits = product(norm(x[:, -1]), len(blocks)).to(wide)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
@@ -389,7 +418,7 @@ def _fake(
     *parts: Any,
     **named_parts: Any,
 ) -> Tensor:
-    return wte.new_empty((len(slots) if with_logits else 0, lm_head.size(0)))
+    return wte.new_empty((len(slots) if with_logits else 0, lm_head.size(0)), dtype=compute_dtype(wte.dtype))
 
 
 schema.register("cached_forward_", _fake)

@@ -13,6 +13,7 @@ import torch
 from nanochat_native import ops
 from nanochat_native.ops import reference
 from nanochat_native.ops.linear import native_linear
+from nanochat_native.ops.quantization import quantize_rows
 from nanochat_native.ops.relu_squared import native_linear_backward_relu_squared, native_linear_relu_squared
 
 
@@ -242,8 +243,11 @@ def _cached_forward() -> tuple[Results, Results]:
         "previous": [-1, 7],
         "backout_lambda": torch.rand(1),
     }
+    pairs = [quantize_rows(matrix) for matrix in (*blocks, lm_head)]
+    codes, scales = [own for own, _ in pairs], [own for _, own in pairs]
+    small = {"blocks": codes[:-1], "lm_head": codes[-1], "scales": scales}
     tokens, ours, theirs = torch.randint(0, V, (2, 4)), list[torch.Tensor](), list[torch.Tensor]()
-    for arguments in (settings, settings | parts):
+    for arguments in (settings, settings | parts, settings | parts | small):
         for run, results in ((ops.cached_forward_, ours), (reference.cached_forward_, theirs)):
             own = cache.clone()
             results += [run(tokens, [2, 0], [0, 5], cache=own, **arguments), own]

@@ -6,6 +6,7 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -141,6 +142,14 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def check_quantize(quantize: str | None, device: torch.device) -> None:
+    """Raise ValueError for a quantization on another device than a CPU."""
+    if quantize is not None and device.type != "cpu":
+        raise ValueError(
+            f"--quantize {quantize} is for the kernel of the CPU and needs --device cpu, got {device.type}"
+        )
+
+
 def gpu_dtype(device: torch.device) -> torch.dtype:
     """Return the type of the activations on a GPU: bfloat16, or float16 on one without products in bfloat16."""
     with torch.cuda.device(device):
@@ -152,7 +161,13 @@ def has_float8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Return the precision in which models run: gpu_dtype on a GPU, float32 on a CPU."""
+def autocast(device: torch.device, dtype: Literal["float32", "bfloat16"] | None = None) -> torch.autocast:
+    """Return the precision in which models run: `dtype`, by default gpu_dtype on a GPU and float32 on a CPU.
+
+    Raises ValueError for bfloat16 on a GPU without products in it.
+    """
     is_gpu = device.type == "cuda"
-    return torch.autocast(device.type, gpu_dtype(device) if is_gpu else torch.bfloat16, enabled=is_gpu)
+    if is_gpu and dtype == "bfloat16" and gpu_dtype(device) != torch.bfloat16:
+        raise ValueError("--dtype must be float32 on a GPU without products in bfloat16, got bfloat16")
+    enabled = is_gpu if dtype is None else dtype != "float32"
+    return torch.autocast(device.type, gpu_dtype(device) if is_gpu else torch.bfloat16, enabled=enabled)

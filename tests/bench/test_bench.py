@@ -24,6 +24,7 @@ from nanochat_native.bench import (
     gpu_worker,
     measure,
     operators,
+    quantized_generation,
     results_io,
     step,
 )
@@ -204,8 +205,8 @@ def test_the_cpus_benchmarks_write_table_and_json(tmp_path, monkeypatch, capsys)
     assert "small" in capsys.readouterr().out
 
 
-def run_generation(path, monkeypatch):
-    monkeypatch.setattr(generation, "MIN_SPEEDUPS", {(1, 2): 1.0})
+def run_generation(path, monkeypatch, speedups=None):
+    monkeypatch.setattr(generation, "MIN_SPEEDUPS", {(1, 2): 1.0} if speedups is None else speedups)
     for name, size in (("V", 500), ("PROMPT", 5), ("NEW", 12)):
         monkeypatch.setattr(generation, name, size)
     monkeypatch.setattr(measure, "measure_limits", lambda: measure.Limits(1.0, 1.0))
@@ -231,6 +232,27 @@ def test_generation_against_transformers(tmp_path, monkeypatch, capsys):
         generation.check([[*range(9)], [1, 2, 3]], [[*range(9)], [1, 2, 4]])
     with pytest.raises(AssertionError, match="2 distinct tokens"):
         generation.check([[1, 2]], [[1, 2]])
+
+
+def test_generation_with_few_bits_against_float32(tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    cases = {(1, "bfloat16", None): 1.0, (1, "float32", "int8"): 1.0, (1, "bfloat16", "int8"): 1.0}
+    monkeypatch.setattr(quantized_generation, "MIN_SPEEDUPS", cases)
+    for name, size in (("V", 500), ("PROMPT", 5), ("NEW", 12)):
+        monkeypatch.setattr(quantized_generation, name, size)
+    status, result = run_generation(tmp_path / "result.json", monkeypatch, speedups={})
+    assert status == 0
+    assert [row["case"] for row in result["rows"]] == [
+        "d1 V 500 batch 1 bfloat16",
+        "d1 V 500 batch 1 float32 int8",
+        "d1 V 500 batch 1 bfloat16 int8",
+    ]
+    for row in result["rows"]:
+        assert row["ratio"] == row["theirs_ms"] / row["ours_ms"]
+    assert "this engine in float32" in capsys.readouterr().out
+    model = quantized_generation.random_model(1)
+    with pytest.raises(AssertionError, match="standard deviations below the best"):
+        quantized_generation.check(model, [1, 2], [7, 8, 9])
 
 
 def test_generation_is_left_out_without_transformers(tmp_path, monkeypatch, capsys):

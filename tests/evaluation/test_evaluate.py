@@ -29,6 +29,7 @@ from nanochat_native.inference.engine import complete
 from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
+from nanochat_native.model.quantization import round_weights_
 from nanochat_native.runs import checkpoint, run_folder
 from nanochat_native.runs.config import TrainConfig, resolve_defaults
 from nanochat_native.runs.saved_model import load_model
@@ -169,6 +170,7 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
         (["--checkpoint", run_dir, "--max-per-task", 5], "--max-per-task 5 requires --core FOLDER"),
         (["--checkpoint", run_dir, "--compare-step", 5], "--compare-step 5 requires --compare RUN"),
         (["--checkpoint", run_dir, "--compare", run_dir.parent / "none"], "no such run folder"),
+        (["--checkpoint", run_dir, "--compare", run_dir, "--quantize", "int8"], "--compare must not be given with"),
         (["--checkpoint", run_dir.parent / "none", "--core", run_dir], "r is not a CORE bundle: it has no core.yaml"),
         (["--checkpoint", run_dir.parent / "none", "--out", run_dir], "--out must be a new or an empty folder"),
     ):
@@ -178,6 +180,30 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert message in err
+
+
+def test_the_cost_of_quantization_is_that_of_rounded_weights(run_dir, capsys):
+    args = ["--checkpoint", run_dir, "--quantize", "int8"]
+    code, out, _ = command(capsys, *args, "--json")
+    assert code == 0
+    found = json.loads(out)
+    plain, small = found, found["compare"]
+    assert small["quantize"] == "int8"
+    assert found["difference"]["bpb"] == small["bpb"] - plain["bpb"] != 0
+    assert json.loads(command(capsys, "--checkpoint", run_dir, "--json")[1])["bpb"] == plain["bpb"]
+    model, tokenizer, _ = load_model(run_dir)
+    round_weights_(model, "int8")
+    corpus = prepare(str(run_dir.parent / "r.txt"), vocab_size=300, cache_dir=run_dir.parent / "cache")
+    text = torch.from_numpy(corpus.val.read(0, len(corpus.val)))
+    windows = [(text[i : i + 16][None], text[i + 1 : i + 17][None]) for i in range(0, len(text) - 1, 16)]
+    windows = [(x[:, : y.size(1)], y) for x, y in windows]
+    expected = bits_per_byte.measure_text(model, windows, tokenizer.token_bytes)
+    assert small["bpb"] == pytest.approx(expected.bpb, rel=1e-6)
+
+    code, out, _ = command(capsys, *args)
+    assert code == 0
+    assert f"B  {run_dir} step 5 int8 | {small['bpb']:.4f} bits per byte" in out
+    assert f"B - A  {small['bpb'] - plain['bpb']:+.4f} bits per byte" in out
 
 
 @pytest.fixture

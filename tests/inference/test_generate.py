@@ -15,6 +15,7 @@ from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.inference.engine import Engine, complete
 from nanochat_native.inference.sampling import Sampling, sample
 from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.decoder import Decoder
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.saved_model import load_model
 
@@ -271,6 +272,28 @@ def test_command_line(run_dir, capfd):
     assert of_first_step != printed
 
 
+@pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--quantize", "int8"]])
+def test_the_precision_of_the_weights_is_a_flag(run_dir, flags, capsys, monkeypatch):
+    made = []
+    own = Decoder.__init__
+
+    def record(self, *args, **settings):
+        own(self, *args, **settings)
+        made.append(self)
+
+    monkeypatch.setattr(Decoder, "__init__", record)
+    args = ["--checkpoint", str(run_dir), "--prompt", "def f", "--max-tokens", "5"]
+    assert generate.main([*args, *flags]) == 0
+    assert generate.main(args) == 0
+    small, plain = (decoder._forward.keywords["blocks"][0].dtype for decoder in made)
+    assert (small, plain) == (torch.bfloat16 if "bfloat16" in flags else torch.int8, torch.float32)
+    assert [decoder.cache.dtype for decoder in made] == [
+        torch.bfloat16 if "bfloat16" in flags else torch.float32,
+        torch.float32,
+    ]
+    assert capsys.readouterr().out.startswith("def f")
+
+
 @pytest.mark.parametrize("more", [0, 1])
 def test_what_outgrows_the_training_is_said_once(run_dir, tokenizer, capsys, more):
     tokens = CONFIG.sequence_len - 1 - len(tokenizer.encode("def f")) + more
@@ -317,6 +340,7 @@ def test_command_line_mistakes_are_one_line(run_dir, capsys):
         ),
         (["--checkpoint", run_dir, "--stop", "a", "\udcff"], "--stop must be text, got a lone surrogate"),
         (["--checkpoint", run_dir, "--stop", ""], "--stop must have strings that are not empty"),
+        (["--checkpoint", run_dir, "--quantize", "int4"], "'int4'"),
         (["--checkpoint", run_dir, "--step", "7"], "holds no checkpoint of step 7, but of 1, 2"),
     ):
         with use("torch"):

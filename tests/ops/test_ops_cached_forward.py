@@ -9,6 +9,7 @@ import torch
 from nanochat_native import ops
 from nanochat_native.model.gpt import SOFTCAP
 from nanochat_native.ops import reference
+from nanochat_native.ops.quantization import dequantize_rows, quantize_rows
 
 OPERATOR = torch.ops.nanochat_native.cached_forward_.default
 
@@ -27,6 +28,7 @@ class Shape(NamedTuple):
     capacity: int = 300
 
 
+KINDS = ("bfloat16", "int8", "bfloat16 int8")  # of the weights, beside float32
 SHAPES = {
     "heads": Shape(2, 2, 64, 512, 1000),
     "wide": Shape(3, 3, 128, 1536, 777, (None,)),
@@ -79,7 +81,7 @@ class Setting:
         return dataclasses.replace(self, cache=torch.full_like(self.cache, fill), tokens={})
 
     def exact(self):
-        """Return this setting in float64, with the cells of the cache."""
+        """Return this setting in float64, with the cells of the cache, which stays bfloat16 if it is."""
 
         def wide(value):
             if isinstance(value, list | tuple):
@@ -87,12 +89,27 @@ class Setting:
             return value.double() if isinstance(value, torch.Tensor) else value
 
         weights = {key: wide(value) for key, value in self.weights.items()}
-        return dataclasses.replace(self, weights=weights, cache=self.cache.double(), tokens=dict(self.tokens))
+        cache = self.cache.clone() if self.cache.dtype == torch.bfloat16 else self.cache.double()
+        return dataclasses.replace(self, weights=weights, cache=cache, tokens=dict(self.tokens))
+
+    def quantized(self):
+        """Return this setting with the matrices in int8."""
+        pairs = [quantize_rows(matrix) for matrix in (*self.weights["blocks"], self.weights["lm_head"])]
+        codes, scales = ([pair[i] for pair in pairs] for i in range(2))
+        weights = self.weights | {"blocks": codes[:-1], "lm_head": codes[-1], "scales": scales}
+        return dataclasses.replace(self, weights=weights)
+
+
+def of_kind(name, kind):
+    """Return a setting of one of KINDS."""
+    made = setting(name, torch.bfloat16 if "bfloat16" in kind else torch.float32)
+    return made.quantized() if "int8" in kind else made
 
 
 def setting(name, dtype=torch.float32):
     s = SHAPES[name]
     C, layers = s.H * s.D, len(s.windows)
+    wide = torch.promote_types(dtype, torch.float32)
 
     def matrix(*size):
         return (torch.randn(size, dtype=torch.float64) * size[-1] ** -0.5).to(dtype)
@@ -107,8 +124,8 @@ def setting(name, dtype=torch.float32):
         "blocks": blocks,
         "lm_head": 4 * matrix(s.V, C),
         "windows": list(s.windows),
-        "cos": torch.cat((angles, angles), -1).cos().to(dtype),
-        "sin": angles.sin().to(dtype),
+        "cos": torch.cat((angles, angles), -1).cos().to(wide),
+        "sin": angles.sin().to(wide),
     }
     if s.today:
         rows, channels = s.V + EXTRA_ROWS, s.Hkv * s.D
@@ -117,11 +134,11 @@ def setting(name, dtype=torch.float32):
             "qk_scale": 1.3,
             "value_gates": [2 * matrix(s.Hkv, min(12, C)) if own else None for own in embedded],
             "value_tables": [channels**0.5 * matrix(rows, channels) if own else None for own in embedded],
-            "resid_lambdas": (0.7 + 0.6 * torch.rand(layers, dtype=torch.float64)).to(dtype),
-            "x0_lambdas": (0.3 + torch.rand(layers, dtype=torch.float64)).to(dtype),
-            "smear_gate": 2 * matrix(1, min(24, C)),
-            "smear_lambda": torch.tensor([0.9], dtype=dtype),
-            "backout_lambda": torch.tensor([0.6], dtype=dtype),
+            "resid_lambdas": (0.7 + 0.6 * torch.rand(layers, dtype=torch.float64)).to(wide),
+            "x0_lambdas": (0.3 + torch.rand(layers, dtype=torch.float64)).to(wide),
+            "smear_gate": 2 * matrix(1, min(24, C)).to(wide),
+            "smear_lambda": torch.tensor([0.9], dtype=wide),
+            "backout_lambda": torch.tensor([0.6], dtype=wide),
         }
     cache = torch.zeros(layers, s.slots, s.capacity, 2 * s.Hkv, s.D, dtype=dtype)
     return Setting(s, weights, cache)
@@ -153,9 +170,52 @@ def test_matches_the_reference_in_float64(name, T):
         assert expected.std() > 0.1, "the weights do not show in the logits"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [1, 70])
 @pytest.mark.parametrize("name", SHAPES)
-def test_same_bits_for_every_division_of_a_prompt_batch_and_number_of_threads(name):
+def test_weights_of_few_bits_match_the_reference_in_float64(name, T, kind):
+    """A key or value may be rounded to the other of two neighbours in bfloat16, if it is close to their middle."""
+    mine = of_kind(name, kind)
+    exact = mine.exact()
+    prompts, next_tokens = tokens_of(mine.shape, 3, T), tokens_of(mine.shape, 3, 1)
+    slots, starts = [4, 0, 2], [T, T, T]
+    for run, s in ((ops.cached_forward_, mine), (reference.cached_forward_, exact)):
+        s.run(prompts, slots, [0, 0, 0], run, with_logits=False)
+    found = mine.run(next_tokens, slots, starts)
+    expected = exact.run(next_tokens, slots, starts, reference.cached_forward_)
+    assert found.dtype == torch.float32
+    loose = 5e-3 if "bfloat16" in kind else 1e-4
+    torch.testing.assert_close(found.double(), expected, atol=loose, rtol=loose)
+    torch.testing.assert_close(mine.cache.double(), exact.cache.double(), atol=loose, rtol=2 * loose)
+
+
+@pytest.mark.parametrize("name", ["grouped", "today_grouped"])
+def test_int8_computes_with_the_numbers_that_the_codes_stand_for(name):
     s = setting(name)
+    small = s.quantized()
+    *blocks, lm_head = [
+        dequantize_rows(codes, scales)
+        for codes, scales in zip(
+            (*small.weights["blocks"], small.weights["lm_head"]), small.weights["scales"], strict=True
+        )
+    ]
+    tokens = tokens_of(s.shape, 2, 9)
+    found = small.fresh().run(tokens, [0, 3], [0, 0])
+    plain = s.fresh().run(tokens, [0, 3], [0, 0])
+    torch.testing.assert_close(
+        found, s.fresh().run(tokens, [0, 3], [0, 0], blocks=blocks, lm_head=lm_head), atol=1e-4, rtol=1e-4
+    )
+    assert 1e-3 < (found - plain).abs().max() < 0.5
+
+
+FEW = ["heads", "odd", "today_grouped", "depth5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "float32") for name in SHAPES), *((name, kind) for name in FEW for kind in KINDS)]
+)
+def test_same_bits_for_every_division_of_a_prompt_batch_and_number_of_threads(name, kind):
+    s = of_kind(name, kind)
     length = 200 if name != "wide" else 140
     sequence = tokens_of(s.shape, length)
     whole = s.fresh()
@@ -298,7 +358,8 @@ def test_matches_where_it_is_composed_of_other_operators(dtype, name):
     s = setting(name, dtype)
     exact = s.exact()
     tokens = tokens_of(s.shape, 2, 40)
-    found = s.run(tokens, [3, 1], [0, 9])
+    with ops.use_backend("native" if dtype == torch.float64 else "torch"):
+        found = s.run(tokens, [3, 1], [0, 9])
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = exact.run(tokens, [3, 1], [0, 9], reference.cached_forward_)
     torch.testing.assert_close(found.double(), expected, atol=1e-9 if dtype == torch.float64 else 0.5, rtol=0.02)
@@ -334,20 +395,20 @@ def test_every_part_shows_in_the_logits(part, run):
 
 
 def test_schema_fake_and_version_of_the_cache():
-    for name in ("grouped", "today_grouped"):
-        s = setting(name)
+    for name, kind in (("grouped", "float32"), ("today_grouped", "float32"), ("grouped", "bfloat16 int8")):
+        s = of_kind(name, kind)
         w = dict.fromkeys(("resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda"))
-        w |= {"qk_scale": 1.0, "value_gates": [], "value_tables": []} | s.weights
+        w |= {"qk_scale": 1.0, "value_gates": [], "value_tables": [], "scales": []} | s.weights
         windows = [-1 if window is None else window for window in s.shape.windows]
         arguments = (torch.tensor([[1, 2]]), [0], [9], w["wte"], w["blocks"], w["lm_head"], windows, w["cos"], w["sin"])
         parts = [w[key] for key in ("qk_scale", "value_gates", "value_tables", "resid_lambdas", "x0_lambdas")]
         parts += [w["smear_gate"], w["smear_lambda"], [3] if s.shape.today else [], w["backout_lambda"]]
-        parts.append([])
+        parts += [[], w["scales"]]
         utils = ("test_schema", "test_faketensor")
         torch.library.opcheck(OPERATOR, (*arguments, s.cache, SOFTCAP, True, *parts), test_utils=utils)
         before = [3, 4] if s.shape.today else []
         several = (torch.tensor([1, 2, 3]), [0, 2], [9, 4], *arguments[3:], s.cache, SOFTCAP, True)
-        torch.library.opcheck(OPERATOR, (*several, *parts[:-3], before, parts[-2], [1, 2]), test_utils=utils)
+        torch.library.opcheck(OPERATOR, (*several, *parts[:-4], before, parts[-3], [1, 2], parts[-1]), test_utils=utils)
         version = s.cache._version
         s.run([[1]], [0], [0])
         assert s.cache._version > version
@@ -415,6 +476,25 @@ def test_bad_arguments_are_refused(name, change, error):
     arguments[name] = change(arguments[name])
     with pytest.raises(error, match="cached_forward_"):
         ops.cached_forward_(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scales": ()}, TypeError, "(blocks|lm_head) must (have dtype|be)"),
+        ({"scales": lambda t: t[:-1]}, ValueError, "scales must have 13 entries or none, got 12"),
+        ({"scales": lambda t: [t[0][:-1], *t[1:]]}, ValueError, r"scales(\[0\])? must have shape"),
+        ({"lm_head": lambda t: t.float()}, TypeError, "lm_head must (have dtype|be)"),
+        ({"blocks": lambda t: [*t[:-1], t[-1].float()]}, TypeError, "blocks must (have dtype|be)"),
+    ],
+    ids=["none", "too_few", "too_short", "head", "block"],
+)
+def test_matrices_and_scales_that_do_not_fit_are_refused(backend, change, error, message):
+    s = setting("heads").quantized()
+    changes = {name: new(s.weights[name]) if callable(new) else new for name, new in change.items()}
+    with ops.use_backend(backend), pytest.raises(error, match=f"cached_forward_: {message}"):
+        s.run([[1]], [0], [0], **changes)
 
 
 ONE = torch.ones(1)
