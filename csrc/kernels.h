@@ -45,8 +45,8 @@ struct AttentionShape {
 
 struct AttentionForward {
     AttentionShape shape;
-    // CPU: float32 | float64 | bfloat16 (computed in float32, but that avx512_bf16 and amx multiply in bfloat16 with
-    // float32 sums); CUDA: bfloat16 | float16
+    // CPU: float32 | float64 | bfloat16 (computed in float32; avx512_bf16 and amx multiply bfloat16 numbers and add in
+    // float32); CUDA: bfloat16 | float16
     DType dtype;
     const void* q;   // (B, Tq, H, D)
     const void* k;   // (B, Tk, Hkv, D)
@@ -350,7 +350,7 @@ struct NewtonSchulz {
 namespace cpu {
 
 // Name of the instruction set that the kernels run on: "amx", "avx512_bf16", "avx512", "avx2" or "baseline". The
-// environment variable NANOCHAT_CPU_ISA lowers it. Throws if the variable names a set that is unknown or that this processor lacks.
+// environment variable NANOCHAT_CPU_ISA selects another. Throws if the variable names a set that is unknown or that this processor lacks.
 const char* instruction_set();
 
 void attention_forward(const AttentionForward&);

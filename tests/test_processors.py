@@ -72,7 +72,7 @@ TOUCHED = {
     MODEL: "(golden or plain or bits or autocast or whole) and not scores",
     ("lab/test_memory.py",): "scratch and hybrid or trainers and flags0",
     ("model/test_model.py", "ops/test_ops_linear_cross_entropy.py"): "autocast or reference",
-    PRODUCTS_OF_OURS: "bfloat16 or match or windows or autocast",
+    PRODUCTS_OF_OURS: "bfloat16",
 }
 *OURS, MEMORY, PRODUCTS, _ = TOUCHED
 # Without AVX-512 oneDNN has no products of bfloat16, whatever its bound; with it, it has nothing else that is touched.

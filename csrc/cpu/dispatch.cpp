@@ -19,16 +19,18 @@
 // Every kernel and its struct of arguments: those with code for AMX, and the others.
 #define NANOCHAT_FOR_EACH_TILE_KERNEL(use)                                              \
     use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward) \
-        use(newton_schulz, NewtonSchulz) use(linear_cross_entropy, cpu::LinearCrossEntropy) use(linear, cpu::Linear)
-#define NANOCHAT_FOR_EACH_OTHER_KERNEL(use)                                                                          \
-    use(rms_norm, RMSNorm) use(rms_norm_backward, RMSNormBackward) use(embedding_rms_norm, EmbeddingRMSNorm)         \
-        use(mix_rms_norm, MixRMSNorm) use(mix_rms_norm_backward, MixRMSNormBackward)                                 \
-            use(add_value_embedding, AddValueEmbedding) use(add_value_embedding_backward, AddValueEmbeddingBackward) \
-                use(smear, Smear) use(smear_backward, SmearBackward) use(rotary_norm, RotaryNorm)                    \
-                    use(rotary_norm_backward, RotaryNormBackward) use(relu_squared, ReluSquared)                     \
-                        use(relu_squared_backward, ReluSquaredBackward) use(adamw, AdamW)                            \
-                            use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)                            \
-                                use(normuon_update, NorMuonUpdate) use(cached_forward, cpu::CachedForward)
+        use(linear_cross_entropy, cpu::LinearCrossEntropy)
+#define NANOCHAT_FOR_EACH_OTHER_KERNEL(use)                                                              \
+    use(newton_schulz, NewtonSchulz) use(linear, cpu::Linear) use(rms_norm, RMSNorm)                     \
+        use(rms_norm_backward, RMSNormBackward) use(embedding_rms_norm, EmbeddingRMSNorm)                \
+            use(mix_rms_norm, MixRMSNorm) use(mix_rms_norm_backward, MixRMSNormBackward)                 \
+                use(add_value_embedding, AddValueEmbedding)                                              \
+                    use(add_value_embedding_backward, AddValueEmbeddingBackward) use(smear, Smear)       \
+                        use(smear_backward, SmearBackward) use(rotary_norm, RotaryNorm)                  \
+                            use(rotary_norm_backward, RotaryNormBackward) use(relu_squared, ReluSquared) \
+                                use(relu_squared_backward, ReluSquaredBackward) use(adamw, AdamW)        \
+                                    use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)        \
+                                        use(normuon_update, NorMuonUpdate) use(cached_forward, cpu::CachedForward)
 #define NANOCHAT_FOR_EACH_KERNEL(use)  \
     NANOCHAT_FOR_EACH_TILE_KERNEL(use) \
     NANOCHAT_FOR_EACH_OTHER_KERNEL(use)
@@ -69,7 +71,8 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// The kernel of Linux saves the tiles only of processes that ask for it (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA).
+// The kernel of Linux saves the tiles only of processes that ask for it (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA). From
+// then on it refuses signal stacks that are too small for them.
 bool has_amx() {
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -84,9 +87,9 @@ bool has_amx() {
      .supported = supported_,                                              \
      .attention_forward = isa::attention_forward,                          \
      .attention_backward = isa::attention_backward,                        \
-     .newton_schulz = isa::newton_schulz,                                  \
      .linear_cross_entropy = isa::linear_cross_entropy,                    \
-     .linear = isa::linear,                                                \
+     .newton_schulz = others::newton_schulz,                               \
+     .linear = others::linear,                                             \
      .rms_norm = others::rms_norm,                                         \
      .rms_norm_backward = others::rms_norm_backward,                       \
      .embedding_rms_norm = others::embedding_rms_norm,                     \
@@ -116,7 +119,9 @@ const Kernels kKernels[] = {
 
 // On Intel's processors the products of avx512_bf16 are slower than those of float32: 88 against 148 GFLOP/s (MKL) on one
 // core of a Xeon with AMX.
-bool pays(const Kernels& kernels) { return kernels.linear != avx512_bf16::linear || !__builtin_cpu_is("intel"); }
+bool pays(const Kernels& kernels) {
+    return kernels.attention_forward != avx512_bf16::attention_forward || !__builtin_cpu_is("intel");
+}
 
 const Kernels& choose() {
     const char* wanted = std::getenv("NANOCHAT_CPU_ISA");
@@ -126,7 +131,7 @@ const Kernels& choose() {
         if (kernels.supported()) return kernels;
         if (asked)
             throw std::invalid_argument(std::string("NANOCHAT_CPU_ISA=") + wanted +
-                                        ": this processor does not have it");
+                                        ": this processor does not have it, or its operating system does not allow it");
     }
     throw std::invalid_argument(
         std::string("NANOCHAT_CPU_ISA must be amx, avx512_bf16, avx512, avx2 or baseline, got ") + wanted);

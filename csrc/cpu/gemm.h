@@ -116,25 +116,24 @@ enum class Epilogue {
     relu_squared_backward,   // c = 2 sqrt(epilogue_y) c
 };
 
-// C = alpha * A B + beta * S, for each matrix of a batch. C is row-major, and so is B here (not in gemm16.h). `lower`: the result is known to be
+// C = alpha * A B + beta * S, for each matrix of a batch. B and C are row-major. `lower`: the result is known to be
 // symmetric; only its lower triangle is computed, and mirrored. C may be S, but neither A nor B. The result does not
 // depend on the number of threads. All is computed in T; A, B, and C with S may be stored in other types.
 template <class T, class A = T, class B = T, class C = T, Epilogue epilogue = Epilogue::none>
 struct Product {
     int64_t M, N, K;
-    const A* a = nullptr;
-    int64_t a_stride = 0;
-    Layout a_layout = Layout::rows;
-    const B* b = nullptr;
-    int64_t b_stride = 0;
-    C* c = nullptr;
-    int64_t c_stride = 0;
+    const A* a;
+    int64_t a_stride;
+    Layout a_layout;
+    const B* b;
+    int64_t b_stride;
+    C* c;
+    int64_t c_stride;
     T alpha = 1;
     T beta = 0;
     const C* source = nullptr;
     int64_t source_stride = 0;
     bool lower = false;
-    Layout b_layout = Layout::rows;   // by columns, B(k, j) is b[j * stride + k]
     int64_t batch = 1;
     int64_t a_batch = 0, b_batch = 0, c_batch = 0, source_batch = 0;   // elements from one of the batch to the next
     const C* epilogue_y = nullptr;                                     // laid out as C

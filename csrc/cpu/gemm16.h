@@ -48,7 +48,7 @@ NANOCHAT_INLINE Pairs load_pairs(const bfloat16* p) {
 }
 NANOCHAT_INLINE void store_pairs(bfloat16* p, Pairs x) { __builtin_memcpy(p, &x, sizeof x); }
 
-// The 16 numbers as bfloat16, rounded to nearest even.
+// The 16 numbers as bfloat16, rounded to nearest even. The instruction takes denormals for zeros, as the products do.
 NANOCHAT_INLINE Halves narrow(Sums x) {
 #if defined(__AVX512BF16__)
     return __builtin_bit_cast(Halves, _mm512_cvtneps_pbh(__builtin_bit_cast(__m512, x)));
@@ -140,8 +140,8 @@ NANOCHAT_INLINE int64_t packed_size(int64_t count, int64_t depth) {
     return round_up(count, kBlock16) * round_up(depth, kBlock16Depth);
 }
 
-// Packs rows (of A) or columns (of B) [i, i + count) and [k, k + depth). The numbers of at least one block are written:
-// zeros if there are none.
+// Packs rows (of A) or columns (of B) [i, i + count) and [k, k + depth). At least one block is written; with no numbers it
+// is zeros.
 template <bool as_b, class S>
 void pack(const Operand<S>& x, int64_t i, int64_t count, int64_t k, int64_t depth, bfloat16* to) {
     for (int64_t r = 0; r < count || r == 0; r += kBlock16)
@@ -270,94 +270,42 @@ NANOCHAT_INLINE void multiply_packed(Packed p, int64_t rows, int64_t columns, fl
     }
 }
 
+// c (16 rows, 16 columns; in blocks) = A B, or += with `accumulate`; A and B are packed `depth` deep.
+NANOCHAT_INLINE void multiply_deep(const bfloat16* a, const bfloat16* b, int64_t depth, int64_t rows, int64_t columns,
+                                   float* c, int64_t c_stride, bool accumulate) {
+    const int64_t size = packed_size(kBlock16, depth);
+    for (int64_t k = 0; k < depth || k == 0; k += kDepth16) {
+        const int64_t blocks_deep = ceil_div(minimum(kDepth16, depth - k), kBlock16Depth);
+        multiply_packed({a + k * kBlock16, size, b + k * kBlock16, size, blocks_deep}, rows, columns, c, c_stride,
+                        accumulate || k > 0);
+    }
+}
+
 // Rows and columns of the sums that a thread holds in its L2 while it multiplies.
 constexpr int64_t kItemRows = 128, kItemColumns = 512;
-// Bytes of one thread's scratch: the sums and a block of A.
-constexpr int64_t kScratch16 = 4 * kItemRows * kItemColumns + 2 * kItemRows * kDepth16;
+constexpr int64_t kScratch16 = 4 * kItemRows * kItemColumns;   // bytes of one thread's scratch
 
-// Writes c = alpha * sums + beta * source after the epilogue, for rows x columns at (row, column) of one product. With
-// `lower`, only what is on or below the diagonal, and its mirror image.
-template <class C, Epilogue epilogue>
-void store_product(const Product<float, bfloat16, bfloat16, C, epilogue>& p, int64_t index, const float* sums,
-                   int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    constexpr int W = kLanes<float>;
-    C* c = p.c + index * p.c_batch;
-    const C* source = p.source ? p.source + index * p.source_batch : nullptr;
-    for (int64_t r = row; r < row + rows; r++) {
-        const float* from = sums + (r - row) * kItemColumns - column;
-        const int64_t end = p.lower ? minimum(column + columns, r + 1) : column + columns;
-        const C *y = p.epilogue_y + r * p.c_stride, *added = source ? source + r * p.source_stride : nullptr;
-        C* to = c + r * p.c_stride;
-        int64_t j = column;
-        for (; j + W <= end; j += W) {
-            Vec<float> x = load(from + j) * p.alpha;
-            if (added) x += load(added + j) * p.beta;
-            store(to + j, after_epilogue<epilogue, float>(x, y, j));
-        }
-        for (; j < end; j++) {
-            float x = from[j] * p.alpha;
-            if (added) x += read(added + j) * p.beta;
-            write(to + j, after_epilogue<epilogue, float>(x, y, j));
-        }
-        if (p.lower)
-            for (j = column; j < end; j++) c[j * p.c_stride + r] = to[j];
-    }
-}
-
-// Packs B of each product of the batch to packed_size(N, K) elements each. All threads of the enclosing parallel region
-// call this and multiply_team16 together; both end with a barrier.
-template <class C, Epilogue epilogue>
-void pack_team16(const Product<float, bfloat16, bfloat16, C, epilogue>& p, bfloat16* packed_b) {
-    const int64_t panels = ceil_div(p.N, kBlock16);
-#pragma omp for
-    for (int64_t item = 0; item < p.batch * panels; item++) {
-        const int64_t column = item % panels * kBlock16;
-        const Operand<bfloat16> b{p.b + item / panels * p.b_batch, p.b_stride,
-                                  p.b_layout == Layout::rows ? Layout::columns : Layout::rows};
-        pack<true>(b, column, minimum(kBlock16, p.N - column), 0, p.K, packed_b + item * packed_size(kBlock16, p.K));
-    }
-}
-
-// Multiplies with B as packed by pack_team16. scratch: kScratch16 bytes of this thread, which is in a TileScope. packed_a:
-// A (M, K), packed, or null: it is packed here. The result does not depend on the number of threads.
-template <class C, Epilogue epilogue>
-void multiply_team16(const Product<float, bfloat16, bfloat16, C, epilogue>& p, int threads, const bfloat16* packed_b,
-                     char* scratch, const bfloat16* packed_a = nullptr) {
-    const int64_t panel_size = packed_size(kBlock16, p.K), strips = ceil_div(p.N, kItemColumns);
+// c (M, N), row-major, = A B, for packed A (M, K) and B (K, N). All threads of the enclosing parallel region call this
+// together, each in a TileScope and with kScratch16 bytes of its own in `sums`; it ends with a barrier. The result does
+// not depend on the number of threads.
+inline void multiply_team16(int64_t M, int64_t N, int64_t K, const bfloat16* a, const bfloat16* b, bfloat16* c,
+                            int threads, float* sums) {
+    const int64_t strips = ceil_div(N, kItemColumns);
     int64_t item_rows = kItemRows;
-    while (item_rows > 32 && p.batch * strips * ceil_div(p.M, item_rows) < 4 * threads) item_rows /= 2;
-    const int64_t blocks = ceil_div(p.M, item_rows);
-    float* sums = reinterpret_cast<float*>(scratch);
-    bfloat16* block_of_a = reinterpret_cast<bfloat16*>(sums + kItemRows * kItemColumns);
-    // From the last rows up, because the longest rows of a lower triangle come first.
+    while (item_rows > 32 && strips * ceil_div(M, item_rows) < 4 * threads) item_rows /= 2;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < p.batch * blocks * strips; item++) {
-        const int64_t index = item / (blocks * strips);
-        const int64_t row = (blocks - 1 - item / strips % blocks) * item_rows, column = item % strips * kItemColumns;
-        const int64_t rows = minimum(item_rows, p.M - row);
-        const int64_t end = p.lower ? minimum(p.N, row + rows) : p.N;
-        const int64_t columns = minimum(kItemColumns, end - column);
-        if (columns <= 0) continue;
-        const bfloat16* b = packed_b + (index * ceil_div(p.N, kBlock16) + column / kBlock16) * panel_size;
-        for (int64_t k = 0; k < p.K || k == 0; k += kDepth16) {
-            const int64_t depth = minimum(kDepth16, p.K - k);
-            Packed packed = {
-                .a = block_of_a,
-                .a_strip = packed_size(kBlock16, depth),
-                .b = b + k * kBlock16,
-                .b_panel = panel_size,
-                .depth = ceil_div(depth, kBlock16Depth),
-            };
-            if (packed_a) {
-                packed.a_strip = panel_size;
-                packed.a = packed_a + row / kBlock16 * panel_size + k * kBlock16;
-            } else {
-                pack<false>(Operand<bfloat16>{p.a + index * p.a_batch, p.a_stride, p.a_layout}, row, rows, k, depth,
-                            block_of_a);
-            }
-            multiply_packed(packed, ceil_div(rows, kBlock16), ceil_div(columns, kBlock16), sums, kItemColumns, k > 0);
+    for (int64_t item = 0; item < strips * ceil_div(M, item_rows); item++) {
+        const int64_t row = item / strips * item_rows, column = item % strips * kItemColumns;
+        const int64_t rows = minimum(item_rows, M - row), columns = minimum(kItemColumns, N - column);
+        multiply_deep(a + packed_size(row, K), b + packed_size(column, K), K, ceil_div(rows, kBlock16),
+                      ceil_div(columns, kBlock16), sums, kItemColumns, false);
+        for (int64_t r = 0; r < rows; r++) {
+            const float* from = sums + r * kItemColumns;
+            bfloat16* to = c + (row + r) * N + column;
+            int64_t j = 0;
+            for (; j + kLanes<float> <= columns; j += kLanes<float>) store(to + j, load(from + j));
+            for (; j < columns; j++) write(to + j, from[j]);
         }
-        store_product(p, index, sums, row, rows, column, columns);
     }
 }
 

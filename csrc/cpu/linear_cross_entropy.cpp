@@ -2,7 +2,7 @@
 //
 // For a chunk of R rows the transposed logits Z (V, R) = W X^T are formed, so that rows of the batch lie along the
 // vector lanes. Maxima and sums over the vocabulary then need no work across lanes, and all three products read their
-// operands in place:
+// operands in place (but for those of bfloat16, which gemm16.h multiplies packed):
 //   Z = W X^T,   dW += dZ X,   dX = dZ^T W.
 // dZ = g (softmax(z) - onehot) (1 - (z / softcap)^2) replaces Z in place. Sums over the vocabulary run in blocks of
 // fixed size and order.
@@ -57,12 +57,16 @@ struct ChunkOfLogits {
 
     const cpu::LinearCrossEntropy& args;
     const int64_t N = args.N, C = args.C, V = args.V;
-    const int64_t R = chunk_rows<T>(N, V);   // rows of a chunk; the last chunk may have fewer
+    const int64_t R;   // rows of a chunk; the last chunk may have fewer
     const int64_t blocks = ceil_div(V, kBlockRows);
     const T softcap = static_cast<T>(args.softcap), inverse = softcap > 0 ? 1 / softcap : 0;
     T* z = nullptr;                                                    // (V, R), rows padded to a multiple of 16
     T *block_max = nullptr, *block_sum = nullptr;                      // (blocks, R)
     T *lse = nullptr, *target_logit = nullptr, *row_scale = nullptr;   // (R,)
+
+    // `multiple`: R is a multiple of it.
+    explicit ChunkOfLogits(const cpu::LinearCrossEntropy& args, int64_t multiple = 1)
+        : args(args), R(round_up(chunk_rows<T>(args.N, args.V), multiple)) {}
 
     void carve_logits(cpu::Arena& arena) {
         z = arena.take<T>(round_up(V, 16) * R);
@@ -132,7 +136,7 @@ struct LossAndGradients : ChunkOfLogits<T> {
     T *x_chunk = nullptr, *grad_x_chunk = nullptr;   // (R, C), copies in T
     T* scratch = nullptr;                            // (threads, kScratch)
 
-    explicit LossAndGradients(const cpu::LinearCrossEntropy& args) : Base{args} {}
+    explicit LossAndGradients(const cpu::LinearCrossEntropy& args) : Base(args) {}
 
     size_t carve_workspace(cpu::Arena arena) {
         this->carve_logits(arena);
@@ -284,7 +288,7 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
     float* grad_weight = nullptr;                                 // (V, C), rows `stride` apart
     char* scratch = nullptr;
 
-    explicit LossAndGradients16(const cpu::LinearCrossEntropy& args) : ChunkOfLogits<float>{args} {}
+    explicit LossAndGradients16(const cpu::LinearCrossEntropy& args) : ChunkOfLogits<float>(args, kBlock16) {}
 
     size_t carve_workspace(cpu::Arena arena) {
         carve_logits(arena);
@@ -325,23 +329,12 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
                        x_rows + packed_size(c, rows));
     }
 
-    // c (16 rows, 16 columns; in blocks) = A B, or += with `accumulate`; A and B are packed `depth` deep.
-    static void multiply(const bfloat16* a, const bfloat16* b, int64_t depth, int64_t rows, int64_t columns, float* c,
-                         int64_t c_stride, bool accumulate) {
-        const int64_t size = packed_size(kBlock16, depth);
-        for (int64_t k = 0; k < depth || k == 0; k += kDepth16) {
-            const int64_t blocks_deep = ceil_div(minimum(kDepth16, depth - k), kBlock16Depth);
-            multiply_packed({a + k * kBlock16, size, b + k * kBlock16, size, blocks_deep}, rows, columns, c, c_stride,
-                            accumulate || k > 0);
-        }
-    }
-
     void compute_logits() const {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            multiply(weight_rows + packed_size(v0, C), x_columns, C, ceil_div(count, kBlock16), R / kBlock16,
-                     z + v0 * R, R, false);
+            multiply_deep(weight_rows + packed_size(v0, C), x_columns, C, ceil_div(count, kBlock16), R / kBlock16,
+                          z + v0 * R, R, false);
             reduce_block(block);
         }
     }
@@ -359,22 +352,15 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
                                 dz_columns + packed_size(r, V) + v0 * kBlock16);
             if (!args.grad_weight) continue;
             pack<false>(Operand<float>{z, R, Layout::rows}, v0, count, 0, rows, own);
-            multiply(own, x_rows, rows, ceil_div(count, kBlock16), stride / kBlock16, grad_weight + v0 * stride, stride,
-                     n0 > 0);
+            multiply_deep(own, x_rows, rows, ceil_div(count, kBlock16), stride / kBlock16, grad_weight + v0 * stride,
+                          stride, n0 > 0);
         }
     }
 
     // dX = dZ^T W
     void compute_grad_x(int64_t n0, int64_t rows) const {
-        const Product<float, bfloat16, bfloat16, bfloat16> product = {
-            .M = rows,
-            .N = C,
-            .K = V,
-            .c = static_cast<bfloat16*>(args.grad_x) + n0 * C,
-            .c_stride = C,
-        };
-        multiply_team16(product, args.execution.threads, weight_columns, scratch + omp_get_thread_num() * kScratch16,
-                        dz_columns);
+        multiply_team16(rows, C, V, dz_columns, weight_columns, static_cast<bfloat16*>(args.grad_x) + n0 * C,
+                        args.execution.threads, reinterpret_cast<float*>(scratch + omp_get_thread_num() * kScratch16));
     }
 
     void write_grad_weight() const {

@@ -254,13 +254,12 @@ def download(plan: Plan, say: Callable[[str], None]) -> None:
                 _unpack(plan.folder / file.path)
         _add_to_list(plan, plan.missing)
         return
-    # A part of the files at a time, so that an end in the middle keeps what was checked. The shard for validation comes
-    # first: a training that starts while the others come then holds out the right one.
-    first = 1 if plan.dataset.last_validates else 0
-    missing = plan.missing[-first:] + plan.missing[:-first] if first else plan.missing
-    for part in (missing[:first], *(missing[i : i + 8] for i in range(first, len(missing), 8))):
-        if not part:
-            continue
+    # A part of the files at a time, so that an end in the middle keeps what was checked. The shard for validation,
+    # the last one, comes first: a training that starts before the others are there then holds out the right one.
+    missing = plan.missing
+    first = int(plan.dataset.last_validates and missing[-1:] == plan.files[-1:])
+    missing = missing[len(missing) - first :] + missing[: len(missing) - first]
+    for part in filter(None, (missing[:first], *(missing[i : i + 8] for i in range(first, len(missing), 8)))):
         _attempts(functools.partial(_fetch_from_hub, plan, part), say)
         for file in part:
             _check(plan, file)

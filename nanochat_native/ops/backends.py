@@ -3,7 +3,7 @@
 `use_backend("native" | "torch")` chooses the backend. These environment variables, read at the start, choose too:
     NANOCHAT_NATIVE_BACKEND=native|torch     the backend that a process starts with; native by default
     NANOCHAT_CPU_ISA=amx|avx512_bf16|avx512|avx2|baseline
-                                             the instruction set of the CPU kernels; by default the newest available
+                                             the instruction set of the CPU kernels; by default the fastest available
     NANOCHAT_CUDA_ISA=sm_90a|sm_80           that of the CUDA kernels that have a choice; likewise
     NANOCHAT_LINEAR=auto|native|torch        the product of `linear` in float32 on a CPU; auto takes the faster one
 The CUDA kernel of `linear_cross_entropy` and the models of its memory and time read one more at each call:

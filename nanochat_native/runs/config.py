@@ -548,6 +548,9 @@ class FinetuneConfig(ChatTrainConfig):
         return self.cut == "turns" or (self.cut == "auto" and self.packing == "best-fit")
 
 
+MOST_CONVERSATIONS = 10**9  # that one pass has of one file
+
+
 class MixtureEntry(NamedTuple):
     """A value of --mix. amount: of times that a pass has its conversations, or, with by_weight, of its conversations
     for each one of --data."""
@@ -558,7 +561,13 @@ class MixtureEntry(NamedTuple):
 
     def epochs(self, own: int, of_data: int) -> float:
         """Return how often a pass has its `own` conversations, if it has those of --data, `of_data`, once."""
-        return self.amount * of_data / own if self.by_weight else self.amount
+        times = self.amount * of_data / max(own, 1) if self.by_weight else self.amount
+        if times * own > MOST_CONVERSATIONS:
+            raise ConfigError(
+                f"--mix {self.path}: a pass would have {times * own:.3g} conversations of it, "
+                f"and {MOST_CONVERSATIONS:,} is the most"
+            )
+        return times
 
 
 def mixture_entry(entry: str) -> MixtureEntry:
@@ -570,7 +579,7 @@ def mixture_entry(entry: str) -> MixtureEntry:
         amount = float(number)
     except ValueError:
         amount = math.nan
-    if not path or not 0 < amount < math.inf:
+    if not path or not 0 < amount < math.inf or re.search(":(epochs|weight)=", path):
         raise ConfigError(
             f"--mix must be PATH, PATH:epochs=N or PATH:weight=W with a finite number N or W > 0, got {entry!r}"
         )

@@ -1,5 +1,6 @@
 """Builds files of kernels for the host (plain, or with a sanitizer), as PTX, or for a GPU, and calls their entries."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -303,8 +304,9 @@ class Program:
         process = self._process(report)
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(f"{calls}\n{results}\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its output ends too
+            process.stdin.write(f"{calls}\n{results}\n")
+            process.stdin.flush()
         if not select.select([process.stdout], [], [], HANGS)[0]:
             self.stop()
             raise TimeoutError(f"{entry} takes longer than {HANGS} s")

@@ -90,6 +90,16 @@ def test_windows(window):
     assert_close_to_reference(q, k, v, torch.randn_like(q), window=window)
 
 
+@pytest.mark.parametrize("window", [None, 0, 1, 31, 32, 33, 127, 255, 256, 257])
+@pytest.mark.parametrize(
+    ("Tq", "Tk"), [(5, 5), (16, 100), (17, 64), (63, 300), (65, 65), (129, 530), (300, 300), (40, 20)]
+)
+def test_sizes_and_windows_in_bfloat16(Tq, Tk, window):
+    """The blocks of products of bfloat16 (gemm16.h) have 16, 32, 64, 128 and 256 rows or columns."""
+    q, k, v = inputs(1, Tq, Tk, 2, 1, 24, torch.bfloat16)
+    assert_close_to_reference(q, k, v, torch.randn_like(q), window=window)
+
+
 @pytest.mark.parametrize("window", [None, 0, 5])
 @pytest.mark.parametrize("Tq", range(1, 9))
 def test_decoding_against_a_cache(Tq, window):

@@ -211,6 +211,13 @@ def test_a_weight_is_the_number_of_conversations_for_each_one_of_the_first_file(
     assert "made-up examples: 600 conversations, 0.1 times, are 60 of a pass" in made.corpus.notes
 
 
+@pytest.mark.parametrize("amount", ["epochs=1e308", "weight=1e9"])
+def test_a_pass_without_bound_is_refused(base, capsys, amount):
+    other = write(base / "other.jsonl", [chat(f"other {n}", "word") for n in range(10)])
+    assert run(base, "bad", mix=(f"{other}:{amount}",)) == 2
+    assert "conversations of it, and 1,000,000,000 is the most" in capsys.readouterr().err
+
+
 def test_held_out_conversations_of_a_mixture_are_validated_once(base):
     other = write(base / "other.jsonl", [chat(f"other {n}", "word") for n in range(60)])
     made = chats_of(base, mix=(f"{other}:epochs=3",), val_data=None)
@@ -237,7 +244,18 @@ def test_the_generated_conversations_can_be_mixed_in(base):
 
 @pytest.mark.parametrize(
     "entry",
-    ["x:epochs=0", "x:epochs=-1", "x:epochs=two", "x:epochs=inf", "x:epochs=nan", ":epochs=2", "", "x:weight=0"],
+    [
+        "x:epochs=0",
+        "x:epochs=-1",
+        "x:epochs=two",
+        "x:epochs=inf",
+        "x:epochs=nan",
+        ":epochs=2",
+        "",
+        "x:weight=0",
+        "x:epochs=2:weight=3",
+        "x:epochs=2:b",
+    ],
 )
 def test_a_bad_entry_of_a_mixture_is_refused(base, capsys, entry):
     assert run(base, "bad", mix=(entry,)) == 2
