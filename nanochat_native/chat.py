@@ -8,9 +8,10 @@ from nanochat_native.data import conversations
 from nanochat_native.inference.chat_session import Chat, Options, Terminal, repl, show
 from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import check_sampling
+from nanochat_native.model.quantization import check_quantization
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import check_text, run_command
-from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
+from nanochat_native.runtime.hardware import autocast, pick_device
 
 
 def run(options: Options) -> None:
@@ -25,7 +26,7 @@ def run(options: Options) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # check_text reports invalid text in each message
     device = pick_device(options.device)
-    check_quantize(options.quantize, device)
+    check_quantization(options.quantize, device)
     precision = autocast(device, options.dtype)
     terminal = Terminal()
     model, tokenizer, meta = load_model(options.checkpoint, options.step, device, warn=terminal.note)

@@ -8,10 +8,10 @@ from typing import Literal
 
 from nanochat_native.inference.engine import beyond_training, complete
 from nanochat_native.inference.sampling import Sampling, check_sampling
-from nanochat_native.model.quantization import Quantization
+from nanochat_native.model.quantization import Quantization, check_quantization
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import check_text, run_command
-from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
+from nanochat_native.runtime.hardware import autocast, pick_device
 
 
 @dataclass
@@ -64,7 +64,7 @@ def run(options: Options) -> None:
         raise ValueError("--stop must have strings that are not empty, got an empty one")
     check_sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     device = pick_device(options.device)
-    check_quantize(options.quantize, device)
+    check_quantization(options.quantize, device)
     precision = autocast(device, options.dtype)
     model, tokenizer, _ = load_model(
         options.checkpoint, options.step, device, warn=lambda message: print(message, file=sys.stderr)

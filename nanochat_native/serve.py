@@ -10,10 +10,10 @@ from typing import Literal
 
 from nanochat_native.data.conversations import has_code_tokens, is_chat_trained
 from nanochat_native.inference.engine import Engine
-from nanochat_native.model.quantization import Quantization
+from nanochat_native.model.quantization import Quantization, check_quantization
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.command import run_command
-from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
+from nanochat_native.runtime.hardware import autocast, pick_device
 
 EXTRA = "serve requires starlette and uvicorn: pip install 'nanochat-native[serve]'"
 BACKLOG = 1024  # connections that wait to be accepted
@@ -126,7 +126,7 @@ def run(options: Options) -> int:
         raise ImportError(f"{EXTRA} ({error})") from None
 
     device = pick_device(options.device)
-    check_quantize(options.quantize, device)
+    check_quantization(options.quantize, device)
     precision = autocast(device, options.dtype)
     model, tokenizer, meta = load_model(
         options.checkpoint, options.step, device, warn=lambda message: print(message, file=sys.stderr)
@@ -161,9 +161,9 @@ def run(options: Options) -> int:
 
     port = listener.getsockname()[1]
     shown = f"[{options.host}]" if ":" in options.host else options.host
-    weights = f", {options.quantize} weights" if options.quantize else ""
+    precision_flags = "".join(f", {value} weights" for value in (options.dtype, options.quantize) if value is not None)
     print(
-        f"model    {name} step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters on {device}{weights}",
+        f"model    {name} step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters on {device}{precision_flags}",
         flush=True,
     )
     if not served.chat_trained:

@@ -15,15 +15,16 @@ from nanochat_native.data import conversations
 from nanochat_native.evaluation import sandbox
 from nanochat_native.evaluation.chat_score import Drawing, TaskResult, chatcore, evaluate, make_engine
 from nanochat_native.evaluation.chat_tasks import CHATCORE, NAMES, WITHOUT_FILES, MissingTaskError, Task, read_task
+from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import check_sampling
-from nanochat_native.model.quantization import Quantization, round_weights_
+from nanochat_native.model.quantization import Quantization, check_quantization, round_weights_
 from nanochat_native.runs import pictures, results
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime import console, distributed
 from nanochat_native.runtime.command import MISTAKES
 from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.distributed import World
-from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
+from nanochat_native.runtime.hardware import autocast, pick_device
 
 WITHOUT_CODE = "it runs programs that the model writes, and needs --allow-code"
 
@@ -132,8 +133,6 @@ def measure(
         lambda: load_model(options.checkpoint, options.step, device, warn=warn), *MISTAKES
     )
     record["step"] = meta["step"]
-    if options.quantize is not None:
-        world.run_collectively(functools.partial(round_weights_, model, options.quantize), *MISTAKES)
     for name, reason in record["left_out"].items():
         warn(f"{name}  left out: {reason}")
     if record["programs_see_files"]:
@@ -144,10 +143,16 @@ def measure(
     def show(what: str, done: int, total: int) -> None:
         console_.live(f"{what} {console.bar(done, total)}")
 
-    with autocast(device, options.dtype):
-        engine = make_engine(
-            model, tokenizer, options.device_batch_size, options.max_new_tokens, quantize=options.quantize
-        )
+    def prepare() -> Engine:
+        with autocast(device, options.dtype):
+            engine = make_engine(
+                model, tokenizer, options.device_batch_size, options.max_new_tokens, quantize=options.quantize
+            )
+        if options.quantize is not None:  # for the choices; the engine has its own copy, which must be rounded once
+            round_weights_(model, options.quantize)
+        return engine
+
+    engine = world.run_collectively(prepare, *MISTAKES)
     for number, task in enumerate(tasks, 1):
         progress = functools.partial(show, f"{number}/{len(tasks)} {task.name}")
         with autocast(device, options.dtype):
@@ -171,6 +176,8 @@ def describe(record: dict[str, Any]) -> str:
         lines.append(f"ChatCORE  needs also {', '.join(missing)}")
     else:
         lines.append(f"ChatCORE  {record['chatcore']:.4f}")
+    if flags := [f"--{name} {record[name]}" for name in ("dtype", "quantize") if name in record]:
+        lines.append(f"measured with {' '.join(flags)}")
     for task in measured:
         if task.cut:
             lines.append(f"{task.task}  {task.cut:,} prompts are too long for the model and lost their end")
@@ -193,7 +200,7 @@ def run(options: Options, world: World | None = None) -> int:
     def begin() -> tuple[torch.device, list[Task], dict[str, str], bool, Path | None]:
         options.check()
         device = pick_device(options.device)
-        check_quantize(options.quantize, device)
+        check_quantization(options.quantize, device)
         autocast(device, options.dtype)  # its error is reported before any work
         tasks, left_out = read_tasks(options)
         sees_files = any(task.name == "HumanEval" for task in tasks) and sandbox.check()
@@ -203,6 +210,8 @@ def run(options: Options, world: World | None = None) -> int:
     device, tasks, left_out, sees_files, folder = world.run_collectively(begin, *MISTAKES)
     record: dict[str, Any] = {"checkpoint": str(options.checkpoint), "step": options.step, "left_out": left_out}
     record |= {"programs_see_files": sees_files, "chatcore": None, "tasks": []}
+    chosen = {"dtype": options.dtype, "quantize": options.quantize}
+    record |= {name: value for name, value in chosen.items() if value is not None}
 
     def keep(finished: bool = False) -> None:
         if folder is not None:

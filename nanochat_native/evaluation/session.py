@@ -15,7 +15,7 @@ from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.evaluation import core_score
 from nanochat_native.evaluation.bits_per_byte import measure_text
 from nanochat_native.model.gpt import GPT
-from nanochat_native.model.quantization import Quantization, round_weights_
+from nanochat_native.model.quantization import Quantization, check_finite, round_weights_
 from nanochat_native.runs import pictures, results, run_folder
 from nanochat_native.runs.config import STDLIB, ChatTrainConfig
 from nanochat_native.runs.saved_model import load_model
@@ -23,7 +23,7 @@ from nanochat_native.runtime import console, distributed
 from nanochat_native.runtime.command import MISTAKES
 from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.distributed import World
-from nanochat_native.runtime.hardware import autocast, check_quantize, pick_device
+from nanochat_native.runtime.hardware import autocast, pick_device
 
 
 @dataclass
@@ -163,12 +163,25 @@ class Session:
         """Update the live line."""
         self.console.live(f"{what} {console.bar(done, total)}")
 
-    def measure(self, record: dict[str, Any], keep: Callable[[], None]) -> None:
-        """Measure the checkpoint of a record and add the results to it; call `keep` after each task."""
+    def measure(self, records: Sequence[dict[str, Any]], keep: Callable[[], None]) -> None:
+        """Measure one checkpoint and add the results to its records; call `keep` after each task.
+
+        The first record is of the checkpoint as it is, the second, if there is one, of its rounded weights. Both are of
+        one load, because a run in progress can save and remove checkpoints between two.
+        """
+        model, tokenizer, step = self.load(Path(records[0]["checkpoint"]), records[0]["step"])
+        if len(records) > 1:  # report its errors before hours of work
+            self.world.run_collectively(functools.partial(check_finite, model), *MISTAKES)
+        for record in records:
+            record["step"] = step
+        for record in records:
+            if (quantize := record.get("quantize")) is not None:
+                self.world.run_collectively(functools.partial(round_weights_, model, quantize), *MISTAKES)
+            self.measure_model(model, tokenizer, record, keep)
+
+    def measure_model(self, model: GPT, tokenizer: Tokenizer, record: dict[str, Any], keep: Callable[[], None]) -> None:
+        """Measure a model and add the results to the record; call `keep` after each task."""
         run, world = Path(record["checkpoint"]), self.world
-        model, tokenizer, record["step"] = self.load(run, record["step"])
-        if (quantize := record.get("quantize")) is not None:
-            world.run_collectively(functools.partial(round_weights_, model, quantize), *MISTAKES)
         batches = self.batches(run, tokenizer, model.config.sequence_len)
         with autocast(self.device):
             result = measure_text(model, batches, tokenizer.token_bytes, world)
@@ -277,7 +290,6 @@ def run(options: Options, world: World | None = None) -> int:
     def begin() -> Session:
         options.check()
         device = pick_device(options.device)
-        check_quantize(options.quantize, device)
         tasks = [] if options.core is None else core_score.read_bundle(options.core, options.max_per_task)
         folder = results.open_folder(options.out, "evaluate") if options.out is not None and world.is_rank0 else None
         return Session(options, world, console, device, tasks, folder)
@@ -297,8 +309,8 @@ def run(options: Options, world: World | None = None) -> int:
 
     interrupted = False
     try:
-        for record in records:
-            session.measure(record, keep)
+        for of_one_checkpoint in [records] if options.quantize is not None else [[record] for record in records]:
+            session.measure(of_one_checkpoint, keep)
     except KeyboardInterrupt:
         if "bpb" not in records[0]:
             raise

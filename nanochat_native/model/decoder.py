@@ -12,7 +12,7 @@ from torch import Tensor
 from nanochat_native import ops
 from nanochat_native.model import quantization
 from nanochat_native.model.gpt import GPT, SOFTCAP
-from nanochat_native.model.quantization import Quantization, check_quantization
+from nanochat_native.model.quantization import Quantization, check_finite, check_quantization
 from nanochat_native.ops.cached_forward import to_device
 from nanochat_native.ops.quantization import quantize_rows
 from nanochat_native.ops.weight_copies import low_precision
@@ -28,8 +28,8 @@ class Decoder:
             model's compute_dtype.
 
     The weights are the model's own if they have its compute_dtype, otherwise copies: of a linear layer in training,
-    those that the optimizer keeps (ops/weight_copies.py). The lambdas and the gate of smear, in float32, are always its
-    own. See ops.cached_forward_.
+    those that the optimizer keeps (ops/weight_copies.py). The lambdas and the gate of smear are its own if
+    they are float32. See ops.cached_forward_.
 
     On the native CPU backend, in float32 and bfloat16, quantized or not, the logits of a token have the same bits
     whatever else is computed with it and however its prompt was split. Elsewhere they may differ by rounding.
@@ -38,7 +38,7 @@ class Decoder:
         cache: (n_layer, slots, capacity, 2 Hkv, D): keys, followed by values, of each position; zeros at first. It has
             the model's compute_dtype.
 
-    Raises ValueError as check_quantization does, and for weights that are not finite if they are to be quantized.
+    Raises ValueError as check_quantization does, and as check_finite does if quantize is not None.
     """
 
     def __init__(self, model: GPT, slots: int, capacity: int, quantize: Quantization | None = None) -> None:
@@ -55,6 +55,7 @@ class Decoder:
             kept = [low_precision(weight, dtype).detach() for weight in (*blocks, lm_head)]
             kept[-1] = kept[-1][: config.vocab_size]
         else:
+            check_finite(model)
             pairs = [quantize_rows(weight) for weight in (*blocks, lm_head[: config.vocab_size])]
             kept, scales = [codes for codes, _ in pairs], [own for _, own in pairs]
         shape = (config.n_layer, slots, capacity, 2 * config.n_kv_head, config.head_dim)

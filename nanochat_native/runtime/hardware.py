@@ -142,14 +142,6 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def check_quantize(quantize: str | None, device: torch.device) -> None:
-    """Raise ValueError for a quantization on another device than a CPU."""
-    if quantize is not None and device.type != "cpu":
-        raise ValueError(
-            f"--quantize {quantize} is for the kernel of the CPU and needs --device cpu, got {device.type}"
-        )
-
-
 def gpu_dtype(device: torch.device) -> torch.dtype:
     """Return the type of the activations on a GPU: bfloat16, or float16 on one without products in bfloat16."""
     with torch.cuda.device(device):

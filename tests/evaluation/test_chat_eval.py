@@ -22,6 +22,8 @@ from nanochat_native.evaluation.chat_tasks import BASELINES, NAMES, Problem, Tas
 from nanochat_native.inference.engine import Engine, complete
 from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
+from nanochat_native.model.quantization import matrices, round_weights_
+from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.distributed import World
 
 # fmt: off
@@ -334,6 +336,40 @@ def test_the_command_measures_what_there_is(chat_run, capsys, tmp_path):
 
     assert without_times(again["tasks"]) == without_times(record["tasks"])
     assert list(again["left_out"]) == ["HumanEval"]
+
+
+def test_weights_are_rounded_once_and_choices_run_in_the_precision_of_the_flags(chat_run, capsys, monkeypatch):
+    engine_weights, choice_weights, precisions = [], [], []
+    own_engine, own_evaluate = chat_evaluation.make_engine, chat_evaluation.evaluate
+
+    def weights_of(model):
+        return [weight.clone() for weight in matrices(model)]
+
+    def make_engine(model, *args, **settings):
+        engine_weights.append(weights_of(model))
+        return own_engine(model, *args, **settings)
+
+    def evaluate(task, engine, *args, **settings):
+        choice_weights.append(weights_of(engine.model))
+        precisions.append(torch.is_autocast_enabled("cpu"))
+        return own_evaluate(task, engine, *args, **settings)
+
+    monkeypatch.setattr(chat_evaluation, "make_engine", make_engine)
+    monkeypatch.setattr(chat_evaluation, "evaluate", evaluate)
+    flags = ("--checkpoint", chat_run / "runs/chat", "--data", chat_run / "data", "--tasks", "ARC-Easy")
+    flags += ("--max-problems", 1, "--max-new-tokens", 8, "--device", "cpu", "--json")
+    code, out, err = command(capsys, *flags, "--quantize", "int8")
+    assert code == 0, err
+    assert json.loads(out)["quantize"] == "int8"
+    model = load_model(chat_run / "runs/chat", None, torch.device("cpu"))[0]
+    exact = weights_of(model)
+    round_weights_(model, "int8")
+    assert all(map(torch.equal, engine_weights[0], exact))
+    assert all(map(torch.equal, choice_weights[0], matrices(model)))
+    assert not all(map(torch.equal, choice_weights[0], exact))
+    code, out, err = command(capsys, *flags, "--dtype", "bfloat16")
+    assert (code, precisions) == (0, [False, True]), err
+    assert json.loads(out)["dtype"] == "bfloat16"
 
 
 def test_programs_run_with_permission_only(chat_run, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -204,6 +205,49 @@ def test_the_cost_of_quantization_is_that_of_rounded_weights(run_dir, capsys):
     assert code == 0
     assert f"B  {run_dir} step 5 int8 | {small['bpb']:.4f} bits per byte" in out
     assert f"B - A  {small['bpb'] - plain['bpb']:+.4f} bits per byte" in out
+
+
+def test_both_are_of_one_checkpoint_though_the_run_continues(run_dir, capsys, monkeypatch):
+    args = ["--checkpoint", run_dir, "--quantize", "int8", "--json"]
+    expected = json.loads(command(capsys, *args)[1])
+    own = session.measure_text
+
+    def measure_and_train(*given):
+        found = own(*given)
+        folder = run_dir / "checkpoints"
+        if checkpoint.path_of(folder, 5).exists():  # a run saves a checkpoint and removes the one before
+            meta = {name: checkpoint.load(folder, 5)[1][name] for name in ("model_config", "tokenizer_hash")}
+            checkpoint.save(folder, 9, {"model": checkpoint.load(folder, 3)[0]["model"]}, meta)
+            shutil.rmtree(checkpoint.path_of(folder, 5))
+        return found
+
+    monkeypatch.setattr(session, "measure_text", measure_and_train)
+    found = json.loads(command(capsys, *args)[1])
+    assert (found["step"], found["compare"]["step"]) == (5, 5)
+    assert found == expected
+
+
+def test_the_cost_of_quantization_is_measured_on_a_gpu_too(run_dir, capsys, monkeypatch):
+    """tests/pretend_cuda measures it; here, the flags are not refused."""
+
+    def load(run, step, device, *, warn):
+        raise ValueError(f"loaded to {device}")
+
+    monkeypatch.setattr(session, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(session, "load_model", load)
+    code, out, err = command(capsys, "--checkpoint", run_dir, "--quantize", "int8", "--json")
+    assert (code, out, err) == (2, "", "error: loaded to cuda\n")
+
+
+def test_a_weight_that_is_not_finite_is_named_before_the_work(run_dir, capsys, monkeypatch):
+    state, meta = checkpoint.load(run_dir / "checkpoints", 5)
+    state["model"]["transformer.h.0.attn.c_q.weight"][3, 1] = torch.nan
+    meta = {name: meta[name] for name in ("model_config", "tokenizer_hash")}
+    checkpoint.save(run_dir / "checkpoints", 7, state, meta)
+    monkeypatch.setattr(session, "measure_text", None)
+    code, out, err = command(capsys, "--checkpoint", run_dir, "--quantize", "int8")
+    message = "transformer.h.0.attn.c_q.weight: weights must be finite to be quantized, got infinities or NaN"
+    assert (code, out, err) == (2, "", f"error: {message}\n")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from backends import use
 from fork_server import python
 from models import build
 
-from nanochat_native import generate
+from nanochat_native import chat, chat_eval, generate, serve
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.inference.engine import Engine, complete
 from nanochat_native.inference.sampling import Sampling, sample
@@ -272,8 +272,22 @@ def test_command_line(run_dir, capfd):
     assert of_first_step != printed
 
 
+COMMANDS = {
+    "generate": (generate, ["--prompt", "def f", "--max-tokens", "5"]),
+    "chat": (chat, ["--prompt", "def f", "--max-tokens", "5"]),
+    "serve": (serve, ["--port", "0"]),
+    "chat_eval": (chat_eval, ["--tasks", "SimpleSpelling", "--max-problems", "1", "--max-new-tokens", "2"]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--quantize", "int8"]])
-def test_the_precision_of_the_weights_is_a_flag(run_dir, flags, capsys, monkeypatch):
+def test_the_precision_of_the_weights_is_a_flag(run_dir, name, flags, capsys, monkeypatch):
+    module, given = COMMANDS[name]
+    if name == "serve":
+        pytest.importorskip("starlette")
+        uvicorn = pytest.importorskip("uvicorn")
+        monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: [one.close() for one in sockets])
     made = []
     own = Decoder.__init__
 
@@ -282,16 +296,20 @@ def test_the_precision_of_the_weights_is_a_flag(run_dir, flags, capsys, monkeypa
         made.append(self)
 
     monkeypatch.setattr(Decoder, "__init__", record)
-    args = ["--checkpoint", str(run_dir), "--prompt", "def f", "--max-tokens", "5"]
-    assert generate.main([*args, *flags]) == 0
-    assert generate.main(args) == 0
+    args = ["--checkpoint", str(run_dir), "--device", "cpu", *given]
+    assert module.main([*args, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert module.main(args) == 0
     small, plain = (decoder._forward.keywords["blocks"][0].dtype for decoder in made)
     assert (small, plain) == (torch.bfloat16 if "bfloat16" in flags else torch.int8, torch.float32)
     assert [decoder.cache.dtype for decoder in made] == [
         torch.bfloat16 if "bfloat16" in flags else torch.float32,
         torch.float32,
     ]
-    assert capsys.readouterr().out.startswith("def f")
+    if name in ("serve", "chat_eval"):  # generate and chat print nothing but text
+        shown = f", {flags[1]} weights" if name == "serve" else f"measured with {' '.join(flags)}\n"
+        assert shown in printed
+        assert shown not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [0, 1])

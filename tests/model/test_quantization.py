@@ -9,7 +9,7 @@ from test_decoder import TODAY
 from test_model import CONFIG, backend, build, tokens  # noqa: F401
 
 from nanochat_native.model.decoder import Decoder
-from nanochat_native.model.quantization import check_quantization, matrices, round_weights_
+from nanochat_native.model.quantization import check_finite, check_quantization, matrices, round_weights_
 
 
 def filled(config):
@@ -68,9 +68,28 @@ def test_what_is_not_taken_is_named():
         Decoder(model, 1, 4, "int4")
     with pytest.raises(ValueError, match="quantize must be None or int8, got 'int4'"):
         round_weights_(model, "int4")
-    with pytest.raises(ValueError, match="quantize int8 is for the kernel of the CPU; on cuda it must be None"):
+    with pytest.raises(ValueError, match="quantize int8 is for the kernel of the CPU and needs device cpu, got cuda"):
         check_quantization("int8", torch.device("cuda"))
+    check_quantization("int8", torch.device("cpu"))
+    check_quantization(None, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.h.1.attn.c_q.weight", "transformer.h.0.mlp.c_proj.weight", "lm_head.weight"]
+)
+def test_a_weight_that_is_not_finite_is_named(name):
+    model = filled(CONFIG)
+    check_finite(model)
     with torch.no_grad():
-        model.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="weight must be finite"):
-        Decoder(model, 1, 4, "int8")
+        model.get_parameter(name)[0, 0] = torch.inf
+    before = copy.deepcopy(model)
+    refused = (check_finite, lambda model: Decoder(model, 1, 4, "int8"), lambda model: round_weights_(model, "int8"))
+    for refuse in refused:
+        with pytest.raises(
+            ValueError, match=rf"^{name}: weights must be finite to be quantized, got infinities or NaN$"
+        ):
+            refuse(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)), (
+        "none is rounded"
+    )
+    Decoder(model, 1, 4)

@@ -158,6 +158,8 @@ def test_commands_run_a_trained_model(tmp_path):
     measure = [evaluate.main, "--checkpoint", base, "--max-tokens", 128, "--json"]
     gpu, cpu = (json.loads(run(*measure, "--device", device)) for device in ("cuda", "cpu"))
     assert gpu["bpb"] == pytest.approx(cpu["bpb"], rel=1e-2)
+    found = json.loads(run(*measure, "--device", "cuda", "--quantize", "int8"))
+    assert found["bpb"] == gpu["bpb"] != found["compare"]["bpb"] == pytest.approx(gpu["bpb"], rel=1e-2)
 
     run(finetune.main, *given, *chat_flags(tmp_path), "--run", "chat", "--num-iterations", 2)
     assert [step for kind, step, _ in losses(tmp_path / "runs/chat") if kind == "train"] == [1, 2]
