@@ -164,14 +164,14 @@ NANOCHAT_INLINE Vec<float> dot_part(int64_t K, const float* x, const T* w) {
     return sum_each(sums);
 }
 
-// Lane r * J + j is the scale of row j.
+// Multiplies lane r * J + j by the scale of row `first` + j.
 template <int R, class T>
-NANOCHAT_INLINE Vec<float> scaled(Vec<float> sums, const float* scales) {
+NANOCHAT_INLINE Vec<float> scaled(Vec<float> sums, const float* scales, int64_t first) {
     if constexpr (std::is_same_v<T, int8_t>) {
         constexpr int J = W / R;
         float factors[W];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) __builtin_memcpy(factors + r * J, scales, J * sizeof(float));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) __builtin_memcpy(factors + r * J, scales + first, J * sizeof(float));
         sums *= load(factors);
     }
     return sums;
@@ -188,10 +188,9 @@ NANOCHAT_INLINE void multiply_tile(int64_t K, const float* x, int64_t row, const
                 const float* own = x + (row + r) * K;
                 const Vec<float> sum = K % W ? dot_part(K, own, w.data + o * K)
                                              : dot_tile<1, false>(K, own, 0, w.data + o * K, 0);
-                if constexpr (std::is_same_v<T, int8_t>)
-                    put(row + r, o, (sum * broadcast(w.scales[o]))[0]);
-                else
-                    put(row + r, o, sum[0]);
+                float sums[W];   // as below: the product is rounded before it is added to anything
+                store(sums, scaled<W, T>(sum, w.scales, o));
+                put(row + r, o, sums[0]);
             }
         return;
     }
@@ -200,7 +199,7 @@ NANOCHAT_INLINE void multiply_tile(int64_t K, const float* x, int64_t row, const
     float sums[W];
     store(sums, scaled<R, T>(
                     prefetch ? dot_tile<R, true>(K, rows, K, weights, K) : dot_tile<R, false>(K, rows, K, weights, K),
-                    w.scales + begin));
+                    w.scales, begin));
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16

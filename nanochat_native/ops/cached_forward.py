@@ -70,7 +70,7 @@ def cached_forward_(
         previous: With smear_gate, B numbers: the token at the position before starts[b], -1 at position 0.
         backout_lambda: (1,). Before the last norm x -= lambda m, for the stream m after the block layers // 2.
         lengths: With tokens (N,), the number of tokens of each sequence, from 1; else empty.
-        scales: None, or one for each matrix of blocks and one for lm_head, (its rows,), float32 or wider. The matrices
+        scales: None, or one for each matrix of blocks and one for lm_head, (its rows,), float32. The matrices
             are then int8, on the CPU, each row to be multiplied by its scale. See quantize_rows.
 
     All tensors but tokens have wte's type and device, and are contiguous. If wte is bfloat16, cos, sin, smear_gate and
@@ -180,6 +180,8 @@ def _check_scales(wte: Tensor, blocks: Sequence[Tensor], lm_head: Tensor, scales
     for place, matrix in enumerate(matrices):
         name = "blocks" if place < len(blocks) else "lm_head"
         checks.check_dtype(op, name, matrix, (torch.int8 if scales else wte.dtype,))
+        if scales:
+            checks.check_dtype(op, f"scales[{place}]", scales[place], (torch.float32,))
         if scales and scales[place].shape != matrix.shape[:1]:
             raise ValueError(
                 f"{op}: scales[{place}] must have shape {tuple(matrix.shape[:1])}, got {tuple(scales[place].shape)}"
