@@ -681,7 +681,7 @@ def cases() -> Iterator[Callable[[], Case]]:
         (2048, None, f32, 1.25),
         (1024, 256, f32, 3.0),
         (2048, 512, f32, 3.0),
-        (1024, None, bf16, 5.0),
+        (1024, None, bf16, 1.3 if ops.instruction_set() == "amx" else 3.0),  # with AMX, SDPA uses it too
     ):
         label = f"T {T}" + ("" if window is None else f" window {window}") + f" {str(dtype).removeprefix('torch.')}"
         problem = Problem(B=4, T=T, H=6, D=64, window=window)
