@@ -70,7 +70,7 @@ def cached_forward_(
         previous: With smear_gate, B numbers: the token at the position before starts[b], -1 at position 0.
         backout_lambda: (1,). Before the last norm x -= lambda m, for the stream m after the block layers // 2.
         lengths: With tokens (N,), the number of tokens of each sequence, from 1; else empty.
-        scales: None, or one for each matrix of blocks and one for lm_head, (its rows,), float32. The matrices
+        scales: Empty, or one for each matrix of blocks and one for lm_head, (its rows,), float32. The matrices
             are then int8, on the CPU, each row to be multiplied by its scale. See quantize_rows.
 
     All tensors but tokens have wte's type and device, and are contiguous. If wte is bfloat16, cos, sin, smear_gate and
