@@ -177,29 +177,41 @@ NANOCHAT_INLINE Vec<float> scaled(Vec<float> sums, const float* scales, int64_t 
     return sums;
 }
 
+// These two are functions of their own: each is needed in a dozen places, and compilers take long for them. They store sums:
+// a product is rounded before it is added to anything.
+
+// sums[0] = x . row o of w.
+template <class T>
+__attribute__((noinline)) void one_product(int64_t K, const float* x, const Matrix<T>& w, int64_t o, float* sums) {
+    const T* own = w.data + o * K;
+    const Vec<float> sum = K % W ? dot_part(K, x, own) : dot_tile<1, false>(K, x, 0, own, 0);
+    store(sums, scaled<W, T>(sum, w.scales, o));
+}
+
+// sums[r * (W / R) + j] = x[r] . row o + j of w, for R rows of x (R, K) and W / R rows of w.
+template <int R, class T>
+__attribute__((noinline)) void tile_of_products(int64_t K, const float* x, const Matrix<T>& w, int64_t o, bool prefetch,
+                                                float* sums) {
+    const T* own = w.data + o * K;
+    const Vec<float> tile = prefetch ? dot_tile<R, true>(K, x, K, own, K) : dot_tile<R, false>(K, x, K, own, K);
+    store(sums, scaled<R, T>(tile, w.scales, o));
+}
+
 // Calls put(row, output, sum) for R rows of x (rows, K) from `row` on and the rows of w (outputs, K) in [begin, end).
 template <int R, class T, class Put>
 NANOCHAT_INLINE void multiply_tile(int64_t K, const float* x, int64_t row, const Matrix<T>& w, int64_t begin,
                                    int64_t end, bool prefetch, const Put& put) {
     constexpr int J = W / R;
+    float sums[W];
     if (K % W || end - begin < J) {
         for (int r = 0; r < R; r++)
             for (int64_t o = begin; o < end; o++) {
-                const float* own = x + (row + r) * K;
-                const Vec<float> sum = K % W ? dot_part(K, own, w.data + o * K)
-                                             : dot_tile<1, false>(K, own, 0, w.data + o * K, 0);
-                float sums[W];   // as below: the product is rounded before it is added to anything
-                store(sums, scaled<W, T>(sum, w.scales, o));
+                one_product(K, x + (row + r) * K, w, o, sums);
                 put(row + r, o, sums[0]);
             }
         return;
     }
-    const float* rows = x + row * K;
-    const T* weights = w.data + begin * K;
-    float sums[W];
-    store(sums, scaled<R, T>(
-                    prefetch ? dot_tile<R, true>(K, rows, K, weights, K) : dot_tile<R, false>(K, rows, K, weights, K),
-                    w.scales, begin));
+    tile_of_products<R>(K, x + row * K, w, begin, prefetch, sums);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -277,7 +289,7 @@ struct Partial {
 // values of a head are `stride` apart. A key that a query does not see has weight 0. The lane of a key depends on its
 // place in the chunk alone, so that sums are in one order whatever R is.
 template <int R, class T>
-NANOCHAT_INLINE void attend(const float* q, int64_t q_stride, const T* keys, const T* values, int64_t stride, int64_t D,
+__attribute__((noinline)) void attend(const float* q, int64_t q_stride, const T* keys, const T* values, int64_t stride, int64_t D,
                             const int64_t (&first)[R], const int64_t (&last)[R], float scale,
                             Partial* const (&partials)[R], float* const (&out)[R]) {
     constexpr int J = W / R;
@@ -585,7 +597,7 @@ struct Pass {
     }
 
     // The first part of a block: computes q, and writes keys and values into the cache.
-    NANOCHAT_INLINE void fill_cache(const Team& team, int64_t layer) const {
+    __attribute__((noinline)) void fill_cache(const Team& team, int64_t layer) const {
         const float* scale = norms_of(team, x);
         project(team, args.blocks[layer], scale);
         team.wait();
@@ -594,7 +606,7 @@ struct Pass {
     }
 
     // The rest of a block, with the keys and values of all rows in the cache.
-    NANOCHAT_INLINE void finish_with_cache(const Team& team, int64_t layer) const {
+    __attribute__((noinline)) void finish_with_cache(const Team& team, int64_t layer) const {
         const BlockWeights& block = args.blocks[layer];
         attention(team, layer, block.window);
         team.wait();

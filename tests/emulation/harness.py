@@ -132,21 +132,29 @@ def build_executor() -> Path:
     return compiled("executor", [*flags, *includes, headers], sources.values(), make, ROOT / "csrc") / "libptx.so"
 
 
-def build(source: Path, core: list[Path], sanitizer: str = "plain", options: Sequence[str] = ()) -> Path:
-    """Return a shared library (plain) or a program (with a sanitizer) of one file of kernels."""
+def build(
+    source: Path,
+    core: list[Path],
+    sanitizer: str = "plain",
+    options: Sequence[str] = (),
+    as_program: bool | None = None,
+) -> Path:
+    """Return a shared library or a program of one file of kernels. as_program None: a program if it has a sanitizer."""
+    is_program = sanitizer != "plain" if as_program is None else as_program
     csrc = source.parents[2 if source.parent.name == "emulation" else 3] / "csrc"
     header = csrc / "emulation/emulation.h"
     flags = [*CXX, *KERNEL_FLAGS, *SANITIZERS[sanitizer], *options]
 
     def make(folder: Path) -> None:
         kernels = [*flags, "-include", header, "-x", "c++", source, "-x", "none"]
-        if sanitizer == "plain":
+        if is_program:
+            run([*kernels, "-rdynamic", *core, "-o", folder / "kernels", "-ldl"])
+        else:
             objects = (path for path in core if path.name != "runner.o")
             run([*kernels, "-shared", *objects, "-o", folder / "kernels"])
-        else:
-            run([*kernels, "-rdynamic", *core, "-o", folder / "kernels", "-ldl"])
 
-    return compiled(source.name, [*flags, core[0].parent.name], [source, header], make, csrc) / "kernels"
+    kind = "program" if is_program else "library"
+    return compiled(source.name, [*flags, kind, core[0].parent.name], [source, header], make, csrc) / "kernels"
 
 
 def build_for_ptx(source: Path, executor: Path, architecture: str) -> Path:
@@ -265,7 +273,7 @@ def without_randomisation() -> list[str]:
 
 
 class Program:
-    """Entries of a program with a sanitizer, called in a process of their own.
+    """Entries of a program, called in a process of their own: a crash or a sanitizer's report is a KernelError.
 
     The process stays for the next calls: ThreadSanitizer takes a second to prepare the threads of a block. Only the
     program of the last call has one, because it takes up to 2 GB.
@@ -281,7 +289,7 @@ class Program:
     def call(
         self, entry: str, *values: Value, seed: int = 0, misalignment: int = 16, shared_limit: int = SHARED_LIMIT
     ) -> None:
-        """Call an entry as Library.call does; KernelError also carries the sanitizer's report."""
+        """Call an entry as Library.call does; KernelError also carries a sanitizer's report or the exit status."""
         tensors: list[torch.Tensor] = []
         name = entry.encode()
         numbers = struct.pack("=qqqi", seed, misalignment, shared_limit, len(values))

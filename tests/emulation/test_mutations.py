@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from harness import ROOT, KernelError, Library, Program, PtxLibrary, build, build_for_ptx
+from harness import ROOT, KernelError, Program, PtxLibrary, build, build_for_ptx
 from mutations import MUTATIONS, PTX_TEXT
 
 # One defect of each case is looked for in every run of the tests, all others in `make test-all`.
@@ -21,7 +21,7 @@ def copy_sources(folder):
 def load(path, found_by, core, folder):
     if found_by == "ptx":
         return PtxLibrary(path, core)
-    return Library(path) if found_by == "plain" else Program(path, folder)
+    return Program(path, folder)  # a defect may write anywhere, so never in this process
 
 
 def first_message(case, kernels, found_by):
@@ -42,7 +42,10 @@ def run(mutation, folder, core):
     # Most of the time goes into compiling, and a defect shows in the first runs.
     source = folder / mutation.library
     is_ptx = mutation.found_by == "ptx"
-    path = build_for_ptx(source, core, "90a") if is_ptx else build(source, core, mutation.found_by, ["-O0"])
+    if is_ptx:
+        path = build_for_ptx(source, core, "90a")
+    else:
+        path = build(source, core, mutation.found_by, ["-O0"], as_program=True)
     return first_message(mutation.case, load(path, mutation.found_by, core, folder), mutation.found_by)
 
 
@@ -79,7 +82,7 @@ def cases(mutations):
 @cases(MUTATIONS)
 def test_nothing_is_found_where_nothing_is_wrong(case, found_by, core, tmp_path):
     library = next(m.library for m in MUTATIONS if m.case is case)
-    path = build(ROOT / library, core, found_by)
+    path = build(ROOT / library, core, found_by, as_program=True)
     assert first_message(case, load(path, found_by, core, tmp_path), found_by) == ""
 
 
