@@ -289,9 +289,9 @@ struct Partial {
 // values of a head are `stride` apart. A key that a query does not see has weight 0. The lane of a key depends on its
 // place in the chunk alone, so that sums are in one order whatever R is.
 template <int R, class T>
-__attribute__((noinline)) void attend(const float* q, int64_t q_stride, const T* keys, const T* values, int64_t stride, int64_t D,
-                            const int64_t (&first)[R], const int64_t (&last)[R], float scale,
-                            Partial* const (&partials)[R], float* const (&out)[R]) {
+__attribute__((noinline)) void attend(const float* q, int64_t q_stride, const T* keys, const T* values, int64_t stride,
+                                      int64_t D, const int64_t (&first)[R], const int64_t (&last)[R], float scale,
+                                      Partial* const (&partials)[R], float* const (&out)[R]) {
     constexpr int J = W / R;
     float scores[R][kKeyChunk];
     int64_t begin = first[0], end = last[0];
