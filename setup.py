@@ -1,5 +1,7 @@
 """Builds nanochat_native._C: finds the installed torch, runs CMake with Ninja, puts the module in place.
 
+It builds on Linux on x86-64 or aarch64, and on macOS on Apple silicon (without CUDA).
+
 Environment: NANOCHAT_CUDA=auto|on|off (auto: when an nvcc is found that suits torch), CXX, CUDACXX, CUDA_HOME,
 MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a;10.0;12.0").
 """
@@ -21,7 +23,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 OLDEST_CUDA = (12, 8)
-DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a;10.0;12.0"  # 8.0 also runs on 8.6 and 8.9, 10.0 on 10.3, 12.0 on 12.1
+# Systems that the kernels are for, as the platform module names them.
+MACHINES = {("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")}
+# 8.0 also runs on 8.6 and 8.9, 10.0 on 10.3, 12.0 on 12.1. On aarch64 these are GH200, GB200 and DGX Spark (12.1).
+DEFAULT_ARCHITECTURES = {"x86_64": "8.0+PTX;9.0a;10.0;12.0", "aarch64": "9.0a+PTX;10.0;12.0"}
 
 
 def fail(sentence):
@@ -52,6 +57,15 @@ def find_torch():
     return torch.__version__, torch.version.cuda, cpp_extension.include_paths(), cpp_extension.library_paths()
 
 
+def check_machine():
+    """Exit with one sentence where the kernels cannot be built."""
+    if (platform.system(), platform.machine()) not in MACHINES:
+        fail(
+            f"this is {platform.system()} on {platform.machine()}; the native kernels are for Linux on x86-64 or "
+            "aarch64, and for macOS on Apple silicon (arm64)."
+        )
+
+
 def find_nvcc(choice=None, torch_cuda=None):
     """Return the path of nvcc, or why CUDA is left out: (path, reason), one of them empty.
 
@@ -68,6 +82,8 @@ def find_nvcc(choice=None, torch_cuda=None):
         fail(f"NANOCHAT_CUDA must be auto, on or off, got {choice!r}.")
     if choice == "off":
         return "", "NANOCHAT_CUDA=off"
+    if platform.system() == "Darwin":
+        return "", "macOS has no CUDA" if choice == "auto" else fail("NANOCHAT_CUDA=on, but macOS has no CUDA.")
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = [f"{home}/bin" for home in homes] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc", path=os.pathsep.join(folders))
@@ -95,7 +111,8 @@ def cuda_architectures():
     newer ones, and the compiler takes longer to make PTX than to make machine code of it. Hopper's kernels are empty
     elsewhere, so they are built for 9.0a alone.
     """
-    entries = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES).replace(";", " ").split()
+    default = DEFAULT_ARCHITECTURES.get(platform.machine(), "")
+    entries = (os.environ.get("TORCH_CUDA_ARCH_LIST") or default).replace(";", " ").split()
     numbers, has_ptx = set(), False
     for entry in entries:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
@@ -112,11 +129,11 @@ def cuda_architectures():
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
-        if platform.system() != "Linux" or platform.machine() != "x86_64":
-            fail(f"this is {platform.system()} on {platform.machine()}; the native kernels are for Linux on x86-64.")
+        check_machine()
         compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
         if not any(map(shutil.which, compilers)):
-            fail(f"no C++ compiler ({', '.join(compilers)}) was found: install one, e.g. `apt-get install g++`.")
+            advice = "`xcode-select --install`" if platform.system() == "Darwin" else "e.g. `apt-get install g++`"
+            fail(f"no C++ compiler ({', '.join(compilers)}) was found: install one, {advice}.")
         cmake = program("cmake", "`pip install cmake`")
         ninja = program("ninja", "`pip install ninja`")
         torch_version, torch_cuda, includes, libraries = find_torch()

@@ -45,8 +45,8 @@ struct AttentionShape {
 
 struct AttentionForward {
     AttentionShape shape;
-    // CPU: float32 | float64 | bfloat16 (computed in float32; avx512_bf16 and amx multiply bfloat16 numbers and add in
-    // float32); CUDA: bfloat16 | float16
+    // CPU: float32 | float64 | bfloat16 (computed in float32; avx512_bf16, amx and neon_bf16 multiply bfloat16 numbers
+    // and add in float32); CUDA: bfloat16 | float16
     DType dtype;
     const void* q;   // (B, Tq, H, D)
     const void* k;   // (B, Tk, Hkv, D)
@@ -349,9 +349,13 @@ struct NewtonSchulz {
 
 namespace cpu {
 
-// Name of the instruction set that the kernels run on: "amx", "avx512_bf16", "avx512", "avx2" or "baseline". The
-// environment variable NANOCHAT_CPU_ISA selects another. Throws if the variable names a set that is unknown or that this processor lacks.
+// Name of the instruction set that the kernels run on: "amx", "avx512_bf16", "avx512", "avx2" or "baseline" on x86-64,
+// "neon_bf16" or "neon" on aarch64. The environment variable NANOCHAT_CPU_ISA selects another. Throws if the variable names
+// a set that is unknown or that this processor lacks.
 const char* instruction_set();
+
+// Names of the sets that the kernels are compiled for, the most basic first, with a space between two.
+const char* instruction_sets();
 
 void attention_forward(const AttentionForward&);
 void attention_backward(const AttentionBackward&);
@@ -397,7 +401,8 @@ struct LinearCrossEntropy {
 };
 void linear_cross_entropy(const LinearCrossEntropy&);
 
-// Whether `linear` is faster here than torch's own product: MKL takes a slower path on processors that are not Intel's.
+// Whether `linear` is faster here than torch's own product: on x86-64, where MKL takes a slower path on processors that
+// are not Intel's. On aarch64 it was not measured, and the answer is no.
 bool linear_pays();
 
 // c = a b in one of the three forms of a linear layer: y = x W^T, dx = dy W, dW = dy^T x.

@@ -8,7 +8,7 @@ PYBIND11_MODULE(_C, m) {
         using pybind11::literals::operator""_a;
         return pybind11::dict(
             "version"_a = NANOCHAT_VERSION, "torch"_a = NANOCHAT_TORCH_VERSION, "compiler"_a = NANOCHAT_COMPILER,
-            "instruction_sets"_a = "baseline avx2 avx512 avx512_bf16 amx", "cuda"_a = NANOCHAT_CUDA_VERSION,
+            "instruction_sets"_a = nanochat::cpu::instruction_sets(), "cuda"_a = NANOCHAT_CUDA_VERSION,
             "cuda_architectures"_a = NANOCHAT_CUDA_ARCHITECTURES, "cuda_off"_a = NANOCHAT_CUDA_OFF);
     });
     m.def("instruction_set", &nanochat::cpu::instruction_set);

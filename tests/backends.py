@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,12 @@ from torch import Tensor
 from nanochat_native import ops
 
 BACKENDS = ("torch", "native")
+# Of this architecture, the one that every processor has first.
+INSTRUCTION_SETS = (
+    ("neon", "neon_bf16")
+    if platform.machine() in ("aarch64", "arm64")
+    else ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+)
 
 
 def use(name):
@@ -31,6 +38,12 @@ def usable_instruction_sets():
         return result.stdout.strip()
 
     return [isa for isa in ops.build_info()["instruction_sets"].split() if served(isa) == isa]
+
+
+def listed_instruction_sets():
+    """Return the sets as the error about an unknown one lists them, the best first."""
+    best, *others, basic = reversed(INSTRUCTION_SETS)
+    return f"{', '.join([best, *others])} or {basic}"
 
 
 def operators():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import INSTRUCTION_SETS
 
 import nanochat_native
 from nanochat_native import ops
@@ -148,8 +149,34 @@ def run_only_nvcc(run, command, **options):
     return run(command, **options)
 
 
+@pytest.mark.parametrize(
+    ("system", "machine"), [("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"), ("Darwin", "x86_64")]
+)
+def test_systems_that_the_kernels_are_for(setup, monkeypatch, system, machine):
+    monkeypatch.setattr(setup.platform, "system", lambda: system)
+    monkeypatch.setattr(setup.platform, "machine", lambda: machine)
+    if (system, machine) != ("Darwin", "x86_64"):
+        setup.check_machine()
+        return
+    with pytest.raises(SystemExit, match=r"this is Darwin on x86_64; the native kernels are for Linux"):
+        setup.check_machine()
+
+
+def test_macos_has_no_cuda(setup, monkeypatch):
+    monkeypatch.setattr(setup.platform, "system", lambda: "Darwin")
+    assert setup.find_nvcc("auto") == ("", "macOS has no CUDA")
+    assert setup.find_nvcc("off") == ("", "NANOCHAT_CUDA=off")
+    with pytest.raises(SystemExit, match="NANOCHAT_CUDA=on, but macOS has no CUDA"):
+        setup.find_nvcc("on")
+
+
 def test_cuda_architectures(setup, monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(setup.platform, "machine", lambda: "aarch64")
+    common = "--generate-code=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"
+    hopper = "--generate-code=arch=compute_90a,code=[sm_90a]"
+    assert setup.cuda_architectures() == (["9.0a+PTX", "10.0", "12.0"], common, hopper)
+    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
     common = "--generate-code=arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"
     hopper = "--generate-code=arch=compute_90a,code=[sm_90a]"
     assert setup.cuda_architectures() == (["8.0+PTX", "9.0a", "10.0", "12.0"], common, hopper)
@@ -194,7 +221,7 @@ def test_build_info():
     info = ops.build_info()
     assert info["version"] == nanochat_native.__version__
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
-    assert info["instruction_sets"] == "baseline avx2 avx512 avx512_bf16 amx"
+    assert info["instruction_sets"].split() == list(INSTRUCTION_SETS)
     assert bool(info["cuda"]) == bool(info["cuda_architectures"]) != bool(info["cuda_off"])
 
 

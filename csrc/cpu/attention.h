@@ -72,7 +72,7 @@ NANOCHAT_INLINE Vec<T> keep_range(Vec<T> x, int64_t column, int64_t first, int64
     const Index high = static_cast<Index>(minimum(W, maximum<int64_t>(0, end - column)));
     Vec<Index> lane;
     for (int l = 0; l < W; l++) lane[l] = l;
-    return (lane >= low) & (lane < high) ? x : broadcast<T>(outside);
+    return ((lane >= low) & (lane < high)) ? x : broadcast<T>(outside);
 }
 
 // Copies one panel of keys (or values), transposed: panel[d][n] = row n, zero beyond `rows`. `copy` holds

@@ -392,7 +392,7 @@ struct Backward16 : Backward<float, bfloat16> {
 void attention_backward(const AttentionBackward& a) {
     if (a.dtype == DType::float64) return Backward<double, double>{a}.run();
     if (a.dtype == DType::bfloat16) {
-        if constexpr (kMultipliesPairs)
+        if constexpr (kMultipliesBfloat16)
             return Backward16{a}.run16();
         else
             return Backward<float, bfloat16>{a}.run();

@@ -198,7 +198,7 @@ void attend_strip16(const AttentionShape& s, const Scratch16& m, int64_t i, int6
                     blocks, padded / kBlock16, m.out + at * padded, padded, true);
 }
 
-void forward16(const AttentionForward& a) {
+[[maybe_unused]] void forward16(const AttentionForward& a) {
     const AttentionShape& s = a.shape;
     const int64_t padded = round_up(s.D, kBlock16), tiles = ceil_div(s.Tq, kQueryTile16), group = s.H / s.Hkv;
     const int64_t keys_size = packed_size(round_up(s.Tk, kBlock16Depth), s.D), values_size = packed_size(s.D, s.Tk);
@@ -302,7 +302,7 @@ void forward_batch(const AttentionForward& a) {
     if (a.dtype == DType::float64) return decode ? forward_decode<double, double>(a) : forward<double, double>(a);
     if (a.dtype == DType::bfloat16) {
         if (decode) return forward_decode<float, bfloat16>(a);
-        if constexpr (kMultipliesPairs)
+        if constexpr (kMultipliesBfloat16)
             return forward16(a);
         else
             return forward<float, bfloat16>(a);

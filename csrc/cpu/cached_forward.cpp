@@ -3,32 +3,20 @@
 //
 // Every number is computed by one chain of operations, which depends neither on the other rows nor on the number of
 // threads. So a token has the same bits whatever it is batched with and however its prompt is cut.
-#include <immintrin.h>
-#include <linux/futex.h>
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "../kernels.h"
 #include "runtime.h"
 #include "simd.h"
+#include "system.h"
+
+#if defined(__x86_64__)
+#include "instructions_x86_64.h"
+#elif defined(__aarch64__)
+#include "instructions_aarch64.h"
+#endif
 
 namespace nanochat::NANOCHAT_ISA {
-
-// GCC takes a conversion from 8 to 32 bits apart, so the instruction is named where there is one.
-NANOCHAT_INLINE Vec<float> load(const int8_t* p) {
-#if defined(__AVX512F__)
-    const auto wide = _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return __builtin_convertvector(__builtin_bit_cast(Vec<int32_t>, wide), Vec<float>);
-#elif defined(__AVX2__)
-    const auto wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return __builtin_convertvector(__builtin_bit_cast(Vec<int32_t>, wide), Vec<float>);
-#else
-    Vec<float> v;
-    for (int i = 0; i < kLanes<float>; i++) v[i] = static_cast<float>(p[i]);
-    return v;
-#endif
-}
 
 namespace {
 
@@ -57,17 +45,15 @@ NANOCHAT_INLINE void wait_for_all(Barrier* barrier, int team) {
     if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) == team) {
         __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&barrier->passed, passed + 1, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n(&barrier->asleep, __ATOMIC_SEQ_CST))
-            syscall(SYS_futex, &barrier->passed, FUTEX_WAKE_PRIVATE, team, nullptr, nullptr, 0);
+        if (__atomic_load_n(&barrier->asleep, __ATOMIC_SEQ_CST)) cpu::wake_all(&barrier->passed);
         return;
     }
     for (int spins = 0; spins < kSpins; spins++) {
         if (__atomic_load_n(&barrier->passed, __ATOMIC_ACQUIRE) != passed) return;
-        __builtin_ia32_pause();
+        pause();
     }
     __atomic_add_fetch(&barrier->asleep, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&barrier->passed, __ATOMIC_SEQ_CST) == passed)
-        syscall(SYS_futex, &barrier->passed, FUTEX_WAIT_PRIVATE, passed, nullptr, nullptr, 0);
+    while (__atomic_load_n(&barrier->passed, __ATOMIC_SEQ_CST) == passed) cpu::sleep_while(&barrier->passed, passed);
     __atomic_sub_fetch(&barrier->asleep, 1, __ATOMIC_SEQ_CST);
 }
 
@@ -106,17 +92,10 @@ struct Sums {
 // in the lanes with it.
 template <int s>
 NANOCHAT_INLINE void fold(Sums& sums) {
-    typedef Vec<int32_t> Index;
-    Index own, other;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < W; lane++) {
-        own[lane] = lane & s ? W + lane : lane;
-        other[lane] = lane & s ? W + lane - s : lane + s;
-    }
 #pragma GCC unroll 8
     for (int i = 0; i < s; i++) {
         const Vec<float> a = sums.v[i], b = sums.v[i + s];
-        sums.v[i] = __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+        sums.v[i] = mix_lanes<s, 0, 0>(a, b) + mix_lanes<s, s, -s>(a, b);
     }
     if constexpr (s > 1) fold<s / 2>(sums);
 }

@@ -1,10 +1,6 @@
 // Chooses the instruction set once, at run time, and forwards every call to the copy of the kernels compiled for it.
-#include <cpuid.h>
 #include <omp.h>
 #include <pthread.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -15,8 +11,17 @@
 
 #include "../kernels.h"
 #include "runtime.h"
+#include "system.h"
 
-// Every kernel and its struct of arguments: those with code for AMX, and the others.
+#if defined(__x86_64__)
+#include "instruction_sets_x86_64.h"
+#elif defined(__aarch64__)
+#include "instruction_sets_aarch64.h"
+#else
+#error "The kernels have no instruction sets for this architecture."
+#endif
+
+// Every kernel and its struct of arguments: those with code that multiplies bfloat16, and the others.
 #define NANOCHAT_FOR_EACH_TILE_KERNEL(use)                                              \
     use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward) \
         use(linear_cross_entropy, cpu::LinearCrossEntropy)
@@ -36,22 +41,12 @@
     NANOCHAT_FOR_EACH_OTHER_KERNEL(use)
 
 #define NANOCHAT_DECLARE(kernel, Arguments) void kernel(const Arguments&);
+#define NANOCHAT_DECLARE_SET(isa, others)      \
+    namespace isa {                            \
+    NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE) \
+    }
 namespace nanochat {
-namespace baseline {
-NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
-}
-namespace avx2 {
-NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
-}
-namespace avx512 {
-NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
-}
-namespace avx512_bf16 {
-NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE)
-}
-namespace amx {
-NANOCHAT_FOR_EACH_TILE_KERNEL(NANOCHAT_DECLARE)
-}
+NANOCHAT_FOR_EACH_INSTRUCTION_SET(NANOCHAT_DECLARE_SET)
 }   // namespace nanochat
 
 namespace nanochat::cpu {
@@ -64,27 +59,10 @@ struct Kernels {
     NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_MEMBER)
 };
 
-bool has_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-}
-
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-
-// The kernel of Linux saves the tiles only of processes that ask for it (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA). From
-// then on it refuses signal stacks that are too small for them.
-bool has_amx() {
-    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    unsigned a, b, c, d;
-    return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-// The kernels of a set; those without code for AMX are of the set `others`.
-#define NANOCHAT_KERNELS(isa, others, supported_)                          \
+// The kernels of a set; those that multiply no bfloat16 are of the set `others`.
+#define NANOCHAT_KERNELS(isa, others)                                      \
     {.name = #isa,                                                         \
-     .supported = supported_,                                              \
+     .supported = has_##isa,                                               \
      .attention_forward = isa::attention_forward,                          \
      .attention_backward = isa::attention_backward,                        \
      .linear_cross_entropy = isa::linear_cross_entropy,                    \
@@ -107,34 +85,24 @@ bool has_amx() {
      .muon_momentum = others::muon_momentum,                               \
      .muon_update = others::muon_update,                                   \
      .normuon_update = others::normuon_update,                             \
-     .cached_forward = others::cached_forward}
+     .cached_forward = others::cached_forward},
 
-const Kernels kKernels[] = {
-    NANOCHAT_KERNELS(amx, avx512_bf16, has_amx),
-    NANOCHAT_KERNELS(avx512_bf16, avx512_bf16, has_avx512_bf16),
-    NANOCHAT_KERNELS(avx512, avx512, has_avx512),
-    NANOCHAT_KERNELS(avx2, avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
-    NANOCHAT_KERNELS(baseline, baseline, [] { return true; }),
-};
-
-// On Intel's processors the products of avx512_bf16 are slower than those of float32: 88 against 148 GFLOP/s (MKL) on one
-// core of a Xeon with AMX.
-bool pays(const Kernels& kernels) {
-    return kernels.attention_forward != avx512_bf16::attention_forward || !__builtin_cpu_is("intel");
-}
+const Kernels kKernels[] = {NANOCHAT_FOR_EACH_INSTRUCTION_SET(NANOCHAT_KERNELS)};
+constexpr size_t kSets = sizeof kKernels / sizeof kKernels[0];
 
 const Kernels& choose() {
     const char* wanted = std::getenv("NANOCHAT_CPU_ISA");
     const bool asked = wanted && *wanted;
     for (const Kernels& kernels : kKernels) {
-        if (asked ? std::strcmp(wanted, kernels.name) != 0 : !pays(kernels)) continue;
+        if (asked ? std::strcmp(wanted, kernels.name) != 0 : !pays(kernels.name)) continue;
         if (kernels.supported()) return kernels;
         if (asked)
             throw std::invalid_argument(std::string("NANOCHAT_CPU_ISA=") + wanted +
                                         ": this processor does not have it, or its operating system does not allow it");
     }
-    throw std::invalid_argument(
-        std::string("NANOCHAT_CPU_ISA must be amx, avx512_bf16, avx512, avx2 or baseline, got ") + wanted);
+    std::string names = kKernels[0].name;
+    for (size_t i = 1; i < kSets; i++) names += (i + 1 < kSets ? ", " : " or ") + std::string(kKernels[i].name);
+    throw std::invalid_argument("NANOCHAT_CPU_ISA must be " + names + ", got " + wanted);
 }
 
 const Kernels& kernels() {
@@ -175,14 +143,24 @@ void* workspace(size_t bytes) {
         const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
         space.memory.reset(std::aligned_alloc(kHugePage, rounded));
         if (!space.memory) throw std::bad_alloc();
-        madvise(space.memory.get(), rounded, MADV_HUGEPAGE);
+        advise_large_pages(space.memory.get(), rounded);
         space.size = rounded;
     }
     return space.memory.get();
 }
 
 const char* instruction_set() { return kernels().name; }
-bool linear_pays() { return !__builtin_cpu_is("intel") && kernels().linear != baseline::linear; }
+
+const char* instruction_sets() {
+    static const std::string names = [] {
+        std::string all;
+        for (size_t i = kSets; i-- > 0;) all += kKernels[i].name + std::string(i ? " " : "");
+        return all;
+    }();
+    return names.c_str();
+}
+
+bool linear_pays() { return linear_pays_with(kernels().name); }
 
 #define NANOCHAT_FORWARD(kernel, Arguments) \
     void kernel(const Arguments& arguments) { kernels().kernel(with_team(arguments)); }

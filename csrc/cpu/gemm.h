@@ -70,13 +70,12 @@ void multiply_strip(int64_t depth, const T* a, int64_t a_stride, const T* b, int
         multiply_strip_vectors<T, layout, accumulate, 1>(depth, a, a_stride, b + j, b_stride, c + j, c_stride);
 }
 
-// dst (columns, rows), row stride dst_stride, = the transpose of src (rows, columns), row stride src_stride. Squares of
-// one vector's width are transposed in registers by exchanging ever larger sub-squares (Eklundh, 1972).
+// dst (columns, rows), row stride dst_stride, = the transpose of src (rows, columns), row stride src_stride, in squares of
+// one vector's width.
 template <class T>
 NANOCHAT_INLINE void transpose(int64_t rows, int64_t columns, const T* src, int64_t src_stride, T* dst,
                                int64_t dst_stride) {
     constexpr int W = kLanes<T>;
-    typedef Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>> Index;
     for (int64_t i = 0; i < rows; i += W)
         for (int64_t j = 0; j < columns; j += W) {
             if (i + W > rows || j + W > columns) {
@@ -88,22 +87,7 @@ NANOCHAT_INLINE void transpose(int64_t rows, int64_t columns, const T* src, int6
             Vec<T> square[W];
 #pragma GCC unroll 16
             for (int r = 0; r < W; r++) square[r] = load(src + (i + r) * src_stride + j);
-#pragma GCC unroll 4
-            for (int s = 1; s < W; s *= 2) {
-                Index low, high;
-#pragma GCC unroll 16
-                for (int lane = 0; lane < W; lane++) {
-                    low[lane] = lane & s ? W + lane - s : lane;
-                    high[lane] = lane & s ? W + lane : lane + s;
-                }
-#pragma GCC unroll 16
-                for (int r = 0; r < W; r++)
-                    if (!(r & s)) {
-                        const Vec<T> upper = square[r], lower = square[r + s];
-                        square[r] = __builtin_shuffle(upper, lower, low);
-                        square[r + s] = __builtin_shuffle(upper, lower, high);
-                    }
-            }
+            transpose_square<1>(square);
 #pragma GCC unroll 16
             for (int r = 0; r < W; r++) store(dst + (j + r) * dst_stride + i, square[r]);
         }

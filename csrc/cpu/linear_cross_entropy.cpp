@@ -395,7 +395,7 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
 void linear_cross_entropy(const cpu::LinearCrossEntropy& args) {
     if (args.dtype == DType::float64) return LossAndGradients<double, double>{args}.run();
     if (args.dtype == DType::bfloat16) {
-        if constexpr (kMultipliesPairs)
+        if constexpr (kMultipliesBfloat16)
             return LossAndGradients16{args}.run();
         else
             return LossAndGradients<float, bfloat16>{args}.run();

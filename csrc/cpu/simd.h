@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #define NANOCHAT_INLINE inline __attribute__((always_inline))
 
@@ -18,6 +19,9 @@ constexpr int kTileVectors = 4;   // 6 x 4 accumulators, 4 columns and 1 broadca
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kTileVectors = 2;   // 6 x 2 accumulators, 2 columns and 1 broadcast fill 15 of 16 registers
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kTileVectors = 4;   // as with AVX-512, of 32 registers
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileVectors = 2;
@@ -59,7 +63,7 @@ NANOCHAT_INLINE Vec<T> load(const T* p) {
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
-template <class T>
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
 NANOCHAT_INLINE void store(T* p, Vec<T> v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
@@ -123,6 +127,41 @@ NANOCHAT_INLINE Vec<T> sqrt_lanes(Vec<T> v) {
     for (int i = 0; i < kLanes<T>; i++)
         lanes[i] = sizeof(T) == 4 ? __builtin_sqrtf(lanes[i]) : __builtin_sqrt(lanes[i]);
     return load(lanes);
+}
+
+// The lanes of a and then of b with the numbers `lane`. Clang has no __builtin_shuffle, and GCC 11 no
+// __builtin_shufflevector.
+template <int... lane, class V>
+NANOCHAT_INLINE V shuffle_lanes(V a, V b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, lane...);
+#else
+    return __builtin_shuffle(a, b, decltype(a < b){lane...});
+#endif
+}
+
+// Lane i is a[i + from_a], or b[i + from_b] if i has the bit s.
+template <int s, int from_a, int from_b, class V, int... i>
+NANOCHAT_INLINE V mix_lanes(V a, V b, std::integer_sequence<int, i...>) {
+    constexpr int lanes = sizeof...(i);
+    return shuffle_lanes<(i & s ? lanes + i + from_b : i + from_a)...>(a, b);
+}
+template <int s, int from_a, int from_b, class V>
+NANOCHAT_INLINE V mix_lanes(V a, V b) {
+    return mix_lanes<s, from_a, from_b>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
+}
+
+// Transposes a square in registers by exchanging ever larger sub-squares, from s x s on (Eklundh, 1972).
+template <int s, class V, int W>
+NANOCHAT_INLINE void transpose_square(V (&square)[W]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < W; r++)
+        if (!(r & s)) {
+            const V upper = square[r], lower = square[r + s];
+            square[r] = mix_lanes<s, 0, -s>(upper, lower);
+            square[r + s] = mix_lanes<s, s, 0>(upper, lower);
+        }
+    if constexpr (2 * s < W) transpose_square<2 * s>(square);
 }
 
 // e^x within 2 ulp. x = n ln 2 + r, |r| <= ln(2) / 2; polynomial in r (Taylor, to the precision of the type); scaled by

@@ -48,14 +48,14 @@ def attention(
         ValueError, TypeError: An argument is wrong, or lengths is combined with a derivative.
 
     The CPU kernels take float32, float64 and bfloat16, with any strides whose stride in D is 1; other tensors are
-    copied first. bfloat16 is computed in float32. With the instruction sets avx512_bf16 and amx and more than 4
-    queries, the products take bfloat16 numbers and add in float32: the probabilities and their gradients are rounded
-    before they are multiplied, and a number that is not finite may then reach tokens up to 255 away that do not see it.
-    The CUDA kernels (compute capability 8.0 or newer) take bfloat16 and float16 with float32 sums, and D a multiple of
-    8 up to 128, computed as 64, 96 or 128; tensors whose rows are not aligned to 16 bytes are copied first. On compute
-    capability 9.0 the kernels use tensor copies and wgmma. With up to 64 rows Tq * H / Hkv, a step of generation, the
-    GPU's multiprocessors share the keys. Other types, D and GPUs run torch's scaled_dot_product_attention on blocks of
-    queries, with a warning, and without the matrix of scores.
+    copied first. bfloat16 is computed in float32. With the instruction sets avx512_bf16, amx and neon_bf16 and more
+    than 4 queries, the products take bfloat16 numbers and add in float32: the probabilities and their gradients are
+    rounded before they are multiplied, and a number that is not finite may then reach tokens up to 255 away that do not
+    see it. The CUDA kernels (compute capability 8.0 or newer) take bfloat16 and float16 with float32 sums, and D a
+    multiple of 8 up to 128, computed as 64, 96 or 128; tensors whose rows are not aligned to 16 bytes are copied first.
+    On compute capability 9.0 the kernels use tensor copies and wgmma. With up to 64 rows Tq * H / Hkv, a step of
+    generation, the GPU's multiprocessors share the keys. Other types, D and GPUs run torch's
+    scaled_dot_product_attention on blocks of queries, with a warning, and without the matrix of scores.
 
     Second derivatives, forward-mode AD and torch.func transforms run in plain torch, with a warning: that keeps the
     matrix of scores. Where blocks of queries run, second derivatives need the torch backend.

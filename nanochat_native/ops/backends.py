@@ -2,7 +2,7 @@
 
 `use_backend("native" | "torch")` chooses the backend. These environment variables, read at the start, choose too:
     NANOCHAT_NATIVE_BACKEND=native|torch     the backend that a process starts with; native by default
-    NANOCHAT_CPU_ISA=amx|avx512_bf16|avx512|avx2|baseline
+    NANOCHAT_CPU_ISA=amx|avx512_bf16|avx512|avx2|baseline on x86-64, neon_bf16|neon on aarch64
                                              the instruction set of the CPU kernels; by default the fastest available
     NANOCHAT_CUDA_ISA=sm_90a|sm_80           that of the CUDA kernels that have a choice; likewise
     NANOCHAT_LINEAR=auto|native|torch        the product of `linear` in float32 on a CPU; auto takes the faster one
@@ -111,7 +111,9 @@ def build_info() -> dict[str, Any]:
 
 
 def instruction_set() -> str:
-    """Return the instruction set that the CPU kernels use here: "amx", "avx512_bf16", "avx512", "avx2" or "baseline".
+    """Return the instruction set that the CPU kernels use here.
+
+    On x86-64 it is "amx", "avx512_bf16", "avx512", "avx2" or "baseline", on aarch64 "neon_bf16" or "neon".
 
     Raises:
         RuntimeError: There is no usable module. The message says how to repair it.

@@ -42,10 +42,10 @@ def linear_cross_entropy(
         RuntimeError: A backward pass has create_graph=True, and the backend is not torch.
 
     There are kernels for the CPU, and for CUDA with float32 and bfloat16; on CUDA torch's library computes the
-    products. The CPU kernel computes bfloat16 in float32; with the instruction sets avx512_bf16 and amx its products
-    are of bfloat16 numbers with float32 sums, and the gradient of the logits is rounded before it is multiplied. Other
-    types and GPUs run in plain torch, with a warning and in chunks too. Forward-mode AD and torch.func transforms,
-    second derivatives among them, run in plain torch, with a warning: that keeps the logits.
+    products. The CPU kernel computes bfloat16 in float32; with the instruction sets avx512_bf16, amx and neon_bf16 its
+    products are of bfloat16 numbers with float32 sums, and the gradient of the logits is rounded before it is
+    multiplied. Other types and GPUs run in plain torch, with a warning and in chunks too. Forward-mode AD and
+    torch.func transforms, second derivatives among them, run in plain torch, with a warning: that keeps the logits.
     """
     softcap = 0.0 if softcap is None else softcap
     _check(x, weight, targets, softcap, reduction)

@@ -1,9 +1,12 @@
 """Compares every native operator with its reference, for `python -m nanochat_native.doctor`."""
 
+import ctypes
 import functools
 import itertools
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +46,14 @@ def driver_problem(driver: tuple[int, int], runtime: tuple[int, int]) -> str:
 
 
 def openmp_libraries() -> set[str]:
-    """Return the paths of the libgomp copies that this process has loaded. Each has its own threads."""
-    maps = Path("/proc/self/maps").read_text()
-    return {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+    """Return the paths of the OpenMP libraries that this process has loaded. Each has its own threads."""
+    if sys.platform == "darwin":
+        dyld = ctypes.CDLL(None)
+        dyld._dyld_get_image_name.restype = ctypes.c_char_p
+        loaded = [os.fsdecode(dyld._dyld_get_image_name(index)) for index in range(dyld._dyld_image_count())]
+    else:
+        loaded = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    return {path for path in loaded if re.search(r"/lib(gomp|omp|iomp5)\b[^/]*$", path)}
 
 
 Results = Sequence[torch.Tensor]

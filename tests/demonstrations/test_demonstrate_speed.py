@@ -96,8 +96,8 @@ def test_the_ways_to_multiply_agree(multiply):
 def test_the_register_tile_is_that_of_the_source_and_fits_into_the_registers():
     found = register_tile()
     simd, gemm = ((ROOT / f"csrc/cpu/{name}.h").read_text() for name in ("simd", "gemm"))
-    assert re.findall(r"kVectorBytes = (\d+)", simd) == ["64", "32", "16"]
-    assert re.findall(r"kTileVectors = (\d+)", simd) == ["4", "2", "2"]
+    assert re.findall(r"kVectorBytes = (\d+)", simd) == ["64", "32", "16", "16"]
+    assert re.findall(r"kTileVectors = (\d+)", simd) == ["4", "2", "4", "2"]
     assert "kTileRows = 6" in gemm
     for isa in ("baseline", "avx2", "avx512"):
         assert found[isa]["registers_used"] <= found[isa]["registers"]

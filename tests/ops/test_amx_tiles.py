@@ -2,6 +2,7 @@
 AMX the emulation has the same bits as the instructions."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def run(program):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only the kernels of x86-64 have code for AMX")
 def test_emulated_tiles_give_the_results_of_float32_products_and_the_bits_of_the_processor():
     real = processor_has_amx()
     cases = run(build(ROOT, real))

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from backends import BACKENDS, usable_instruction_sets
+from backends import BACKENDS, INSTRUCTION_SETS, usable_instruction_sets
 from tensor_lists import assert_lists_equal, clone, number, state, unaligned
 from torch import nn
 
@@ -520,7 +520,7 @@ def same_bits(isa):
             assert_lists_equal(result, results[0])
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_copies_change_no_bit_on_any_instruction_set_with_1_and_2_threads(isa):
     if isa not in usable_instruction_sets():
         pytest.skip(f"this processor has no {isa}")
