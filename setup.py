@@ -3,7 +3,8 @@
 It builds on Linux on x86-64 or aarch64, and on macOS on Apple silicon (without CUDA).
 
 Environment: NANOCHAT_CUDA=auto|on|off (auto: when an nvcc is found that suits torch), CXX, CUDACXX, CUDA_HOME,
-MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a;10.0;12.0").
+MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a;10.0;12.0"), NANOCHAT_WHEEL=on|off (on: the version and the requirements
+name the torch and the CUDA that the module is built for; tools/wheels.py sets it).
 """
 
 import fcntl
@@ -66,6 +67,10 @@ def check_machine():
         )
 
 
+def nvcc_version(nvcc):
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+
+
 def find_nvcc(choice=None, torch_cuda=None):
     """Return the path of nvcc, or why CUDA is left out: (path, reason), one of them empty.
 
@@ -89,8 +94,7 @@ def find_nvcc(choice=None, torch_cuda=None):
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc", path=os.pathsep.join(folders))
     reason, wanted = "nvcc was not found", f"a CUDA toolkit >= {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
     if nvcc:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"release (\d+)\.(\d+)", text)
+        release = re.search(r"release (\d+)\.(\d+)", nvcc_version(nvcc))
         found = tuple(map(int, release.groups())) if release else (0, 0)
         most = int(torch_cuda.split(".")[0]) if torch_cuda else found[0]
         if found >= OLDEST_CUDA and found[0] <= most:
@@ -146,7 +150,7 @@ class CMakeBuild(build_ext):
         settings = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": ninja,
-            "NANOCHAT_VERSION": self.distribution.get_version(),
+            "NANOCHAT_VERSION": self.distribution.get_version().partition("+")[0],
             "NANOCHAT_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "NANOCHAT_TORCH_VERSION": torch_version,
             "NANOCHAT_TORCH_INCLUDE": ";".join(includes),
@@ -179,6 +183,35 @@ class CMakeBuild(build_ext):
             put_in_place(built, ROOT / self.get_ext_filename(self.get_ext_fullname(ext.name)))
 
 
+class NamedDistribution(setuptools.Distribution):
+    """With NANOCHAT_WHEEL=on, the version has a label and one minor release of torch is required."""
+
+    def parse_config_files(self, *args, **options):
+        super().parse_config_files(*args, **options)
+        choice = os.environ.get("NANOCHAT_WHEEL") or "off"
+        if choice not in ("on", "off"):
+            fail(f"NANOCHAT_WHEEL must be on or off, got {choice!r}.")
+        if choice == "on":
+            torch_version, torch_cuda, _, _ = find_torch()
+            self.metadata.version += f"+{wheel_label(torch_version, find_nvcc(torch_cuda=torch_cuda)[0])}"
+            others = [name for name in self.install_requires if not re.match(r"torch\b", name)]
+            self.install_requires = [*others, f"torch=={minor_release(torch_version)}.*"]
+            self.metadata.install_requires = self.install_requires
+
+
+def minor_release(version):
+    return ".".join(version.split(".")[:2])
+
+
+def wheel_label(torch_version, nvcc):
+    """Return the local version of a wheel: cputorch2.13 or cu13torch2.13, as flash-attn's wheels name theirs.
+
+    pip takes the highest version that it finds. In this order a wheel with CUDA kernels is above one without.
+    """
+    release = re.search(r"release (\d+)", nvcc_version(nvcc)) if nvcc else None
+    return f"{f'cu{release[1]}' if release else 'cpu'}torch{minor_release(torch_version)}"
+
+
 def put_in_place(source, target):
     """Copy, then rename: a process with the old module keeps it, an interrupted copy harms nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,4 +225,5 @@ def put_in_place(source, target):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("nanochat_native._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    extension = Extension("nanochat_native._C", sources=[])
+    setup(distclass=NamedDistribution, ext_modules=[extension], cmdclass={"build_ext": CMakeBuild})
