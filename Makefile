@@ -23,7 +23,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.h csrc/*/*.cpp csrc/
 	csrc/*/*/*.cuh csrc/*/*/*.h python/*.cpp python/*.h)
 CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcard tests/emulation/*.cpp \
 	tests/emulation/*.h tests/emulation/*/*.cu tests/emulation/*/*.cuh tests/emulation/*/*.cpp tests/emulation/*/*.h \
-	tests/pretend_cuda/*.cpp tests/pretend_cuda/*.h tests/ops/*.cpp)
+	tests/pretend_cuda/*.cpp tests/pretend_cuda/*.h tests/pretend_mps/*.cpp tests/ops/*.cpp)
 
 .PHONY: train test test-all test-under-load bench lint guide guide-figures guide-results gpu wheels clean
 .DELETE_ON_ERROR:

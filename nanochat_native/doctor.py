@@ -86,7 +86,10 @@ def main(args: Sequence[str] = ()) -> int:
                 print(f"           GPU kernels of attention: {ops.cuda_instruction_set()}")
         except (RuntimeError, ValueError) as error:
             broken.append(str(error).splitlines()[0])
-    if gpus == 0:
+    if torch.backends.mps.is_available():
+        _, why = ops.serves("attention", "mps")
+        print(f"           MPS: --device mps runs in plain torch, which serves every operator there: {why}")
+    elif gpus == 0:
         print(f"           no GPU: {'none is visible' if torch.version.cuda else 'this torch was built without CUDA'}")
 
     print(f"backend    {ops.backend()}")

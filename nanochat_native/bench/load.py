@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_native.runtime.command import run_command
+from nanochat_native.runtime.hardware import resident_bytes
 
 PROMPTS = (
     "def __init__(self",
@@ -133,12 +134,6 @@ def read(content: bytes, stream: bool) -> tuple[str, int]:
     if choices[-1]["finish_reason"] not in ("stop", "length"):
         raise ValueError(f"the stream ends with {choices[-1]}")
     return "".join(choice["text"] for choice in choices), len(choices) - 1
-
-
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
 
 
 async def load(options: Options, port: int, pid: int, model: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from nanochat_native.bench.torch_today import TorchToday, today_optimizers
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
 from nanochat_native.optim import setup_optimizers
+from nanochat_native.runtime import hardware
 from nanochat_native.runtime.timing import side_by_side
 
 DEPTH, T, B = 4, 512, 8
@@ -89,9 +90,12 @@ def peak_memory(variant: str, vocabulary: int, recipe: str) -> int:
     return int(json.loads(output))
 
 
-def resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+def peak_bytes() -> int:
+    """Return the most memory that this process has had. On Linux, getrusage would count the process that started it."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return hardware.peak_resident_bytes()
+    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def name_of(recipe: str, vocabulary: int) -> str:
@@ -127,11 +131,11 @@ def main() -> None:
     threads, T, B = map(int, sys.argv[4:])
     torch.set_num_threads(threads)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-    before = resident("VmRSS")
+    before = hardware.resident_bytes()
     step = Step(variant, int(vocabulary), recipe)
     for _ in range(3):
         step()
-    print(json.dumps(resident("VmHWM") - before))
+    print(json.dumps(peak_bytes() - before))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from nanochat_native.data.shards import ShardWriter, TokenStream, open_shard, to
 from nanochat_native.data.sources import Skipped, Source, find_source
 from nanochat_native.data.streaming import TextDocuments
 from nanochat_native.data.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer
+from nanochat_native.runtime import hardware
 from nanochat_native.runtime.files import fsync, sha256_file, sha256_json, write_atomically
 
 Progress = Callable[[str, int, int], None]
@@ -349,7 +350,7 @@ class _Builder:
         self.stamps = [path.stat().st_mtime_ns for path in self.source.files]
         self.counts = _TextCounts()
         self.skipped = Skipped()
-        self.threads = len(os.sched_getaffinity(0))
+        self.threads = hardware.usable_cores()
 
     def build(self, folder: Path) -> None:
         """Write the corpus into an empty folder."""

@@ -68,6 +68,8 @@ class Loader(ABC):
         if self.device.type == "cuda":
             stream = torch.cuda.Stream(self.device)
             return Prefetcher(self._host_batch, lambda batch: _Copy(batch, stream), start_step, depth)
+        if self.device.type != "cpu":
+            return Prefetcher(self._host_batch, lambda batch: _Copied(self._to_device(batch)), start_step, depth)
         return Prefetcher(self._host_batch, None, start_step, depth)
 
     def state(self, step: int) -> dict[str, torch.Tensor]:
@@ -91,7 +93,7 @@ class Loader(ABC):
 
     def _to_device(self, batch: Batch) -> Batch:
         inputs, targets = batch
-        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        return copied(inputs, self.device), copied(targets, self.device)
 
 
 class BatchLoader(Loader):
@@ -168,6 +170,14 @@ def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.pin_memory()
 
 
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return what `pinned` returned as a tensor on the device. A copy to a CUDA GPU does not block.
+
+    A copy to MPS must: it would read the memory of the host after that is freed (pytorch's issue 189690).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 class _Copy:
     """A batch on its way from pinned memory to the GPU, by a stream of its own."""
 
@@ -190,6 +200,16 @@ class _Copy:
         return inputs, targets
 
 
+class _Copied:
+    """A batch on a GPU whose copies block."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def get(self) -> Batch:
+        return self._batch
+
+
 class Prefetcher:
     """Iterator over (inputs, targets), of which a background thread prepares a bounded number ahead.
 
@@ -200,12 +220,12 @@ class Prefetcher:
     def __init__(
         self,
         produce: Callable[[int], Batch],
-        copy: Callable[[Batch], _Copy] | None,
+        copy: Callable[[Batch], _Copy | _Copied] | None,
         start_step: int,
         depth: int,
     ) -> None:
         self._copy = copy
-        self._ahead: _Copy | BaseException | None = None
+        self._ahead: _Copy | _Copied | BaseException | None = None
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -281,15 +301,14 @@ def iterate_val(
     """
     if len(stream) < 2:
         raise ValueError(f"there must be >= 2 validation tokens, got {len(stream)}: give more text")
+    device = torch.device(device)
     targets = min(len(stream) - 1, max_tokens or len(stream))
     windows = -(-targets // sequence_len)
     start, stop = rank * windows // world_size, (rank + 1) * windows // world_size
     for first in range(start, stop, batch_rows):
         rows = list(stream.windows(sequence_len, first, min(first + batch_rows, stop)))
-        inputs, wanted = (
-            pinned(torch.from_numpy(np.stack(part)), torch.device(device)) for part in zip(*rows, strict=True)
-        )
-        yield inputs.to(device, non_blocking=True), wanted.to(device, non_blocking=True)
+        inputs, wanted = (pinned(torch.from_numpy(np.stack(part)), device) for part in zip(*rows, strict=True))
+        yield copied(inputs, device), copied(wanted, device)
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_native.data.loader import Batch, Loader, epoch_keys, permute, pinned
+from nanochat_native.data.loader import Batch, Loader, copied, epoch_keys, permute, pinned
 from nanochat_native.data.shards import TokenStream
 from nanochat_native.runtime.files import write_atomically
 
@@ -483,7 +483,4 @@ def iterate_packed(
             inputs[index, : len(tokens) - 1] = tokens[:-1]
             targets[index, : len(tokens) - 1] = tokens[1:]
         device = torch.device(device)
-        yield (
-            pinned(inputs, device).to(device, non_blocking=True),
-            pinned(targets, device).to(device, non_blocking=True),
-        )
+        yield copied(pinned(inputs, device), device), copied(pinned(targets, device), device)

@@ -24,6 +24,7 @@ from nanochat_native.data.file_names import printable
 from nanochat_native.data.packing import BLOCK_DOCUMENTS, Cursor
 from nanochat_native.data.sources import Skipped
 from nanochat_native.data.tokenizer import Tokenizer
+from nanochat_native.runtime import hardware
 
 JOB_CHARS = 1 << 18  # characters that a thread tokenizes at once
 
@@ -81,7 +82,7 @@ class TextSource:
         """
         self.text, self.head_tokens = text, head_tokens
         if threads is None:
-            threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            threads = max(1, hardware.usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.skipped = Skipped()
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "tokenize")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
+from nanochat_native.runtime import hardware
 from nanochat_native.runtime.files import sha256_json, write_atomically
 
 # GPT-4's pattern with \p{N}{1,2} instead of \p{N}{1,3}, as in nanochat: small vocabularies lack room for 1000 numbers.
@@ -167,7 +167,7 @@ class Tokenizer:
 
     def encode_ordinary_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, encoded by several threads."""
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(hardware.usable_cores()) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

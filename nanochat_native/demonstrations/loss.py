@@ -226,20 +226,20 @@ def head_memory() -> dict[str, Any]:
     Each is measured in a process of its own, as the increase of its peak over a small call.
     """
     script = textwrap.dedent("""
-        import resource, sys, torch
+        import sys, torch
         from nanochat_native import ops
+        from nanochat_native.runtime.hardware import peak_resident_bytes, resident_bytes
         backend, N, C, V = sys.argv[1], *map(int, sys.argv[2:])
         torch.set_num_threads(1)
         ops.use_backend(backend)
         x, weight = (torch.randn(n, C).requires_grad_() for n in (N, V))
         targets = torch.randint(V, (N,))
         ops.linear_cross_entropy(x[:8], weight, targets[:8]).backward()
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        now = resource.getpagesize() * int(open("/proc/self/statm").read().split()[1])
-        ballast = torch.ones(max(0, peak - now) // 4)  # so that the next byte raises the peak
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        spare = peak_resident_bytes() - resident_bytes()
+        ballast = torch.ones(max(0, spare) // 4)  # so that the next byte raises the peak
+        before = peak_resident_bytes()
         ops.linear_cross_entropy(x, weight, targets).backward()
-        print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+        print(peak_resident_bytes() - before)
     """)
     rows = []
     for vocabulary in VOCABULARIES:

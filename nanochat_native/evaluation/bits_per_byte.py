@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
+from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.runtime.distributed import World
 
 
@@ -76,7 +77,8 @@ def _sums(
         raise ValueError(f"token_bytes must have shape ({model.config.vocab_size},), got {tuple(token_bytes.shape)}")
     device = model.wte.weight.device
     lengths = torch.as_tensor(token_bytes, dtype=torch.int64, device=device)
-    all_nats = torch.zeros((), dtype=torch.float64, device=device)
+    wide = widest_dtype(device)
+    all_nats = torch.zeros((), dtype=wide, device=device)
     byte_nats = torch.zeros_like(all_nats)
     targets_seen = torch.zeros((), dtype=torch.int64, device=device)
     bytes_seen = torch.zeros_like(targets_seen)
@@ -85,8 +87,11 @@ def _sums(
         nats = model(inputs, targets, reduction="none", documents=documents)
         counted = targets >= 0
         length = lengths[targets.clamp(min=0)] * counted
-        all_nats += nats.sum(dtype=torch.float64)
-        byte_nats += (nats * (length > 0)).sum(dtype=torch.float64)
+        all_nats += nats.sum(dtype=wide)
+        byte_nats += (nats * (length > 0)).sum(dtype=wide)
         targets_seen += counted.sum()
         bytes_seen += length.sum()
-    return torch.stack([all_nats, byte_nats, targets_seen.double(), bytes_seen.double()])
+    sums = [all_nats, byte_nats, targets_seen, bytes_seen]
+    if device.type == "mps":  # which has no float64
+        sums = [part.cpu() for part in sums]
+    return torch.stack([part.double() for part in sums])

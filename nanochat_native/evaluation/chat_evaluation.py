@@ -62,10 +62,10 @@ class Options:
     """Seed of the draws; the same seed gives the same answers."""
     device_batch_size: int = 8
     """Number of sequences that go through the model at once."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Device to run on; default: the GPU if there is one."""
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    """Device to run on; default: a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights and the cache; default: float32 on a CPU, 16 bits on a GPU."""
+    """Type of the weights and the cache; default: float32, on a CUDA GPU 16 bits."""
     quantize: Quantization | None = None
     """int8: generate with the matrices in int8, on a CPU. `evaluate --quantize int8` measures the cost."""
     out: Path | None = None

@@ -140,7 +140,7 @@ def _choice_logits(model: GPT, questions: Sequence[tuple[Sequence[int], Sequence
     device = model.wte.weight.device
     hidden = model.hidden_states(inputs.to(device))
     last = torch.tensor(lengths, device=device) - 1
-    logits = model.logits(hidden[torch.arange(len(questions), device=device), last]).double().cpu()
+    logits = model.logits(hidden[torch.arange(len(questions), device=device), last]).cpu().double()
     found = [logits[row, list(choices)].tolist() for row, (_, choices) in enumerate(questions)]
     if not all(map(math.isfinite, (logit for row in found for logit in row))):
         raise ValueError(NONFINITE_LOGITS)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.model.gpt import GPT
+from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.runtime.distributed import World
 
 CHOICE, SCHEMA, LANGUAGE = "multiple_choice", "schema", "language_modeling"
@@ -365,7 +366,9 @@ def batches(
 def total_nll(
     model: GPT, sequences: Sequence[ScoredSpan], batch_tokens: int, progress: Progress | None = None
 ) -> list[float]:
-    """Return the total negative log-likelihood of each span, in nats, summed in float64; 0 for an empty span.
+    """Return the total negative log-likelihood of each span, in nats, 0 for an empty span.
+
+    The sums are in float64, on MPS in float32.
 
     Raises ValueError for a model whose losses are not finite.
     """
@@ -374,7 +377,7 @@ def total_nll(
     done = 0
     for chosen, inputs, targets in batches(sequences, batch_tokens):
         losses = model(inputs.to(device), targets.to(device), reduction="none")
-        for i, total in zip(chosen, losses.sum(1, dtype=torch.float64).tolist(), strict=True):
+        for i, total in zip(chosen, losses.sum(1, dtype=widest_dtype(device)).tolist(), strict=True):
             found[i] = _finite(total)
         done += len(chosen)
         if progress is not None:
@@ -402,8 +405,8 @@ def greedy(
         best = logits.topk(2)
         own = logits.gather(1, wanted[:, None])[:, 0]
         right = logits.argmax(1) == wanted
-        gap = (own - torch.where(right, best.values[:, 1], best.values[:, 0])).double().cpu()
-        losses = (logits.logsumexp(1) - own).double().cpu()
+        gap = (own - torch.where(right, best.values[:, 1], best.values[:, 0])).cpu().double()
+        losses = (logits.logsumexp(1) - own).cpu().double()
         sizes = [sequences[i].end - sequences[i].start for i in chosen]
         parts = (part.split(sizes) for part in (losses, right.cpu(), gap))
         for i, loss, correct, lead in zip(chosen, *parts, strict=True):

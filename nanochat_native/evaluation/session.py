@@ -59,8 +59,8 @@ class Options:
     """int8: measure the checkpoint twice, as it is and with the weights of generate's --quantize int8."""
     device_batch_size: int = 8
     """Number of sequences that go through the model at once; CORE's batches have as many tokens."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Device to run on; default: the GPU if there is one."""
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    """Device to run on; default: a CUDA GPU if there is one, else the CPU."""
     out: Path | None = None
     """Folder for result.json with flags, versions and measurements; updated after each task."""
     json: bool = False

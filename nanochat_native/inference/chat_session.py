@@ -63,10 +63,10 @@ class Options:
     """Compute the calculations that the model writes as code, and give it the results."""
     seed: int = 0
     """Seed of the draws; the same seed and messages give the same answers."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Device to run on; default: the GPU if there is one."""
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    """Device to run on; default: a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights and the cache; default: float32 on a CPU, 16 bits on a GPU."""
+    """Type of the weights and the cache; default: float32, on a CUDA GPU 16 bits."""
     quantize: Quantization | None = None
     """int8: generate with the matrices in int8, on a CPU. `evaluate --quantize int8` measures the cost."""
 

@@ -37,6 +37,7 @@ from nanochat_native.runs.config import (
     upgraded,
 )
 from nanochat_native.runs.run_folder import COMPARED_BY_CONTENT, PER_CALL_FLAGS, is_run
+from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import Console, SilentConsole, bar
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.files import is_temporary
@@ -469,8 +470,7 @@ def measure_costs(comparison: Comparison, *, seconds: float, repeats: int) -> di
     def update(trainer: Trainer) -> None:
         ops.use_backend(trainer.config.backend)
         trainer.update()
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
+        hardware.synchronize(trainer.device)
 
     calls: list[Callable[[], Any]] = [functools.partial(update, trainer) for trainer in trainers.values()]
     times = side_by_side(calls, seconds=seconds, repeats=repeats)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.optim import clip_reduced_
 from nanochat_native.optim.routing import BLOCKS, LM_HEAD, VALUE_EMBEDS, WTE
 from nanochat_native.optim.schedule import momentum_at
@@ -114,7 +115,7 @@ def measure_step(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> tuple[float,
     named = list(trainer.model.named_parameters())
     total = [torch.zeros_like(parameter) for _, parameter in named]
     micro_batches = list(trainer.micro_batches(batch))
-    squares = torch.zeros(len(named), dtype=torch.float64, device=trainer.device)
+    squares = torch.zeros(len(named), dtype=widest_dtype(trainer.device), device=trainer.device)
     loss = torch.zeros((), device=trainer.device)
     for x, y in micro_batches:
         with trainer.autocast():
@@ -137,8 +138,10 @@ def measure_step(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> tuple[float,
 
 
 def _squares(tensors: list[Any]) -> Tensor:
-    """Return squared norms in float64, summed by rows: torch's float32 norm of a whole tensor errs by 1e-4 on a CPU."""
-    return torch.stack([torch.linalg.vector_norm(t, dim=-1).double().square().sum() for t in tensors])
+    """Return squared norms in the widest type, summed by rows: torch's float32 norm of a whole tensor errs by 1e-4 on a
+    CPU."""
+    wide = widest_dtype(tensors[0].device)
+    return torch.stack([torch.linalg.vector_norm(t, dim=-1).to(wide).square().sum() for t in tensors])
 
 
 def advice(noise: Noise, *, sequence_len: int, total_batch_size: int) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
-from nanochat_native.ops.dtypes import PARAM_DTYPES
+from nanochat_native.ops.dtypes import PARAM_DTYPES, widest_dtype
 
 
 def adamw_(
@@ -130,7 +130,7 @@ def reference_adamw_(
     copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Do what `adamw_` does, tensor by tensor."""
-    t = step.double() if isinstance(step, Tensor) else step
+    t = step.to(widest_dtype(step.device)) if isinstance(step, Tensor) else step
     step_size = lr / (1 - beta1**t)
     bias_correction2_sqrt = (1 - beta2**t) ** 0.5
     decay = 1 - lr * weight_decay

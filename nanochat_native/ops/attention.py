@@ -64,7 +64,7 @@ def attention(
     mode = modes.unsupported(modes.beyond_backward(q, k, v))
     if backends.runs_native("attention", q, mode or _unsupported(q)):
         return native_attention(q, k, v, causal, window, scale, lengths)
-    if q.device.type == "cuda" and backends.backend() == "native" and not mode:
+    if q.device.type in ("cuda", "mps") and backends.backend() == "native" and not mode:
         return block_attention(q, k, v, causal=causal, window=window, scale=scale, lengths=lengths)
     return reference_attention(q, k, v, causal=causal, window=window, scale=scale, lengths=lengths)
 

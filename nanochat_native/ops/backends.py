@@ -12,8 +12,8 @@ A wrong value raises ValueError in the first call that needs it, and in `check_e
 
 On the native backend, plain torch runs an operator on a device without a native kernel, and in a mode that the kernel
 does not support (second derivatives, forward-mode AD, torch.func transforms). One warning then names the operator. On a
-GPU that is older than the CUDA kernels, one warning names all operators. A native module that is missing, or was built
-for another torch, raises RuntimeError with the command that repairs it.
+GPU that is older than the CUDA kernels, and on an MPS device, one warning names all operators. A native module that is
+missing, or was built for another torch, raises RuntimeError with the command that repairs it.
 """
 
 import importlib
@@ -160,6 +160,8 @@ DEVICES: dict[str, tuple[str, ...]] = {
     for op in OPERATORS
 }
 
+NO_MPS_KERNELS = "the kernels are for CPUs and CUDA GPUs"
+
 LEAST_CAPABILITY = (8, 0)  # the compute capability from which a GPU has the instructions of the CUDA kernels
 _gpu_problems: dict[int, str] = {}
 
@@ -294,6 +296,8 @@ def serves(op: str, device: torch.device | str) -> tuple[str, str]:
         return "torch", "chosen by use_backend or NANOCHAT_NATIVE_BACKEND"
     if load_error:
         return "torch", load_error
+    if kind == "mps":
+        return "torch", NO_MPS_KERNELS
     if op in LINEAR_OPERATORS and kind == "cpu" and not uses_native_linear():
         return "torch", "torch's product is chosen by NANOCHAT_LINEAR, or is as fast on this processor"
     if kind in DEVICES[op]:
@@ -320,6 +324,9 @@ def runs_native(op: str, tensor: Tensor, unsupported: str = "") -> bool:
     kind = tensor.device.type
     if kind == "cuda" and kind in DEVICES[op] and (problem := gpu_problem(tensor.device.index)):
         warn_reference_runs("every operator", kind, problem)
+        return False
+    if kind == "mps":
+        warn_reference_runs("every operator", kind, NO_MPS_KERNELS)
         return False
     if kind in DEVICES[op] and not unsupported:
         return True

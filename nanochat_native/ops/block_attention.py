@@ -1,4 +1,4 @@
-"""Attention on a GPU without a kernel of ours, by torch's scaled_dot_product_attention.
+"""Attention on a GPU without a kernel of ours: on CUDA by torch's scaled_dot_product_attention, on MPS by products.
 
 torch has kernels that keep no matrix of scores for most types and GPUs, but none with a window, and none for some types
 and head sizes. The queries are therefore divided into blocks of rows. A block attends to the keys that one of its rows
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from nanochat_native.ops.softmax import softmax
 
 BLOCK_ROWS = 256  # queries of a block: with a window, a block computes at most this many keys too many in a row
 BLOCK_SCORES = 1 << 26  # scores of a block, 256 MiB in float32
@@ -69,6 +71,10 @@ def _for_query_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool, scale: float) -> Tensor:
+    if q.device.type == "mps" and mask is not None:
+        # torch's own kernel for MPS has misread masks that are broadcast (pytorch's pull request 184180).
+        scores = (q.float() @ k.float().mT * scale).masked_fill(~mask, -torch.inf)
+        return (softmax(scores) @ v.float()).to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
 
 

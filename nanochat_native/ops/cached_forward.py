@@ -265,9 +265,9 @@ def _check_previous(starts: Sequence[int], previous: Sequence[int], tokens: int,
 
 
 def to_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Return whole numbers, in lists of any depth, as an int64 tensor, without a wait for a GPU."""
-    tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
+    """Return whole numbers, in lists of any depth, as an int64 tensor, without a wait for a CUDA GPU."""
+    is_cuda = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=is_cuda).to(device, non_blocking=is_cuda)
 
 
 # --- reference ---

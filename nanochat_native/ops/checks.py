@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanochat_native.ops.dtypes import widest_dtype
+
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise TypeError unless `tensor` is of one of the allowed types."""
@@ -54,16 +56,18 @@ def check_number(
     name: str,
     value: float | Tensor,
     device: torch.device,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     *,
     low: int = 0,
     below: int | None = None,
 ) -> None:
     """Raise TypeError or ValueError unless `value` is a number in range, or a 0-d tensor of `dtype` on `device`.
 
-    The range is low <= value, and value < below if `below` is given. The value of a tensor is checked on the CPU only.
+    By default `dtype` is widest_dtype(device). The range is low <= value, and value < below if `below` is given. The
+    value of a tensor is checked on the CPU only.
     """
     if isinstance(value, Tensor):
+        dtype = dtype or widest_dtype(device)
         if value.dtype != dtype:
             raise TypeError(f"{op}: {name} must be a number or a 0-d tensor of {dtype}, got {value.dtype}")
         if value.dim() != 0:

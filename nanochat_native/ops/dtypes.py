@@ -13,6 +13,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the type of long sums and of settings in device memory: float64, on MPS float32, as it has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def dtypes_on(device: torch.device) -> tuple[torch.dtype, ...]:
     """Return the types that the norms, the rotation and squared ReLU take on a device."""
     return ALL_DTYPES if device.type == "cuda" else CPU_DTYPES

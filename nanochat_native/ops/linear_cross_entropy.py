@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
-from nanochat_native.ops.dtypes import compute_dtype, dtypes_on, no_cuda_kernel
+from nanochat_native.ops.dtypes import compute_dtype, dtypes_on, no_cuda_kernel, widest_dtype
 from nanochat_native.ops.softmax import logsumexp
 
 
@@ -52,7 +52,7 @@ def linear_cross_entropy(
     mode = modes.unsupported(modes.beyond_backward(x, weight))
     if backends.runs_native("linear_cross_entropy", x, mode or no_cuda_kernel(x.device, x.dtype)):
         return native_linear_cross_entropy(x, weight, targets, softcap, ignore_index, reduction)
-    if x.device.type == "cuda" and backends.backend() == "native" and not mode:
+    if x.device.type in ("cuda", "mps") and backends.backend() == "native" and not mode:
         return chunked_linear_cross_entropy(x, weight, targets, softcap, ignore_index, reduction)
     return reference_linear_cross_entropy(
         x, weight, targets, softcap=softcap, ignore_index=ignore_index, reduction=reduction
@@ -118,7 +118,7 @@ def reference_linear_cross_entropy(
     losses = (logsumexp(logits) - chosen).masked_fill(ignored, 0.0)
     if reduction == "none":
         return losses.reshape(targets.shape)
-    total = losses.sum(dtype=torch.float64)
+    total = losses.sum(dtype=widest_dtype(losses.device))
     return (total / (~ignored).sum() if reduction == "mean" else total).to(dtype)
 
 
@@ -170,7 +170,7 @@ class _Chunked(torch.autograd.Function):
         count = (~ignored).sum(dtype=wide) if reduction == "mean" else losses.new_ones(())
         ctx.save_for_backward(dx, dweight, (1 / (count * scale)).masked_fill(count == 0, 0))
         ctx.dtypes = x.dtype, weight.dtype
-        return losses if reduction == "none" else (losses.sum(dtype=torch.float64) / count).to(wide)
+        return losses if reduction == "none" else (losses.sum(dtype=widest_dtype(x.device)) / count).to(wide)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
 from nanochat_native.ops.adamw import decayed
-from nanochat_native.ops.dtypes import PARAM_DTYPES
+from nanochat_native.ops.dtypes import PARAM_DTYPES, widest_dtype
 from nanochat_native.ops.newton_schulz import Triple, check_newton_schulz, flattened, reference_newton_schulz
 
 # --- muon_momentum_ ---
@@ -113,9 +113,8 @@ def reference_muon_momentum_(
     update = momentum * buffers + (1 - momentum) * g if nesterov else buffers
     if not return_norm:
         return update
-    if return_norm == "rows":
-        return update, torch.linalg.vector_norm(update, dim=-1, dtype=torch.float64)
-    return update, torch.linalg.vector_norm(update.view(len(grads), grads[0].numel()), dim=1, dtype=torch.float64)
+    rows = update if return_norm == "rows" else update.view(len(grads), grads[0].numel())
+    return update, torch.linalg.vector_norm(rows, dim=-1, dtype=widest_dtype(update.device))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
-from nanochat_native.ops.dtypes import ALL_DTYPES, compute_dtype
+from nanochat_native.ops.dtypes import ALL_DTYPES, compute_dtype, widest_dtype
 
 Triple = tuple[float, float, float]
 
@@ -77,7 +77,7 @@ def newton_schulz(
     if row_norms is not None:
         if norms is not None:
             raise ValueError(f"{op}: norms and row_norms exclude each other, got both")
-        checks.check_dtype(op, "row_norms", row_norms, (torch.float64,))
+        checks.check_dtype(op, "row_norms", row_norms, (widest_dtype(g.device),))
         checks.check_device(op, "row_norms", row_norms, g.device, "g")
         if row_norms.shape != g.shape[:-1]:
             raise ValueError(
@@ -113,7 +113,7 @@ def check_newton_schulz(
     if steps < 1:
         raise ValueError(f"{op}: steps must be >= 1, got {steps}")
     if norms is not None:
-        checks.check_dtype(op, "norms", norms, (torch.float64,))
+        checks.check_dtype(op, "norms", norms, (widest_dtype(g.device),))
         if norms.shape != g.shape[:-2]:
             raise ValueError(
                 f"{op}: norms must have shape {tuple(g.shape[:-2])}, that of {name} without M and K, "
@@ -197,11 +197,11 @@ def divide_by_norm(
     equilibrate_rows: bool,
     norm_eps: float,
 ) -> Tensor:
-    """Return X0 of `newton_schulz`, in float64."""
+    """Return X0 of `newton_schulz`, in the widest type of the device."""
     if row_norms is not None or equilibrate_rows or norm_eps:
         return g * row_scales(g, norm_factor, norms, row_norms, equilibrate_rows, norm_eps)[..., None]
     if norms is None:
-        norms = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64)
+        norms = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=widest_dtype(g.device))
     norm = norms[..., None, None]
     return g / torch.where(norm == 0, 1.0, norm_factor * norm)
 
@@ -214,13 +214,13 @@ def row_scales(
     equilibrate_rows: bool,
     norm_eps: float,
 ) -> Tensor:
-    """Return the number (..., M), float64, that multiplies each row of g to make X0, 0 in a zero matrix."""
+    """Return the number (..., M), of the widest type, that multiplies each row of g to make X0, 0 in a zero matrix."""
     if norms is not None and not equilibrate_rows:
         norms = norms[..., None]
         divisors = torch.where(norms == 0, 1.0, norm_factor * norms + norm_eps)
         return torch.where(norms == 0, 0.0, 1 / divisors).expand(g.shape[:-1])
     if row_norms is None:
-        row_norms = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float64)
+        row_norms = torch.linalg.vector_norm(g, dim=-1, dtype=widest_dtype(g.device))
     norms = torch.linalg.vector_norm(row_norms, dim=-1, keepdim=True)
     scales = torch.ones_like(row_norms)
     if equilibrate_rows:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nanochat_native.ops import weight_copies
+from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.optim.buckets import BUCKET_BYTES, Bucket, Layout, ShardPiece, assign, split, split_rows
 
 # Parameters as in torch.optim: tensors; (name, tensor) pairs; or groups, dicts with either under "params" and with
@@ -397,12 +398,12 @@ def check_strides(name: str, parameter: Tensor) -> None:
 
 
 def as_operand(value: Any, device: torch.device) -> float | Tensor:
-    """Return a setting in the form of the operators: a number, or a 0-d float64 tensor on the device.
+    """Return a setting in the form of the operators: a number, or a 0-d tensor of the widest type on the device.
 
     A tensor on the device stays a tensor, so that a GPU reads it without synchronizing. Others become numbers.
     """
     if isinstance(value, Tensor) and value.device == device:
-        return value.detach().reshape(()).double()
+        return value.detach().reshape(()).to(widest_dtype(device))
     return float(value)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.optim.base import Optimizer, buckets_of
 
 
@@ -19,7 +20,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     gradients are unchanged and the caller must skip the step. On a GPU the host does not wait for the norm.
 
     Returns:
-        The norm before the scaling, float64, 0-d.
+        The norm before the scaling, 0-d, float64; on MPS float32.
 
     Raises:
         ValueError: max_norm is not above 0.
@@ -62,9 +63,11 @@ def _clip(
 ) -> Tensor:
     if not max_norm > 0:
         raise ValueError(f"max_norm must be a number > 0, got {max_norm}")
-    total = torch.zeros((), dtype=torch.float64, device=device)  # for a rank that owns no gradient
     if gradients:
-        total = torch.linalg.vector_norm(_norms(gradients).double())
+        norms = _norms(gradients)
+        total = torch.linalg.vector_norm(norms.to(widest_dtype(norms.device)))
+    else:  # a rank may own no gradient
+        total = torch.zeros((), dtype=torch.float64, device=device)
     if group is not None:
         total = total.square()
         dist.all_reduce(total, group=group)
@@ -84,7 +87,7 @@ def _clip(
 
 
 def _scale_(gradients: list[Tensor], factor: Tensor) -> None:
-    """Multiply all gradients by a float64 factor, 0-d, on their device, with the rounding of a plain number."""
+    """Multiply all gradients by a factor, 0-d, on their device, with the rounding of a plain number."""
     by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         by_type[gradient.dtype].append(gradient)

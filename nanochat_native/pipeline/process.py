@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import ctypes
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -49,8 +50,13 @@ class Signals:
                 self.process.send_signal(number)
 
 
-def dies_with_parent() -> Callable[[], None]:
-    """Return a function for a child process to call. The child then gets SIGTERM if the speedrun is killed."""
+def dies_with_parent() -> Callable[[], None] | None:
+    """Return a function for a child process to call. The child then gets SIGTERM if the speedrun is killed.
+
+    Only Linux has this. Elsewhere the result is None, and a child outlives a speedrun that is killed.
+    """
+    if platform.system() != "Linux":
+        return None
     prctl = ctypes.CDLL(None).prctl  # loaded before the fork
 
     def in_child() -> None:

@@ -109,7 +109,7 @@ def environment(recipe: Recipe, places: Places, state: State) -> list[tuple[str,
     machines = [entry["machine"] for entry in state.stages.values() if "machine" in entry]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = [
-        ("processor", f"{hardware.cpu_name() or platform.machine()}, {len(os.sched_getaffinity(0))} cores to use"),
+        ("processor", f"{hardware.cpu_name() or platform.machine()}, {hardware.usable_cores()} cores to use"),
         ("memory", f"{memory / 1e9:.0f} GB"),
     ]
     if recipe.device == "cuda":

@@ -328,11 +328,12 @@ class TrainConfig:
     """Delete the run in OUT_DIR/RUN before starting a new one."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on. auto: a GPU if there is one, else the CPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to train on. mps: the GPU of a Mac, without kernels of this package; auto: a CUDA GPU if there is one,
+    else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the activations; parameters are always float32. float16 needs a GPU, and the loss is scaled. auto:
-    bfloat16 on a GPU, float16 on one without bfloat16 (compute capability below 8.0), float32 on a CPU."""
+    """Type of the activations; parameters are always float32. float16 needs a CUDA GPU, and the loss is scaled. auto:
+    bfloat16 on such a GPU, float16 on one without bfloat16 (compute capability below 8.0), float32 elsewhere."""
     fp8: Literal["off", "tensorwise", "rowwise"] = "off"
     """Products of the blocks' linear layers in FP8, in training with --dtype bfloat16, on a GPU of compute capability
     8.9 or newer. tensorwise: one scale for each matrix; rowwise: one for each row, more exact and slower."""
@@ -782,16 +783,18 @@ def resolve_device(config: C) -> C:
 
     Raises ConfigError for a GPU that is not there, and for a type that the device does not have.
     """
-    gpu = torch.cuda.is_available() if is_unset(config, "device") else config.device == "cuda"
-    if gpu and not torch.cuda.is_available():
-        raise ConfigError("--device must be cpu, because torch sees no GPU, got cuda")
+    try:
+        device = hardware.pick_device(None if is_unset(config, "device") else config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    gpu = device.type == "cuda"
     if gpu and is_unset(config, "dtype"):
-        has_bfloat16 = hardware.gpu_dtype(torch.device("cuda")) == torch.bfloat16
+        has_bfloat16 = hardware.gpu_dtype(device) == torch.bfloat16
         config = dataclasses.replace(config, dtype="bfloat16" if has_bfloat16 else "float16")
     data = config.data if config.data in (STDLIB, EXAMPLES) else os.path.abspath(os.path.expanduser(config.data))
     folders = {name: getattr(config, name, None) for name in ("core", "chat_data", "task_data")}
     paths: dict[str, Any] = {k: Path(os.path.abspath(v.expanduser())) for k, v in folders.items() if v is not None}
-    config = dataclasses.replace(config, device="cuda" if gpu else "cpu", data=data, **paths)
+    config = dataclasses.replace(config, **paths | {"device": device.type, "data": data})
     config = resolve_defaults(config, gpu=gpu)
     _require_types(config)
     return config
@@ -801,6 +804,8 @@ def _require_types(config: TrainConfig) -> None:
     """Raise ConfigError for a type of the activations or of the products that the device does not have."""
     if config.dtype == "float16" and config.device == "cpu":
         raise ConfigError("--dtype must be float32 or bfloat16 on a CPU, whose kernels have no float16, got float16")
+    if config.dtype == "float16" and config.device == "mps":
+        raise ConfigError("--dtype must be float32 or bfloat16 on MPS, got float16")
     if config.fp8 == "off":
         return
     device = torch.device(config.device)

@@ -3,12 +3,15 @@
 import os
 import platform
 import resource
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from nanochat_native.runtime.distributed import launched_by_torchrun
 
 # Dense bfloat16 tensor-core rates in FLOP/s, with float32 accumulation and without sparsity, and memory bandwidths in
 # bytes/s, from NVIDIA's data sheets and architecture whitepapers. The first row counts whose words are all in the name
@@ -103,27 +106,62 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """Return the peak rate of `device`: from the table for a GPU, measured for a CPU, always in float32."""
     if device.type == "cuda":
         return gpu_peak(torch.cuda.get_device_name(device), dtype)
+    if device.type == "mps":
+        return Peak(None, "the table has no rates of MPS devices")
     return cpu_peak()
 
 
 def describe(device: torch.device) -> str:
-    """Return the name of a device: "H200 sm_90" or "AMD EPYC 7B13, 2 threads"."""
+    """Return the name of a device: "H200 sm_90", "MPS on Apple M2" or "AMD EPYC 7B13, 2 threads"."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device).removeprefix('NVIDIA ')} sm_{major}{minor}"
-    return f"{cpu_name() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = cpu_name() or platform.machine()
+    return f"MPS on {name}" if device.type == "mps" else f"{name}, {torch.get_num_threads()} threads"
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """Return (peak use by this process, total size) of the memory of a device, in bytes."""
+    """Return (peak use by this process, total size) of the memory of a device, in bytes; for MPS the present use."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return used, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+    return peak_resident_bytes(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory of the CPU that this process has had, in bytes."""
+    unit = 1 if platform.system() == "Darwin" else 1024  # getrusage(2) of the two systems
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes(pid: int | None = None) -> int:
+    """Return the memory of the CPU that a process has now, by default this one, in bytes."""
+    pid = pid or os.getpid()
+    if platform.system() == "Darwin":
+        return 1024 * int(subprocess.run(["/bin/ps", "-o", "rss=", "-p", str(pid)], capture_output=True).stdout)
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+
+
+def usable_cores() -> int:
+    """Return the number of processor cores that this process may use; on macOS, which cannot tell, all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all of its work; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def cpu_name() -> str | None:
-    """Return the name of the processor as Linux gives it, or None."""
+    """Return the name of the processor as Linux or macOS gives it, or None."""
+    if platform.system() == "Darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -133,13 +171,22 @@ def cpu_name() -> str | None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device `name`, by default a GPU if there is one. Raise ValueError for a GPU that is not there."""
-    gpu = torch.cuda.is_available()
+    """Return the device `name`, by default a CUDA GPU if there is one, else the CPU.
+
+    MPS is never the default: plain torch runs every operator there, and the kernels for the CPU may be faster.
+
+    Raises ValueError for a GPU that is not there, and for MPS on several ranks.
+    """
+    available = ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()]
     if name is None:
-        return torch.device("cuda" if gpu else "cpu")
-    if torch.device(name).type == "cuda" and not gpu:
-        raise ValueError(f"--device must be cpu, because torch sees no GPU, got {name}")
-    return torch.device(name)
+        return torch.device("cuda" if "cuda" in available else "cpu")
+    device = torch.device(name)
+    if device.type not in available:
+        what = "MPS device" if device.type == "mps" else "GPU"
+        raise ValueError(f"--device must be {' or '.join(available)}, because torch sees no {what}, got {name}")
+    if device.type == "mps" and launched_by_torchrun():
+        raise ValueError("--device must be cpu on several ranks, because gloo takes no tensors of MPS, got mps")
+    return device
 
 
 def gpu_dtype(device: torch.device) -> torch.dtype:
@@ -154,7 +201,7 @@ def has_float8(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, dtype: Literal["float32", "bfloat16"] | None = None) -> torch.autocast:
-    """Return the precision in which models run: `dtype`, by default gpu_dtype on a GPU and float32 on a CPU.
+    """Return the precision in which models run: `dtype`, by default gpu_dtype on a CUDA GPU and float32 elsewhere.
 
     Raises ValueError for bfloat16 on a GPU without products in it.
     """

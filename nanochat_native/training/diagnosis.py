@@ -30,9 +30,11 @@ from torch import Tensor
 
 from nanochat_native import ops
 from nanochat_native.model.gpt import GPT, MLP, Attention
+from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.optim import Muon
 from nanochat_native.optim.base import Optimizer
 from nanochat_native.optim.muon import split_heads
+from nanochat_native.runtime import hardware
 from nanochat_native.runtime.distributed import World
 
 ROWS = 2  # sequences of the validation text on which activations are measured
@@ -92,8 +94,7 @@ class Diagnosis:
 
     def _now(self) -> float:
         """Return the time after synchronizing the device."""
-        if self.model.wte.weight.is_cuda:
-            torch.cuda.synchronize(self.model.wte.weight.device)
+        hardware.synchronize(self.model.wte.weight.device)
         return time.perf_counter()
 
     def _measure_gradients(self) -> dict[str, float]:
@@ -213,4 +214,5 @@ def largest_logit(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> 
 
 def _square(tensor: Tensor) -> float:
     """Return the squared norm, summed by rows: torch's float32 norm of a whole tensor errs by 1e-4 on a CPU."""
-    return float(torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).double().square().sum())
+    norms = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
+    return float(norms.to(widest_dtype(norms.device)).square().sum())

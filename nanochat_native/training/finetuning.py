@@ -25,6 +25,7 @@ from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
+from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.runs import checkpoint, run_folder
 from nanochat_native.runs.config import (
     EXAMPLES,
@@ -350,7 +351,7 @@ class Finetuning:
         """Return divisors that weight each micro-batch by its number of targets, on the device of the batch."""
         counts = torch.stack([(targets != -1).sum() for _, targets in micro_batches])
         total = world.all_reduce_sum_(counts.sum())
-        return (total.double() / (counts * world.size)).float().unbind()
+        return (total.to(widest_dtype(total.device)) / (counts * world.size)).float().unbind()
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         return {conversations.CHAT_TRAINED: True, "base": self._base}

@@ -23,6 +23,7 @@ from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
 from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
 from nanochat_native.ops import float8
+from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.optim import Muon, buckets_of, clip_reduced_, overlap_backward, setup_optimizers
 from nanochat_native.optim.schedule import lr_at, momentum_at, weight_decay_at
 from nanochat_native.runs import checkpoint, loggers, run_folder
@@ -665,5 +666,6 @@ class Trainer:
 
 def read_numbers(loss: Tensor, norm: Tensor) -> tuple[float, float]:
     """Return two 0-d tensors as numbers. On a GPU this is the only place of a training step where the host waits."""
-    first, second = torch.stack((loss.double(), norm.double())).tolist()
+    wide = widest_dtype(loss.device)
+    first, second = torch.stack((loss.to(wide), norm.to(wide))).tolist()
     return first, second

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -83,6 +84,22 @@ def test_a_wrong_kernel_is_broken(monkeypatch, capsys, wrong):
     assert problem.startswith(
         f"broken: newton_schulz on the CPU ({ops.instruction_set()}) differs from the reference by "
     )
+
+
+def test_two_openmp_libraries_are_found_on_linux_and_on_macos(monkeypatch):
+    assert all("gomp" in path or "omp" in path for path in self_test.openmp_libraries())
+    maps = "7f00 r-xp /usr/lib/libgomp.so.1\n7f01 r--p /usr/lib/libgomp.so.1\n7f02 r-xp /x/libgomp-a34b3233.so.1\n"
+    maps += "7f03 r-xp /usr/lib/libompitrace.so\n7f04 rw-p\n"
+    monkeypatch.setattr(self_test.Path, "read_text", lambda path: maps)
+    assert self_test.openmp_libraries() == {"/usr/lib/libgomp.so.1", "/x/libgomp-a34b3233.so.1"}
+
+    images = [b"/torch/lib/libomp.dylib", b"/usr/lib/libSystem.B.dylib", b"/opt/libiomp5.dylib"]
+    loader = mock.Mock()
+    loader._dyld_image_count.return_value = len(images)
+    loader._dyld_get_image_name.side_effect = images
+    monkeypatch.setattr(self_test.sys, "platform", "darwin")
+    monkeypatch.setattr(self_test.ctypes, "CDLL", lambda name: loader)
+    assert self_test.openmp_libraries() == {"/torch/lib/libomp.dylib", "/opt/libiomp5.dylib"}
 
 
 VALUES = [

@@ -10,6 +10,7 @@ import torch
 
 from nanochat_native import ops
 from nanochat_native.bench.attention import instruction_set
+from nanochat_native.ops.dtypes import widest_dtype
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 ADAMW = {"step": 3, "lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.1}
@@ -121,7 +122,7 @@ def newton_schulz_update(device, small=False, dtype=F32, shape=(300, 300), isa="
     def run(tensors):
         params, update, copies = tensors[:count], tensors[count], tensors[count + 1 :]
         with instruction_set(isa):
-            norms = torch.linalg.matrix_norm(update.double())
+            norms = torch.linalg.matrix_norm(update.to(widest_dtype(update.device)))
             ops.newton_schulz_update_(params, update, lr=0.1, weight_decay=0.1, scale=1.5, norms=norms, copies=copies)
         return params + copies
 

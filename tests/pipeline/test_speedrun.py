@@ -515,3 +515,10 @@ def test_report_that_cannot_be_written_ends_with_3(whole, tmp_path):
     result = speedrun(folder, "out")
     assert result.returncode == 3
     assert "warning: report card failed" in result.stdout
+
+
+def test_only_linux_ends_a_stage_with_its_speedrun(monkeypatch):
+    assert callable(process.dies_with_parent())
+    monkeypatch.setattr(process.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(process.ctypes, "CDLL", None)
+    assert process.dies_with_parent() is None

@@ -34,13 +34,13 @@ DEVICE_FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wa
 # --- building ---
 
 
-def _torch_flags():
+def torch_flags():
     import torch.utils.cpp_extension
 
     return [part for path in torch.utils.cpp_extension.include_paths() for part in ("-isystem", path)]
 
 
-def _object(source, flags, unhashed=(), included=()):
+def object_file(source, flags, unhashed=(), included=()):
     """Return the compiled file.
 
     Args:
@@ -62,24 +62,24 @@ def _object(source, flags, unhashed=(), included=()):
     )
 
 
-def _library(name, objects, flags=(), torch_libraries=("torch_cpu", "c10")):
+def shared_library(name, objects, flags=(), torch_libraries=("torch_cpu", "c10")):
     import torch
     from compiled import compiled
     from harness import CXX, run
 
     libraries = Path(torch.__file__).parent / "lib"
-    torch_flags = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", *(f"-l{library}" for library in torch_libraries)]
+    linked = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", *(f"-l{library}" for library in torch_libraries)]
     command = [*CXX, "-shared", "-Wl,-z,defs", *flags, *(path.parent.name for path in objects)]
 
     def make(folder):
-        run([*CXX, "-shared", *objects, *flags, *torch_flags, "-o", folder / name])
+        run([*CXX, "-shared", *objects, *flags, *linked, "-o", folder / name])
 
     return compiled(name, command, [], make, ROOT / "csrc") / name
 
 
 def _device_object(name):
     python = ["-isystem", sysconfig.get_paths()["include"]]
-    return _object(HERE / name, DEVICE_FLAGS, [*_torch_flags(), *python])
+    return object_file(HERE / name, DEVICE_FLAGS, [*torch_flags(), *python])
 
 
 def _kernel_object(source):
@@ -88,15 +88,15 @@ def _kernel_object(source):
     header = ROOT / "csrc/emulation/emulation.h"
     # What is not initialised, padding too, must look like no address: see check_arguments of launches.cpp.
     flags = [*KERNEL_FLAGS, "-O1", "-ftrivial-auto-var-init=pattern", "-fno-lifetime-dse"]
-    return _object(source, [*flags, "-x", "c++"], ["-include", header], [header])
+    return object_file(source, [*flags, "-x", "c++"], ["-include", header], [header])
 
 
 def bindings_object(source=ROOT / "python/ops_cuda.cpp", options=()):
     """Return python/ops_cuda.cpp, or what stands for it, compiled."""
-    return _object(
+    return object_file(
         source,
         [*DEVICE_FLAGS, *options],
-        ["-I", ROOT / "python", *_torch_flags()],
+        ["-I", ROOT / "python", *torch_flags()],
         sorted((ROOT / "python").glob("*.h")),
     )
 
@@ -110,7 +110,7 @@ def operators_library(device, bindings):
         objects = [*pool.map(_kernel_object, kernels), bindings]
     objects += [path for path in build_core() if path.name != "runner.o"]
     run = "_ZN8nanochat9emulation3runERKNS0_6LaunchE"
-    return _library("pretend_operators.so", objects, [f"-Wl,--wrap={run}", *_linked_with(device)])
+    return shared_library("pretend_operators.so", objects, [f"-Wl,--wrap={run}", *_linked_with(device)])
 
 
 def _linked_with(library):
@@ -120,7 +120,7 @@ def _linked_with(library):
 def collectives_library(device):
     """Return the library of the collectives that stand in for NCCL's."""
     objects, libraries = [_device_object("nccl.cpp")], ("torch_cpu", "torch_python", "c10")
-    return _library("_pretend_nccl.so", objects, _linked_with(device), libraries)
+    return shared_library("_pretend_nccl.so", objects, _linked_with(device), libraries)
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def libraries():
         bindings = pool.submit(bindings_object)
         pool.submit(_device_object, "nccl.cpp")
         objects = pool.map(_device_object, ("fallback.cpp", "module.cpp", "device.cpp"))
-        device = _library("_pretend_cuda.so", list(objects))
+        device = shared_library("_pretend_cuda.so", list(objects))
         return device, operators_library(device, bindings.result()), collectives_library(device)
 
 

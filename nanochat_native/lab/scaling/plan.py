@@ -14,6 +14,7 @@ from nanochat_native.data import Corpus
 from nanochat_native.lab.memory.prediction import STATE
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import TrainConfig, resolve_horizon
+from nanochat_native.runtime import hardware
 from nanochat_native.runtime.console import SilentConsole
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import UNSET, auto_flag, flag, is_unset
@@ -247,8 +248,7 @@ def estimate_seconds(planned: PlannedRun, corpus: Corpus) -> float:
         between = time.perf_counter()
         trainer.update()
         trainer.zero_grad()
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
+        hardware.synchronize(trainer.device)
         return between - start, time.perf_counter() - between
 
     timed()  # the first call is slower: it allocates memory
