@@ -21,8 +21,8 @@ RUN /opt/nanochat/bin/pip install --no-cache-dir --no-build-isolation "/source[p
     && /opt/nanochat/bin/pip uninstall --yes cmake ninja
 
 FROM ${IMAGE}
-# g++ is for torch.compile, which compiles on the CPU too.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ python3 \
+# g++ and the headers of Python are for torch.compile, which compiles on the CPU too.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/nanochat /opt/nanochat
 ENV PATH=/opt/nanochat/bin:$PATH NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -26,7 +26,7 @@ OLDEST_TORCH = (2, 11)
 OLDEST_CUDA = (12, 8)
 # Systems that the kernels are for, as the platform module names them.
 MACHINES = {("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")}
-# 8.0 also runs on 8.6 and 8.9, 10.0 on 10.3, 12.0 on 12.1. On aarch64 these are GH200, GB200 and DGX Spark (12.1).
+# 8.0 also runs on 8.6 and 8.9, 10.0 on 10.3, 12.0 on 12.1. Usual GPUs beside aarch64: GH200, GB200, DGX Spark (12.1).
 DEFAULT_ARCHITECTURES = {"x86_64": "8.0+PTX;9.0a;10.0;12.0", "aarch64": "9.0a+PTX;10.0;12.0"}
 
 
@@ -88,7 +88,9 @@ def find_nvcc(choice=None, torch_cuda=None):
     if choice == "off":
         return "", "NANOCHAT_CUDA=off"
     if platform.system() == "Darwin":
-        return "", "macOS has no CUDA" if choice == "auto" else fail("NANOCHAT_CUDA=on, but macOS has no CUDA.")
+        if choice == "on":
+            fail("NANOCHAT_CUDA=on, but macOS has no CUDA.")
+        return "", "macOS has no CUDA"
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = [f"{home}/bin" for home in homes] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc", path=os.pathsep.join(folders))

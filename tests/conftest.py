@@ -16,6 +16,7 @@ import nanochat_native.runtime.openmp  # noqa: F401  before torch, in all proces
 import torch
 
 from nanochat_native import ops
+from nanochat_native.runtime.hardware import usable_cores
 
 try:
     import hypothesis
@@ -60,7 +61,7 @@ def pytest_collection_finish():
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Return the number of processes for `-n auto`: one for each core, as far as their memory goes."""
-    return min(len(os.sched_getaffinity(0)), 16)
+    return min(usable_cores(), 16)
 
 
 @pytest.hookimpl(hookwrapper=True, trylast=True)

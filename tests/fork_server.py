@@ -228,6 +228,7 @@ def _become(request):
     import torch
 
     from nanochat_native import ops
+    from nanochat_native.runtime.hardware import usable_cores
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -238,7 +239,7 @@ def _become(request):
     numpy.random.seed()  # noqa: NPY002
     if (backend := os.environ.get(BACKEND) or "native") != ops.backend():
         ops.use_backend(backend)
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS") or cores), cores))
     all_at_once = request["unbuffered"] or bool(os.environ.get("PYTHONUNBUFFERED"))
     for number, (name, mode) in enumerate((("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb"))):

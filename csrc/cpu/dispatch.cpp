@@ -22,7 +22,7 @@
 #endif
 
 // Every kernel and its struct of arguments: those with code that multiplies bfloat16, and the others.
-#define NANOCHAT_FOR_EACH_TILE_KERNEL(use)                                              \
+#define NANOCHAT_FOR_EACH_BFLOAT16_KERNEL(use)                                          \
     use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward) \
         use(linear_cross_entropy, cpu::LinearCrossEntropy)
 #define NANOCHAT_FOR_EACH_OTHER_KERNEL(use)                                                              \
@@ -36,8 +36,8 @@
                                 use(relu_squared_backward, ReluSquaredBackward) use(adamw, AdamW)        \
                                     use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)        \
                                         use(normuon_update, NorMuonUpdate) use(cached_forward, cpu::CachedForward)
-#define NANOCHAT_FOR_EACH_KERNEL(use)  \
-    NANOCHAT_FOR_EACH_TILE_KERNEL(use) \
+#define NANOCHAT_FOR_EACH_KERNEL(use)      \
+    NANOCHAT_FOR_EACH_BFLOAT16_KERNEL(use) \
     NANOCHAT_FOR_EACH_OTHER_KERNEL(use)
 
 #define NANOCHAT_DECLARE(kernel, Arguments) void kernel(const Arguments&);

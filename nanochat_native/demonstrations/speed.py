@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.flops import flops_per_token
+from nanochat_native.runtime.errors import ConfigError
 
 # --- work and traffic ---
 
@@ -210,8 +212,10 @@ def product() -> dict[str, Any]:
     """Measure one product of two 512 x 512 matrices in several ways, in GFLOP/s of processor time on one thread.
 
     The best of many repetitions, in two rounds over all ways, which takes about 20 s. The loops multiply smaller
-    matrices.
+    matrices. Raises ConfigError on processors that are not x86-64.
     """
+    if platform.machine() != "x86_64":
+        raise ConfigError(f"this demonstration compares instruction sets of x86-64, and this is {platform.machine()}")
     generator = torch.Generator().manual_seed(0)
 
     def pair(size: int) -> tuple[Tensor, Tensor]:

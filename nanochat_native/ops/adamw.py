@@ -44,9 +44,9 @@ def adamw_(
         copies: Contiguous bfloat16 tensors with the shapes of params, which must be float32. The same pass writes the
             updated params to them, rounded to nearest even (see low_precision).
 
-    step, lr and weight_decay may each be a 0-d tensor on the params' device, step int64, the others float64. A CUDA
-    graph reads their current values when it is replayed. On the CPU they give the same bits as numbers. Their values
-    are checked on the CPU only, and not while torch.compile traces: on a GPU, reading them would wait for the stream.
+    step, lr and weight_decay may each be a 0-d tensor on the params' device, step int64, the others float64
+    (float32 on MPS). A CUDA graph reads their current values when it is replayed. On the CPU they give the same bits as
+    numbers. Their values are checked on the CPU only, and not while torch.compile traces: on a GPU, reading them would wait for the stream.
 
     Raises:
         ValueError, TypeError: An argument is wrong.

@@ -55,7 +55,8 @@ def attention(
     multiple of 8 up to 128, computed as 64, 96 or 128; tensors whose rows are not aligned to 16 bytes are copied first.
     On compute capability 9.0 the kernels use tensor copies and wgmma. With up to 64 rows Tq * H / Hkv, a step of
     generation, the GPU's multiprocessors share the keys. Other types, D and GPUs run torch's
-    scaled_dot_product_attention on blocks of queries, with a warning, and without the matrix of scores.
+    scaled_dot_product_attention on blocks of queries (MPS: products and a softmax), with a warning, and without the
+    matrix of scores.
 
     Second derivatives, forward-mode AD and torch.func transforms run in plain torch, with a warning: that keeps the
     matrix of scores. Where blocks of queries run, second derivatives need the torch backend.

@@ -133,7 +133,7 @@ def reference_linear_backward(
             torch.addmm(sums, dy, weight, out=sums)
             dx = add_to
     if needed[1]:
-        if weight_dtype == x.dtype or out_of_place or x.device.type != "cuda":
+        if weight_dtype == x.dtype or out_of_place or x.device.type in ("cpu", "mps"):
             dweight = (dy.mT @ rows).to(weight_dtype)
         else:
             dweight = torch.mm(dy.mT, rows, out_dtype=weight_dtype)

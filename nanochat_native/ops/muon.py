@@ -47,14 +47,14 @@ def muon_momentum_(
     Args:
         grads: At least one contiguous tensor; one shape, all float32 or all bfloat16.
         momentum_buffers: As many contiguous float32 tensors with that shape. Updated.
-        momentum: In [0, 1): a number, or a 0-d float64 tensor on the grads' device, like adamw_'s lr.
+        momentum: In [0, 1): a number, or a 0-d float64 (on MPS float32) tensor on the grads' device, like adamw_'s lr.
         return_norm: Also return the norms of the updates, or with "rows" those of their rows. On a CPU they are
             computed in the same pass over memory; on CUDA those of rows take another one.
 
     Returns:
         update: (len(grads), *shape) float32, contiguous: ready for one batched newton_schulz.
-        norms: (len(grads),) float64, the Frobenius norm of each update, summed in float64 in a fixed order: the same
-            bits for every number of threads. For matrices, they are the `norms` that newton_schulz takes. With "rows":
+        norms: (len(grads),) float64 (float32 on MPS), the Frobenius norm of each update, summed in this type in a fixed
+            order: the same bits for every number of threads. They are the `norms` of newton_schulz. With "rows":
             the shape of update without its last dimension, the `row_norms` that newton_schulz takes; on CUDA their sums
             are in float32.
 
@@ -167,7 +167,7 @@ def muon_update_(
     Args:
         params: At least one contiguous tensor; one shape, all float32 or all bfloat16. Updated.
         update: (len(params), *shape) float32, contiguous.
-        lr, weight_decay: Numbers, or 0-d float64 tensors on the params' device, like adamw_'s.
+        lr, weight_decay: Numbers, or 0-d float64 (on MPS float32) tensors on the params' device, like adamw_'s.
         scale: The factor of the update, e.g. sqrt(max(1, rows / columns)).
         cautious: Decay, like adamw_, only where update[i] p >= 0.
         copies: bfloat16 copies of float32 params that the same pass writes, as adamw_'s.

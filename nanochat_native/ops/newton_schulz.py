@@ -47,10 +47,11 @@ def newton_schulz(
         steps: The number of steps. The first `steps` triples are used; if there are fewer, the last one is repeated.
         coefficients: "quintic", Keller Jordan's (3.4445, -4.7750, 2.0315), or "cubic", (1.5, -0.5, 0), both with f = 1;
             "polar_express", the five triples of arXiv:2505.16932, with f = 1.01; or a list of triples, with f = 1.
-        norms: (...) float64, the Frobenius norms |g|_F if they are known (see muon_momentum_). They save a pass over g,
-            and are not verified: wrong ones give a wrong result, and too small ones let it grow without bound. Excludes
-            derivatives and torch.func transforms.
-        row_norms: (..., M) float64, the norms of the rows if they are known, instead of norms and with the same limits.
+        norms: (...) float64 (float32 on MPS), the Frobenius norms |g|_F if they are known (see muon_momentum_). They
+            save a pass over g, and are not verified: wrong ones give a wrong result, and too small ones let it grow
+            without bound. Excludes derivatives and torch.func transforms.
+        row_norms: (..., M) of the same type, the norms of the rows if they are known, instead of norms and with the
+            same limits.
         equilibrate_rows: First scale each row to the norm |g|_F / sqrt(M), as in MuonEq's R (arXiv:2603.28254), in the
             pass that divides by the norm. Rows whose norm is below norm_eps grow by the factor of a row of that norm.
         norm_eps: Added to the norm that g is divided by, at least 0.

@@ -150,7 +150,7 @@ def usable_cores() -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all of its work; a CPU always has."""
+    """Wait until a GPU has done all of its work. On a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -189,7 +189,7 @@ def bash_completes(line):
         ("nanochat-native train --fl", []),
         ("nanochat-native train --optimizer muon", ["muon_sgd"]),
         ("nanochat-native bench.gpu --device ", ["cuda", "cpu"]),
-        ("nanochat-native generate --device ", ["cpu", "cuda"]),
+        ("nanochat-native generate --device ", ["cpu", "cuda", "mps"]),
         ("nanochat-native export --format s", ["safetensors"]),
         ("nanochat-native train --data ", []),
         ("nanochat-native plot runs/", []),

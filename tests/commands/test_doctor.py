@@ -87,7 +87,7 @@ def test_a_wrong_kernel_is_broken(monkeypatch, capsys, wrong):
 
 
 def test_two_openmp_libraries_are_found_on_linux_and_on_macos(monkeypatch):
-    assert all("gomp" in path or "omp" in path for path in self_test.openmp_libraries())
+    assert len(self_test.openmp_libraries()) == 1
     maps = "7f00 r-xp /usr/lib/libgomp.so.1\n7f01 r--p /usr/lib/libgomp.so.1\n7f02 r-xp /x/libgomp-a34b3233.so.1\n"
     maps += "7f03 r-xp /usr/lib/libompitrace.so\n7f04 rw-p\n"
     monkeypatch.setattr(self_test.Path, "read_text", lambda path: maps)

@@ -174,7 +174,7 @@ WITHOUT_FLAGS |= {"nanochat_native.pipeline.samples"}
 OF_ANOTHER = {
     "nanochat_native.evaluation.core_score": {"nanochat_native.evaluate": {"--max-per-task"}},
     "nanochat_native.bench.torch_today": {"nanochat_native.train": {"--architecture", "--recipe"}},
-    "nanochat_native.doctor": {"nanochat_native.train": {"--dtype", "--fp8"}},
+    "nanochat_native.doctor": {"nanochat_native.train": {"--device", "--dtype", "--fp8"}},
     "nanochat_native.interop.nanochat_export": {"nanochat_native.train": {"--architecture"}},
     "nanochat_native.interop.transformers_export": {
         "nanochat_native.train": {"--architecture"},

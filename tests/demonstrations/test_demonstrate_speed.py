@@ -1,3 +1,4 @@
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -26,6 +27,7 @@ from nanochat_native.demonstrations.speed import (
     swizzled,
     update_share,
 )
+from nanochat_native.runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -162,7 +164,14 @@ def test_layouts_are_those_of_the_headers(tmp_path):
     assert lines == expected
 
 
+def test_instruction_sets_of_x86_are_not_compared_elsewhere(monkeypatch):
+    monkeypatch.setattr(speed.platform, "machine", lambda: "aarch64")
+    with pytest.raises(ConfigError, match="instruction sets of x86-64, and this is aarch64"):
+        speed.product()
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it compares instruction sets of x86-64")
 def test_registers_and_vectors_beat_loops(monkeypatch):
     """The ratios are so large that no other load on the machine hides them."""
     monkeypatch.setattr(speed, "SIZE", 256)

@@ -82,7 +82,7 @@ def cases(mutations):
 @cases(MUTATIONS)
 def test_nothing_is_found_where_nothing_is_wrong(case, found_by, core, tmp_path):
     library = next(m.library for m in MUTATIONS if m.case is case)
-    path = build(ROOT / library, core, found_by, as_program=True)
+    path = build(ROOT / library, core, found_by, ["-O0"], as_program=True)
     assert first_message(case, load(path, found_by, core, tmp_path), found_by) == ""
 
 

@@ -1,4 +1,4 @@
-"""An MPS device that a torch for Linux believes in, on which torch's operators run by the CPU's kernels.
+"""A device that torch on Linux takes for MPS. torch's operators run there by the CPU's kernels.
 
 `call_on_pretend_mps(function)` and `@on_pretend_mps` run a function, or the body of a test, in a process that has the
 device. device.cpp says what it refuses. It does not show the speed, the rounding or the defects of Metal's kernels.

@@ -1,6 +1,6 @@
 // An MPS device for a torch without one, in tests: memory, and torch's operators by the CPU's kernels.
 //
-// It is as strict as a Mac, and where a Mac goes wrong without a word, it refuses:
+// It refuses what a Mac refuses, and what gives wrong numbers on a Mac without an error:
 // - Addresses of the device cannot be read by the host: they are off by kOffset.
 // - A float64 tensor raises the TypeError that it raises on a Mac.
 // - An operator without a kernel in torch's list for MPS (the file PRETEND_MPS_OPERATORS) raises NotImplementedError.
