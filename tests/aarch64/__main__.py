@@ -152,7 +152,7 @@ def make_stand_ins() -> None:
     """Make an empty library for each one that torch's libraries name and that is not here.
 
     It has the functions that they take from it, each of which returns 0. Their version is the name of the library.
-    Functions without a version that no library has go into the first one.
+    All others go into a library that has none of these, and so no versions, with which the loader compares.
     """
     if STAND_INS.exists():
         return
@@ -177,8 +177,9 @@ def make_stand_ins() -> None:
         name, _, version = full_name.partition("@")
         if name not in defined:
             functions.get(version, unversioned).append(name)
+    place = next(library for library in missing if not functions[library])
     for library, versioned in functions.items():
-        names = versioned + unversioned * (library == missing[0])
+        names = versioned or unversioned * (library == place)
         lines = [f".globl {name}\n.type {name}, %function\n{name}:" for name in names]
         (part / "source.s").write_text("\n".join([".text", *lines, "mov x0, #0", "ret", ""]))
         command = ["aarch64-linux-gnu-g++", "-shared", "-nostdlib", f"-Wl,-soname,{library}"]
