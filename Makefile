@@ -1,4 +1,5 @@
-# make train | test | test-all | test-under-load | bench | lint | guide | guide-figures | guide-results | gpu | wheels | clean.
+# make train | test | test-all | test-under-load | test-aarch64 | bench | lint | guide | guide-figures | guide-results | gpu
+# | wheels | clean.
 # Each sets up what it needs and is quick when nothing changed.
 #
 #   ARGS="--depth 6"      flags for the program that the target runs
@@ -25,7 +26,7 @@ CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcar
 	tests/emulation/*.h tests/emulation/*/*.cu tests/emulation/*/*.cuh tests/emulation/*/*.cpp tests/emulation/*/*.h \
 	tests/pretend_cuda/*.cpp tests/pretend_cuda/*.h tests/pretend_mps/*.cpp tests/ops/*.cpp)
 
-.PHONY: train test test-all test-under-load bench lint guide guide-figures guide-results gpu wheels clean
+.PHONY: train test test-all test-under-load test-aarch64 bench lint guide guide-figures guide-results gpu wheels clean
 .DELETE_ON_ERROR:
 
 train: $(STATE)/native $(STATE)/extras
@@ -42,6 +43,10 @@ test-all: $(STATE)/native $(STATE)/dev
 
 test-under-load: $(STATE)/native $(STATE)/dev
 	$(RUN) tests/under_load.py $(PARALLEL) $(ARGS)
+
+# The module for Linux on aarch64 and tests of its operators, in an emulator. Debian on x86-64, as root. ARGS are pytest's.
+test-aarch64: $(STATE)/dev
+	$(RUN) tests/aarch64 $(ARGS)
 
 bench: $(STATE)/native
 	$(RUN) -m nanochat_native.bench $(ARGS)

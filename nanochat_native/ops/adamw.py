@@ -46,7 +46,8 @@ def adamw_(
 
     step, lr and weight_decay may each be a 0-d tensor on the params' device, step int64, the others float64
     (float32 on MPS). A CUDA graph reads their current values when it is replayed. On the CPU they give the same bits as
-    numbers. Their values are checked on the CPU only, and not while torch.compile traces: on a GPU, reading them would wait for the stream.
+    numbers. Their values are checked on the CPU only, and not while torch.compile traces: on a GPU, reading them would
+    wait for the stream.
 
     Raises:
         ValueError, TypeError: An argument is wrong.
