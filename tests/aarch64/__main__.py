@@ -8,8 +8,9 @@ and ends with 0: only a build or a test that fails is a failure. Everything is i
 arm64, torch and what it imports, and the module. PyPI's torch for aarch64 is built for CUDA. The CUDA libraries are
 replaced by empty ones of the same names, because the operators on the CPU call none of them.
 
-The tests run on two processors of the emulator: one with all extensions (neon_bf16), and a Cortex-A72 (neon). Tests
-that start other programs cannot run there.
+The tests run on two processors of the emulator: one with all extensions (neon_bf16), and a Neoverse N1 (neon). On an
+older one, a Cortex-A72, the products of torch 2.11 are illegal instructions. Tests that start other programs cannot
+run there.
 """
 
 import os
@@ -32,12 +33,13 @@ PACKAGES = [
     *("filelock", "fsspec", "jinja2", "networkx", "setuptools<82", "sympy>=1.13.3", "typing-extensions>=4.10"),
 ]
 PLATFORMS = [f"manylinux_2_{version}_aarch64" for version in (28, 27, 26, 17)] + ["manylinux2014_aarch64"]
-PROCESSORS = {"max": "neon_bf16", "cortex-a72": "neon"}
+PROCESSORS = {"max": "neon_bf16", "neoverse-n1": "neon"}
 
 # Runs tests of pytest, or without any compares every kernel with its reference, and the products of bfloat16.
 # The choice of the instruction set is made once a process, but not by a call that raises.
 PROGRAM = """
 import os, sys, pytest, torch
+os.environ["NANOCHAT_CPU_ISA"] = "mmx"
 from nanochat_native import ops
 from nanochat_native.ops import self_test
 
@@ -152,7 +154,7 @@ def make_stand_ins() -> None:
     """Make an empty library for each one that torch's libraries name and that is not here.
 
     It has the functions that they take from it, each of which returns 0. Their version is the name of the library.
-    All others go into a library that has none of these, and so no versions, with which the loader compares.
+    All others go into one of libtorch_cuda.so that has none of these, and so no versions that must be equal.
     """
     if STAND_INS.exists():
         return
@@ -161,7 +163,8 @@ def make_stand_ins() -> None:
     part.mkdir()
     ours = sorted((SITE / "torch/lib").glob("*.so*"))
     others = [path for path in SYSTEM.rglob("lib*.so*") if path.is_file()]
-    needed = {name for path in ours for name in re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "-d", path))}
+    needs = {path.name: re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "-d", path)) for path in ours}
+    needed = {name for names in needs.values() for name in names}
     missing = sorted(needed - {path.name for path in (*ours, *others)})
     wanted: set[str] = set()
     defined: set[str] = set()
@@ -177,7 +180,7 @@ def make_stand_ins() -> None:
         name, _, version = full_name.partition("@")
         if name not in defined:
             functions.get(version, unversioned).append(name)
-    place = next(library for library in missing if not functions[library])
+    place = next(library for library in needs["libtorch_cuda.so"] if library in missing and not functions[library])
     for library, versioned in functions.items():
         names = versioned or unversioned * (library == place)
         lines = [f".globl {name}\n.type {name}, %function\n{name}:" for name in names]
