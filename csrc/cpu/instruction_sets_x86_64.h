@@ -7,9 +7,9 @@
 
 #include <cstring>
 
-// Every set, the best first, and the set of the kernels that have no code for AMX.
+// Every set, the best first, and the set of the kernels that multiply no bfloat16.
 #define NANOCHAT_FOR_EACH_INSTRUCTION_SET(use) \
-    use(amx, avx512_bf16) use(avx512_bf16, avx512_bf16) use(avx512, avx512) use(avx2, avx2) use(baseline, baseline)
+    use(amx, avx512) use(avx512_bf16, avx512) use(avx512, avx512) use(avx2, avx2) use(baseline, baseline)
 
 namespace nanochat::cpu {
 namespace {
