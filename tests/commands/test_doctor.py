@@ -93,13 +93,13 @@ def test_two_openmp_libraries_are_found_on_linux_and_on_macos(monkeypatch):
     monkeypatch.setattr(self_test.Path, "read_text", lambda path: maps)
     assert self_test.openmp_libraries() == {"/usr/lib/libgomp.so.1", "/x/libgomp-a34b3233.so.1"}
 
-    images = [b"/torch/lib/libomp.dylib", b"/usr/lib/libSystem.B.dylib", b"/opt/libiomp5.dylib"]
+    images = [b"/torch/lib/libomp.dylib", b"/usr/lib/libSystem.B.dylib", b"/opt/brew/libomp.dylib"]
     loader = mock.Mock()
     loader._dyld_image_count.return_value = len(images)
     loader._dyld_get_image_name.side_effect = images
     monkeypatch.setattr(self_test.sys, "platform", "darwin")
     monkeypatch.setattr(self_test.ctypes, "CDLL", lambda name: loader)
-    assert self_test.openmp_libraries() == {"/torch/lib/libomp.dylib", "/opt/libiomp5.dylib"}
+    assert self_test.openmp_libraries() == {"/torch/lib/libomp.dylib", "/opt/brew/libomp.dylib"}
 
 
 VALUES = [
