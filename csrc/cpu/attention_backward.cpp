@@ -55,7 +55,7 @@ void backward_block(const AttentionShape& s, const Scratch<T>& m, int64_t i0, in
     const Range block{j0, j0 + width};
     for (int64_t r = 0; r < count; r += kTileRows) {
         const Range keys = intersect(block, visible_keys(s, i0 + r, minimum<int64_t>(kTileRows, count - r)));
-        const int64_t first = (keys.begin - j0) / NR * NR;
+        const int64_t first = minimum(keys.begin - j0, width) / NR * NR;   // a window may begin behind the block
         const int64_t end = keys.begin == keys.end ? first : round_up(keys.end - j0, NR);
         for (int64_t j = first; j < end; j += NR) {
             const int64_t panel = (j0 - origin + j) * s.D;

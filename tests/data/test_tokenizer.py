@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 
-from nanochat_native.data import tokenizer as module
 from nanochat_native.data.tokenizer import SPECIAL_TOKENS, Tokenizer, split_long
 
 WORDS = ["the", "quick", "brown", "fox;", "def", "return", "12", "345", "6789", "naïve", "漢字", "😀", "it's", "we'll"]
@@ -159,7 +158,7 @@ def test_failed_save_keeps_the_old_file(tokenizer, tmp_path, monkeypatch):
     def full_disk(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         Tokenizer.train(["another"], 270).save(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
