@@ -99,6 +99,8 @@ def unpack(sdist: Path) -> Path:
     The times of the files are those of the checkout, so Ninja compiles only what changed.
     """
     folder = WORK / "source"
+    if folder.is_symlink():
+        folder.unlink()
     for path in [*folder.glob("*"), *folder.glob("build/*")]:
         if path.name != "build" and not path.name.startswith("native-"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
