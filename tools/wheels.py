@@ -56,15 +56,15 @@ def main() -> int:
     return 0
 
 
-def run(*command: object, **environment: str) -> str:
-    """Run a command outside the checkout, so that Python imports nothing of it. Return its output.
+def run(*command: object, cwd: Path = WORK, **environment: str) -> str:
+    """Run a command, by default outside the checkout, so that Python imports nothing of it. Return its output.
 
     Raises:
         subprocess.CalledProcessError: It failed. What it printed is on standard error.
     """
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     WORK.mkdir(parents=True, exist_ok=True)
-    result = subprocess.run(list(map(str, command)), cwd=WORK, env=variables, capture_output=True, text=True)
+    result = subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True)
     if result.returncode != 0:
         print(result.stdout, result.stderr, sep="\n", file=sys.stderr)
         raise subprocess.CalledProcessError(result.returncode, command)
@@ -85,12 +85,7 @@ def build_sdist(out: Path) -> Path:
     """Build the source distribution into `out`. Return its path."""
     code = "import sys, setuptools.build_meta as backend; print(backend.build_sdist(sys.argv[1]))"
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", code, str(out)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode != 0:
-        print(result.stdout, result.stderr, sep="\n", file=sys.stderr)
-        raise subprocess.CalledProcessError(result.returncode, ["build_sdist"])
-    return out / result.stdout.splitlines()[-1]
+    return out / run(sys.executable, "-c", code, out, cwd=ROOT).splitlines()[-1]
 
 
 def unpack(sdist: Path) -> Path:

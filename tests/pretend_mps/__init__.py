@@ -5,7 +5,6 @@ device. device.cpp says what it refuses. It does not show the speed, the roundin
 """
 
 import functools
-import importlib
 import os
 import pickle
 import re
@@ -13,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretend_cuda import DEVICE_FLAGS, ROOT, TORCH, object_file, shared_library, torch_flags
+from pretend_cuda import DEVICE_FLAGS, ROOT, TORCH, _call_test, object_file, shared_library, torch_flags
 
 HERE = Path(__file__).resolve().parent
 
@@ -114,7 +113,3 @@ def _call(pickled):
     torch.manual_seed(0)
     sys.path[:], function = pickle.loads(bytes.fromhex(pickled))
     pickle.loads(function)()
-
-
-def _call_test(module, name, arguments):
-    getattr(importlib.import_module(module), name).__wrapped__(**arguments)
