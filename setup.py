@@ -3,8 +3,9 @@
 It builds on Linux on x86-64 or aarch64, and on macOS on Apple silicon (without CUDA).
 
 Environment: NANOCHAT_CUDA=auto|on|off (auto: when an nvcc is found that suits torch), CXX, CUDACXX, CUDA_HOME,
-MAX_JOBS, TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a;10.0;12.0"), NANOCHAT_WHEEL=on|off (on: the version and the requirements
-name the torch and the CUDA that the module is built for; tools/wheels.py sets it).
+MAX_JOBS, TORCH_CUDA_ARCH_LIST (by default the GPUs of this machine, or those of DEFAULT_ARCHITECTURES if it has none),
+NANOCHAT_WHEEL=on|off (on: the version and the requirements name the torch and the CUDA that the module is built for,
+and it is built for DEFAULT_ARCHITECTURES; tools/wheels.py sets it).
 """
 
 import fcntl
@@ -110,14 +111,35 @@ def find_nvcc(choice=None, torch_cuda=None):
     return "", reason
 
 
-def cuda_architectures():
+def architectures_here(nvcc):
+    """Return the entries of TORCH_CUDA_ARCH_LIST for the GPUs that nvidia-smi reports, with PTX.
+
+    GPUs older than 8.0 have no kernels and are left out. Returns "" if there is no other GPU, or if this nvcc does not
+    know one of them.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.findall(r"^(\d+)\.(\d)$", result.stdout, re.M) if result.returncode == 0 else []
+    numbers = sorted({(int(major), int(minor)) for major, minor in found if int(major) >= 8})
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    if not {f"sm_{major}{minor}" for major, minor in numbers} <= set(known):
+        return ""
+    names = [f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}" for major, minor in numbers]
+    return ";".join(f"{name}+PTX" if name == names[0] else name for name in names)
+
+
+def cuda_architectures(nvcc):
     """Return the entries of TORCH_CUDA_ARCH_LIST, and nvcc's flags for the kernels of all GPUs and for Hopper's.
 
     The machine code of the kernels of all GPUs comes from one PTX, that of the oldest GPU: they use no instruction of
     newer ones, and the compiler takes longer to make PTX than to make machine code of it. Hopper's kernels are empty
     elsewhere, so they are built for 9.0a alone.
     """
-    default = DEFAULT_ARCHITECTURES.get(platform.machine(), "")
+    here = "" if os.environ.get("NANOCHAT_WHEEL") == "on" else architectures_here(nvcc)
+    default = here or DEFAULT_ARCHITECTURES.get(platform.machine(), "")
     entries = (os.environ.get("TORCH_CUDA_ARCH_LIST") or default).replace(";", " ").split()
     numbers, has_ptx = set(), False
     for entry in entries:
@@ -146,7 +168,7 @@ class CMakeBuild(build_ext):
         nvcc, cuda_off = find_nvcc(torch_cuda=torch_cuda)
         if torch_cuda and cuda_off and os.environ.get("NANOCHAT_CUDA") != "off":
             print(f"nanochat-native: the build has no CUDA kernels: {cuda_off}.", file=sys.stderr)
-        entries, common_code, hopper_code = cuda_architectures() if nvcc else ([], "", "")
+        entries, common_code, hopper_code = cuda_architectures(nvcc) if nvcc else ([], "", "")
 
         build = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
         settings = {

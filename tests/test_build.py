@@ -170,24 +170,56 @@ def test_macos_has_no_cuda(setup, monkeypatch):
         setup.find_nvcc("on")
 
 
+@pytest.mark.parametrize(
+    ("printed", "entries"),
+    [
+        ("9.0\n9.0\n", ["9.0a+PTX"]),
+        ("12.0\n8.9\n7.5\n", ["8.9+PTX", "12.0"]),
+        ("7.5\n", None),
+        ("No devices were found\n", None),
+        ("12.0\n15.0\n", None),
+        ("[N/A]\n", None),
+        ("12.0\nexit 9", None),
+    ],
+)
+def test_the_gpus_of_this_machine_are_the_default(setup, monkeypatch, tmp_path, printed, entries):
+    program = tmp_path / "nvidia-smi"
+    printed, _, failure = printed.partition("exit")
+    program.write_text(f"#!/bin/sh\n[ \"$1\" = --query-gpu=compute_cap ] && printf '{printed}'\nexit {failure or 0}\n")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n[ \"$1\" = --list-gpu-code ] && printf 'sm_80\nsm_89\nsm_90\nsm_120\n'\n")
+    for path in (program, nvcc):
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    everything = setup.DEFAULT_ARCHITECTURES["x86_64"].split(";")
+    assert setup.cuda_architectures(str(nvcc))[0] == (entries or everything)
+    monkeypatch.setenv("NANOCHAT_WHEEL", "on")
+    assert setup.cuda_architectures(str(nvcc))[0] == everything
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert setup.cuda_architectures(str(nvcc))[0] == ["8.6"]
+
+
 def test_cuda_architectures(setup, monkeypatch):
+    monkeypatch.setattr(setup, "architectures_here", lambda nvcc: "")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(setup.platform, "machine", lambda: "aarch64")
     common = "--generate-code=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"
     hopper = "--generate-code=arch=compute_90a,code=[sm_90a]"
-    assert setup.cuda_architectures() == (["9.0a+PTX", "10.0", "12.0"], common, hopper)
+    assert setup.cuda_architectures("nvcc") == (["9.0a+PTX", "10.0", "12.0"], common, hopper)
     monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
     common = "--generate-code=arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"
     hopper = "--generate-code=arch=compute_90a,code=[sm_90a]"
-    assert setup.cuda_architectures() == (["8.0+PTX", "9.0a", "10.0", "12.0"], common, hopper)
+    assert setup.cuda_architectures("nvcc") == (["8.0+PTX", "9.0a", "10.0", "12.0"], common, hopper)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0+PTX 10.0a;8.6 8.6")
     common = "--generate-code=arch=compute_86,code=[sm_86,sm_100,sm_120,compute_86]"
-    assert setup.cuda_architectures() == (["12.0+PTX", "10.0a", "8.6", "8.6"], common, "")
+    assert setup.cuda_architectures("nvcc") == (["12.0+PTX", "10.0a", "8.6", "8.6"], common, "")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    assert setup.cuda_architectures()[1:] == ("--generate-code=arch=compute_90,code=[sm_90]", "")
+    assert setup.cuda_architectures("nvcc")[1:] == ("--generate-code=arch=compute_90,code=[sm_90]", "")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must have entries like .*, got 'Hopper'"):
-        setup.cuda_architectures()
+        setup.cuda_architectures("nvcc")
 
 
 def test_an_interrupted_copy_leaves_the_old_module(setup, monkeypatch, tmp_path):
