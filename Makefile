@@ -122,5 +122,5 @@ $(STATE)/docs: $(STATE)/native pyproject.toml
 # dependencies of both are not installed.
 $(STATE)/dev: $(STATE)/native pyproject.toml
 	$(PIP) --no-build-isolation -e '.[dev]'
-	$(PIP) --no-deps 'nvidia-cutlass>=4.2,<4.3' 'nvidia-cuda-nvcc>=13.5,<14'
+	$(PIP) --no-deps "nvidia-cutlass>=4.2,<4.3; sys_platform == 'linux'" "nvidia-cuda-nvcc>=13.5,<14; sys_platform == 'linux'"
 	@touch $@

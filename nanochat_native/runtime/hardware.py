@@ -1,5 +1,6 @@
 """The peak compute rate and the memory of the machine, and the device to use."""
 
+import functools
 import os
 import platform
 import resource
@@ -86,12 +87,18 @@ def _row_of(name: str) -> tuple[float, float] | None:
     return None
 
 
-def cpu_peak(seconds: float = 0.1) -> Peak:
-    """Measure the best rate of torch's float32 product of 1536 x 1536 matrices, for about `seconds`.
+def cpu_peak() -> Peak:
+    """Return the best rate of torch's float32 product of 1536 x 1536 matrices. It is measured once for each number of
+    threads, for about 0.1 s.
 
     A run can exceed it, because the kernels of this package can be faster than torch's, and because the FLOPs of a
     token count attention to the whole sequence.
     """
+    return _cpu_peak(torch.get_num_threads(), 0.1)
+
+
+@functools.cache
+def _cpu_peak(threads: int, seconds: float) -> Peak:
     n = 1536
     a, b = torch.ones(n, n), torch.ones(n, n)
     best = float("inf")
@@ -99,7 +106,7 @@ def cpu_peak(seconds: float = 0.1) -> Peak:
     while (start := time.perf_counter()) < end:
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
-    return Peak(2 * n**3 / best, f"torch's sgemm, measured, {torch.get_num_threads()} threads")
+    return Peak(2 * n**3 / best, f"torch's sgemm, measured, {threads} threads")
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> Peak:
