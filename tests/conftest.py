@@ -6,6 +6,7 @@ import signal
 import site
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,46 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 HOMES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
 BEFORE, LEFT = pytest.StashKey[set](), pytest.StashKey[list]()  # files that git does not hold
+SLOW_END = pytest.StashKey[float]()  # the time after which no slow test starts
+NO_TIME = "slow, and the time of --slow-minutes was over"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow-minutes",
+        type=float,
+        metavar="N",
+        help="run all other tests first, and skip the slow ones that would start later than N minutes after the start. "
+        "The slow ones begin at a place that the commit decides, so in time all have their turn",
+    )
+
+
+def pytest_configure(config):
+    if (minutes := config.getoption("--slow-minutes")) is not None:
+        of_the_session = getattr(config, "workerinput", {}).get("slow_end")
+        config.stash[SLOW_END] = of_the_session or time.time() + 60 * minutes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["slow_end"] = node.config.stash.get(SLOW_END, None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if SLOW_END not in config.stash:
+        return
+    quick, slow = [], []
+    for item in items:
+        (slow if item.get_closest_marker("slow") else quick).append(item)
+    start = int(_git("rev-parse", "--short=8", "HEAD") or "0", 16) % max(len(slow), 1)
+    items[:] = [*quick, *slow[start:], *slow[:start]]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if time.time() > item.config.stash.get(SLOW_END, float("inf")) and item.get_closest_marker("slow"):
+        pytest.skip(NO_TIME)
 
 
 def pytest_sessionstart(session):
@@ -74,6 +115,12 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    no_time = sum(NO_TIME in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ()))
+    if no_time:
+        minutes = config.getoption("--slow-minutes")
+        terminalreporter.write_line(
+            f"{no_time} slow tests were skipped: {minutes:g} minutes (--slow-minutes) were over"
+        )
     if left := config.stash[LEFT]:
         terminalreporter.write_line(f"ERROR: tests have left in the checkout: {', '.join(left)}", red=True)
 
@@ -85,13 +132,19 @@ def _is_worker(config):
 
 def _untracked():
     """Files of the checkout that git does not hold, ignored ones too, without what Python and linters keep."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--others"]
-    try:
-        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its repository
-        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+    names = _git("ls-files", "--others")
+    if names is None:
+        names = "\n".join(str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file())
     kept = {"__pycache__", ".venv", ".git", "build", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
-    return {name for name in names if kept.isdisjoint(name.split("/"))}
+    return {name for name in names.splitlines() if kept.isdisjoint(name.split("/"))}
+
+
+def _git(*arguments):
+    """Return what git prints in the checkout, or None if there is no git, or no repository."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 @pytest.fixture(autouse=True)

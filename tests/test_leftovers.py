@@ -1,6 +1,7 @@
-"""Tests leave nothing behind: those that start most, run in a home and a temporary directory of their own."""
+"""What tests/conftest.py does for all tests: they leave nothing behind, and slow ones end in time."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def run(tmp_path):
     (checkout / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     subprocess.run(["git", "init", "-q", str(checkout)], check=True)
 
-    def run(test):
+    def run(test, *options):
         (checkout / "tests/test_it.py").write_text(test)
         environment = os.environ | {
             "HOME": str(home),
@@ -43,7 +44,7 @@ def run(tmp_path):
             "PYTHONPATH": str(ROOT),
             "PYTEST_DEBUG_TEMPROOT": str(temporary),
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
         result = subprocess.run(command, capture_output=True, text=True, cwd=checkout, env=environment)
         left = [path.relative_to(tmp_path) for top in (home, temporary) for path in top.rglob("*")]
         return result, {str(path) for path in left if not path.parts[-1].startswith("pytest-of-")}
@@ -61,3 +62,49 @@ def test_what_is_left_in_the_checkout_is_an_error(run):
     result, _ = run("def test_that_writes():\n    open('left.txt', 'w').close()\n")
     assert result.returncode != 0
     assert "tests have left in the checkout: left.txt" in result.stdout
+
+
+MIXED = """
+import time
+import pytest
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(9))
+def test_slow(number):
+    print(f"slow {number}")
+    time.sleep(SECONDS)
+
+def test_quick():
+    print("quick")
+"""
+
+
+@pytest.mark.parametrize("processes", [[], ["-n", "2", "--dist", "worksteal"]], ids=["one", "two"])
+def test_slow_tests_that_have_no_time_are_skipped_and_counted(run, processes):
+    # A slow test of 2 s is the first one or none, whatever the machine takes to start.
+    result, _ = run(MIXED.replace("SECONDS", "2"), "--slow-minutes", "0.02", *processes)
+    found = re.search(r"(\d) slow tests were skipped: 0.02 minutes \(--slow-minutes\) were over", result.stdout)
+    assert result.returncode == 0, result.stdout
+    assert int(found[1]) >= 9 - 2
+    assert f"{10 - int(found[1])} passed, {found[1]} skipped" in result.stdout
+
+
+def test_slow_tests_with_time_run_after_the_others_and_begin_where_the_commit_says(run, tmp_path):
+    begun = set()
+    for message in "ab":
+        author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ["git", "-C", str(tmp_path / "checkout"), *author, "commit", "-q", "--allow-empty", "-m", message]
+        subprocess.run(
+            command,
+            check=True,
+            env=os.environ | {"GIT_COMMITTER_DATE": "1700000000 +0000", "GIT_AUTHOR_DATE": "1700000000 +0000"},
+        )
+        result, _ = run(MIXED.replace("SECONDS", "0"), "--slow-minutes", "10", "-s")
+        order = re.findall(r"(?:quick|slow (\d))\n", result.stdout)
+        assert "10 passed" in result.stdout
+        assert "skipped" not in result.stdout
+        assert order[0] == ""
+        numbers = [*map(int, order[1:])]
+        assert numbers == [(numbers[0] + i) % 9 for i in range(9)]
+        begun.add(numbers[0])
+    assert len(begun) > 1
