@@ -68,6 +68,24 @@ def check_machine():
         )
 
 
+def check_compiler():
+    """Exit with one sentence where there is no C++ compiler, or one that cannot share torch's OpenMP library."""
+    is_linux = platform.system() == "Linux"
+    given = os.environ.get("CXX")
+    # CMake looks for these, in this order.
+    compilers = [given.split()[0]] if given else ["c++", "g++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, compilers)), None)
+    if not compiler:
+        advice = "e.g. `apt-get install g++`" if is_linux else "`xcode-select --install`"
+        fail(f"no C++ compiler ({', '.join(compilers)}) was found: install one, {advice}.")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    if is_linux and "clang" in version:
+        fail(
+            f"{compiler} is Clang, whose OpenMP library would be a second one beside torch's libgomp: "
+            "install GCC's g++ and set CXX=g++."
+        )
+
+
 def nvcc_version(nvcc):
     return subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
 
@@ -158,10 +176,7 @@ def cuda_architectures(nvcc):
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         check_machine()
-        compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-        if not any(map(shutil.which, compilers)):
-            advice = "`xcode-select --install`" if platform.system() == "Darwin" else "e.g. `apt-get install g++`"
-            fail(f"no C++ compiler ({', '.join(compilers)}) was found: install one, {advice}.")
+        check_compiler()
         cmake = program("cmake", "`pip install cmake`")
         ninja = program("ninja", "`pip install ninja`")
         torch_version, torch_cuda, includes, libraries = find_torch()

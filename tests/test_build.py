@@ -149,6 +149,26 @@ def run_only_nvcc(run, command, **options):
     return run(command, **options)
 
 
+@pytest.mark.parametrize("system", ["Linux", "Darwin"])
+def test_clang_is_for_macos(setup, monkeypatch, tmp_path, system):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'Debian clang version 19.1.7'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(setup.platform, "system", lambda: system)
+    for name, value in (("PATH", str(tmp_path)), ("CXX", f"{compiler} -stdlib=libc++")):
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv(name, value)
+        if system == "Darwin":
+            setup.check_compiler()
+            continue
+        with pytest.raises(SystemExit, match=r"is Clang, .* beside torch's libgomp: install GCC's"):
+            setup.check_compiler()
+
+
+def test_this_compiler(setup):
+    setup.check_compiler()
+
+
 @pytest.mark.parametrize(
     ("system", "machine"), [("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"), ("Darwin", "x86_64")]
 )
