@@ -68,11 +68,14 @@ REFUSED = {
     ("AdamW", "Tensor lr with capturable and amsgrad"): "amsgrad",
     ("AdamW", "Tensor lr, Tensor betas, with capturable and amsgrad"): "amsgrad",
     ("AdamW", "Tensor lr, Tensor betas, with capturable"): "amsgrad",
+    ("Muon", "match_rms_adamw lr adjustment"): "adjust_lr_fn",
+    ("Muon", "spectral_unclamped lr adjustment"): "adjust_lr_fn",
 }
 # Errors: None for torch's own type and words, or ours, or why there is none.
 OF_BOTH = {
     "invalid param type": None,
     "a param group cannot have duplicate parameters": None,
+    "warn on a bare unordered set of params": None,
     "duplicate parameters should not occur across param groups either": None,
     "all optimizer params should be with/without names": None,
     "all optimizer param groups should be with/without names.": None,
@@ -92,6 +95,7 @@ ERRORS = {(name, description): error for name in KINDS for description, error in
     ("AdamW", "betas must be either both floats or both Tensors"): "ours takes either, each for its number",
     ("Muon", "only support 2D parameters"): "ours takes stacks of matrices, (2, 3, 4) among them",
     ("Muon", "only support `original` and `match_rms_adamw`"): (TypeError, "adjust_lr_fn"),
+    ("Muon", "unsupported adjust_lr_fn"): (TypeError, "adjust_lr_fn"),
     ("Muon", "does not support complex parameters"): (
         TypeError,
         "must be torch.float32 or torch.bfloat16 for Muon, got torch.complex64",
@@ -106,6 +110,15 @@ def test_every_input_of_torch_is_in_a_table(of_torch):
         unknown += [f"{name}, an error: {d}" for d in errors if (name, d) not in ERRORS]
     assert not unknown, f"torch {torch.__version__} has inputs that no table names: {'; '.join(unknown)}"
     assert set(of_torch) == set(KINDS)
+
+
+class TorchInFloat32:
+    """The module torch, but with float32 for bfloat16."""
+
+    bfloat16 = torch.float32
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
 
 
 def parameters(name):
@@ -134,8 +147,9 @@ def test_the_numbers_are_torchs(of_torch, name, description, monkeypatch):
         pytest.skip(f"torch {torch.__version__} has no input {description!r}")
     settings = inputs[description]
     theirs, ours = parameters(name), parameters(name)
-    # In float32, as ours, its own products are bfloat16's.
+    # In float32, as ours, its own products are bfloat16's. Newer versions convert by Tensor.to.
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    monkeypatch.setattr("torch.optim._muon.torch", TorchInFloat32())
     reference = THEIRS[name](theirs, **settings)
     group = reference.param_groups[0]
     own = {key: group[key] for key in ("lr", "weight_decay")}  # the defaults differ
@@ -159,7 +173,7 @@ def test_unsupported_settings_are_named(of_torch, name, description):
 
 
 @pytest.mark.parametrize(("name", "description"), ERRORS)
-@pytest.mark.filterwarnings("error::UserWarning")  # torch's test takes a warning for an error, too
+@pytest.mark.filterwarnings("error::UserWarning", "error::FutureWarning")  # torch's test takes them for errors, too
 def test_errors(of_torch, name, description):
     """At construction, even where torch's come in the step."""
     _, errors = of_torch[name]
