@@ -7,16 +7,23 @@
 #   VENV=PATH             the virtual environment, created if it is missing; VENV= (empty) uses PYTHON and its torch
 #   TORCH="torch==2.12.0" what pip installs if it finds no torch >= 2.11; may contain options of pip, such as an index
 #                         (the torch of PyPI includes gigabytes of CUDA libraries)
-#   NANOCHAT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS   settings of the build, see setup.py
+#   NANOCHAT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, CXX, ...   settings of the build, see setup.py; it builds again when
+#                         others are given
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 
-STATE := $(if $(VENV),$(VENV),build)/state
+# What is done in each environment; without a virtual one, for each Python.
+STATE := $(if $(VENV),$(VENV)/state,build/state/$(subst /,_,$(firstword $(PYTHON))))
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+
+# The settings of the build that were given, here or in the environment.
+is_given = $(filter environment command,$(firstword $(origin $(1))))
+SETTINGS := $(strip $(foreach name,NANOCHAT_CUDA TORCH_CUDA_ARCH_LIST CXX CUDACXX CUDAHOSTCXX CUDA_HOME,\
+	$(if $(call is_given,$(name)),$(name)=$($(name)))))
 
 CLANG_FORMAT := $(if $(VENV),$(VENV)/bin/clang-format,clang-format)
 
@@ -26,7 +33,7 @@ CXX_SOURCES := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) $(wildcar
 	tests/emulation/*.h tests/emulation/*/*.cu tests/emulation/*/*.cuh tests/emulation/*/*.cpp tests/emulation/*/*.h \
 	tests/pretend_cuda/*.cpp tests/pretend_cuda/*.h tests/pretend_mps/*.cpp tests/ops/*.cpp)
 
-.PHONY: train test test-all test-under-load test-aarch64 bench lint guide guide-figures guide-results gpu wheels clean
+.PHONY: FORCE train test test-all test-under-load test-aarch64 bench lint guide guide-figures guide-results gpu wheels clean
 .DELETE_ON_ERROR:
 
 train: $(STATE)/native $(STATE)/extras
@@ -93,7 +100,18 @@ ifneq ($(VENV),)
 		{ echo "make: $(PYTHON) cannot create virtual environments: apt-get install python3-venv, or set VENV=" >&2; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 endif
+	@$(RUN) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+		{ echo "make: the headers of $(PYTHON) are missing: install them, e.g. apt-get install python3-dev" >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@
+
+# A later make without settings keeps the module that it finds.
+ifneq ($(SETTINGS),)
+ifneq ($(SETTINGS),$(shell cat $(STATE)/settings 2> /dev/null))
+$(STATE)/settings: FORCE
+endif
+endif
+$(STATE)/settings: $(STATE)/python
+	@echo "$(SETTINGS)" > $@
 
 $(STATE)/torch: $(STATE)/python
 	@command -v $(firstword $(CXX)) > /dev/null || \
@@ -101,7 +119,7 @@ $(STATE)/torch: $(STATE)/python
 	$(RUN) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2> /dev/null || $(PIP) $(TORCH)
 	@touch $@
 
-$(STATE)/native: $(STATE)/torch pyproject.toml $(NATIVE_SOURCES)
+$(STATE)/native: $(STATE)/torch $(STATE)/settings pyproject.toml $(NATIVE_SOURCES)
 	$(PIP) 'setuptools>=77' cmake ninja
 	$(PIP) --no-build-isolation -e .
 	@touch $@

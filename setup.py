@@ -3,15 +3,16 @@
 It builds on Linux on x86-64 or aarch64, and on macOS on Apple silicon (without CUDA).
 
 Environment: NANOCHAT_CUDA=auto|on|off (auto: when an nvcc is found that suits torch), CXX, CUDACXX, CUDA_HOME,
-MAX_JOBS, TORCH_CUDA_ARCH_LIST (by default the GPUs of this machine, or those of DEFAULT_ARCHITECTURES if it has none),
-NANOCHAT_WHEEL=on|off (on: the version and the requirements name the torch and the CUDA that the module is built for,
-and it is built for DEFAULT_ARCHITECTURES; tools/wheels.py sets it).
+CUDAHOSTCXX (the GCC that nvcc runs; by default the gcc on PATH, whatever CXX is), MAX_JOBS, TORCH_CUDA_ARCH_LIST (by
+default the GPUs of this machine, or those of DEFAULT_ARCHITECTURES if it has none), NANOCHAT_WHEEL=on|off (on: the
+version and the requirements name the torch and the CUDA that the module is built for, and it is built for
+DEFAULT_ARCHITECTURES; tools/wheels.py sets it).
 """
 
-import fcntl
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,19 +72,31 @@ def check_machine():
 def check_compiler():
     """Exit with one sentence where there is no C++ compiler, or one that cannot share torch's OpenMP library."""
     is_linux = platform.system() == "Linux"
-    given = os.environ.get("CXX")
+    advice = "e.g. `apt-get install g++`" if is_linux else "`xcode-select --install`"
+    given = os.environ.get("CXX", "").strip()
     # CMake looks for these, in this order.
-    compilers = [given.split()[0]] if given else ["c++", "g++", "clang++"]
-    compiler = next(filter(None, map(shutil.which, compilers)), None)
+    names = [given] if given else ["c++", "g++", "clang++"]
+    compiler = next((words for words in map(shlex.split, names) if shutil.which(words[0])), None)
     if not compiler:
-        advice = "e.g. `apt-get install g++`" if is_linux else "`xcode-select --install`"
-        fail(f"no C++ compiler ({', '.join(compilers)}) was found: install one, {advice}.")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    if is_linux and "clang" in version:
+        fail(f"no C++ compiler ({', '.join(names)}) was found: install one, {advice}.")
+    shown = shlex.join(compiler)
+    # What the compiler says of itself, also through a wrapper such as ccache.
+    result = subprocess.run([*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[0]
+        fail(f"the C++ compiler {shown} does not work ({reason}): install one, {advice}.")
+    if is_linux and "__clang__" in result.stdout:
         fail(
-            f"{compiler} is Clang, whose OpenMP library would be a second one beside torch's libgomp: "
+            f"{shown} is Clang, whose OpenMP library would be a second one beside torch's libgomp: "
             "install GCC's g++ and set CXX=g++."
         )
+
+
+def check_python():
+    """Exit with one sentence where the headers of this Python are missing."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        fail(f"{header} is missing: install the headers of Python, e.g. `apt-get install python3-dev`.")
 
 
 def nvcc_version(nvcc):
@@ -112,7 +125,10 @@ def find_nvcc(choice=None, torch_cuda=None):
         return "", "macOS has no CUDA"
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = [f"{home}/bin" for home in homes] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
-    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc", path=os.pathsep.join(folders))
+    given = os.environ.get("CUDACXX")
+    nvcc = shutil.which(given or "nvcc", path=os.pathsep.join(folders))
+    if given and not nvcc:
+        fail(f"CUDACXX={given} is no program: set it to the path of nvcc. Flags for nvcc go into NVCC_APPEND_FLAGS.")
     reason, wanted = "nvcc was not found", f"a CUDA toolkit >= {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
     if nvcc:
         release = re.search(r"release (\d+)\.(\d+)", nvcc_version(nvcc))
@@ -120,7 +136,7 @@ def find_nvcc(choice=None, torch_cuda=None):
         most = int(torch_cuda.split(".")[0]) if torch_cuda else found[0]
         if found >= OLDEST_CUDA and found[0] <= most:
             return nvcc, ""
-        reason = f"{nvcc} is older than CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
+        reason = f"{nvcc} is older than CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}" if release else f"{nvcc} is not nvcc"
         if found[0] > most:
             reason = f"{nvcc} is of CUDA {found[0]}.{found[1]}, and this torch is built for CUDA {torch_cuda}"
             wanted = f"a CUDA toolkit {most}.x or a torch for CUDA {found[0]}"
@@ -154,29 +170,40 @@ def cuda_architectures(nvcc):
 
     The machine code of the kernels of all GPUs comes from one PTX, that of the oldest GPU: they use no instruction of
     newer ones, and the compiler takes longer to make PTX than to make machine code of it. Hopper's kernels are empty
-    elsewhere, so they are built for 9.0a alone.
+    elsewhere, so they are built for 9.0a alone, if 9.0 or 9.0a is listed. Entries below 8.0 are left out, and
+    one line names them.
     """
-    here = "" if os.environ.get("NANOCHAT_WHEEL") == "on" else architectures_here(nvcc)
-    default = here or DEFAULT_ARCHITECTURES.get(platform.machine(), "")
-    entries = (os.environ.get("TORCH_CUDA_ARCH_LIST") or default).replace(";", " ").split()
-    numbers, has_ptx = set(), False
-    for entry in entries:
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not given and os.environ.get("NANOCHAT_WHEEL") != "on":
+        given = architectures_here(nvcc)
+    listed = (given or DEFAULT_ARCHITECTURES.get(platform.machine(), "")).replace(";", " ").split()
+    entries, numbers, too_old = [], set(), []
+    for entry in listed:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if not match:
             fail(f"TORCH_CUDA_ARCH_LIST must have entries like 8.0;9.0a;8.0+PTX, got {entry!r}.")
+        if int(match[1]) < 8:
+            too_old.append(entry)
+            continue
+        entries.append(entry)
         numbers.add(int(match[1] + match[2]))
-        has_ptx = has_ptx or bool(match[3])
+    if too_old:
+        names = ", ".join(too_old)
+        if not entries:
+            fail(f"the kernels need compute capability 8.0 or newer, and TORCH_CUDA_ARCH_LIST has only {names}.")
+        print(f"nanochat-native: {names} left out: the kernels need compute capability 8.0 or newer.", file=sys.stderr)
     oldest = f"compute_{min(numbers)}"
+    has_ptx = any(entry.endswith("+PTX") for entry in entries)
     codes = [f"sm_{number}" for number in sorted(numbers)] + [oldest] * has_ptx
     common = f"--generate-code=arch={oldest},code=[{','.join(codes)}]"
-    is_for_hopper = any(entry.removesuffix("+PTX") == "9.0a" for entry in entries)
-    return entries, common, "--generate-code=arch=compute_90a,code=[sm_90a]" if is_for_hopper else ""
+    return entries, common, "--generate-code=arch=compute_90a,code=[sm_90a]" if 90 in numbers else ""
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         check_machine()
         check_compiler()
+        check_python()
         cmake = program("cmake", "`pip install cmake`")
         ninja = program("ninja", "`pip install ninja`")
         torch_version, torch_cuda, includes, libraries = find_torch()
@@ -209,8 +236,14 @@ class CMakeBuild(build_ext):
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions]
         build.mkdir(parents=True, exist_ok=True)
+        tools = [
+            f"{name}={os.environ.get(name, '')}" for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS")
+        ]
         with open(build / "lock", "w") as lock:
+            import fcntl  # Windows has none, and check_machine has said what is wrong there
+
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder would spoil each other's objects
+            forget_other_tools(build, "\n".join([*tools, nvcc, *libraries]))
             for command in (configure, [cmake, "--build", str(build), *jobs]):
                 if subprocess.run(command).returncode != 0:
                     fail(f"the build failed, its own message is above; it was run as `{' '.join(command[:3])} ...`.")
@@ -249,6 +282,16 @@ def wheel_label(torch_version, nvcc):
     """
     release = re.search(r"release (\d+)", nvcc_version(nvcc)) if nvcc else None
     return f"{f'cu{release[1]}' if release else 'cpu'}torch{minor_release(torch_version)}"
+
+
+def forget_other_tools(build, tools):
+    """Empty a build folder that CMake has configured with other tools: it would keep the old ones, or lose settings."""
+    stamp = build / "tools.txt"
+    if stamp.is_file() and stamp.read_text() == tools:
+        return
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+    stamp.write_text(tools)
 
 
 def put_in_place(source, target):

@@ -18,7 +18,7 @@ except ImportError as error:
 import nanochat_native
 from nanochat_native import ops
 from nanochat_native.bench import results_io
-from nanochat_native.ops.backends import gpu_problem
+from nanochat_native.ops.backends import LEAST_CAPABILITY, gpu_problem
 from nanochat_native.ops.self_test import CHECKS, TOLERANCE, covers, difference, driver_problem, openmp_libraries
 from nanochat_native.runtime import hardware
 
@@ -60,7 +60,17 @@ def main(args: Sequence[str] = ()) -> int:
 
     name = hardware.cpu_name() or platform.processor() or "unknown processor"
     print(f"machine    {name}, instruction set {instruction_set}, {torch.get_num_threads()} threads")
-    gpus = torch.cuda.device_count()
+    gpus, no_gpu = torch.cuda.device_count(), "none is visible"
+    if not torch.version.cuda:
+        no_gpu = "this torch was built without CUDA"
+    uncovered = []
+    try:
+        if gpus:
+            torch.cuda.get_device_capability(0)  # fails with a driver that is too old, which still counts the GPUs
+    except RuntimeError as error:
+        no_gpu = str(error).splitlines()[0]
+        broken.append(f"torch cannot use the {gpus} GPU(s) of this machine: {no_gpu}")
+        gpus = 0
     for index in range(gpus):
         capability = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}"
@@ -72,10 +82,14 @@ def main(args: Sequence[str] = ()) -> int:
         if problem := gpu_problem(index):
             print(f"           GPU {index}: plain torch serves every operator: {problem}")
         elif architectures and not covers(architectures, capability):
-            broken.append(
-                f"the architectures built ({architectures}) do not cover GPU {index} ({name}): "
-                f"install again with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
-            )
+            uncovered.append(f"GPU {index} ({name})")
+    if uncovered:
+        found = {torch.cuda.get_device_capability(index) for index in range(gpus)}
+        wanted = ";".join(f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= LEAST_CAPABILITY)
+        broken.append(
+            f"the architectures built ({architectures}) do not cover {', '.join(uncovered)}: "
+            f"install again with TORCH_CUDA_ARCH_LIST='{wanted}'"
+        )
     if gpus and architectures:
         driver, runtime = ops.cuda_versions()
         print("           CUDA: driver for {}.{}, kernels built with {}.{}".format(*driver, *runtime))
@@ -90,7 +104,7 @@ def main(args: Sequence[str] = ()) -> int:
         _, why = ops.serves("attention", "mps")
         print(f"           MPS: --device mps runs in plain torch, which serves every operator there: {why}")
     elif gpus == 0:
-        print(f"           no GPU: {'none is visible' if torch.version.cuda else 'this torch was built without CUDA'}")
+        print(f"           no GPU: {no_gpu}")
 
     print(f"backend    {ops.backend()}")
     devices = ["cpu", "cuda"] if gpus else ["cpu"]

@@ -61,7 +61,8 @@ def test_missing_compiler():
 
 
 def test_cuda_choices(setup, monkeypatch):
-    monkeypatch.setenv("CUDACXX", "/nonexistent/nvcc")
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(setup.shutil, "which", lambda *args, **options: None)
     monkeypatch.setenv("NANOCHAT_CUDA", "off")
     assert setup.find_nvcc() == ("", "NANOCHAT_CUDA=off")
     monkeypatch.setenv("NANOCHAT_CUDA", "auto")
@@ -119,7 +120,7 @@ def test_a_build_compares_nvcc_with_torch(setup, monkeypatch, nvcc_of):
     nvcc_of("13.0")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setenv("NANOCHAT_CUDA", "on")
-    monkeypatch.setattr(setup.subprocess, "run", functools.partial(run_only_nvcc, subprocess.run))
+    monkeypatch.setattr(setup.subprocess, "run", functools.partial(run_only_questions, subprocess.run))
     command = setup.CMakeBuild(setup.setuptools.Distribution())
     with pytest.raises(SystemExit, match=r"this torch is built for CUDA 12\.8"):
         command.build_extension(setup.Extension("nanochat_native._C", sources=[]))
@@ -129,7 +130,7 @@ def test_a_build_says_why_it_has_no_cuda_kernels(setup, monkeypatch, nvcc_of, ca
     nvcc = nvcc_of("13.0")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setenv("NANOCHAT_CUDA", "auto")
-    monkeypatch.setattr(setup.subprocess, "run", functools.partial(run_only_nvcc, subprocess.run))
+    monkeypatch.setattr(setup.subprocess, "run", functools.partial(run_only_questions, subprocess.run))
     command = setup.CMakeBuild(setup.setuptools.Distribution())
     with pytest.raises(StoppedError) as stopped:
         command.build_extension(setup.Extension("nanochat_native._C", sources=[]))
@@ -143,8 +144,8 @@ class StoppedError(Exception):
     """Raised in place of a command of the build. Its argument is the command."""
 
 
-def run_only_nvcc(run, command, **options):
-    if command[1:] != ["--version"]:
+def run_only_questions(run, command, **options):
+    if command[1:] != ["--version"] and "-dM" not in command:
         raise StoppedError(command)
     return run(command, **options)
 
@@ -152,10 +153,14 @@ def run_only_nvcc(run, command, **options):
 @pytest.mark.parametrize("system", ["Linux", "Darwin"])
 def test_clang_is_for_macos(setup, monkeypatch, tmp_path, system):
     compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'Debian clang version 19.1.7'\n")
+    compiler.write_text("#!/bin/sh\necho '#define __clang__ 1'\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(setup.platform, "system", lambda: system)
-    for name, value in (("PATH", str(tmp_path)), ("CXX", f"{compiler} -stdlib=libc++")):
+    for name, value in (
+        ("PATH", str(tmp_path)),
+        ("CXX", f"{compiler} -stdlib=libc++"),
+        ("CXX", f"/usr/bin/env {compiler}"),
+    ):
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv(name, value)
         if system == "Darwin":
@@ -165,8 +170,59 @@ def test_clang_is_for_macos(setup, monkeypatch, tmp_path, system):
             setup.check_compiler()
 
 
-def test_this_compiler(setup):
+def test_a_compiler_that_does_not_work(setup, monkeypatch, tmp_path):
+    """As macOS has one before its command line tools are installed."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'xcode-select: note: no developer tools were found' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(
+        SystemExit, match=r"c\+\+ does not work \(xcode-select: note: no developer tools .*: install one"
+    ):
+        setup.check_compiler()
+
+
+def test_this_compiler_and_this_python(setup, monkeypatch, tmp_path):
     setup.check_compiler()
+    setup.check_python()
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(
+        SystemExit, match=r"Python.h is missing: install the headers of Python, e.g. `apt-get install py"
+    ):
+        setup.check_python()
+
+
+def test_a_build_folder_of_other_tools_is_emptied(setup, tmp_path):
+    def configure(tools):
+        setup.forget_other_tools(tmp_path, tools)
+        kept = (tmp_path / "CMakeCache.txt").exists(), (tmp_path / "CMakeFiles/a.o").exists()
+        (tmp_path / "CMakeFiles").mkdir(exist_ok=True)
+        (tmp_path / "CMakeFiles/a.o").touch()
+        (tmp_path / "CMakeCache.txt").touch()
+        return kept
+
+    assert configure("g++") == (False, False)
+    assert configure("g++") == (True, True)
+    assert configure("g++-12") == (False, False)
+    assert configure("g++") == (False, False)
+    assert configure("g++") == (True, True)
+    (tmp_path / "tools.txt").unlink()  # of a version that kept none
+    assert configure("g++") == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("/nonexistent/nvcc", r"CUDACXX=/nonexistent/nvcc is no program: set it to the path of nvcc"),
+        ("nvcc -ccbin g++-12", r"CUDACXX=nvcc -ccbin g\+\+-12 is no program: .* NVCC_APPEND_FLAGS"),
+        ("true", r"NANOCHAT_CUDA=on, but .*/true is not nvcc"),
+    ],
+)
+def test_a_wrong_cudacxx_is_named(setup, monkeypatch, value, message):
+    monkeypatch.setenv("CUDACXX", value)
+    assert setup.find_nvcc("off") == ("", "NANOCHAT_CUDA=off")
+    with pytest.raises(SystemExit, match=message):
+        setup.find_nvcc("on")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +277,7 @@ def test_the_gpus_of_this_machine_are_the_default(setup, monkeypatch, tmp_path, 
     assert setup.cuda_architectures(str(nvcc))[0] == ["8.6"]
 
 
-def test_cuda_architectures(setup, monkeypatch):
+def test_cuda_architectures(setup, monkeypatch, capsys):
     monkeypatch.setattr(setup, "architectures_here", lambda nvcc: "")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(setup.platform, "machine", lambda: "aarch64")
@@ -236,7 +292,16 @@ def test_cuda_architectures(setup, monkeypatch):
     common = "--generate-code=arch=compute_86,code=[sm_86,sm_100,sm_120,compute_86]"
     assert setup.cuda_architectures("nvcc") == (["12.0+PTX", "10.0a", "8.6", "8.6"], common, "")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    assert setup.cuda_architectures("nvcc")[1:] == ("--generate-code=arch=compute_90,code=[sm_90]", "")
+    assert setup.cuda_architectures("nvcc")[1:] == ("--generate-code=arch=compute_90,code=[sm_90]", hopper)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 8.6 9.0 10.0 12.0+PTX")  # of NVIDIA's images
+    common = "--generate-code=arch=compute_80,code=[sm_80,sm_86,sm_90,sm_100,sm_120,compute_80]"
+    assert setup.cuda_architectures("nvcc") == (["8.0", "8.6", "9.0", "10.0", "12.0+PTX"], common, hopper)
+    assert capsys.readouterr().err.count("7.5 left out: the kernels need compute capability 8.0 or newer") == 1
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " ")
+    assert setup.cuda_architectures("nvcc")[0] == ["8.0+PTX", "9.0a", "10.0", "12.0"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    with pytest.raises(SystemExit, match=r"8.0 or newer, and TORCH_CUDA_ARCH_LIST has only 7.0, 7.5\+PTX"):
+        setup.cuda_architectures("nvcc")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must have entries like .*, got 'Hopper'"):
         setup.cuda_architectures("nvcc")

@@ -131,3 +131,40 @@ runpy.run_module("nanochat_native.train", run_name="__main__", alter_sys=True)
     assert re.fullmatch(
         r"error: the native module nanochat_native\._C is not built for this Python: run .*\n", result.stderr
     )
+
+
+def test_make_builds_again_when_settings_are_given_that_differ(checkout, monkeypatch):
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    names = ("NANOCHAT_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX", "CUDACXX", "CUDAHOSTCXX", "CUDA_HOME")
+    for name in (*names, "MAKEFLAGS", "MAKELEVEL", "VENV", "PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    shutil.copy(ROOT / "Makefile", checkout)
+    state = checkout / ".venv/state"
+    state.mkdir(parents=True)
+    sources_age = (checkout / "setup.py").stat().st_mtime
+
+    def make(*settings, build=True):
+        """Return whether a target would build; with `build`, leave the files as after it."""
+        printed = subprocess.run(
+            ["make", "-n", "bench", *settings], cwd=checkout, capture_output=True, text=True, check=True
+        ).stdout
+        if build:
+            subprocess.run(["make", "-s", ".venv/state/settings", *settings], cwd=checkout, check=True)
+            os.utime(state / "native", (now := sources_age + 100 + len(list(state.iterdir())), now))
+            os.utime(state / "settings", (now - 1, now - 1))
+        return "install" in printed
+
+    for age, name in enumerate(("python", "torch", "settings", "native")):
+        (state / name).touch()
+        os.utime(state / name, (sources_age + 10 + age,) * 2)
+    assert not make()
+    assert make("NANOCHAT_CUDA=off")
+    assert not make()  # which keeps the module that is there
+    assert not make("NANOCHAT_CUDA=off")
+    assert make("NANOCHAT_CUDA=off", "CXX=g++-12", build=False)
+    monkeypatch.setenv("NANOCHAT_CUDA", "on")
+    assert make(build=False)
+    monkeypatch.setenv("NANOCHAT_CUDA", "off")
+    assert not make(build=False)
+    assert make("VENV=", f"PYTHON={sys.executable}", build=False)

@@ -53,7 +53,7 @@ def openmp_libraries() -> set[str]:
         loaded = [os.fsdecode(dyld._dyld_get_image_name(index)) for index in range(dyld._dyld_image_count())]
     else:
         loaded = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-    return {path for path in loaded if re.search(r"/lib(gomp|omp)\b[^/]*$", path)}
+    return {path for path in loaded if re.search(r"/lib(gomp|i?omp)\d*\b[^/]*$", path)}
 
 
 Results = Sequence[torch.Tensor]

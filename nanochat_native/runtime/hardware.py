@@ -64,6 +64,8 @@ def gpu_peak(name: str, dtype: torch.dtype) -> Peak:
         return Peak(None, f"the table has no rates of {dtype}, only of bfloat16")
     if "laptop" in _words(name):
         return Peak(None, f"{name}: laptop GPUs share the names of faster ones")
+    if "mig" in _words(name):
+        return Peak(None, f"{name}: a MIG slice is a part of the GPU that is in the table")
     row = _row_of(name)
     return Peak(None, f"{name} is not in the table") if row is None else Peak(row[0], f"{name}, dense bfloat16")
 
@@ -82,7 +84,7 @@ def _row_of(name: str) -> tuple[float, float] | None:
     """Return the rate and the bandwidth of a GPU by its device name."""
     words = _words(name)
     for needed, flops, bandwidth in GPU_PEAKS:
-        if all(word in words for word in needed) and "laptop" not in words:
+        if all(word in words for word in needed) and not {"laptop", "mig"} & set(words):
             return flops, bandwidth
     return None
 

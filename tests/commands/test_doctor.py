@@ -89,9 +89,10 @@ def test_a_wrong_kernel_is_broken(monkeypatch, capsys, wrong):
 def test_two_openmp_libraries_are_found_on_linux_and_on_macos(monkeypatch):
     assert len(self_test.openmp_libraries()) == 1
     maps = "7f00 r-xp /usr/lib/libgomp.so.1\n7f01 r--p /usr/lib/libgomp.so.1\n7f02 r-xp /x/libgomp-a34b3233.so.1\n"
-    maps += "7f03 r-xp /usr/lib/libompitrace.so\n7f04 rw-p\n"
+    maps += "7f03 r-xp /usr/lib/libompitrace.so\n7f04 rw-p\n7f05 r-xp /opt/intel/libiomp5.so\n"
     monkeypatch.setattr(self_test.Path, "read_text", lambda path: maps)
-    assert self_test.openmp_libraries() == {"/usr/lib/libgomp.so.1", "/x/libgomp-a34b3233.so.1"}
+    found = {"/usr/lib/libgomp.so.1", "/x/libgomp-a34b3233.so.1", "/opt/intel/libiomp5.so"}
+    assert self_test.openmp_libraries() == found
 
     images = [b"/torch/lib/libomp.dylib", b"/usr/lib/libSystem.B.dylib", b"/opt/brew/libomp.dylib"]
     loader = mock.Mock()
@@ -235,6 +236,20 @@ def test_a_stale_module_is_broken(monkeypatch, capsys):
     monkeypatch.setattr("nanochat_native.__version__", "9.9.9")
     assert doctor.main() == 1
     assert "install again" in capsys.readouterr().err
+
+
+def test_a_driver_that_torch_refuses_is_broken(monkeypatch, capsys):
+    def refuse(index):
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    assert doctor.main() == 1
+    printed = capsys.readouterr()
+    message = "The NVIDIA driver on your system is too old (found version 11040)."
+    assert f"torch cannot use the 1 GPU(s) of this machine: {message}\n" in printed.err
+    assert f"no GPU: {message}\n" in printed.out
 
 
 @pytest.mark.parametrize(

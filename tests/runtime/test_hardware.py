@@ -26,6 +26,7 @@ from nanochat_native.runtime import hardware
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 503.8),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("Tesla T4", None),
     ],
 )
@@ -49,6 +50,7 @@ def test_peaks_are_found_by_name(name, teraflops):
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 1792),
         ("NVIDIA GeForce RTX 4090", 1008),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("Tesla T4", None),
     ],
 )
