@@ -888,6 +888,10 @@ def test_unknown_fields_are_ignored_and_named(server):
     assert "f20" not in head
 
 
+# Python 3.14 reads on to the end, which is missing.
+TOO_DEEP = "nested too deeply" if sys.version_info < (3, 14) else "the body is not JSON: Expecting value"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -899,8 +903,8 @@ def test_unknown_fields_are_ignored_and_named(server):
         (b'{"model": "tiny", "temperature": -Infinity}', "the body is not JSON: -Infinity is not allowed"),
         (b'{"model": "tiny", "model": "tiny"}', "an object has a name twice"),
         (b'{"model": "\xff"}', "the body is not JSON: byte 11 is not UTF-8"),
-        (b"[" * 20000, "nested too deeply"),
-        (b'{"a": ' * 5000, "nested too deeply"),
+        (b"[" * 20000, TOO_DEEP),
+        (b'{"a": ' * 5000, TOO_DEEP),
         (
             b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}",
             "the body is not JSON: a number must have at most 1000 digits, got 5000",

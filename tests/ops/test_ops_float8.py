@@ -13,6 +13,24 @@ ROUNDING = {ACTIVATION: 2.0**-4, GRADIENT: 2.0**-3}  # half the distance of two 
 SUBNORMAL = {ACTIVATION: 2.0**-10, GRADIENT: 2.0**-17}  # half the distance of the smallest numbers
 
 
+def need_products_by_rows():
+    """Skip where torch has no product with a factor for each row on a CPU: 2.11 has none."""
+    rows = Matrix(torch.ones(16, 16), "rowwise").rows
+    try:
+        float8.product(rows, rows, torch.bfloat16)
+    except RuntimeError as error:
+        if "per-tensor scaling" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__} has no product with a factor for each row on a CPU")
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    if request.param == "rowwise":
+        need_products_by_rows()
+    return request.param
+
+
 def error_bound(x, scaled):
     """Return how far each element of `scaled` may be from that of x: rounding, and 3 roundings of float32."""
     dtype = scaled.values.dtype
@@ -75,7 +93,6 @@ def test_the_scales_of_rows_are_powers_of_two():
     assert torch.equal(factor.log2(), factor.log2().round())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_product_of_torch_is_that_of_what_the_factors_stand_for(recipe, dtype):
     a, b = Matrix(matrix(48, 64, 0.3), recipe, GRADIENT), Matrix(matrix(32, 64, 0.3), recipe)
@@ -89,7 +106,6 @@ def test_the_product_of_torch_is_that_of_what_the_factors_stand_for(recipe, dtyp
         assert ((mine.double() - exact).abs() <= written * exact.abs() + 64 * 2.0**-23 * terms).all()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("spread", [0.0, 0.5])
 def test_a_linear_layer_errs_within_the_bound_of_its_roundings(recipe, spread):
     """Against float64: each element may be off by what the roundings of the elements that it sums allow."""
@@ -119,6 +135,7 @@ def test_a_linear_layer_errs_within_the_bound_of_its_roundings(recipe, spread):
 
 
 def test_rows_are_more_exact_than_the_whole_matrix_where_their_sizes_differ():
+    need_products_by_rows()
     x, weight = matrix(64, 128, 0), matrix(128, 128, 0, torch.float32)
     x[:32] *= 1e-5
     exact = x.double() @ weight.double().T

@@ -307,6 +307,8 @@ def test_coefficients_that_let_numbers_grow_do_not_fit_float16(triples):
 
 
 def test_a_gpu_below_8_0_runs_no_kernel(monkeypatch):
+    with torch._subclasses.FakeTensorMode():  # before is_available is changed: a torch for CUDA would ask the driver
+        one, other = (torch.empty(2, device=f"cuda:{index}") for index in (0, 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 0), (7, 5)][index])
@@ -316,9 +318,8 @@ def test_a_gpu_below_8_0_runs_no_kernel(monkeypatch):
     problem = "the CUDA kernels need compute capability 8.0 or newer, and this GPU has 7.5"
     assert ops.serves("attention", "cuda:0") == ("native", "kernel built")
     assert ops.serves("attention", "cuda:1") == ops.serves("attention", "cuda") == ("torch", problem)
-    with torch._subclasses.FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        one, other = (torch.empty(2, device=f"cuda:{index}") for index in (0, 1))
         assert backends.runs_native("adamw_", one)
         assert not backends.runs_native("adamw_", other)
         assert not backends.runs_native("attention", other)
