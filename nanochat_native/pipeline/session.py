@@ -221,9 +221,7 @@ class Speedrun:
                     return
                 raise
             answers = known | dict(zip(prompts, found["answers"], strict=True))
-            self._state.add(
-                stage.name, samples=answers, max_tokens=self._recipe.max_tokens, machine=found["machine"]
-            )
+            self._state.add(stage.name, samples=answers, max_tokens=self._recipe.max_tokens, machine=found["machine"])
             for prompt in prompts:
                 self._console.say(f"sample   {prompt!r} -> {answers[prompt]!r}")
 
