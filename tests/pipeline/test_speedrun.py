@@ -493,8 +493,8 @@ def test_dry_run_prints_the_plan_and_makes_nothing(whole, tmp_path, capsys):
     out = capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == before
     assert re.search(r"base +train +to do +about \d+ s +about 0\.\d GB +up to 0\.\d\d GB\n", out)
-    assert re.search(r"chat +finetune +to do +unknown", out)
-    assert "time or disk of score, chats, chat, rl, last" in out
+    assert re.search(r"chat +finetune +to do +not estimated +not estimated +up to", out)
+    assert "note     not estimated, and not in these sums: time or disk of score, chats, chat, rl, last\n" in out
     assert f"python -m nanochat_native.evaluate --checkpoint {tmp_path}/out/base --max-tokens 256" in out
     assert main(["--recipe", str(whole / "r.toml"), "--out", str(whole / "out"), "--dry-run", "--redo", "rl"]) == 0
     out = capsys.readouterr().out
