@@ -427,7 +427,7 @@ class _HubErrors:
         status = getattr(response, "status_code", None)
         if response is not None and status in _TOO_BUSY:
             raise _AgainError(f"{self._repo}: the server answers {status}", _retry_after(response.headers)) from None
-        if status is not None:
+        if response is not None and status is not None:
             path = urllib.parse.unquote(str(response.url).partition("/resolve/")[2].partition("/")[2])
             raise OSError(f"{self._repo}{path and ': ' + path}: the server answers {status}") from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
