@@ -281,7 +281,7 @@ def core(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
                 "correct": result.correct,
                 "accuracy": result.accuracy,
                 "chance": chance,
-                "centered": result.centered,
+                "centered": result.centred,
             }
             for result, chance in zip(results, chances, strict=True)
         },
@@ -290,7 +290,7 @@ def core(checkpoint: Path = Path("runs/d4")) -> dict[str, Any]:
         "accuracy_of_all_items": sum(result.correct for result in results) / items,
         "guessing": {
             "mean_accuracy": sum(chances) / len(chances),
-            "core": sum(core_score.center(chance, 100 * chance) for chance in chances) / len(chances),
+            "core": sum(core_score.centre(chance, 100 * chance) for chance in chances) / len(chances),
         },
     }
 

@@ -166,9 +166,9 @@ def describe(record: dict[str, Any]) -> str:
     """Return the record as text: a table of the tasks, ChatCORE, and what the reader should know."""
     measured = [TaskResult(**task) for task in record["tasks"]]
     sampled = any(not math.isclose(task.sample_accuracy, task.accuracy) for task in measured)
-    rows = [["task", "problems", "accuracy", *["per sample"] * sampled, "baseline", "centered", "seconds"]]
+    rows = [["task", "problems", "accuracy", *["per sample"] * sampled, "baseline", "centred", "seconds"]]
     for task in measured:
-        figures = [task.accuracy, *[task.sample_accuracy] * sampled, task.baseline, task.centered]
+        figures = [task.accuracy, *[task.sample_accuracy] * sampled, task.baseline, task.centred]
         rows.append([task.task, str(task.problems), *(f"{figure:.4f}" for figure in figures), f"{task.seconds:.1f}"])
     lines = console.aligned(rows, left=1)
     if record["chatcore"] is None:

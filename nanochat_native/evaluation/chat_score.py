@@ -4,7 +4,7 @@ Multiple choice is decided as in nanochat: among the letters of the choices, the
 logit behind <|assistant_start|>, the first of equal ones. The answers to other problems are written by the engine, with
 the calculator, until <|assistant_end|>.
 
-ChatCORE is nanochat's mean of the centered accuracies of ARC-Easy, ARC-Challenge, MMLU, GSM8K and HumanEval.
+ChatCORE is nanochat's mean of the centred accuracies of ARC-Easy, ARC-Challenge, MMLU, GSM8K and HumanEval.
 """
 
 import itertools
@@ -22,7 +22,7 @@ import torch
 from nanochat_native.data import conversations
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.evaluation.chat_tasks import BASELINES, CHATCORE, Problem, Task
-from nanochat_native.evaluation.core_score import center, margin
+from nanochat_native.evaluation.core_score import centre, margin
 from nanochat_native.inference.engine import Engine, Request
 from nanochat_native.inference.sampling import NONFINITE_LOGITS, Sampling
 from nanochat_native.model.gpt import GPT
@@ -57,7 +57,7 @@ class TaskResult(NamedTuple):
     Attributes:
         correct: Number of problems with a right answer: with several samples, with at least one.
         baseline: Accuracy of guessing.
-        centered: Accuracy scaled so that guessing gives 0 and no mistake gives 1.
+        centred: Accuracy scaled so that guessing gives 0 and no mistake gives 1.
         sample_accuracy: Fraction of all samples that are right.
         cut: Number of prompts that were too long for the model and lost their end.
     """
@@ -67,7 +67,7 @@ class TaskResult(NamedTuple):
     correct: int
     accuracy: float
     baseline: float
-    centered: float
+    centred: float
     sample_accuracy: float
     cut: int
     seconds: float
@@ -283,7 +283,7 @@ def evaluate(
         correct=correct,
         accuracy=accuracy,
         baseline=task.baseline / 100,
-        centered=center(accuracy, task.baseline),
+        centred=centre(accuracy, task.baseline),
         sample_accuracy=right / samples,
         cut=cut,
         seconds=time.perf_counter() - begun,
@@ -308,4 +308,4 @@ def chatcore(accuracies: Mapping[str, float]) -> float | None:
     """Return ChatCORE for the accuracy of each task, or None if one of its tasks is missing."""
     if not all(name in accuracies for name in CHATCORE):
         return None
-    return sum(center(accuracies[name], BASELINES.get(name, 0.0)) for name in CHATCORE) / len(CHATCORE)
+    return sum(centre(accuracies[name], BASELINES.get(name, 0.0)) for name in CHATCORE) / len(CHATCORE)

@@ -105,7 +105,7 @@ class TaskResult(NamedTuple):
     """Result of a task.
 
     Attributes:
-        centered: Accuracy scaled so that guessing gives 0 and no mistake gives 1.
+        centred: Accuracy scaled so that guessing gives 0 and no mistake gives 1.
         cropped: Number of prompts that were too long for the model and lost their beginning.
         cut: Number of cropped prompts that lost scored tokens.
     """
@@ -116,7 +116,7 @@ class TaskResult(NamedTuple):
     items: int
     correct: int
     accuracy: float
-    centered: float
+    centred: float
     cropped: int
     cut: int
 
@@ -561,17 +561,17 @@ def evaluate_task(
         items=len(task.items),
         correct=right,
         accuracy=accuracy,
-        centered=center(accuracy, task.baseline),
+        centred=centre(accuracy, task.baseline),
         cropped=cropped,
         cut=cut,
     )
 
 
-def center(accuracy: float, baseline: float) -> float:
+def centre(accuracy: float, baseline: float) -> float:
     """Scale an accuracy so that `baseline` percent gives 0 and no mistake gives 1."""
     return (accuracy - 0.01 * baseline) / (1 - 0.01 * baseline)
 
 
 def score(results: Sequence[TaskResult]) -> float:
     """Return the CORE score, the mean of the centered accuracies."""
-    return sum(result.centered for result in results) / len(results)
+    return sum(result.centred for result in results) / len(results)

@@ -211,7 +211,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {name: other[name] - one[name] for name in ("bpb", "loss") if name in other}
     if "core" in other:
         scores = [record["core"]["score"] for record in (one, other)]
-        mine, theirs = ({task["task"]: task["centered"] for task in record["core"]["tasks"]} for record in (one, other))
+        mine, theirs = ({task["task"]: task["centred"] for task in record["core"]["tasks"]} for record in (one, other))
         found["core"] = {
             "score": None if None in scores else scores[1] - scores[0],
             "tasks": {name: theirs[name] - mine[name] for name in mine if name in theirs},
@@ -265,15 +265,15 @@ def table(measured: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
     """Return a table with a line for each task, of one model, or of two with the difference of centered accuracies."""
     marks = [""] if len(measured) == 1 else [" A", " B"]
     rows = [["task", "type", "shots", "items"]]
-    rows[0] += [f"{name}{mark}" for name in ("accuracy", "centered") for mark in marks] + ["B - A"] * (len(marks) - 1)
+    rows[0] += [f"{name}{mark}" for name in ("accuracy", "centred") for mark in marks] + ["B - A"] * (len(marks) - 1)
     for i, first in enumerate(measured[0]):
         found = [tasks[i] for tasks in measured if i < len(tasks)]
         missing = ["-"] * (len(measured) - len(found))
         row = [first["task"], first["type"], str(first["shots"]), str(first["items"])]
-        for name in ("accuracy", "centered"):
+        for name in ("accuracy", "centred"):
             row += [f"{task[name]:.4f}" for task in found] + missing
         if len(measured) == 2:
-            row += missing or [f"{found[1]['centered'] - found[0]['centered']:+.4f}"]
+            row += missing or [f"{found[1]['centred'] - found[0]['centred']:+.4f}"]
         rows.append(row)
     return console.aligned(rows)
 

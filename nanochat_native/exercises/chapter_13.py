@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_native.evaluation.core_score import center
+from nanochat_native.evaluation.core_score import centre
 from nanochat_native.exercises.base import Experiment, Number, Write
 from nanochat_native.model import GPTConfig
 
@@ -18,7 +18,7 @@ ACCURACIES, CHANCES = (0.4, 0.5, 0.3), (25.0, 50.0, 0.0)  # the chances in perce
 def core() -> float:
     """Return the CORE score of three tasks."""
     pairs = zip(ACCURACIES, CHANCES, strict=True)
-    return sum(center(accuracy, chance) for accuracy, chance in pairs) / len(CHANCES)
+    return sum(centre(accuracy, chance) for accuracy, chance in pairs) / len(CHANCES)
 
 
 def only_subtracted() -> float:

@@ -109,7 +109,7 @@ def test_choices_are_those_of_one_problem_after_the_other(backend, slots):
     assert [problem.letters[i] for problem, i in zip(task.problems, chosen, strict=True)] == expected
     correct = expected.count("A")
     assert (result.problems, result.correct, result.accuracy) == (23, correct, correct / 23)
-    assert result.centered == pytest.approx((correct / 23 - 0.25) / 0.75)
+    assert result.centred == pytest.approx((correct / 23 - 0.25) / 0.75)
     assert (result.task, result.baseline, result.sample_accuracy, result.cut) == ("MMLU", 0.25, result.accuracy, 0)
     assert shown[-1] == (23, 23)
     assert len(shown) > 23 / 8 / slots
@@ -159,7 +159,7 @@ def test_answers_are_those_of_one_problem_after_the_other(slots, drawing):
     right = [[len(text) % 3 == 0 for text in ts] for ts in expected]
     assert result.correct == sum(map(any, right))
     assert result.sample_accuracy == sum(map(sum, right)) / (9 * drawing.samples)
-    assert result.accuracy == result.centered == result.correct / 9
+    assert result.accuracy == result.centred == result.correct / 9
     assert result.baseline == 0
 
 
@@ -275,7 +275,7 @@ def test_ranks_find_what_one_process_does():
     assert run_ranks(2, measured_on_rank) == [alone, alone]
 
 
-def test_chatcore_is_the_mean_of_five_centered_accuracies():
+def test_chatcore_is_the_mean_of_five_centred_accuracies():
     accuracies = dict(zip(NAMES, (0.5, 0.25, 0.4, 0.1, 0.05, 0.9, 0.9), strict=True))
     assert chatcore(accuracies) == pytest.approx((1 / 3 + 0 + 0.2 + 0.1 + 0.05) / 5)
     assert chatcore({name: BASELINES.get(name, 0) / 100 for name in NAMES}) == 0
@@ -317,7 +317,7 @@ def test_the_command_measures_what_there_is(chat_run, capsys, tmp_path):
     assert err == "HumanEval  left out: it runs programs that the model writes, and needs --allow-code\n"
     lines = out[out.index("task  ") :].splitlines()  # behind the progress
     rows = [line.split() for line in lines]
-    assert rows[0] == ["task", "problems", "accuracy", "baseline", "centered", "seconds"]
+    assert rows[0] == ["task", "problems", "accuracy", "baseline", "centred", "seconds"]
     assert [row[:2] for row in rows[1:7]] == [
         *(["ARC-Easy", "2"], ["ARC-Challenge", "2"], ["MMLU", "1"]),
         *(["GSM8K", "1"], ["SpellingBee", "2"], ["SimpleSpelling", "2"]),

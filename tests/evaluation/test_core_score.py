@@ -198,7 +198,7 @@ def test_against_the_reference(bundle, backend, sequence_len):
                 assert result.correct == sum(expected), task.label
                 assert result.items == len(expected) == len(items)
                 assert result.accuracy == result.correct / result.items
-                assert result.centered == pytest.approx(
+                assert result.centred == pytest.approx(
                     (result.accuracy - baseline / 100) / (1 - baseline / 100), abs=1e-12
                 )
                 right += result.correct
@@ -361,7 +361,7 @@ def test_a_certain_model_gets_all_or_nothing(tmp_path, right):
             for task in core_score.read_bundle(write_bundle(tmp_path / "b", tasks))
         ]
     assert [r.accuracy for r in results] == [float(right)] * 3
-    assert [r.centered for r in results] == ([1.0] * 3 if right else [-1.0, -1.0, 0.0])
+    assert [r.centred for r in results] == ([1.0] * 3 if right else [-1.0, -1.0, 0.0])
     assert core_score.score(results) == pytest.approx(1.0 if right else -2 / 3)
 
 
@@ -509,12 +509,12 @@ def test_shares_are_even_and_whole():
     assert core_score.balance([5], 3) == [[0], [], []]
 
 
-def test_centered_accuracy():
-    assert core_score.center(0.75, 50) == 0.5
-    assert core_score.center(0.25, 25) == 0
-    assert core_score.center(1, 46.2) == pytest.approx(1, abs=1e-15)
-    assert core_score.center(0, 50) == -1
-    assert core_score.center(0.3, 0) == 0.3
+def test_centred_accuracy():
+    assert core_score.centre(0.75, 50) == 0.5
+    assert core_score.centre(0.25, 25) == 0
+    assert core_score.centre(1, 46.2) == pytest.approx(1, abs=1e-15)
+    assert core_score.centre(0, 50) == -1
+    assert core_score.centre(0.3, 0) == 0.3
 
 
 def test_progress_and_a_limit(bundle):

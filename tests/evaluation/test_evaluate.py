@@ -294,7 +294,7 @@ def test_core(run_dir, bundle, capsys):
     found = json.loads(out)
     results = expected_tasks(run_dir, bundle)
     assert found["core"]["tasks"] == [result._asdict() for result in results]
-    assert found["core"]["score"] == sum(result.centered for result in results) / 6
+    assert found["core"]["score"] == sum(result.centred for result in results) / 6
     assert (found["checkpoint"], found["step"]) == (str(run_dir), 5)
     assert found["bpb"] > 1
 
@@ -304,10 +304,10 @@ def test_core(run_dir, bundle, capsys):
     lines = out.splitlines()
     assert "bits per byte" in next(line for line in lines if not line.startswith("CORE 1/6"))
     header = next(i for i, line in enumerate(lines) if line.startswith("task "))
-    assert lines[header].split() == ["task", "type", "shots", "items", "accuracy", "centered"]
+    assert lines[header].split() == ["task", "type", "shots", "items", "accuracy", "centred"]
     for result, line in zip(results, lines[header + 1 : header + 7], strict=True):
         assert line.startswith(result.task)
-        assert line.endswith(f"{result.items:>5}    {result.accuracy:.4f}  {result.centered:>8.4f}")
+        assert line.endswith(f"{result.items:>5}    {result.accuracy:.4f}  {result.centred:>7.4f}")
     assert f"CORE  {core_score.score(results):.4f}" in lines
     cropped = sum(result.cropped for result in results)
     assert f"CORE  {cropped} prompts are longer than the model's sequence and lost their beginning" in lines
@@ -326,8 +326,8 @@ def test_two_checkpoints_side_by_side(run_dir, bundle, capsys):
     difference = found["difference"]
     assert difference["bpb"] == other["bpb"] - found["bpb"] != 0
     assert difference["core"]["score"] == other["core"]["score"] - found["core"]["score"] != 0
-    centered = [{task["task"]: task["centered"] for task in one["core"]["tasks"]} for one in (found, other)]
-    assert difference["core"]["tasks"] == {name: centered[1][name] - centered[0][name] for name in centered[0]}
+    centred = [{task["task"]: task["centred"] for task in one["core"]["tasks"]} for one in (found, other)]
+    assert difference["core"]["tasks"] == {name: centred[1][name] - centred[0][name] for name in centred[0]}
 
     code, out, _ = command(capsys, *args, "--compare-step", 3)
     assert f"B - A  {difference['bpb']:+.4f} bits per byte" in out

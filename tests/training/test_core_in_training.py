@@ -79,7 +79,7 @@ def measured(folder, run, capsys, step=None):
     capsys.readouterr()
     assert evaluate.main([*map(str, args), "--max-tokens", "64", "--device", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
-    tasks = {f"centered/{task['task']}": task["centered"] for task in found["core"]["tasks"]}
+    tasks = {f"centred/{task['task']}": task["centred"] for task in found["core"]["tasks"]}
     items = sum(task["items"] for task in found["core"]["tasks"])
     return {"kind": "core", "step": found["step"], "score": found["core"]["score"], "items": items} | tasks
 
@@ -254,7 +254,7 @@ def test_the_score_is_in_the_summary_the_picture_and_tensorboard(folder, monkeyp
     events = accumulator.EventAccumulator(str(folder / "runs/shown/tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("core/score")] == pytest.approx([record["score"]], rel=1e-6)
-    assert "core/centered/winograd" in events.Tags()["scalars"]
+    assert "core/centred/winograd" in events.Tags()["scalars"]
 
 
 def test_a_run_without_core_has_no_second_axis(folder, monkeypatch):

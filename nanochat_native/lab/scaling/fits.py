@@ -202,17 +202,17 @@ def fit_power_law(
     log_x, log_y = map(np.log, _positive(x, y))
     if len(np.unique(log_x)) < 2:
         raise ValueError(f"a power law needs at least 2 different values, got {len(np.unique(log_x))}")
-    centered = log_x - log_x.mean()
-    weights = centered / (centered**2).sum()
+    centred = log_x - log_x.mean()
+    weights = centred / (centred**2).sum()
     exponent = float(weights @ log_y)
-    residuals = log_y - log_y.mean() - exponent * centered
+    residuals = log_y - log_y.mean() - exponent * centred
     rss = float((residuals**2).sum())
     interval = None
     if errors is not None:
         error = float(np.sqrt(((weights * _arrays(x, errors)[1]) ** 2).sum()))
     else:
         dof = len(log_x) - 2
-        error = float(np.sqrt(rss / dof / (centered**2).sum())) if dof else 0.0
+        error = float(np.sqrt(rss / dof / (centred**2).sum())) if dof else 0.0
     if dof:
         half = student_t(dof) * error
         interval = (exponent - half, exponent + half)
