@@ -265,8 +265,10 @@ def parse_record(record: Any, *, calculations: bool = False) -> ParsedRecord:
             raise ValueError(f"{name} must be a list of messages, each an object with role and content")
         messages = [_message(message, i) for i, message in enumerate(record[name])]
         form = "" if name == "messages" else f"{name}, a list of messages"
-    elif pairs == [("question", None, "answer")] and isinstance(record.get("choices"), list) and not isinstance(
-        record["answer"], str
+    elif (
+        pairs == [("question", None, "answer")]
+        and isinstance(record.get("choices"), list)
+        and not isinstance(record["answer"], str)
     ):
         messages, form = _multiple_choice(record), "question, choices and answer, as in MMLU"
     elif pairs:

@@ -84,6 +84,7 @@ class Corpus:
             training documents are tokenized while training runs, it is that of the validation text.
         bos_id: the token that begins a document: `<|bos|>`, or the one of llm.c's shards; None if it is not known.
         documents: the training documents, if they are tokenized while training runs; `train` is then empty.
+        files: the paths of the files of `--data` below its folder; none for a corpus folder and the standard library.
     """
 
     tokenizer: Tokenizer | None
@@ -96,6 +97,7 @@ class Corpus:
     bytes_per_token: float | None
     bos_id: int | None = None
     documents: TextDocuments | None = None
+    files: tuple[str, ...] = ()
 
 
 def prepare(
@@ -110,6 +112,7 @@ def prepare(
     tokenize: Tokenize = "ahead",
     skip_damaged: bool = False,
     needs_training: bool = True,
+    only: Sequence[str] | None = None,
     verify: bool | None = None,
     progress: Progress | bool | None = None,
     log: Log | None = None,
@@ -134,6 +137,7 @@ def prepare(
         tokenize: "ahead", or "while-training": only the tokenizer and the validation text are then prepared.
         skip_damaged: Read damaged files up to the damage and count them, instead of raising.
         needs_training: Refuse token shards whose names all say validation; without it, they become `val`.
+        only: Paths below the folder of `data`: read these files alone. None, or a file that is missing: read all.
         verify: Check the SHA-256 of all shards of a cached corpus; None does so if they take at most 256 MB. Headers
             and sizes are always checked.
         progress: Called with (stage, bytes done, total bytes); True for a bar, False for none, None for a bar on a
@@ -162,6 +166,8 @@ def prepare(
         cache_dir = Path(cache_dir).expanduser()
         cache_dir.mkdir(parents=True, exist_ok=True)
         source = find_source(data, without=cache_dir)
+        if only:
+            source = source.only(only)
         bar = _ProgressBar(progress)
         if source.is_tokens:
             _refuse_text_column(text_column, source.name)
@@ -192,6 +198,8 @@ def prepare(
             corpus = _open_or_build(recipe, cache_dir, verify, bar, log)
             if streamed:
                 corpus = _with_documents(corpus, recipe)
+        if data is not None:
+            corpus = replace(corpus, files=source.paths)
     for note in corpus.notes:
         log(note)
     return corpus
@@ -297,7 +305,7 @@ class _Recipe:
         if self.validation_file is not None:
             how["validation_file"] = self.validation_file
         if self.streamed:
-            how["streamed"] = [str(path.relative_to(self.source.root)) for path in self.source.files]
+            how["streamed"] = list(self.source.paths)
         return how
 
     def source_hash(self) -> str:

@@ -22,6 +22,7 @@ import shutil
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -426,13 +427,16 @@ class _HubErrors:
         status = getattr(response, "status_code", None)
         if response is not None and status in _TOO_BUSY:
             raise _AgainError(f"{self._repo}: the server answers {status}", _retry_after(response.headers)) from None
-        if status is not None:
-            raise OSError(f"{self._repo}: the server answers {status}") from None
+        if response is not None and status is not None:
+            path = urllib.parse.unquote(str(response.url).partition("/resolve/")[2].partition("/")[2])
+            raise OSError(f"{self._repo}{path and ': ' + path}: the server answers {status}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        of_this_machine = isinstance(error, OSError) and error.filename is not None
+        if of_this_machine or isinstance(error, errors.OfflineModeIsEnabled):
+            raise OSError(f"{self._repo}: {reason}; {KEPT}") from None
         transport = type(error).__module__.startswith(("http", "hf_xet")) or isinstance(error, RuntimeError)
         if transport or isinstance(error, OSError | errors.LocalEntryNotFoundError):
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            # huggingface_hub has tried several times.
-            raise OSError(f"{self._repo}: {reason[0]}; {KEPT}") from None
+            raise _AgainError(f"{self._repo}: {reason}") from None
 
 
 # --- nanochat's bucket ---
@@ -509,10 +513,12 @@ def _unpack(archive: Path) -> None:
                 free = shutil.disk_usage(folder).free
                 if needed + SPARE_BYTES > free:
                     raise OSError(f"{archive} needs {in_units(needed)} unpacked, but {in_units(free)} are free")
-                opened.extractall(folder)
+                unpacked = Path(folder) / "new"
+                unpacked.mkdir()
+                opened.extractall(unpacked)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise ValueError(f"{archive} is no zip archive that can be read: {error}") from None
-        top = Path(folder) / archive.stem
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(top if top.is_dir() else folder, target)
-        target.chmod(0o755)
+        top = unpacked / archive.stem
+        if os.path.lexists(target):
+            os.replace(target, Path(folder) / "old")
+        os.replace(top if top.is_dir() else unpacked, target)  # whole or not at all

@@ -10,7 +10,7 @@ import platform
 import stat
 import sysconfig
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanochat_native.data.file_names import is_validation, kind_of, printable, refusal_of, words_of
@@ -53,6 +53,25 @@ class Source:
     is_tokens: bool = False
     is_validation: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the files below the root."""
+        return tuple(str(path.relative_to(self.root)) for path in self.files)
+
+    def only(self, paths: Sequence[str]) -> Source:
+        """Return the source with the files of these paths alone, or as it is if it lacks one of them."""
+        wanted = set(paths)
+        kept = [i for i, path in enumerate(self.paths) if path in wanted]
+        others = len(self.files) - len(kept)
+        if len(kept) < len(wanted) or not others:
+            return self
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in kept),
+            is_validation=tuple(self.is_validation[i] for i in kept) if self.is_tokens else (),
+            notes=(*self.notes, f"not read: {others} files that the run did not begin with"),
+        )
 
 
 def find_source(data: str | None, without: Path | None = None) -> Source:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import torch
 import tyro
 
 from nanochat_native.runs.config import TrainConfig, parse, resolve_device
@@ -13,6 +15,16 @@ from nanochat_native.runs.run_folder import PER_CALL_FLAGS, REPORT_FLAGS
 from nanochat_native.runtime import distributed
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import check_values, flag, one_line_errors
+
+
+def on_gpu(args: Sequence[str]) -> bool:
+    """Return whether a command line trains on a GPU of CUDA: one is there, and --device does not choose another."""
+    device = "auto"
+    for argument, following in itertools.pairwise([*args, ""]):
+        name, equals, value = argument.partition("=")
+        if name == "--device":
+            device = value if equals else following
+    return torch.cuda.is_available() and device in ("auto", "cuda")
 
 
 class Options(Protocol):

@@ -23,7 +23,7 @@ import torch
 from nanochat_native import ops
 from nanochat_native.data import Corpus
 from nanochat_native.lab import fork
-from nanochat_native.lab.command_flags import refuse_run_flags
+from nanochat_native.lab.command_flags import on_gpu, refuse_run_flags
 from nanochat_native.lab.fork import Fork
 from nanochat_native.optim.schedule import momentum_at
 from nanochat_native.runs import metrics_log, pictures, results
@@ -564,7 +564,7 @@ def defaults(options: Options, args: Sequence[str]) -> TrainConfig:
     if options.fork is not None:
         return fork.defaults_of(options.fork)
     recipe: Any = "auto" if options.cases else RECIPE_OF_SUITE[options.suite]
-    if torch.cuda.is_available() and "cpu" not in args:
+    if on_gpu(args):
         return TrainConfig(recipe=recipe)
     small = dataclasses.replace(CPU_DEFAULTS, recipe=recipe)
     if options.suite == "parts" and not options.cases:

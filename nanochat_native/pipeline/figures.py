@@ -30,7 +30,7 @@ def of_stage(stage: Stage, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def of_run(folder: Path, of_what: str = "") -> dict[str, dict[str, float]]:
-    """Return the last validation of a run, its steps and speed; of rewards the first validation too.
+    """Return the last validation of a run, its steps and speed; of rewards the validation before the first step too.
 
     of_what: added to the names of losses.
     """
@@ -40,7 +40,7 @@ def of_run(folder: Path, of_what: str = "") -> dict[str, dict[str, float]]:
     scores: dict[str, float] = {}
     if evaluations:
         scores = _scores(evaluations[-1], {name: text + of_what for name, text in _NAMES.items()} | _NAMES_OF_REWARDS)
-        if "pass@1" in evaluations[0]:
+        if "pass@1" in evaluations[0] and evaluations[0]["step"] == 0:
             first = {name: value for name, value in evaluations[0].items() if name in ("pass@1", "reward")}
             before = _scores(first, _NAMES_OF_REWARDS)
             scores = {f"{name} before": value for name, value in before.items()} | scores

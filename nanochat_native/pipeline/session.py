@@ -100,16 +100,16 @@ def plan(recipe: Recipe, places: Places, state: State) -> str:
     """Return the plan as text: the stages with estimates, their command lines, and the sums."""
     estimates = estimate.of_stages(recipe, places)
     rows = [["stage", "command", "state", "time", "memory", "disk"]]
-    unknown = []
+    missing = []
     for stage in recipe.stages:
         found = estimates[stage.name]
         what = "done" if state.is_done(stage.name) else "begun" if stage.name in state.stages else "to do"
-        time_ = "unknown" if found.seconds is None else f"about {duration(found.seconds)}"
-        memory = "unknown" if found.memory_bytes is None else f"about {found.memory_bytes / 1e9:.1f} GB"
-        disk = "unknown" if found.disk_bytes is None else f"up to {found.disk_bytes / 1e9:.2f} GB"
+        time_ = "not estimated" if found.seconds is None else f"about {duration(found.seconds)}"
+        memory = "not estimated" if found.memory_bytes is None else f"about {found.memory_bytes / 1e9:.1f} GB"
+        disk = "not estimated" if found.disk_bytes is None else f"up to {found.disk_bytes / 1e9:.2f} GB"
         rows.append([stage.name, stage.command, what, time_, memory, disk])
         if what != "done" and (found.seconds is None or found.disk_bytes is None):
-            unknown.append(stage.name)
+            missing.append(stage.name)
     left = [estimates[stage.name] for stage in recipe.stages if not state.is_done(stage.name)]
     seconds = sum(found.seconds or 0 for found in left)
     disk_bytes = sum(found.disk_bytes or 0 for found in left)
@@ -121,11 +121,11 @@ def plan(recipe: Recipe, places: Places, state: State) -> str:
         "",
         *console.aligned(rows),
         "",
-        f"left     about {duration(seconds)} and up to {disk_bytes / 1e9:.2f} GB, as far as they are known; "
+        f"left     about {duration(seconds)} and up to {disk_bytes / 1e9:.2f} GB, as far as they are estimated; "
         f"{free / 1e9:.1f} GB are free",
     ]
-    if unknown:
-        lines.append(f"unknown  time or disk of {', '.join(unknown)}: they depend on data that is not there yet")
+    if missing:
+        lines.append(f"note     not estimated, and not in these sums: time or disk of {', '.join(missing)}")
     if free < disk_bytes:
         lines.append("warning  the disk has less space than the stages may need")
     given = [f"{name} {duration(e.seconds)}" for name, e in estimates.items() if e.source == "recipe" and e.seconds]
@@ -221,9 +221,7 @@ class Speedrun:
                     return
                 raise
             answers = known | dict(zip(prompts, found["answers"], strict=True))
-            self._state.add(
-                stage.name, samples=answers, max_tokens=self._recipe.max_tokens, machine=found["machine"]
-            )
+            self._state.add(stage.name, samples=answers, max_tokens=self._recipe.max_tokens, machine=found["machine"])
             for prompt in prompts:
                 self._console.say(f"sample   {prompt!r} -> {answers[prompt]!r}")
 

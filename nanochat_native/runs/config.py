@@ -27,7 +27,7 @@ STDLIB = "stdlib"  # value of --data for the sources of the standard library
 EXAMPLES = "examples"  # value of --data in finetune for the generated conversations
 
 CORE_EVERY, CORE_ITEMS = 2000, 500  # nanochat's
-CHAT_EVERY, CHAT_PROBLEMS = 200, 24  # nanochat's, for the tasks whose answers the model writes
+CHAT_EVERY, CHAT_PROBLEMS = 200, 24  # nanochat's; the problems of a task whose answers the model writes
 PROJECT = "nanochat-native"  # of --wandb and --trackio without a value
 NOT_IN_A_PROJECT = "/\\#?%:"  # characters that wandb refuses
 
@@ -463,7 +463,7 @@ class ChatTrainConfig(TrainConfig):
     """Folder with the files of --chat-tasks, as download fills it. SpellingBee and SimpleSpelling have none."""
     chat_every: Annotated[int, auto_flag("INT", f"{CHAT_EVERY} with --chat-tasks")] = UNSET
     """Steps between measurements of --chat-tasks. 0: only at the end."""
-    chat_max_problems: Annotated[int, auto_flag("INT", f"{CHAT_PROBLEMS} with --chat-tasks")] = UNSET
+    chat_max_problems: Annotated[int, auto_flag("INT", f"{CHAT_PROBLEMS} for written answers, all for choices")] = UNSET
     """Largest number of problems of each of --chat-tasks, after a fixed shuffle. 0: all."""
 
     reference_batch_size: int = 0
@@ -849,7 +849,7 @@ def resolve_defaults(config: C, *, gpu: bool) -> C:
     if config.core is not None:
         values |= {"core_every": CORE_EVERY, "core_max_per_task": CORE_ITEMS}
     if isinstance(config, ChatTrainConfig) and config.chat_tasks:
-        values |= {"chat_every": CHAT_EVERY, "chat_max_problems": CHAT_PROBLEMS}
+        values["chat_every"] = CHAT_EVERY
     if all(is_unset(config, name) for name in _HORIZONS):
         ratio = (0.14 if today else 0.1) if not gpu else 1.0 if embedded else 12.0 if today else 20.0
         values["target_param_data_ratio"] = ratio

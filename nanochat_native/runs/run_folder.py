@@ -1,7 +1,7 @@
 """The folder of a run: its config.json, and how a later command finds, resumes or overwrites the run.
 
-OUT_DIR/RUN/  config.json  metrics.jsonl  loggers.json  tensorboard/  wandb/  loss.png  diagnosis.png  tokenizer/
-              checkpoints/step_000100/
+OUT_DIR/RUN/  config.json  data_files.json  metrics.jsonl  loggers.json  tensorboard/  wandb/  loss.png  diagnosis.png
+              tokenizer/  checkpoints/step_000100/
 """
 
 import dataclasses
@@ -36,8 +36,10 @@ from nanochat_native.runtime.files import is_temporary, write_atomically
 from nanochat_native.runtime.flags import UNSET, flag
 
 FORMAT = "nanochat-native run"
+DATA_FILES = "data_files.json"
 ENTRIES = (
     "config.json",
+    DATA_FILES,
     "metrics.jsonl",
     "loggers.json",
     "tensorboard",
@@ -203,6 +205,32 @@ def require_same_data(config: TrainConfig, data_hash: str) -> None:
         same = all(list(old or ()) == list(new or ()) for old, new in values)
     if not same:
         raise other_data(config)
+
+
+def save_data_files(config: TrainConfig, files: Sequence[str]) -> None:
+    """Write the paths of the files that a run reads, below the folder of --data, for data_files."""
+    write_atomically(config.run_dir / DATA_FILES, json.dumps(list(files), indent=1) + "\n")
+
+
+def data_files(config: TrainConfig) -> list[str] | None:
+    """Return the paths of the files with which a run to resume began, below the folder of --data.
+
+    None for a new run and for one that kept no list. Raises ConfigError for a file that cannot be read or is damaged.
+    """
+    if config.resume is None:
+        return None
+    path = config.run_dir / DATA_FILES
+    try:
+        files = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise ConfigError(f"{path} is damaged: it must be a list of paths")
+    return files
 
 
 def other_data(config: TrainConfig) -> ConfigError:

@@ -11,9 +11,11 @@ from nanochat_native.inference.engine import complete
 from nanochat_native.inference.sampling import Sampling
 from nanochat_native.model.config import GPTConfig
 from nanochat_native.model.gpt import GPT
+from nanochat_native.runs import run_folder
 from nanochat_native.runs.config import STDLIB, TrainConfig
 from nanochat_native.runtime.console import Console
 from nanochat_native.runtime.distributed import World
+from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.training import resolve
 from nanochat_native.training.task import SAMPLE_TOKENS, Sample
 
@@ -39,6 +41,8 @@ class Pretraining:
         assert config.cache_dir is not None
         assert config.validation != "auto", "resolve_defaults chooses the rule"
         cache_dir, validation = config.cache_dir, config.validation
+        read = (lambda: run_folder.data_files(config)) if world.is_rank0 else lambda: None
+        files = world.all_gather_object(world.run_collectively(read, ConfigError))[0]
 
         def run() -> Corpus:
             try:
@@ -49,6 +53,7 @@ class Pretraining:
                     text_column=config.text_column,
                     validation=validation,
                     tokenize=config.tokenize,
+                    only=files,
                     log=lambda note: console.say(f"data     {note}"),
                 )
             except FileNotFoundError as error:
@@ -57,10 +62,14 @@ class Pretraining:
                 raise FileNotFoundError(f"{error}; if the data has moved, give its new path with --data") from None
 
         # One rank of a machine builds the shards, and the others then find them.
-        corpus = world.run_collectively(
+        built = world.run_collectively(
             run if world.local_rank == 0 else lambda: None, ValueError, OSError, long_running=True
         )
-        return corpus if corpus is not None else run()
+        corpus = world.run_collectively(lambda: run() if built is None else built, ValueError, OSError)
+        # They list the files at different times, while others may still be downloaded.
+        name = f"the data of --data {config.data}, whose files must not change while the ranks start"
+        world.require_same({name: corpus.hash[:16]})
+        return corpus
 
     def init_weights(self, model: GPT, seed: int) -> None:
         model.init_weights(seed=seed)

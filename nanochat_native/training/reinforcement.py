@@ -30,7 +30,7 @@ from nanochat_native.model.documents import Documents
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import ReinforceConfig, TrainConfig, resolve_device
 from nanochat_native.runtime.console import Console
-from nanochat_native.runtime.distributed import World
+from nanochat_native.runtime.distributed import RankError, World
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.flags import UNSET, is_unset
 from nanochat_native.training import resolve
@@ -331,10 +331,18 @@ class ReinforcementTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Measure and log pass@k and the mean reward of answers to the examples for evaluation."""
-        found = None
+        """Measure and log pass@k and the mean reward of answers to the examples for evaluation.
+
+        Raises what answers() does for a fault of the task's file. Other errors are a failed report.
+        """
+        found, fault = None, None
         with self._isolated("evaluation"):
-            found = self.measure_answers()
+            try:
+                found = self.measure_answers()
+            except (ConfigError, RankError) as error:
+                fault = error
+        if fault is not None:
+            raise fault
         if found is None:
             return
         self.console.record(self.log.write("val", self.step, **found))

@@ -19,6 +19,7 @@ reward of at least 1.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import numbers
@@ -230,11 +231,20 @@ def _arithmetic_reward(example: Example, answer: str) -> float:
     return 0.5 * (calculation.rpartition("=")[2] == result)
 
 
-def _spelling(split: str) -> Iterator[Example]:
-    """Yield words of two to four syllables to spell."""
+def _words(split: str) -> Iterator[str]:
+    """Yield words of two to four syllables, without an end."""
     rng = random.Random(f"spelling {split}")
-    for _ in range(TRAIN_EXAMPLES if split == "train" else VAL_EXAMPLES):
-        word = "".join(rng.choice(SYLLABLES) for _ in range(rng.randrange(2, 5)))
+    while True:
+        yield "".join(rng.choice(SYLLABLES) for _ in range(rng.randrange(2, 5)))
+
+
+def _spelling(split: str) -> Iterator[Example]:
+    """Yield words to spell; no word for evaluation is in the training set."""
+    words = list(itertools.islice(_words("val"), VAL_EXAMPLES))
+    if split == "train":
+        held_out = set(words)
+        words = list(itertools.islice((w for w in _words("train") if w not in held_out), TRAIN_EXAMPLES))
+    for word in words:
         yield _example(f"Spell the word {word}.", "-".join(word), spelled="-".join(word))
 
 

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.evaluation import chat_score, core_score
-from nanochat_native.evaluation.chat_tasks import NAMES, WITHOUT_FILES, MissingTaskError, read_task
+from nanochat_native.evaluation.chat_tasks import JUDGES, NAMES, WITHOUT_FILES, MissingTaskError, read_task
 from nanochat_native.evaluation.core_score import Progress, TaskResult
 from nanochat_native.model.gpt import GPT
-from nanochat_native.runs.config import ChatTrainConfig, TrainConfig
+from nanochat_native.runs.config import CHAT_PROBLEMS, ChatTrainConfig, TrainConfig
 from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.flags import flag
+from nanochat_native.runtime.flags import flag, is_unset
 
 
 class Score(Protocol):
@@ -85,12 +85,12 @@ class Core:
         )
 
     def figures(self, results: Sequence[TaskResult]) -> dict[str, float]:
-        centred = {f"centred/{result.task}": result.centred for result in results}
-        return {"score": core_score.score(results), "items": sum(result.items for result in results), **centred}
+        centered = {f"centered/{result.task}": result.centered for result in results}
+        return {"score": core_score.score(results), "items": sum(result.items for result in results), **centered}
 
 
 class Chat:
-    """The mean of the centred accuracies of --chat-tasks (a Score), as chat_eval measures them.
+    """The mean of the centered accuracies of --chat-tasks (a Score), as chat_eval measures them.
 
     It is ChatCORE only if the tasks are those of ChatCORE. The constructor reads the tasks; it raises ValueError for a
     task that is not there or cannot be measured, and what chat_tasks.read_task does.
@@ -108,7 +108,7 @@ class Chat:
             raise ConfigError("--chat-data is for tasks with files, which --chat-tasks does not name")
         try:
             self._tasks = [
-                read_task(name, config.chat_data, config.chat_max_problems or None, "--chat-data")
+                read_task(name, config.chat_data, _max_problems(config, name), "--chat-data")
                 for name in NAMES
                 if name in config.chat_tasks
             ]
@@ -132,8 +132,15 @@ class Chat:
 
     def figures(self, results: Sequence[chat_score.TaskResult]) -> dict[str, float]:
         accuracies = {f"accuracy/{result.task}": result.accuracy for result in results}
-        score = sum(result.centred for result in results) / len(results)
+        score = sum(result.centered for result in results) / len(results)
         return {"score": score, "problems": sum(result.problems for result in results), **accuracies}
+
+
+def _max_problems(config: ChatTrainConfig, name: str) -> int | None:
+    """Return the largest number of problems of a task; None: all."""
+    if is_unset(config, "chat_max_problems"):
+        return CHAT_PROBLEMS if name in JUDGES or name in WITHOUT_FILES else None
+    return config.chat_max_problems or None
 
 
 def scores_of(config: TrainConfig) -> list[Score]:

@@ -584,6 +584,8 @@ class Trainer:
         elif resumed and self.world.is_rank0:
             run_folder.require_same_data(self.config, self.corpus.hash)
         if self.world.is_rank0:
+            if self.corpus.files:
+                run_folder.save_data_files(self.config, self.corpus.files)
             run_folder.save_config(self.config, self.corpus.hash)
             if self.corpus.tokenizer is not None and not (run_dir / "tokenizer").exists():
                 self.corpus.tokenizer.save(run_dir / "tokenizer")

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import shutil
 import threading
 import zipfile
@@ -44,6 +45,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.hub, self.bucket, self.faults, self.asked = {}, {}, {}, []
+        self.gone = set()  # paths of URLs that the server lists, but does not have
         self.announced = {}  # path of a URL: another content, whose size and hash are announced
         self.large = 1000
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -76,7 +78,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             repo, _, place = rest.partition("/resolve/")
             _, _, name = place.partition("/")
             content = self.server.hub.get(repo, {}).get(name)
-            if content is None:
+            if content is None or path in self.server.gone:
                 self.missing("EntryNotFound")
                 return
             announced = self.server.announced.get(path, content)
@@ -268,6 +270,37 @@ def test_what_is_no_archive_is_one_line(server, tmp_path, capsys):
 # --- what goes wrong ---
 
 
+@pytest.mark.parametrize("step", ["extractall", "replace"])
+def test_an_archive_is_unpacked_whole_or_not_at_all(server, tmp_path, monkeypatch, step):
+    target = tmp_path / "eval-bundle/eval_bundle"
+    server.bucket["eval_bundle.zip"] = zipped({"eval_bundle/core.yaml": "old", "eval_bundle/data/a.jsonl": "{}"})
+    assert run("eval-bundle", "--out", tmp_path) == 0
+    server.bucket["eval_bundle.zip"] = zipped({"eval_bundle/core.yaml": "new", "eval_bundle/data/a.jsonl": "[]"})
+
+    def failing(archive, folder):
+        archive.extract("eval_bundle/core.yaml", folder)
+        raise OSError("the disk is gone")
+
+    def replacing(source, place, real=os.replace):
+        if place == target:
+            raise OSError("the disk is gone")
+        real(source, place)
+
+    with monkeypatch.context() as patched:
+        if step == "extractall":
+            patched.setattr(zipfile.ZipFile, "extractall", failing)
+        else:
+            patched.setattr(downloads.os, "replace", replacing)
+        assert run("eval-bundle", "--out", tmp_path) == 2
+    if step == "extractall":
+        assert (target / "core.yaml").read_text() == "old"
+    else:
+        assert not target.exists()
+    assert run("eval-bundle", "--out", tmp_path) == 0
+    assert [(target / name).read_text() for name in ("core.yaml", "data/a.jsonl")] == ["new", "[]"]
+    assert sorted(path.name for path in target.parent.iterdir()) == [".download.json", "eval_bundle", "eval_bundle.zip"]
+
+
 def test_a_cut_is_resumed_from_where_it_was(server, tmp_path, capsys):
     content = bytes(range(256)) * 4000
     server.bucket["identity_conversations.jsonl"] = content
@@ -286,6 +319,35 @@ def test_a_cut_file_of_the_hub_comes_whole(server, tmp_path):
     server.faults[f"/datasets/some/set/resolve/{COMMIT}/a.parquet"] = [cut_after(700, content), cut_after(9, content)]
     assert run("some/set", "--out", tmp_path) == 0
     assert files_in(tmp_path / "some--set") == {"a.parquet": content}
+
+
+def end_the_connection(handler):
+    """A fault: no answer."""
+    handler.close_connection = True
+    handler.connection.shutdown(2)
+
+
+@pytest.mark.parametrize("fault", [status(429, Retry_After="7"), end_the_connection], ids=["busy", "cut"])
+@pytest.mark.parametrize(
+    "path", ["/api/datasets/some/set", f"/datasets/some/set/resolve/{COMMIT}/a.parquet"], ids=["list", "file"]
+)
+def test_the_hub_is_asked_again_after_what_may_pass(server, tmp_path, monkeypatch, capsys, path, fault):
+    monkeypatch.setattr(constants, "DEFAULT_REQUEST_TIMEOUT", 5)
+    content = bytes(range(256)) * 40
+    server.hub["some/set"] = {"a.parquet": content}
+    asked_by_the_hub = 6  # the attempts of huggingface_hub itself for a file
+    server.faults[path] = [fault] * (1 if "/api/" in path else asked_by_the_hub)
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+    assert run("some/set", "--out", tmp_path) == 0
+    assert files_in(tmp_path / "some--set") == {"a.parquet": content}
+    assert "trying again" in capsys.readouterr().err
+
+
+def test_a_file_that_is_gone_is_named(server, tmp_path, capsys):
+    server.hub["some/set"] = {"part 1/a.parquet": b"x"}
+    server.gone.add(f"/datasets/some/set/resolve/{COMMIT}/part 1/a.parquet")
+    assert run("some/set", "--out", tmp_path) == 2
+    assert "error: some/set: part 1/a.parquet: the server answers 404" in capsys.readouterr().err
 
 
 def test_a_run_that_ended_in_the_middle_keeps_what_came(server, tmp_path, capsys):

@@ -196,8 +196,9 @@ def test_an_answer_ends_at_its_end_token_and_the_calculator_runs():
             model.lm_head.weight[TOKENIZER.special_tokens[token]] = hidden
         with use(BACKEND):
             evaluate(task, make_engine(model, TOKENIZER, 1, 3), Drawing(max_tokens=3))
-        assert texts.pop().startswith(text[:2])
-        assert texts == []
+        (written,) = texts
+        texts.clear()
+        assert written.startswith("<<") if text else written == ""
 
 
 def test_long_prompts_lose_their_end_and_leave_room():

@@ -335,3 +335,19 @@ def test_an_edge_is_said_in_the_table():
     assert "best at the smallest size, 120k: not extrapolated" in text
     assert "best at the largest size, 3.4M: not extrapolated" in text
     assert "no minimum among the sizes" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "gpu"),
+    [
+        ([], True),
+        (["--device", "cuda"], True),
+        (["--device", "cpu"], False),
+        (["--device=cpu"], False),
+        (["--run", "cpu"], True),
+        (["--device=cpu", "--device=auto"], True),
+    ],
+)
+def test_the_device_that_is_given_chooses_the_defaults(monkeypatch, args, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert plan.defaults(args) == (plan.SHARED if gpu else plan.ON_CPU)

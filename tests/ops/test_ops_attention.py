@@ -96,7 +96,6 @@ def test_windows_that_end_inside_a_block_of_queries(window):
     assert_close_to_reference(*inputs(1, 1024, 1024, 8, 8, 8), torch.randn(1, 1024, 8, 8), causal=True, window=window)
 
 
-
 @pytest.mark.parametrize("window", [None, 0, 1, 31, 32, 33, 127, 255, 256, 257])
 @pytest.mark.parametrize(
     ("Tq", "Tk"), [(5, 5), (16, 100), (17, 64), (63, 300), (65, 65), (129, 530), (300, 300), (40, 20)]

@@ -415,6 +415,14 @@ def test_scores_in_the_course_of_a_run_are_in_the_report(tmp_path):
     assert scores == {"CORE": 0.25, "mean of chat tasks, centered": 0.25}
 
 
+@pytest.mark.parametrize(("first", "before"), [(0, {"pass@1 before": 0.125, "mean reward before": 0.25}), (4, {})])
+def test_figures_before_the_rewards_are_those_of_step_0(tmp_path, first, before):
+    lines = [{"kind": "val", "step": first, "pass@1": 0.125, "reward": 0.25}]
+    lines.append({"kind": "val", "step": 8, "pass@1": 0.5, "reward": 0.75})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert figures.of_run(tmp_path)["scores"] == before | {"pass@1": 0.5, "mean reward": 0.75}
+
+
 def test_a_full_disk_does_not_end_a_stage(capsys):
     assert process.run([python(), "-c", "print('shown')"], Path("/dev/full"), process.Signals())[0] == 0
     assert "shown" in capsys.readouterr().out
@@ -485,8 +493,8 @@ def test_dry_run_prints_the_plan_and_makes_nothing(whole, tmp_path, capsys):
     out = capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == before
     assert re.search(r"base +train +to do +about \d+ s +about 0\.\d GB +up to 0\.\d\d GB\n", out)
-    assert re.search(r"chat +finetune +to do +unknown", out)
-    assert "time or disk of score, chats, chat, rl, last" in out
+    assert re.search(r"chat +finetune +to do +not estimated +not estimated +up to", out)
+    assert "note     not estimated, and not in these sums: time or disk of score, chats, chat, rl, last\n" in out
     assert f"python -m nanochat_native.evaluate --checkpoint {tmp_path}/out/base --max-tokens 256" in out
     assert main(["--recipe", str(whole / "r.toml"), "--out", str(whole / "out"), "--dry-run", "--redo", "rl"]) == 0
     out = capsys.readouterr().out

@@ -62,7 +62,9 @@ def _source(called):
         if mutation:
             changed[mutation.file] = changed[mutation.file].replace(mutation.old, mutation.new)
             others = ", ".join(f'"{name}"' for name in names)
-            choices.append(f"if (number == {number}) return add_{number}(m, {{}}), add_{len(MUTATIONS)}(m, {{{others}}});")
+            choices.append(
+                f"if (number == {number}) return add_{number}(m, {{}}), add_{len(MUTATIONS)}(m, {{{others}}});"
+            )
         parts += [_in_namespace(text, f"mutant_{number}", names) for text in changed.values()]
     choices.append(f"add_{len(MUTATIONS)}(m, {{}});")
     parts.append(

@@ -1,5 +1,6 @@
 """Runs on several ranks: torchrun's processes on this machine, over gloo."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,8 +18,11 @@ from tiny_run import HANGS, losses, records, tiny_flags, train, wait_until, writ
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from nanochat_native.runs import checkpoint
+from nanochat_native.runs.config import parse
 from nanochat_native.runtime import distributed
+from nanochat_native.runtime.console import SilentConsole
 from nanochat_native.runtime.distributed import RankError, World
+from nanochat_native.training.pretraining import Pretraining
 
 pytestmark = pytest.mark.slow
 
@@ -475,6 +479,28 @@ def differing():
         except RankError as error:
             messages.append(str(error))
     return messages
+
+
+def listed_before_a_file_comes(folder):
+    """Prepare data of which rank 0 sees a file less than rank 1. Return the message of the error."""
+    here = world()
+    config = parse(tiny_flags(folder, data=folder / ("both" if here.rank else "one"), validation="fraction"))
+    try:
+        Pretraining().prepare_data(dataclasses.replace(config, tokenize="ahead"), SilentConsole(), here)
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_that_find_other_files_of_the_data_are_refused(tmp_path):
+    for name, count in (("one", 1), ("both", 2)):
+        (tmp_path / name).mkdir()
+        for seed in range(count):
+            write_text(tmp_path / name / f"{seed}.jsonl", seed=seed)
+    messages = run(2, listed_before_a_file_comes, tmp_path)
+    assert messages[0] is not None
+    assert messages[0] == messages[1]
+    assert f"the ranks differ in the data of --data {tmp_path / 'one'}, whose files must not change" in messages[0]
 
 
 def test_replicas_that_have_diverged_are_named():

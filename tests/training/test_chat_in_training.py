@@ -19,6 +19,7 @@ from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError
 from nanochat_native.runtime.isolation import EXIT_CODE
 from nanochat_native.training import finetuning
+from nanochat_native.training.scores import Chat
 
 CHAT = {"chat_every": 3, "chat_max_problems": 4}
 TASKS = ["--chat-tasks", "ARC-Easy", "SimpleSpelling"]
@@ -56,7 +57,7 @@ def measured(folder, name, step, capsys):
     assert chat_eval.main([str(arg) for arg in args]) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
     accuracies = {f"accuracy/{task['task']}": task["accuracy"] for task in tasks}
-    score = sum(task["centred"] for task in tasks) / len(tasks)
+    score = sum(task["centered"] for task in tasks) / len(tasks)
     return {"kind": "chat", "step": step, "score": score, "problems": 8} | accuracies
 
 
@@ -103,8 +104,21 @@ def test_training_by_rewards_measures_tasks_too(folder):
 
 def test_the_defaults_are_those_of_nanochat(folder):
     config = finetuning.resolve_finetuning(parse([*flags(folder), "--chat-tasks", "SpellingBee"], kind=FinetuneConfig))
-    assert (config.chat_every, config.chat_max_problems) == (200, 24)
+    assert config.chat_every == 200
     assert (config_of(folder).chat_every, config_of(folder).chat_max_problems) == (-1, -1)
+
+
+@pytest.mark.parametrize(
+    ("given", "counts"),
+    [([], (40, 24)), (["--chat-max-problems", "3"], (3, 3)), (["--chat-max-problems", "0"], (40, 174))],
+)
+def test_all_choices_and_24_written_answers_are_measured_by_default(tmp_path, given, counts):
+    (tmp_path / "ARC-Easy").mkdir()
+    row = {"question": "which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    (tmp_path / "ARC-Easy/test.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    args = ["--chat-tasks", "ARC-Easy", "SimpleSpelling", "--chat-data", str(tmp_path), *given]
+    chat = Chat(parse(args, kind=FinetuneConfig))
+    assert tuple(len(task.problems) for task in chat._tasks) == counts
 
 
 @pytest.mark.parametrize(

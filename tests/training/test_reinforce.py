@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -359,7 +360,9 @@ def test_the_right_answers_of_the_embedded_tasks_pass():
                 assert task.reward(example, f"<<{code}={output}7>>7") == 0
             else:
                 assert task.reward(example, content) == 1
-        assert not {e["messages"][0]["content"] for e in task.train} >= {e["messages"][0]["content"] for e in task.val}
+        train, val = ({e["messages"][0]["content"] for e in split} for split in (task.train, task.val))
+        assert train.isdisjoint(val)
+        assert (len(task.train), len(task.val)) == (512, 64)
     spelling = reward_tasks.load_task("spelling")
     example = {"messages": [], "spelled": "b-a-k-e"}
     assert [spelling.reward(example, text) for text in ("b-a-k-e", "b-a-x-e", "b-a", "b-a-k-e-s", "x")] == [
@@ -435,6 +438,18 @@ def test_a_fault_in_the_middle_of_a_run_keeps_its_checkpoints(base, tmp_path, ca
     path.write_text(TASK)
     assert reinforce.main(["--resume", str(base / "runs" / "late")]) == 2
     assert "is not what this run began with (--task" in capsys.readouterr().err
+
+
+def test_a_fault_in_an_evaluation_ends_the_run(base, tmp_path, capsys):
+    path = tmp_path / "unfair.py"
+    path.write_text(
+        TASK.replace("    return answer", "    1 / (example['messages'] not in HELD_OUT)\n    return answer")
+    )
+    path.write_text(f"{path.read_text()}\nHELD_OUT = [example['messages'] for example in examples('val')]\n")
+    assert run(base, "unfair", task=path, overwrite=True) == 2
+    output = capsys.readouterr()
+    assert re.fullmatch(r"error: .*unfair\.py, line \d+: ZeroDivisionError: division by zero\n", output.err)
+    assert records(base / "runs" / "unfair", "val") == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 
@@ -182,6 +183,35 @@ def test_data_that_has_moved_is_the_same_data(tmp_path, capsys, saved):
     assert f"from step {4 if saved else 0}\n" in capsys.readouterr().out
     assert_same_run(tmp_path / "runs" / "moved", tmp_path / "runs" / "whole")
     assert load_config(tmp_path / "runs" / "moved").data == str(tmp_path / "other-name.jsonl")
+
+
+@pytest.mark.parametrize(("tokenize", "saved"), [("ahead", False), ("while-training", True)])
+def test_a_resumed_run_leaves_out_files_that_came_later(tmp_path, capsys, saved, tokenize):
+    data = tmp_path / "shards"
+    data.mkdir()
+    flags = {"data": data, "tokenize": tokenize, "validation": "last-shard"}
+    for seed in (1, 3):
+        write_text(data / f"shard_{seed}.jsonl", seed=seed)
+    assert train(tmp_path, run="whole", steps=STEPS, **flags) == 0
+    killed(tmp_path, 7 if saved else 3, "training.trainer", "clip_reduced_", run="cut", **flags)
+    for seed in (2, 4):
+        write_text(data / f"shard_{seed}.jsonl", seed=seed)
+    capsys.readouterr()
+    assert train(tmp_path, run="cut", steps=STEPS, resume="auto", **flags) == 0
+    assert "not read: 2 files that the run did not begin with" in capsys.readouterr().out
+    assert_same_run(tmp_path / "runs/cut", tmp_path / "runs/whole")
+    (data / "shard_1.jsonl").unlink()
+    assert train(tmp_path, run="cut", steps=STEPS, resume="auto", **flags) == 2
+    assert "not what this run began with" in capsys.readouterr().err
+
+
+def test_a_damaged_list_of_the_data_is_one_line(tmp_path, capsys):
+    write_text(tmp_path / "text.jsonl")
+    assert train(tmp_path, steps=2) == 0
+    for content in ("[", '{"text.jsonl": 1}'):
+        (tmp_path / "runs/tiny/data_files.json").write_text(content)
+        assert train(tmp_path, steps=2, resume="auto") == 2
+        assert re.fullmatch(r"error: .*data_files\.json is damaged.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["with checkpoints", "before the first"])

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from nanochat_native.data import Corpus
+from nanochat_native.lab.command_flags import on_gpu
 from nanochat_native.lab.memory.prediction import STATE
 from nanochat_native.model.gpt import GPT
 from nanochat_native.runs.config import TrainConfig, resolve_horizon
@@ -101,7 +102,7 @@ class Options:
 
 def defaults(args: Sequence[str]) -> TrainConfig:
     """Return the defaults of train's flags."""
-    return SHARED if torch.cuda.is_available() and "cpu" not in args else ON_CPU
+    return SHARED if on_gpu(args) else ON_CPU
 
 
 def refuse_own(options: Options, given: TrainConfig) -> None:
