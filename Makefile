@@ -15,15 +15,16 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 
-# What is done in each environment; without a virtual one, for each Python.
-STATE := $(if $(VENV),$(VENV)/state,build/state/$(subst /,_,$(firstword $(PYTHON))))
+# What is done in each environment; without a virtual one, for each PYTHON as it is written.
+STATE := $(if $(VENV),$(VENV)/state,build/state-$(subst /,_,$(firstword $(PYTHON))))
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 
-# The settings of the build that were given, here or in the environment.
+# The settings of the build that were given, here or in the environment, as one word of the shell.
+NAMES := NANOCHAT_CUDA TORCH_CUDA_ARCH_LIST CXX CXXFLAGS LDFLAGS CUDACXX CUDAHOSTCXX CUDAFLAGS CUDA_HOME CUDA_PATH
 is_given = $(filter environment command,$(firstword $(origin $(1))))
-SETTINGS := $(strip $(foreach name,NANOCHAT_CUDA TORCH_CUDA_ARCH_LIST CXX CUDACXX CUDAHOSTCXX CUDA_HOME,\
-	$(if $(call is_given,$(name)),$(name)=$($(name)))))
+SETTINGS := $(strip $(foreach name,$(NAMES),$(if $(call is_given,$(name)),$(name)=$($(name)))))
+SETTINGS := '$(subst ','\'',$(SETTINGS))'
 
 CLANG_FORMAT := $(if $(VENV),$(VENV)/bin/clang-format,clang-format)
 
@@ -104,24 +105,22 @@ endif
 		{ echo "make: the headers of $(PYTHON) are missing: install them, e.g. apt-get install python3-dev" >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@
 
-# A later make without settings keeps the module that it finds.
-ifneq ($(SETTINGS),)
-ifneq ($(SETTINGS),$(shell cat $(STATE)/settings 2> /dev/null))
-$(STATE)/settings: FORCE
-endif
-endif
-$(STATE)/settings: $(STATE)/python
-	@echo "$(SETTINGS)" > $@
-
 $(STATE)/torch: $(STATE)/python
 	@command -v $(firstword $(CXX)) > /dev/null || \
 		{ echo "make: no C++ compiler ($(CXX)) was found: install one, e.g. apt-get install g++" >&2; exit 1; }
 	$(RUN) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2> /dev/null || $(PIP) $(TORCH)
 	@touch $@
 
-$(STATE)/native: $(STATE)/torch $(STATE)/settings pyproject.toml $(NATIVE_SOURCES)
+# It builds again for settings that differ from those of the last build. Without settings it keeps the module that is there.
+ifneq ($(SETTINGS),'')
+ifneq ($(shell printf '%s\n' $(SETTINGS) | cmp -s - $(STATE)/settings && echo same),same)
+$(STATE)/native: FORCE
+endif
+endif
+$(STATE)/native: $(STATE)/torch pyproject.toml $(NATIVE_SOURCES)
 	$(PIP) 'setuptools>=77' cmake ninja
 	$(PIP) --no-build-isolation -e .
+	@printf '%s\n' $(SETTINGS) > $(STATE)/settings
 	@touch $@
 
 $(STATE)/extras: $(STATE)/native pyproject.toml

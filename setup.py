@@ -5,8 +5,8 @@ It builds on Linux on x86-64 or aarch64, and on macOS on Apple silicon (without 
 Environment: NANOCHAT_CUDA=auto|on|off (auto: when an nvcc is found that suits torch), CXX, CUDACXX, CUDA_HOME,
 CUDAHOSTCXX (the GCC that nvcc runs; by default the gcc on PATH, whatever CXX is), MAX_JOBS, TORCH_CUDA_ARCH_LIST (by
 default the GPUs of this machine, or those of DEFAULT_ARCHITECTURES if it has none), NANOCHAT_WHEEL=on|off (on: the
-version and the requirements name the torch and the CUDA that the module is built for, and it is built for
-DEFAULT_ARCHITECTURES; tools/wheels.py sets it).
+version and the requirements name the torch and the CUDA that the module is built for, and the GPUs of this machine do
+not count; tools/wheels.py sets it).
 """
 
 import os
@@ -28,6 +28,11 @@ OLDEST_TORCH = (2, 11)
 OLDEST_CUDA = (12, 8)
 # Systems that the kernels are for, as the platform module names them.
 MACHINES = {("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")}
+# What CMake and nvcc read, and CMake keeps.
+VARIABLES = (
+    *("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS"),
+    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN"),
+)
 # 8.0 also runs on 8.6 and 8.9, 10.0 on 10.3, 12.0 on 12.1. Usual GPUs beside aarch64: GH200, GB200, DGX Spark (12.1).
 DEFAULT_ARCHITECTURES = {"x86_64": "8.0+PTX;9.0a;10.0;12.0", "aarch64": "9.0a+PTX;10.0;12.0"}
 
@@ -70,13 +75,18 @@ def check_machine():
 
 
 def check_compiler():
-    """Exit with one sentence where there is no C++ compiler, or one that cannot share torch's OpenMP library."""
+    """Return the C++ compiler, as words of a command, and what it says of itself.
+
+    Exits with one sentence where there is none, or one that cannot share torch's OpenMP library.
+    """
     is_linux = platform.system() == "Linux"
     advice = "e.g. `apt-get install g++`" if is_linux else "`xcode-select --install`"
     given = os.environ.get("CXX", "").strip()
-    # CMake looks for these, in this order.
     names = [given] if given else ["c++", "g++", "clang++"]
-    compiler = next((words for words in map(shlex.split, names) if shutil.which(words[0])), None)
+    try:
+        compiler = next((words for words in map(shlex.split, names) if shutil.which(words[0])), None)
+    except ValueError as error:
+        fail(f"CXX={given} is no command ({error}).")
     if not compiler:
         fail(f"no C++ compiler ({', '.join(names)}) was found: install one, {advice}.")
     shown = shlex.join(compiler)
@@ -90,6 +100,8 @@ def check_compiler():
             f"{shown} is Clang, whose OpenMP library would be a second one beside torch's libgomp: "
             "install GCC's g++ and set CXX=g++."
         )
+    version = re.search(r"^#define __VERSION__ (.*)$", result.stdout, re.M)
+    return compiler, f"{shutil.which(compiler[0])} {version[1] if version else ''}"
 
 
 def check_python():
@@ -193,7 +205,7 @@ def cuda_architectures(nvcc):
             fail(f"the kernels need compute capability 8.0 or newer, and TORCH_CUDA_ARCH_LIST has only {names}.")
         print(f"nanochat-native: {names} left out: the kernels need compute capability 8.0 or newer.", file=sys.stderr)
     oldest = f"compute_{min(numbers)}"
-    has_ptx = any(entry.endswith("+PTX") for entry in entries)
+    has_ptx = any(entry.endswith("+PTX") for entry in listed)
     codes = [f"sm_{number}" for number in sorted(numbers)] + [oldest] * has_ptx
     common = f"--generate-code=arch={oldest},code=[{','.join(codes)}]"
     return entries, common, "--generate-code=arch=compute_90a,code=[sm_90a]" if 90 in numbers else ""
@@ -202,7 +214,7 @@ def cuda_architectures(nvcc):
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         check_machine()
-        check_compiler()
+        compiler, compiler_version = check_compiler()
         check_python()
         cmake = program("cmake", "`pip install cmake`")
         ninja = program("ninja", "`pip install ninja`")
@@ -236,16 +248,16 @@ class CMakeBuild(build_ext):
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions]
         build.mkdir(parents=True, exist_ok=True)
-        tools = [
-            f"{name}={os.environ.get(name, '')}" for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS")
-        ]
+        environment = os.environ | {"CXX": shlex.join(compiler)}  # CMake would look for others too
+        tools = [f"{name}={environment.get(name, '')}" for name in VARIABLES]
+        tools += [compiler_version, nvcc, nvcc_version(nvcc) if nvcc else "", *libraries]
         with open(build / "lock", "w") as lock:
             import fcntl  # Windows has none, and check_machine has said what is wrong there
 
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder would spoil each other's objects
-            forget_other_tools(build, "\n".join([*tools, nvcc, *libraries]))
+            forget_other_tools(build, "\n".join(tools))
             for command in (configure, [cmake, "--build", str(build), *jobs]):
-                if subprocess.run(command).returncode != 0:
+                if subprocess.run(command, env=environment).returncode != 0:
                     fail(f"the build failed, its own message is above; it was run as `{' '.join(command[:3])} ...`.")
             put_in_place(build / "_C.so", Path(self.get_ext_fullpath(ext.name)))
 

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOMES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
 BEFORE, LEFT = pytest.StashKey[set](), pytest.StashKey[list]()  # files that git does not hold
 SLOW_END = pytest.StashKey[float]()  # the time after which no slow test starts
+COMMIT = pytest.StashKey[int]()
 NO_TIME = "slow, and the time of --slow-minutes was over"
 
 
@@ -40,20 +41,22 @@ def pytest_addoption(parser):
         "--slow-minutes",
         type=float,
         metavar="N",
-        help="run all other tests first, and skip the slow ones that would start later than N minutes after the start. "
-        "The slow ones begin at a place that the commit decides, so in time all have their turn",
+        help="run other tests before slow ones, in each process, and skip the slow ones that would start later than N "
+        "minutes after the start. The commit decides at which slow test they begin, so in time all have their turn",
     )
 
 
 def pytest_configure(config):
     if (minutes := config.getoption("--slow-minutes")) is not None:
-        of_the_session = getattr(config, "workerinput", {}).get("slow_end")
-        config.stash[SLOW_END] = of_the_session or time.time() + 60 * minutes
+        of_the_session = getattr(config, "workerinput", {})
+        config.stash[SLOW_END] = of_the_session.get("slow_end") or time.time() + 60 * minutes
+        config.stash[COMMIT] = of_the_session.get("commit") or int(_git("rev-parse", "--short=8", "HEAD") or "0", 16)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node):
-    node.workerinput["slow_end"] = node.config.stash.get(SLOW_END, None)
+    for name, key in (("slow_end", SLOW_END), ("commit", COMMIT)):
+        node.workerinput[name] = node.config.stash.get(key, None)
 
 
 @pytest.hookimpl(trylast=True)
@@ -63,8 +66,16 @@ def pytest_collection_modifyitems(config, items):
     quick, slow = [], []
     for item in items:
         (slow if item.get_closest_marker("slow") else quick).append(item)
-    start = int(_git("rev-parse", "--short=8", "HEAD") or "0", 16) % max(len(slow), 1)
-    items[:] = [*quick, *slow[start:], *slow[:start]]
+    start = config.stash[COMMIT] % max(len(slow), 1)
+    slow = [*slow[start:], *slow[:start]]
+    # xdist's worksteal gives each process one part of the list, and takes from the ends of these parts.
+    parts = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = [
+        item
+        for part in range(parts)
+        for kind in (quick, slow)
+        for item in kind[len(kind) * part // parts : len(kind) * (part + 1) // parts]
+    ]
 
 
 @pytest.hookimpl(tryfirst=True)

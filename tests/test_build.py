@@ -183,7 +183,13 @@ def test_a_compiler_that_does_not_work(setup, monkeypatch, tmp_path):
 
 
 def test_this_compiler_and_this_python(setup, monkeypatch, tmp_path):
-    setup.check_compiler()
+    compiler, version = setup.check_compiler()
+    assert re.fullmatch(r'/\S+ ".*\d+\.\d+.*"', version)
+    monkeypatch.setenv("CXX", shutil.which(compiler[0]) + " -g0")
+    assert setup.check_compiler() == ([shutil.which(compiler[0]), "-g0"], version)
+    monkeypatch.setenv("CXX", "g++ '")
+    with pytest.raises(SystemExit, match=r"CXX=g\+\+ ' is no command \(No closing quotation\)"):
+        setup.check_compiler()
     setup.check_python()
     monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(
@@ -297,6 +303,8 @@ def test_cuda_architectures(setup, monkeypatch, capsys):
     common = "--generate-code=arch=compute_80,code=[sm_80,sm_86,sm_90,sm_100,sm_120,compute_80]"
     assert setup.cuda_architectures("nvcc") == (["8.0", "8.6", "9.0", "10.0", "12.0+PTX"], common, hopper)
     assert capsys.readouterr().err.count("7.5 left out: the kernels need compute capability 8.0 or newer") == 1
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5+PTX;8.0")
+    assert setup.cuda_architectures("nvcc")[1] == "--generate-code=arch=compute_80,code=[sm_80,compute_80]"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " ")
     assert setup.cuda_architectures("nvcc")[0] == ["8.0+PTX", "9.0a", "10.0", "12.0"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")

@@ -69,12 +69,13 @@ import time
 import pytest
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(8))
 def test_slow(number):
     print(f"slow {number}")
     time.sleep(SECONDS)
 
-def test_quick():
+@pytest.mark.parametrize("number", range(4))
+def test_quick(number):
     print("quick")
 """
 
@@ -85,8 +86,8 @@ def test_slow_tests_that_have_no_time_are_skipped_and_counted(run, processes):
     result, _ = run(MIXED.replace("SECONDS", "2"), "--slow-minutes", "0.02", *processes)
     found = re.search(r"(\d) slow tests were skipped: 0.02 minutes \(--slow-minutes\) were over", result.stdout)
     assert result.returncode == 0, result.stdout
-    assert int(found[1]) >= 9 - 2
-    assert f"{10 - int(found[1])} passed, {found[1]} skipped" in result.stdout
+    assert int(found[1]) >= 8 - 2
+    assert f"{12 - int(found[1])} passed, {found[1]} skipped" in result.stdout
 
 
 def test_slow_tests_with_time_run_after_the_others_and_begin_where_the_commit_says(run, tmp_path):
@@ -101,10 +102,21 @@ def test_slow_tests_with_time_run_after_the_others_and_begin_where_the_commit_sa
         )
         result, _ = run(MIXED.replace("SECONDS", "0"), "--slow-minutes", "10", "-s")
         order = re.findall(r"(?:quick|slow (\d))\n", result.stdout)
-        assert "10 passed" in result.stdout
+        assert "12 passed" in result.stdout
         assert "skipped" not in result.stdout
-        assert order[0] == ""
-        numbers = [*map(int, order[1:])]
-        assert numbers == [(numbers[0] + i) % 9 for i in range(9)]
+        assert order[:4] == [""] * 4
+        numbers = [*map(int, order[4:])]
+        assert numbers == [(numbers[0] + i) % 8 for i in range(8)]
         begun.add(numbers[0])
     assert len(begun) > 1
+
+
+def test_each_process_runs_its_quick_tests_before_its_slow_ones(run):
+    result, _ = run(MIXED.replace("SECONDS", "0.2"), "--slow-minutes", "10", "-n", "2", "--dist", "worksteal", "-vv")
+    ran = re.findall(r"\[(gw\d)\].*PASSED tests/test_it.py::test_(quick|slow)", result.stdout)
+    assert len(ran) == 12
+    for process in ("gw0", "gw1"):
+        kinds = [kind for each, kind in ran if each == process]
+        assert kinds == sorted(kinds)
+        assert "slow" in kinds
+    assert {kind for _, kind in ran[:2]} == {"quick"}

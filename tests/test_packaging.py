@@ -136,35 +136,43 @@ runpy.run_module("nanochat_native.train", run_name="__main__", alter_sys=True)
 def test_make_builds_again_when_settings_are_given_that_differ(checkout, monkeypatch):
     if not shutil.which("make"):
         pytest.skip("make is not installed")
-    names = ("NANOCHAT_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX", "CUDACXX", "CUDAHOSTCXX", "CUDA_HOME")
+    text = (ROOT / "Makefile").read_text()
+    names = re.search(r"^NAMES := (.*)$", text, re.M)[1].split()
     for name in (*names, "MAKEFLAGS", "MAKELEVEL", "VENV", "PYTHON"):
         monkeypatch.delenv(name, raising=False)
-    shutil.copy(ROOT / "Makefile", checkout)
-    state = checkout / ".venv/state"
-    state.mkdir(parents=True)
-    sources_age = (checkout / "setup.py").stat().st_mtime
+    (checkout / "Makefile").write_text(re.sub(r"^PIP := .*$", "PIP := @echo install", text, flags=re.M))
 
-    def make(*settings, build=True):
-        """Return whether a target would build; with `build`, leave the files as after it."""
-        printed = subprocess.run(
-            ["make", "-n", "bench", *settings], cwd=checkout, capture_output=True, text=True, check=True
-        ).stdout
-        if build:
-            subprocess.run(["make", "-s", ".venv/state/settings", *settings], cwd=checkout, check=True)
-            os.utime(state / "native", (now := sources_age + 100 + len(list(state.iterdir())), now))
-            os.utime(state / "settings", (now - 1, now - 1))
-        return "install" in printed
+    def state_of(place):
+        """Leave the files of an environment with torch."""
+        place.mkdir(parents=True)
+        for name in ("python", "torch"):
+            (place / name).touch()
 
-    for age, name in enumerate(("python", "torch", "settings", "native")):
-        (state / name).touch()
-        os.utime(state / name, (sources_age + 10 + age,) * 2)
+    def make(*settings, venv=".venv", place=".venv/state"):
+        """Return whether the target of the module installs it."""
+        command = ["make", f"{place}/native", f"VENV={venv}", *settings]
+        return "install" in subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
+
+    state_of(checkout / ".venv/state")
+    assert make()
     assert not make()
     assert make("NANOCHAT_CUDA=off")
     assert not make()  # which keeps the module that is there
     assert not make("NANOCHAT_CUDA=off")
-    assert make("NANOCHAT_CUDA=off", "CXX=g++-12", build=False)
-    monkeypatch.setenv("NANOCHAT_CUDA", "on")
-    assert make(build=False)
-    monkeypatch.setenv("NANOCHAT_CUDA", "off")
-    assert not make(build=False)
-    assert make("VENV=", f"PYTHON={sys.executable}", build=False)
+    assert make("NANOCHAT_CUDA=off", "CXX=g++-12")
+    assert make("NANOCHAT_CUDA=off")
+    for flags in ('-DX="a b"', "-DX=\\n", "-DX='$(touch spoiled)'", "-DX=`touch spoiled`"):
+        monkeypatch.setenv("CXXFLAGS", flags)
+        assert make()
+        assert not make()
+    assert not (checkout / "spoiled").exists()
+    monkeypatch.delenv("CXXFLAGS")
+    assert make("NANOCHAT_CUDA=off")
+    (checkout / "setup.py").touch()  # the next build has no settings, and the one after it has those of before
+    assert make()
+    assert make("NANOCHAT_CUDA=off")
+    for place in ("build/state-a", "build/state-_b_c"):
+        state_of(checkout / place)
+    assert make("PYTHON=a", venv="", place="build/state-a")
+    assert not make("PYTHON=a", venv="", place="build/state-a")
+    assert make("PYTHON=/b/c", venv="", place="build/state-_b_c")

@@ -103,7 +103,7 @@ def test_every_documented_module_flag_and_file_exists(name):
     other |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
     other |= {"--check", "--update"}  # of docs/tools/build.py
     other |= {"--torch", "--sdist-only"}  # of tools/wheels.py
-    other |= {"--rm", "--install", "--slow-minutes"}  # of docker, xcode-select, and tests/conftest.py
+    other |= {"--rm", "--install", "--param", "--slow-minutes"}  # of docker, xcode-select, g++, and tests/conftest.py
     assert set(NAMED_FLAG.findall(text)) <= own | other
     paths = re.findall(
         r"`((?:csrc|python|nanochat_native|tests|docs|benchmarks)/[\w/.-]*\w|[A-Z]\w+\.(?:md|txt))`", text
