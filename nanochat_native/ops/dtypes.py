@@ -13,6 +13,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x in dtype, for a result of an autograd.Function.
+
+    Where nothing is converted, it is x itself and not x.to(dtype): torch 2.11 loses the gradient of that in a graph.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def widest_dtype(device: torch.device) -> torch.dtype:
     """Return the type of long sums and of settings in device memory: float64, on MPS float32, as it has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

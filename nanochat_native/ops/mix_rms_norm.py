@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
-from nanochat_native.ops.dtypes import compute_dtype, no_cuda_kernel
+from nanochat_native.ops.dtypes import compute_dtype, converted, no_cuda_kernel
 from nanochat_native.ops.rms_norm import EPS, check_rows, gradient_of_rows, normalise
 
 Mix = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -86,7 +86,7 @@ def _mix(x: Tensor, residual: Tensor | None, x0: Tensor, x_scale: Tensor, x0_sca
     """Return z and mixed."""
     z, wide = x if residual is None else x + residual, compute_dtype(x.dtype)
     mixed = x_scale.reshape(()) * z.to(wide) + x0_scale.reshape(()) * x0.to(wide)
-    return z, mixed.to(x.dtype)
+    return z, converted(mixed, x.dtype)
 
 
 def _gradients(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_native.ops import backends, checks, modes, schema
-from nanochat_native.ops.dtypes import compute_dtype, dtypes_on, no_cuda_kernel
+from nanochat_native.ops.dtypes import compute_dtype, converted, dtypes_on, no_cuda_kernel
 
 EPS = torch.finfo(torch.float32).eps  # 2^-23, the default of torch's rms_norm for float32
 
@@ -152,7 +152,7 @@ def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the norm of x (..., C), and r (...) in the type that it is computed in. Not differentiable."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=compute_dtype(x.dtype))
     r = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
-    return (x * r).to(x.dtype), r.squeeze(-1)
+    return converted(x * r, x.dtype), r.squeeze(-1)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -245,14 +245,6 @@ def updated(op):
 
 CACHED = [(9, 8), (8, 8), (4, 8), (4, 8), (8, 8), (16, 8), (8, 16), (9, 8), (6, 2), (1, 2, 6, 2, 4)]
 
-
-@pytest.fixture(autouse=True)
-def saved_tensors_hooks_stay_enabled():
-    """A compiled torch.func transform that raises leaves them disabled in torch 2.11, for all that follows."""
-    yield
-    torch._C._autograd._saved_tensors_hooks_enable()
-
-
 NO_WHOLE_GRAPH = "attention: lengths needs fullgraph=False on the torch backend"
 ON_TORCH = {("compiled", "torch"): NO_WHOLE_GRAPH, ("compiled_tangents", "torch"): NO_WHOLE_GRAPH}
 
