@@ -85,12 +85,12 @@ class Core:
         )
 
     def figures(self, results: Sequence[TaskResult]) -> dict[str, float]:
-        centered = {f"centered/{result.task}": result.centered for result in results}
-        return {"score": core_score.score(results), "items": sum(result.items for result in results), **centered}
+        centred = {f"centred/{result.task}": result.centred for result in results}
+        return {"score": core_score.score(results), "items": sum(result.items for result in results), **centred}
 
 
 class Chat:
-    """The mean of the centered accuracies of --chat-tasks (a Score), as chat_eval measures them.
+    """The mean of the centred accuracies of --chat-tasks (a Score), as chat_eval measures them.
 
     It is ChatCORE only if the tasks are those of ChatCORE. The constructor reads the tasks; it raises ValueError for a
     task that is not there or cannot be measured, and what chat_tasks.read_task does.
@@ -132,7 +132,7 @@ class Chat:
 
     def figures(self, results: Sequence[chat_score.TaskResult]) -> dict[str, float]:
         accuracies = {f"accuracy/{result.task}": result.accuracy for result in results}
-        score = sum(result.centered for result in results) / len(results)
+        score = sum(result.centred for result in results) / len(results)
         return {"score": score, "problems": sum(result.problems for result in results), **accuracies}
 
 
