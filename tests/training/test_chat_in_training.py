@@ -57,7 +57,7 @@ def measured(folder, name, step, capsys):
     assert chat_eval.main([str(arg) for arg in args]) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
     accuracies = {f"accuracy/{task['task']}": task["accuracy"] for task in tasks}
-    score = sum(task["centered"] for task in tasks) / len(tasks)
+    score = sum(task["centred"] for task in tasks) / len(tasks)
     return {"kind": "chat", "step": step, "score": score, "problems": 8} | accuracies
 
 
