@@ -34,8 +34,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def server(model):  # noqa: F811
-    running = Running(model, slots=2, slow=0.01)
+def server(request, model):  # noqa: F811
+    """Its steps are slow, so that the browser sees an answer grow, whose length depends on the processor."""
+    running = Running(model, slots=2, slow=getattr(request, "param", 0.03))
     yield running
     running.close()
 
@@ -109,6 +110,7 @@ def test_output_is_text_and_never_markup(browser, server):
     assert not browser.find_elements(By.CSS_SELECTOR, "article img, article b")
 
 
+@pytest.mark.parametrize("server", [0.3], indirect=True)
 def test_the_keyboard_reaches_everything(browser, server):
     open_page(browser, server)
     seen = []
