@@ -58,14 +58,20 @@ class Peak:
     source: str
 
 
+# Words in the names of devices that share the name of a GPU of the table, but not its rates.
+NOT_IN_THE_TABLE = {
+    "laptop": "laptop GPUs share the names of faster ones",
+    "mig": "a MIG slice is a part of the GPU that is in the table",
+}
+
+
 def gpu_peak(name: str, dtype: torch.dtype) -> Peak:
     """Return the peak of a GPU by its device name, such as "NVIDIA H100 80GB HBM3". It is known for bfloat16 only."""
     if dtype != torch.bfloat16:
         return Peak(None, f"the table has no rates of {dtype}, only of bfloat16")
-    if "laptop" in _words(name):
-        return Peak(None, f"{name}: laptop GPUs share the names of faster ones")
-    if "mig" in _words(name):
-        return Peak(None, f"{name}: a MIG slice is a part of the GPU that is in the table")
+    for word, reason in NOT_IN_THE_TABLE.items():
+        if word in _words(name):
+            return Peak(None, f"{name}: {reason}")
     row = _row_of(name)
     return Peak(None, f"{name} is not in the table") if row is None else Peak(row[0], f"{name}, dense bfloat16")
 
@@ -84,7 +90,7 @@ def _row_of(name: str) -> tuple[float, float] | None:
     """Return the rate and the bandwidth of a GPU by its device name."""
     words = _words(name)
     for needed, flops, bandwidth in GPU_PEAKS:
-        if all(word in words for word in needed) and not {"laptop", "mig"} & set(words):
+        if all(word in words for word in needed) and NOT_IN_THE_TABLE.keys().isdisjoint(words):
             return flops, bandwidth
     return None
 

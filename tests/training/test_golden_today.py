@@ -91,15 +91,15 @@ def train_plainly(config, weights):
 def check(found, expected):
     """Compare two runs, with the stated bounds.
 
-    The gradients of smear_lambda and backout_lambda are sums of terms that nearly cancel: plain torch in float32 errs
-    by 2e-5 too.
+    The gradients of two scalars are sums of terms that nearly cancel. Plain torch in float32 errs by 2e-5 for
+    smear_lambda. With torch 2.15 both backends differ from it by 1.1e-5 for backout_lambda.
     """
     losses, gradients, weights = found
     for step, (loss, right) in enumerate(zip(losses, expected[0], strict=True)):
         assert loss == pytest.approx(right, abs=2e-5), step
     assert gradients.keys() == expected[1].keys()
     for name, norm in gradients.items():
-        bound = 5e-5 if name in ("smear_lambda", "backout_lambda") else 1e-5
+        bound = {"smear_lambda": 5e-5, "backout_lambda": 2e-5}.get(name, 1e-5)
         assert norm == pytest.approx(expected[1][name], rel=bound), name
     for name, norm in weights.items():
         assert norm == pytest.approx(expected[2][name], rel=1e-4), name
