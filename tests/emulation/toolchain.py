@@ -51,8 +51,8 @@ def nvcc():
 
 
 def architectures(source=None):
-    """Return what setup.py builds for, as nvcc names it: sm_80, sm_90a, ...; a source of Hopper's only for sm_90a."""
-    entries = _setup().DEFAULT_ARCHITECTURES.split(";")
+    """Return what setup.py builds for on x86-64: sm_80, sm_90a, ...; a source of Hopper's only for sm_90a."""
+    entries = _setup().DEFAULT_ARCHITECTURES["x86_64"].split(";")
     names = ["sm_" + entry.removesuffix("+PTX").replace(".", "") for entry in entries]
     return ["sm_90a"] if source and source.stem.endswith("_hopper") else names
 
