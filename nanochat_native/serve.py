@@ -116,10 +116,8 @@ def run(options: Options) -> int:
     """
     options.check()
     try:
-        import uvicorn
-
         from nanochat_native.inference.server.app import Limits, Server
-        from nanochat_native.inference.server.connection import configured
+        from nanochat_native.inference.server.connection import InterruptibleServer, configured
         from nanochat_native.inference.server.protocol import MAX_CHOICES, Served
         from nanochat_native.inference.server.worker import Worker
     except ImportError as error:
@@ -177,7 +175,7 @@ def run(options: Options) -> int:
     print(f"serve    http://{shown}:{port}/ | API at /v1, {slots}", flush=True)
     config = configured(server.app, timeout=options.connection_timeout, grace=GRACE_SECONDS)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        InterruptibleServer(config).run(sockets=[listener])
     finally:
         worker.close()
     return 0

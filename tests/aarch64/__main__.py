@@ -2,28 +2,34 @@
 
     python tests/aarch64                                    compares every operator with its reference
     python tests/aarch64 tests/ops/test_ops_attention.py    runs tests, with pytest's flags
+    python tests/aarch64 --cuda                             builds the CUDA kernels too; it can be beside tests
 
 It needs a Debian on x86-64 whose packages can be installed. Where something cannot be installed, it says so in one line
 and ends with 0: only a build or a test that fails is a failure. Everything is in build/aarch64: Debian's Python for
 arm64, torch and what it imports, and the module. PyPI's torch for aarch64 is built for CUDA. The CUDA libraries are
-replaced by empty ones of the same names, because the operators on the CPU call none of them.
+replaced by empty ones of the same names, because the operators on the CPU call none of them. The CUDA kernels are
+compiled by the nvcc of this machine and linked with the CUDA runtime for aarch64. They run nowhere here: the runtime
+says that there is no driver.
 
 The tests run on two processors of the emulator: one with all extensions (neon_bf16), and a Neoverse N1 (neon). On an
 older one, a Cortex-A72, the products of torch 2.11 are illegal instructions. Tests that start other programs cannot
 run there.
 """
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "build/aarch64"
-SYSTEM, SITE, STAND_INS, APT, BUILD = (HOME / name for name in ("system", "site", "stand-ins", "apt", "native"))
+SYSTEM, SITE, STAND_INS, APT, TOOLKIT = (HOME / name for name in ("system", "site", "stand-ins", "apt", "toolkit"))
 TOOLS = {"qemu-aarch64-static": "qemu-user-static", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu"}
 TORCH = "torch==2.11.0"  # the oldest one that the project takes
 PACKAGES = [
@@ -51,6 +57,12 @@ for name in ["mmx"] + ["neon_bf16"] * (expected == "neon"):
 del os.environ["NANOCHAT_CPU_ISA"]
 assert ops.instruction_set() == expected, ops.instruction_set()
 assert len(self_test.openmp_libraries()) == 1
+if arguments[:1] == ["--cuda"]:
+    arguments = arguments[1:]
+    driver, runtime = ops.cuda_versions()
+    assert driver == (0, 0) and runtime[0] >= 12, (driver, runtime)
+    built_for = ops.build_info()["cuda_architectures"]
+    print(f"{expected}: CUDA kernels for {built_for}, runtime {runtime[0]}.{runtime[1]}, no driver", flush=True)
 if arguments:
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", *arguments]))
 
@@ -193,12 +205,81 @@ def make_stand_ins() -> None:
     part.rename(STAND_INS)
 
 
+def find_nvcc() -> str:
+    """Return the nvcc that setup.py would build with."""
+    path, reason = setup_module().find_nvcc("auto")
+    if not path:
+        raise UnavailableError(f"the CUDA kernels: {reason}")
+    return str(path)
+
+
+def setup_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nanochat_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fill_toolkit(nvcc: str) -> None:
+    """Make a CUDA toolkit that compiles here for aarch64: the programs and headers of this machine, other libraries."""
+    if TOOLKIT.exists():
+        return
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = Path(re.findall(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)[0]).resolve()
+    include = Path(re.findall(r'^#\$ INCLUDES="-I([^"]*)"', plan, re.MULTILINE)[0]).resolve()
+    release = re.findall(r"release (\d+\.\d+)", output(nvcc, "--version"))[0]
+    part, wheels = HOME / "toolkit.part", HOME / "wheels"
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(wheels, ignore_errors=True)
+    name = "nvidia-cuda-runtime" + "-cu12" * release.startswith("12.")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    pip += ["--only-binary=:all:", *(f"--platform={name}" for name in PLATFORMS), "--dest", str(wheels)]
+    install(f"{name} for aarch64", [*pip, f"{name}=={release}.*"])
+    target = part / "targets/sbsa-linux"
+    (part / "bin").mkdir(parents=True)
+    (target / "lib").mkdir(parents=True)
+    for program in (top / "bin").iterdir():
+        (part / "bin" / program.name).symlink_to(program.resolve())
+    # nvcc looks for the rest beside its own file.
+    (part / "bin/nvcc").unlink()
+    shutil.copy(top / "bin/nvcc", part / "bin/nvcc")
+    (part / "nvvm").symlink_to(top / "nvvm")
+    (target / "include").symlink_to(include)
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        for member in wheel.namelist():
+            if re.search(r"/lib/libcuda(rt_static|devrt)\.a$", member):
+                (target / "lib" / Path(member).name).write_bytes(wheel.read(member))
+    part.rename(TOOLKIT)
+
+
+def cuda_settings(nvcc: str) -> dict[str, str]:
+    """Return the settings of CMake, as setup.py has them on aarch64."""
+    setup = setup_module()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = setup.DEFAULT_ARCHITECTURES["aarch64"]
+    entries, code, hopper_code = setup.cuda_architectures(nvcc)
+    return {
+        "NANOCHAT_CUDA": "ON",
+        "NANOCHAT_CUDA_OFF": "",
+        "NANOCHAT_CUDA_ARCHITECTURES": " ".join(entries),
+        "NANOCHAT_CUDA_CODE": code,
+        "NANOCHAT_CUDA_HOPPER_CODE": hopper_code,
+        "CMAKE_CUDA_COMPILER": str(TOOLKIT / "bin/nvcc"),
+        "CMAKE_CUDA_HOST_COMPILER": "aarch64-linux-gnu-g++",
+        "CMAKE_CUDA_FLAGS": "-target-dir sbsa-linux",
+        "CMAKE_CUDA_ARCHITECTURES": "OFF",
+        "CUDAToolkit_ROOT": str(TOOLKIT),
+    }
+
+
 def read_version(path: Path) -> str:
     return re.findall(r"""^__version__ = ['"](.+)['"]""", path.read_text(), re.MULTILINE)[0]
 
 
-def build() -> None:
-    """Cross-compile the module and put it in the package, beside that for this machine."""
+def build(cuda: dict[str, str]) -> None:
+    """Cross-compile the module and put it in the package, beside that for this machine. cuda: settings of CMake."""
+    folder = HOME / ("native-cuda" if cuda else "native")
     headers = SYSTEM / f"usr/include/python{python_version()}"
     torch = SITE / "torch"
     # pyconfig.h asks for the one in the folder of the architecture. The other headers there are not the compiler's.
@@ -219,6 +300,7 @@ def build() -> None:
         "NANOCHAT_CUDA": "OFF",
         "NANOCHAT_CUDA_OFF": "cross-compiled",
         "NANOCHAT_CUDA_ARCHITECTURES": "",
+        **cuda,
     }
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = os.environ | {"PATH": search}
@@ -228,15 +310,15 @@ def build() -> None:
         "-S",
         ROOT,
         "-B",
-        BUILD,
+        folder,
         "-G",
         "Ninja",
         *(f"-D{name}={value}" for name, value in settings.items()),
     ]
-    for command in (configure, [cmake, "--build", BUILD]):
+    for command in (configure, [cmake, "--build", folder]):
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     tag = f"cpython-{python_version().replace('.', '')}-aarch64-linux-gnu"
-    shutil.copyfile(BUILD / "_C.so", ROOT / f"nanochat_native/_C.{tag}.so")
+    shutil.copyfile(folder / "_C.so", ROOT / f"nanochat_native/_C.{tag}.so")
 
 
 def start(processor: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
@@ -252,20 +334,26 @@ def start(processor: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    cuda: dict[str, str] = {}
     HOME.mkdir(parents=True, exist_ok=True)
     try:
         find_tools()
         fill_system()
         fill_site()
+        if "--cuda" in arguments:
+            nvcc = find_nvcc()
+            fill_toolkit(nvcc)
+            cuda = cuda_settings(nvcc)
     except UnavailableError as error:
         print(f"tests/aarch64: nothing was run for aarch64, because this could not be installed: {error}")
         return 0
     try:
         make_stand_ins()
-        build()
+        build(cuda)
     except subprocess.CalledProcessError as error:
         print(f"tests/aarch64: the build for aarch64 failed: {error}")
         return 1
+    arguments = ["--cuda"] * bool(cuda) + [argument for argument in arguments if argument != "--cuda"]
     runs = {processor: start(processor, arguments) for processor in PROCESSORS}
     failed = []
     for processor, run in runs.items():

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from http import HTTPStatus
 from typing import Any
 
@@ -30,6 +31,26 @@ def configured(app: Any, *, timeout: int, grace: int, log_level: str = "warning"
         access_log=False,
         server_header=False,
     )
+
+
+class InterruptibleServer(uvicorn.Server):
+    """uvicorn's server, which a second SIGINT ends at once.
+
+    uvicorn waits for `asyncio.Server.wait_closed` even then. From Python 3.12 on, that waits for the open connections.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        forced = asyncio.ensure_future(self._abort_connections_when_forced())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            forced.cancel()
+
+    async def _abort_connections_when_forced(self) -> None:
+        while not self.force_exit:
+            await asyncio.sleep(0.1)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 class Connection(H11Protocol):
