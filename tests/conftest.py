@@ -24,8 +24,15 @@ try:
 except ImportError:  # on a bare GPU machine, whose tests do without
     pass
 else:
-    # The same examples on every run, and no deadline: other work shares the machine.
-    hypothesis.settings.register_profile("default", derandomize=True, deadline=None, database=None, max_examples=40)
+    # The same examples on every run, and as much time as they take: other work shares the machine.
+    hypothesis.settings.register_profile(
+        "default",
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+        database=None,
+        max_examples=40,
+    )
     hypothesis.settings.load_profile("default")
 
 ROOT = Path(__file__).resolve().parent.parent

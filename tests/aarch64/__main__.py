@@ -12,13 +12,13 @@ compiled by the nvcc of this machine and linked with the CUDA runtime for aarch6
 says that there is no driver.
 
 The tests run on two processors of the emulator: one with all extensions (neon_bf16), and a Neoverse N1 (neon). On an
-older one, a Cortex-A72, the products of torch 2.11 are illegal instructions. Tests that start other programs cannot
-run there.
+older one, a Cortex-A72, the products of torch 2.11 are illegal instructions.
 """
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,7 +49,7 @@ os.environ["NANOCHAT_CPU_ISA"] = "mmx"
 from nanochat_native import ops
 from nanochat_native.ops import self_test
 
-expected, *arguments = sys.argv[1:]
+expected, sys.executable, *arguments = sys.argv[1:]  # Python as a program of this machine, for tests that start it
 for name in ["mmx"] + ["neon_bf16"] * (expected == "neon"):
     os.environ["NANOCHAT_CPU_ISA"] = name
     with pytest.raises(ValueError, match="NANOCHAT_CPU_ISA"):
@@ -249,8 +249,9 @@ def fill_toolkit(nvcc: str) -> None:
     (target / "include").symlink_to(include)
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
         for member in wheel.namelist():
-            if re.search(r"/lib/libcuda(rt_static|devrt)\.a$", member):
-                (target / "lib" / Path(member).name).write_bytes(wheel.read(member))
+            library = re.search(r"/lib/(libcudart_static\.a|libcudadevrt\.a|libcudart\.so)", member)
+            if library:
+                (target / "lib" / library[1]).write_bytes(wheel.read(member))
     part.rename(TOOLKIT)
 
 
@@ -324,12 +325,20 @@ def build(cuda: dict[str, str]) -> None:
 def start(processor: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
     libraries = f"{SITE}/torch/lib:{STAND_INS}"
     command = ["qemu-aarch64-static", "-cpu", processor, "-L", SYSTEM, "-E", f"LD_LIBRARY_PATH={libraries}"]
-    command += ["-E", f"PYTHONPATH={ROOT}:{ROOT}/tests:{SITE}", SYSTEM / "usr/bin" / f"python{python_version()}"]
-    command += ["-c", PROGRAM, PROCESSORS[processor], *arguments]
+    command += [SYSTEM / "usr/bin" / f"python{python_version()}"]
+    python = HOME / f"python-{processor}"
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, command))} "$@"\n')
+    python.chmod(0o755)
     unset = {"NANOCHAT_CPU_ISA", "NANOCHAT_NATIVE_BACKEND", "NANOCHAT_LINEAR", "VIRTUAL_ENV", "PYTHONHOME"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests:{SITE}"
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [python, "-c", PROGRAM, PROCESSORS[processor], python, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
