@@ -38,7 +38,7 @@ NANOCHAT_INLINE void store_stochastic(bfloat16* p, Vec<float> x, Vec<uint32_t> r
     // Infinity and NaN keep their bits; a NaN keeps at least one of its mantissa.
     const Vec<uint32_t> special = u | ((u & 0x7fffffffu) > 0x7f800000u ? Vec<uint32_t>{} + 0x400000u : Vec<uint32_t>{});
     const Vec<uint32_t> rounded = (u & 0x7f800000u) == 0x7f800000u ? special : u + (random & 0xffffu);
-    const HalfWords h = __builtin_convertvector(rounded >> 16, HalfWords);
+    const HalfWords h = narrow(rounded >> 16);
     __builtin_memcpy(p, &h, sizeof h);
 }
 

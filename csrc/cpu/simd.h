@@ -9,6 +9,10 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #define NANOCHAT_INLINE inline __attribute__((always_inline))
 
 namespace nanochat::NANOCHAT_ISA {
@@ -77,16 +81,38 @@ NANOCHAT_INLINE bfloat16 to_bfloat16(float x) {
     return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
+// Conversions between 16 and 32 bits. GCC 12 takes __builtin_convertvector apart into several instructions here.
+NANOCHAT_INLINE Vec<uint32_t> widen(HalfWords h) {
+#if defined(__AVX512F__)
+    return __builtin_bit_cast(Vec<uint32_t>, _mm512_maskz_cvtepu16_epi32(0xffff, __builtin_bit_cast(__m256i, h)));
+#elif defined(__AVX2__)
+    return __builtin_bit_cast(Vec<uint32_t>, _mm256_cvtepu16_epi32(__builtin_bit_cast(__m128i, h)));
+#else
+    return __builtin_convertvector(h, Vec<uint32_t>);
+#endif
+}
+// Takes numbers below 2^16.
+NANOCHAT_INLINE HalfWords narrow(Vec<uint32_t> v) {
+#if defined(__AVX512F__)
+    return __builtin_bit_cast(HalfWords, _mm512_maskz_cvtepi32_epi16(0xffff, __builtin_bit_cast(__m512i, v)));
+#elif defined(__AVX2__)
+    const auto wide = __builtin_bit_cast(__m256i, v);
+    return __builtin_bit_cast(HalfWords,
+                              _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+#else
+    return __builtin_convertvector(v, HalfWords);
+#endif
+}
+
 NANOCHAT_INLINE Vec<float> load(const bfloat16* p) {
     HalfWords h;
     __builtin_memcpy(&h, p, sizeof h);
-    return __builtin_bit_cast(Vec<float>, __builtin_convertvector(h, Vec<uint32_t>) << 16);
+    return __builtin_bit_cast(Vec<float>, widen(h) << 16);
 }
 NANOCHAT_INLINE void store(bfloat16* p, Vec<float> v) {
     const Vec<uint32_t> u = __builtin_bit_cast(Vec<uint32_t>, v);
-    const Vec<uint32_t> rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const Vec<uint32_t> quiet = (u >> 16) | 0x40u;
-    const HalfWords h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, HalfWords);
+    const Vec<uint32_t> rounded = u + 0x7fffu + ((u >> 16) & 1u), quiet = u | 0x400000u;
+    const HalfWords h = narrow((v != v ? quiet : rounded) >> 16);
     __builtin_memcpy(p, &h, sizeof h);
 }
 
