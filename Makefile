@@ -52,7 +52,8 @@ test-all: $(STATE)/native $(STATE)/dev
 test-under-load: $(STATE)/native $(STATE)/dev
 	$(RUN) tests/under_load.py $(PARALLEL) $(ARGS)
 
-# The module for Linux on aarch64 and tests of its operators, in an emulator. Debian on x86-64, as root. ARGS are pytest's.
+# The module for Linux on aarch64 and tests of its operators, in an emulator. Debian on x86-64, as root. ARGS are pytest's, or
+# --cuda to build the CUDA kernels too.
 test-aarch64: $(STATE)/dev
 	$(RUN) tests/aarch64 $(ARGS)
 

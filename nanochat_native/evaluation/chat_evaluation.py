@@ -1,5 +1,6 @@
 """The work of `chat_eval`: chooses the tasks, measures them, and prints and keeps the results."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,6 +16,7 @@ from nanochat_native.data import conversations
 from nanochat_native.evaluation import sandbox
 from nanochat_native.evaluation.chat_score import Drawing, TaskResult, chatcore, evaluate, make_engine
 from nanochat_native.evaluation.chat_tasks import CHATCORE, NAMES, WITHOUT_FILES, MissingTaskError, Task, read_task
+from nanochat_native.evaluation.finished import Finished, hash_of, open_folder
 from nanochat_native.inference.engine import Engine
 from nanochat_native.inference.sampling import check_sampling
 from nanochat_native.model.quantization import Quantization, check_quantization, round_weights_
@@ -24,6 +26,7 @@ from nanochat_native.runtime import console, distributed
 from nanochat_native.runtime.command import MISTAKES
 from nanochat_native.runtime.console import Console, SilentConsole
 from nanochat_native.runtime.distributed import World
+from nanochat_native.runtime.files import sha256_json
 from nanochat_native.runtime.hardware import autocast, pick_device
 
 WITHOUT_CODE = "it runs programs that the model writes, and needs --allow-code"
@@ -70,6 +73,9 @@ class Options:
     """int8: generate with the matrices in int8, on a CPU. `evaluate --quantize int8` measures the cost."""
     out: Path | None = None
     """Folder for result.json with flags, versions and measurements; updated after each task."""
+    resume: bool = False
+    """Continue in the folder of --out: tasks that were finished there with the same flags, model and data are not
+    measured again."""
     json: bool = False
     """Print one line of JSON."""
 
@@ -84,6 +90,8 @@ class Options:
             if value is not None and value < 1:
                 raise ValueError(f"{flag} must be a whole number >= 1, got {value}")
         check_sampling(self.temperature, self.top_k, None)
+        if self.resume and self.out is None:
+            raise ValueError("--resume requires --out FOLDER")
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(f"--num-samples {self.num_samples} requires a --temperature above 0, got 0")
 
@@ -125,10 +133,11 @@ def measure(
     console_: Console,
     world: World,
     record: dict[str, Any],
+    finished: Finished,
     keep: Callable[[], None],
     warn: Callable[[str], None],
 ) -> None:
-    """Measure the tasks and add the results to the record; call `keep` after each."""
+    """Measure the tasks that are not finished, and add the results to the record; call `keep` after each."""
     model, tokenizer, meta = world.run_collectively(
         lambda: load_model(options.checkpoint, options.step, device, warn=warn), *MISTAKES
     )
@@ -153,10 +162,26 @@ def measure(
         return engine
 
     engine = world.run_collectively(prepare, *MISTAKES)
+    model_hash = hash_of(model) if options.out is not None and world.is_rank0 else ""
     for number, task in enumerate(tasks, 1):
+
+        def facts(task: Task = task) -> dict[str, Any]:
+            return {
+                "task": task.name,
+                "model": model_hash,
+                "data": sha256_json([vars(problem) for problem in task.problems]),
+                "tokenizer": tokenizer.hash,
+                "drawing": dataclasses.asdict(options.drawing()),
+                "device_batch_size": options.device_batch_size,
+                "dtype": options.dtype,
+                "quantize": options.quantize,
+                "programs_see_files": task.name == "HumanEval" and record["programs_see_files"],
+            }
+
         progress = functools.partial(show, f"{number}/{len(tasks)} {task.name}")
+        measure_task = functools.partial(evaluate, task, engine, options.drawing(), world=world, progress=progress)
         with autocast(device, options.dtype):
-            result = evaluate(task, engine, options.drawing(), world=world, progress=progress)
+            result = finished.result(TaskResult, facts, measure_task)
         record["tasks"].append(result._asdict())
         record["chatcore"] = chatcore({one["task"]: one["accuracy"] for one in record["tasks"]})
         keep()
@@ -187,7 +212,7 @@ def describe(record: dict[str, Any]) -> str:
 def run(options: Options, world: World | None = None) -> int:
     """Measure and print; return the exit code. On Ctrl-C print what has been measured so far.
 
-    Raises the errors of Options.check, read_tasks, sandbox.check and results.open_folder before any work, and later
+    Raises the errors of Options.check, read_tasks, sandbox.check and finished.open_folder before any work, and later
     those of load_model.
     """
     world = world or World()
@@ -197,17 +222,19 @@ def run(options: Options, world: World | None = None) -> int:
         if world.is_rank0:
             print(text, file=sys.stderr)
 
-    def begin() -> tuple[torch.device, list[Task], dict[str, str], bool, Path | None]:
+    def begin() -> tuple[torch.device, list[Task], dict[str, str], bool, Path | None, Finished]:
         options.check()
         device = pick_device(options.device)
         check_quantization(options.quantize, device)
         autocast(device, options.dtype)  # its error is reported before any work
         tasks, left_out = read_tasks(options)
         sees_files = any(task.name == "HumanEval" for task in tasks) and sandbox.check()
-        folder = results.open_folder(options.out, "chat_eval") if options.out is not None and world.is_rank0 else None
-        return device, tasks, left_out, sees_files, folder
+        folder = None
+        if options.out is not None and world.is_rank0:
+            folder = open_folder(options.out, "chat_eval", resume=options.resume)
+        return device, tasks, left_out, sees_files, folder, Finished(folder, "chat_eval", device, world)
 
-    device, tasks, left_out, sees_files, folder = world.run_collectively(begin, *MISTAKES)
+    device, tasks, left_out, sees_files, folder, finished_tasks = world.run_collectively(begin, *MISTAKES)
     record: dict[str, Any] = {"checkpoint": str(options.checkpoint), "step": options.step, "left_out": left_out}
     record |= {"programs_see_files": sees_files, "chatcore": None, "tasks": []}
     chosen = {"dtype": options.dtype, "quantize": options.quantize}
@@ -215,19 +242,21 @@ def run(options: Options, world: World | None = None) -> int:
 
     def keep(finished: bool = False) -> None:
         if folder is not None:
-            results.write(
-                folder, results.result("chat_eval", options, None, finished=finished, device=str(device)) | record
-            )
+            given = dataclasses.replace(options, resume=False)  # the result is that of a command without interruption
+            found = results.result("chat_eval", given, None, finished=finished, device=str(device))
+            results.write(folder, found | record)
 
     interrupted = False
     try:
-        measure(options, tasks, device, console_, world, record, keep, warn)
+        measure(options, tasks, device, console_, world, record, finished_tasks, keep, warn)
     except KeyboardInterrupt:
         if not record["tasks"]:
             raise
         interrupted = True
     keep(finished=not interrupted)
     console_.end_line()
+    if not interrupted:
+        finished_tasks.note_unused()
     if world.is_rank0:  # without the console: the result must arrive, or the exit code must tell
         print(json.dumps(record) if options.json else describe(record))
         if folder is not None and not options.json:

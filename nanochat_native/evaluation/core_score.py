@@ -32,6 +32,7 @@ from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.model.gpt import GPT
 from nanochat_native.ops.dtypes import widest_dtype
 from nanochat_native.runtime.distributed import World
+from nanochat_native.runtime.files import sha256_json
 
 CHOICE, SCHEMA, LANGUAGE = "multiple_choice", "schema", "language_modeling"
 KINDS = (CHOICE, SCHEMA, LANGUAGE)
@@ -498,6 +499,11 @@ def balance(sizes: Sequence[int], ranks: int) -> list[list[int]]:
         found[rank].append(i)
         heapq.heappush(heap, (load + sizes[i], rank))
     return [sorted(share) for share in found]
+
+
+def hash_of(task: Task) -> str:
+    """Return the SHA-256 of all that decides the prompts of a task and their scores, in hex."""
+    return sha256_json([task.label, task.kind, task.shots, task.delimiter, task.baseline, task.items])
 
 
 def require_tokens(task: Task, tokenizer: Tokenizer, longest: int) -> None:

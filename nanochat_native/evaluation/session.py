@@ -3,7 +3,7 @@
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,8 @@ import torch
 from nanochat_native import data
 from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.evaluation import core_score
-from nanochat_native.evaluation.bits_per_byte import measure_text
+from nanochat_native.evaluation.bits_per_byte import Evaluation, measure_text
+from nanochat_native.evaluation.finished import Finished, hash_of, open_folder
 from nanochat_native.model.gpt import GPT
 from nanochat_native.model.quantization import Quantization, check_finite, round_weights_
 from nanochat_native.runs import pictures, results, run_folder
@@ -63,6 +64,9 @@ class Options:
     """Device to run on; default: a CUDA GPU if there is one, else the CPU."""
     out: Path | None = None
     """Folder for result.json with flags, versions and measurements; updated after each task."""
+    resume: bool = False
+    """Continue in the folder of --out: tasks that were finished there with the same flags, model and data are not
+    measured again."""
     json: bool = False
     """Print one line of JSON."""
 
@@ -75,6 +79,8 @@ class Options:
             raise ValueError(f"--max-per-task {self.max_per_task} requires --core FOLDER")
         if self.compare_step is not None and self.compare is None:
             raise ValueError(f"--compare-step {self.compare_step} requires --compare RUN")
+        if self.resume and self.out is None:
+            raise ValueError("--resume requires --out FOLDER")
         if self.compare is not None and self.quantize is not None:
             raise ValueError("--compare must not be given with --quantize, which has a second model of its own")
 
@@ -86,6 +92,7 @@ class Session:
     Attributes:
         tasks: CORE tasks; empty without --core.
         folder: Folder of --out; None without --out and on ranks other than 0.
+        finished: The measurements that are in the folder.
     """
 
     options: Options
@@ -94,6 +101,7 @@ class Session:
     device: torch.device
     tasks: list[core_score.Task]
     folder: Path | None
+    finished: Finished
 
     def load(self, run: Path, step: int | None) -> tuple[GPT, Tokenizer, int]:
         """Return the model, its tokenizer and its step, on every rank."""
@@ -107,8 +115,8 @@ class Session:
         if self.world.is_rank0:
             print(text, file=sys.stderr)
 
-    def batches(self, run: Path, tokenizer: Tokenizer, sequence_len: int) -> Iterator[data.Batch]:
-        """Return this rank's part of the text, tokenized as in `run`."""
+    def corpus(self, run: Path, tokenizer: Tokenizer) -> tuple[data.Corpus, data.Packing]:
+        """Return the text, tokenized as in `run`, with the part to measure on as `val`; and how rows are made of it."""
         options, world = self.options, self.world
         trained = run_folder.load_config(options.checkpoint)
         packing: data.Packing = "bestfit" if trained.packing == "bestfit" else "stream"
@@ -148,16 +156,64 @@ class Session:
         corpus = prepare() if corpus is None else corpus
         if options.split == "train":
             corpus = replace(corpus, val=corpus.train)
-        return data.iterate_validation(
-            corpus,
-            packing=packing,
-            batch_rows=options.device_batch_size,
-            sequence_len=sequence_len,
-            max_tokens=options.max_tokens,
-            device=self.device,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        return corpus, packing
+
+    def measure_text(self, model: GPT, tokenizer: Tokenizer, run: Path, model_hash: str) -> Evaluation:
+        """Measure a model on the text, unless this is finished."""
+        options, world = self.options, self.world
+        corpus, packing = self.corpus(run, tokenizer)
+
+        def facts() -> dict[str, Any]:
+            return {
+                "task": "text",
+                "model": model_hash,
+                "data": corpus.hash,
+                "packing": packing,
+                "split": options.split,
+                "max_tokens": options.max_tokens,
+                "device_batch_size": options.device_batch_size,
+            }
+
+        def measure() -> Evaluation:
+            batches = data.iterate_validation(
+                corpus,
+                packing=packing,
+                batch_rows=options.device_batch_size,
+                sequence_len=model.config.sequence_len,
+                max_tokens=options.max_tokens,
+                device=self.device,
+                rank=world.rank,
+                world_size=world.size,
+            )
+            return measure_text(model, batches, tokenizer.token_bytes, world)
+
+        return self.finished.result(Evaluation, facts, measure)
+
+    def measure_task(
+        self, model: GPT, tokenizer: Tokenizer, task: core_score.Task, number: int, model_hash: str
+    ) -> core_score.TaskResult:
+        """Measure a model in a CORE task, unless this is finished. number: the task's, from 1."""
+
+        def facts() -> dict[str, Any]:
+            return {
+                "task": task.label,
+                "model": model_hash,
+                "data": core_score.hash_of(task),
+                "tokenizer": tokenizer.hash,
+                "device_batch_size": self.options.device_batch_size,
+            }
+
+        def measure() -> core_score.TaskResult:
+            return core_score.evaluate_task(
+                model,
+                tokenizer,
+                task,
+                batch_tokens=self.options.device_batch_size * model.config.sequence_len,
+                world=self.world,
+                progress=functools.partial(self.show, f"CORE {number}/{len(self.tasks)} {task.label}"),
+            )
+
+        return self.finished.result(core_score.TaskResult, facts, measure)
 
     def show(self, what: str, done: int, total: int) -> None:
         """Update the live line."""
@@ -181,23 +237,13 @@ class Session:
 
     def measure_model(self, model: GPT, tokenizer: Tokenizer, record: dict[str, Any], keep: Callable[[], None]) -> None:
         """Measure a model and add the results to the record; call `keep` after each task."""
-        run, world = Path(record["checkpoint"]), self.world
-        batches = self.batches(run, tokenizer, model.config.sequence_len)
+        model_hash = "" if self.folder is None else hash_of(model)
         with autocast(self.device):
-            result = measure_text(model, batches, tokenizer.token_bytes, world)
+            result = self.measure_text(model, tokenizer, Path(record["checkpoint"]), model_hash)
             record |= result._asdict()
             task_results: list[core_score.TaskResult] = []
             for number, task in enumerate(self.tasks, 1):
-                task_results.append(
-                    core_score.evaluate_task(
-                        model,
-                        tokenizer,
-                        task,
-                        batch_tokens=self.options.device_batch_size * model.config.sequence_len,
-                        world=world,
-                        progress=functools.partial(self.show, f"CORE {number}/{len(self.tasks)} {task.label}"),
-                    )
-                )
+                task_results.append(self.measure_task(model, tokenizer, task, number, model_hash))
                 finished = number == len(self.tasks)
                 record["core"] = {
                     "score": core_score.score(task_results) if finished else None,
@@ -281,7 +327,7 @@ def table(measured: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
 def run(options: Options, world: World | None = None) -> int:
     """Measure and print; return the exit code. On Ctrl-C print what has been measured so far.
 
-    Raises the errors of Options.check, core_score.read_bundle and results.open_folder before any work, later those of
+    Raises the errors of Options.check, core_score.read_bundle and finished.open_folder before any work, later those of
     load_model and data.prepare.
     """
     world = world or World()
@@ -291,8 +337,10 @@ def run(options: Options, world: World | None = None) -> int:
         options.check()
         device = pick_device(options.device)
         tasks = [] if options.core is None else core_score.read_bundle(options.core, options.max_per_task)
-        folder = results.open_folder(options.out, "evaluate") if options.out is not None and world.is_rank0 else None
-        return Session(options, world, console, device, tasks, folder)
+        folder = None
+        if options.out is not None and world.is_rank0:
+            folder = open_folder(options.out, "evaluate", resume=options.resume)
+        return Session(options, world, console, device, tasks, folder, Finished(folder, "evaluate", device, world))
 
     session = world.run_collectively(begin, *MISTAKES)
     records: list[dict[str, Any]] = [{"checkpoint": str(options.checkpoint), "step": options.step}]
@@ -304,7 +352,8 @@ def run(options: Options, world: World | None = None) -> int:
 
     def keep(finished: bool = False) -> None:
         if session.folder is not None:
-            found = results.result("evaluate", options, None, finished=finished, device=str(session.device))
+            given = replace(options, resume=False)  # the result is that of a command which was not interrupted
+            found = results.result("evaluate", given, None, finished=finished, device=str(session.device))
             results.write(session.folder, found | report(records))
 
     interrupted = False
@@ -317,6 +366,8 @@ def run(options: Options, world: World | None = None) -> int:
         interrupted = True
     keep(finished=not interrupted)
     console.end_line()
+    if not interrupted:
+        session.finished.note_unused()
     if world.is_rank0:  # without the console: the result must arrive, or the exit code must tell
         print(json.dumps(report(records)) if options.json else describe(records, len(session.tasks)))
         if session.folder is not None and not options.json:

@@ -76,7 +76,7 @@ class Stage:
 
     @property
     def is_run(self) -> bool:
-        """Whether the stage trains: its folder is that of a run, which can be resumed."""
+        """Whether the stage trains: its folder is that of a run."""
         return self.command in RUNS and not self.writes_chats
 
     @property
@@ -254,7 +254,7 @@ def arguments(stage: Stage, recipe: Recipe, places: Places) -> list[str]:
     if stage.is_run:
         words += ["--out-dir", str(places.out), "--run", stage.name, "--resume", "auto", "--device", recipe.device]
     elif stage.command in MEASURES:
-        words += ["--out", str(places.folder(stage.name)), "--device", recipe.device]
+        words += ["--out", str(places.folder(stage.name)), "--resume", "--device", recipe.device]
     elif stage.command == "download":
         words += ["--out", str(places.downloads)]
     return words

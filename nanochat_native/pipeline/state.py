@@ -107,8 +107,8 @@ class State:
     def begin(self, stage: Stage, command: list[str]) -> None:
         """Record that an attempt at a stage begins.
 
-        The folder of a stage that cannot be resumed is emptied. An attempt that did not end, because the speedrun was
-        killed, counts up to its last output.
+        The folder of a stage that writes conversations is emptied, because it cannot be resumed. An attempt that did
+        not end, because the speedrun was killed, counts up to its last output.
         """
         entry = self.stages.setdefault(
             stage.name, {"status": STARTED, "words": stage.recorded(), "seconds": 0.0, "attempts": 0}
@@ -118,7 +118,7 @@ class State:
         self.save()
         self._places.log(stage.name).parent.mkdir(exist_ok=True)
         folder = self._places.folder(stage.name)
-        if not stage.is_run and stage.command != "download":
+        if stage.writes_chats:
             _delete(folder)
             folder.mkdir(parents=True)
 

@@ -53,13 +53,18 @@ def result(
     if config is not None:
         how |= {"config": to_json(config), "seed": config.seed}
         device = config.device
-    how["versions"] = {
+    how["versions"] = versions(device)
+    return how | data
+
+
+def versions(device: str | None) -> dict[str, str]:
+    """Return the versions of the programs, and the name of the device."""
+    return {
         "nanochat_native": nanochat_native.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": "none" if device is None else hardware.describe(torch.device(device)),
     }
-    return how | data
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:

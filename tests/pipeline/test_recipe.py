@@ -156,7 +156,7 @@ def test_command_lines_have_the_folders_of_the_stages(recipe):
     flags = ["--checkpoint", f"{out}/base", f"--data={out}/chats/c.jsonl"]
     assert lines["chat"] == [*head, "nanochat_native.finetune", *flags, *run]
     assert lines["chats"] == [*head, "nanochat_native.reinforce", "--write-chats", f"{out}/chats/c.jsonl"]
-    score = ["--checkpoint", f"{out}/base", "--out", f"{out}/score", "--device", "cpu"]
+    score = ["--checkpoint", f"{out}/base", "--out", f"{out}/score", "--resume", "--device", "cpu"]
     assert lines["score"] == [*head, "nanochat_native.evaluate", *score]
 
 

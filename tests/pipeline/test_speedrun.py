@@ -259,7 +259,7 @@ def test_signal_stops_the_stage_with_a_checkpoint_and_the_same_command_continues
     assert err.endswith("stopped in stage base; the same command without --redo continues\n")
 
 
-def test_killed_evaluation_begins_again(whole, tmp_path):
+def test_evaluation_whose_result_was_half_written_is_finished(whole, tmp_path):
     folder = copy(whole, tmp_path)
     content = json.loads((folder / "out/state.json").read_text())
     since = time.time() - 7

@@ -1,0 +1,386 @@
+"""--resume of `evaluate` and `chat_eval`: kills within a task, what is measured again, damaged files, ranks."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from backends import use
+from fork_server import python
+from ranks import run as run_ranks
+from test_core_score import write_bundle
+from test_evaluate import make_run
+from tiny_run import BACKEND, wait_until
+
+from nanochat_native import chat_eval, evaluate
+from nanochat_native.evaluation import chat_evaluation, core_score, finished, session
+from nanochat_native.evaluation.chat_tasks import Task
+from nanochat_native.runs import checkpoint
+from nanochat_native.runtime.distributed import World
+
+CHAT_TASKS = ("SpellingBee", "SimpleSpelling")
+MEASURES = ((session, "measure_text"), (core_score, "evaluate_task"), (chat_evaluation, "evaluate"))
+
+# Runs a command in a process of its own. Each measurement that begins is written to a file, and one never ends.
+PROGRAM = """
+import sys, time
+sys.path[:] = {path!r}
+from test_finished import trace
+def begun(name):
+    with open({log!r}, "a") as file:
+        file.write(name + "\\n")
+    if name == {stop!r}:
+        time.sleep(600)
+trace(begun, setattr)
+from nanochat_native.{command} import main
+sys.exit(main())
+"""
+
+
+def trace(begun, replace):
+    """Call begun(name) before each measurement of a text or a task."""
+
+    def traced(original):
+        def measure(*given, **more):
+            tasks = [one for one in given if isinstance(one, core_score.Task | Task)]
+            begun(getattr(tasks[0], "label", None) or tasks[0].name if tasks else "text")
+            return original(*given, **more)
+
+        return measure
+
+    for module, name in MEASURES:
+        replace(module, name, traced(getattr(module, name)))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the run r and the CORE tasks in bundle."""
+    folder = tmp_path_factory.mktemp("made")
+    make_run(folder, "r", "square", 300)
+    write_bundle(folder / "bundle")
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    """A copy of the folder for a test to change; its text stays where it was."""
+    for name in ("r", "bundle"):
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
+
+
+def labels(place):
+    return [task.label for task in core_score.read_bundle(place / "bundle")]
+
+
+def flags_of(name, place):
+    if name == "evaluate":
+        return ["--checkpoint", place / "r", "--core", place / "bundle", "--device", "cpu"]
+    given = ["--checkpoint", place / "r", "--max-problems", 3, "--max-new-tokens", 4, "--device", "cpu"]
+    return [*given, "--tasks", *CHAT_TASKS]
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a command here. Returns its exit code, its output, its errors, and the names of what was measured."""
+    measured = []
+    trace(measured.append, monkeypatch.setattr)
+
+    def run(name, *flags, backend=BACKEND):
+        measured.clear()
+        with use(backend):
+            code = {"evaluate": evaluate, "chat_eval": chat_eval}[name].main([str(flag) for flag in flags])
+        out, err = capsys.readouterr()
+        return code, out, err, list(measured)
+
+    return run
+
+
+def process(name, log, flags, stop=""):
+    program = PROGRAM.format(path=sys.path, log=str(log), stop=stop, command=name)
+    return subprocess.Popen(
+        [python(), "-c", program, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"NANOCHAT_NATIVE_BACKEND": BACKEND, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def without_times(record):
+    return record | {"tasks": [{**task, "seconds": 0} for task in record.get("tasks", ())]}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "stop"),
+    [
+        ("evaluate", (), 0),
+        ("evaluate", (), 2),
+        ("evaluate", ("--quantize", "int8"), 2),
+        ("chat_eval", (), 1),
+    ],
+    ids=["text", "second task", "two models", "chat"],
+)
+def test_a_command_that_was_killed_measures_the_rest_and_has_the_same_result(place, name, more, stop):
+    flags = [*flags_of(name, place), *more, "--out", place / "out", "--resume", "--json"]
+    tasks = ["text", *labels(place)] if name == "evaluate" else list(CHAT_TASKS)
+    everything = tasks * (2 if more else 1)
+    whole = process(name, place / "whole", flags)
+    expected, err = whole.communicate()
+    assert (whole.returncode, (place / "whole").read_text().split("\n")[:-1]) == (0, everything), err
+    result = json.loads((place / "out/result.json").read_text())
+    shutil.rmtree(place / "out")
+
+    killed = process(name, place / "killed", flags, tasks[stop])
+    log = place / "killed"
+    wait_until(lambda: log.exists() and log.read_text().endswith(tasks[stop] + "\n"))
+    killed.kill()
+    assert killed.communicate()[0] == ""
+    kept = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
+    assert ("finished.json" in kept) == (stop > 0)
+    resumed = process(name, place / "resumed", flags)
+    out, err = resumed.communicate()
+    assert (resumed.returncode, (place / "resumed").read_text().split("\n")[:-1]) == (0, everything[stop:]), err
+    assert (f"resume   {place}/out has {stop} finished measurement" in err) == (stop > 0)
+    assert "did not fit" not in err
+    found = json.loads((place / "out/result.json").read_text())
+    if name == "evaluate":
+        assert (out, found) == (expected, result)
+    else:
+        assert without_times(json.loads(out)) == without_times(json.loads(expected))
+        assert without_times(found) == without_times(result)
+        assert found["tasks"][0] == json.loads(kept["finished.json"])["finished"][0]["result"]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "chat_eval"])
+def test_a_command_that_is_finished_measures_nothing_again(place, command, name):
+    flags = [*flags_of(name, place), "--out", place / "out", "--json"]
+    code, expected, _, measured = command(name, *flags)
+    assert (code, len(measured)) == (0, 7 if name == "evaluate" else 2)
+    before = (place / "out/result.json").read_bytes()
+    code, out, err, measured = command(name, *flags, "--resume")
+    assert (code, out, measured) == (0, expected, [])
+    assert (place / "out/result.json").read_bytes() == before
+    assert "did not fit" not in err
+    code, _, err, measured = command(name, *flags)
+    assert (code, measured) == (2, [])
+    assert err.endswith(f"got {place}/out; --resume continues what is there\n")
+
+
+def other_weights(place):
+    """The same step with a weight that differs in one bit."""
+    state, meta = checkpoint.load(place / "r/checkpoints", 5)
+    weights = state["model"]
+    weights["lm_head.weight"].view(torch.int32)[0, 0] ^= 1
+    shutil.rmtree(checkpoint.path_of(place / "r/checkpoints", 5))
+    meta = {name: meta[name] for name in ("model_config", "tokenizer_hash")}
+    checkpoint.save(place / "r/checkpoints", 5, {"model": weights}, meta)
+
+
+def other_task(place):
+    """The first CORE task with the right choices of other items."""
+    path = next(place.glob("bundle/eval_data/choices.jsonl"))
+    items = [json.loads(line) for line in path.read_text().splitlines()]
+    for item in items:
+        item["gold"] = (item["gold"] + 1) % len(item["choices"])
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def other_baseline(place):
+    path = place / "bundle/eval_meta_data.csv"
+    path.write_text(path.read_text().replace("no shots,x,25", "no shots,x,24"))
+
+
+def other_versions(place):
+    finished.results.versions = lambda device: {"torch": "0"}
+
+
+def nothing(place):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "again"),
+    [
+        (nothing, ["--step", 3], "everything"),
+        (other_weights, [], "everything"),
+        (nothing, ["--device-batch-size", 3], "everything"),
+        (nothing, ["--max-tokens", 200], "text"),
+        (nothing, ["--split", "train"], "text"),
+        (nothing, ["--data", "other.txt"], "text"),
+        (nothing, ["--max-per-task", 11], "choices language long"),
+        (other_task, [], "choices"),
+        (other_versions, [], "everything"),
+    ],
+    ids=["step", "weights", "batch", "tokens", "split", "data", "items", "task", "versions"],
+)
+def test_what_other_flags_models_or_data_change_is_measured_again(place, command, monkeypatch, change, flags, again):
+    monkeypatch.setattr(finished.results, "versions", finished.results.versions)
+    monkeypatch.chdir(place)
+    (place / "other.txt").write_text("".join(f"line {i} is another one of {i * 7}\n" for i in range(2000)))
+    given = [*flags_of("evaluate", place), "--json"]
+    assert command("evaluate", *given, "--out", place / "out")[0] == 0
+    change(place)
+    code, out, err, measured = command("evaluate", *given, *flags, "--out", place / "out", "--resume")
+    tasks = labels(place)
+    assert (code, measured) == (0, ["text", *tasks] if again == "everything" else again.split())
+    assert f"note: {len(measured)} finished measurement" in err
+    assert out == command("evaluate", *given, *flags)[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "again"),
+    [
+        (["--step", 3], 2),
+        (["--max-problems", 2], 2),
+        (["--max-new-tokens", 5], 2),
+        (["--device-batch-size", 3], 2),
+        (["--temperature", 1], 2),
+        (["--seed", 1], 2),
+        (["--dtype", "bfloat16"], 2),
+        (["--quantize", "int8"], 2),
+        (["--tasks", "SimpleSpelling"], 0),
+    ],
+    ids=lambda given: given[0].strip("-") if isinstance(given, list) else "",
+)
+def test_chat_tasks_with_other_flags_are_measured_again(place, command, flags, again):
+    given = [*flags_of("chat_eval", place), "--json"]
+    assert command("chat_eval", *given, "--out", place / "out")[0] == 0
+    code, out, err, measured = command("chat_eval", *given, *flags, "--out", place / "out", "--resume")
+    assert (code, len(measured)) == (0, again)
+    assert "did not fit" in err
+    fresh = command("chat_eval", *given, *flags)[1]
+    assert without_times(json.loads(out)) == without_times(json.loads(fresh))
+
+
+def test_another_backend_measures_again(place, command):
+    if BACKEND == "torch":
+        pytest.skip("there is one backend")
+    given = [*flags_of("evaluate", place), "--out", place / "out"]
+    assert command("evaluate", *given)[0] == 0
+    code, _, _, measured = command("evaluate", *given, "--resume", backend="torch")
+    assert (code, len(measured)) == (0, 7)
+
+
+def half(text):
+    return text[: len(text) // 2]
+
+
+def other_figure(text):
+    record = json.loads(text)
+    record["finished"][0]["result"]["bpb"] += 1e-9
+    return json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        half,
+        other_figure,
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: text.replace("nanochat-native finished", "another"),
+        lambda text: "\udcff" + text,
+    ],
+    ids=["half", "figure", "empty", "list", "object", "format", "bytes"],
+)
+def test_damaged_measurements_are_named_and_made_again(place, command, damage):
+    flags = [*flags_of("evaluate", place), "--out", place / "out", "--json"]
+    _, expected, _, _ = command("evaluate", *flags)
+    path = place / "out/finished.json"
+    whole = path.read_text()
+    path.write_text(damage(whole), errors="surrogateescape")
+    (place / "out/result.json").write_text("half")
+    code, out, err, measured = command("evaluate", *flags, "--resume")
+    assert (code, out, len(measured)) == (0, expected, 7)
+    (line,) = [line for line in err.splitlines() if str(path) in line]
+    assert line.startswith(f"note: {path} is damaged, everything is measured again (")
+    assert path.read_text() == whole
+    assert json.loads((place / "out/result.json").read_text())["finished"]
+
+
+def test_a_folder_that_is_not_of_the_command_is_refused_and_stays_as_it_is(place, command):
+    flags = [*flags_of("chat_eval", place), "--resume", "--out"]
+    assert command("evaluate", *flags_of("evaluate", place), "--out", place / "score")[0] == 0
+    before = {path: path.read_bytes() for path in (place / "score").iterdir()}
+    code, _, err, measured = command("chat_eval", *flags, place / "score")
+    message = "error: --out must be a new or an empty folder, got "
+    assert (code, err, measured) == (2, f"{message}{place}/score\n", [])
+    assert {path: path.read_bytes() for path in (place / "score").iterdir()} == before
+    (place / "other").mkdir()
+    (place / "other/thesis.txt").touch()
+    code, _, err, measured = command("chat_eval", *flags, place / "other")
+    assert (code, err, measured) == (2, f"{message}{place}/other\n", [])
+    for name in ("evaluate", "chat_eval"):
+        code, _, err, _ = command(name, *flags_of(name, place), "--resume")
+        assert (code, err) == (2, "error: --resume requires --out FOLDER\n")
+
+
+def test_what_a_write_left_behind_does_not_stop_the_next_command(place, command):
+    (place / "out").mkdir()
+    (place / "out/.finished.json.01234567.tmp").write_text("half")
+    code, _, _, measured = command("evaluate", *flags_of("evaluate", place), "--resume", "--out", place / "out")
+    assert (code, len(measured)) == (0, 7)
+
+
+def measured_on_rank(place, times):
+    use(BACKEND)
+    measured = []
+    trace(measured.append, setattr)
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+    found = []
+    for _ in range(times):
+        measured.clear()
+        options = session.Options(
+            checkpoint=place / "r", core=place / "bundle", device="cpu", json=True, out=place / "out", resume=True
+        )
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert session.run(options, world) == 0
+        found.append((out.getvalue(), list(measured)))
+    return found
+
+
+def test_ranks_measure_nothing_again(place):
+    first, second = run_ranks(2, measured_on_rank, place, 2)
+    for (out, measured), (again, nothing_more) in (first, second):
+        assert (out, len(measured)) == (again, 7)
+        assert nothing_more == []
+    assert first[0][0].startswith("{")
+    assert second[0][0] == ""
+    (place / "out/finished.json").unlink()
+    third = run_ranks(3, measured_on_rank, place, 1)
+    assert [len(measured) for ((_, measured),) in third] == [7] * 3
+
+
+def test_another_number_of_ranks_measures_again(place, command):
+    run_ranks(2, measured_on_rank, place, 1)
+    code, _, err, measured = command("evaluate", *flags_of("evaluate", place), "--out", place / "out", "--resume")
+    assert (code, len(measured)) == (0, 7)
+    assert "note: 7 finished measurements" in err
+
+
+def test_the_hash_of_a_model_has_its_weights_names_and_config(place):
+    from nanochat_native.runs.saved_model import load_model
+
+    model, _, _ = load_model(place / "r", 5)
+    first = finished.hash_of(model)
+    assert first == finished.hash_of(load_model(place / "r", 5)[0])
+    assert first != finished.hash_of(load_model(place / "r", 3)[0])
+    assert first != finished.hash_of(model.double())
+
+
+def test_the_hash_of_a_task_has_all_that_decides_its_score(place):
+    tasks = core_score.read_bundle(place / "bundle")
+    hashes = [core_score.hash_of(task) for task in tasks]
+    assert len(set(hashes)) == len(tasks)
+    other_baseline(place)
+    other = [core_score.hash_of(task) for task in core_score.read_bundle(place / "bundle")]
+    changed = [task.label for task, one, two in zip(tasks, hashes, other, strict=True) if one != two]
+    assert changed == ["no shots"]
