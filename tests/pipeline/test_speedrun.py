@@ -278,6 +278,32 @@ def test_evaluation_whose_result_was_half_written_is_finished(whole, tmp_path):
     assert found["last"]["figures"] == state(whole)["last"]["figures"]
 
 
+def test_killed_measurement_of_chat_tasks_continues_after_the_finished_task(whole, tmp_path):
+    flags = "--checkpoint {rl} --tasks SpellingBee SimpleSpelling --max-problems 200 --max-new-tokens 48"
+    more = f"[[stages]]\nname = 'more'\ncommand = 'chat_eval'\nflags = '{flags}'\n"
+    folder, undisturbed = (copy(whole, tmp_path / name) for name in ("killed", "undisturbed"))
+    for place in (folder, undisturbed):
+        (place / "r.toml").write_text(recipe_text(whole, more=more))
+    running = start(folder, "out")
+    wait_until(lambda: (folder / "out/more/finished.json").exists())
+    running.kill()
+    running.communicate()
+    log = folder / "out/logs/more.log"
+    wait_until(lambda: time.time() - log.stat().st_mtime > 1)  # the stage gets SIGTERM
+    assert state(folder)["more"]["status"] == "started"
+    kept = json.loads((folder / "out/more/finished.json").read_text())["finished"]
+    assert [entry["facts"]["task"] for entry in kept] == ["SpellingBee"]
+    for place in (folder, undisturbed):
+        result = speedrun(place, "out")
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert "more has 1 finished measurement\n" in log.read_text()
+    tasks = [json.loads((place / "out/more/result.json").read_text())["tasks"] for place in (folder, undisturbed)]
+    assert tasks[0][0]["seconds"] == kept[0]["result"]["seconds"], "the first task was not measured again"
+    for one, other in zip(*tasks, strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert [state(folder)["more"]["attempts"], state(undisturbed)["more"]["attempts"]] == [2, 1]
+
+
 def test_stage_that_fails_ends_the_speedrun_with_its_exit_code(whole, tmp_path):
     folder = copy(whole, tmp_path)
     more = "[[stages]]\nname = 'more'\ncommand = 'evaluate'\nflags = '--checkpoint {rl} --core nowhere'\n"
