@@ -102,7 +102,7 @@ def test_every_documented_module_flag_and_file_exists(name):
     other |= {"--standalone", "--nnodes", "--nproc_per_node", "--ntasks-per-node"}  # torchrun's and Slurm's
     other |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
     other |= {"--check", "--update"}  # of docs/tools/build.py
-    other |= {"--torch", "--sdist-only"}  # of tools/wheels.py
+    other |= {"--torch", "--sdist-only", "--cuda"}  # of tools/wheels.py and tests/aarch64
     other |= {"--rm", "--install", "--param", "--slow-minutes"}  # of docker, xcode-select, g++, and tests/conftest.py
     assert set(NAMED_FLAG.findall(text)) <= own | other
     paths = re.findall(
