@@ -29,7 +29,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "build/aarch64"
-SYSTEM, SITE, STAND_INS, APT, TOOLKIT = (HOME / name for name in ("system", "site", "stand-ins", "apt", "toolkit"))
+SYSTEM, SITE, STAND_INS, APT = (HOME / name for name in ("system", "site", "stand-ins", "apt"))
 TOOLS = {"qemu-aarch64-static": "qemu-user-static", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu"}
 TORCH = "torch==2.11.0"  # the oldest one that the project takes
 PACKAGES = [
@@ -222,14 +222,18 @@ def setup_module() -> ModuleType:
     return module
 
 
-def fill_toolkit(nvcc: str) -> None:
-    """Make a CUDA toolkit that compiles here for aarch64: the programs and headers of this machine, other libraries."""
-    if TOOLKIT.exists():
-        return
+def fill_toolkit(nvcc: str) -> Path:
+    """Return a CUDA toolkit that compiles for aarch64: programs and headers of this machine, and other libraries."""
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    top = Path(re.findall(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)[0]).resolve()
-    include = Path(re.findall(r'^#\$ INCLUDES="-I([^"]*)"', plan, re.MULTILINE)[0]).resolve()
-    release = re.findall(r"release (\d+\.\d+)", output(nvcc, "--version"))[0]
+    tops = re.findall(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
+    includes = re.findall(r'^#\$ INCLUDES="-I([^"]*)"', plan, re.MULTILINE)
+    releases = re.findall(r"release (\d+\.\d+)", output(nvcc, "--version"))
+    if not (tops and includes and releases):
+        raise UnavailableError(f"the CUDA kernels: {nvcc} does not say where its files are")
+    top, include, release = Path(tops[0]).resolve(), Path(includes[0]).resolve(), releases[0]
+    toolkit = HOME / f"toolkit-{release}"
+    if toolkit.exists():
+        return toolkit
     part, wheels = HOME / "toolkit.part", HOME / "wheels"
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(wheels, ignore_errors=True)
@@ -252,10 +256,11 @@ def fill_toolkit(nvcc: str) -> None:
             library = re.search(r"/lib/(libcudart_static\.a|libcudadevrt\.a|libcudart\.so)", member)
             if library:
                 (target / "lib" / library[1]).write_bytes(wheel.read(member))
-    part.rename(TOOLKIT)
+    part.rename(toolkit)
+    return toolkit
 
 
-def cuda_settings(nvcc: str) -> dict[str, str]:
+def cuda_settings(nvcc: str, toolkit: Path) -> dict[str, str]:
     """Return the settings of CMake, as setup.py has them on aarch64."""
     setup = setup_module()
     os.environ["TORCH_CUDA_ARCH_LIST"] = setup.DEFAULT_ARCHITECTURES["aarch64"]
@@ -266,11 +271,11 @@ def cuda_settings(nvcc: str) -> dict[str, str]:
         "NANOCHAT_CUDA_ARCHITECTURES": " ".join(entries),
         "NANOCHAT_CUDA_CODE": code,
         "NANOCHAT_CUDA_HOPPER_CODE": hopper_code,
-        "CMAKE_CUDA_COMPILER": str(TOOLKIT / "bin/nvcc"),
+        "CMAKE_CUDA_COMPILER": str(toolkit / "bin/nvcc"),
         "CMAKE_CUDA_HOST_COMPILER": "aarch64-linux-gnu-g++",
         "CMAKE_CUDA_FLAGS": "-target-dir sbsa-linux",
         "CMAKE_CUDA_ARCHITECTURES": "OFF",
-        "CUDAToolkit_ROOT": str(TOOLKIT),
+        "CUDAToolkit_ROOT": str(toolkit),
     }
 
 
@@ -280,7 +285,7 @@ def read_version(path: Path) -> str:
 
 def build(cuda: dict[str, str]) -> None:
     """Cross-compile the module and put it in the package, beside that for this machine. cuda: settings of CMake."""
-    folder = HOME / ("native-cuda" if cuda else "native")
+    folder = HOME / (f"native-{Path(cuda['CUDAToolkit_ROOT']).name}" if cuda else "native")
     headers = SYSTEM / f"usr/include/python{python_version()}"
     torch = SITE / "torch"
     # pyconfig.h asks for the one in the folder of the architecture. The other headers there are not the compiler's.
@@ -351,8 +356,7 @@ def main(arguments: Sequence[str]) -> int:
         fill_site()
         if "--cuda" in arguments:
             nvcc = find_nvcc()
-            fill_toolkit(nvcc)
-            cuda = cuda_settings(nvcc)
+            cuda = cuda_settings(nvcc, fill_toolkit(nvcc))
     except UnavailableError as error:
         print(f"tests/aarch64: nothing was run for aarch64, because this could not be installed: {error}")
         return 0
