@@ -1429,6 +1429,7 @@ def test_a_port_in_use_and_a_missing_extra(folder, capsys, monkeypatch):
         assert command.main([*args, "--port", str(port)]) == 2
         assert f"127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "nanochat_native.inference.server.connection")  # it is imported already
     assert command.main(args) == 2
     assert "pip install 'nanochat-native[serve]'" in capsys.readouterr().err
 
