@@ -340,6 +340,8 @@ struct NewtonSchulz {
     double norm_factor;
     // (batch, M), or null. X is g with each row multiplied by its number instead; |X|_F is at most 1 / norm_factor.
     const double* scales = nullptr;
+    // CPU: multiply matrices that are rounded to bfloat16, with float32 sums, if the instruction set does it (not float64).
+    bool allow_bfloat16 = false;
     // Only CUDA reads the next two; the CPU kernel chooses its own form.
     NewtonSchulzForm form;      // see cuda::newton_schulz_form
     const MuonUpdate* update;   // null, or: the result updates its params (count = batch, numel = M K) instead of being

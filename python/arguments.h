@@ -818,8 +818,8 @@ struct NewtonSchulzStorage {
 inline NewtonSchulz newton_schulz_arguments(const char* op, const char* name, const at::Tensor& g,
                                             at::ArrayRef<double> coefficients, double norm_factor,
                                             const std::optional<at::Tensor>& norms,
-                                            const std::optional<at::Tensor>& scales, at::ArrayRef<at::ScalarType> taken,
-                                            NewtonSchulzStorage& storage) {
+                                            const std::optional<at::Tensor>& scales, bool allow_bfloat16,
+                                            at::ArrayRef<at::ScalarType> taken, NewtonSchulzStorage& storage) {
     TORCH_CHECK_VALUE(g.dim() >= 2, op, ": ", name, " must have shape (..., M, K), got ", g.sizes());
     TORCH_CHECK_VALUE(!coefficients.empty() && coefficients.size() % 3 == 0, op,
                       ": coefficients must have three numbers for each step, got ", coefficients.size(), " numbers");
@@ -840,7 +840,8 @@ inline NewtonSchulz newton_schulz_arguments(const char* op, const char* name, co
             .coefficients = coefficients.data(),
             .steps = static_cast<int64_t>(coefficients.size() / 3),
             .norm_factor = norm_factor,
-            .scales = scales ? storage.scales.const_data_ptr<double>() : nullptr};
+            .scales = scales ? storage.scales.const_data_ptr<double>() : nullptr,
+            .allow_bfloat16 = allow_bfloat16};
 }
 
 // The arguments of the two parts of newton_schulz_update_. Its `update` is the g of newton_schulz.
@@ -848,13 +849,13 @@ inline std::pair<NewtonSchulz, MuonUpdate> newton_schulz_update_arguments(
     at::TensorList params, const at::Tensor& update, at::TensorList copies, at::ArrayRef<double> coefficients,
     double norm_factor, const std::optional<at::Tensor>& norms, double lr, double weight_decay, double scale,
     bool cautious, const std::optional<at::Tensor>& lr_tensor, const std::optional<at::Tensor>& weight_decay_tensor,
-    NewtonSchulzStorage& newton_schulz_storage, MuonUpdateStorage& storage) {
+    bool allow_bfloat16, NewtonSchulzStorage& newton_schulz_storage, MuonUpdateStorage& storage) {
     const char* op = "newton_schulz_update_";
     const MuonUpdate muon = muon_update_arguments(op, params, update, copies, lr, weight_decay, scale, cautious,
                                                   lr_tensor, weight_decay_tensor, storage);
     TORCH_CHECK_VALUE(params[0].dim() >= 2, op, ": params must have shape (..., M, K), got ", params[0].sizes());
-    return {newton_schulz_arguments(op, "update", update, coefficients, norm_factor, norms, {}, {at::kFloat},
-                                    newton_schulz_storage),
+    return {newton_schulz_arguments(op, "update", update, coefficients, norm_factor, norms, {}, allow_bfloat16,
+                                    {at::kFloat}, newton_schulz_storage),
             muon};
 }
 

@@ -224,10 +224,10 @@ void relu_squared_backward_(const Tensor& dy, const Tensor& y) {
 // --- newton_schulz ---
 
 Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double norm_factor,
-                     const std::optional<Tensor>& norms, const std::optional<Tensor>& scales) {
+                     const std::optional<Tensor>& norms, const std::optional<Tensor>& scales, bool allow_bfloat16) {
     NewtonSchulzStorage storage;
     NewtonSchulz arguments = newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms, scales,
-                                                     {at::kFloat, at::kDouble}, storage);
+                                                     allow_bfloat16, {at::kFloat, at::kDouble}, storage);
     Tensor out = at::empty(g.sizes(), g.options());
     arguments.out = out.mutable_data_ptr();
     arguments.execution = execution();
@@ -289,12 +289,13 @@ void normuon_update_(at::TensorList params, const Tensor& update, at::TensorList
 void newton_schulz_update_(at::TensorList params, const Tensor& update, at::TensorList copies,
                            at::ArrayRef<double> coefficients, double norm_factor, const std::optional<Tensor>& norms,
                            double lr, double weight_decay, double scale, bool cautious,
-                           const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
+                           const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor,
+                           bool allow_bfloat16) {
     NewtonSchulzStorage newton_schulz_storage;
     MuonUpdateStorage storage;
-    auto [orthogonalise, arguments] =
-        newton_schulz_update_arguments(params, update, copies, coefficients, norm_factor, norms, lr, weight_decay,
-                                       scale, cautious, lr_tensor, weight_decay_tensor, newton_schulz_storage, storage);
+    auto [orthogonalise, arguments] = newton_schulz_update_arguments(
+        params, update, copies, coefficients, norm_factor, norms, lr, weight_decay, scale, cautious, lr_tensor,
+        weight_decay_tensor, allow_bfloat16, newton_schulz_storage, storage);
     const Tensor orthogonal = at::empty(update.sizes(), update.options());
     orthogonalise.out = orthogonal.mutable_data_ptr();
     arguments.update = orthogonal.const_data_ptr<float>();

@@ -268,11 +268,11 @@ void run_newton_schulz(NewtonSchulz arguments, at::Device device) {
 }
 
 Tensor newton_schulz(const Tensor& g, at::ArrayRef<double> coefficients, double norm_factor,
-                     const std::optional<Tensor>& norms, const std::optional<Tensor>& scales) {
+                     const std::optional<Tensor>& norms, const std::optional<Tensor>& scales, bool allow_bfloat16) {
     const c10::DeviceGuard guard(g.device());
     NewtonSchulzStorage storage;
     NewtonSchulz arguments = newton_schulz_arguments("newton_schulz", "g", g, coefficients, norm_factor, norms, scales,
-                                                     {at::kFloat}, storage);
+                                                     allow_bfloat16, {at::kFloat}, storage);
     Tensor out = at::empty(g.sizes(), g.options());
     arguments.out = out.mutable_data_ptr();
     if (arguments.batch > 0) run_newton_schulz(arguments, g.device());
@@ -343,13 +343,14 @@ void normuon_update_(at::TensorList params, const Tensor& update, at::TensorList
 void newton_schulz_update_(at::TensorList params, const Tensor& update, at::TensorList copies,
                            at::ArrayRef<double> coefficients, double norm_factor, const std::optional<Tensor>& norms,
                            double lr, double weight_decay, double scale, bool cautious,
-                           const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor) {
+                           const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& weight_decay_tensor,
+                           bool allow_bfloat16) {
     const c10::DeviceGuard guard(update.device());
     NewtonSchulzStorage newton_schulz_storage;
     MuonUpdateStorage storage, matrices;
-    auto [orthogonalise, arguments] =
-        newton_schulz_update_arguments(params, update, copies, coefficients, norm_factor, norms, lr, weight_decay,
-                                       scale, cautious, lr_tensor, weight_decay_tensor, newton_schulz_storage, storage);
+    auto [orthogonalise, arguments] = newton_schulz_update_arguments(
+        params, update, copies, coefficients, norm_factor, norms, lr, weight_decay, scale, cautious, lr_tensor,
+        weight_decay_tensor, allow_bfloat16, newton_schulz_storage, storage);
     // A parameter may hold several matrices.
     const int64_t numel = orthogonalise.M * orthogonalise.K;
     const auto split = [&](const std::vector<void*>& whole, int64_t element_size, std::vector<void*>& parts) {

@@ -64,9 +64,10 @@ TORCH_LIBRARY(nanochat_native, m) {
 
     // coefficients: a, b, c of each step, in order.
     // scales (..., M): the factors of the rows of g, which replace norm_factor and norms.
+    // allow_bfloat16: see NewtonSchulz. CUDA ignores it.
     m.def(
-        "newton_schulz(Tensor g, float[] coefficients, float norm_factor, Tensor? norms, Tensor? scales=None) -> "
-        "Tensor",
+        "newton_schulz(Tensor g, float[] coefficients, float norm_factor, Tensor? norms, Tensor? scales=None, "
+        "bool allow_bfloat16=False) -> Tensor",
         tags);
 
     // copies: the updated float32 params in bfloat16, or an empty list.
@@ -99,7 +100,7 @@ TORCH_LIBRARY(nanochat_native, m) {
     m.def(
         "newton_schulz_update_(Tensor(a!)[] params, Tensor update, Tensor(b!)[] copies, float[] coefficients, "
         "float norm_factor, Tensor? norms, float lr, float weight_decay, float scale, bool cautious, "
-        "Tensor? lr_tensor, Tensor? weight_decay_tensor) -> ()",
+        "Tensor? lr_tensor, Tensor? weight_decay_tensor, bool allow_bfloat16=False) -> ()",
         tags);
 
     // x (N, I), weight (O, I), dy (N, O). A gradient that is not needed is empty.

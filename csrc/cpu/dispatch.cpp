@@ -24,18 +24,17 @@
 // Every kernel and its struct of arguments: those with code that multiplies bfloat16, and the others.
 #define NANOCHAT_FOR_EACH_BFLOAT16_KERNEL(use)                                          \
     use(attention_forward, AttentionForward) use(attention_backward, AttentionBackward) \
-        use(linear_cross_entropy, cpu::LinearCrossEntropy)
-#define NANOCHAT_FOR_EACH_OTHER_KERNEL(use)                                                              \
-    use(newton_schulz, NewtonSchulz) use(linear, cpu::Linear) use(rms_norm, RMSNorm)                     \
-        use(rms_norm_backward, RMSNormBackward) use(embedding_rms_norm, EmbeddingRMSNorm)                \
-            use(mix_rms_norm, MixRMSNorm) use(mix_rms_norm_backward, MixRMSNormBackward)                 \
-                use(add_value_embedding, AddValueEmbedding)                                              \
-                    use(add_value_embedding_backward, AddValueEmbeddingBackward) use(smear, Smear)       \
-                        use(smear_backward, SmearBackward) use(rotary_norm, RotaryNorm)                  \
-                            use(rotary_norm_backward, RotaryNormBackward) use(relu_squared, ReluSquared) \
-                                use(relu_squared_backward, ReluSquaredBackward) use(adamw, AdamW)        \
-                                    use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)        \
-                                        use(normuon_update, NorMuonUpdate) use(cached_forward, cpu::CachedForward)
+        use(linear_cross_entropy, cpu::LinearCrossEntropy) use(newton_schulz, NewtonSchulz)
+#define NANOCHAT_FOR_EACH_OTHER_KERNEL(use)                                                            \
+    use(linear, cpu::Linear) use(rms_norm, RMSNorm) use(rms_norm_backward, RMSNormBackward)            \
+        use(embedding_rms_norm, EmbeddingRMSNorm) use(mix_rms_norm, MixRMSNorm)                        \
+            use(mix_rms_norm_backward, MixRMSNormBackward) use(add_value_embedding, AddValueEmbedding) \
+                use(add_value_embedding_backward, AddValueEmbeddingBackward) use(smear, Smear)         \
+                    use(smear_backward, SmearBackward) use(rotary_norm, RotaryNorm)                    \
+                        use(rotary_norm_backward, RotaryNormBackward) use(relu_squared, ReluSquared)   \
+                            use(relu_squared_backward, ReluSquaredBackward) use(adamw, AdamW)          \
+                                use(muon_momentum, MuonMomentum) use(muon_update, MuonUpdate)          \
+                                    use(normuon_update, NorMuonUpdate) use(cached_forward, cpu::CachedForward)
 #define NANOCHAT_FOR_EACH_KERNEL(use)      \
     NANOCHAT_FOR_EACH_BFLOAT16_KERNEL(use) \
     NANOCHAT_FOR_EACH_OTHER_KERNEL(use)
@@ -66,7 +65,7 @@ struct Kernels {
      .attention_forward = isa::attention_forward,                          \
      .attention_backward = isa::attention_backward,                        \
      .linear_cross_entropy = isa::linear_cross_entropy,                    \
-     .newton_schulz = others::newton_schulz,                               \
+     .newton_schulz = isa::newton_schulz,                                  \
      .linear = others::linear,                                             \
      .rms_norm = others::rms_norm,                                         \
      .rms_norm_backward = others::rms_norm_backward,                       \

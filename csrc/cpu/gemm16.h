@@ -65,28 +65,54 @@ NANOCHAT_INLINE void multiply_deep(const bfloat16* a, const bfloat16* b, int64_t
 constexpr int64_t kItemRows = 128, kItemColumns = 512;
 constexpr int64_t kScratch16 = 4 * kItemRows * kItemColumns;   // bytes of one thread's scratch
 
-// c (M, N), row-major, = A B, for packed A (M, K) and B (K, N). All threads of the enclosing parallel region call this
-// together, each in a TileScope and with kScratch16 bytes of its own in `sums`; it ends with a barrier. The result does
-// not depend on the number of threads.
+// The products A B of a batch of packed matrices, A (M, K) and B (K, N). `lower`: they are known to be symmetric, and what
+// lies right of an item's last row on the diagonal is left out.
+struct Product16 {
+    int64_t M, N, K;
+    const bfloat16 *a, *b;
+    bool lower = false;
+    int64_t batch = 1;
+    int64_t a_batch = 0, b_batch = 0;   // elements from one of the batch to the next
+};
+
+// Calls store(index, row, rows, column, columns, sums) for each item: rows [row, row + rows) and columns [column, column +
+// columns) of a product, whose rows of sums are kItemColumns apart. `row` and `column` are multiples of 32. All threads of
+// the enclosing parallel region call this together, each in a TileScope and with kScratch16 bytes of its own in `sums`; it
+// ends with a barrier. The sums do not depend on the number of threads.
+template <class Store>
+void multiply_team16(const Product16& p, int threads, float* sums, const Store& store) {
+    const int64_t strips = ceil_div(p.N, kItemColumns);
+    int64_t item_rows = kItemRows;
+    while (item_rows > 32 && p.batch * strips * ceil_div(p.M, item_rows) < 4 * threads) item_rows /= 2;
+    const int64_t blocks = ceil_div(p.M, item_rows);
+    // From the last rows up, because the longest rows of a lower triangle come first.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < p.batch * strips * blocks; item++) {
+        const int64_t index = item / (strips * blocks);
+        const int64_t row = (blocks - 1 - item / strips % blocks) * item_rows, column = item % strips * kItemColumns;
+        const int64_t rows = minimum(item_rows, p.M - row);
+        const int64_t columns = minimum(kItemColumns, (p.lower ? row + rows : p.N) - column);
+        if (columns <= 0) continue;
+        multiply_deep(p.a + index * p.a_batch + packed_size(row, p.K),
+                      p.b + index * p.b_batch + packed_size(column, p.K), p.K, ceil_div(rows, kBlock16),
+                      ceil_div(columns, kBlock16), sums, kItemColumns, false);
+        store(index, row, rows, column, columns, sums);
+    }
+}
+
+// c (M, N), row-major, = A B, for packed A (M, K) and B (K, N), as above.
 inline void multiply_team16(int64_t M, int64_t N, int64_t K, const bfloat16* a, const bfloat16* b, bfloat16* c,
                             int threads, float* sums) {
-    const int64_t strips = ceil_div(N, kItemColumns);
-    int64_t item_rows = kItemRows;
-    while (item_rows > 32 && strips * ceil_div(M, item_rows) < 4 * threads) item_rows /= 2;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < strips * ceil_div(M, item_rows); item++) {
-        const int64_t row = item / strips * item_rows, column = item % strips * kItemColumns;
-        const int64_t rows = minimum(item_rows, M - row), columns = minimum(kItemColumns, N - column);
-        multiply_deep(a + packed_size(row, K), b + packed_size(column, K), K, ceil_div(rows, kBlock16),
-                      ceil_div(columns, kBlock16), sums, kItemColumns, false);
-        for (int64_t r = 0; r < rows; r++) {
-            const float* from = sums + r * kItemColumns;
+    const auto write_item = [=](int64_t, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                                const float* from) {
+        for (int64_t r = 0; r < rows; r++, from += kItemColumns) {
             bfloat16* to = c + (row + r) * N + column;
             int64_t j = 0;
             for (; j + kLanes<float> <= columns; j += kLanes<float>) store(to + j, load(from + j));
             for (; j < columns; j++) write(to + j, from[j]);
         }
-    }
+    };
+    multiply_team16({.M = M, .N = N, .K = K, .a = a, .b = b}, threads, sums, write_item);
 }
 
 }   // namespace nanochat::NANOCHAT_ISA

@@ -13,7 +13,7 @@
 #include <omp.h>
 
 #include "../kernels.h"
-#include "gemm.h"
+#include "newton_schulz16.h"
 #include "runtime.h"
 
 namespace nanochat::NANOCHAT_ISA {
@@ -146,6 +146,76 @@ void gram_form(const Batch<double>& batch, const float* x, double* const (&squar
     batch.apply(x, product, 0.0, out);
 }
 
+// The first pass: the sums of squares of parts of kNormRows rows, if no norms are known, and the factors of the rows.
+template <class T>
+struct Scaling {
+    const NewtonSchulz& args;
+    const int64_t parts = ceil_div(args.M, kNormRows);
+    double* partial = nullptr;   // (batch, parts)
+
+    explicit Scaling(const NewtonSchulz& args) : args(args) {}
+
+    void carve(cpu::Arena& arena) { partial = arena.take<double>(args.norms || args.scales ? 0 : args.batch * parts); }
+
+    // Calls visit(index, row, rows) for each part. All threads call this together; it ends with a barrier.
+    template <class Visit>
+    void for_each_part(const Visit& visit) const {
+#pragma omp for
+        for (int64_t item = 0; item < args.batch * parts; item++) {
+            const int64_t row = item % parts * kNormRows;
+            visit(item / parts, row, minimum(kNormRows, args.M - row));
+        }
+    }
+
+    void sum_squares() const {
+        if (args.norms || args.scales) return;
+        const int64_t K = args.K;
+        for_each_part([&](int64_t index, int64_t row, int64_t rows) {
+            partial[index * parts + row / kNormRows] =
+                sum_of_squares(static_cast<const T*>(args.g) + (index * args.M + row) * K, rows * K);
+        });
+    }
+
+    // The factor of all rows of a matrix, if there are no scales.
+    double of_matrix(int64_t index) const {
+        if (args.scales) return 0;
+        double norm = 0;
+        if (args.norms) {
+            norm = args.norms[index];
+        } else {
+            for (int64_t part = 0; part < parts; part++) norm += partial[index * parts + part];
+            norm = __builtin_sqrt(norm);
+        }
+        return norm == 0 ? 0 : 1 / (args.norm_factor * norm);
+    }
+
+    double of_row(int64_t index, int64_t row, double of_matrix) const {
+        return args.scales ? args.scales[index * args.M + row] : of_matrix;
+    }
+};
+
+void run16(const NewtonSchulz& args) {
+    Scaling<float> scaling{args};
+    NewtonSchulz16 iteration{args};
+    const auto carve_workspace = [&](cpu::Arena arena) {
+        scaling.carve(arena);
+        iteration.carve(arena);
+        return arena.used;
+    };
+    carve_workspace({static_cast<char*>(cpu::workspace(carve_workspace({})))});
+#pragma omp parallel num_threads(args.execution.threads)
+    {
+        const TileScope tiles;
+        float* own = iteration.sums + omp_get_thread_num() * kScratch16 / 4;
+        scaling.sum_squares();
+        scaling.for_each_part([&](int64_t index, int64_t row, int64_t rows) {
+            const double factor = scaling.of_matrix(index);
+            iteration.pack_scaled(index, row, rows, [&](int64_t r) { return scaling.of_row(index, r, factor); }, own);
+        });
+        iteration.run(own);
+    }
+}
+
 template <class T>
 void run(const NewtonSchulz& args) {
     const int threads = args.execution.threads;
@@ -153,14 +223,13 @@ void run(const NewtonSchulz& args) {
     const bool wide = M < K;
     const int64_t L = wide ? K : M, R = wide ? M : K, size = M * K;
     const bool gram = std::is_same_v<T, float> && L >= kGramAspect * R && args.steps > 1;
-    const int64_t parts = ceil_div(M, kNormRows);
-    const T* g = static_cast<const T*>(args.g);
     T* out = static_cast<T*>(args.out);
 
-    double *partial, *square[4], *double_scratch;
+    Scaling<T> scaling{args};
+    double *square[4], *double_scratch;
     T *spare, *second, *G, *F, *scratch;
     const auto carve_workspace = [&](cpu::Arena arena) {
-        partial = arena.take<double>(args.norms || args.scales ? 0 : batch * parts);
+        scaling.carve(arena);
         spare = arena.take<T>(batch * size);
         second = arena.take<T>(wide ? batch * size : 0);
         F = arena.take<T>(gram ? 0 : batch * R * R);
@@ -179,38 +248,18 @@ void run(const NewtonSchulz& args) {
 #pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num();
-        if (!args.norms && !args.scales) {
-#pragma omp for
-            for (int64_t item = 0; item < batch * parts; item++) {
-                const int64_t row = item % parts * kNormRows;
-                partial[item] = sum_of_squares(g + item / parts * size + row * K, minimum(kNormRows, M - row) * K);
-            }
-        }
-#pragma omp for
-        for (int64_t item = 0; item < batch * parts; item++) {
-            const int64_t index = item / parts, row = item % parts * kNormRows, rows = minimum(kNormRows, M - row);
-            const T* from = g + index * size + row * K;
+        scaling.sum_squares();
+        scaling.for_each_part([&](int64_t index, int64_t row, int64_t rows) {
+            const T* from = static_cast<const T*>(args.g) + index * size + row * K;
             T* scaled = (wide ? other : x) + index * size + row * K;
-            if (args.scales) {
-                for (int64_t i = 0; i < rows; i++) {
-                    const double scale = args.scales[index * M + row + i];
-                    for (int64_t j = i * K; j < (i + 1) * K; j++)
-                        scaled[j] = static_cast<T>(static_cast<double>(from[j]) * scale);
-                }
-            } else {
-                double norm = 0;
-                if (args.norms) {
-                    norm = args.norms[index];
-                } else {
-                    for (int64_t part = 0; part < parts; part++) norm += partial[index * parts + part];
-                    norm = __builtin_sqrt(norm);
-                }
-                const double inverse = norm == 0 ? 0 : 1 / (args.norm_factor * norm);
-                for (int64_t i = 0; i < rows * K; i++)
-                    scaled[i] = static_cast<T>(static_cast<double>(from[i]) * inverse);
+            const double of_matrix = scaling.of_matrix(index);
+            for (int64_t i = 0; i < rows; i++) {
+                const double factor = scaling.of_row(index, row + i, of_matrix);
+                for (int64_t j = i * K; j < (i + 1) * K; j++)
+                    scaled[j] = static_cast<T>(static_cast<double>(from[j]) * factor);
             }
             if (wide) transpose(rows, K, scaled, K, x + index * size + row, M);
-        }
+        });
         const auto batch_with = [&]<class U>(U* thread_scratch) {
             return Batch<U>{
                 .count = batch,
@@ -237,6 +286,8 @@ void run(const NewtonSchulz& args) {
 
 void newton_schulz(const NewtonSchulz& args) {
     if (args.dtype == DType::float64) return run<double>(args);
+    if constexpr (kMultipliesBfloat16)
+        if (args.allow_bfloat16) return run16(args);
     run<float>(args);
 }
 

@@ -402,6 +402,7 @@ def newton_schulz_update_(
     steps: int = 5,
     coefficients: str | Sequence[Triple] = "quintic",
     norms: Tensor | None = None,
+    allow_bfloat16: bool = False,
     copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Run newton_schulz and muon_update_ in one: p = (1 - lr weight_decay) p - lr scale newton_schulz(update[i]).
@@ -413,7 +414,7 @@ def newton_schulz_update_(
         params: At least one contiguous tensor; one shape (..., M, K), all float32 or all bfloat16. Updated.
         update: (len(params), ..., M, K) float32, contiguous, as muon_momentum_ returns it.
         lr, weight_decay, scale, cautious, copies: As for muon_update_.
-        steps, coefficients, norms: As for newton_schulz; norms is (len(params), ...).
+        steps, coefficients, norms, allow_bfloat16: As for newton_schulz; norms is (len(params), ...).
 
     Raises:
         ValueError, TypeError: An argument is wrong.
@@ -433,7 +434,9 @@ def newton_schulz_update_(
         "copies": copies,
     }
     if backends.runs_native(op, update):
-        native_newton_schulz_update_(params, update, triples, norm_factor, norms, **options)
+        native_newton_schulz_update_(
+            params, update, triples, norm_factor, norms, allow_bfloat16=allow_bfloat16, **options
+        )
     else:
         iteration: dict[str, Any] = {"steps": steps, "coefficients": coefficients, "norms": norms}
         reference_newton_schulz_update_(params, update, **options, **iteration)
@@ -473,6 +476,7 @@ def native_newton_schulz_update_(
     scale: float,
     cautious: bool,
     copies: Sequence[Tensor] | None,
+    allow_bfloat16: bool = False,
 ) -> None:
     """Run the kernel."""
     lr, lr_tensor = schema.number_and_tensor(lr, 0.0)
@@ -490,6 +494,7 @@ def native_newton_schulz_update_(
         cautious,
         lr_tensor,
         weight_decay_tensor,
+        allow_bfloat16,
     )
 
 

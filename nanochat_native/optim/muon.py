@@ -20,6 +20,7 @@ OPTIONS = {
     "frobenius_renormalisation": False,
     "normuon": False,
     "scale_decay": False,
+    "ns_bfloat16": False,
 }
 # The other options that a state from before they existed does not have.
 SETTINGS = {"beta2": 0.95, "norm_eps": 0.0, "normuon_eps": 1e-20, "heads": 1, "head_axis": "rows"}
@@ -43,6 +44,7 @@ class Muon(Optimizer):
             divisor. nanochat has 1e-6 since July 2026. Where the norms are far above it, it does not change the result
             beyond rounding. If it is not 0, the operators compute the norms and apply the options in the passes that
             they make anyway, with other rounding than without it.
+        ns_bfloat16: allow newton_schulz on a CPU to multiply in bfloat16, with its allow_bfloat16.
         scale_decay: the decay is lr sqrt(max(1, rows / columns)) weight_decay, as nanochat's of July 2026.
         frobenius_renormalisation: scale the orthogonalised u to the Frobenius norm of a matrix with singular values of
             1, sqrt(min(rows, columns)). Newton-Schulz leaves the singular values between 0.7 and 1.2.
@@ -86,6 +88,7 @@ class Muon(Optimizer):
         norm_eps: float = 0.0,
         normuon_eps: float = 1e-20,
         scale_decay: bool = False,
+        ns_bfloat16: bool = False,
         heads: int = 1,
         head_axis: str = "rows",
         **sharding: Any,
@@ -105,6 +108,7 @@ class Muon(Optimizer):
             "norm_eps": norm_eps,
             "normuon_eps": normuon_eps,
             "scale_decay": scale_decay,
+            "ns_bfloat16": ns_bfloat16,
             "heads": heads,
             "head_axis": head_axis,
         }
@@ -165,7 +169,11 @@ class Muon(Optimizer):
             return_norm="rows" if norm_eps else True,
         )
         update = split_heads(update, heads, head_axis)
-        iteration: dict[str, Any] = {"steps": group["ns_steps"], "coefficients": group["coefficients"]}
+        iteration: dict[str, Any] = {
+            "steps": group["ns_steps"],
+            "coefficients": group["coefficients"],
+            "allow_bfloat16": group["ns_bfloat16"],
+        }
         if norm_eps:
             if heads > 1 and head_axis == "rows":
                 norms = norms.unflatten(-1, (heads, -1))

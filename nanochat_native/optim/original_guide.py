@@ -22,7 +22,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "original_guide": {"cropped": True, "momentum_after": True, "aspect_factor": False},
 }
 # Options of Muon that this form of it does not have.
-UNSUPPORTED = ("row_equilibration", "frobenius_renormalisation", "normuon", "per_head", "norm_eps", "scale_decay")
+UNSUPPORTED = (
+    *("row_equilibration", "frobenius_renormalisation", "normuon", "per_head", "norm_eps", "scale_decay"),
+    "ns_bfloat16",
+)
 NANOCHAT_ONLY = (*UNSUPPORTED, "beta2", "normuon_eps")  # the last two matter with normuon alone
 
 

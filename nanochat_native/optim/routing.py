@@ -156,7 +156,8 @@ def setup_optimizers(
         process_group: the ranks over which AdamW and Muon are sharded, with reduce_dtype and gather_dtype. torch's Adam
             and SGD cannot be sharded.
         muon_options: options of Muon that replace those of the recipe: nesterov, ns_steps, coefficients, cautious,
-            row_equilibration, frobenius_renormalisation, normuon, beta2, norm_eps, normuon_eps and scale_decay.
+            row_equilibration, frobenius_renormalisation, normuon, beta2, norm_eps, normuon_eps, scale_decay and
+            ns_bfloat16.
 
     Raises:
         ValueError: the recipe or the optimizer is unknown or does not support an option, or a parameter belongs to no

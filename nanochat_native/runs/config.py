@@ -224,6 +224,11 @@ class TrainConfig:
     ] = "auto"
     """Polynomials of the Newton-Schulz iterations: quintic (Keller Jordan's), polar_express (a different one in each
     iteration) or cubic (1.5, -0.5)."""
+    ns_bfloat16: Annotated[
+        Literal["auto", "on", "off"], auto_flag("{auto,on,off}", "on with --dtype bfloat16, else off")
+    ] = "auto"
+    """Muon: allow Newton-Schulz on a CPU to multiply in bfloat16, if the processor does. On a GPU it is always in 16
+    bits."""
     momentum_start: float = 0.85
     """Momentum of Muon at the first step, in [0, 1)."""
     momentum_end: Annotated[float, _by_recipe("FLOAT", "momentum_end")] = UNSET
@@ -389,7 +394,7 @@ class TrainConfig:
             self._require("run", "a name without slashes (--out-dir sets the folder)", plain)
 
         neutral = {name: field.default for name, field in self.__dataclass_fields__.items()}
-        neutral |= RECIPES["october"] | {"momentum_final": self.momentum_end}
+        neutral |= RECIPES["october"] | {"momentum_final": self.momentum_end, "ns_bfloat16": "off"}
         muon_flags = [name for name in MUON_FLAGS if not is_unset(self, name) and getattr(self, name) != neutral[name]]
         if muon_flags and self.optimizer not in WITH_MUON:
             raise ConfigError(f"{flag(muon_flags[0])} needs Muon, which --optimizer {self.optimizer} does not use")
@@ -670,12 +675,16 @@ LOGGER_VALUES = dict.fromkeys(LOGGER_FLAGS, (PROJECT, "None"))  # tyro takes Non
 LEARNING_RATE_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
 WITH_MUON = ("hybrid", "muon_sgd")
 MUON_SWITCHES = ("scale_decay", "cautious", "row_equilibration", "frobenius_renormalisation", "normuon")
-NANOCHAT_FORM_ONLY = ("scale_decay", "row_equilibration", "frobenius_renormalisation", "normuon", "per_head")
+NANOCHAT_FORM_ONLY = (
+    *("scale_decay", "row_equilibration", "frobenius_renormalisation", "normuon", "per_head"),
+    "ns_bfloat16",
+)
 MUON_FLAGS = (
     "matrix_weight_decay",
     "decay_schedule",
     "ns_steps",
     "ns_coefficients",
+    "ns_bfloat16",
     "momentum_start",
     "momentum_end",
     "momentum_warmup_steps",
@@ -853,7 +862,9 @@ def resolve_defaults(config: C, *, gpu: bool) -> C:
     if all(is_unset(config, name) for name in _HORIZONS):
         ratio = (0.14 if today else 0.1) if not gpu else 1.0 if embedded else 12.0 if today else 20.0
         values["target_param_data_ratio"] = ratio
-    return _resolve(config, values)
+    config = _resolve(config, values)
+    has_own_form = config.optimizer in WITH_MUON and config.muon_form == "nanochat"
+    return _resolve(config, {"ns_bfloat16": "on" if has_own_form and config.dtype == "bfloat16" else "off"})
 
 
 def resolve_recipe(config: C, *, default: str) -> C:
@@ -946,7 +957,7 @@ def upgraded(flags: dict[str, Any]) -> dict[str, Any]:
     first ones.
     """
     switched = {name: "on" if flags[name] else "off" for name in switches() if isinstance(flags.get(name), bool)}
-    own = {"recipe": "october", "packing": "stream", "validation": "fraction"}
+    own = {"recipe": "october", "packing": "stream", "validation": "fraction", "ns_bfloat16": "off"}
     if "momentum_end" in flags:
         own["momentum_final"] = flags["momentum_end"]
     found = own | flags | switched

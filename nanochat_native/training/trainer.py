@@ -109,6 +109,7 @@ class Trainer:
             muon = {name: getattr(config, name) == "on" for name in MUON_SWITCHES}
             muon |= {"ns_steps": config.ns_steps, "coefficients": config.ns_coefficients, "beta2": config.normuon_beta2}
             muon |= {"muon_form": config.muon_form, "per_head": config.per_head}
+            muon["ns_bfloat16"] = config.ns_bfloat16 == "on"
         self.optimizers = setup_optimizers(
             self.model,
             recipe=config.recipe,

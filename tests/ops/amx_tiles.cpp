@@ -24,14 +24,16 @@ struct Set {
     void (*attention_forward)(const AttentionForward&);
     void (*attention_backward)(const AttentionBackward&);
     void (*linear_cross_entropy)(const cpu::LinearCrossEntropy&);
+    void (*newton_schulz)(const NewtonSchulz&);
 };
 
-#define DECLARE(isa)                                                                    \
-    namespace nanochat::isa {                                                           \
-    void attention_forward(const AttentionForward&);                                    \
-    void attention_backward(const AttentionBackward&);                                  \
-    void linear_cross_entropy(const cpu::LinearCrossEntropy&);                          \
-    constexpr Set kSet = {attention_forward, attention_backward, linear_cross_entropy}; \
+#define DECLARE(isa)                                                                                   \
+    namespace nanochat::isa {                                                                          \
+    void attention_forward(const AttentionForward&);                                                   \
+    void attention_backward(const AttentionBackward&);                                                 \
+    void linear_cross_entropy(const cpu::LinearCrossEntropy&);                                         \
+    void newton_schulz(const NewtonSchulz&);                                                           \
+    constexpr Set kSet = {attention_forward, attention_backward, linear_cross_entropy, newton_schulz}; \
     }
 DECLARE(baseline)
 DECLARE(emulated)
@@ -110,6 +112,29 @@ Results loss(const Set& set, int64_t N, int64_t C, int64_t V, int threads) {
     return r;
 }
 
+// The upper halves of the float32 results.
+Results newton_schulz(const Set& set, int64_t batch, int64_t M, int64_t K, int threads) {
+    const Halves halves = random_halves(batch * M * K, 1, 7);
+    std::vector<float> g(halves.size()), out(halves.size());
+    for (size_t i = 0; i < g.size(); i++) g[i] = widen(halves[i]);
+    const double coefficients[] = {1.5, -0.5, 0, 1.5, -0.5, 0, 1.5, -0.5, 0};
+    NewtonSchulz arguments = {};
+    arguments.batch = batch, arguments.M = M, arguments.K = K;
+    arguments.dtype = DType::float32;
+    arguments.g = g.data(), arguments.out = out.data();
+    arguments.coefficients = coefficients, arguments.steps = 3, arguments.norm_factor = 1;
+    arguments.allow_bfloat16 = true;
+    arguments.execution.threads = threads;
+    set.newton_schulz(arguments);
+    Results r = {Halves(out.size())};
+    for (size_t i = 0; i < out.size(); i++) {
+        uint32_t u;
+        std::memcpy(&u, &out[i], 4);
+        r[0][i] = static_cast<uint16_t>(u >> 16);
+    }
+    return r;
+}
+
 double distance(const Results& a, const Results& b) {
     double largest = 0;
     for (size_t i = 0; i < a.size(); i++) {
@@ -143,6 +168,10 @@ int main() {
     const int64_t sizes[][3] = {{70, 40, 100}, {33, 96, 257}, {513, 20, 333}};
     for (const auto& [N, C, V] : sizes)
         cases.emplace_back("loss", [=](const Set& set, int threads) { return loss(set, N, C, V, threads); });
+    const int64_t matrices[][3] = {{2, 70, 40}, {1, 33, 150}, {3, 96, 96}, {1, 20, 530}};
+    for (const auto& [batch, M, K] : matrices)
+        cases.emplace_back("newton_schulz",
+                           [=](const Set& set, int threads) { return newton_schulz(set, batch, M, K, threads); });
     for (size_t i = 0; i < cases.size(); i++) {
         const auto& run = cases[i].second;
         const Results expected = run(baseline::kSet, 1), found = run(emulated::kSet, 1);

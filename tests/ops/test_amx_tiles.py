@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tests/emulation"))
 
 from compiled import compiled  # noqa: E402
 
-KERNELS = ("attention_forward", "attention_backward", "linear_cross_entropy")
+KERNELS = ("attention_forward", "attention_backward", "linear_cross_entropy", "newton_schulz")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512")
 AMX = (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 DRIVER = ROOT / "tests/ops/amx_tiles.cpp"
@@ -70,11 +70,13 @@ def run(program):
 def test_emulated_tiles_give_the_results_of_float32_products_and_the_bits_of_the_processor():
     real = processor_has_amx()
     cases = run(build(ROOT, real))
-    assert len(cases) == 9
+    assert len(cases) == 13
     for name, numbers in cases.items():
         # Both round their results to bfloat16 (2^-9). P, dS and dZ are rounded too.
-        assert numbers["error"] < 2**-8, name
-        assert numbers["portable"] < 2**-8, name
+        # Newton-Schulz rounds its matrices in every step.
+        bound = 2**-7 if name.startswith("newton_schulz") else 2**-8
+        assert numbers["error"] < bound, name
+        assert numbers["portable"] < bound, name
         assert numbers["threads"] == 1, f"{name}: 2 threads give other bits"
         assert numbers.get("processor", 1) == 1, f"{name}: the processor gives other bits"
     if not real:

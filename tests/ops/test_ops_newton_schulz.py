@@ -8,9 +8,14 @@ from hypothesis import strategies as st
 from nanochat_native import ops
 from nanochat_native.ops import reference
 
+BFLOAT16_SETS = {"amx", "avx512_bf16", "neon_bf16"}
 OPERATOR = torch.ops.nanochat_native.newton_schulz.default
 NAMES = ["quintic", "polar_express", "cubic"]
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 3), (7, 5), (64, 64), (65, 63), (96, 384), (384, 96), (3, 33, 17), (2, 2, 20, 50)]
+
+
+def multiplies_bfloat16():
+    return ops.instruction_set() in BFLOAT16_SETS
 
 
 def decaying(M, K, decades):
@@ -43,6 +48,58 @@ def test_error_on_decaying_spectra(decades, shape, coefficients):
     assert mine <= max(2 * plain, 1e-5)
 
 
+def in_bfloat16(g, coefficients):
+    """Return what torch.optim.Muon computes, with the schedule of newton_schulz."""
+    triples, norm_factor = reference.newton_schulz_schedule(5, coefficients)
+    x = (g / (norm_factor * torch.linalg.matrix_norm(g))).bfloat16()
+    x = x.mT if g.size(0) > g.size(1) else x
+    for a, b, c in triples:
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.size(0) > g.size(1) else x
+
+
+@pytest.mark.parametrize("coefficients", NAMES)
+@pytest.mark.parametrize("shape", [(128, 128), (256, 64), (64, 256), (96, 768), (20, 30), (600, 550)], ids=str)
+@pytest.mark.parametrize("decades", [None, 0, 3, 6])
+def test_error_of_bfloat16_products_is_that_of_torchs_muon(decades, shape, coefficients):
+    g = torch.randn(shape, dtype=torch.float64) if decades is None else decaying(*shape, decades)
+    exact = reference.newton_schulz(g, coefficients=coefficients)
+    single = ops.newton_schulz(g.float(), coefficients=coefficients)
+    out = ops.newton_schulz(g.float(), coefficients=coefficients, allow_bfloat16=True)
+    if not multiplies_bfloat16():
+        assert torch.equal(out, single)
+        return
+    assert not torch.equal(out, single)
+    mine, torchs = ((x.double() - exact).norm() / exact.norm() for x in (out, in_bfloat16(g.float(), coefficients)))
+    assert mine <= 1.2 * torchs
+    assert mine < 0.03 or decades is not None
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33, 17), (2, 17, 33), (2, 40, 300), (300, 40)], ids=str)
+def test_bfloat16_products_of_any_shape_and_a_batch(shape):
+    g = torch.randn(shape)
+    out = ops.newton_schulz(g, coefficients="cubic", allow_bfloat16=True)
+    assert (out - ops.newton_schulz(g, coefficients="cubic")).norm() <= 0.01 * out.norm()
+    alone = [ops.newton_schulz(each, coefficients="cubic", allow_bfloat16=True) for each in g.view(-1, *shape[-2:])]
+    assert torch.equal(out.view(-1, *shape[-2:]), torch.stack(alone))
+
+
+def test_bfloat16_products_leave_float64_and_known_norms_as_they_are():
+    g = torch.randn(2, 30, 40, dtype=torch.float64)
+    assert torch.equal(ops.newton_schulz(g, allow_bfloat16=True), ops.newton_schulz(g))
+    g = g.float()
+    plain = ops.newton_schulz(g, coefficients="cubic", allow_bfloat16=True)
+    norms = torch.linalg.matrix_norm(g.double())
+    known = ops.newton_schulz(g, coefficients="cubic", norms=norms, allow_bfloat16=True)
+    torch.testing.assert_close(known, plain, atol=2e-3, rtol=0)
+    equilibrated = {"coefficients": "cubic", "equilibrate_rows": True, "norm_eps": 1e-6}
+    expected = ops.newton_schulz(g, **equilibrated)
+    found = ops.newton_schulz(g, **equilibrated, allow_bfloat16=True)
+    assert (found - expected).norm() <= 0.01 * expected.norm()
+    assert (found - plain).norm() > 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (128, 48), (48, 128)], ids=str)
 def test_singular_values(shape):
     g = torch.stack([decaying(*shape, decades).float() for decades in (0, 0.5, 1, 1.5)])
@@ -71,17 +128,19 @@ def test_result_does_not_depend_on_the_scale(exponent):
     torch.testing.assert_close(ops.newton_schulz(g * 2.0**exponent), ops.newton_schulz(g), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("allow_bfloat16", [False, True])
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("coefficients", NAMES)
 @pytest.mark.parametrize("shape", [(8, 8), (20, 5), (5, 20)], ids=str)
-def test_zero_and_nan_stay_in_their_matrix(shape, coefficients, backend):
+def test_zero_and_nan_stay_in_their_matrix(shape, coefficients, backend, allow_bfloat16):
     ops.use_backend(backend)
     g = torch.randn(4, *shape)
     g[1] = 0
-    clean = ops.newton_schulz(g, coefficients=coefficients)
+    options = {"coefficients": coefficients, "allow_bfloat16": allow_bfloat16}
+    clean = ops.newton_schulz(g, **options)
     g[2, 3, 1] = torch.nan
     g[3, 0, 0] = torch.inf
-    out = ops.newton_schulz(g, coefficients=coefficients)
+    out = ops.newton_schulz(g, **options)
     assert torch.equal(out[0], clean[0])
     assert torch.count_nonzero(out[1]) == 0
     assert out[2].isnan().all()
@@ -168,19 +227,21 @@ def test_known_norms_of_zero_and_nan(backend):
     assert out[2].isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(200, 200), (3, 256, 64)], ids=str)
-def test_same_bits_every_time_and_for_every_number_of_threads(shape):
+@pytest.mark.parametrize("allow_bfloat16", [False, True])
+@pytest.mark.parametrize("shape", [(200, 200), (3, 256, 64), (550, 600)], ids=str)
+def test_same_bits_every_time_and_for_every_number_of_threads(shape, allow_bfloat16):
     g = torch.randn(shape)
-    first = ops.newton_schulz(g)
+    first = ops.newton_schulz(g, allow_bfloat16=allow_bfloat16)
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
-        assert torch.equal(ops.newton_schulz(g), first)
+        assert torch.equal(ops.newton_schulz(g, allow_bfloat16=allow_bfloat16), first)
 
 
 def test_opcheck_and_compile():
     g = torch.randn(2, 9, 5)
     for norms in (None, torch.linalg.matrix_norm(g.double())):
-        torch.library.opcheck(OPERATOR, (g, [3.4445, -4.7750, 2.0315] * 5, 1.0, norms))
+        for allow_bfloat16 in (False, True):
+            torch.library.opcheck(OPERATOR, (g, [3.4445, -4.7750, 2.0315] * 5, 1.0, norms, None, allow_bfloat16))
 
     def doubled(g):
         return ops.newton_schulz(2 * g, coefficients="polar_express")

@@ -116,6 +116,27 @@ def test_one_operator_call_for_each_shape(monkeypatch):
     assert sorted(calls) == [(1, 16, 64), (1, 24, 16), (2, 16, 16), (2, 64, 16)]
 
 
+@pytest.mark.parametrize("options", [{}, {"frobenius_renormalisation": True}, {"normuon": True, "norm_eps": 1e-6}])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_ns_bfloat16_reaches_newton_schulz(options, allowed, monkeypatch):
+    found = []
+
+    def spy_on(call):
+        def spy(*args, **options):
+            found.append(options["allow_bfloat16"])
+            return call(*args, **options)
+
+        return spy
+
+    for name in ("newton_schulz", "newton_schulz_update_"):
+        monkeypatch.setattr(ops, name, spy_on(getattr(ops, name)))
+    parameters = matrices()
+    give_gradients(parameters, 1)
+    Muon(parameters, ns_bfloat16=allowed, **options).step()
+    assert found == [allowed] * len(found)
+    assert found
+
+
 def test_norms_go_along_with_matrices_only(monkeypatch, backend):
     """Those of a parameter that holds several matrices are not its matrices'."""
     norms = []

@@ -259,6 +259,30 @@ def test_the_recipes_set_the_flags_that_are_not_given(gpu):
     assert differing <= given_by_recipe | set(PARTS)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, "off"),
+        ({"dtype": "bfloat16"}, "on"),
+        ({"dtype": "bfloat16", "ns_bfloat16": "off"}, "off"),
+        ({"ns_bfloat16": "on"}, "on"),
+        ({"dtype": "bfloat16", "optimizer": "adamw"}, "off"),
+        ({"dtype": "bfloat16", "muon_form": "cropped"}, "off"),
+    ],
+)
+def test_newton_schulz_multiplies_in_bfloat16_if_the_model_does(flags, expected):
+    assert resolve_defaults(TrainConfig(**flags), gpu=False).ns_bfloat16 == expected
+
+
+def test_a_run_from_before_the_flag_keeps_its_newton_schulz_in_float32(tmp_path):
+    saved = saved_run(tmp_path, run="one", dtype="bfloat16", ns_bfloat16="off")
+    path = saved.run_dir / "config.json"
+    content = json.loads(path.read_text())
+    del content["config"]["ns_bfloat16"]
+    path.write_text(json.dumps(content))
+    assert run_folder.load_config(saved.run_dir) == saved
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_todays_recipe_is_the_default(gpu):
     config = resolve_defaults(TrainConfig(), gpu=gpu)
