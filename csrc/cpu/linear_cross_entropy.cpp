@@ -4,8 +4,9 @@
 // vector lanes. Maxima and sums over the vocabulary then need no work across lanes, and all three products read their
 // operands in place (but for those of bfloat16, which gemm16.h multiplies packed):
 //   Z = W X^T,   dW += dZ X,   dX = dZ^T W.
-// dZ = g (softmax(z) - onehot) (1 - (z / softcap)^2) replaces Z in place. Sums over the vocabulary run in blocks of
-// fixed size and order.
+// dZ = g (softmax(z) - onehot) (1 - (z / softcap)^2). No logit exceeds the softcap, so that with a small one the
+// exponentials need no maximum: what depends on z, exp(z - softcap) (1 - (z / softcap)^2), replaces Z while its block is
+// in the cache, and dZ is that times a number per row. Sums over the vocabulary run in blocks of fixed size and order.
 #include <omp.h>
 
 #include "../kernels.h"
@@ -25,28 +26,50 @@ int64_t chunk_rows(int64_t N, int64_t V) {
     return minimum(round_up(N, kLanes<T>), maximum<int64_t>(2 * NR, minimum<int64_t>(fitting, 512)));
 }
 
-// Turns rows [v0, v0 + count) of Z, which hold x W^T, into softcapped logits. Their maximum and sum of exponentials go
-// to block_max and block_sum.
+// Up to this softcap exp(z - softcap) >= e^-60, and no sum of them underflows.
+constexpr double kLargestSmallSoftcap = 30;
+
+// Turns `count` rows of Z, which hold x W^T, into softcapped logits. Their maximum and sum of exponentials go to
+// block_max and block_sum.
 template <class T>
 void cap_and_reduce(T* z, int64_t count, int64_t R, T softcap, T* block_max, T* block_sum) {
     constexpr int W = kLanes<T>;
     const T inverse = softcap > 0 ? 1 / softcap : 0;
     for (int64_t r = 0; r < R; r += W) {
-        Vec<T> top = broadcast<T>(-__builtin_inf());
-        for (int64_t v = 0; v < count; v++) {
+        store(block_max + r, broadcast<T>(-__builtin_inf()));
+        store(block_sum + r, Vec<T>{});
+    }
+    for (int64_t v = 0; v < count; v++)
+        for (int64_t r = 0; r < R; r += W) {
             Vec<T> x = load(z + v * R + r);
             if (softcap > 0) {
                 x = tanh_lanes<T>(x * inverse) * softcap;
                 store(z + v * R + r, x);
             }
-            top = x > top ? x : top;
+            const Vec<T> top = load(block_max + r);
+            store(block_max + r, x > top ? x : top);
         }
-        const Vec<T> finite = top > -__builtin_inf() ? top : Vec<T>{};
-        Vec<T> sum = Vec<T>{};
-        for (int64_t v = 0; v < count; v++) sum += exp_lanes(load(z + v * R + r) - finite);
-        store(block_max + r, top);
-        store(block_sum + r, sum);
-    }
+    for (int64_t v = 0; v < count; v++)
+        for (int64_t r = 0; r < R; r += W) {
+            const Vec<T> top = load(block_max + r), finite = top > -__builtin_inf() ? top : Vec<T>{};
+            store(block_sum + r, load(block_sum + r) + exp_lanes(load(z + v * R + r) - finite));
+        }
+}
+
+// The same for a small softcap, which takes the place of the maximum. With `keep`, Z becomes
+// exp(z - softcap) (1 - (z / softcap)^2).
+template <bool keep, class T>
+void cap_and_sum(T* z, int64_t count, int64_t R, T softcap, T* block_sum) {
+    constexpr int W = kLanes<T>;
+    const T inverse = 1 / softcap;
+    for (int64_t r = 0; r < R; r += W) store(block_sum + r, Vec<T>{});
+    for (int64_t v = 0; v < count; v++)
+        for (int64_t r = 0; r < R; r += W) {
+            const Vec<T> tanh = tanh_lanes<T>(load(z + v * R + r) * inverse);
+            const Vec<T> exponential = exp_in_range(tanh * softcap - softcap);
+            store(block_sum + r, load(block_sum + r) + exponential);
+            if constexpr (keep) store(z + v * R + r, exponential * (1 - tanh * tanh));
+        }
 }
 
 // What a call has in all forms of its products: the logits of a chunk of rows, and what becomes of them. T is the type
@@ -60,16 +83,21 @@ struct ChunkOfLogits {
     const int64_t R;   // rows of a chunk; the last chunk may have fewer
     const int64_t blocks = ceil_div(V, kBlockRows);
     const T softcap = static_cast<T>(args.softcap), inverse = softcap > 0 ? 1 / softcap : 0;
-    T* z = nullptr;                                                    // (V, R), rows padded to a multiple of 16
-    T *block_max = nullptr, *block_sum = nullptr;                      // (blocks, R)
-    T *lse = nullptr, *target_logit = nullptr, *row_scale = nullptr;   // (R,)
+    const bool small_softcap = args.softcap > 0 && args.softcap <= kLargestSmallSoftcap;
+    const bool gradients = args.grad_x || args.grad_weight;
+    // A loss alone needs no more of Z than the block of each thread.
+    const bool whole_z = gradients || args.execution.threads * kBlockRows >= V;
+    T* z = nullptr;   // (V, R), rows padded to a multiple of 16; or (threads, kBlockRows, R)
+    T *block_max = nullptr, *block_sum = nullptr;   // (blocks, R)
+    T *lse = nullptr, *target_logit = nullptr;      // (R,)
+    T* row_scale = nullptr;                         // (R,), of dZ; 0 for a row without a target
 
     // `multiple`: R is a multiple of it.
     explicit ChunkOfLogits(const cpu::LinearCrossEntropy& args, int64_t multiple = 1)
         : args(args), R(round_up(chunk_rows<T>(args.N, args.V), multiple)) {}
 
     void carve_logits(cpu::Arena& arena) {
-        z = arena.take<T>(round_up(V, 16) * R);
+        z = arena.take<T>((whole_z ? round_up(V, 16) : args.execution.threads * kBlockRows) * R);
         block_max = arena.take<T>(blocks * R);
         block_sum = arena.take<T>(blocks * R);
         lse = arena.take<T>(R);
@@ -77,48 +105,77 @@ struct ChunkOfLogits {
         row_scale = arena.take<T>(R);
     }
 
-    void reduce_block(int64_t block) const {
-        const int64_t v0 = block * kBlockRows;
-        cap_and_reduce(z + v0 * R, minimum(kBlockRows, V - v0), R, softcap, block_max + block * R,
-                       block_sum + block * R);
+    T* block_of_logits(int64_t block) const { return z + (whole_z ? block : omp_get_thread_num()) * kBlockRows * R; }
+
+    // Takes what the loss needs from a block of x W^T, which becomes what differentiate() needs.
+    void reduce_block(int64_t n0, int64_t rows, int64_t block) const {
+        const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
+        T* const own = block_of_logits(block);
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t v = args.targets[n0 + r] - v0;
+            if (v < 0 || v >= count) continue;
+            const T logit = own[v * R + r];
+            target_logit[r] = softcap > 0 ? tanh_lanes<T>(broadcast<T>(logit * inverse))[0] * softcap : logit;
+        }
+        if (!small_softcap)
+            cap_and_reduce(own, count, R, softcap, block_max + block * R, block_sum + block * R);
+        else if (gradients)
+            cap_and_sum<true>(own, count, R, softcap, block_sum + block * R);
+        else
+            cap_and_sum<false>(own, count, R, softcap, block_sum + block * R);
     }
 
     // The log-sum-exp and the loss of each row, from the blocks' maxima and sums.
     void compute_loss(int64_t n0, int64_t rows) const {
         T* loss = static_cast<T*>(args.loss);
 #pragma omp for
-        for (int64_t r = 0; r < R; r++) {
-            T top = -__builtin_inf();
-            for (int64_t block = 0; block < blocks; block++) top = maximum(top, block_max[block * R + r]);
-            T sum = 0;
-            for (int64_t block = 0; block < blocks; block++) {
-                const T peak = block_max[block * R + r];
-                const T exponent = peak > -__builtin_inf() ? peak - top : T(0);
-                sum += block_sum[block * R + r] * exp_lanes(broadcast<T>(exponent))[0];
+        for (int64_t r0 = 0; r0 < R; r0 += W) {
+            Vec<T> top = broadcast<T>(small_softcap ? softcap : -__builtin_inf()), sum = Vec<T>{};
+            if (small_softcap) {
+                for (int64_t block = 0; block < blocks; block++) sum += load(block_sum + block * R + r0);
+            } else {
+                for (int64_t block = 0; block < blocks; block++)
+                    top = maximum_lanes<T>(top, load(block_max + block * R + r0));
+                for (int64_t block = 0; block < blocks; block++) {
+                    const Vec<T> peak = load(block_max + block * R + r0);
+                    const Vec<T> exponent = peak > -__builtin_inf() ? peak - top : Vec<T>{};
+                    sum += load(block_sum + block * R + r0) * exp_lanes(exponent);
+                }
             }
-            lse[r] = top + static_cast<T>(__builtin_log(static_cast<double>(sum)));
-            const int64_t target = r < rows ? args.targets[n0 + r] : args.ignore_index;
-            const bool counted = target != args.ignore_index;
-            target_logit[r] = counted ? z[target * R + r] : T(0);
-            row_scale[r] = counted ? static_cast<T>(args.grad_scale) : T(0);
-            if (r < rows) loss[n0 + r] = counted ? lse[r] - target_logit[r] : T(0);
+            for (int64_t r = r0; r < r0 + W; r++) {
+                const T total = sum[r - r0];
+                lse[r] = top[r - r0] + static_cast<T>(__builtin_log(static_cast<double>(total)));
+                const int64_t target = r < rows ? args.targets[n0 + r] : args.ignore_index;
+                const bool counted = target != args.ignore_index;
+                if (r < rows) loss[n0 + r] = counted ? lse[r] - target_logit[r] : T(0);
+                row_scale[r] = counted ? static_cast<T>(args.grad_scale) : T(0);
+                if (counted && gradients && small_softcap) {
+                    const T tanh = target_logit[r] * inverse;
+                    z[target * R + r] -= total * (1 - tanh * tanh);
+                    row_scale[r] /= total;
+                }
+            }
         }
     }
 
-    // Replaces rows [v0, v0 + count) of Z by dZ.
-    void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count) const {
-        for (int64_t v = v0; v < v0 + count; v++)
-            for (int64_t r = 0; r < R; r += W) {
-                const Vec<T> logit = load(z + v * R + r), scale = load(row_scale + r);
-                const Vec<T> tanh = logit * inverse, slope = 1 - tanh * tanh;
-                const Vec<T> gradient = exp_lanes(logit - load(lse + r)) * slope * scale;
-                store(z + v * R + r, scale != 0 ? gradient : Vec<T>{});
+    // dZ of `count` rows of the vocabulary from v0 on and of rows [r0, r1) of the chunk. dz may be the place of Z.
+    void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count, int64_t r0, int64_t r1, T* dz,
+                       int64_t stride) const {
+        for (int64_t v = 0; v < count; v++)
+            for (int64_t r = r0; r < r1; r += W) {
+                const Vec<T> x = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
+                Vec<T> gradient = x * scale;
+                if (!small_softcap) {
+                    const Vec<T> tanh = x * inverse;
+                    gradient = exp_lanes(x - load(lse + r)) * (1 - tanh * tanh) * scale;
+                }
+                store(dz + v * stride + r - r0, scale != 0 ? gradient : Vec<T>{});
             }
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t target = args.targets[n0 + r];
+        if (small_softcap) return;
+        for (int64_t r = r0; r < minimum(rows, r1); r++) {
+            const int64_t v = args.targets[n0 + r] - v0;
             const T tanh = target_logit[r] * inverse;
-            if (row_scale[r] != 0 && target >= v0 && target < v0 + count)
-                z[target * R + r] -= row_scale[r] * (1 - tanh * tanh);
+            if (row_scale[r] != 0 && v >= 0 && v < count) dz[v * stride + r - r0] -= row_scale[r] * (1 - tanh * tanh);
         }
     }
 };
@@ -184,25 +241,25 @@ struct LossAndGradients : ChunkOfLogits<T> {
         }
     }
 
-    // Z = softcapped W X^T, with the maximum and the sum of each block of the vocabulary.
-    void compute_logits() const {
-        const Product<T> logits = {
-            .M = V,
-            .N = R,
-            .K = C,
-            .a = weight,
-            .a_stride = C,
-            .a_layout = Layout::rows,
-            .b = x_transposed,
-            .b_stride = R,
-            .c = z,
-            .c_stride = R,
-        };
+    // Z = W X^T, reduced for the loss block by block.
+    void compute_logits(int64_t n0, int64_t rows) const {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            multiply_rows(logits, 0, v0, count, 0, R, own_scratch());
-            this->reduce_block(block);
+            const Product<T> logits = {
+                .M = count,
+                .N = R,
+                .K = C,
+                .a = weight + v0 * C,
+                .a_stride = C,
+                .a_layout = Layout::rows,
+                .b = x_transposed,
+                .b_stride = R,
+                .c = this->block_of_logits(block),
+                .c_stride = R,
+            };
+            multiply_rows(logits, 0, 0, count, 0, R, own_scratch());
+            this->reduce_block(n0, rows, block);
         }
     }
 
@@ -226,7 +283,7 @@ struct LossAndGradients : ChunkOfLogits<T> {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            this->differentiate(n0, rows, v0, count);
+            this->differentiate(n0, rows, v0, count, 0, R, z + v0 * R, R);
             if (args.grad_weight) multiply_rows(product, 0, v0, count, 0, C, own_scratch());
         }
     }
@@ -268,9 +325,9 @@ struct LossAndGradients : ChunkOfLogits<T> {
                 const int64_t rows = minimum(R, N - n0);
                 const T* chunk = load_chunk(n0, rows);
                 transpose_chunk(chunk, rows);
-                compute_logits();
+                compute_logits(n0, rows);
                 this->compute_loss(n0, rows);
-                if (args.grad_x || args.grad_weight) compute_grad_weight(n0, rows, chunk);
+                if (this->gradients) compute_grad_weight(n0, rows, chunk);
                 if (args.grad_x) compute_grad_x(n0, rows);
             }
             if constexpr (converts)
@@ -329,13 +386,13 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
                        x_rows + packed_size(c, rows));
     }
 
-    void compute_logits() const {
+    void compute_logits(int64_t n0, int64_t rows) const {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
             multiply_deep(weight_rows + packed_size(v0, C), x_columns, C, ceil_div(count, kBlock16), R / kBlock16,
-                          z + v0 * R, R, false);
-            reduce_block(block);
+                          block_of_logits(block), R, false);
+            reduce_block(n0, rows, block);
         }
     }
 
@@ -345,7 +402,7 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            differentiate(n0, rows, v0, count);
+            differentiate(n0, rows, v0, count, 0, R, z + v0 * R, R);
             if (args.grad_x)
                 for (int64_t r = 0; r < rows; r += kBlock16)
                     pack<false>(Operand<float>{z, R, Layout::columns}, r, minimum(kBlock16, rows - r), v0, count,
@@ -380,9 +437,9 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
             for (int64_t n0 = 0; n0 < N; n0 += R) {
                 const int64_t rows = minimum(R, N - n0);
                 pack_chunk(n0, rows);
-                compute_logits();
+                compute_logits(n0, rows);
                 compute_loss(n0, rows);
-                if (args.grad_x || args.grad_weight) compute_grad_weight(n0, rows);
+                if (gradients) compute_grad_weight(n0, rows);
                 if (args.grad_x) compute_grad_x(n0, rows);
             }
             if (args.grad_weight && N > 0) write_grad_weight();
