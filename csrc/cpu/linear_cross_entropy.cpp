@@ -29,10 +29,10 @@ int64_t chunk_rows(int64_t N, int64_t V) {
 // Up to this softcap exp(z - softcap) >= e^-60, and no sum of them underflows.
 constexpr double kLargestSmallSoftcap = 30;
 
-// Turns `count` rows of Z, which hold x W^T, into softcapped logits. Their maximum and sum of exponentials go to
-// block_max and block_sum.
+// Writes softcapped logits to z, from `count` rows of x W^T, which may lie there too. Their maximum and sum of
+// exponentials go to block_max and block_sum.
 template <class T>
-void cap_and_reduce(T* z, int64_t count, int64_t R, T softcap, T* block_max, T* block_sum) {
+void cap_and_reduce(const T* from, int64_t count, int64_t R, T softcap, T* z, T* block_max, T* block_sum) {
     constexpr int W = kLanes<T>;
     const T inverse = softcap > 0 ? 1 / softcap : 0;
     for (int64_t r = 0; r < R; r += W) {
@@ -41,11 +41,9 @@ void cap_and_reduce(T* z, int64_t count, int64_t R, T softcap, T* block_max, T* 
     }
     for (int64_t v = 0; v < count; v++)
         for (int64_t r = 0; r < R; r += W) {
-            Vec<T> x = load(z + v * R + r);
-            if (softcap > 0) {
-                x = tanh_lanes<T>(x * inverse) * softcap;
-                store(z + v * R + r, x);
-            }
+            Vec<T> x = load(from + v * R + r);
+            if (softcap > 0) x = tanh_lanes<T>(x * inverse) * softcap;
+            store(z + v * R + r, x);
             const Vec<T> top = load(block_max + r);
             store(block_max + r, x > top ? x : top);
         }
@@ -56,16 +54,16 @@ void cap_and_reduce(T* z, int64_t count, int64_t R, T softcap, T* block_max, T* 
         }
 }
 
-// The same for a small softcap, which takes the place of the maximum. With `keep`, Z becomes
+// The same for a small softcap, which takes the place of the maximum. With `keep`, z becomes
 // exp(z - softcap) (1 - (z / softcap)^2).
 template <bool keep, class T>
-void cap_and_sum(T* z, int64_t count, int64_t R, T softcap, T* block_sum) {
+void cap_and_sum(const T* from, int64_t count, int64_t R, T softcap, T* z, T* block_sum) {
     constexpr int W = kLanes<T>;
     const T inverse = 1 / softcap;
     for (int64_t r = 0; r < R; r += W) store(block_sum + r, Vec<T>{});
     for (int64_t v = 0; v < count; v++)
         for (int64_t r = 0; r < R; r += W) {
-            const Vec<T> tanh = tanh_lanes<T>(load(z + v * R + r) * inverse);
+            const Vec<T> tanh = tanh_lanes<T>(load(from + v * R + r) * inverse);
             const Vec<T> exponential = exp_in_range(tanh * softcap - softcap);
             store(block_sum + r, load(block_sum + r) + exponential);
             if constexpr (keep) store(z + v * R + r, exponential * (1 - tanh * tanh));
@@ -85,9 +83,7 @@ struct ChunkOfLogits {
     const T softcap = static_cast<T>(args.softcap), inverse = softcap > 0 ? 1 / softcap : 0;
     const bool small_softcap = args.softcap > 0 && args.softcap <= kLargestSmallSoftcap;
     const bool gradients = args.grad_x || args.grad_weight;
-    // A loss alone needs no more of Z than the block of each thread.
-    const bool whole_z = gradients || args.execution.threads * kBlockRows >= V;
-    T* z = nullptr;   // (V, R), rows padded to a multiple of 16; or (threads, kBlockRows, R)
+    T* z = nullptr;                                 // (V, R), if there are gradients
     T *block_max = nullptr, *block_sum = nullptr;   // (blocks, R)
     T *lse = nullptr, *target_logit = nullptr;      // (R,)
     T* row_scale = nullptr;                         // (R,), of dZ; 0 for a row without a target
@@ -97,7 +93,7 @@ struct ChunkOfLogits {
         : args(args), R(round_up(chunk_rows<T>(args.N, args.V), multiple)) {}
 
     void carve_logits(cpu::Arena& arena) {
-        z = arena.take<T>((whole_z ? round_up(V, 16) : args.execution.threads * kBlockRows) * R);
+        z = arena.take<T>(gradients ? V * R : 0);
         block_max = arena.take<T>(blocks * R);
         block_sum = arena.take<T>(blocks * R);
         lse = arena.take<T>(R);
@@ -105,24 +101,23 @@ struct ChunkOfLogits {
         row_scale = arena.take<T>(R);
     }
 
-    T* block_of_logits(int64_t block) const { return z + (whole_z ? block : omp_get_thread_num()) * kBlockRows * R; }
-
-    // Takes what the loss needs from a block of x W^T, which becomes what differentiate() needs.
-    void reduce_block(int64_t n0, int64_t rows, int64_t block) const {
+    // Takes what the loss needs from a block of x W^T, and writes to Z what differentiate() needs.
+    void reduce_block(int64_t n0, int64_t rows, int64_t block, T* from) const {
         const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-        T* const own = block_of_logits(block);
+        T* const to = gradients ? z + v0 * R : from;
         for (int64_t r = 0; r < rows; r++) {
             const int64_t v = args.targets[n0 + r] - v0;
             if (v < 0 || v >= count) continue;
-            const T logit = own[v * R + r];
+            const T logit = from[v * R + r];
             target_logit[r] = softcap > 0 ? tanh_lanes<T>(broadcast<T>(logit * inverse))[0] * softcap : logit;
         }
+        T* const sum = block_sum + block * R;
         if (!small_softcap)
-            cap_and_reduce(own, count, R, softcap, block_max + block * R, block_sum + block * R);
+            cap_and_reduce(from, count, R, softcap, to, block_max + block * R, sum);
         else if (gradients)
-            cap_and_sum<true>(own, count, R, softcap, block_sum + block * R);
+            cap_and_sum<true>(from, count, R, softcap, to, sum);
         else
-            cap_and_sum<false>(own, count, R, softcap, block_sum + block * R);
+            cap_and_sum<false>(from, count, R, softcap, to, sum);
     }
 
     // The log-sum-exp and the loss of each row, from the blocks' maxima and sums.
@@ -161,17 +156,21 @@ struct ChunkOfLogits {
     // dZ of `count` rows of the vocabulary from v0 on and of rows [r0, r1) of the chunk. dz may be the place of Z.
     void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count, int64_t r0, int64_t r1, T* dz,
                        int64_t stride) const {
+        if (small_softcap) {
+            for (int64_t v = 0; v < count; v++)
+                for (int64_t r = r0; r < r1; r += W) {
+                    const Vec<T> x = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
+                    store(dz + v * stride + r - r0, scale != 0 ? x * scale : Vec<T>{});
+                }
+            return;
+        }
         for (int64_t v = 0; v < count; v++)
             for (int64_t r = r0; r < r1; r += W) {
-                const Vec<T> x = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
-                Vec<T> gradient = x * scale;
-                if (!small_softcap) {
-                    const Vec<T> tanh = x * inverse;
-                    gradient = exp_lanes(x - load(lse + r)) * (1 - tanh * tanh) * scale;
-                }
+                const Vec<T> logit = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
+                const Vec<T> tanh = logit * inverse, slope = 1 - tanh * tanh;
+                const Vec<T> gradient = exp_lanes(logit - load(lse + r)) * slope * scale;
                 store(dz + v * stride + r - r0, scale != 0 ? gradient : Vec<T>{});
             }
-        if (small_softcap) return;
         for (int64_t r = r0; r < minimum(rows, r1); r++) {
             const int64_t v = args.targets[n0 + r] - v0;
             const T tanh = target_logit[r] * inverse;
@@ -192,12 +191,15 @@ struct LossAndGradients : ChunkOfLogits<T> {
     T* x_transposed = nullptr;                       // (C, R)
     T *x_chunk = nullptr, *grad_x_chunk = nullptr;   // (R, C), copies in T
     T* scratch = nullptr;                            // (threads, kScratch)
+    T* block_z = nullptr;                            // (threads, block_size), for a loss alone
+    const int64_t block_size = minimum(kBlockRows, V) * R;
 
     explicit LossAndGradients(const cpu::LinearCrossEntropy& args) : Base(args) {}
 
     size_t carve_workspace(cpu::Arena arena) {
         this->carve_logits(arena);
         x_transposed = arena.take<T>(C * R);
+        block_z = arena.take<T>(this->gradients ? 0 : args.execution.threads * block_size);
         scratch = arena.take<T>(args.execution.threads * kScratch<T>);
         x_chunk = arena.take<T>(converts ? R * C : 0);
         grad_x_chunk = arena.take<T>(converts ? R * C : 0);
@@ -255,11 +257,11 @@ struct LossAndGradients : ChunkOfLogits<T> {
                 .a_layout = Layout::rows,
                 .b = x_transposed,
                 .b_stride = R,
-                .c = this->block_of_logits(block),
+                .c = this->gradients ? z + v0 * R : block_z + omp_get_thread_num() * block_size,
                 .c_stride = R,
             };
             multiply_rows(logits, 0, 0, count, 0, R, own_scratch());
-            this->reduce_block(n0, rows, block);
+            this->reduce_block(n0, rows, block, logits.c);
         }
     }
 
@@ -341,9 +343,17 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
     const int64_t stride = round_up(C, kBlock16);                 // of float32 sums with C columns
     bfloat16 *weight_rows = nullptr, *weight_columns = nullptr;   // W as A of X W^T, and as B of dZ^T W
     bfloat16 *x_columns = nullptr, *x_rows = nullptr;             // the chunk as B of W X^T, and of dZ X
-    bfloat16 *dz_rows = nullptr, *dz_columns = nullptr;           // of a thread's block, as A of dZ X; as A of dZ^T W
+    bfloat16* dz_columns = nullptr;                               // as A of dZ^T W
     float* grad_weight = nullptr;                                 // (V, C), rows `stride` apart
-    char* scratch = nullptr;
+    char* scratch = nullptr;                                      // (threads, scratch_size)
+
+    // A part of dZ that is packed while it lies in L1, and the distance of its rows, which fall into different sets.
+    static constexpr int64_t kPartRows = kBlock16Depth, kPartColumns = 256, kPartStride = kPartColumns + 16;
+    static constexpr int64_t kPartSize = kPartRows * kPartStride;
+    // A thread's scratch holds a block of X W^T; then such a part and a block of dZ as A of dZ X; then sums of dX.
+    const int64_t block_size = kBlockRows * R;
+    const int64_t scratch_size =
+        maximum<int64_t>(maximum<int64_t>(block_size * 4, kPartSize * 4 + block_size * 2), kScratch16);
 
     explicit LossAndGradients16(const cpu::LinearCrossEntropy& args) : ChunkOfLogits<float>(args, kBlock16) {}
 
@@ -353,12 +363,13 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
         weight_columns = arena.take<bfloat16>(args.grad_x ? packed_size(C, V) : 0);
         x_columns = arena.take<bfloat16>(packed_size(R, C));
         x_rows = arena.take<bfloat16>(args.grad_weight ? packed_size(C, R) : 0);
-        dz_rows = arena.take<bfloat16>(args.grad_weight ? args.execution.threads * packed_size(kBlockRows, R) : 0);
         dz_columns = arena.take<bfloat16>(args.grad_x ? packed_size(R, V) : 0);
         grad_weight = arena.take<float>(args.grad_weight ? round_up(V, kBlock16) * stride : 0);
-        scratch = arena.take<char>(args.execution.threads * kScratch16);
+        scratch = arena.take<char>(args.execution.threads * scratch_size);
         return arena.used;
     }
+
+    float* own_scratch() const { return reinterpret_cast<float*>(scratch + omp_get_thread_num() * scratch_size); }
 
     void pack_weight() const {
         const bfloat16* weight = static_cast<const bfloat16*>(args.weight);
@@ -391,33 +402,57 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
             multiply_deep(weight_rows + packed_size(v0, C), x_columns, C, ceil_div(count, kBlock16), R / kBlock16,
-                          block_of_logits(block), R, false);
-            reduce_block(n0, rows, block);
+                          own_scratch(), R, false);
+            reduce_block(n0, rows, block, own_scratch());
         }
     }
 
-    // Z becomes dZ, packed for both products, and dW += dZ X; the first chunk writes dW.
+    static void pack_part(const float* part, Layout layout, int64_t i, int64_t count, int64_t k, int64_t depth,
+                          bfloat16* to) {
+        const Operand<float> x = {part, kPartStride, layout};
+        if (count >= kBlock16 && depth >= kBlock16Depth)
+            pack_block<false>(x, i, kBlock16, k, kBlock16Depth, to);
+        else
+            pack_block<false>(x, i, minimum(kBlock16, count), k, minimum(kBlock16Depth, depth), to);
+    }
+
+    // Packs rows [v0, v0 + count) of dZ for both products: to dz_columns, and to `as_rows`.
+    void pack_gradient(int64_t n0, int64_t rows, int64_t v0, int64_t count, float* part, bfloat16* as_rows) const {
+        for (int64_t v = 0; v < count; v += kPartRows)
+            for (int64_t r0 = 0; r0 < rows; r0 += kPartColumns) {
+                const int64_t height = minimum(kPartRows, count - v), end = minimum(r0 + kPartColumns, R);
+                differentiate(n0, rows, v0 + v, height, r0, end, part, kPartStride);
+                const int64_t width = minimum(end, rows) - r0;
+                if (args.grad_x)
+                    for (int64_t r = 0; r < width; r += kBlock16)
+                        pack_part(part, Layout::columns, r, width - r, 0, height,
+                                  dz_columns + packed_size(r0 + r, V) + (v0 + v) * kBlock16);
+                if (args.grad_weight)
+                    for (int64_t i = 0; i < height; i += kBlock16)
+                        for (int64_t r = 0; r < width; r += kBlock16Depth)
+                            pack_part(part, Layout::rows, i, height - i, r, width - r,
+                                      as_rows + packed_size(v + i, rows) + (r0 + r) * kBlock16);
+            }
+    }
+
+    // Packs dZ for both products, and dW += dZ X; the first chunk writes dW.
     void compute_grad_weight(int64_t n0, int64_t rows) const {
-        bfloat16* own = dz_rows + omp_get_thread_num() * packed_size(kBlockRows, R);
+        float* const part = own_scratch();
+        bfloat16* const as_rows = reinterpret_cast<bfloat16*>(part + kPartSize);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            differentiate(n0, rows, v0, count, 0, R, z + v0 * R, R);
-            if (args.grad_x)
-                for (int64_t r = 0; r < rows; r += kBlock16)
-                    pack<false>(Operand<float>{z, R, Layout::columns}, r, minimum(kBlock16, rows - r), v0, count,
-                                dz_columns + packed_size(r, V) + v0 * kBlock16);
-            if (!args.grad_weight) continue;
-            pack<false>(Operand<float>{z, R, Layout::rows}, v0, count, 0, rows, own);
-            multiply_deep(own, x_rows, rows, ceil_div(count, kBlock16), stride / kBlock16, grad_weight + v0 * stride,
-                          stride, n0 > 0);
+            pack_gradient(n0, rows, v0, count, part, as_rows);
+            if (args.grad_weight)
+                multiply_deep(as_rows, x_rows, rows, ceil_div(count, kBlock16), stride / kBlock16,
+                              grad_weight + v0 * stride, stride, n0 > 0);
         }
     }
 
     // dX = dZ^T W
     void compute_grad_x(int64_t n0, int64_t rows) const {
         multiply_team16(rows, C, V, dz_columns, weight_columns, static_cast<bfloat16*>(args.grad_x) + n0 * C,
-                        args.execution.threads, reinterpret_cast<float*>(scratch + omp_get_thread_num() * kScratch16));
+                        args.execution.threads, own_scratch());
     }
 
     void write_grad_weight() const {
