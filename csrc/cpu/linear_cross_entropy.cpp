@@ -26,6 +26,9 @@ int64_t chunk_rows(int64_t N, int64_t V) {
     return minimum(round_up(N, kLanes<T>), maximum<int64_t>(2 * NR, minimum<int64_t>(fitting, 512)));
 }
 
+// Rows of Z to prefetch ahead where only a part of each is read.
+constexpr int64_t kRowsAhead = 8;
+
 // Up to this softcap exp(z - softcap) >= e^-60, and no sum of them underflows.
 constexpr double kLargestSmallSoftcap = 30;
 
@@ -157,11 +160,13 @@ struct ChunkOfLogits {
     void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count, int64_t r0, int64_t r1, T* dz,
                        int64_t stride) const {
         if (small_softcap) {
-            for (int64_t v = 0; v < count; v++)
+            for (int64_t v = 0; v < count; v++) {
+                if (v0 + v + kRowsAhead < V) prefetch_row(z + (v0 + v + kRowsAhead) * R + r0, r1 - r0);
                 for (int64_t r = r0; r < r1; r += W) {
                     const Vec<T> x = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
                     store(dz + v * stride + r - r0, scale != 0 ? x * scale : Vec<T>{});
                 }
+            }
             return;
         }
         for (int64_t v = 0; v < count; v++)
@@ -418,8 +423,8 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
 
     // Packs rows [v0, v0 + count) of dZ for both products: to dz_columns, and to `as_rows`.
     void pack_gradient(int64_t n0, int64_t rows, int64_t v0, int64_t count, float* part, bfloat16* as_rows) const {
-        for (int64_t v = 0; v < count; v += kPartRows)
-            for (int64_t r0 = 0; r0 < rows; r0 += kPartColumns) {
+        for (int64_t r0 = 0; r0 < rows; r0 += kPartColumns)
+            for (int64_t v = 0; v < count; v += kPartRows) {
                 const int64_t height = minimum(kPartRows, count - v), end = minimum(r0 + kPartColumns, R);
                 differentiate(n0, rows, v0 + v, height, r0, end, part, kPartStride);
                 const int64_t width = minimum(end, rows) - r0;
