@@ -4,8 +4,9 @@
 // vector lanes. Maxima and sums over the vocabulary then need no work across lanes, and all three products read their
 // operands in place (but for those of bfloat16, which gemm16.h multiplies packed):
 //   Z = W X^T,   dW += dZ X,   dX = dZ^T W.
-// dZ = g (softmax(z) - onehot) (1 - (z / softcap)^2) replaces Z in place. Sums over the vocabulary run in blocks of
-// fixed size and order.
+// dZ = g (softmax(z) - onehot) (1 - (z / softcap)^2). No logit exceeds the softcap, so that with a small one the
+// exponentials need no maximum: what depends on z, exp(z - softcap) (1 - (z / softcap)^2), replaces Z while its block is
+// in the cache, and dZ is that times a number per row. Sums over the vocabulary run in blocks of fixed size and order.
 #include <omp.h>
 
 #include "../kernels.h"
@@ -25,28 +26,51 @@ int64_t chunk_rows(int64_t N, int64_t V) {
     return minimum(round_up(N, kLanes<T>), maximum<int64_t>(2 * NR, minimum<int64_t>(fitting, 512)));
 }
 
-// Turns rows [v0, v0 + count) of Z, which hold x W^T, into softcapped logits. Their maximum and sum of exponentials go
-// to block_max and block_sum.
+// Rows of Z to prefetch ahead where only a part of each is read.
+constexpr int64_t kRowsAhead = 8;
+
+// Up to this softcap exp(z - softcap) >= e^-60, and no sum of them underflows.
+constexpr double kLargestSmallSoftcap = 30;
+
+// Writes softcapped logits to z, from `count` rows of x W^T, which may lie there too. Their maximum and sum of
+// exponentials go to block_max and block_sum.
 template <class T>
-void cap_and_reduce(T* z, int64_t count, int64_t R, T softcap, T* block_max, T* block_sum) {
+void cap_and_reduce(const T* from, int64_t count, int64_t R, T softcap, T* z, T* block_max, T* block_sum) {
     constexpr int W = kLanes<T>;
     const T inverse = softcap > 0 ? 1 / softcap : 0;
     for (int64_t r = 0; r < R; r += W) {
-        Vec<T> top = broadcast<T>(-__builtin_inf());
-        for (int64_t v = 0; v < count; v++) {
-            Vec<T> x = load(z + v * R + r);
-            if (softcap > 0) {
-                x = tanh_lanes<T>(x * inverse) * softcap;
-                store(z + v * R + r, x);
-            }
-            top = x > top ? x : top;
-        }
-        const Vec<T> finite = top > -__builtin_inf() ? top : Vec<T>{};
-        Vec<T> sum = Vec<T>{};
-        for (int64_t v = 0; v < count; v++) sum += exp_lanes(load(z + v * R + r) - finite);
-        store(block_max + r, top);
-        store(block_sum + r, sum);
+        store(block_max + r, broadcast<T>(-__builtin_inf()));
+        store(block_sum + r, Vec<T>{});
     }
+    for (int64_t v = 0; v < count; v++)
+        for (int64_t r = 0; r < R; r += W) {
+            Vec<T> x = load(from + v * R + r);
+            if (softcap > 0) x = tanh_lanes<T>(x * inverse) * softcap;
+            store(z + v * R + r, x);
+            const Vec<T> top = load(block_max + r);
+            store(block_max + r, x > top ? x : top);
+        }
+    for (int64_t v = 0; v < count; v++)
+        for (int64_t r = 0; r < R; r += W) {
+            const Vec<T> top = load(block_max + r), finite = top > -__builtin_inf() ? top : Vec<T>{};
+            store(block_sum + r, load(block_sum + r) + exp_lanes(load(z + v * R + r) - finite));
+        }
+}
+
+// The same for a small softcap, which takes the place of the maximum. With `keep`, z becomes
+// exp(z - softcap) (1 - (z / softcap)^2).
+template <bool keep, class T>
+void cap_and_sum(const T* from, int64_t count, int64_t R, T softcap, T* z, T* block_sum) {
+    constexpr int W = kLanes<T>;
+    const T inverse = 1 / softcap;
+    for (int64_t r = 0; r < R; r += W) store(block_sum + r, Vec<T>{});
+    for (int64_t v = 0; v < count; v++)
+        for (int64_t r = 0; r < R; r += W) {
+            const Vec<T> tanh = tanh_lanes<T>(load(from + v * R + r) * inverse);
+            const Vec<T> exponential = exp_in_range(tanh * softcap - softcap);
+            store(block_sum + r, load(block_sum + r) + exponential);
+            if constexpr (keep) store(z + v * R + r, exponential * (1 - tanh * tanh));
+        }
 }
 
 // What a call has in all forms of its products: the logits of a chunk of rows, and what becomes of them. T is the type
@@ -60,16 +84,19 @@ struct ChunkOfLogits {
     const int64_t R;   // rows of a chunk; the last chunk may have fewer
     const int64_t blocks = ceil_div(V, kBlockRows);
     const T softcap = static_cast<T>(args.softcap), inverse = softcap > 0 ? 1 / softcap : 0;
-    T* z = nullptr;                                                    // (V, R), rows padded to a multiple of 16
-    T *block_max = nullptr, *block_sum = nullptr;                      // (blocks, R)
-    T *lse = nullptr, *target_logit = nullptr, *row_scale = nullptr;   // (R,)
+    const bool small_softcap = args.softcap > 0 && args.softcap <= kLargestSmallSoftcap;
+    const bool gradients = args.grad_x || args.grad_weight;
+    T* z = nullptr;                                 // (V, R), if there are gradients
+    T *block_max = nullptr, *block_sum = nullptr;   // (blocks, R)
+    T *lse = nullptr, *target_logit = nullptr;      // (R,)
+    T* row_scale = nullptr;                         // (R,), of dZ; 0 for a row without a target
 
     // `multiple`: R is a multiple of it.
     explicit ChunkOfLogits(const cpu::LinearCrossEntropy& args, int64_t multiple = 1)
         : args(args), R(round_up(chunk_rows<T>(args.N, args.V), multiple)) {}
 
     void carve_logits(cpu::Arena& arena) {
-        z = arena.take<T>(round_up(V, 16) * R);
+        z = arena.take<T>(gradients ? V * R : 0);
         block_max = arena.take<T>(blocks * R);
         block_sum = arena.take<T>(blocks * R);
         lse = arena.take<T>(R);
@@ -77,48 +104,82 @@ struct ChunkOfLogits {
         row_scale = arena.take<T>(R);
     }
 
-    void reduce_block(int64_t block) const {
-        const int64_t v0 = block * kBlockRows;
-        cap_and_reduce(z + v0 * R, minimum(kBlockRows, V - v0), R, softcap, block_max + block * R,
-                       block_sum + block * R);
+    // Takes what the loss needs from a block of x W^T, and writes to Z what differentiate() needs.
+    void reduce_block(int64_t n0, int64_t rows, int64_t block, T* from) const {
+        const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
+        T* const to = gradients ? z + v0 * R : from;
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t v = args.targets[n0 + r] - v0;
+            if (v < 0 || v >= count) continue;
+            const T logit = from[v * R + r];
+            target_logit[r] = softcap > 0 ? tanh_lanes<T>(broadcast<T>(logit * inverse))[0] * softcap : logit;
+        }
+        T* const sum = block_sum + block * R;
+        if (!small_softcap)
+            cap_and_reduce(from, count, R, softcap, to, block_max + block * R, sum);
+        else if (gradients)
+            cap_and_sum<true>(from, count, R, softcap, to, sum);
+        else
+            cap_and_sum<false>(from, count, R, softcap, to, sum);
     }
 
     // The log-sum-exp and the loss of each row, from the blocks' maxima and sums.
     void compute_loss(int64_t n0, int64_t rows) const {
         T* loss = static_cast<T*>(args.loss);
 #pragma omp for
-        for (int64_t r = 0; r < R; r++) {
-            T top = -__builtin_inf();
-            for (int64_t block = 0; block < blocks; block++) top = maximum(top, block_max[block * R + r]);
-            T sum = 0;
-            for (int64_t block = 0; block < blocks; block++) {
-                const T peak = block_max[block * R + r];
-                const T exponent = peak > -__builtin_inf() ? peak - top : T(0);
-                sum += block_sum[block * R + r] * exp_lanes(broadcast<T>(exponent))[0];
+        for (int64_t r0 = 0; r0 < R; r0 += W) {
+            Vec<T> top = broadcast<T>(small_softcap ? softcap : -__builtin_inf()), sum = Vec<T>{};
+            if (small_softcap) {
+                for (int64_t block = 0; block < blocks; block++) sum += load(block_sum + block * R + r0);
+            } else {
+                for (int64_t block = 0; block < blocks; block++)
+                    top = maximum_lanes<T>(top, load(block_max + block * R + r0));
+                for (int64_t block = 0; block < blocks; block++) {
+                    const Vec<T> peak = load(block_max + block * R + r0);
+                    const Vec<T> exponent = peak > -__builtin_inf() ? peak - top : Vec<T>{};
+                    sum += load(block_sum + block * R + r0) * exp_lanes(exponent);
+                }
             }
-            lse[r] = top + static_cast<T>(__builtin_log(static_cast<double>(sum)));
-            const int64_t target = r < rows ? args.targets[n0 + r] : args.ignore_index;
-            const bool counted = target != args.ignore_index;
-            target_logit[r] = counted ? z[target * R + r] : T(0);
-            row_scale[r] = counted ? static_cast<T>(args.grad_scale) : T(0);
-            if (r < rows) loss[n0 + r] = counted ? lse[r] - target_logit[r] : T(0);
+            for (int64_t r = r0; r < r0 + W; r++) {
+                const T total = sum[r - r0];
+                lse[r] = top[r - r0] + static_cast<T>(__builtin_log(static_cast<double>(total)));
+                const int64_t target = r < rows ? args.targets[n0 + r] : args.ignore_index;
+                const bool counted = target != args.ignore_index;
+                if (r < rows) loss[n0 + r] = counted ? lse[r] - target_logit[r] : T(0);
+                row_scale[r] = counted ? static_cast<T>(args.grad_scale) : T(0);
+                if (counted && gradients && small_softcap) {
+                    const T tanh = target_logit[r] * inverse;
+                    z[target * R + r] -= total * (1 - tanh * tanh);
+                    row_scale[r] /= total;
+                }
+            }
         }
     }
 
-    // Replaces rows [v0, v0 + count) of Z by dZ.
-    void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count) const {
-        for (int64_t v = v0; v < v0 + count; v++)
-            for (int64_t r = 0; r < R; r += W) {
-                const Vec<T> logit = load(z + v * R + r), scale = load(row_scale + r);
+    // dZ of `count` rows of the vocabulary from v0 on and of rows [r0, r1) of the chunk. dz may be the place of Z.
+    void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count, int64_t r0, int64_t r1, T* dz,
+                       int64_t stride) const {
+        if (small_softcap) {
+            for (int64_t v = 0; v < count; v++) {
+                if (v0 + v + kRowsAhead < V) prefetch_row(z + (v0 + v + kRowsAhead) * R + r0, r1 - r0);
+                for (int64_t r = r0; r < r1; r += W) {
+                    const Vec<T> x = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
+                    store(dz + v * stride + r - r0, scale != 0 ? x * scale : Vec<T>{});
+                }
+            }
+            return;
+        }
+        for (int64_t v = 0; v < count; v++)
+            for (int64_t r = r0; r < r1; r += W) {
+                const Vec<T> logit = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
                 const Vec<T> tanh = logit * inverse, slope = 1 - tanh * tanh;
                 const Vec<T> gradient = exp_lanes(logit - load(lse + r)) * slope * scale;
-                store(z + v * R + r, scale != 0 ? gradient : Vec<T>{});
+                store(dz + v * stride + r - r0, scale != 0 ? gradient : Vec<T>{});
             }
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t target = args.targets[n0 + r];
+        for (int64_t r = r0; r < minimum(rows, r1); r++) {
+            const int64_t v = args.targets[n0 + r] - v0;
             const T tanh = target_logit[r] * inverse;
-            if (row_scale[r] != 0 && target >= v0 && target < v0 + count)
-                z[target * R + r] -= row_scale[r] * (1 - tanh * tanh);
+            if (row_scale[r] != 0 && v >= 0 && v < count) dz[v * stride + r - r0] -= row_scale[r] * (1 - tanh * tanh);
         }
     }
 };
@@ -135,12 +196,15 @@ struct LossAndGradients : ChunkOfLogits<T> {
     T* x_transposed = nullptr;                       // (C, R)
     T *x_chunk = nullptr, *grad_x_chunk = nullptr;   // (R, C), copies in T
     T* scratch = nullptr;                            // (threads, kScratch)
+    T* block_z = nullptr;                            // (threads, block_size), for a loss alone
+    const int64_t block_size = minimum(kBlockRows, V) * R;
 
     explicit LossAndGradients(const cpu::LinearCrossEntropy& args) : Base(args) {}
 
     size_t carve_workspace(cpu::Arena arena) {
         this->carve_logits(arena);
         x_transposed = arena.take<T>(C * R);
+        block_z = arena.take<T>(this->gradients ? 0 : args.execution.threads * block_size);
         scratch = arena.take<T>(args.execution.threads * kScratch<T>);
         x_chunk = arena.take<T>(converts ? R * C : 0);
         grad_x_chunk = arena.take<T>(converts ? R * C : 0);
@@ -184,25 +248,25 @@ struct LossAndGradients : ChunkOfLogits<T> {
         }
     }
 
-    // Z = softcapped W X^T, with the maximum and the sum of each block of the vocabulary.
-    void compute_logits() const {
-        const Product<T> logits = {
-            .M = V,
-            .N = R,
-            .K = C,
-            .a = weight,
-            .a_stride = C,
-            .a_layout = Layout::rows,
-            .b = x_transposed,
-            .b_stride = R,
-            .c = z,
-            .c_stride = R,
-        };
+    // Z = W X^T, reduced for the loss block by block.
+    void compute_logits(int64_t n0, int64_t rows) const {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            multiply_rows(logits, 0, v0, count, 0, R, own_scratch());
-            this->reduce_block(block);
+            const Product<T> logits = {
+                .M = count,
+                .N = R,
+                .K = C,
+                .a = weight + v0 * C,
+                .a_stride = C,
+                .a_layout = Layout::rows,
+                .b = x_transposed,
+                .b_stride = R,
+                .c = this->gradients ? z + v0 * R : block_z + omp_get_thread_num() * block_size,
+                .c_stride = R,
+            };
+            multiply_rows(logits, 0, 0, count, 0, R, own_scratch());
+            this->reduce_block(n0, rows, block, logits.c);
         }
     }
 
@@ -226,7 +290,7 @@ struct LossAndGradients : ChunkOfLogits<T> {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            this->differentiate(n0, rows, v0, count);
+            this->differentiate(n0, rows, v0, count, 0, R, z + v0 * R, R);
             if (args.grad_weight) multiply_rows(product, 0, v0, count, 0, C, own_scratch());
         }
     }
@@ -268,9 +332,9 @@ struct LossAndGradients : ChunkOfLogits<T> {
                 const int64_t rows = minimum(R, N - n0);
                 const T* chunk = load_chunk(n0, rows);
                 transpose_chunk(chunk, rows);
-                compute_logits();
+                compute_logits(n0, rows);
                 this->compute_loss(n0, rows);
-                if (args.grad_x || args.grad_weight) compute_grad_weight(n0, rows, chunk);
+                if (this->gradients) compute_grad_weight(n0, rows, chunk);
                 if (args.grad_x) compute_grad_x(n0, rows);
             }
             if constexpr (converts)
@@ -284,9 +348,17 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
     const int64_t stride = round_up(C, kBlock16);                 // of float32 sums with C columns
     bfloat16 *weight_rows = nullptr, *weight_columns = nullptr;   // W as A of X W^T, and as B of dZ^T W
     bfloat16 *x_columns = nullptr, *x_rows = nullptr;             // the chunk as B of W X^T, and of dZ X
-    bfloat16 *dz_rows = nullptr, *dz_columns = nullptr;           // of a thread's block, as A of dZ X; as A of dZ^T W
+    bfloat16* dz_columns = nullptr;                               // as A of dZ^T W
     float* grad_weight = nullptr;                                 // (V, C), rows `stride` apart
-    char* scratch = nullptr;
+    char* scratch = nullptr;                                      // (threads, scratch_size)
+
+    // A part of dZ that is packed while it lies in L1, and the distance of its rows, which fall into different sets.
+    static constexpr int64_t kPartRows = kBlock16Depth, kPartColumns = 256, kPartStride = kPartColumns + 16;
+    static constexpr int64_t kPartSize = kPartRows * kPartStride;
+    // A thread's scratch holds a block of X W^T; then such a part and a block of dZ as A of dZ X; then sums of dX.
+    const int64_t block_size = kBlockRows * R;
+    const int64_t scratch_size =
+        maximum<int64_t>(maximum<int64_t>(block_size * 4, kPartSize * 4 + block_size * 2), kScratch16);
 
     explicit LossAndGradients16(const cpu::LinearCrossEntropy& args) : ChunkOfLogits<float>(args, kBlock16) {}
 
@@ -296,12 +368,13 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
         weight_columns = arena.take<bfloat16>(args.grad_x ? packed_size(C, V) : 0);
         x_columns = arena.take<bfloat16>(packed_size(R, C));
         x_rows = arena.take<bfloat16>(args.grad_weight ? packed_size(C, R) : 0);
-        dz_rows = arena.take<bfloat16>(args.grad_weight ? args.execution.threads * packed_size(kBlockRows, R) : 0);
         dz_columns = arena.take<bfloat16>(args.grad_x ? packed_size(R, V) : 0);
         grad_weight = arena.take<float>(args.grad_weight ? round_up(V, kBlock16) * stride : 0);
-        scratch = arena.take<char>(args.execution.threads * kScratch16);
+        scratch = arena.take<char>(args.execution.threads * scratch_size);
         return arena.used;
     }
+
+    float* own_scratch() const { return reinterpret_cast<float*>(scratch + omp_get_thread_num() * scratch_size); }
 
     void pack_weight() const {
         const bfloat16* weight = static_cast<const bfloat16*>(args.weight);
@@ -329,38 +402,62 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
                        x_rows + packed_size(c, rows));
     }
 
-    void compute_logits() const {
+    void compute_logits(int64_t n0, int64_t rows) const {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
             multiply_deep(weight_rows + packed_size(v0, C), x_columns, C, ceil_div(count, kBlock16), R / kBlock16,
-                          z + v0 * R, R, false);
-            reduce_block(block);
+                          own_scratch(), R, false);
+            reduce_block(n0, rows, block, own_scratch());
         }
     }
 
-    // Z becomes dZ, packed for both products, and dW += dZ X; the first chunk writes dW.
+    static void pack_part(const float* part, Layout layout, int64_t i, int64_t count, int64_t k, int64_t depth,
+                          bfloat16* to) {
+        const Operand<float> x = {part, kPartStride, layout};
+        if (count >= kBlock16 && depth >= kBlock16Depth)
+            pack_block<false>(x, i, kBlock16, k, kBlock16Depth, to);
+        else
+            pack_block<false>(x, i, minimum(kBlock16, count), k, minimum(kBlock16Depth, depth), to);
+    }
+
+    // Packs rows [v0, v0 + count) of dZ for both products: to dz_columns, and to `as_rows`.
+    void pack_gradient(int64_t n0, int64_t rows, int64_t v0, int64_t count, float* part, bfloat16* as_rows) const {
+        for (int64_t r0 = 0; r0 < rows; r0 += kPartColumns)
+            for (int64_t v = 0; v < count; v += kPartRows) {
+                const int64_t height = minimum(kPartRows, count - v), end = minimum(r0 + kPartColumns, R);
+                differentiate(n0, rows, v0 + v, height, r0, end, part, kPartStride);
+                const int64_t width = minimum(end, rows) - r0;
+                if (args.grad_x)
+                    for (int64_t r = 0; r < width; r += kBlock16)
+                        pack_part(part, Layout::columns, r, width - r, 0, height,
+                                  dz_columns + packed_size(r0 + r, V) + (v0 + v) * kBlock16);
+                if (args.grad_weight)
+                    for (int64_t i = 0; i < height; i += kBlock16)
+                        for (int64_t r = 0; r < width; r += kBlock16Depth)
+                            pack_part(part, Layout::rows, i, height - i, r, width - r,
+                                      as_rows + packed_size(v + i, rows) + (r0 + r) * kBlock16);
+            }
+    }
+
+    // Packs dZ for both products, and dW += dZ X; the first chunk writes dW.
     void compute_grad_weight(int64_t n0, int64_t rows) const {
-        bfloat16* own = dz_rows + omp_get_thread_num() * packed_size(kBlockRows, R);
+        float* const part = own_scratch();
+        bfloat16* const as_rows = reinterpret_cast<bfloat16*>(part + kPartSize);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t v0 = block * kBlockRows, count = minimum(kBlockRows, V - v0);
-            differentiate(n0, rows, v0, count);
-            if (args.grad_x)
-                for (int64_t r = 0; r < rows; r += kBlock16)
-                    pack<false>(Operand<float>{z, R, Layout::columns}, r, minimum(kBlock16, rows - r), v0, count,
-                                dz_columns + packed_size(r, V) + v0 * kBlock16);
-            if (!args.grad_weight) continue;
-            pack<false>(Operand<float>{z, R, Layout::rows}, v0, count, 0, rows, own);
-            multiply_deep(own, x_rows, rows, ceil_div(count, kBlock16), stride / kBlock16, grad_weight + v0 * stride,
-                          stride, n0 > 0);
+            pack_gradient(n0, rows, v0, count, part, as_rows);
+            if (args.grad_weight)
+                multiply_deep(as_rows, x_rows, rows, ceil_div(count, kBlock16), stride / kBlock16,
+                              grad_weight + v0 * stride, stride, n0 > 0);
         }
     }
 
     // dX = dZ^T W
     void compute_grad_x(int64_t n0, int64_t rows) const {
         multiply_team16(rows, C, V, dz_columns, weight_columns, static_cast<bfloat16*>(args.grad_x) + n0 * C,
-                        args.execution.threads, reinterpret_cast<float*>(scratch + omp_get_thread_num() * kScratch16));
+                        args.execution.threads, own_scratch());
     }
 
     void write_grad_weight() const {
@@ -380,9 +477,9 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
             for (int64_t n0 = 0; n0 < N; n0 += R) {
                 const int64_t rows = minimum(R, N - n0);
                 pack_chunk(n0, rows);
-                compute_logits();
+                compute_logits(n0, rows);
                 compute_loss(n0, rows);
-                if (args.grad_x || args.grad_weight) compute_grad_weight(n0, rows);
+                if (gradients) compute_grad_weight(n0, rows);
                 if (args.grad_x) compute_grad_x(n0, rows);
             }
             if (args.grad_weight && N > 0) write_grad_weight();

@@ -219,21 +219,44 @@ NANOCHAT_INLINE Vec<double> exp_lanes(Vec<double> x) {
     return x;
 }
 
+// e^x = (1 + fraction) scale for x in [-87, 88]: fraction = e^r - 1 with r as in exp_lanes, by a minimax polynomial, and
+// scale = 2^n. NaN gives a fraction of NaN.
+struct Exponential {
+    Vec<float> fraction, scale;
+};
+NANOCHAT_INLINE Exponential split_exp(Vec<float> x) {
+    typedef Vec<int32_t> Int;
+    const float shifter = 12582912.0f;
+    const Vec<float> shifted = x * 1.44269504f + shifter;
+    const Vec<float> n = shifted - shifter;
+    const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec<float> p = r * 1.38825038e-3f + 8.36652145e-3f;
+    p = p * r + 4.16672006e-2f;
+    p = p * r + 1.66665435e-1f;
+    p = p * r + 0.5f;
+    const Int exponent = __builtin_bit_cast(Int, shifted) - (__builtin_bit_cast(int32_t, shifter) - 127);
+    return {p * (r * r) + r, __builtin_bit_cast(Vec<float>, exponent << 23)};
+}
+
+// exp_lanes for x in [-87, 88], or NaN.
+NANOCHAT_INLINE Vec<float> exp_in_range(Vec<float> x) {
+    const Exponential e = split_exp(x);
+    return (1.0f + e.fraction) * e.scale;
+}
+NANOCHAT_INLINE Vec<double> exp_in_range(Vec<double> x) { return exp_lanes(x); }
+
 template <class T>
 NANOCHAT_INLINE Vec<T> tanh_lanes(Vec<T> x);
-// tanh|x| = (1 - e) / (1 + e), e = exp(-2|x|); for small x the odd polynomial, where that difference would cancel.
+// tanh|x| = (1 - e) / (1 + e), e = exp(-2|x|), within 2 ulp. 1 - e comes from the fraction of e, which does not cancel.
 template <>
 NANOCHAT_INLINE Vec<float> tanh_lanes<float>(Vec<float> x) {
-    const Vec<float> magnitude = x < 0.0f ? -x : x;
-    const Vec<float> e = exp_lanes(-2.0f * magnitude);
-    const Vec<float> large = (1.0f - e) / (1.0f + e);
-    const Vec<float> s = x * x;
-    Vec<float> p = s * -0.00886323552f + 0.0218694885f;
-    p = p * s - 0.0539682540f;
-    p = p * s + 0.133333333f;
-    p = p * s - 0.333333333f;
-    const Vec<float> small = x + x * s * p;
-    return magnitude < 0.35f ? small : (x < 0.0f ? -large : large);
+    typedef Vec<int32_t> Int;
+    const Int bits = __builtin_bit_cast(Int, x), sign = bits & INT32_MIN;
+    const Vec<float> doubled = -2.0f * __builtin_bit_cast(Vec<float>, bits & INT32_MAX), lowest = broadcast(-20.0f);
+    const Exponential e = split_exp(doubled < lowest ? lowest : doubled);   // from 10 on tanh is 1
+    const Vec<float> one_less = (1.0f - e.scale) - e.fraction * e.scale;
+    const Vec<float> one_more = (1.0f + e.scale) + e.fraction * e.scale;
+    return __builtin_bit_cast(Vec<float>, __builtin_bit_cast(Int, one_less / one_more) | sign);
 }
 template <>
 NANOCHAT_INLINE Vec<double> tanh_lanes<double>(Vec<double> x) {
