@@ -70,10 +70,10 @@ def run(options: Options) -> int:
         case = make()
         if options.only in f"{case.group} {case.name}":
             report(f"{case.group} {case.name}", partial(measure.run, case, limits, seconds=seconds, repeats=repeats))
-    for recipe, vocabulary, baseline in step.MIN_SPEEDUPS:
-        name = f"training step {step.name_of(recipe, vocabulary)}"
+    for recipe, vocabulary, baseline, dtype in step.MIN_SPEEDUPS:
+        name = f"training step {step.name_of(recipe, vocabulary, dtype)}"
         if options.only in name:
-            report(name, partial(step.run, recipe, vocabulary, baseline, seconds=seconds, repeats=repeats))
+            report(name, partial(step.run, recipe, vocabulary, baseline, dtype, seconds=seconds, repeats=repeats))
     for depth, batch in generation.MIN_SPEEDUPS:
         name = f"generation {generation.name_of(depth, batch)}"
         if options.only in name:

@@ -34,6 +34,26 @@ def newton_schulz_case(rows: int, columns: int, min_speedup: float) -> Case:
     )
 
 
+def bfloat16_newton_schulz_case(rows: int, columns: int, min_speedup: float) -> Case:
+    """Return a case of newton_schulz with allow_bfloat16, against the same steps in torch.bmm of bfloat16."""
+    g = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+
+    def check() -> None:
+        exact = reference.newton_schulz(g.double())
+        assert_close("newton_schulz", ops.newton_schulz(g, allow_bfloat16=True), exact, 2e-2)
+
+    return Case(
+        "newton_schulz, 5 steps",
+        f"{rows}x{columns} bfloat16",
+        lambda: ops.newton_schulz(g, allow_bfloat16=True),
+        lambda: newton_schulz_by_matmul(g[None]),
+        "torch.bmm, bfloat16",
+        check,
+        min_speedup,
+        flops=newton_schulz_flops([(1, rows, columns)]),
+    )
+
+
 Shapes = Sequence[tuple[int, int, int]]  # (count, rows, columns)
 
 
@@ -81,7 +101,13 @@ def newton_schulz_set_case(
 
 
 def muon_step_case(
-    shapes: Shapes, min_speedup: float, *, baseline: str, name: str, device: torch.device | str = "cpu"
+    shapes: Shapes,
+    min_speedup: float,
+    *,
+    baseline: str,
+    name: str,
+    device: torch.device | str = "cpu",
+    ns_bfloat16: bool = False,
 ) -> Case:
     """Return a case of a step of Muon on float32 matrices.
 
@@ -99,7 +125,7 @@ def muon_step_case(
         return made
 
     ours_params, theirs_params = parameters(), parameters()
-    ours = Muon(ours_params, lr=lr, momentum=momentum)
+    ours = Muon(ours_params, lr=lr, momentum=momentum, ns_bfloat16=ns_bfloat16)
     theirs: torch.optim.Optimizer
     if baseline == "torch.mm":
         theirs = Float32Muon(theirs_params, lr=lr, momentum=momentum)
@@ -113,12 +139,12 @@ def muon_step_case(
             change = ours_params[index].detach().double() - initial[index].double()
             rows, columns = sizes[index]
             expected = -lr * max(1.0, rows / columns) ** 0.5 * exact
-            assert_close(f"change of matrix {index}", change, expected, 8e-3)
+            assert_close(f"change of matrix {index}", change, expected, 2e-2 if ns_bfloat16 else 8e-3)
         initial.clear()
 
     return Case(
         "Muon step",
-        f"{name}, {baseline}",
+        f"{name}, {baseline}" + (", ours in bfloat16" if ns_bfloat16 else ""),
         ours.step,
         theirs.step,
         baseline,
@@ -695,11 +721,15 @@ def cases() -> Iterator[Callable[[], Case]]:
     yield partial(mix_rms_norm_case, bf16, min_speedup=2.0)
     yield partial(newton_schulz_case, 768, 768, min_speedup=1.25)
     yield partial(newton_schulz_case, 3072, 768, min_speedup=1.8)
+    yield partial(bfloat16_newton_schulz_case, 768, 768, min_speedup=0.0)
     layer, layers = [(16, 256, 256), (4, 1024, 256), (4, 256, 1024)], "d4's 24 matrices"
     yield partial(muon_step_case, layer, baseline="torch.optim.Muon", min_speedup=0.0, name=layers)
+    in_bfloat16 = partial(muon_step_case, baseline="torch.optim.Muon", min_speedup=0.0, ns_bfloat16=True)
+    yield partial(in_bfloat16, layer, name=layers)
     yield partial(muon_step_case, layer, baseline="torch.mm", min_speedup=1.0, name=layers)
     large = [(4, 768, 768), (1, 3072, 768), (1, 768, 3072)]
     yield partial(muon_step_case, large, baseline="torch.optim.Muon", min_speedup=0.0, name="a layer of d12")
+    yield partial(in_bfloat16, large, name="a layer of d12")
     yield partial(muon_step_case, large, baseline="torch.mm", min_speedup=1.0, name="a layer of d12")
     for rows, columns in ((768, 768), (3072, 768), (768, 3072)):
         yield partial(normuon_case, 4, rows, columns, min_speedup=2.0)
