@@ -403,8 +403,8 @@ struct LinearCrossEntropy {
 };
 void linear_cross_entropy(const LinearCrossEntropy&);
 
-// Whether `linear` is faster here than torch's own product: on x86-64, where MKL does not use the AVX-512 of processors
-// that are not Intel's. On aarch64 this is not known, and the answer is no.
+// Whether `linear` is faster here than torch's own product: on x86-64 with AVX-512 on processors that are not Intel's, where
+// torch's has the rate of AVX2. On aarch64 this is not known, and the answer is no.
 bool linear_pays();
 
 // c = a b in one of the three forms of a linear layer: y = x W^T, dx = dy W, dW = dy^T x.

@@ -81,7 +81,8 @@ NANOCHAT_INLINE bfloat16 to_bfloat16(float x) {
     return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
-// Conversions between 16 and 32 bits. GCC 12 takes __builtin_convertvector apart into several instructions here.
+// Conversions between 16 and 32 bits. GCC 12 takes __builtin_convertvector apart into several instructions here. The full masks
+// avoid its warnings about the intrinsics without one, whose definitions read a variable that is not set.
 NANOCHAT_INLINE Vec<uint32_t> widen(HalfWords h) {
 #if defined(__AVX512F__)
     return __builtin_bit_cast(Vec<uint32_t>, _mm512_maskz_cvtepu16_epi32(0xffff, __builtin_bit_cast(__m256i, h)));

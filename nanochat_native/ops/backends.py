@@ -299,7 +299,7 @@ def serves(op: str, device: torch.device | str) -> tuple[str, str]:
     if kind == "mps":
         return "torch", NO_MPS_KERNELS
     if op in LINEAR_OPERATORS and kind == "cpu" and not uses_native_linear():
-        return "torch", "torch's product is chosen by NANOCHAT_LINEAR, or is as fast on this processor"
+        return "torch", "torch's product is chosen by NANOCHAT_LINEAR, or is as fast or faster on this processor"
     if kind in DEVICES[op]:
         problem = gpu_problem(device.index) if kind == "cuda" else ""
         return ("torch", problem) if problem else ("native", "kernel built")
