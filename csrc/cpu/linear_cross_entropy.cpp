@@ -147,7 +147,7 @@ struct ChunkOfLogits {
                 const bool counted = target != args.ignore_index;
                 if (r < rows) loss[n0 + r] = counted ? lse[r] - target_logit[r] : T(0);
                 row_scale[r] = counted ? static_cast<T>(args.grad_scale) : T(0);
-                if (counted && gradients && small_softcap) {
+                if (counted && gradients && small_softcap) {   // onehot belongs to what row_scale multiplies
                     const T tanh = target_logit[r] * inverse;
                     z[target * R + r] -= total * (1 - tanh * tanh);
                     row_scale[r] /= total;
@@ -156,19 +156,21 @@ struct ChunkOfLogits {
         }
     }
 
+    // differentiate() for a small softcap: Z lacks nothing but the number of the row.
+    void scale_rows(int64_t v0, int64_t count, int64_t r0, int64_t r1, T* dz, int64_t stride) const {
+        for (int64_t v = 0; v < count; v++) {
+            if (v0 + v + kRowsAhead < V) prefetch_row(z + (v0 + v + kRowsAhead) * R + r0, r1 - r0);
+            for (int64_t r = r0; r < r1; r += W) {
+                const Vec<T> x = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
+                store(dz + v * stride + r - r0, scale != 0 ? x * scale : Vec<T>{});
+            }
+        }
+    }
+
     // dZ of `count` rows of the vocabulary from v0 on and of rows [r0, r1) of the chunk. dz may be the place of Z.
     void differentiate(int64_t n0, int64_t rows, int64_t v0, int64_t count, int64_t r0, int64_t r1, T* dz,
                        int64_t stride) const {
-        if (small_softcap) {
-            for (int64_t v = 0; v < count; v++) {
-                if (v0 + v + kRowsAhead < V) prefetch_row(z + (v0 + v + kRowsAhead) * R + r0, r1 - r0);
-                for (int64_t r = r0; r < r1; r += W) {
-                    const Vec<T> x = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
-                    store(dz + v * stride + r - r0, scale != 0 ? x * scale : Vec<T>{});
-                }
-            }
-            return;
-        }
+        if (small_softcap) return scale_rows(v0, count, r0, r1, dz, stride);
         for (int64_t v = 0; v < count; v++)
             for (int64_t r = r0; r < r1; r += W) {
                 const Vec<T> logit = load(z + (v0 + v) * R + r), scale = load(row_scale + r);
@@ -356,9 +358,9 @@ struct LossAndGradients16 : ChunkOfLogits<float> {
     static constexpr int64_t kPartRows = kBlock16Depth, kPartColumns = 256, kPartStride = kPartColumns + 16;
     static constexpr int64_t kPartSize = kPartRows * kPartStride;
     // A thread's scratch holds a block of X W^T; then such a part and a block of dZ as A of dZ X; then sums of dX.
-    const int64_t block_size = kBlockRows * R;
-    const int64_t scratch_size =
-        maximum<int64_t>(maximum<int64_t>(block_size * 4, kPartSize * 4 + block_size * 2), kScratch16);
+    const int64_t block_rows = minimum(kBlockRows, round_up(V, kBlock16));
+    const int64_t scratch_size = maximum<int64_t>(
+        maximum<int64_t>(block_rows * R * 4, kPartSize * 4 + packed_size(block_rows, R) * 2), kScratch16);
 
     explicit LossAndGradients16(const cpu::LinearCrossEntropy& args) : ChunkOfLogits<float>(args, kBlock16) {}
 
