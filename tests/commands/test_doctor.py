@@ -80,7 +80,9 @@ def broken_by(monkeypatch, capsys, name, wrong):
 
 @pytest.mark.parametrize("wrong", [0.0, torch.nan])
 def test_a_wrong_kernel_is_broken(monkeypatch, capsys, wrong):
-    (problem,) = broken_by(monkeypatch, capsys, "newton_schulz", lambda _: lambda g, *_, **__: torch.full_like(g, wrong))
+    (problem,) = broken_by(
+        monkeypatch, capsys, "newton_schulz", lambda _: lambda g, *_, **__: torch.full_like(g, wrong)
+    )
     assert problem.startswith(
         f"broken: newton_schulz on the CPU ({ops.instruction_set()}) differs from the reference by "
     )
