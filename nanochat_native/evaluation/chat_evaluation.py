@@ -232,7 +232,7 @@ def run(options: Options, world: World | None = None) -> int:
         folder = None
         if options.out is not None and world.is_rank0:
             folder = open_folder(options.out, "chat_eval", resume=options.resume)
-        return device, tasks, left_out, sees_files, folder, Finished(folder, "chat_eval", device, world)
+        return device, tasks, left_out, sees_files, folder, Finished(options.out, "chat_eval", device, world)
 
     device, tasks, left_out, sees_files, folder, finished_tasks = world.run_collectively(begin, *MISTAKES)
     record: dict[str, Any] = {"checkpoint": str(options.checkpoint), "step": options.step, "left_out": left_out}

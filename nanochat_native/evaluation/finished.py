@@ -1,11 +1,12 @@
 """Finished measurements in the folder of --out, in finished.json, which --resume does not make again.
 
-Each has the facts that its result depends on: the bits of the weights, the data of the task, flags, versions and the
-machine. A result is used only if all of them are the same, so that a resumed command prints what an uninterrupted one
-prints.
+Each has the facts that its result depends on: the bits of the weights, the data of the task, flags, and of every rank
+its code, versions, machine and choice of kernels. A result is used only if all of them are the same, so that a resumed
+command prints what an uninterrupted one prints.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -20,7 +21,7 @@ from nanochat_native.ops import backends
 from nanochat_native.runs import pictures, results
 from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.files import is_temporary, sha256_json, write_atomically
+from nanochat_native.runtime.files import is_temporary, sha256_file, sha256_json, write_atomically
 
 FILE = "finished.json"
 FORMAT = "nanochat-native finished measurements"
@@ -57,12 +58,15 @@ def _is_of(command: str, path: Path) -> bool:
 class Finished:
     """The finished measurements of a command."""
 
-    def __init__(self, folder: Path | None, command: str, device: torch.device, world: World) -> None:
+    def __init__(self, out: Path | None, command: str, device: torch.device, world: World) -> None:
         """Read the measurements that are in a folder. A file that is damaged is named, and nothing of it is used.
 
-        folder: of --out; None without --out and on ranks other than 0.
+        out: the folder of --out, on every rank; None without --out.
         """
-        self._folder, self._command, self._device, self._world = folder, command, device, world
+        folder = out if world.is_rank0 else None
+        self._folder, self._command, self._world = folder, command, world
+        self._of_this_rank = None if out is None else facts_of_rank(device)
+        self._of_ranks: list[dict[str, Any] | None] = []
         self._before: dict[str, dict[str, Any]] = {}
         self._used = set[str]()
         if folder is not None:
@@ -80,11 +84,13 @@ class Finished:
 
         Args:
             kind: the class of the result.
-            facts: returns what the result depends on, beside the versions, the machine and the ranks, as JSON.
+            facts: returns what the result depends on, beside those of facts_of_rank, as JSON.
         """
         key, known, result = "", {}, None
+        if not self._of_ranks:
+            self._of_ranks = self._world.all_gather_object(self._of_this_rank)
         if self._folder is not None:
-            known = self._common() | facts() | {"figures": list(kind._fields)}
+            known = {"ranks": self._of_ranks} | facts() | {"figures": list(kind._fields)}
             key = sha256_json(known)
             entry = self._before.get(key)
             if entry is not None:
@@ -104,11 +110,6 @@ class Finished:
         if unused:
             differ = "flags, data, model, versions or machine differ"
             _say(f"note: {_count(unused)} in {self._folder} did not fit: {differ}")
-
-    def _common(self) -> dict[str, Any]:
-        """Return the facts that every measurement of this command depends on."""
-        versions = results.versions(str(self._device))
-        return {"versions": versions, "backend": backends.backend(), "ranks": self._world.size}
 
     def _write(self, folder: Path) -> None:
         content = list(self._entries.values())
@@ -143,3 +144,20 @@ def hash_of(model: GPT) -> str:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def facts_of_rank(device: torch.device) -> dict[str, Any]:
+    """Return what every result of this rank depends on: its code, versions, machine and choice of kernels, as JSON."""
+    return {
+        "code": hash_of_code(),
+        "versions": results.versions(str(device)),
+        "settings": backends.settings(device),
+    }
+
+
+@functools.cache
+def hash_of_code() -> str:
+    """Return the SHA-256 of the Python files and of the native module of this package, in hex."""
+    package, native = Path(__file__).parents[1], backends.native_file()
+    files = {str(path.relative_to(package)): sha256_file(path) for path in package.rglob("*.py") if path.is_file()}
+    return sha256_json([files, None if native is None else sha256_file(native)])

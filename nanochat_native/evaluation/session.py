@@ -168,6 +168,7 @@ class Session:
                 "task": "text",
                 "model": model_hash,
                 "data": corpus.hash,
+                "validation": corpus.val.fingerprint(),  # of token shards the hash may not tell which of them validate
                 "packing": packing,
                 "split": options.split,
                 "max_tokens": options.max_tokens,
@@ -340,7 +341,7 @@ def run(options: Options, world: World | None = None) -> int:
         folder = None
         if options.out is not None and world.is_rank0:
             folder = open_folder(options.out, "evaluate", resume=options.resume)
-        return Session(options, world, console, device, tasks, folder, Finished(folder, "evaluate", device, world))
+        return Session(options, world, console, device, tasks, folder, Finished(options.out, "evaluate", device, world))
 
     session = world.run_collectively(begin, *MISTAKES)
     records: list[dict[str, Any]] = [{"checkpoint": str(options.checkpoint), "step": options.step}]

@@ -1,6 +1,7 @@
 """--resume of `evaluate` and `chat_eval`: kills within a task, what is measured again, damaged files, ranks."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,9 +21,14 @@ from test_evaluate import make_run
 from tiny_run import BACKEND, wait_until
 
 from nanochat_native import chat_eval, evaluate
+from nanochat_native.data.shards import ShardWriter
+from nanochat_native.data.tokenizer import Tokenizer
 from nanochat_native.evaluation import chat_evaluation, core_score, finished, session
+from nanochat_native.evaluation.chat_score import TaskResult
 from nanochat_native.evaluation.chat_tasks import Task
+from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint
+from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.distributed import World
 
 CHAT_TASKS = ("SpellingBee", "SimpleSpelling")
@@ -197,8 +204,36 @@ def other_baseline(place):
     path.write_text(path.read_text().replace("no shots,x,25", "no shots,x,24"))
 
 
+def other_tokenizer(place):
+    """The same step with another tokenizer of the same size."""
+    state, meta = checkpoint.load(place / "r/checkpoints", 5)
+    old = Tokenizer.load(place / "r/tokenizer")
+    new = Tokenizer.train(["".join(f"{i} is no word, {i * i}\n" for i in range(2000))], old.vocab_size)
+    assert (new.vocab_size, new.hash == old.hash) == (old.vocab_size, False)
+    shutil.rmtree(place / "r/tokenizer")
+    new.save(place / "r/tokenizer")
+    shutil.rmtree(checkpoint.path_of(place / "r/checkpoints", 5))
+    meta = {"model_config": meta["model_config"], "tokenizer_hash": new.hash}
+    checkpoint.save(place / "r/checkpoints", 5, {"model": state["model"]}, meta)
+
+
+def other_packing(place):
+    path = place / "r/config.json"
+    content = json.loads(path.read_text())
+    content["config"]["packing"] = "bestfit" if content["config"]["packing"] == "stream" else "stream"
+    path.write_text(json.dumps(content))
+
+
 def other_versions(place):
     finished.results.versions = lambda device: {"torch": "0"}
+
+
+def other_code(place):
+    finished.hash_of_code = lambda: "0"
+
+
+def other_settings(place):
+    finished.backends.settings = lambda device: {"backend": "a third one"}
 
 
 def nothing(place):
@@ -216,12 +251,23 @@ def nothing(place):
         (nothing, ["--data", "other.txt"], "text"),
         (nothing, ["--max-per-task", 11], "choices language long"),
         (other_task, [], "choices"),
+        (other_tokenizer, [], "everything"),
+        (other_packing, [], "text"),
         (other_versions, [], "everything"),
+        (other_code, [], "everything"),
+        (other_settings, [], "everything"),
     ],
-    ids=["step", "weights", "batch", "tokens", "split", "data", "items", "task", "versions"],
+    ids=lambda given: (
+        given.__name__ if callable(given) else given[0].strip("-") if isinstance(given, list) and given else ""
+    ),
 )
 def test_what_other_flags_models_or_data_change_is_measured_again(place, command, monkeypatch, change, flags, again):
-    monkeypatch.setattr(finished.results, "versions", finished.results.versions)
+    for module, replaced in (
+        (finished.results, "versions"),
+        (finished, "hash_of_code"),
+        (finished.backends, "settings"),
+    ):
+        monkeypatch.setattr(module, replaced, getattr(module, replaced))
     monkeypatch.chdir(place)
     (place / "other.txt").write_text("".join(f"line {i} is another one of {i * 7}\n" for i in range(2000)))
     given = [*flags_of("evaluate", place), "--json"]
@@ -257,6 +303,55 @@ def test_chat_tasks_with_other_flags_are_measured_again(place, command, flags, a
     assert "did not fit" in err
     fresh = command("chat_eval", *given, *flags)[1]
     assert without_times(json.loads(out)) == without_times(json.loads(fresh))
+
+
+def test_chat_tasks_with_another_tokenizer_are_measured_again(place, command):
+    given = [*flags_of("chat_eval", place), "--out", place / "out"]
+    assert command("chat_eval", *given)[0] == 0
+    other_tokenizer(place)
+    code, _, _, measured = command("chat_eval", *given, "--resume")
+    assert (code, measured) == (0, list(CHAT_TASKS))
+
+
+def test_programs_that_see_other_files_run_again(place, command, monkeypatch):
+    (place / "data/openai_humaneval").mkdir(parents=True)
+    problem = {"prompt": "def f():\n", "test": "def check(f):\n    f()\n", "entry_point": "f"}
+    (place / "data/openai_humaneval/test.jsonl").write_text(json.dumps(problem) + "\n")
+    given = ["--checkpoint", place / "r", "--data", place / "data", "--max-new-tokens", 4, "--device", "cpu"]
+    given += ["--tasks", "HumanEval", "SimpleSpelling", "--max-problems", 1, "--allow-code", "--out", place / "out"]
+    ran = []
+
+    def evaluate(task, *_, **__):
+        ran.append(task.name)
+        return TaskResult(task.name, 1, 1, 1.0, 0.0, 1.0, 1.0, 0, 1.0)
+
+    monkeypatch.setattr(chat_evaluation, "evaluate", evaluate)
+    for sees_files, expected in (
+        (True, ["HumanEval", "SimpleSpelling"]),
+        (False, ["HumanEval"]),
+        (False, []),
+    ):
+        monkeypatch.setattr(chat_evaluation.sandbox, "check", lambda sees_files=sees_files: sees_files)
+        assert command("chat_eval", *given, *["--resume"] * (place / "out").exists())[0] == 0
+        assert ran == expected
+        ran.clear()
+
+
+def test_token_shards_that_validate_instead_of_others_are_measured_again(place, command):
+    """The hash of the data is the same: the shards have the same order."""
+    tokens = np.arange(600).reshape(2, 300) % 290
+    (place / "shards").mkdir()
+    for name, part in zip(("a_val", "b"), tokens, strict=True):
+        writer = ShardWriter(place / "shards", name, np.dtype("<u2"))
+        writer.write(part)
+        writer.close()
+        writer.paths[0].rename(place / f"shards/{name}.bin")
+    given = [*flags_of("evaluate", place), "--data", place / "shards", "--out", place / "out"]
+    assert command("evaluate", *given)[0] == 0
+    (place / "shards/a_val.bin").rename(place / "shards/a.bin")
+    (place / "shards/b.bin").rename(place / "shards/b_val.bin")
+    code, _, _, measured = command("evaluate", *given, "--resume")
+    assert (code, measured) == (0, ["text"])
 
 
 def test_another_backend_measures_again(place, command):
@@ -330,8 +425,9 @@ def test_what_a_write_left_behind_does_not_stop_the_next_command(place, command)
     assert (code, len(measured)) == (0, 7)
 
 
-def measured_on_rank(place, times):
+def measured_on_rank(place, times, threads=(1, 1, 1)):
     use(BACKEND)
+    torch.set_num_threads(threads[dist.get_rank()])
     measured = []
     trace(measured.append, setattr)
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
@@ -359,6 +455,12 @@ def test_ranks_measure_nothing_again(place):
     assert [len(measured) for ((_, measured),) in third] == [7] * 3
 
 
+def test_another_machine_of_a_rank_measures_again(place):
+    run_ranks(2, measured_on_rank, place, 1)
+    found = run_ranks(2, measured_on_rank, place, 1, (1, 2))
+    assert [len(measured) for ((_, measured),) in found] == [7, 7]
+
+
 def test_another_number_of_ranks_measures_again(place, command):
     run_ranks(2, measured_on_rank, place, 1)
     code, _, err, measured = command("evaluate", *flags_of("evaluate", place), "--out", place / "out", "--resume")
@@ -367,13 +469,25 @@ def test_another_number_of_ranks_measures_again(place, command):
 
 
 def test_the_hash_of_a_model_has_its_weights_names_and_config(place):
-    from nanochat_native.runs.saved_model import load_model
-
     model, _, _ = load_model(place / "r", 5)
     first = finished.hash_of(model)
     assert first == finished.hash_of(load_model(place / "r", 5)[0])
     assert first != finished.hash_of(load_model(place / "r", 3)[0])
-    assert first != finished.hash_of(model.double())
+    for change in ({"window_pattern": "S"}, {"sequence_len": 32}):  # the last layer is always L: no weight changes
+        other = GPT(dataclasses.replace(model.config, **change))
+        other.load_state_dict(model.state_dict(), strict=False)
+        assert all(map(torch.equal, other.parameters(), model.parameters()))
+        assert finished.hash_of(other) != first
+    attention = model.transformer.h[0].attn
+    attention.c_q, attention.c_k = attention.c_k, attention.c_q
+    assert finished.hash_of(model) != first
+    attention.c_q, attention.c_k = attention.c_k, attention.c_q
+    assert finished.hash_of(model) == first
+    # The weights in the same order, with other names.
+    swapped = {"c_q": "c_k", "c_k": "c_q"}
+    attention._modules = {swapped.get(name, name): module for name, module in attention._modules.items()}
+    assert finished.hash_of(model) != first
+    assert finished.hash_of(load_model(place / "r", 5)[0].double()) != first
 
 
 def test_the_hash_of_a_task_has_all_that_decides_its_score(place):
@@ -384,3 +498,34 @@ def test_the_hash_of_a_task_has_all_that_decides_its_score(place):
     other = [core_score.hash_of(task) for task in core_score.read_bundle(place / "bundle")]
     changed = [task.label for task, one, two in zip(tasks, hashes, other, strict=True) if one != two]
     assert changed == ["no shots"]
+    values = {
+        "label": "another",
+        "kind": "another",
+        "shots": tasks[0].shots + 1,
+        "delimiter": tasks[0].delimiter + " ",
+        "baseline": tasks[0].baseline + 1,
+        "items": tasks[0].items[1:],
+    }
+    assert {*values, "data", "lines"} == {field.name for field in dataclasses.fields(tasks[0])}
+    for name, value in values.items():
+        assert core_score.hash_of(dataclasses.replace(tasks[0], **{name: value})) != hashes[0], name
+    for name, value in (("data", place), ("lines", [])):  # where the items are
+        assert core_score.hash_of(dataclasses.replace(tasks[0], **{name: value})) == hashes[0], name
+
+
+def test_the_hash_of_the_code_has_each_python_file_and_the_native_module(tmp_path, monkeypatch):
+    (tmp_path / "evaluation").mkdir()
+    monkeypatch.setattr(finished, "__file__", str(tmp_path / "evaluation/finished.py"))
+    monkeypatch.setattr(finished.backends, "native_file", lambda: tmp_path / "native")
+    (tmp_path / "native").touch()
+    hashes = []
+    for name, text in (("a.py", ""), ("a.py", "1"), ("evaluation/b.py", "2"), ("native", "3")):
+        (tmp_path / name).write_text(text)
+        hashes.append(finished.hash_of_code.__wrapped__())
+    (tmp_path / "a.py").rename(tmp_path / "c.py")
+    hashes.append(finished.hash_of_code.__wrapped__())
+    monkeypatch.setattr(finished.backends, "native_file", lambda: None)
+    hashes.append(finished.hash_of_code.__wrapped__())
+    assert len(set(hashes)) == len(hashes)
+    (tmp_path / "notes.txt").touch()
+    assert finished.hash_of_code.__wrapped__() == hashes[-1]
