@@ -30,6 +30,7 @@ from nanochat_native.model.gpt import GPT
 from nanochat_native.runs import checkpoint
 from nanochat_native.runs.saved_model import load_model
 from nanochat_native.runtime.distributed import World
+from nanochat_native.runtime.files import lock_folder
 
 CHAT_TASKS = ("SpellingBee", "SimpleSpelling")
 MEASURES = ((session, "measure_text"), (core_score, "evaluate_task"), (chat_evaluation, "evaluate"))
@@ -177,7 +178,7 @@ def test_a_command_that_is_finished_measures_nothing_again(place, command, name)
     assert "did not fit" not in err
     code, _, err, measured = command(name, *flags)
     assert (code, measured) == (2, [])
-    assert err.endswith(f"got {place}/out; --resume continues what is there\n")
+    assert err.endswith(f"got {place}/out with finished.json, result.json; --resume continues what is there\n")
 
 
 def other_weights(place):
@@ -273,6 +274,8 @@ def test_what_other_flags_models_or_data_change_is_measured_again(place, command
     given = [*flags_of("evaluate", place), "--json"]
     assert command("evaluate", *given, "--out", place / "out")[0] == 0
     change(place)
+    if flags:  # as if the command had been killed before it wrote its result
+        (place / "out/result.json").unlink()
     code, out, err, measured = command("evaluate", *given, *flags, "--out", place / "out", "--resume")
     tasks = labels(place)
     assert (code, measured) == (0, ["text", *tasks] if again == "everything" else again.split())
@@ -298,6 +301,7 @@ def test_what_other_flags_models_or_data_change_is_measured_again(place, command
 def test_chat_tasks_with_other_flags_are_measured_again(place, command, flags, again):
     given = [*flags_of("chat_eval", place), "--json"]
     assert command("chat_eval", *given, "--out", place / "out")[0] == 0
+    (place / "out/result.json").unlink()
     code, out, err, measured = command("chat_eval", *given, *flags, "--out", place / "out", "--resume")
     assert (code, len(measured)) == (0, again)
     assert "did not fit" in err
@@ -379,12 +383,11 @@ def other_figure(text):
         half,
         other_figure,
         lambda text: "",
-        lambda text: "[]",
-        lambda text: "{}",
-        lambda text: text.replace("nanochat-native finished", "another"),
+        lambda text: text[:60],
+        lambda text: text.replace("finished measurements", "other measurements"),
         lambda text: "\udcff" + text,
     ],
-    ids=["half", "figure", "empty", "list", "object", "format", "bytes"],
+    ids=["half", "figure", "empty", "begin", "format", "bytes"],
 )
 def test_damaged_measurements_are_named_and_made_again(place, command, damage):
     flags = [*flags_of("evaluate", place), "--out", place / "out", "--json"]
@@ -392,7 +395,7 @@ def test_damaged_measurements_are_named_and_made_again(place, command, damage):
     path = place / "out/finished.json"
     whole = path.read_text()
     path.write_text(damage(whole), errors="surrogateescape")
-    (place / "out/result.json").write_text("half")
+    (place / "out/result.json").write_text((place / "out/result.json").read_text()[:60])
     code, out, err, measured = command("evaluate", *flags, "--resume")
     assert (code, out, len(measured)) == (0, expected, 7)
     (line,) = [line for line in err.splitlines() if str(path) in line]
@@ -401,28 +404,155 @@ def test_damaged_measurements_are_named_and_made_again(place, command, damage):
     assert json.loads((place / "out/result.json").read_text())["finished"]
 
 
+@pytest.mark.parametrize("name", ["finished.json", "result.json"])
+@pytest.mark.parametrize("content", ["[]", "{}", "half", '{"command": "evaluate"}', "\udcff"])
+def test_a_file_of_another_program_is_refused_and_stays(place, command, name, content):
+    (place / "out").mkdir()
+    (place / "out" / name).write_text(content, errors="surrogateescape")
+    code, _, err, measured = command("evaluate", *flags_of("evaluate", place), "--resume", "--out", place / "out")
+    message = f"error: --out must be a new or an empty folder, or one of evaluate, got {place}/out with {name}\n"
+    assert (code, err, measured) == (2, message, [])
+    assert [path.name for path in (place / "out").iterdir()] == [name]
+    assert (place / "out" / name).read_text(errors="surrogateescape") == content
+
+
+@pytest.mark.parametrize("name", ["finished.json", "result.json"])
+def test_a_file_that_cannot_be_read_is_one_line(place, command, name):
+    (place / "out" / name).mkdir(parents=True)
+    code, _, err, measured = command("evaluate", *flags_of("evaluate", place), "--resume", "--out", place / "out")
+    assert (code, err, measured) == (2, f"error: {place}/out/{name}: Is a directory\n", [])
+
+
 def test_a_folder_that_is_not_of_the_command_is_refused_and_stays_as_it_is(place, command):
     flags = [*flags_of("chat_eval", place), "--resume", "--out"]
     assert command("evaluate", *flags_of("evaluate", place), "--out", place / "score")[0] == 0
     before = {path: path.read_bytes() for path in (place / "score").iterdir()}
     code, _, err, measured = command("chat_eval", *flags, place / "score")
-    message = "error: --out must be a new or an empty folder, got "
-    assert (code, err, measured) == (2, f"{message}{place}/score\n", [])
+    message = "error: --out must be a new or an empty folder, or one of chat_eval, got "
+    assert (code, err, measured) == (2, f"{message}{place}/score with finished.json, result.json\n", [])
     assert {path: path.read_bytes() for path in (place / "score").iterdir()} == before
     (place / "other").mkdir()
-    (place / "other/thesis.txt").touch()
+    for name in ("thesis.txt", ".hidden", "a", "b", "c"):
+        (place / "other" / name).touch()
     code, _, err, measured = command("chat_eval", *flags, place / "other")
-    assert (code, err, measured) == (2, f"{message}{place}/other\n", [])
+    assert (code, err, measured) == (2, f"{message}{place}/other with a, b, c, ...\n", [])
+    code, _, err, measured = command("chat_eval", *flags, place / "other/thesis.txt")
+    message = "error: --out must be a new or an empty folder, got "
+    assert (code, err, measured) == (2, f"{message}{place}/other/thesis.txt\n", [])
     for name in ("evaluate", "chat_eval"):
         code, _, err, _ = command(name, *flags_of(name, place), "--resume")
         assert (code, err) == (2, "error: --resume requires --out FOLDER\n")
 
 
-def test_what_a_write_left_behind_does_not_stop_the_next_command(place, command):
+@pytest.mark.parametrize(
+    ("name", "flags", "differing"),
+    [
+        ("evaluate", ["--max-tokens", 200, "--step", 3], "--step None -> 3, --max-tokens None -> 200"),
+        ("evaluate", ["--core", "other"], "--core {place}/bundle -> other"),
+        ("chat_eval", ["--tasks", "SimpleSpelling"], "--tasks ['SpellingBee', 'SimpleSpelling'] -> ['SimpleSpelling']"),
+    ],
+    ids=["evaluate", "path", "chat"],
+)
+def test_a_result_of_other_flags_is_not_replaced(place, command, monkeypatch, name, flags, differing):
+    given = [*flags_of(name, place), "--out", place / "out"]
+    monkeypatch.chdir(place)
+    shutil.copytree(place / "bundle", place / "other")
+    assert command(name, *given)[0] == 0
+    before = {path: path.read_bytes() for path in (place / "out").iterdir()}
+    code, _, err, measured = command(name, *given, *flags, "--resume")
+    message = f"error: a resumed {name} must keep its flags, got {differing.format(place=place)}; "
+    assert (code, err, measured) == (2, message + "start another one with another --out\n", [])
+    assert {path: path.read_bytes() for path in (place / "out").iterdir()} == before
+    assert command(name, *given, "--resume", "--json")[::3] == (0, [])  # which changes no figure
+
+
+def test_a_folder_that_was_moved_with_its_run_is_resumed(place, command):
+    assert command("evaluate", *flags_of("evaluate", place), "--out", place / "out")[0] == 0
+    (place / "moved").mkdir()
+    for name in ("r", "bundle", "out"):
+        (place / name).rename(place / "moved" / name)
+    given = [*flags_of("evaluate", place / "moved"), "--resume", "--out"]
+    assert command("evaluate", *given, place / "moved/out")[::3] == (0, [])
+    shutil.copytree(place / "moved/r", place / "r")
+    given[1] = place / "r"
+    code, _, err, _ = command("evaluate", *given, place / "moved/out")
+    assert (code, f"got --checkpoint {place}/moved/r -> {place}/r;" in err) == (2, True)
+
+
+def test_hidden_files_do_not_stop_a_resumed_command(place, command):
     (place / "out").mkdir()
-    (place / "out/.finished.json.01234567.tmp").write_text("half")
-    code, _, _, measured = command("evaluate", *flags_of("evaluate", place), "--resume", "--out", place / "out")
+    for name in (".DS_Store", ".nfs0000001200000001", ".finished.json.01234567.tmp.swp"):
+        (place / "out" / name).write_text("x")
+    given = [*flags_of("evaluate", place), "--out", place / "out"]
+    code, _, err, measured = command("evaluate", *given)
+    assert (code, measured) == (2, [])
+    assert err.endswith(
+        f"got {place}/out with .DS_Store, .finished.json.01234567.tmp.swp, .nfs0000001200000001; "
+        "--resume continues what is there\n"
+    )
+    assert command("evaluate", *given, "--resume")[0] == 0
+    assert len(list((place / "out").glob(".*"))) == 3
+
+
+def test_what_a_write_left_behind_is_deleted_by_a_resumed_command(place, command):
+    (place / "out").mkdir()
+    for name in ("finished", "result"):
+        (place / f"out/.{name}.json.01234567.tmp").write_text("half")
+    given = [*flags_of("evaluate", place), "--out", place / "out"]
+    code, _, err, measured = command("evaluate", *given)
+    assert (code, measured) == (2, [])
+    assert err.endswith(
+        "with .finished.json.01234567.tmp, .result.json.01234567.tmp; --resume continues what is there\n"
+    )
+    assert len(list((place / "out").iterdir())) == 2
+    code, _, _, measured = command("evaluate", *given, "--resume")
     assert (code, len(measured)) == (0, 7)
+    assert {path.name for path in (place / "out").iterdir()} == {"finished.json", "result.json"}
+
+
+@pytest.mark.parametrize("name", ["evaluate", "chat_eval"])
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])
+def test_a_folder_is_used_by_one_command_at_a_time(place, command, name, resume):
+    given = [*flags_of(name, place), "--out", place / "out"]
+    if resume:
+        assert command(name, *given)[0] == 0
+        given.append("--resume")
+    lock = lock_folder(place / "out")
+    try:
+        code, _, err, measured = command(name, *given)
+    finally:
+        os.close(lock)
+    assert (code, measured) == (2, [])
+    assert err == f"error: another process writes to {place}/out; give another --out\n"
+    assert command(name, *given)[0] == 0
+
+
+def test_the_folder_is_locked_while_a_task_is_measured(place, command, monkeypatch):
+    def measure(*_, **__):
+        with pytest.raises(BlockingIOError):
+            lock_folder(place / "out")
+        raise ValueError("it was locked")
+
+    for module, name in MEASURES:
+        monkeypatch.setattr(module, name, measure)
+    for name in ("evaluate", "chat_eval"):
+        code, _, err, _ = command(name, *flags_of(name, place), "--out", place / "out")
+        assert (code, err.splitlines()[-1]) == (2, "error: it was locked")
+        os.close(lock_folder(place / "out"))
+
+
+def test_measurements_that_do_not_fit_are_noted_once(place, command):
+    given = [*flags_of("evaluate", place), "--out", place / "out"]
+    assert command("evaluate", *given)[0] == 0
+    other_task(place)
+    code, _, err, measured = command("evaluate", *given, "--resume")
+    assert (code, measured) == (0, ["choices"])
+    (line,) = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert line.startswith(f"note: 1 finished measurement in {place}/out did not fit, and was removed: ")
+    kept = json.loads((place / "out/finished.json").read_text())["finished"]
+    assert sorted(entry["facts"]["task"] for entry in kept) == sorted(["text", *labels(place)])
+    code, _, err, measured = command("evaluate", *given, "--resume")
+    assert (code, measured, "note: " in err) == (0, [], False)
 
 
 def measured_on_rank(place, times, threads=(1, 1, 1)):

@@ -363,6 +363,12 @@ def test_redo_that_was_killed_while_it_deleted_is_finished_by_the_next_command(w
     assert course(folder / "out/rl") == course(whole / "out/rl")
 
 
+def test_hidden_files_in_a_folder_without_a_state_are_ignored(tmp_path):
+    for name in (".DS_Store", ".nfs0000001200000001", ".state.json.01234567.tmp"):
+        (tmp_path / name).touch()
+    assert State(Places(tmp_path, tmp_path / "data", 0)).stages == {}
+
+
 def test_downloads_and_what_a_link_names_are_not_deleted(tmp_path, capsys):
     places = Places(tmp_path / "out", tmp_path / "out/data", 0)
     for name in ("out/data", "elsewhere"):
@@ -467,7 +473,8 @@ def test_folder_that_cannot_be_used_is_one_line_and_stays_as_it_is(whole, tmp_pa
     flags = ["--recipe", folder / "r.toml", "--out"]
     (folder / "foreign").mkdir()
     (folder / "foreign/x").touch()
-    assert "--out must be a new or an empty folder" in refused(capsys, *flags, folder / "foreign")
+    message = refused(capsys, *flags, folder / "foreign")
+    assert message == f"--out must be a new or an empty folder, or that of a speedrun, got {folder}/foreign with x"
     assert f"--out {folder}/r.toml cannot be made (File exists)" in refused(capsys, *flags, folder / "r.toml")
     shutil.rmtree(folder / "out/chat")
     assert f"{folder}/out/chat is gone; --redo chat makes it again" == refused(capsys, *flags, folder / "out")
