@@ -24,7 +24,7 @@ try:
 except ImportError:  # on a bare GPU machine, whose tests do without
     pass
 else:
-    # The same examples on every run, and as much time as they take: other work shares the machine.
+    # The same examples on every run, without a limit of time: other work shares the machine.
     hypothesis.settings.register_profile(
         "default",
         derandomize=True,

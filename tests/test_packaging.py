@@ -168,7 +168,7 @@ def test_make_builds_again_when_settings_are_given_that_differ(checkout, monkeyp
     assert not (checkout / "spoiled").exists()
     monkeypatch.delenv("CXXFLAGS")
     assert make("NANOCHAT_CUDA=off")
-    # A source becomes newer: the next build has no settings, and the one after it has those of before.
+    # The target becomes older than its sources: the next build has no settings, the one after it those of before.
     os.utime(checkout / ".venv/state/native", (0, 0))
     assert make()
     assert make("NANOCHAT_CUDA=off")

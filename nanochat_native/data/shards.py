@@ -6,6 +6,7 @@ uint16 under magic 20240520 version 1, or uint32 under magic 20240801 version 7 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from nanochat_native.data.file_names import printable
 HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000
 SEARCH_TOKENS = 1 << 24  # tokens that are compared at once
+PARTS, PART_TOKENS = 256, 4096  # of a stream, for its fingerprint
 # The type of the tokens by (magic, version).
 SHARD_FORMATS: dict[tuple[int, int], np.dtype[Any]] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 
@@ -59,6 +61,17 @@ class TokenStream:
             for start in range(0, len(array), SEARCH_TOKENS):
                 found.append(begin + start + np.flatnonzero(array[start : start + SEARCH_TOKENS] == token))
         return np.concatenate(found)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256, in hex, of the number of tokens and of the tokens; in a long stream of parts of them.
+
+        The parts are evenly spaced, so each shard of usual size has one, and another shard in its place is noticed.
+        """
+        digest = hashlib.sha256(str(len(self)).encode())
+        starts = np.linspace(0, max(0, len(self) - PART_TOKENS), PARTS).astype(np.int64)
+        for start in starts.tolist() if len(self) > PARTS * PART_TOKENS else range(0, len(self), PART_TOKENS):
+            digest.update(self.read(start, min(start + PART_TOKENS, len(self))).astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def split_at(self, position: int) -> tuple[TokenStream, TokenStream]:
         """Return the streams of tokens [0, position) and [position, len)."""

@@ -1,5 +1,6 @@
 """The work of `chat_eval`: chooses the tasks, measures them, and prints and keeps the results."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -72,10 +73,11 @@ class Options:
     quantize: Quantization | None = None
     """int8: generate with the matrices in int8, on a CPU. `evaluate --quantize int8` measures the cost."""
     out: Path | None = None
-    """Folder for result.json with flags, versions and measurements; updated after each task."""
+    """Folder for result.json with flags, versions and measurements, and finished.json for --resume; updated after each
+    task."""
     resume: bool = False
-    """Continue in the folder of --out: tasks that were finished there with the same flags, model and data are not
-    measured again."""
+    """Continue in the folder of --out: tasks that finished.json has from the same flags, model, data, versions, machine
+    and number of ranks are not measured again."""
     json: bool = False
     """Print one line of JSON."""
 
@@ -215,7 +217,12 @@ def run(options: Options, world: World | None = None) -> int:
     Raises the errors of Options.check, read_tasks, sandbox.check and finished.open_folder before any work, and later
     those of load_model.
     """
-    world = world or World()
+    with contextlib.ExitStack() as until_the_end:
+        return _run(options, world or World(), until_the_end)
+
+
+def _run(options: Options, world: World, until_the_end: contextlib.ExitStack) -> int:
+    """Do the work of `run`. until_the_end: keeps the folder of --out locked."""
     console_ = Console(as_json=options.json) if world.is_rank0 else SilentConsole()
 
     def warn(text: str) -> None:
@@ -231,8 +238,8 @@ def run(options: Options, world: World | None = None) -> int:
         sees_files = any(task.name == "HumanEval" for task in tasks) and sandbox.check()
         folder = None
         if options.out is not None and world.is_rank0:
-            folder = open_folder(options.out, "chat_eval", resume=options.resume)
-        return device, tasks, left_out, sees_files, folder, Finished(folder, "chat_eval", device, world)
+            folder = until_the_end.enter_context(open_folder(options.out, "chat_eval", options))
+        return device, tasks, left_out, sees_files, folder, Finished(options.out, "chat_eval", device, world)
 
     device, tasks, left_out, sees_files, folder, finished_tasks = world.run_collectively(begin, *MISTAKES)
     record: dict[str, Any] = {"checkpoint": str(options.checkpoint), "step": options.step, "left_out": left_out}
@@ -256,7 +263,7 @@ def run(options: Options, world: World | None = None) -> int:
     keep(finished=not interrupted)
     console_.end_line()
     if not interrupted:
-        finished_tasks.note_unused()
+        finished_tasks.drop_unused()
     if world.is_rank0:  # without the console: the result must arrive, or the exit code must tell
         print(json.dumps(record) if options.json else describe(record))
         if folder is not None and not options.json:

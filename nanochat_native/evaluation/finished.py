@@ -1,15 +1,18 @@
 """Finished measurements in the folder of --out, in finished.json, which --resume does not make again.
 
-Each has the facts that its result depends on: the bits of the weights, the data of the task, flags, versions and the
-machine. A result is used only if all of them are the same, so that a resumed command prints what an uninterrupted one
-prints.
+Each has the facts that its result depends on: the bits of the weights, the data of the task, flags, and of every rank
+its code, versions, machine and choice of kernels. A result is used only if all of them are the same, so that a resumed
+command prints what an uninterrupted one prints.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,55 +23,126 @@ from nanochat_native.ops import backends
 from nanochat_native.runs import pictures, results
 from nanochat_native.runtime.distributed import World
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.files import is_temporary, sha256_json, write_atomically
+from nanochat_native.runtime.files import (
+    listed,
+    lock_folder,
+    sha256_file,
+    sha256_json,
+    temporaries_of,
+    visible,
+    write_atomically,
+)
+from nanochat_native.runtime.flags import flag
 
 FILE = "finished.json"
 FORMAT = "nanochat-native finished measurements"
+OWN = (FILE, pictures.RESULT)
+MARK = b"nanochat-native"  # in `format`, with which our files begin, so that a file which was cut has it too
+MAY_CHANGE_ON_RESUME = {"out", "resume", "json"}  # flags that change no figure
 
 R = TypeVar("R", bound=NamedTuple)
 
 
-def open_folder(out: Path, command: str, *, resume: bool) -> Path:
-    """Create and return the folder of a command's result, which with `resume` may be one that the command has used.
+@contextlib.contextmanager
+def open_folder(out: Path, command: str, options: Any) -> Iterator[Path]:
+    """Create the folder of a command's result, and keep it locked within the block. The value is the folder.
 
-    Raises ConfigError for a folder with other things in it.
+    With --resume it may be one that the command has used. What killed writes have left there is then deleted.
+
+    Args:
+        options: those of the command, with `resume`.
+
+    Raises:
+        ConfigError: The folder has other things in it or a result of other flags, or another process uses it.
+        OSError: Something in it cannot be read.
     """
-    names = {path.name for path in out.iterdir() if not is_temporary(path)} if out.is_dir() else set()
-    is_own = names <= {FILE, pictures.RESULT} and all(_is_of(command, out / name) for name in names)
-    if resume and out.is_dir() and is_own:
-        return out
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out must be a new or an empty folder, got {out}")
     try:
-        return results.open_folder(out, command)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; --resume continues what is there" if names and is_own else str(error)) from None
+        lock = lock_folder(out)
+    except BlockingIOError:
+        raise ConfigError(f"another process writes to {out}; give another --out") from None
+    try:
+        _check(out, command, options)
+        if options.resume:
+            for path in (left for name in OWN for left in temporaries_of(out / name)):
+                path.unlink()
+        yield out
+    finally:
+        os.close(lock)
+
+
+def _check(out: Path, command: str, options: Any) -> None:
+    """Raise ConfigError for a folder that a command may not use with these options."""
+    foreign = [name for name in visible(out) if name not in OWN or not _is_of(command, out / name)]
+    names = foreign or sorted(path.name for path in out.iterdir())
+    if foreign or (names and not options.resume):
+        allowed = f"a new or an empty folder{f', or one of {command}' if options.resume else ''}"
+        hint = "" if foreign else "; --resume continues what is there"
+        raise ConfigError(f"--out must be {allowed}, got {out} with {listed(names)}{hint}")
+    if pictures.RESULT in names and (differing := _differing(out, options)):
+        raise ConfigError(
+            f"a resumed {command} must keep its flags, got {', '.join(differing)}; start another one with another --out"
+        )
 
 
 def _is_of(command: str, path: Path) -> bool:
-    """Return whether a file is of this command, or damaged, so that nobody needs it."""
+    """Return whether a file is of this command, or a damaged one of this program, which nobody needs."""
+    content = path.read_bytes()
+    return not content or (MARK in content and _object(content).get("command", command) == command)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """Return the JSON object that a file holds, or an empty one if it is damaged."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return True
-    if not isinstance(content, dict) or (path.name == FILE and "command" not in content):
-        return True
-    return content.get("command") == command
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _differing(out: Path, options: Any) -> list[str]:
+    """Return the flags that the result in a folder has with other values than `options`, with both values.
+
+    A path in another place is the same one if the folder was moved or copied with it, as that of a speedrun can be.
+    """
+    old = _object((out / pictures.RESULT).read_bytes()).get("options")
+    new = json.loads(json.dumps(results.flags_of(options)))
+    if not isinstance(old, dict):  # it is damaged
+        return []
+    places = [os.path.abspath(str(flags.get("out"))) for flags in (old, new)]
+
+    def is_same(*values: Any) -> bool:
+        if all(isinstance(value, str) and os.path.isabs(value) for value in values):
+            return len({os.path.relpath(value, place) for value, place in zip(values, places, strict=True)}) == 1
+        return False
+
+    return [
+        f"{flag(name)} {old[name]} -> {new[name]}"
+        for name in new
+        if name in old and name not in MAY_CHANGE_ON_RESUME
+        if old[name] != new[name] and not is_same(old[name], new[name])
+    ]
 
 
 class Finished:
     """The finished measurements of a command."""
 
-    def __init__(self, folder: Path | None, command: str, device: torch.device, world: World) -> None:
+    def __init__(self, out: Path | None, command: str, device: torch.device, world: World) -> None:
         """Read the measurements that are in a folder. A file that is damaged is named, and nothing of it is used.
 
-        folder: of --out; None without --out and on ranks other than 0.
+        out: the folder of --out, on every rank; None without --out.
         """
-        self._folder, self._command, self._device, self._world = folder, command, device, world
+        folder = out if world.is_rank0 else None
+        self._folder, self._command, self._world = folder, command, world
+        self._of_this_rank = None if out is None else facts_of_rank(device)
+        self._of_ranks: list[dict[str, Any] | None] = []
         self._before: dict[str, dict[str, Any]] = {}
         self._used = set[str]()
         if folder is not None:
             try:
                 self._before = _read(folder / FILE)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 _say(f"note: {folder / FILE} is damaged, everything is measured again ({reason})")
         self._entries = dict(self._before)
@@ -80,11 +154,13 @@ class Finished:
 
         Args:
             kind: the class of the result.
-            facts: returns what the result depends on, beside the versions, the machine and the ranks, as JSON.
+            facts: returns what the result depends on, beside those of facts_of_rank, as JSON.
         """
         key, known, result = "", {}, None
+        if not self._of_ranks:
+            self._of_ranks = self._world.all_gather_object(self._of_this_rank)
         if self._folder is not None:
-            known = self._common() | facts() | {"figures": list(kind._fields)}
+            known = {"ranks": self._of_ranks} | facts() | {"figures": list(kind._fields)}
             key = sha256_json(known)
             entry = self._before.get(key)
             if entry is not None:
@@ -98,17 +174,17 @@ class Finished:
                 self._write(self._folder)
         return result
 
-    def note_unused(self) -> None:
-        """Say how many of the measurements that were in the folder did not fit, if there are any."""
-        unused = len(self._before) - len(self._used)
-        if unused:
-            differ = "flags, data, model, versions or machine differ"
-            _say(f"note: {_count(unused)} in {self._folder} did not fit: {differ}")
-
-    def _common(self) -> dict[str, Any]:
-        """Return the facts that every measurement of this command depends on."""
-        versions = results.versions(str(self._device))
-        return {"versions": versions, "backend": backends.backend(), "ranks": self._world.size}
+    def drop_unused(self) -> None:
+        """Remove the measurements that were in the folder and did not fit, if there are any, and say how many."""
+        unused = self._before.keys() - self._used
+        if unused and self._folder is not None:
+            self._entries = {key: entry for key, entry in self._entries.items() if key not in unused}
+            self._write(self._folder)
+            differ, was = (
+                "flags, data, model, code, versions, machine or ranks differ",
+                "were" if len(unused) > 1 else "was",
+            )
+            _say(f"note: {_count(len(unused))} in {self._folder} did not fit, and {was} removed: {differ}")
 
     def _write(self, folder: Path) -> None:
         content = list(self._entries.values())
@@ -143,3 +219,20 @@ def hash_of(model: GPT) -> str:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def facts_of_rank(device: torch.device) -> dict[str, Any]:
+    """Return what every result of this rank depends on: its code, versions, machine and choice of kernels, as JSON."""
+    return {
+        "code": hash_of_code(),
+        "versions": results.versions(str(device)),
+        "settings": backends.settings(device),
+    }
+
+
+@functools.cache
+def hash_of_code() -> str:
+    """Return the SHA-256 of the Python files and of the native module of this package, in hex."""
+    package, native = Path(__file__).parents[1], backends.native_file()
+    files = {str(path.relative_to(package)): sha256_file(path) for path in package.rglob("*.py") if path.is_file()}
+    return sha256_json([files, None if native is None else sha256_file(native)])

@@ -1,5 +1,6 @@
 """The measurements of one `evaluate` command: bits per byte and CORE of one checkpoint or two."""
 
+import contextlib
 import functools
 import json
 import sys
@@ -63,10 +64,11 @@ class Options:
     device: Literal["cpu", "cuda", "mps"] | None = None
     """Device to run on; default: a CUDA GPU if there is one, else the CPU."""
     out: Path | None = None
-    """Folder for result.json with flags, versions and measurements; updated after each task."""
+    """Folder for result.json with flags, versions and measurements, and finished.json for --resume; updated after each
+    task."""
     resume: bool = False
-    """Continue in the folder of --out: tasks that were finished there with the same flags, model and data are not
-    measured again."""
+    """Continue in the folder of --out: the text and the tasks that finished.json has from the same flags, model, data,
+    versions, machine and number of ranks are not measured again."""
     json: bool = False
     """Print one line of JSON."""
 
@@ -168,6 +170,7 @@ class Session:
                 "task": "text",
                 "model": model_hash,
                 "data": corpus.hash,
+                "validation": corpus.val.fingerprint(),  # of token shards the hash may not tell which of them validate
                 "packing": packing,
                 "split": options.split,
                 "max_tokens": options.max_tokens,
@@ -330,7 +333,12 @@ def run(options: Options, world: World | None = None) -> int:
     Raises the errors of Options.check, core_score.read_bundle and finished.open_folder before any work, later those of
     load_model and data.prepare.
     """
-    world = world or World()
+    with contextlib.ExitStack() as until_the_end:
+        return _run(options, world or World(), until_the_end)
+
+
+def _run(options: Options, world: World, until_the_end: contextlib.ExitStack) -> int:
+    """Do the work of `run`. until_the_end: keeps the folder of --out locked."""
     console = Console(as_json=options.json) if world.is_rank0 else SilentConsole()
 
     def begin() -> Session:
@@ -339,8 +347,8 @@ def run(options: Options, world: World | None = None) -> int:
         tasks = [] if options.core is None else core_score.read_bundle(options.core, options.max_per_task)
         folder = None
         if options.out is not None and world.is_rank0:
-            folder = open_folder(options.out, "evaluate", resume=options.resume)
-        return Session(options, world, console, device, tasks, folder, Finished(folder, "evaluate", device, world))
+            folder = until_the_end.enter_context(open_folder(options.out, "evaluate", options))
+        return Session(options, world, console, device, tasks, folder, Finished(options.out, "evaluate", device, world))
 
     session = world.run_collectively(begin, *MISTAKES)
     records: list[dict[str, Any]] = [{"checkpoint": str(options.checkpoint), "step": options.step}]
@@ -367,7 +375,7 @@ def run(options: Options, world: World | None = None) -> int:
     keep(finished=not interrupted)
     console.end_line()
     if not interrupted:
-        session.finished.note_unused()
+        session.finished.drop_unused()
     if world.is_rank0:  # without the console: the result must arrive, or the exit code must tell
         print(json.dumps(report(records)) if options.json else describe(records, len(session.tasks)))
         if session.folder is not None and not options.json:

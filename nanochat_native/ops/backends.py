@@ -20,6 +20,7 @@ import importlib
 import os
 import re
 import warnings
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -87,6 +88,11 @@ def _minor_release(version: str) -> list[str]:
 
 
 _C, load_error = _load()
+
+
+def native_file() -> Path | None:
+    """Return the file of the native module, or None without one."""
+    return None if _C is None else Path(_C.__file__)
 
 
 def require_native() -> None:
@@ -240,6 +246,26 @@ def backend() -> str:
     if _backend not in BACKENDS:
         raise ValueError(f"NANOCHAT_NATIVE_BACKEND must be native or torch, got {_backend!r}")
     return _backend
+
+
+def settings(device: torch.device | str) -> dict[str, Any]:
+    """Return what decides which code computes on a device, as JSON. Equal inputs then have results of equal bits.
+
+    These are the backend, the choices of the environment variables that have an effect on the device, and the
+    instruction set of torch's own kernels on the CPU.
+
+    Raises:
+        RuntimeError: The backend is "native", and the native module cannot be used.
+        ValueError: An environment variable holds an unknown or impossible choice.
+    """
+    device = torch.device(device)
+    found: dict[str, Any] = {"backend": backend(), "torch": torch.backends.cpu.get_cpu_capability()}
+    if backend() == "torch":
+        return found
+    found |= {"instruction_set": instruction_set(), "native_linear": uses_native_linear()}
+    if device.type == "cuda" and build_info()["cuda"] and not gpu_problem(device.index):
+        found |= {"cuda_instruction_set": cuda_instruction_set(), "logit_bytes": logit_bytes()}
+    return found
 
 
 def check_environment() -> None:

@@ -1,8 +1,6 @@
 """The state of a speedrun's folder, OUT/state.json: which stages are done, how, in what time, and their figures."""
 
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,7 +9,7 @@ from typing import Any
 
 from nanochat_native.pipeline.recipe import Places, Recipe, Stage
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.files import is_temporary, write_atomically
+from nanochat_native.runtime.files import listed, lock_folder, visible, write_atomically
 
 FORMAT = "nanochat-native speedrun"
 FILE = "state.json"
@@ -164,9 +162,11 @@ def _check(entry: dict[str, Any]) -> None:
 
 
 def _check_free(folder: Path) -> None:
-    """Raise ConfigError for a folder without a state that is not empty."""
-    if folder.is_dir() and not all(map(is_temporary, folder.iterdir())):
-        raise ConfigError(f"--out must be a new or an empty folder, or that of a speedrun, got {folder}")
+    """Raise ConfigError for a folder without a state that is not empty, but for hidden files."""
+    if folder.is_dir() and (names := visible(folder)):
+        raise ConfigError(
+            f"--out must be a new or an empty folder, or that of a speedrun, got {folder} with {listed(names)}"
+        )
 
 
 def lock(folder: Path) -> int:
@@ -175,13 +175,8 @@ def lock(folder: Path) -> int:
     Raises ConfigError if the folder cannot be made, or if another process has the lock.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        return lock_folder(folder)
+    except BlockingIOError:
+        raise ConfigError(f"another speedrun is running in {folder}") from None
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be made ({error.strerror})") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(f"another speedrun is running in {folder}") from None
-    return descriptor

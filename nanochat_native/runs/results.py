@@ -48,13 +48,17 @@ def result(
     command: str, options: Any, config: TrainConfig | None, *, finished: bool, device: str | None = None, **data: Any
 ) -> dict[str, Any]:
     """Return the content of result.json: how `data` was made, and `data`. device: used if `config` is None."""
-    own = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
-    how: dict[str, Any] = {"format": FORMAT, "command": command, "finished": finished, "options": own}
+    how: dict[str, Any] = {"format": FORMAT, "command": command, "finished": finished, "options": flags_of(options)}
     if config is not None:
         how |= {"config": to_json(config), "seed": config.seed}
         device = config.device
     how["versions"] = versions(device)
     return how | data
+
+
+def flags_of(options: Any) -> dict[str, Any]:
+    """Return the options of a command as they are in result.json, by name."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
 
 
 def versions(device: str | None) -> dict[str, str]:

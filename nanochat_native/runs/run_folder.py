@@ -5,7 +5,6 @@ OUT_DIR/RUN/  config.json  data_files.json  metrics.jsonl  loggers.json  tensorb
 """
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -32,7 +31,7 @@ from nanochat_native.runs.config import (
     upgraded,
 )
 from nanochat_native.runtime.errors import ConfigError
-from nanochat_native.runtime.files import is_temporary, write_atomically
+from nanochat_native.runtime.files import is_temporary, lock_folder, write_atomically
 from nanochat_native.runtime.flags import UNSET, flag
 
 FORMAT = "nanochat-native run"
@@ -302,15 +301,11 @@ def claim(config: TrainConfig) -> int:
     check_free(config)
     folder = config.run_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = lock_folder(folder)
+    except BlockingIOError:
+        raise ConfigError(f"another process is training in {folder}") from None
     except OSError as error:
         raise ConfigError(f"the folder of the run cannot be created ({error}); give another --out-dir PATH") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(f"another process is training in {folder}") from None
     if config.overwrite and is_run(folder):
         # config.json marks the folder as a run. It is deleted last, so that an interrupted deletion can be repeated.
         left_behind = (path for path in folder.iterdir() if is_temporary(path))

@@ -1,11 +1,13 @@
-"""Files that appear whole or not at all, and hashes."""
+"""Files that appear whole or not at all, locks of folders, and hashes."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +51,41 @@ def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], obj
 def is_temporary(path: Path) -> bool:
     """Return whether `path` is named as a temporary file of `write_atomically`."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def visible(folder: Path) -> list[str]:
+    """Return the sorted names in a folder, without the hidden files that systems and killed writes leave in it."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as text, at most three of them."""
+    return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
+
+
+def temporaries_of(path: Path) -> list[Path]:
+    """Return the files that killed calls of `write_atomically` for `path` have left behind."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
+
+
+def lock_folder(folder: Path) -> int:
+    """Create a folder and lock it against other processes. Return the descriptor that holds the lock.
+
+    Closing the descriptor, or the end of the process, releases the lock.
+
+    Raises:
+        BlockingIOError: Another process has the lock.
+        OSError: The folder cannot be made or locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def fsync(path: Path) -> None:

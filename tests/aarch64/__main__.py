@@ -2,7 +2,7 @@
 
     python tests/aarch64                                    compares every operator with its reference
     python tests/aarch64 tests/ops/test_ops_attention.py    runs tests, with pytest's flags
-    python tests/aarch64 --cuda                             builds the CUDA kernels too; it can be beside tests
+    python tests/aarch64 --cuda                             builds the CUDA kernels too; tests may be given too
 
 It needs a Debian on x86-64 whose packages can be installed. Where something cannot be installed, it says so in one line
 and ends with 0: only a build or a test that fails is a failure. Everything is in build/aarch64: Debian's Python for
@@ -26,6 +26,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "build/aarch64"
@@ -232,8 +233,11 @@ def fill_toolkit(nvcc: str) -> Path:
         raise UnavailableError(f"the CUDA kernels: {nvcc} does not say where its files are")
     top, include, release = Path(tops[0]).resolve(), Path(includes[0]).resolve(), releases[0]
     toolkit = HOME / f"toolkit-{release}"
-    if toolkit.exists():
+    links = {"nvvm": top / "nvvm", "targets/sbsa-linux/include": include}
+    links |= {f"bin/{program.name}": program for program in (top / "bin").iterdir() if program.name != "nvcc"}
+    if all((toolkit / link).exists() and (toolkit / link).samefile(path) for link, path in links.items()):
         return toolkit
+    shutil.rmtree(toolkit, ignore_errors=True)  # it is of an nvcc in another place
     part, wheels = HOME / "toolkit.part", HOME / "wheels"
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(wheels, ignore_errors=True)
@@ -244,18 +248,18 @@ def fill_toolkit(nvcc: str) -> Path:
     target = part / "targets/sbsa-linux"
     (part / "bin").mkdir(parents=True)
     (target / "lib").mkdir(parents=True)
-    for program in (top / "bin").iterdir():
-        (part / "bin" / program.name).symlink_to(program.resolve())
-    # nvcc looks for the rest beside its own file.
-    (part / "bin/nvcc").unlink()
-    shutil.copy(top / "bin/nvcc", part / "bin/nvcc")
-    (part / "nvvm").symlink_to(top / "nvvm")
-    (target / "include").symlink_to(include)
+    for link, path in links.items():
+        (part / link).symlink_to(path.resolve())
+    shutil.copy(top / "bin/nvcc", part / "bin/nvcc")  # no link, because nvcc looks for the rest beside its own file
+    missing = {"libcudart_static.a", "libcudadevrt.a", "libcudart.so"}
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
         for member in wheel.namelist():
             library = re.search(r"/lib/(libcudart_static\.a|libcudadevrt\.a|libcudart\.so)", member)
             if library:
                 (target / "lib" / library[1]).write_bytes(wheel.read(member))
+                missing.discard(library[1])
+    if missing:
+        raise UnavailableError(f"{name} for aarch64: the wheel has no {', '.join(sorted(missing))}")
     part.rename(toolkit)
     return toolkit
 
@@ -263,8 +267,8 @@ def fill_toolkit(nvcc: str) -> Path:
 def cuda_settings(nvcc: str, toolkit: Path) -> dict[str, str]:
     """Return the settings of CMake, as setup.py has them on aarch64."""
     setup = setup_module()
-    os.environ["TORCH_CUDA_ARCH_LIST"] = setup.DEFAULT_ARCHITECTURES["aarch64"]
-    entries, code, hopper_code = setup.cuda_architectures(nvcc)
+    with mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=setup.DEFAULT_ARCHITECTURES["aarch64"]):
+        entries, code, hopper_code = setup.cuda_architectures(nvcc)
     return {
         "NANOCHAT_CUDA": "ON",
         "NANOCHAT_CUDA_OFF": "",

@@ -291,3 +291,25 @@ def test_cuda_batches_equal_cpu_batches():
             assert inputs.device == device
             assert torch.equal(inputs.cpu(), reference.batch(step)[0])
             assert torch.equal(targets.cpu(), reference.batch(step)[1])
+
+
+def test_the_fingerprint_of_a_stream_is_that_of_its_tokens():
+    tokens = np.arange(50_000) % 40_000
+    found = TokenStream([tokens.astype("<u2")]).fingerprint()
+    assert found == TokenStream(np.array_split(tokens.astype("<u4"), 7)).fingerprint()
+    for position in (0, 4096, 30_000, 49_999):
+        changed = tokens.copy()
+        changed[position] += 1
+        assert TokenStream([changed]).fingerprint() != found
+    assert (
+        len({TokenStream([np.zeros(n, "<u2")]).fingerprint() for n in (0, 1, 2)} | {TokenStream([]).fingerprint()}) == 3
+    )
+
+
+def test_the_fingerprint_of_a_long_stream_has_parts_of_each_shard():
+    shards = [np.full(20_000, i, dtype="<u2") for i in range(60)]
+    found = TokenStream(shards).fingerprint()
+    for i in range(60):
+        others = [*shards[:i], shards[i] + 1, *shards[i + 1 :]]
+        assert TokenStream(others).fingerprint() != found
+    assert TokenStream([*shards, shards[0][:1]]).fingerprint() != found

@@ -372,8 +372,8 @@ def test_a_result_is_kept(run_dir, bundle, tmp_path, capsys):
     assert record["versions"]["torch"] == torch.__version__
     assert json.loads(out).items() <= record.items()
     code, _, err = command(capsys, *args)
-    message = f"--out must be a new or an empty folder, got {tmp_path / 'out'}; --resume continues what is there"
-    assert (code, err) == (2, f"error: {message}\n")
+    message = f"--out must be a new or an empty folder, got {tmp_path / 'out'} with finished.json, result.json; "
+    assert (code, err) == (2, f"error: {message}--resume continues what is there\n")
 
 
 @pytest.mark.parametrize("compare", [False, True])

@@ -259,3 +259,27 @@ def test_importing_the_package_does_nothing_else():
     result = run(script)
     assert result.stdout.strip() == "[]"
     assert result.stderr == ""
+
+
+def test_settings_have_each_choice_that_changes_bits(monkeypatch):
+    with ops.use_backend("torch"):
+        assert backends.settings("cpu") == {"backend": "torch", "torch": torch.backends.cpu.get_cpu_capability()}
+    with ops.use_backend("native"):
+        before = backends.settings("cpu")
+        assert before["instruction_set"] == ops.instruction_set()
+        for module, name in (
+            (backends, "instruction_set"),
+            (backends, "uses_native_linear"),
+            (torch.backends.cpu, "get_cpu_capability"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, lambda: "another")
+                assert backends.settings("cpu") != before
+        monkeypatch.setattr(backends, "build_info", lambda: {"cuda": "12.8"})
+        monkeypatch.setattr(backends, "cuda_instruction_set", lambda: "sm_90a")
+        monkeypatch.setattr(backends, "gpu_problem", lambda index: "")
+        monkeypatch.setenv("NANOCHAT_LOGIT_BYTES", "1000")
+        assert backends.settings("cpu") == before
+        assert backends.settings("cuda") == before | {"cuda_instruction_set": "sm_90a", "logit_bytes": 1000}
+        monkeypatch.setattr(backends, "gpu_problem", lambda index: "too old")
+        assert backends.settings("cuda") == before

@@ -268,7 +268,8 @@ def test_evaluation_whose_result_was_half_written_is_finished(whole, tmp_path):
     shutil.rmtree(folder / "out/last")
     (folder / "out/state.json").write_text(json.dumps(content))
     os.utime(folder / "out/logs/score.log", (since + 5, since + 5))
-    (folder / "out/score/result.json").write_text("half")
+    path = folder / "out/score/result.json"
+    path.write_text(path.read_text()[: path.stat().st_size // 2])
     result = speedrun(folder, "out")
     assert result.returncode == 0, result.stdout + result.stderr
     found = state(folder)
@@ -361,6 +362,12 @@ def test_redo_that_was_killed_while_it_deleted_is_finished_by_the_next_command(w
     assert [found[name]["ended"] == before[name]["ended"] for name in found] == [True] * 4 + [False] * 2
     assert [found[name]["attempts"] for name in ("rl", "last")] == [1, 1]
     assert course(folder / "out/rl") == course(whole / "out/rl")
+
+
+def test_hidden_files_in_a_folder_without_a_state_are_ignored(tmp_path):
+    for name in (".DS_Store", ".nfs0000001200000001", ".state.json.01234567.tmp"):
+        (tmp_path / name).touch()
+    assert State(Places(tmp_path, tmp_path / "data", 0)).stages == {}
 
 
 def test_downloads_and_what_a_link_names_are_not_deleted(tmp_path, capsys):
@@ -467,7 +474,8 @@ def test_folder_that_cannot_be_used_is_one_line_and_stays_as_it_is(whole, tmp_pa
     flags = ["--recipe", folder / "r.toml", "--out"]
     (folder / "foreign").mkdir()
     (folder / "foreign/x").touch()
-    assert "--out must be a new or an empty folder" in refused(capsys, *flags, folder / "foreign")
+    message = refused(capsys, *flags, folder / "foreign")
+    assert message == f"--out must be a new or an empty folder, or that of a speedrun, got {folder}/foreign with x"
     assert f"--out {folder}/r.toml cannot be made (File exists)" in refused(capsys, *flags, folder / "r.toml")
     shutil.rmtree(folder / "out/chat")
     assert f"{folder}/out/chat is gone; --redo chat makes it again" == refused(capsys, *flags, folder / "out")

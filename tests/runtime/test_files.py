@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from nanochat_native.runtime.files import is_temporary, sha256_file, write_atomically
+from nanochat_native.runtime.files import is_temporary, lock_folder, sha256_file, temporaries_of, write_atomically
 
 
 @pytest.fixture
@@ -183,3 +183,29 @@ def test_a_file_system_that_cannot_sync_a_folder_is_no_error(path, monkeypatch, 
     monkeypatch.setattr(os, "fsync", fsync)
     write_atomically(path, "new")
     assert path.read_text() == "new"
+
+
+def test_temporaries_are_those_of_the_file_alone(path):
+    left = [path.with_name(name) for name in (".result.json.01234567.tmp", ".result.json.89abcdef.tmp")]
+    others = (".result.json.tmp", ".result.json.0123456.tmp", ".other.json.01234567.tmp", "result.json.01234567.tmp")
+    for name in (*left, *map(path.with_name, others)):
+        name.touch()
+    assert sorted(temporaries_of(path)) == left
+
+
+def test_a_folder_is_locked_until_its_descriptor_is_closed(tmp_path):
+    lock = lock_folder(tmp_path / "a/b")
+    with pytest.raises(BlockingIOError):
+        lock_folder(tmp_path / "a/b")
+    os.close(lock)
+    os.close(lock_folder(tmp_path / "a/b"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        lock_folder(tmp_path / "file")
+    if os.path.isdir("/proc/self/fd"):
+        before = os.listdir("/proc/self/fd")
+        lock = lock_folder(tmp_path / "a")
+        with pytest.raises(BlockingIOError):
+            lock_folder(tmp_path / "a")
+        os.close(lock)
+        assert os.listdir("/proc/self/fd") == before, "no descriptor stays open"
