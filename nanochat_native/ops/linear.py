@@ -25,9 +25,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: The shapes do not match.
 
     This is torch's own product except in one case: float32 with at least 64 rows on a CPU that is not Intel's and has
-    AVX-512. There torch's product has the rate of AVX2, so the kernel runs, with the register tile of the other operators.
-    NANOCHAT_LINEAR=native uses the kernel for such products on every CPU, NANOCHAT_LINEAR=torch on none. Second
-    derivatives, forward-mode AD and torch.func transforms are always torch's own.
+    AVX-512. There torch's product has the rate of AVX2, so the kernel runs, with the register tile of the other
+    operators. NANOCHAT_LINEAR=native uses the kernel for such products on every CPU, NANOCHAT_LINEAR=torch on none.
+    Second derivatives, forward-mode AD and torch.func transforms are always torch's own.
     """
     if runs_native_product("linear", x, weight):
         return native_linear(x, weight)
