@@ -247,6 +247,8 @@ def kernel_scratch(options: Options) -> int:
         for (M, N), count in shapes.items():
             small = 32 if max(M, N) >= 4 * min(M, N) else 8  # bytes per element of the Gram matrices
             needs.append(count * (4 * M * N * (2 if M < N else 1) + small * min(M, N) ** 2))
+            if options.dtype == "bfloat16":  # four packed copies of a matrix, and three of a Gram matrix
+                needs.append(count * (8 * M * N + 6 * min(M, N) ** 2))
     return max(needs)
 
 
