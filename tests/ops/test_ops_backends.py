@@ -1,5 +1,6 @@
 """The choice of the backend, repairs of an unusable module, instruction sets, threads, forked children."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -61,8 +62,9 @@ def test_use_backend_as_a_call_and_as_a_context():
 
 def test_the_switch_chooses(monkeypatch):
     called = []
-    monkeypatch.setattr(module_of("newton_schulz"), "native_newton_schulz", lambda *_: called.append("native"))
-    monkeypatch.setattr(module_of("newton_schulz"), "reference_newton_schulz", lambda *_, **__: called.append("torch"))
+    for name, prefix in (("native", "native"), ("torch", "reference")):
+        call = functools.partial(lambda kind, *_, **__: called.append(kind), name)
+        monkeypatch.setattr(module_of("newton_schulz"), f"{prefix}_newton_schulz", call)
     for name in ("native", "torch"):
         with ops.use_backend(name):
             ops.newton_schulz(torch.ones(2, 2))
