@@ -71,7 +71,7 @@ void backward_block(const AttentionShape& s, const Scratch<T>& m, int64_t i0, in
                 const auto masked = [&](Vec<T> x) {
                     return keep_range<T>(x, j0 + j, visible.begin, visible.end, T(0));
                 };
-                const Vec<T> weight = masked(exp_lanes(load(p + j) - m.lse[i]));
+                const Vec<T> weight = masked(exp_below(load(p + j) - m.lse[i]));
                 store(p + j, weight);
                 store(ds + j, masked(weight * (load(ds + j) - m.delta[i])));
             }
@@ -132,6 +132,17 @@ struct Backward {
         memset(m.dv, 0, held * sizeof(T));
     }
 
+    // The sum of x y over the D elements of two rows.
+    template <class Y>
+    T dot(const S* x, const Y* y) const {
+        Vec<T> sums = {};
+        int64_t d = 0;
+        for (; d + kLanes<T> <= s.D; d += kLanes<T>) sums += load(x + d) * load(y + d);
+        T sum = sum_lanes<T>(sums);
+        for (; d < s.D; d++) sum += read(x + d) * read(y + d);
+        return sum;
+    }
+
     // Copies queries [i0, i0 + count) of a head with what belongs to their rows.
     void load_queries(const Scratch<T>& m, int64_t b, int64_t h, int64_t i0, int64_t count) const {
         const int64_t strips = round_up(count, kTileRows);
@@ -139,10 +150,7 @@ struct Backward {
                   padded);
         read_rows(row(dout, a.dout_strides, b, i0, h), a.dout_strides.t, count, s.D, T(1), m.dout, strips, padded);
         for (int64_t r = 0; r < count; r++) {
-            const S* out_row = row(out, a.out_strides, b, i0 + r, h);
-            T sum = 0;
-            for (int64_t d = 0; d < s.D; d++) sum += read(out_row + d) * m.dout[r * padded + d];
-            m.delta[r] = sum;
+            m.delta[r] = dot(row(out, a.out_strides, b, i0 + r, h), m.dout + r * padded);
             m.lse[r] = lse[(b * s.H + h) * s.Tq + i0 + r];
         }
         for (int64_t r = count; r < strips; r++) m.delta[r] = m.lse[r] = 0;
@@ -298,11 +306,7 @@ struct Backward16 : Backward<float, bfloat16> {
         for (int64_t r = 0; r < kQueryBlock16; r++) {
             m.delta[r] = m.lse[r] = 0;
             if (r >= count) continue;
-            const bfloat16 *out_row = row(out, a.out_strides, b, i0 + r, h),
-                           *dout_row = row(dout, a.dout_strides, b, i0 + r, h);
-            float sum = 0;
-            for (int64_t d = 0; d < s.D; d++) sum += read(out_row + d) * read(dout_row + d);
-            m.delta[r] = sum;
+            m.delta[r] = dot(row(out, a.out_strides, b, i0 + r, h), row(dout, a.dout_strides, b, i0 + r, h));
             m.lse[r] = lse[(b * s.H + h) * s.Tq + i0 + r];
         }
     }
@@ -330,7 +334,7 @@ struct Backward16 : Backward<float, bfloat16> {
                     const auto masked = [&](Vec<float> x) {
                         return keep_range<float>(x, origin + first + j, visible.begin, visible.end, 0.0f);
                     };
-                    const Vec<float> weight = masked(exp_lanes(load(p + j) * scale - m.lse[i]));
+                    const Vec<float> weight = masked(exp_below(load(p + j) * scale - m.lse[i]));
                     store(p + j, weight);
                     store(ds + j, masked(weight * (load(ds + j) - m.delta[i])));
                 }

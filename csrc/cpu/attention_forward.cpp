@@ -48,7 +48,7 @@ void attend_strip(const AttentionShape& s, int64_t i, int64_t rows, Range block,
         const T rescale = exp_lanes(broadcast<T>(previous - reference))[0];
         Vec<T> sum = Vec<T>{};
         for (int64_t j = 0; j < columns; j += W) {
-            const Vec<T> p = exp_lanes(load(row_scores + j) - reference);
+            const Vec<T> p = exp_below(load(row_scores + j) - reference);
             store(row_scores + j, p);
             sum += p;
         }
@@ -184,8 +184,8 @@ void attend_strip16(const AttentionShape& s, const Scratch16& m, int64_t i, int6
         const float rescale = exp_lanes(broadcast(previous - reference))[0];
         Vec<float> sum = {};
         for (int64_t j = 0; j < columns; j += W) {
-            const Vec<float> p = exp_lanes(load(scores + j) - reference);
-            store(weights + j / kBlock16Depth * kBlock16Size + j % kBlock16Depth, p);
+            const Vec<float> p = exp_below(load(scores + j) - reference);
+            store_operand(weights + j / kBlock16Depth * kBlock16Size + j % kBlock16Depth, p);
             sum += p;
         }
         row_max = current;

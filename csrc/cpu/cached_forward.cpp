@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include "../kernels.h"
+#include "int8_products.h"
 #include "runtime.h"
 #include "simd.h"
 #include "system.h"
@@ -26,6 +27,7 @@ using cpu::WeightMatrix;
 
 constexpr float kEps = 1.1920929e-7f;   // 2^-23, of every RMSNorm
 constexpr int W = kLanes<float>;
+constexpr int64_t kFewRows = 8;     // rows of activations that each thread prepares for itself
 constexpr int64_t kKeyChunk = 64;   // scores of a query that are computed and normalised at a time
 template <class T>
 constexpr int64_t kAhead = 1;   // strips between a weight and the one that is prefetched with it
@@ -77,6 +79,12 @@ struct Matrix {
     const float* scales;
 };
 
+// How rows of x are prepared for products with weights of type T.
+template <class T>
+constexpr bool kSplitsRows = std::is_same_v<T, bfloat16>;
+template <class T>
+constexpr bool kRoundsRows = kMultipliesInt8 && std::is_same_v<T, int8_t>;
+
 template <class T>
 NANOCHAT_INLINE Vec<float> load_part(const T* p, int64_t n) {
     T lanes[W] = {};
@@ -84,38 +92,66 @@ NANOCHAT_INLINE Vec<float> load_part(const T* p, int64_t n) {
     return load(lanes);
 }
 
-struct Sums {
-    Vec<float> v[W];
-};
-
-// Adds pairs of lanes that are s apart. v[i] receives the sums of v[i] in the lanes without bit s, and those of v[i + s]
-// in the lanes with it.
-template <int s>
-NANOCHAT_INLINE void fold(Sums& sums) {
-#pragma GCC unroll 8
-    for (int i = 0; i < s; i++) {
-        const Vec<float> a = sums.v[i], b = sums.v[i + s];
-        sums.v[i] = mix_lanes<s, 0, 0>(a, b) + mix_lanes<s, s, -s>(a, b);
-    }
-    if constexpr (s > 1) fold<s / 2>(sums);
+// The numbers of p with even and with odd numbers, of 2 W. A pair of bfloat16 is taken apart by a shift and a mask, without
+// a shuffle.
+NANOCHAT_INLINE void split_pairs(const bfloat16* p, Vec<float>& even, Vec<float>& odd) {
+    Vec<uint32_t> pairs;
+    __builtin_memcpy(&pairs, p, sizeof pairs);
+    even = __builtin_bit_cast(Vec<float>, pairs << 16);
+    odd = __builtin_bit_cast(Vec<float>, pairs & 0xffff0000u);
+}
+template <int... lane>
+NANOCHAT_INLINE void split_pairs(const float* p, Vec<float>& even, Vec<float>& odd,
+                                 std::integer_sequence<int, lane...>) {
+    const Vec<float> low = load(p), high = load(p + W);
+    even = shuffle_lanes<2 * lane...>(low, high);
+    odd = shuffle_lanes<2 * lane + 1 ...>(low, high);
 }
 
-// Lane i of the result is the sum of the lanes of sums.v[i]. All of them are added in the same order.
-NANOCHAT_INLINE Vec<float> sum_each(Sums sums) {
-    fold<W / 2>(sums);
-    return sums.v[0];
+// Copies a row in the order in which dot_tile multiplies weights that are split: in each 2 W numbers the even ones come first.
+NANOCHAT_INLINE void split_row(const float* from, int64_t K, float* to) {
+    int64_t k = 0;
+    for (; k + 2 * W <= K; k += 2 * W) {
+        Vec<float> even, odd;
+        split_pairs(from + k, even, odd, std::make_integer_sequence<int, W>());
+        store(to + k, even);
+        store(to + k + W, odd);
+    }
+    __builtin_memcpy(to + k, from + k, static_cast<size_t>(K - k) * sizeof(float));
 }
 
 // Lane r * (W / R) + j of the result is x[r] . w[j], for R rows of x and W / R rows of w. The rows are x_stride and
-// w_stride apart.
-template <int R, bool prefetch, class T>
+// w_stride apart. `split`: w is bfloat16, and the rows of x are those of split_row.
+template <int R, bool prefetch, bool split, class T>
 NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride, const T* w, int64_t w_stride) {
     constexpr int64_t line = 64 / sizeof(T);
     constexpr int J = W / R;
-    Sums sums;
+    SumVectors<float> sums;
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++) sums.v[i] = Vec<float>{};
-    for (int64_t k = 0; k < K; k += W) {
+    int64_t k = 0;
+    if constexpr (split)
+        for (; k + 2 * W <= K; k += 2 * W) {
+            if (prefetch && k % line == 0)
+#pragma GCC unroll 16
+                for (int j = 0; j < J; j++) __builtin_prefetch(w + j * w_stride + k + kAhead<T> * W * K, 0, 2);
+            Vec<float> even_rows[R], odd_rows[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                even_rows[r] = load(x + r * x_stride + k);
+                odd_rows[r] = load(x + r * x_stride + k + W);
+            }
+#pragma GCC unroll 16
+            for (int j = 0; j < J; j++) {
+                Vec<float> even, odd;
+                split_pairs(w + j * w_stride + k, even, odd);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sums.v[r * J + j] += even_rows[r] * even;
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sums.v[r * J + j] += odd_rows[r] * odd;
+            }
+        }
+    for (; k < K; k += W) {
         Vec<float> rows[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) rows[r] = load(x + r * x_stride + k);
@@ -135,7 +171,7 @@ NANOCHAT_INLINE Vec<float> dot_tile(int64_t K, const float* x, int64_t x_stride,
 // The same for one row each and any K, with the result in every lane. Zeros fill the last vector.
 template <class T>
 NANOCHAT_INLINE Vec<float> dot_part(int64_t K, const float* x, const T* w) {
-    Sums sums{};
+    SumVectors<float> sums{};
     for (int64_t k = 0; k < K; k += W)
         sums.v[0] += load_part(x + k, minimum<int64_t>(W, K - k)) * load_part(w + k, minimum<int64_t>(W, K - k));
 #pragma GCC unroll 16
@@ -163,7 +199,7 @@ NANOCHAT_INLINE Vec<float> scaled(Vec<float> sums, const float* scales, int64_t 
 template <class T>
 __attribute__((noinline)) void one_product(int64_t K, const float* x, const Matrix<T>& w, int64_t o, float* sums) {
     const T* own = w.data + o * K;
-    const Vec<float> sum = K % W ? dot_part(K, x, own) : dot_tile<1, false>(K, x, 0, own, 0);
+    const Vec<float> sum = K % W ? dot_part(K, x, own) : dot_tile<1, false, kSplitsRows<T>>(K, x, 0, own, 0);
     store(sums, scaled<W, T>(sum, w.scales, o));
 }
 
@@ -172,7 +208,8 @@ template <int R, class T>
 __attribute__((noinline)) void tile_of_products(int64_t K, const float* x, const Matrix<T>& w, int64_t o, bool prefetch,
                                                 float* sums) {
     const T* own = w.data + o * K;
-    const Vec<float> tile = prefetch ? dot_tile<R, true>(K, x, K, own, K) : dot_tile<R, false>(K, x, K, own, K);
+    const Vec<float> tile = prefetch ? dot_tile<R, true, kSplitsRows<T>>(K, x, K, own, K)
+                                     : dot_tile<R, false, kSplitsRows<T>>(K, x, K, own, K);
     store(sums, scaled<R, T>(tile, w.scales, o));
 }
 
@@ -212,6 +249,47 @@ __attribute__((noinline)) void multiply(int64_t K, const float* x, int64_t rows,
         for (; row + 4 <= rows; row += 4) strip(std::integral_constant<int, 4>(), row, o, last);
         if (row + 2 <= rows) strip(std::integral_constant<int, 2>(), row, o, last), row += 2;
         if (row < rows) strip(std::integral_constant<int, 1>(), row, o, last);
+    }
+}
+
+// Rows of x (rows, K) as `multiply` takes them with weights of type T.
+struct FloatRows {
+    int64_t rows, K;
+    const float* x;
+};
+template <class T>
+using Rows = std::conditional_t<kRoundsRows<T>, RoundedRows, FloatRows>;
+
+template <class T, class Put>
+NANOCHAT_INLINE void multiply(const FloatRows& x, const Matrix<T>& w, int64_t begin, int64_t end, const Put& put) {
+    multiply(x.K, x.x, x.rows, w, begin, end, put);
+}
+
+// The same for rounded rows.
+template <class Put>
+__attribute__((noinline)) void multiply(const RoundedRows& x, const Matrix<int8_t>& w, int64_t begin, int64_t end,
+                                        const Put& put) {
+    const auto tile = [&](auto R, auto J, int64_t row, int64_t o) __attribute__((always_inline)) {
+        float sums[kInt8Outputs];
+        if (row == 0)
+            tile_of_int8_products<R(), J(), true>(x, row, w.data, w.scales, o, sums);
+        else
+            tile_of_int8_products<R(), J(), false>(x, row, w.data, w.scales, o, sums);
+        for (int r = 0; r < R(); r++)
+            for (int j = 0; j < J(); j++) put(row + r, o + j, sums[r * J() + j]);
+    };
+    const auto strip = [&](auto R, int64_t row, int64_t first, int64_t last) __attribute__((always_inline)) {
+        constexpr int J = kInt8Outputs / R();
+        int64_t o = first;
+        for (; o + J <= last; o += J) tile(R, std::integral_constant<int, J>(), row, o);
+        for (; o < last; o++) tile(R, std::integral_constant<int, 1>(), row, o);
+    };
+    for (int64_t o = begin; o < end; o += kInt8Outputs) {
+        const int64_t last = minimum<int64_t>(o + kInt8Outputs, end);
+        int64_t row = 0;
+        for (; row + 4 <= x.rows; row += 4) strip(std::integral_constant<int, 4>(), row, o, last);
+        if (row + 2 <= x.rows) strip(std::integral_constant<int, 2>(), row, o, last), row += 2;
+        if (row < x.rows) strip(std::integral_constant<int, 1>(), row, o, last);
     }
 }
 
@@ -281,12 +359,13 @@ __attribute__((noinline)) void attend(const float* q, int64_t q_stride, const T*
         if (D % W || i + W > end)
             for (int64_t j = 0; j < minimum<int64_t>(W, end - i); j++)
                 for (int r = 0; r < R; r++)
-                    scores[r][i + j] = D % W ? dot_part(D, q + r * q_stride, key + j * stride)[0]
-                                             : dot_tile<1, false>(D, q + r * q_stride, 0, key + j * stride, 0)[0];
+                    scores[r][i + j] = D % W
+                                           ? dot_part(D, q + r * q_stride, key + j * stride)[0]
+                                           : dot_tile<1, false, false>(D, q + r * q_stride, 0, key + j * stride, 0)[0];
         else
             for (int j = 0; j < W; j += J) {
                 float tile[W];
-                store(tile, dot_tile<R, false>(D, q, q_stride, key + j * stride, stride));
+                store(tile, dot_tile<R, false, false>(D, q, q_stride, key + j * stride, stride));
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) __builtin_memcpy(&scores[r][i + j], tile + r * J, J * sizeof(float));
             }
@@ -370,6 +449,10 @@ struct Pass {
     int64_t *ones = nullptr, *last_sequences = nullptr, *last_positions = nullptr;   // of the last rows, (B,)
     float* inverse = nullptr;                                                        // (threads, N)
     float* rotated = nullptr;                                                        // (threads, D)
+    float* split_rows = nullptr;                                                     // (prepared rows, widest)
+    int8_t* row_bytes = nullptr;                     // (prepared rows, kDigits, widest), of rounded rows
+    float* row_scales = nullptr;                     // (prepared rows,)
+    int32_t (*row_offsets)[kDigits][16] = nullptr;   // (prepared rows,)
     Barrier* barrier = nullptr;
 
     void carve_workspace(cpu::Arena& arena) {
@@ -385,6 +468,12 @@ struct Pass {
         partials = arena.take<Partial>(N * args.H * chunks);
         inverse = arena.take<float>(args.execution.threads * N);
         rotated = arena.take<float>(args.execution.threads * args.D);
+        const int64_t prepared = maximum(N, args.execution.threads * minimum(N, kFewRows));
+        const int64_t rounded = kRoundsRows<Weight> ? prepared : 0;
+        split_rows = arena.take<float>(kSplitsRows<Weight> ? prepared * widest() : 0);
+        row_bytes = arena.take<int8_t>(rounded * kDigits * widest());
+        row_scales = arena.take<float>(rounded);
+        row_offsets = arena.take<int32_t[kDigits][16]>(rounded);
         barrier = arena.take<Barrier>(1);
         sequences = arena.take<int64_t>(N);
         positions = arena.take<int64_t>(N);
@@ -405,6 +494,31 @@ struct Pass {
     }
     static NANOCHAT_INLINE Matrix<Weight> typed(const WeightMatrix& w) {
         return {static_cast<const Weight*>(w.data), w.scales};
+    }
+
+    // Numbers of the widest row that is multiplied, as a rounded row has them.
+    NANOCHAT_INLINE int64_t widest() const {
+        return round_up(maximum(maximum(args.C, args.F), args.H * args.D), kInt8Line);
+    }
+
+    // Rows of x (N, K) for `multiply`. A thread prepares a few rows for itself, which takes less time than a barrier.
+    NANOCHAT_INLINE Rows<Weight> prepare(const Team& team, int64_t K, const float* x) const {
+        const bool few = N <= kFewRows;
+        const int64_t at = few ? team.rank * N : 0, begin = few ? 0 : team.begin(N), end = few ? N : team.end(N);
+        if constexpr (kRoundsRows<Weight>) {
+            const RoundedRows rows = {
+                N, K, round_up(K, kInt8Line), row_bytes + at * kDigits * widest(), row_scales + at, row_offsets + at};
+            round_rows(x, begin, end, rows);
+            if (!few) team.wait();
+            return rows;
+        } else if (kSplitsRows<Weight> && K % W == 0) {
+            float* rows = split_rows + at * widest();
+            for (int64_t n = begin; n < end; n++) split_row(x + n * K, K, rows + n * K);
+            if (!few) team.wait();
+            return FloatRows{N, K, rows};
+        } else {
+            return FloatRows{N, K, x};
+        }
     }
 
     NANOCHAT_INLINE const float* norms_of(const Team& team, const float* rows) const {
@@ -456,8 +570,9 @@ struct Pass {
         const int64_t D = args.D, width = heads * D, begin = team.begin(width, W), end = team.end(width, W);
         const WeightMatrix* matrices[3] = {&block.q, &block.k, &block.v};
         const int64_t sizes[3] = {args.H * D, args.Hkv * D, args.Hkv * D};
+        const auto rows = prepare(team, args.C, x);
         for (int64_t m = 0, at = 0; m < 3; at += sizes[m++])
-            multiply(args.C, x, N, typed(*matrices[m]), maximum<int64_t>(begin - at, 0), minimum(end - at, sizes[m]),
+            multiply(rows, typed(*matrices[m]), maximum<int64_t>(begin - at, 0), minimum(end - at, sizes[m]),
                      [&](int64_t n, int64_t o, float sum) { qkv[n * width + at + o] = sum * scale[n]; });
     }
 
@@ -553,7 +668,7 @@ struct Pass {
 
     // x += from w^T
     NANOCHAT_INLINE void add_product(const Team& team, int64_t K, const float* from, const WeightMatrix& w) const {
-        multiply(K, from, N, typed(w), team.begin(args.C, W), team.end(args.C, W),
+        multiply(prepare(team, K, from), typed(w), team.begin(args.C, W), team.end(args.C, W),
                  [&](int64_t n, int64_t c, float sum) { x[n * args.C + c] += sum; });
     }
 
@@ -594,7 +709,7 @@ struct Pass {
         add_product(team, args.H * args.D, attended, block.out);
         team.wait();
         const float* scale = norms_of(team, x);
-        multiply(args.C, x, N, typed(block.fc), team.begin(args.F, W), team.end(args.F, W),
+        multiply(prepare(team, args.C, x), typed(block.fc), team.begin(args.F, W), team.end(args.F, W),
                  [&](int64_t n, int64_t f, float sum) {
                      const float positive = maximum(sum * scale[n], 0.0f);
                      hidden[n * args.F + f] = positive * positive;
@@ -629,7 +744,7 @@ struct Pass {
             for (int64_t c = 0; c < C; c++) last[b * C + c] = from[c] * scale;
         }
         team.wait();
-        multiply(C, last, args.B, typed(args.lm_head), begin, end,
+        multiply(prepare(team, C, last), typed(args.lm_head), begin, end,
                  [&](int64_t b, int64_t v, float sum) { args.logits[b * V + v] = sum; });
         const float cap = static_cast<float>(args.softcap);
         if (cap == 0) return;

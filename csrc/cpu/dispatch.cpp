@@ -40,7 +40,7 @@
     NANOCHAT_FOR_EACH_OTHER_KERNEL(use)
 
 #define NANOCHAT_DECLARE(kernel, Arguments) void kernel(const Arguments&);
-#define NANOCHAT_DECLARE_SET(isa, others)      \
+#define NANOCHAT_DECLARE_SET(isa, ...)         \
     namespace isa {                            \
     NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_DECLARE) \
     }
@@ -58,8 +58,8 @@ struct Kernels {
     NANOCHAT_FOR_EACH_KERNEL(NANOCHAT_MEMBER)
 };
 
-// The kernels of a set; those that multiply no bfloat16 are of the set `others`.
-#define NANOCHAT_KERNELS(isa, others)                                      \
+// The kernels of a set; generation is that of the set `rows`, and what else multiplies no bfloat16 is of the set `others`.
+#define NANOCHAT_KERNELS(isa, others, rows)                                \
     {.name = #isa,                                                         \
      .supported = has_##isa,                                               \
      .attention_forward = isa::attention_forward,                          \
@@ -84,7 +84,7 @@ struct Kernels {
      .muon_momentum = others::muon_momentum,                               \
      .muon_update = others::muon_update,                                   \
      .normuon_update = others::normuon_update,                             \
-     .cached_forward = others::cached_forward},
+     .cached_forward = rows::cached_forward},
 
 const Kernels kKernels[] = {NANOCHAT_FOR_EACH_INSTRUCTION_SET(NANOCHAT_KERNELS)};
 constexpr size_t kSets = sizeof kKernels / sizeof kKernels[0];

@@ -31,8 +31,9 @@ constexpr int kTwoColumns = kGroupColumns < 2 ? 1 : 2;
 NANOCHAT_INLINE void multiply_packed(Packed p, int64_t rows, int64_t columns, float* c, int64_t c_stride,
                                      bool accumulate) {
     const bfloat16* const a = p.a;
-    for (int64_t j = 0; j < columns; j += kGroupColumns) {
-        const int64_t width = minimum<int64_t>(kGroupColumns, columns - j);
+    for (int64_t j = 0; j < columns;) {
+        // Four blocks are two and two: one alone has too few sums to hide the latency of an instruction.
+        const int64_t width = columns - j == 4 ? kTwoColumns : minimum<int64_t>(kGroupColumns, columns - j);
         for (int64_t i = 0; i < rows; i += kGroupRows) {
             p.a = a + i * p.a_strip;
             float* to = c + 16 * (i * c_stride + j);
@@ -46,7 +47,8 @@ NANOCHAT_INLINE void multiply_packed(Packed p, int64_t rows, int64_t columns, fl
                 full ? multiply_blocks<kGroupRows, 1>(p, to, c_stride, accumulate)
                      : multiply_blocks<1, 1>(p, to, c_stride, accumulate);
         }
-        p.b += kGroupColumns * p.b_panel;
+        p.b += width * p.b_panel;
+        j += width;
     }
 }
 

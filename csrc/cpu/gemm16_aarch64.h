@@ -17,6 +17,9 @@ struct TileScope {
     TileScope() {}
 };
 
+// Writes numbers of an operand.
+NANOCHAT_INLINE void store_operand(bfloat16* p, Vec<float> x) { store(p, x); }
+
 typedef uint16_t Quad __attribute__((vector_size(8)));
 
 // The first `count` of 4 numbers as bfloat16, rounded to nearest even; the others are zero.

@@ -54,6 +54,16 @@ NANOCHAT_INLINE Halves narrow(Sums x) {
 #endif
 }
 
+// Writes numbers of an operand. As in the products, denormals may become zeros.
+NANOCHAT_INLINE void store_operand(bfloat16* p, Vec<float> x) {
+#if defined(__AVX512BF16__)
+    const Halves h = narrow(x);
+    __builtin_memcpy(p, &h, sizeof h);
+#else
+    store(p, x);
+#endif
+}
+
 // Lane i holds first[i] in its low half and second[i] in its high half.
 NANOCHAT_INLINE Pairs interleave(Halves first, Halves second) {
     return __builtin_convertvector(first, Pairs) | __builtin_convertvector(second, Pairs) << 16;

@@ -9,8 +9,8 @@
 
 #include <cstddef>
 
-// Every set, the best first, and the set of the kernels that multiply no bfloat16.
-#define NANOCHAT_FOR_EACH_INSTRUCTION_SET(use) use(neon_bf16, neon) use(neon, neon)
+// Every set, the best first; the set of the kernels that multiply no bfloat16; the set of generation.
+#define NANOCHAT_FOR_EACH_INSTRUCTION_SET(use) use(neon_bf16, neon, neon) use(neon, neon, neon)
 
 namespace nanochat::cpu {
 namespace {

@@ -7,9 +7,10 @@
 
 #include <cstring>
 
-// Every set, the best first, and the set of the kernels that multiply no bfloat16.
-#define NANOCHAT_FOR_EACH_INSTRUCTION_SET(use) \
-    use(amx, avx512) use(avx512_bf16, avx512) use(avx512, avx512) use(avx2, avx2) use(baseline, baseline)
+// Every set, the best first; the set of the kernels that multiply no bfloat16; the set of generation.
+#define NANOCHAT_FOR_EACH_INSTRUCTION_SET(use)                                                      \
+    use(amx, avx512, avx512_bf16) use(avx512_bf16, avx512, avx512_bf16) use(avx512, avx512, avx512) \
+        use(avx2, avx2, avx2) use(baseline, baseline, baseline)
 
 namespace nanochat::cpu {
 namespace {
@@ -23,7 +24,10 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Every processor with AVX512-BF16 has AVX512-VNNI.
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 
 // The kernel of Linux saves the tiles only of processes that ask for it (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA). From
 // then on it refuses signal stacks that are too small for them.

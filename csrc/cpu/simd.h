@@ -191,6 +191,31 @@ NANOCHAT_INLINE void transpose_square(V (&square)[W]) {
     if constexpr (2 * s < W) transpose_square<2 * s>(square);
 }
 
+// As many vectors as they have lanes.
+template <class T>
+struct SumVectors {
+    Vec<T> v[kLanes<T>];
+};
+
+// Adds pairs of lanes that are s apart. v[i] receives the sums of v[i] in the lanes without bit s, and those of v[i + s]
+// in the lanes with it.
+template <int s, class T>
+NANOCHAT_INLINE void fold(SumVectors<T>& sums) {
+#pragma GCC unroll 8
+    for (int i = 0; i < s; i++) {
+        const Vec<T> a = sums.v[i], b = sums.v[i + s];
+        sums.v[i] = mix_lanes<s, 0, 0>(a, b) + mix_lanes<s, s, -s>(a, b);
+    }
+    if constexpr (s > 1) fold<s / 2>(sums);
+}
+
+// Lane i of the result is the sum of the lanes of sums.v[i]. All of them are added in the same order.
+template <class T>
+NANOCHAT_INLINE Vec<T> sum_each(SumVectors<T> sums) {
+    fold<kLanes<T> / 2>(sums);
+    return sums.v[0];
+}
+
 // e^x within 2 ulp. x = n ln 2 + r, |r| <= ln(2) / 2; polynomial in r (Taylor, to the precision of the type); scaled by
 // 2^n through the exponent bits. The result is 0 below the smallest normal number and inf above the largest; -inf gives
 // 0, and NaN stays NaN.
@@ -245,6 +270,13 @@ NANOCHAT_INLINE Vec<float> exp_in_range(Vec<float> x) {
     return (1.0f + e.fraction) * e.scale;
 }
 NANOCHAT_INLINE Vec<double> exp_in_range(Vec<double> x) { return exp_lanes(x); }
+
+// exp_lanes for x of at most 88, or NaN: 0 below -87.7, where the exponent bits of 2^n are 0.
+NANOCHAT_INLINE Vec<float> exp_below(Vec<float> x) {
+    const Vec<float> lowest = broadcast(-88.0f);
+    return exp_in_range(x < lowest ? lowest : x);
+}
+NANOCHAT_INLINE Vec<double> exp_below(Vec<double> x) { return exp_lanes(x); }
 
 template <class T>
 NANOCHAT_INLINE Vec<T> tanh_lanes(Vec<T> x);

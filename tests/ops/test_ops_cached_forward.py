@@ -9,6 +9,7 @@ import torch
 from nanochat_native import ops
 from nanochat_native.model.gpt import SOFTCAP
 from nanochat_native.ops import reference
+from nanochat_native.ops.cached_forward import EPS
 from nanochat_native.ops.quantization import dequantize_rows, quantize_rows
 
 OPERATOR = torch.ops.nanochat_native.cached_forward_.default
@@ -365,13 +366,39 @@ def test_matches_where_it_is_composed_of_other_operators(dtype, name):
     torch.testing.assert_close(found.double(), expected, atol=1e-9 if dtype == torch.float64 else 0.5, rtol=0.02)
 
 
-def test_not_a_number_stays_in_its_sequence():
-    s = setting("heads")
-    s.weights["wte"][5] = torch.nan
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["float32", *KINDS])
+def test_not_a_number_stays_in_its_sequence(kind, number):
+    s = of_kind("heads", kind)
+    s.weights["wte"][5, 3] = number
     found = s.run([[1, 2], [1, 5], [1, 2]], [0, 1, 2], [0, 0, 0])
     assert found[1].isnan().all()
     assert torch.equal(found[0], found[2])
     assert found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("K", [16, 30, 64, 320])
+def test_int8_products_keep_small_activations_beside_large_ones(K):
+    """The logits of a model without blocks are products of the weights and a normalised embedding."""
+    s = setting("no_blocks")
+    embedding = torch.randn(21, K)
+    embedding[:, 1] = 3e4
+    codes, scales = quantize_rows(torch.randn(21, K))
+    codes[:, 1] = 0
+    angles = {name: torch.zeros(s.shape.capacity, width) for name, width in (("cos", K), ("sin", K // 2))}
+    small = {"wte": embedding, "blocks": [], "lm_head": codes, "scales": [scales], "windows": [], **angles}
+    cache = torch.zeros(0, 1, s.shape.capacity, 2, K)
+    found = ops.cached_forward_(torch.tensor([[0]]), [0], [0], cache=cache, softcap=0.0, **small)
+    # The model normalises the embedding, and again before lm_head.
+    x = embedding[:1].double()
+    for _ in range(2):
+        x = x * (x.square().mean() + EPS).rsqrt()
+    weights = codes.double() * scales.double()[:, None]
+    expected = x @ weights.T
+    unit = x.abs().max() / (127 * 2**16)  # to which activations may be rounded
+    allowed = unit / 2 * weights.abs().sum(1) + 1e-6 * (x.abs() @ weights.abs().T)
+    assert ((found.double() - expected).abs() <= allowed).all()
+    assert (allowed < 0.05 * expected.std()).all()
 
 
 def test_the_token_before_the_first_one_is_not_read_at_position_0():
