@@ -100,7 +100,8 @@ def test_every_documented_module_flag_and_file_exists(name):
     own = set().union(*map(flags_of, PARSERS))
     other = {"--no-build-isolation", "--model", "--model_args", "--tasks", "--version"}
     other |= {"--standalone", "--nnodes", "--nproc_per_node", "--ntasks-per-node"}  # torchrun's and Slurm's
-    other |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
+    other |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--no-python"}
+    other |= {"--hardware", "--cpunodebind", "--membind"}  # of numactl
     other |= {"--check", "--update"}  # of docs/tools/build.py
     other |= {"--torch", "--sdist-only", "--cuda"}  # of tools/wheels.py and tests/aarch64
     other |= {"--rm", "--install", "--param", "--slow-minutes"}  # of docker, xcode-select, g++, and tests/conftest.py
